@@ -1,0 +1,144 @@
+"""Genotype: what every layer of a student is, and which teacher layers it replaces. JSON in, JSON out, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .errors import EdgeDiTError
+
+LAYER_KEYS = ("source", "attention_dim", "num_heads", "mlp_ratio")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One transformer layer of a student.
+
+    Args:
+        source: indices of the consecutive teacher layers that it replaces, e.g. `(4,)` or `(4, 5)`.
+        attention_dim: inner width of the attention (qkv: hidden → 3·attention_dim, output: attention_dim → hidden).
+        num_heads: attention heads; the head width is `attention_dim / num_heads`.
+        mlp_ratio: hidden width of the MLP over the residual width.
+
+    Raises:
+        EdgeDiTError: a value is out of range or the heads do not divide the attention width.
+    """
+
+    source: tuple[int, ...]
+    attention_dim: int
+    num_heads: int
+    mlp_ratio: float
+
+    def __post_init__(self) -> None:
+        first = self.source[0] if self.source else -1
+        if first < 0 or self.source != tuple(range(first, first + len(self.source))):
+            raise EdgeDiTError(
+                f"A layer's source is {list(self.source)}; it must list consecutive teacher layers, e.g. [4] or [4, 5]."
+            )
+        if self.attention_dim < 1 or self.num_heads < 1 or self.attention_dim % self.num_heads:
+            raise EdgeDiTError(
+                f"attention_dim {self.attention_dim} is not a positive multiple of num_heads {self.num_heads}; "
+                "choose a width that the heads divide."
+            )
+        if not self.mlp_ratio > 0:
+            raise EdgeDiTError(f"mlp_ratio is {self.mlp_ratio}; it must be greater than 0.")
+
+    @property
+    def shape(self) -> tuple[int, int, float]:
+        """What decides the layer's cost: (attention_dim, num_heads, mlp_ratio)."""
+        return self.attention_dim, self.num_heads, self.mlp_ratio
+
+    def to_dict(self) -> dict:
+        """The plain form that `config["layers"]` holds."""
+        return {
+            "source": list(self.source),
+            "attention_dim": self.attention_dim,
+            "num_heads": self.num_heads,
+            "mlp_ratio": self.mlp_ratio,
+        }
+
+    @classmethod
+    def from_dict(cls, layer: Mapping) -> LayerSpec:
+        """Read the plain form; unknown or missing keys raise [`EdgeDiTError`]."""
+        if not isinstance(layer, Mapping) or set(layer) != set(LAYER_KEYS):
+            got = sorted(layer) if isinstance(layer, Mapping) else repr(layer)
+            raise EdgeDiTError(f"A layer of a genotype has the keys {got}; it must have exactly {sorted(LAYER_KEYS)}.")
+        try:
+            return cls(
+                source=tuple(int(i) for i in layer["source"]),
+                attention_dim=int(layer["attention_dim"]),
+                num_heads=int(layer["num_heads"]),
+                mlp_ratio=float(layer["mlp_ratio"]),
+            )
+        except TypeError as error:
+            raise EdgeDiTError(f"A layer of a genotype reads {dict(layer)}, which is not a layer: {error}.") from None
+
+
+@dataclass(frozen=True)
+class Genotype:
+    """The whole architecture of a student: its layers in order, and the residual width they share with the teacher.
+
+    The sources of the layers, read in order, must be 0, 1, 2, … without gap or repetition: every teacher layer is replaced
+    exactly once.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    hidden_size: int
+
+    def __post_init__(self) -> None:
+        sources = [i for layer in self.layers for i in layer.source]
+        if not sources or sources != list(range(len(sources))):
+            raise EdgeDiTError(
+                f"The layers' sources read {sources}; a genotype must replace teacher layers 0 … n-1 once each, in order."
+            )
+        if self.hidden_size < 1:
+            raise EdgeDiTError(f"hidden_size is {self.hidden_size}; it must be at least 1.")
+
+    @property
+    def num_teacher_layers(self) -> int:
+        """Number of layers of the teacher that this genotype compresses."""
+        return sum(len(layer.source) for layer in self.layers)
+
+    @property
+    def merged(self) -> list[tuple[int, ...]]:
+        """Teacher layers that share one student layer."""
+        return [layer.source for layer in self.layers if len(layer.source) > 1]
+
+    @property
+    def hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_layers(self) -> list[dict]:
+        """The list of plain dicts that a model's config holds as `layers`."""
+        return [layer.to_dict() for layer in self.layers]
+
+    @classmethod
+    def from_layers(cls, layers: Sequence[Mapping], hidden_size: int) -> Genotype:
+        """Read what a model's config holds as `layers` and `hidden_size`."""
+        if not isinstance(layers, Sequence) or isinstance(layers, (str, bytes)):
+            raise EdgeDiTError(f"layers is {layers!r}; it must be a list of layer descriptions.")
+        return cls(tuple(LayerSpec.from_dict(layer) for layer in layers), int(hidden_size))
+
+    def to_json(self) -> str:
+        """Canonical JSON: equal genotypes give equal text."""
+        return json.dumps({"hidden_size": self.hidden_size, "layers": self.to_layers()}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Genotype:
+        """Read [`~Genotype.to_json`]'s text."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise EdgeDiTError(f"The genotype is not JSON ({error}); expected what Genotype.to_json() writes.") from None
+        if not isinstance(data, dict) or set(data) != {"hidden_size", "layers"}:
+            keys = sorted(data) if isinstance(data, dict) else type(data).__name__
+            raise EdgeDiTError(f"The genotype holds {keys}; expected exactly the keys ['hidden_size', 'layers'].")
+        return cls.from_layers(data["layers"], data["hidden_size"])
+
+    @classmethod
+    def original(cls, num_layers: int, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> Genotype:
+        """The teacher itself: every layer as it is."""
+        return cls(tuple(LayerSpec((i,), hidden_size, num_heads, float(mlp_ratio)) for i in range(num_layers)), hidden_size)

@@ -1,0 +1,337 @@
+"""SearchSpace: which genotypes are legal, the [0, 1]^L codec of the search, and closed-form costs. No torch.
+
+A pair of neighbouring teacher layers is either kept as two layers, each one of four options, or merged into one layer of four
+options: 4·4 + 4 = 20 choices a pair, 20^(L/2) genotypes (EdgeDiT, joint space). A last odd layer has the four options alone.
+The paper searches in two stages instead (first which pairs to merge, then the option of each remaining layer): [`SearchSpace.stage`].
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from .errors import EdgeDiTError
+from .genotype import Genotype, LayerSpec
+
+OPTIONS = ("original", "mlp", "attention", "both")
+UNMERGED = 16  # codes 0…15 of a pair: 4·(option of the first layer) + (option of the second); 16…19: merged
+
+
+def default_attention_dim(hidden_size: int, num_heads: int) -> int:
+    """The reduced attention width: the multiple of 8·heads nearest to 4/9 of the hidden size (EdgeDiT: 1152 → 512)."""
+    unit = 8 * num_heads
+    return max(1, round(hidden_size * 4 / 9 / unit)) * unit
+
+
+class SearchSpace:
+    """The legal genotypes of one teacher.
+
+    Args:
+        num_layers, hidden_size, num_heads, mlp_ratio: the teacher's.
+        reduced_mlp_ratio: MLP ratio of the options "mlp" and "both".
+        reduced_attention_dim: attention width of "attention" and "both"; default [`default_attention_dim`].
+        allowed: for every pair (and the last odd layer) the codes that may be chosen; default all.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        reduced_mlp_ratio: float = 2.0,
+        reduced_attention_dim: int | None = None,
+        allowed: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        if num_layers < 1:
+            raise EdgeDiTError(f"num_layers is {num_layers}; a search space needs at least one layer.")
+        self.num_layers = int(num_layers)
+        self.hidden_size = int(hidden_size)
+        self.num_heads = int(num_heads)
+        self.mlp_ratio = float(mlp_ratio)
+        self.reduced_mlp_ratio = float(reduced_mlp_ratio)
+        if reduced_attention_dim is None:
+            reduced_attention_dim = default_attention_dim(hidden_size, num_heads)
+        self.reduced_attention_dim = int(reduced_attention_dim)
+        if not self.reduced_mlp_ratio < self.mlp_ratio or not self.reduced_attention_dim < self.hidden_size:
+            raise EdgeDiTError(
+                f"The reduced sizes (MLP ratio {self.reduced_mlp_ratio}, attention width {self.reduced_attention_dim}) must be "
+                f"below the teacher's ({self.mlp_ratio}, {self.hidden_size}); set reduced_mlp_ratio and reduced_attention_dim."
+            )
+        full = [range(UNMERGED + 4)] * (self.num_layers // 2) + [range(4)] * (self.num_layers % 2)
+        allowed = full if allowed is None else allowed
+        if len(allowed) != len(full) or any(not set(a) or not set(a) <= set(f) for a, f in zip(allowed, full)):
+            raise EdgeDiTError(f"allowed must hold {len(full)} non-empty lists of codes below 20 (4 for a last odd layer).")
+        self.allowed = tuple(tuple(sorted(set(codes))) for codes in allowed)
+
+    @classmethod
+    def for_config(cls, config: Mapping, **sizes) -> SearchSpace:
+        """The space of the teacher with this model config (`EdgeDiTTransformer2DModel.config`, uncompressed)."""
+        teacher = Genotype.from_layers(config["layers"], config["hidden_size"])
+        shapes = {layer.shape for layer in teacher.layers}
+        if len(shapes) != 1 or teacher.merged:
+            raise EdgeDiTError(
+                f"The teacher has {len(shapes)} different layer shapes and {len(teacher.merged)} merged layers; "
+                "only an uncompressed teacher (equal layers) can be compressed."
+            )
+        attention_dim, num_heads, mlp_ratio = shapes.pop()
+        if attention_dim != teacher.hidden_size:
+            raise EdgeDiTError(f"The teacher's attention width {attention_dim} is not its hidden size {teacher.hidden_size}.")
+        return cls(len(teacher.layers), teacher.hidden_size, num_heads, mlp_ratio, **sizes)
+
+    # ---------------------------------------------------------------- shapes
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of pairs of layers (without the last odd layer)."""
+        return self.num_layers // 2
+
+    @property
+    def size(self) -> int:
+        """Number of legal genotypes."""
+        size = 1
+        for codes in self.allowed:
+            size *= len(codes)
+        return size
+
+    @property
+    def dimension(self) -> int:
+        """Dimension L of the codec's cube: one coordinate a teacher layer."""
+        return self.num_layers
+
+    def option_shape(self, option: str) -> tuple[int, int, float]:
+        """(attention_dim, num_heads, mlp_ratio) of one of [`OPTIONS`]."""
+        if option not in OPTIONS:
+            raise EdgeDiTError(f"The option is {option!r}; it must be one of {OPTIONS}.")
+        attention_dim = self.reduced_attention_dim if option in ("attention", "both") else self.hidden_size
+        return attention_dim, self.num_heads, self.reduced_mlp_ratio if option in ("mlp", "both") else self.mlp_ratio
+
+    def layer(self, source: tuple[int, ...], option: str) -> LayerSpec:
+        """The layer that replaces `source` with `option`."""
+        return LayerSpec(tuple(source), *self.option_shape(option))
+
+    def option_of(self, layer: LayerSpec) -> str:
+        """The option's name of a layer of this space."""
+        for option in OPTIONS:
+            if layer.shape == self.option_shape(option):
+                return option
+        raise EdgeDiTError(
+            f"A layer of shape {layer.shape} (attention_dim, num_heads, mlp_ratio) is none of this teacher's options "
+            f"{[self.option_shape(o) for o in OPTIONS]}: the genotype belongs to another teacher or another search space."
+        )
+
+    def proxies(self) -> list[LayerSpec]:
+        """Every layer that a proxy bank must hold: three options a teacher layer, four a merged pair."""
+        single = [self.layer((i,), option) for i in range(self.num_layers) for option in OPTIONS[1:]]
+        merged = [self.layer((2 * p, 2 * p + 1), option) for p in range(self.num_pairs) for option in OPTIONS]
+        return single + merged
+
+    # ---------------------------------------------------------------- codes
+
+    def code(self, genotype: Genotype) -> tuple[int, ...]:
+        """One integer a pair (0…19), and one (0…3) for a last odd layer."""
+        if genotype.num_teacher_layers != self.num_layers or genotype.hidden_size != self.hidden_size:
+            raise EdgeDiTError(
+                f"The genotype replaces {genotype.num_teacher_layers} layers of width {genotype.hidden_size}, but the teacher has "
+                f"{self.num_layers} of width {self.hidden_size}; use the genotype with the teacher it was made for."
+            )
+        at = {layer.source: OPTIONS.index(self.option_of(layer)) for layer in genotype.layers}
+        code = []
+        for first in range(0, self.num_layers - 1, 2):
+            pair = (first, first + 1)
+            if pair in at:
+                code.append(UNMERGED + at[pair])
+            elif (first,) in at and (first + 1,) in at:
+                code.append(4 * at[(first,)] + at[(first + 1,)])
+            else:
+                raise EdgeDiTError(f"The genotype merges {genotype.merged}; only the pairs (0, 1), (2, 3), … may be merged.")
+        if self.num_layers % 2:
+            code.append(at[(self.num_layers - 1,)])
+        return self._check(tuple(code))
+
+    def from_code(self, code: Sequence[int]) -> Genotype:
+        """The genotype of a code."""
+        layers: list[LayerSpec] = []
+        for pair, choice in enumerate(self._check(tuple(int(c) for c in code))):
+            first = 2 * pair
+            if pair == self.num_pairs:
+                layers.append(self.layer((first,), OPTIONS[choice]))
+            elif choice >= UNMERGED:
+                layers.append(self.layer((first, first + 1), OPTIONS[choice - UNMERGED]))
+            else:
+                layers.append(self.layer((first,), OPTIONS[choice // 4]))
+                layers.append(self.layer((first + 1,), OPTIONS[choice % 4]))
+        return Genotype(tuple(layers), self.hidden_size)
+
+    def _check(self, code: tuple[int, ...]) -> tuple[int, ...]:
+        if len(code) != len(self.allowed):
+            raise EdgeDiTError(f"The code has {len(code)} entries; this space needs {len(self.allowed)}.")
+        for pair, (choice, codes) in enumerate(zip(code, self.allowed)):
+            if choice not in codes:
+                raise EdgeDiTError(f"Entry {pair} of the code is {choice}; this space allows {list(codes)} there.")
+        return code
+
+    # A pair's code is a path of two coordinates: the first picks the option of the first layer (or "merged", 4), the second
+    # the option of the second layer (or of the merged one). The cells of [0,1]² then are the pair's choices, one to one.
+    @staticmethod
+    def _path(choice: int) -> tuple[int, int]:
+        return (4, choice - UNMERGED) if choice >= UNMERGED else (choice // 4, choice % 4)
+
+    def decode(self, x: Sequence[float]) -> Genotype:
+        """The genotype whose cell of the cube holds `x` ([0, 1]^L; values outside are clipped)."""
+        if len(x) != self.dimension:
+            raise EdgeDiTError(f"The point has {len(x)} coordinates; this space has {self.dimension}.")
+
+        def pick(u: float, among: list[int]) -> int:
+            return among[min(len(among) - 1, max(0, int(float(u) * len(among))))]
+
+        code = []
+        for pair, codes in enumerate(self.allowed):
+            if pair == self.num_pairs:
+                code.append(pick(x[2 * pair], list(codes)))
+                continue
+            paths = [self._path(c) for c in codes]
+            first = pick(x[2 * pair], sorted({a for a, _ in paths}))
+            second = pick(x[2 * pair + 1], sorted(b for a, b in paths if a == first))
+            code.append(UNMERGED + second if first == 4 else 4 * first + second)
+        return self.from_code(code)
+
+    def encode(self, genotype: Genotype) -> tuple[float, ...]:
+        """The centre of the genotype's cell: `decode(encode(g)) == g`."""
+        x: list[float] = []
+        for pair, (choice, codes) in enumerate(zip(self.code(genotype), self.allowed)):
+            if pair == self.num_pairs:
+                x.append((codes.index(choice) + 0.5) / len(codes))
+                continue
+            paths = [self._path(c) for c in codes]
+            first, second = self._path(choice)
+            firsts = sorted({a for a, _ in paths})
+            seconds = sorted(b for a, b in paths if a == first)
+            x += [(firsts.index(first) + 0.5) / len(firsts), (seconds.index(second) + 0.5) / len(seconds)]
+        return tuple(x)
+
+    def features(self, genotype: Genotype) -> list[float]:
+        """Additive binary description for a surrogate: a genotype that changes one choice stays near its neighbour.
+
+        Five numbers a pair: merged; reduced MLP and reduced attention of the first layer; the same of the second (a merged layer
+        counts as both). Two for a last odd layer.
+        """
+        row: list[float] = []
+        for pair, choice in enumerate(self.code(genotype)):
+            if pair == self.num_pairs:
+                row += [float(choice in (1, 3)), float(choice in (2, 3))]
+                continue
+            first, second = self._path(choice)
+            merged = first == 4
+            slots = ((second,) * 2) if merged else (first, second)
+            row.append(float(merged))
+            for option in slots:
+                row += [float(option in (1, 3)), float(option in (2, 3))]
+        return row
+
+    def neighbours(self, genotype: Genotype) -> Iterator[Genotype]:
+        """Every legal genotype that differs in one pair."""
+        code = self.code(genotype)
+        for pair, codes in enumerate(self.allowed):
+            for choice in codes:
+                if choice != code[pair]:
+                    yield self.from_code(code[:pair] + (choice,) + code[pair + 1 :])
+
+    def all(self) -> Iterator[Genotype]:
+        """Every legal genotype (mind [`~SearchSpace.size`])."""
+        return (self.from_code(code) for code in itertools.product(*self.allowed))
+
+    # ---------------------------------------------------------------- the paper's two stages
+
+    def stage(self, name: str, genotype: Genotype | None = None) -> SearchSpace:
+        """The paper's sequential mode: `"merge"` decides which pairs become one layer (2^(L/2) genotypes, all layers
+        otherwise original); `"options"`, given that stage's genotype, decides the option of each remaining layer (4^n)."""
+        odd = self.num_layers % 2
+        if name == "merge":
+            allowed = [(0, UNMERGED)] * self.num_pairs + [(0,)] * odd
+        elif name == "options" and genotype is not None:
+            merged = [choice >= UNMERGED for choice in self.code(genotype)[: self.num_pairs]]
+            allowed = [range(UNMERGED, UNMERGED + 4) if m else range(UNMERGED) for m in merged] + [range(4)] * odd
+        else:
+            raise EdgeDiTError(f"stage({name!r}) is not a stage; use 'merge', or 'options' with the genotype that stage 'merge' chose.")
+        return SearchSpace(**{**self.to_dict(), "allowed": allowed})
+
+    def to_dict(self) -> dict:
+        """Plain values that rebuild the space: `SearchSpace(**space.to_dict())`."""
+        return {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "num_heads": self.num_heads,
+            "mlp_ratio": self.mlp_ratio,
+            "reduced_mlp_ratio": self.reduced_mlp_ratio,
+            "reduced_attention_dim": self.reduced_attention_dim,
+            "allowed": [list(codes) for codes in self.allowed],
+        }
+
+
+# -------------------------------------------------------------------- closed-form costs
+
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one forward of one image.
+
+    `parameters` includes the fixed position embedding, as published counts do; `weights` does not. FLOPs are 2 a multiply-accumulate
+    plus 4 an element of every LayerNorm and 1 an element of GELU and SiLU (the counter whose total for DiT-XL/2 is the published 237.34 G).
+    """
+
+    parameters: int
+    weights: int
+    macs: int
+    flops: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.parameters + other.parameters, self.weights + other.weights, self.macs + other.macs, self.flops + other.flops
+        )
+
+    def bytes(self, precision: str) -> int:
+        """Bytes of the learned weights at fp32, bf16, fp16, int8 or int4 (scales not counted)."""
+        return int(self.weights * BYTES[precision])
+
+
+def layer_cost(hidden_size: int, shape: tuple[int, int, float], tokens: int) -> Cost:
+    """Cost of one layer of shape (attention_dim, num_heads, mlp_ratio) on `tokens` tokens."""
+    attention_dim, _, mlp_ratio = shape
+    mlp_dim = int(hidden_size * mlp_ratio)
+    weights = (
+        hidden_size * 3 * attention_dim + 3 * attention_dim  # qkv
+        + attention_dim * hidden_size + hidden_size  # output projection
+        + 2 * hidden_size * mlp_dim + mlp_dim + hidden_size  # MLP
+        + hidden_size * 6 * hidden_size + 6 * hidden_size  # adaLN
+    )  # fmt: skip
+    macs = tokens * (4 * hidden_size * attention_dim + 2 * hidden_size * mlp_dim) + 2 * tokens * tokens * attention_dim
+    macs += 6 * hidden_size * hidden_size
+    extras = 2 * 4 * tokens * hidden_size + tokens * mlp_dim
+    return Cost(weights, weights, macs, 2 * macs + extras)
+
+
+def trunk_cost(config: Mapping, tokens: int) -> Cost:
+    """Cost of everything outside the layers: patch, timestep and label embedders, final layer."""
+    d, patch, channels = config["hidden_size"], config["patch_size"], config["in_channels"]
+    out = channels * (2 if config["learn_sigma"] else 1) * patch * patch
+    frequencies = 256
+    labels = (config["num_classes"] + 1) * d if config["num_classes"] else 0
+    weights = channels * patch * patch * d + d + frequencies * d + d + d * d + d + labels
+    weights += d * 2 * d + 2 * d + d * out + out
+    macs = tokens * channels * patch * patch * d + frequencies * d + d * d + 2 * d * d + tokens * d * out
+    extras = d + d + 4 * tokens * d
+    return Cost(weights + tokens * d, weights, macs, 2 * macs + extras)
+
+
+def model_cost(config: Mapping, height: int | None = None, width: int | None = None) -> Cost:
+    """Cost of a whole model from its config, for an input of `height` × `width` (default the config's `sample_size`)."""
+    height, width = height or config["sample_size"], width or config["sample_size"]
+    tokens = (height // config["patch_size"]) * (width // config["patch_size"])
+    total = trunk_cost(config, tokens)
+    for layer in Genotype.from_layers(config["layers"], config["hidden_size"]).layers:
+        total += layer_cost(config["hidden_size"], layer.shape, tokens)
+    return total
