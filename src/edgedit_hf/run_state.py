@@ -1,0 +1,515 @@
+"""Run folders: atomic files, progress and JSONL telemetry, checkpoints in safetensors + JSON, exact resume. Shared by every recipe.
+
+A stage owns one folder. While it runs the folder holds `run.json` (what was asked), `telemetry.jsonl` and `checkpoints/`; when it has
+finished, its results and, written last, `stage.json`. A stage that was killed at any moment is run again with the same
+arguments and continues from its newest complete checkpoint; a finished one is skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import EdgeDiTError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+PACKAGES = (
+    "edgedit_hf torch diffusers transformers accelerate peft huggingface-hub datasets optimum bitsandbytes botorch evaluate onnx "
+    "onnxruntime numpy"
+).split()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+# -------------------------------------------------------------------- hashes and atomic files
+
+
+def hash_json(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of the canonical JSON of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def weights_hash(state_dict: Mapping[str, Any]) -> str:
+    """First 16 hex digits of the SHA-256 over names, shapes and bytes of a state dict's tensors (on any device, any dtype)."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _explain_write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise EdgeDiTError(f"No space left on the disk of {path}; free some and run the same command again, it continues.") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise EdgeDiTError(f"Cannot write {path} ({error.strerror}); choose a folder you may write to.") from error
+        raise
+
+
+def _fsync_path(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def atomic_write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a file so that at any moment either the old or the new content stands there in full."""
+    path = Path(path)
+    with _explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        _fsync_path(path.parent)
+
+
+def atomic_write_json(path: str | os.PathLike, value: Any) -> None:
+    """[`atomic_write_text`] of indented JSON; NaN and infinities are refused."""
+    atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike, made_by: str) -> Any:
+    """Read a JSON file of a run; `made_by` names the stage that writes it."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EdgeDiTError(f"{path} does not exist; it is written by {made_by}, run that first.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EdgeDiTError(f"{path} is not JSON ({error}); it is damaged or foreign. {made_by} writes it.") from None
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a new empty folder beside `path`; if the block succeeds its content is synced and takes the place of `path`."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with _explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            yield aside
+            sync_tree(aside)
+            replace_folder(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every file and folder below (and including) `folder`."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _fsync_path(Path(root, name))
+        _fsync_path(Path(root))
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Move a complete folder onto `target`, which may exist."""
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        os.rename(target, old)
+    os.rename(source, target)
+    _fsync_path(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# -------------------------------------------------------------------- nested state <-> safetensors + JSON
+
+
+def save_state(folder: str | os.PathLike, state: Any, name: str = "state") -> None:
+    """Write nested dicts/lists of tensors and plain values (e.g. an optimiser's `state_dict()`) as `name.safetensors` + `name.json`."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+
+    def encode(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            key = str(len(tensors))
+            tensors[key] = value.detach().cpu().contiguous().clone()
+            return {"tensor": key}
+        if isinstance(value, Mapping):
+            return {"dict": [[k, encode(v)] for k, v in value.items()]}
+        if isinstance(value, tuple):
+            return {"tuple": [encode(v) for v in value]}
+        if isinstance(value, list):
+            return {"list": [encode(v) for v in value]}
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return {"value": value}
+        raise TypeError(f"cannot checkpoint a {type(value).__name__}")
+
+    plain = encode(state)
+    save_file(tensors, Path(folder, f"{name}.safetensors"))
+    Path(folder, f"{name}.json").write_text(json.dumps(plain), encoding="utf-8")
+
+
+def load_state(folder: str | os.PathLike, name: str = "state") -> Any:
+    """Read what [`save_state`] wrote."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(Path(folder, f"{name}.safetensors"))
+    except (SafetensorError, OSError) as error:
+        raise EdgeDiTError(
+            f"The checkpoint {folder} cannot be read ({error}); delete that folder to continue from the one before it, or start anew."
+        ) from error
+
+    def decode(value: dict) -> Any:
+        kind, content = next(iter(value.items()))
+        if kind == "tensor":
+            return tensors[content]
+        if kind == "dict":
+            return {k: decode(v) for k, v in content}
+        if kind == "list":
+            return [decode(v) for v in content]
+        if kind == "tuple":
+            return tuple(decode(v) for v in content)
+        return content
+
+    return decode(read_json(Path(folder, f"{name}.json"), "the checkpoint writer"))
+
+
+# -------------------------------------------------------------------- one stage
+
+
+class Interrupted(SystemExit):
+    """Ctrl-C or SIGTERM: the state is saved, the process ends with 130."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(130)
+        self.message = message
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """Dotted name and both values of the first place where two nested plain values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}, key=str):
+            if (found := first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))) is not None:
+                return found
+        return None
+    return None if old == new else (path, old, new)
+
+
+class RunState:
+    """Progress, telemetry, checkpoints and resume of one stage.
+
+    Args:
+        folder: the stage's folder; created.
+        stage: its name, shown before the progress bar.
+        config: plain values that decide the result; a folder made with others is refused.
+        total_steps: number of steps.
+        seed: written to `stage.json`.
+        inputs: hashes of what the stage reads; part of what must agree on resume.
+        accelerator: for several processes; only the main one writes and shows progress.
+        checkpoint_every, log_every: in steps.
+        sharded: every rank holds state of its own (else rank 0's stands for all).
+        unit: what a step is called in the progress bar.
+
+    Example:
+        >>> run = RunState("runs/x/teacher", "teacher", config, total_steps=100, seed=0)
+        >>> if not run.finished:
+        ...     run.track(model=model, optimizer=optimizer)
+        ...     for step in run.steps():
+        ...         run.log(loss=train_step(step))
+        ...     run.finish()
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        stage: str,
+        config: Mapping[str, Any],
+        total_steps: int,
+        *,
+        seed: int = 0,
+        inputs: Mapping[str, str] | None = None,
+        accelerator: Accelerator | None = None,
+        checkpoint_every: int = 500,
+        log_every: int = 10,
+        sharded: bool = False,
+        unit: str = "step",
+    ) -> None:
+        self.folder = Path(folder)
+        self.stage = stage
+        self.total_steps = int(total_steps)
+        self.seed = seed
+        self.accelerator = accelerator
+        self.checkpoint_every = max(1, int(checkpoint_every))
+        self.log_every = max(1, int(log_every))
+        self.sharded = sharded
+        self.unit = unit
+        self.is_main = accelerator is None or accelerator.is_main_process
+        self.rank = 0 if accelerator is None else accelerator.process_index
+        self.world_size = 1 if accelerator is None else accelerator.num_processes
+        self.step = 0
+        self.seconds_before = 0.0
+        self._tracked: dict[str, Any] = {}
+        self._sums: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}
+        self._shown: dict[str, float] = {}
+        self._stop = False
+        self._started = time.monotonic()
+        asked = {"stage": stage, "config": json.loads(json.dumps(dict(config))), "inputs": dict(inputs or {}), "seed": seed}
+        self._asked = asked
+        with _explain_write_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        record = self.folder / "run.json"
+        if record.exists():
+            difference = first_difference(read_json(record, f"stage {stage}"), asked)
+            if difference is not None:
+                name, old, new = difference
+                raise EdgeDiTError(
+                    f"{self.folder} was made with {name} = {old!r}, but now {name} = {new!r} is asked for. "
+                    f"Use the old value, another output_dir, or delete {self.folder} to make it anew."
+                )
+        elif self.is_main:
+            atomic_write_json(record, asked)
+        self.barrier()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage was completed, by this or an earlier process."""
+        return (self.folder / "stage.json").exists()
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+
+    # ---------------------------------------------------------------- resume
+
+    def track(self, **objects: Any) -> int:
+        """Objects with `state_dict()` and `load_state_dict()` whose state makes up a checkpoint; loads the newest one.
+
+        Returns:
+            the step to continue at (0 at first).
+        """
+        self._tracked = objects
+        newest = self._newest_checkpoint()
+        if newest is not None:
+            state = load_state(newest, self._state_name())
+            if state["world_size"] != self.world_size and self.sharded:
+                raise EdgeDiTError(
+                    f"{newest} was written by {state['world_size']} processes, but {self.world_size} are running; "
+                    "continue with the same number, or delete the checkpoint."
+                )
+            for name, thing in objects.items():
+                thing.load_state_dict(state["objects"][name])
+            self.step = state["step"]
+            self.seconds_before = state["seconds"]
+        if self.is_main:
+            self._cut_telemetry()
+        return self.step
+
+    def _state_name(self) -> str:
+        return f"state-rank{self.rank}" if self.sharded else "state"
+
+    def _newest_checkpoint(self) -> Path | None:
+        found = sorted((self.folder / "checkpoints").glob("step-*"))
+        return found[-1] if found else None
+
+    def _cut_telemetry(self) -> None:
+        # Lines of steps that will be done again would stand twice.
+        path = self.folder / "telemetry.jsonl"
+        if path.exists():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a last line cut by a kill
+                    if json.loads(line)["step"] <= self.step:
+                        kept.append(line)
+            atomic_write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def checkpoint(self) -> None:
+        """Write the tracked objects' state: aside, fsync, rename; then drop older checkpoints."""
+        root = self.folder / "checkpoints"
+        aside, final = root / f".tmp-{self.step:09d}", root / f"step-{self.step:09d}"
+        if final.exists():
+            return
+        with _explain_write_errors(final):
+            if self.is_main:
+                for left in root.glob(".tmp-*"):
+                    shutil.rmtree(left, ignore_errors=True)
+                aside.mkdir(parents=True, exist_ok=True)
+            self.barrier()
+            if self.is_main or self.sharded:
+                state = {
+                    "step": self.step,
+                    "seconds": self.seconds,
+                    "world_size": self.world_size,
+                    "objects": {name: thing.state_dict() for name, thing in self._tracked.items()},
+                }
+                save_state(aside, state, self._state_name())
+            self.barrier()
+            if self.is_main:
+                sync_tree(aside)
+                os.rename(aside, final)
+                _fsync_path(root)
+                for old in root.glob("step-*"):
+                    if old != final:
+                        shutil.rmtree(old, ignore_errors=True)
+            self.barrier()
+
+    # ---------------------------------------------------------------- the loop
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of work so far, those of earlier processes included."""
+        return self.seconds_before + time.monotonic() - self._started
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, with progress bar, telemetry, checkpoints, and a clean end on Ctrl-C or SIGTERM."""
+        from tqdm.auto import tqdm
+
+        handlers = {}
+        with contextlib.suppress(ValueError):  # not the main thread: no handlers, Ctrl-C behaves as usual
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, self._on_signal)
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc=self.stage,
+            unit=self.unit,
+            disable=not self.is_main,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )
+        try:
+            while self.step < self.total_steps:
+                yield self.step
+                self.step += 1
+                bar.update(1)
+                last = self.step == self.total_steps
+                if self.step % self.log_every == 0 or last:
+                    self._flush(bar)
+                stop = self._stop_anywhere()
+                if self.step % self.checkpoint_every == 0 or last or stop:
+                    self._flush(bar)  # a checkpoint never holds weights whose loss was not looked at
+                    self.checkpoint()
+                if stop:
+                    raise Interrupted(
+                        f"Stopped at {self.unit} {self.step} of {self.total_steps} of {self.stage}; saved. Run the same command to continue."
+                    )
+        finally:
+            bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._stop:  # a second Ctrl-C does not wait for the step
+            raise KeyboardInterrupt
+        self._stop = True
+
+    def _stop_anywhere(self) -> bool:
+        if self.world_size == 1:
+            return self._stop
+        import torch
+
+        flag = torch.tensor(float(self._stop), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+
+    def log(self, **metrics: Any) -> None:
+        """Numbers or 0-d tensors of this step; their mean over the interval is shown and written every `log_every` steps."""
+        for name, value in metrics.items():
+            value = value.detach().double() if hasattr(value, "detach") else float(value)
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _flush(self, bar: Any) -> None:
+        if not self._sums:
+            return
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        for name, value in means.items():
+            if not math.isfinite(value):
+                newest = self._newest_checkpoint()
+                kept = f"the checkpoint {newest.name} before it is kept" if newest else "no checkpoint was written yet"
+                raise EdgeDiTError(
+                    f"{self.stage}: {name} is {value} at {self.unit} {self.step}; {kept}. "
+                    "Lower the learning rate, lengthen the warm-up, or look at the data; then run again."
+                )
+        self._shown.update(means)
+        bar.set_postfix({name: f"{value:.4g}" for name, value in self._shown.items()}, refresh=False)
+        self.write_telemetry(means)
+
+    def write_telemetry(self, metrics: Mapping[str, Any]) -> None:
+        """Append one line to `telemetry.jsonl`."""
+        if self.is_main:
+            line = {"stage": self.stage, "step": self.step, "seconds": round(self.seconds, 3), **metrics}
+            with _explain_write_errors(self.folder), open(self.folder / "telemetry.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    # ---------------------------------------------------------------- the end
+
+    @contextlib.contextmanager
+    def publish(self) -> Iterator[Path]:
+        """Yields an empty folder; what is put there is moved into the stage's folder, entry by entry, when the block ends.
+        Call it on the main process."""
+        aside = self.folder / ".publish"
+        with _explain_write_errors(self.folder):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            yield aside
+            sync_tree(aside)
+            for entry in sorted(aside.iterdir()):
+                if entry.is_dir():
+                    replace_folder(entry, self.folder / entry.name)
+                else:
+                    os.replace(entry, self.folder / entry.name)
+            aside.rmdir()
+
+    def finish(self, **facts: Any) -> None:
+        """Mark the stage as finished (`stage.json`) and drop its checkpoints."""
+        self.barrier()
+        if self.is_main:
+            atomic_write_json(
+                self.folder / "stage.json",
+                {**self._asked, "steps": self.total_steps, "seconds": round(self.seconds, 2), "versions": versions(), **facts},
+            )
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        self.barrier()
