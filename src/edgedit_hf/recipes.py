@@ -1,0 +1,313 @@
+"""The one YAML that every stage reads: its schema, defaults, comments, overrides and checks. No torch.
+
+A run is described by one file with a section a stage. Each recipe in training/ reads the same file and uses its own section, so
+`train_teacher.py` and `compress.py` never disagree. Unknown keys and values of a wrong type are errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import EdgeDiTError
+
+
+def _key(default: Any, doc: str, choices: Sequence[Any] = (), minimum: float | None = None) -> Any:
+    metadata = {"doc": doc, "choices": tuple(choices), "minimum": minimum}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataConfig:
+    """Images to learn from."""
+
+    source: str = _key("digits", "'digits' (scikit-learn's, offline), a folder (class folders or metadata.jsonl), or a `datasets` id")
+    split: str = _key("train", "split of a `datasets` id to train on")
+    resolution: int | None = _key(None, "resize and centre-crop to this many pixels; null keeps the size the images have", minimum=2)
+    channels: int | None = _key(None, "1 (grey) or 3 (RGB); null keeps what the first image has", (None, 1, 3))
+    image_column: str = _key("image", "column of a `datasets` id that holds the images")
+    label_column: str | None = _key("label", "column that holds the classes; null trains an unconditional model")
+    validation_fraction: float = _key(0.2, "share held out where the data set has no split of its own", minimum=0.0)
+    vae: str | None = _key(None, "AutoencoderKL or AutoencoderTiny (folder or Hub id): work in its latents, cached once; null works in pixels")
+    num_workers: int = _key(0, "worker processes of the data loader", minimum=0)
+
+
+@dataclass
+class TeacherConfig:
+    """The network that is compressed: trained here, or brought along with `path`."""
+
+    path: str | None = _key(None, "a trained EdgeDiT pipeline (folder or Hub id) to compress; null trains one with the keys below")
+    patch_size: int = _key(2, "side of the patches", minimum=1)
+    hidden_size: int = _key(128, "residual width", minimum=4)
+    num_layers: int = _key(6, "transformer layers", minimum=1)
+    num_heads: int = _key(4, "attention heads", minimum=1)
+    prediction_type: str = _key("epsilon", "epsilon (DDPM schedule of DiT) or flow_prediction (flow matching)", ("epsilon", "flow_prediction"))
+    learn_sigma: bool = _key(False, "also learn the variance (epsilon only)")
+    conditional: bool = _key(True, "false trains an unconditional model even if the data has labels (num_classes: 0)")
+    steps: int = _key(1000, "optimiser steps", minimum=1)
+    batch_size: int = _key(128, "images a step, over all processes and accumulation", minimum=1)
+    learning_rate: float = _key(1e-3, "peak learning rate of AdamW", minimum=0.0)
+    final_learning_rate: float = _key(0.05, "the cosine decay ends at this share of the peak", minimum=0.0)
+    warmup_steps: int = _key(50, "linear warm-up", minimum=0)
+    weight_decay: float = _key(0.0, "weight decay of AdamW", minimum=0.0)
+    max_grad_norm: float = _key(1.0, "gradient clipping", minimum=0.0)
+    class_dropout: float = _key(0.1, "share of labels dropped, for classifier-free guidance", minimum=0.0)
+    ema_decay: float = _key(0.995, "exponential moving average of the weights; the average is what is saved", minimum=0.0)
+    gradient_accumulation: int = _key(1, "micro-batches a step", minimum=1)
+    gradient_checkpointing: bool = _key(False, "recompute activations to save memory")
+    checkpoint_every: int = _key(200, "steps between checkpoints", minimum=1)
+    log_every: int = _key(20, "steps between lines of telemetry", minimum=1)
+
+
+@dataclass
+class BankConfig:
+    """Proxy blocks: every smaller stand-in of every layer, distilled from the teacher's features."""
+
+    reduced_mlp_ratio: float = _key(2.0, "MLP ratio of the reduced options", minimum=0.01)
+    reduced_attention_dim: int | None = _key(None, "attention width of the reduced options; null: 4/9 of the hidden size, rounded to 8·heads")
+    init: str = _key("closed_form", "start of a proxy: closed_form, copy (truncated teacher weights) or random", ("closed_form", "copy", "random"))
+    calibration_samples: int = _key(256, "images whose features the closed-form starts are fitted to", minimum=1)
+    steps: int = _key(200, "optimiser steps of every proxy", minimum=0)
+    both_steps: int = _key(100, "steps of the proxies that combine a reduced attention with a reduced MLP", minimum=0)
+    batch_size: int = _key(32, "images a step; one teacher forward feeds all proxies", minimum=1)
+    learning_rate: float = _key(3e-4, "peak learning rate of AdamW", minimum=0.0)
+    warmup_steps: int = _key(30, "linear warm-up (a full first step undoes part of a closed-form start)", minimum=0)
+    loss: str = _key("normalised", "normalised (by the layer's own update) or plain (the paper's squared error)", ("normalised", "plain"))
+    checkpoint_every: int = _key(100, "steps between checkpoints", minimum=1)
+    log_every: int = _key(20, "steps between lines of telemetry", minimum=1)
+
+
+@dataclass
+class LatencyConfig:
+    """The latency table: every distinct block shape, lowered and measured once in the runtime that will ship."""
+
+    batch_size: int = _key(32, "images a forward", minimum=1)
+    threads: int = _key(2, "threads of the runtime", minimum=1)
+    precision: str = _key("fp32", "precision of the measured artefacts", ("fp32", "int8"))
+    repeats: int = _key(40, "measurements a shape; the median counts", minimum=3)
+
+
+@dataclass
+class SearchConfig:
+    """Two objectives, both minimised: Fréchet distance of the assembled, untuned student, and table latency."""
+
+    mode: str = _key("joint", "joint (20 choices a pair of layers) or two-stage (the paper: merges first, then options)", ("joint", "two-stage"))
+    acquisition: str = _key("qlogehvi", "qlogehvi, qlognehvi or ehvi (the paper's)", ("qlogehvi", "qlognehvi", "ehvi"))
+    evaluations: int = _key(24, "genotypes to evaluate", minimum=2)
+    initial: int = _key(8, "of these, how many form the space-filling start", minimum=2)
+    batch: int = _key(4, "genotypes asked at a time", minimum=1)
+    random_baseline: bool = _key(True, "also spend the same budget on random search, for comparison")
+    samples: int = _key(256, "images a genotype is judged by", minimum=8)
+    sampling_steps: int = _key(10, "denoising steps of these images", minimum=1)
+    guidance_scale: float = _key(1.5, "classifier-free guidance of these images", minimum=0.0)
+
+
+@dataclass
+class StudentConfig:
+    """Which point of the front becomes the student."""
+
+    max_latency_ms: float | None = _key(None, "latency budget (table latency); null: see max_latency_ratio", minimum=0.0)
+    max_latency_ratio: float | None = _key(0.7, "budget as a share of the teacher's table latency; null with max_latency_ms null: knee point", minimum=0.0)
+    max_parameters_ratio: float | None = _key(0.8, "parameters at most this share of the teacher's; null: no bound", minimum=0.0)
+    max_flops_ratio: float | None = _key(0.75, "FLOPs at most this share of the teacher's; null: no bound", minimum=0.0)
+
+
+@dataclass
+class TuneConfig:
+    """Fine-tuning of the assembled student, and of the teacher for the same steps (the fair reference)."""
+
+    steps: int = _key(500, "optimiser steps", minimum=1)
+    batch_size: int = _key(128, "images a step, over all processes and accumulation", minimum=1)
+    learning_rate: float = _key(5e-4, "peak learning rate of AdamW", minimum=0.0)
+    final_learning_rate: float = _key(0.05, "the cosine decay ends at this share of the peak", minimum=0.0)
+    warmup_steps: int = _key(30, "linear warm-up", minimum=0)
+    weight_decay: float = _key(0.0, "weight decay of AdamW", minimum=0.0)
+    max_grad_norm: float = _key(1.0, "gradient clipping", minimum=0.0)
+    class_dropout: float = _key(0.1, "share of labels dropped", minimum=0.0)
+    ema_decay: float = _key(0.99, "exponential moving average; the average is what is saved", minimum=0.0)
+    output_kd: float = _key(1.0, "weight of the distance to the teacher's output; 0 trains on the data alone", minimum=0.0)
+    teacher_more_steps: bool = _key(True, "train the teacher on for the same steps too")
+    random_proxies: bool = _key(False, "also tune the same genotype from untrained random proxies (what feature distillation is worth)")
+    gradient_accumulation: int = _key(1, "micro-batches a step", minimum=1)
+    gradient_checkpointing: bool = _key(False, "recompute activations to save memory")
+    checkpoint_every: int = _key(200, "steps between checkpoints", minimum=1)
+    log_every: int = _key(20, "steps between lines of telemetry", minimum=1)
+
+
+@dataclass
+class EvaluateConfig:
+    """Final figures of teacher, student and exports."""
+
+    samples: int = _key(2000, "images a model is judged by", minimum=16)
+    sampling_steps: int = _key(20, "denoising steps", minimum=1)
+    guidance_scale: float = _key(1.5, "classifier-free guidance", minimum=0.0)
+    batch_size: int = _key(250, "images a sampling batch", minimum=1)
+    extractor: str = _key("classifier", "features of the Fréchet distance: classifier (trained on the data) or inception", ("classifier", "inception"))
+    extractor_steps: int = _key(600, "training steps of the classifier", minimum=1)
+    grid: int = _key(8, "rows of the sample grids", minimum=1)
+    latency_batch_size: int = _key(32, "images a forward when whole models are timed", minimum=1)
+    latency_repeats: int = _key(30, "measurements a model; the median counts", minimum=3)
+
+
+@dataclass
+class ExportConfig:
+    """Artefacts for the phone's runtime."""
+
+    dtypes: list[str] = _key(lambda: ["fp32", "int8"], "precisions of the ONNX exports: fp32, int8")
+    threads: int = _key(2, "threads of the runtime when exports are timed", minimum=1)
+
+
+@dataclass
+class RunConfig:
+    """A whole run."""
+
+    output_dir: str = _key("runs/edgedit", "folder of the run; every stage has a folder in it")
+    seed: int = _key(0, "seed of everything", minimum=0)
+    threads: int = _key(2, "threads of PyTorch on the CPU, a process; 0 leaves PyTorch's choice", minimum=0)
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def section(self, *names: str) -> dict[str, Any]:
+        """Plain values of some sections, e.g. for a stage's `run.json`."""
+        return {name: dataclasses.asdict(getattr(self, name)) for name in names}
+
+    def folder(self, *names: str) -> Path:
+        """A path inside the run's folder."""
+        return Path(self.output_dir, *names)
+
+
+# -------------------------------------------------------------------- reading
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None:
+        if type(None) in options:
+            return None
+    elif float in options and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif float in options and isinstance(value, str):
+        try:  # YAML reads 1e-3 as text
+            return float(value)
+        except ValueError:
+            pass
+    elif int in options and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif bool in options and isinstance(value, bool):
+        return value
+    elif str in options and isinstance(value, str):
+        return value
+    elif any(typing.get_origin(o) is list for o in options) and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return value
+    wanted = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+    raise EdgeDiTError(f"{name} is {value!r} ({type(value).__name__}); it must be {wanted}.")
+
+
+def _fill(target: Any, values: Any, prefix: str, source: str) -> None:
+    if not isinstance(values, dict):
+        raise EdgeDiTError(f"{source}: {prefix or 'the file'} holds {type(values).__name__}; it must hold keys and values.")
+    hints = typing.get_type_hints(type(target))
+    fields = {f.name: f for f in dataclasses.fields(target)}
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys there are {', '.join(fields)}."
+            raise EdgeDiTError(f"{source}: unknown key {name!r}; {hint}")
+        if dataclasses.is_dataclass(getattr(target, key)):
+            _fill(getattr(target, key), {} if value is None else value, name, source)
+            continue
+        value = _convert(value, hints[key], f"{source}: {name}")
+        choices, minimum = fields[key].metadata["choices"], fields[key].metadata["minimum"]
+        if choices and value not in choices:
+            raise EdgeDiTError(f"{source}: {name} is {value!r}; it must be one of {', '.join(map(str, choices))}.")
+        if minimum is not None and value is not None and value < minimum:
+            raise EdgeDiTError(f"{source}: {name} is {value}; it must be at least {minimum}.")
+        setattr(target, key, value)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and apply `section.key=value` overrides (values are YAML).
+
+    Raises:
+        EdgeDiTError: the file is missing or not YAML; a key is unknown (the nearest is named) or its value does not fit.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EdgeDiTError(f"The recipe {path} cannot be read ({error.strerror}); `edgedit recipes copy DIR` gives the shipped ones.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise EdgeDiTError(f"The recipe {path} is not YAML: {error}") from None
+    config = RunConfig()
+    _fill(config, values or {}, "", str(path))
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise EdgeDiTError(f"--override {text!r} has no '='; write section.key=value, e.g. teacher.steps=100.")
+        nested: Any = yaml.safe_load(value)
+        for part in reversed(key.strip().split(".")):
+            nested = {part: nested}
+        _fill(config, nested, "", "--override")
+    _check(config, str(path))
+    return config
+
+
+def _check(config: RunConfig, source: str) -> None:
+    teacher, search = config.teacher, config.search
+    if teacher.hidden_size % teacher.num_heads:
+        raise EdgeDiTError(
+            f"{source}: teacher.hidden_size {teacher.hidden_size} is not a multiple of teacher.num_heads {teacher.num_heads}; change one."
+        )
+    if search.initial > search.evaluations:
+        raise EdgeDiTError(f"{source}: search.initial {search.initial} exceeds search.evaluations {search.evaluations}.")
+    for dtype in config.export.dtypes:
+        if dtype not in ("fp32", "int8"):
+            raise EdgeDiTError(f"{source}: export.dtypes holds {dtype!r}; it may hold fp32 and int8.")
+
+
+# -------------------------------------------------------------------- writing
+
+
+def commented_yaml(overrides: Sequence[str] = ()) -> str:
+    """A recipe with every key, its default (or the given `section.key=value`) and a comment saying what it does."""
+    import yaml
+
+    config = RunConfig()
+    for text in overrides:
+        key, _, value = text.partition("=")
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        _fill(config, nested, "", text)
+
+    def plain(value: Any) -> str:
+        return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+
+    lines: list[str] = []
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if not dataclasses.is_dataclass(value):
+            lines.append(f"{entry.name}: {plain(value)}  # {entry.metadata['doc']}")
+            continue
+        lines += ["", f"{entry.name}:  # {type(value).__doc__}"]
+        for key in dataclasses.fields(value):
+            lines.append(f"  {key.name}: {plain(getattr(value, key.name))}  # {key.metadata['doc']}")
+    return "\n".join(lines) + "\n"
