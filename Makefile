@@ -1,0 +1,40 @@
+# make demo   installs, then compresses a small diffusion transformer on the embedded digits: runs/demo/report.html
+# make test   installs, then runs the quick tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Two threads a process: the tested setting. Numbers in a report state the threads they were measured with.
+export OMP_NUM_THREADS ?= 2
+export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
+export TOKENIZERS_PARALLELISM := false
+
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+
+.PHONY: install demo test test-slow clean
+
+install: $(INSTALLED)
+
+# The constraint file pins the tested set, torch included; nothing is resolved freely.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(None if sys.version_info >= (3, 11) else \
+	"edgedit_hf needs Python 3.11 or newer; $(PYTHON) is " + v + ". Use: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: install
+	$(OFFLINE) $(BIN)/accelerate launch --config_file training/accelerate/cpu.yaml training/compress.py \
+		--config training/recipes/digits.yaml
+
+test: install
+	$(OFFLINE) $(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: install
+	$(OFFLINE) $(BIN)/python -m pytest -q -m slow
+
+clean:
+	rm -rf runs build dist .pytest_cache .ruff_cache src/*.egg-info
+	find src tests training benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,386 @@
+"""EdgeDiTPipeline: class labels in, images out. One self-contained file: it imports only torch, diffusers, numpy and PIL.
+
+Works on latents with a VAE and directly on pixels without one, with a learned or a fixed variance, with a class-conditional or an
+unconditional transformer, and with every diffusers scheduler that fits what the transformer predicts.
+
+Shapes: B images, C channels of the latents (of the pixels without a VAE), H × W their size, f the VAE's downsampling factor (1 without).
+"""
+
+import difflib
+import inspect
+import json
+import operator
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.models.autoencoders import AutoencoderKL, AutoencoderTiny
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+Label = int | str
+PIL_CHANNELS = (1, 3, 4)  # modes L, RGB, RGBA
+
+
+class EdgeDiTPipeline(DiffusionPipeline):
+    r"""
+    Class-conditional (or unconditional) image generation with a diffusion transformer.
+
+    Args:
+        transformer ([`EdgeDiTTransformer2DModel`]): Predicts the noise, or the velocity ε − x0, of noisy latents; any component with the
+            same `config` and call, such as one that runs in ONNX Runtime, serves as well.
+        scheduler ([`SchedulerMixin`]): A diffusers scheduler whose prediction type is the transformer's.
+        vae ([`AutoencoderKL`] or [`AutoencoderTiny`], *optional*): Decodes latents to images. `None`: the transformer works on pixels.
+        id2label (`dict[str, str]`, *optional*): Name of every class, by its number as a string; several names of one class are
+            separated by commas.
+        default_steps (`int`, defaults to 50): `num_inference_steps` of a call that gives none.
+        default_guidance_scale (`float`, defaults to 4.0): `guidance_scale` of a call that gives none.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents"]
+    # Only the .onnx files of a repository without safetensors in transformer/ are meant: with this, downloads do not skip them.
+    _is_onnx = True
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | AutoencoderTiny | None = None,
+        id2label: dict[str, str] | None = None,
+        default_steps: int = 50,
+        default_guidance_scale: float = 4.0,
+    ):
+        super().__init__()
+        if id2label is not None:
+            id2label = {str(key): str(name) for key, name in id2label.items()}
+            classes = transformer.config.num_classes
+            foreign = [key for key in id2label if not (key.isdecimal() and int(key) < classes)]
+            if foreign:
+                raise ValueError(
+                    f"id2label names the class {foreign[0]!r}, but the transformer has the classes 0 … {classes - 1}; "
+                    "its keys must be those numbers."
+                )
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(
+            id2label=id2label, default_steps=default_steps, default_guidance_scale=default_guidance_scale
+        )
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Side of the square of pixels that one latent stands for (1 without a VAE)."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    # ---------------------------------------------------------------- labels
+
+    @property
+    def labels(self) -> dict[str, list[int]]:
+        """Every name of `id2label` and the classes that carry it (ImageNet has two classes named "crane")."""
+        names: dict[str, list[int]] = {}
+        for key, value in (self.config.id2label or {}).items():
+            for name in dict.fromkeys([value.strip(), *(part.strip() for part in value.split(","))]):
+                names.setdefault(name, []).append(int(key))
+        return names
+
+    def get_label_ids(self, labels: Label | Sequence[Label]) -> list[int]:
+        """Class numbers of class numbers or names.
+
+        Raises:
+            ValueError: a number is out of range, or a name is unknown or belongs to several classes.
+        """
+        if isinstance(labels, str) or not isinstance(labels, Iterable) or (torch.is_tensor(labels) and labels.ndim == 0):
+            labels = [labels]
+        names = self.labels if any(isinstance(label, str) for label in labels) else {}
+        return [self._label_id(label, names) for label in labels]
+
+    def _label_id(self, label: Label, names: Mapping[str, list[int]]) -> int:
+        classes = self.transformer.config.num_classes
+        if isinstance(label, str):
+            if not names:
+                raise ValueError(
+                    f"The label {label!r} is a name, but this pipeline has no id2label; give numbers 0 … {classes - 1}."
+                )
+            if label not in names:
+                near = difflib.get_close_matches(label, names, n=3) or sorted(names)[:3]
+                raise ValueError(
+                    f"There is no class named {label!r}; the nearest of {len(names)} names are {', '.join(map(repr, near))}."
+                )
+            if len(names[label]) > 1:
+                raise ValueError(f"The name {label!r} belongs to the classes {names[label]}; give the number you mean.")
+            return names[label][0]
+        try:
+            number = operator.index(label.item() if isinstance(label, torch.Tensor) else label)
+        except (TypeError, RuntimeError):
+            raise ValueError(f"The label {label!r} is neither a class number 0 … {classes - 1} nor a name.") from None
+        if not 0 <= number < classes:
+            raise ValueError(f"The label {number} is out of range; this model has the classes 0 … {classes - 1}.")
+        return number
+
+    # ---------------------------------------------------------------- checks
+
+    def check_scheduler(self) -> None:
+        """Raise a ValueError if the scheduler does not integrate what the transformer predicts."""
+        wanted = self.transformer.config.prediction_type
+        config, name = self.scheduler.config, type(self.scheduler).__name__
+        flow_scheduler = name.startswith("FlowMatch")
+        given = "flow_prediction" if flow_scheduler else config.get("prediction_type")
+        if given != wanted:
+            fitting = "FlowMatchEulerDiscreteScheduler" if wanted == "flow_prediction" else "DDIMScheduler"
+            states = "states no prediction type" if given is None else f"integrates {given!r}"
+            raise ValueError(f"The transformer predicts {wanted!r}, but {name} {states}; use one that fits, such as {fitting}.")
+        if wanted == "flow_prediction" and not (flow_scheduler or config.get("use_flow_sigmas")):
+            raise ValueError(f"{name} has prediction_type 'flow_prediction' without use_flow_sigmas=True; set it in its config.")
+        if "sigma_data" in config:
+            raise ValueError(f"{name} wants a network with EDM preconditioning, which this transformer is not.")
+        learned = str(config.get("variance_type")).startswith("learned")
+        if learned and not self.transformer.config.learn_sigma:
+            raise ValueError(
+                f"{name} has variance_type {config.variance_type!r}, but the transformer was made with learn_sigma=False; "
+                "set the scheduler's variance_type to 'fixed_small'."
+            )
+        if learned and not self._scheduler_takes_variance and self.transformer.config.in_channels > 3:
+            # These schedulers cut the prediction to three channels when told of a learned variance.
+            raise ValueError(
+                f"{name} cannot use variance_type {config.variance_type!r} with {self.transformer.config.in_channels} channels; "
+                f"make it with {name}.from_config(config, variance_type=None)."
+            )
+
+    @property
+    def _scheduler_takes_variance(self) -> bool:
+        """Whether the scheduler's step takes the variance channels of DiT beside the noise."""
+        learned = str(self.scheduler.config.get("variance_type")).startswith("learned")
+        return learned and type(self.scheduler).__name__ in ("DDPMScheduler", "DDPMParallelScheduler")
+
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        factor, patch = self.vae_scale_factor, self.transformer.config.patch_size
+        native = self.transformer.config.sample_size
+        sizes = []
+        for name, pixels in (("height", height), ("width", width)):
+            pixels = native * factor if pixels is None else pixels
+            if pixels < 1 or pixels % (factor * patch):
+                raise ValueError(f"{name} is {pixels}; it must be a positive multiple of {factor * patch} pixels.")
+            sizes.append(pixels // factor)
+        return sizes[0], sizes[1]
+
+    def _prepare_labels(self, class_labels: Any, batch_size: int | None, num_images_per_label: int) -> list[int] | int:
+        """The class of every image, or their number for an unconditional transformer."""
+        classes = self.transformer.config.num_classes
+        if num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label is {num_images_per_label}; it must be at least 1.")
+        if classes == 0:
+            if class_labels is not None:
+                raise ValueError(
+                    f"The transformer is unconditional (num_classes=0), but class_labels={class_labels!r}; give batch_size instead."
+                )
+            count = (1 if batch_size is None else batch_size) * num_images_per_label
+            if count < 1:
+                raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+            return count
+        if class_labels is None or batch_size is not None:
+            raise ValueError(
+                f"The transformer has the classes 0 … {classes - 1}: give class_labels, one an image, and no batch_size "
+                f"(given: class_labels={class_labels!r}, batch_size={batch_size})."
+            )
+        labels = [label for label in self.get_label_ids(class_labels) for _ in range(num_images_per_label)]
+        if not labels:
+            raise ValueError("class_labels is empty; give at least one class number or name.")
+        return labels
+
+    def prepare_latents(
+        self,
+        shape: tuple[int, int, int, int],
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Initial noise in float32, scaled as the scheduler wants it. `latents`: standard normal noise to start from instead."""
+        if isinstance(generator, (list, tuple)) and len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators were given for {shape[0]} images; give one, or one an image.")
+        device = self._execution_device
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents has the shape {tuple(latents.shape)}; these arguments need {shape}.")
+        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    # ---------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Label | Sequence[Label] | torch.Tensor | None = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict], dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        num_images_per_label: int = 1,
+        batch_size: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Generate images.
+
+        Args:
+            class_labels: Class numbers or names, one or a list. `None` only for an unconditional transformer.
+            guidance_scale (`float`, *optional*): Classifier-free guidance: uncond + scale · (cond − uncond), both in one batch.
+                1 or less: no guidance, half the work. Default: the pipeline's `default_guidance_scale`.
+            num_inference_steps (`int`, *optional*): Denoising steps. Default: the pipeline's `default_steps`.
+            generator: One `torch.Generator`, or one an image, which makes every image independent of the rest of its batch.
+            latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Standard normal noise to start from.
+            output_type: `"pil"`, `"np"` (`(B, H·f, W·f, C)` in [0, 1]), `"pt"` (`(B, C, H·f, W·f)` in [0, 1]) or `"latent"`.
+            return_dict: Whether to return an [`ImagePipelineOutput`] or a tuple.
+            callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; may return changed tensors.
+            callback_on_step_end_tensor_inputs: What `tensors` holds; `"latents"` is what there is.
+            num_images_per_label: Images of every label (or, unconditional, a multiple of `batch_size`).
+            batch_size (`int`, *optional*): Number of images of an unconditional transformer, default 1.
+            height, width (`int`, *optional*): Size in pixels. Default: what the transformer was made for.
+
+        Raises:
+            ValueError: an argument does not fit the model; the message quotes both.
+        """
+        # 1. Check the arguments before any work is done
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        foreign = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if foreign:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs names {foreign}; the tensors are {self._callback_tensor_inputs}."
+            )
+        steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
+        if steps < 1:
+            raise ValueError(f"num_inference_steps is {steps}; it must be at least 1.")
+        self.check_scheduler()
+        guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        labels = self._prepare_labels(class_labels, batch_size, num_images_per_label)
+        count = labels if isinstance(labels, int) else len(labels)
+        channels = self.transformer.config.in_channels
+        latent_height, latent_width = self._latent_size(height, width)
+
+        # 2. Noise, timesteps, labels
+        device = self._execution_device
+        self.scheduler.set_timesteps(steps, device=device)
+        latents = self.prepare_latents((count, channels, latent_height, latent_width), generator, latents)
+        classes, guided = None, False
+        if not isinstance(labels, int):
+            classes = torch.tensor(labels, device=device)
+            guided = guidance_scale > 1
+        if guided:
+            null = torch.full_like(classes, self.transformer.config.num_classes)
+            classes = torch.cat([classes, null])  # [2B]
+        step_kwargs = {"return_dict": False}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            step_kwargs["generator"] = generator
+
+        # 3. Denoise
+        self._interrupt = False
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
+            for index, timestep in enumerate(self.scheduler.timesteps):
+                if self._interrupt:
+                    break
+                prediction = self._predict(latents, timestep, classes, guided, guidance_scale)
+                latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs)[0]
+                if callback_on_step_end is not None:
+                    tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                    returned = callback_on_step_end(self, index, timestep, tensors) or {}
+                    latents = returned.get("latents", latents)
+                progress_bar.update()
+
+        # 4. Decode
+        images = latents if output_type == "latent" else self._postprocess(self.decode(latents), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _predict(
+        self, latents: torch.Tensor, timestep: torch.Tensor, classes: torch.Tensor | None, guided: bool, scale: float
+    ) -> torch.Tensor:
+        """What the scheduler's step takes, in float32: `(B, C, H, W)`, or `(B, 2C, H, W)` with the variance channels."""
+        sample = latents
+        if hasattr(self.scheduler, "scale_model_input"):
+            sample = self.scheduler.scale_model_input(sample, timestep)
+        sample = torch.cat([sample, sample]) if guided else sample  # [B or 2B, C, H, W]
+        timesteps = timestep.to(sample.device).expand(sample.shape[0])
+        output = self.transformer(sample.to(self.transformer.dtype), timesteps, classes, return_dict=False)[0].float()
+        prediction, variance = output.split(latents.shape[1], dim=1) if self.transformer.config.learn_sigma else (output, None)
+        if guided:
+            conditional, unconditional = prediction.chunk(2)
+            prediction = unconditional + scale * (conditional - unconditional)
+            variance = None if variance is None else variance.chunk(2)[0]
+        if variance is not None and self._scheduler_takes_variance:
+            prediction = torch.cat([prediction, variance], dim=1)  # [B, 2C, H, W]
+        return prediction
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(B, C, H, W)` → images `(B, channels, H·f, W·f)` in [0, 1], float32."""
+        if self.vae is not None:
+            latents = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
+            latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        return (latents / 2 + 0.5).clamp(0, 1)
+
+    @staticmethod
+    def _postprocess(images: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
+        if output_type == "pt":
+            return images
+        array = images.permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, C]
+        if output_type == "np":
+            return array
+        channels = array.shape[-1]
+        if channels not in PIL_CHANNELS:
+            raise ValueError(f"Images of {channels} channels are no PIL images; use output_type 'np' or 'pt'.")
+        array = (array * 255).round().astype(np.uint8)
+        return [Image.fromarray(image[..., 0] if channels == 1 else image) for image in array]
+
+    # ---------------------------------------------------------------- saving
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, bundle_code: bool | None = None, **kwargs) -> None:
+        """As in diffusers, and with `bundle_code=True` the folder also holds the code.
+
+        Such a folder loads with `trust_remote_code=True` where this package is not installed (and needs that flag everywhere).
+
+        Args:
+            bundle_code: Default: `True` for a pipeline whose own code came from such a folder, so that saving it again keeps it
+                loadable, else `False`.
+
+        Raises:
+            ValueError: the code cannot be bundled: a component is not self-contained, or `push_to_hub=True` is given too (the upload
+                would precede the code; use the method `push_to_hub`).
+        """
+        if bundle_code is None:
+            bundle_code = type(self).__module__.startswith("diffusers_modules.")
+        if bundle_code:
+            model_class = type(getattr(self.transformer, "_orig_mod", self.transformer))  # torch.compile wraps the model
+            source = Path(inspect.getfile(model_class))
+            if model_class.__name__ != "EdgeDiTTransformer2DModel":
+                raise ValueError(
+                    f"The code of {model_class.__name__} is not self-contained, so it cannot be bundled; "
+                    "save without bundle_code, for use with the package installed."
+                )
+            if kwargs.get("push_to_hub"):
+                raise ValueError("With bundle_code, save first and then upload: pipeline.push_to_hub(repo_id).")
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if not bundle_code:
+            return
+        folder, own = Path(save_directory), Path(__file__)
+        shutil.copyfile(own, folder / own.name)
+        shutil.copyfile(source, folder / "transformer" / source.name)
+        index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
+        index["_class_name"] = [own.stem, type(self).__name__]
+        index["transformer"] = [source.stem, model_class.__name__]
+        written = folder / f"{self.config_name}.tmp"
+        written.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(written, folder / self.config_name)

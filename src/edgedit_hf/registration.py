@@ -1,0 +1,88 @@
+"""Every change of diffusers' look-up tables, in one place. Imports neither torch nor diffusers.
+
+diffusers knows a third-party class only if its tables say so: `LOADABLE_CLASSES` decides what `model_index.json` records for a
+component and whether a Hub repository that names `edgedit_hf` may be loaded at all, and a pipeline's `_class_name` is looked up as an
+attribute of the `diffusers` module. [`register`] makes both entries: at once where diffusers' pipelines are loaded, otherwise right
+after they are, through an import hook that removes itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from types import ModuleType
+
+PACKAGE = "edgedit_hf"
+TABLES = "diffusers.pipelines.pipeline_loading_utils"  # the module of diffusers that holds the tables
+METHODS = ["save_pretrained", "from_pretrained"]
+
+# Base classes, as attributes of this package, by which diffusers recognises a component and how it is saved and loaded.
+COMPONENTS = {
+    "ModelMixin": METHODS,
+    "SchedulerMixin": METHODS,
+    "OnnxEdgeDiTTransformer2DModel": METHODS,
+}
+# Classes that diffusers looks up as its own attributes, by the name in `_class_name`. Not the ONNX model: diffusers asks every
+# library for every name in COMPONENTS, and would import ONNX Runtime to load any pipeline.
+CLASSES = ("EdgeDiTPipeline", "EdgeDiTTransformer2DModel")
+
+
+def register() -> None:
+    """Make diffusers know this package's classes, now or as soon as its pipelines are imported. Calling it again changes nothing."""
+    if TABLES in sys.modules:
+        importlib.import_module(TABLES)  # another thread may be in the middle of importing it: wait for its end
+        _patch()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _patch() -> None:
+    tables = sys.modules[TABLES]
+    tables.LOADABLE_CLASSES[PACKAGE] = dict(COMPONENTS)
+    tables.ALL_IMPORTABLE_CLASSES.update(COMPONENTS)
+
+    # A module's own __getattr__ is asked before its class's, so our names resolve lazily and all others go on to diffusers.
+    diffusers: ModuleType = sys.modules["diffusers"]
+
+    def getattr_of_diffusers(name: str):
+        if name in CLASSES:
+            value = getattr(importlib.import_module(PACKAGE), name)
+            setattr(diffusers, name, value)
+            return value
+        if previous is not None:
+            return previous(name)
+        raise AttributeError(f"module 'diffusers' has no attribute {name!r}")
+
+    previous = vars(diffusers).get("__getattr__")
+    if getattr(previous, "__module__", None) != __name__:
+        diffusers.__getattr__ = getattr_of_diffusers
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Import hook for one module: lets the ordinary finders find it, and patches after it has run."""
+
+    def __init__(self) -> None:
+        self._finding = False
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != TABLES or self._finding:
+            return None
+        self._finding = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._finding = False
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_patch(module: ModuleType) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            _patch()
+
+        spec.loader.exec_module = execute_and_patch
+        return spec
