@@ -1,0 +1,154 @@
+"""ProxyBank: every proxy of a teacher as an addressable safetensors file, with an index; assembles students.
+
+Folder: `index.json` and a file a proxy, e.g. `03-mlp.safetensors` (layer 3 with a reduced MLP), `04-05-both.safetensors` (layers 4 and 5
+merged into one with both reductions).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..errors import EdgeDiTError
+from ..genotype import Genotype, LayerSpec
+from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
+from ..run_state import atomic_write_json, file_sha256, read_json, weights_hash
+from ..search_space import SearchSpace
+
+FORMAT = "edgedit-proxy-bank-1"
+
+
+class ProxyBank:
+    """The proxies of one teacher.
+
+    Args:
+        folder: a bank's folder with its `index.json`.
+        teacher: the teacher, whose trunk and original layers students take over; its weights must be those the bank was made from.
+
+    Raises:
+        EdgeDiTError: no bank there, or it belongs to another teacher (both hashes are quoted).
+    """
+
+    def __init__(self, folder: str | os.PathLike, teacher: EdgeDiTTransformer2DModel) -> None:
+        self.folder = Path(folder)
+        index = read_json(self.folder / "index.json", "stage bank (training/distill_proxies.py)")
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            found = index.get("format") if isinstance(index, dict) else type(index).__name__
+            raise EdgeDiTError(f"{self.folder / 'index.json'} has the format {found!r}; expected {FORMAT!r}: it is no proxy bank.")
+        found = weights_hash(teacher.state_dict())
+        if found != index["teacher_hash"]:
+            raise EdgeDiTError(
+                f"The bank {self.folder} was made from a teacher with hash {index['teacher_hash']}, but the given teacher has {found}; "
+                "use the teacher it was made from, or make the bank anew."
+            )
+        self.index = index
+        self.teacher = teacher
+        self.space = SearchSpace(**index["space"])
+
+    @classmethod
+    def create(cls, folder: str | os.PathLike, teacher: EdgeDiTTransformer2DModel, space: SearchSpace) -> ProxyBank:
+        """An empty bank. [`~ProxyBank.write_proxy`] and [`~ProxyBank.write_index`] fill it."""
+        index = {"format": FORMAT, "teacher_hash": weights_hash(teacher.state_dict()), "space": space.to_dict(), "entries": {}}
+        atomic_write_json(Path(folder, "index.json"), index)
+        return cls(folder, teacher)
+
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """What the bank holds, by key: file, sha256, source, option, loss_before, loss_after, steps, seed, init."""
+        return self.index["entries"]
+
+    def key(self, layer: LayerSpec) -> str:
+        """Address of the proxy with this source and shape, e.g. `"03/mlp"` or `"04-05/original"`."""
+        return "-".join(f"{i:02d}" for i in layer.source) + "/" + self.space.option_of(layer)
+
+    def missing(self) -> list[str]:
+        """Keys of the search space that the bank does not hold yet."""
+        return [key for key in map(self.key, self.space.proxies()) if key not in self.entries]
+
+    # ---------------------------------------------------------------- writing
+
+    def write_proxy(self, layer: LayerSpec, block: EdgeDiTBlock, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Write one proxy's file (aside, then renamed); returns the entry for [`~ProxyBank.write_index`].
+
+        Args:
+            record: what is to be remembered: loss_before, loss_after, steps, seed, init.
+        """
+        name = self.key(layer).replace("/", "-") + ".safetensors"
+        aside = self.folder / f".{name}.tmp-{os.getpid()}"
+        state = {k: v.detach().cpu().contiguous() for k, v in block.state_dict().items()}
+        save_file(state, aside)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, self.folder / name)
+        option = self.space.option_of(layer)
+        return {"file": name, "sha256": file_sha256(self.folder / name), "source": list(layer.source), "option": option, **record}
+
+    def write_index(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add entries and write the index."""
+        self.entries.update({key: dict(entry) for key, entry in sorted(entries.items())})
+        atomic_write_json(self.folder / "index.json", self.index)
+
+    # ---------------------------------------------------------------- reading
+
+    def load(self, layer: LayerSpec) -> dict[str, torch.Tensor]:
+        """State dict of the block that stands for `layer`: the teacher's own, or a proxy's file.
+
+        Raises:
+            EdgeDiTError: the bank lacks the proxy, or its file is damaged.
+        """
+        option = self.space.option_of(layer)
+        if len(layer.source) == 1 and option == "original":
+            return self.teacher.blocks[layer.source[0]].state_dict()
+        key = self.key(layer)
+        if key not in self.entries:
+            raise EdgeDiTError(f"The bank {self.folder} has no proxy {key!r}; it holds {len(self.entries)} entries. Finish stage bank first.")
+        name = self.entries[key]["file"]
+        if Path(name).name != name:
+            raise EdgeDiTError(f"The index of {self.folder} names the file {name!r}; a proxy's file must lie in the bank's own folder.")
+        path = self.folder / name
+        try:
+            state = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise EdgeDiTError(f"The proxy {path} cannot be read ({error}); delete the bank and make it anew.") from error
+        expected = {k: tuple(v.shape) for k, v in self.new_block(layer, device="meta").state_dict().items()}
+        got = {k: tuple(v.shape) for k, v in state.items()}
+        if got != expected:
+            raise EdgeDiTError(f"The proxy {path} holds {got}; the layer {layer.to_dict()} needs {expected}.")
+        return state
+
+    def new_block(self, layer: LayerSpec, device: str = "cpu") -> EdgeDiTBlock:
+        """A block of the layer's shape with untrained weights."""
+        with torch.device(device):
+            return EdgeDiTBlock(self.space.hidden_size, *layer.shape, self.teacher.config.norm_eps)
+
+    def assemble(self, genotype: Genotype, *, random_seed: int | None = None) -> EdgeDiTTransformer2DModel:
+        """The student of a genotype: the teacher's trunk and kept layers, the bank's proxies for the rest.
+
+        Args:
+            genotype: must be one of the bank's search space.
+            random_seed: when given, proxies are left at DiT's random initialisation instead (to see what distillation is worth).
+
+        Raises:
+            EdgeDiTError: the genotype does not fit the teacher, or a proxy is missing.
+        """
+        self.space.code(genotype)  # raises when the genotype is of another teacher or space
+        config = {k: v for k, v in self.teacher.config.items() if not k.startswith("_")}
+        state = torch.random.get_rng_state()
+        torch.manual_seed(0 if random_seed is None else random_seed)
+        try:
+            student = EdgeDiTTransformer2DModel(**{**config, "layers": genotype.to_layers()})
+        finally:
+            torch.random.set_rng_state(state)
+        trunk = {k: v for k, v in self.teacher.state_dict().items() if not k.startswith("blocks.")}
+        student.load_state_dict(trunk, strict=False)
+        for block, layer in zip(student.blocks, genotype.layers):
+            original = len(layer.source) == 1 and self.space.option_of(layer) == "original"
+            if original or random_seed is None:
+                block.load_state_dict(self.load(layer))
+        return student.to(self.teacher.dtype).eval()
