@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.autoencoders import AutoencoderKL, AutoencoderTiny
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -53,7 +54,7 @@ class EdgeDiTPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: ModelMixin,
+        transformer: ModelMixin | ConfigMixin,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | AutoencoderTiny | None = None,
         id2label: dict[str, str] | None = None,

@@ -1,0 +1,1 @@
+"""The `edgedit` console script (`cli`) and the optimum-cli command (`export`). Heavy imports stand inside the functions."""

@@ -1,0 +1,21 @@
+"""`edgedit report`: write a run's report from what its stages measured."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the command to the `edgedit` parser."""
+    parser = subparsers.add_parser("report", help="write report.html and report.json of a run")
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="the run's folder (output_dir of its recipe)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the report and say where it is."""
+    from ..report import write_report
+
+    write_report(args.run_dir)
+    print(args.run_dir / "report.html")

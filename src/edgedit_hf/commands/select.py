@@ -1,0 +1,23 @@
+"""`edgedit select`: build another point of a finished search's front, without searching again."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the command to the `edgedit` parser."""
+    parser = subparsers.add_parser("select", help="choose another point of a finished search and assemble its student")
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="the run's folder (output_dir of its recipe)")
+    parser.add_argument("--max-latency-ms", type=float, metavar="MS", help="latency budget, by the run's table; without it the knee point")
+    parser.add_argument("--max-parameters-ratio", type=float, metavar="R", help="parameters at most this share of the teacher's")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Choose, assemble, and say what was chosen."""
+    from ..search.selection import select
+
+    choice = select(args.run_dir, max_latency_ms=args.max_latency_ms, max_parameters_ratio=args.max_parameters_ratio)
+    print(f"{args.run_dir / 'student'}: genotype {choice['genotype']}, {choice['reason']}")
