@@ -7,6 +7,7 @@ Shapes: B batch, C latent channels, H Ã— W latent size, P patch size, N = (H/P)Â
 A attention width of a layer, h heads.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -355,6 +356,7 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
             )
         return (model, info) if return_info else model
 
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines pass `variant` and others only if the signature names them
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in diffusers, but refuses while PEFT adapters are injected: their wrapped weights would reload as random ones."""
         if getattr(self, "peft_config", None):

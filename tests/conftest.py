@@ -1,0 +1,172 @@
+"""What every test shares: an environment without network, a cache of its own, tiny real models, child processes, a Hub cache."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+# Before anything imports huggingface_hub, and inherited by every child process.
+_HOME = tempfile.mkdtemp(prefix="edgedit-tests-")
+os.environ["HF_HOME"] = _HOME
+for _name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN"):
+    os.environ.pop(_name, None)
+for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ[_name] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_sessionfinish(session, exitstatus):
+    shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def make_transformer():
+    """`make_transformer(seed=0, **config)`: a tiny transformer whose every weight is random (a fresh DiT predicts zero)."""
+    import torch
+
+    from edgedit_hf import EdgeDiTTransformer2DModel
+
+    def make(seed: int = 0, **config):
+        model = EdgeDiTTransformer2DModel.from_preset("DiT-debug/2", **config).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """`run_python(code, *args, env={})`: run a program in a fresh interpreter outside the checkout; returns its stdout."""
+
+    def run(code: str, *args, env: dict | None = None, expect: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, args)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            cwd=_HOME,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def make_hub_cache(tmp_path):
+    """`make_hub_cache(folder, "org/name", listing=True)`: the folder as a Hub repository in a cache, as a download leaves it.
+
+    `listing` also stores the repository's file list, from which diffusers decides offline which files it needs. Returns the path for
+    `HF_HUB_CACHE` (or `cache_dir`).
+    """
+
+    def make(folder: Path, repo_id: str, listing: bool = True) -> Path:
+        cache = tmp_path / "hub"
+        repository = cache / f"models--{repo_id.replace('/', '--')}"
+        commit = hashlib.sha1(repo_id.encode()).hexdigest()
+        files = {}
+        for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+            name = path.relative_to(folder).as_posix()
+            content = path.read_bytes()
+            blob_id = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            blob, link = repository / "blobs" / blob_id, repository / "snapshots" / commit / name
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            blob.write_bytes(content)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+            files[name] = {"size": len(content), "blob_id": blob_id}
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        if listing:
+            (repository / "trees").mkdir()
+            (repository / "trees" / f"{commit}.json").write_text(json.dumps({"format_version": 1, "files": files}))
+        return cache
+
+    return make
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """The part of the Hub's HTTP interface that downloading a model needs: its description, its file list, its files."""
+
+    repositories: dict[str, Path]
+
+    def _commit(self, name: str) -> str:
+        return hashlib.sha1(name.encode()).hexdigest()
+
+    def _answer(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        parts = parts[2:] if parts[:2] == ["api", "models"] else parts
+        name, folder = "/".join(parts[:2]), self.repositories.get("/".join(parts[:2]))
+        if folder is None:
+            return self._answer(b"", 404, X_Error_Code="RepoNotFound")
+        commit, files = self._commit(name), sorted(p for p in folder.rglob("*") if p.is_file())
+        if parts[2:3] == ["resolve"]:
+            path = folder.joinpath(*parts[4:])
+            if not path.is_file():
+                return self._answer(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+            content = path.read_bytes()
+            return self._answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=commit)
+        names = [path.relative_to(folder).as_posix() for path in files]
+        if parts[2:3] == ["tree"]:
+            answer = [{"type": "file", "path": n, "size": p.stat().st_size, "oid": "0" * 40} for n, p in zip(names, files)]
+        else:
+            answer = {"id": name, "modelId": name, "sha": commit, "siblings": [{"rfilename": n} for n in names]}
+        return self._answer(json.dumps(answer).encode(), Content_Type="application/json")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def make_hub_server(tmp_path):
+    """`make_hub_server({"org/name": folder, …})`: a Hub on the loopback interface, to download from as from the real one.
+
+    Returns the environment of a child process that uses it, with an empty cache.
+    """
+    servers = []
+
+    def make(repositories: dict[str, Path]) -> dict[str, str]:
+        handler = type("Hub", (_Hub,), {"repositories": repositories})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        online = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+        return {**online, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_CACHE": str(tmp_path / "downloaded")}
+
+    yield make
+    for server in servers:
+        server.shutdown()
+        server.server_close()
