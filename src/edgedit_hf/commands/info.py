@@ -65,6 +65,9 @@ def describe(name: str) -> dict[str, Any]:
 
     config = _folder_config(Path(name)) or _preset_config(name) or _hub_config(name)
     try:
+        if config.get("layers") is None:
+            sizes = (config["num_layers"], config["hidden_size"], config["num_attention_heads"], config["mlp_ratio"])
+            config["layers"] = Genotype.original(*sizes).to_layers()
         cost = model_cost(config)
         genotype = Genotype.from_layers(config["layers"], config["hidden_size"])
         shape = (config["in_channels"], config["sample_size"], config["sample_size"])
@@ -93,17 +96,7 @@ def _preset_config(name: str) -> dict[str, Any] | None:
     if name not in PRESETS:
         return None
     parameters = inspect.signature(EdgeDiTTransformer2DModel.__init__).parameters
-    config = {key: value.default for key, value in parameters.items() if key != "self"} | PRESETS[name]
-    return _with_layers(config)
-
-
-def _with_layers(config: dict[str, Any]) -> dict[str, Any]:
-    from ..genotype import Genotype
-
-    if config.get("layers") is None:
-        sizes = (config["num_layers"], config["hidden_size"], config["num_attention_heads"], config["mlp_ratio"])
-        config["layers"] = Genotype.original(*sizes).to_layers()
-    return config
+    return {key: value.default for key, value in parameters.items() if key != "self"} | PRESETS[name]
 
 
 def _folder_config(folder: Path) -> dict[str, Any] | None:
@@ -145,4 +138,4 @@ def _read_config(path: Path) -> dict[str, Any]:
     kind = config.get("_class_name") if isinstance(config, Mapping) else type(config).__name__
     if kind not in CLASSES:
         raise EdgeDiTError(f"{path} describes a {kind}; edgedit info counts {' and '.join(CLASSES)}.")
-    return _with_layers(dict(config))
+    return dict(config)

@@ -20,4 +20,4 @@ def run(args: argparse.Namespace) -> None:
     from ..search.selection import select
 
     choice = select(args.run_dir, max_latency_ms=args.max_latency_ms, max_parameters_ratio=args.max_parameters_ratio)
-    print(f"{args.run_dir / 'student'}: genotype {choice['genotype']}, {choice['reason']}")
+    print(f"{args.run_dir / 'student'}: genotype {choice['genotype_hash']}, {choice['reason']}")

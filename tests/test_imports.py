@@ -1,0 +1,138 @@
+"""The order of the house: a module imports only what stands above it, model files stand alone, and importing stays light."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "edgedit_hf"
+
+# From top to bottom: a module may import those before it, and others of its own entry.
+ORDER = [
+    "errors",
+    "genotype",
+    "search_space",
+    "recipes",
+    "run_state",
+    "diffusion",
+    "image_sources",
+    "data",
+    "models",
+    "schedulers",
+    "pipelines",
+    "estimate",
+    "launch",
+    "distill",
+    "elastic",
+    "metrics",
+    "latency",
+    "quantization",
+    "export",
+    "search",
+    "hub",
+    "report",
+    "registration",
+    "commands",
+    "optimum_register",
+]
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "optimum", "botorch", "gpytorch", "onnx", "onnxruntime"}
+LIGHT_MODULES = ["errors", "genotype", "search_space", "recipes", "run_state", "registration", "commands", "optimum_register"]
+SELF_CONTAINED = {"torch", "diffusers", "numpy", "PIL"} | sys.stdlib_module_names
+
+
+def sources(*names: str) -> list[Path]:
+    found = []
+    for name in names:
+        found += [SOURCE / f"{name}.py"] if (SOURCE / f"{name}.py").is_file() else sorted((SOURCE / name).rglob("*.py"))
+    return found
+
+
+def imports(path: Path, top_level_only: bool = False) -> list[tuple[int, str]]:
+    """(line, absolute module or name) of every import; relative ones are resolved, `from . import a` names `…a`."""
+    package = ["edgedit_hf", *path.relative_to(SOURCE).parts[:-1]] if path.is_relative_to(SOURCE) else []
+    found = []
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    hidden = set()
+    if top_level_only:
+        for node in ast.walk(tree):
+            guard = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or guard:
+                hidden.update(map(id, ast.walk(node)))
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
+    return found
+
+
+def entry(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def test_every_module_has_its_place_in_the_order():
+    there = {entry(path) for path in SOURCE.rglob("*.py")} - {"__init__"}
+    assert there <= set(ORDER), f"add {sorted(there - set(ORDER))} to ORDER, where the design places them"
+
+
+@pytest.mark.parametrize("path", [p for p in sorted(SOURCE.rglob("*.py")) if p != SOURCE / "__init__.py"], ids=str)
+def test_a_module_imports_only_what_stands_above_it(path):
+    place = ORDER.index(entry(path))
+    for line, name in imports(path):
+        if not name.startswith("edgedit_hf."):
+            assert name != "edgedit_hf", f"{path}:{line} imports the whole package; import the module that is meant"
+            continue
+        parts = name.split(".")
+        if parts[1] == "__version__":
+            continue
+        assert parts[1] in ORDER, f"{path}:{line} imports {name}, which has no place in the order"
+        assert ORDER.index(parts[1]) <= place, f"{path}:{line} imports {name}, which stands below {entry(path)}"
+
+
+@pytest.mark.parametrize("path", sorted([*SOURCE.glob("models/transformer_*.py"), *SOURCE.glob("pipelines/pipeline_*.py")]), ids=str)
+def test_model_and_pipeline_files_stand_alone(path):
+    foreign = [f"{line}: {name}" for line, name in imports(path) if name.split(".")[0] not in SELF_CONTAINED]
+    assert not foreign, f"{path} ships to the Hub as it is, but imports {foreign}"
+
+
+@pytest.mark.parametrize("path", sources("__init__", *LIGHT_MODULES), ids=str)
+def test_light_modules_import_nothing_heavy_at_the_top(path):
+    heavy = [f"{line}: {name}" for line, name in imports(path, top_level_only=True) if name.split(".")[0] in HEAVY]
+    assert not heavy, f"{path} imports {heavy} at the top; import them in the function that needs them"
+
+
+LIGHT = """
+import resource, sys
+before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+import edgedit_hf
+import edgedit_hf.recipes, edgedit_hf.search_space, edgedit_hf.metrics
+dir(edgedit_hf)
+spent = resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
+heavy = {"torch", "numpy", "diffusers", "transformers", "accelerate", "onnxruntime"} & set(sys.modules)
+assert not heavy, heavy
+assert spent < 0.3, f"importing took {spent:.2f} s of CPU"
+assert edgedit_hf.Genotype.original(2, 32, 2).num_teacher_layers == 2
+try:
+    edgedit_hf.no_such_name
+except AttributeError as error:
+    assert "no_such_name" in str(error)
+else:
+    raise AssertionError
+"""
+
+
+def test_importing_the_package_is_light(run_python):
+    run_python(LIGHT)
+
+
+def test_every_public_name_is_there():
+    import edgedit_hf
+
+    for name in edgedit_hf.__all__:
+        assert getattr(edgedit_hf, name) is not None
+    assert set(edgedit_hf.__all__) <= set(dir(edgedit_hf))
