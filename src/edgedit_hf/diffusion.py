@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ TRAIN_TIMESTEPS = 1000
 PREDICTION_TYPES = ("epsilon", "flow_prediction")
 
 
-@dataclass(frozen=True)
-class Draws:
+class Draws(NamedTuple):
     """Random numbers of one training step for some rows of its global batch."""
 
     time: torch.Tensor  # (B,) uniform in (0, 1)

@@ -8,6 +8,7 @@ arguments and continues from its newest complete checkpoint; a finished one is s
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import errno
 import hashlib
 import importlib.metadata
@@ -157,6 +158,26 @@ def replace_folder(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def publish_into(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yields an empty folder; what is put there is synced and moved into `folder`, entry by entry, when the block succeeds."""
+    folder = Path(folder)
+    aside = folder / ".publish"
+    with _explain_write_errors(folder):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            sync_tree(aside)
+            for entry in sorted(aside.iterdir()):
+                if entry.is_dir():
+                    replace_folder(entry, folder / entry.name)
+                else:
+                    os.replace(entry, folder / entry.name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
 # -------------------------------------------------------------------- nested state <-> safetensors + JSON
 
 
@@ -225,6 +246,23 @@ class Interrupted(SystemExit):
         self.message = message
 
 
+STAGE_LABEL: contextvars.ContextVar[str] = contextvars.ContextVar("STAGE_LABEL", default="")
+"""What the progress bars of this context put before the stage's name, e.g. `[3/9] `."""
+
+
+class Facts(dict):
+    """Plain values that belong to a checkpoint (pass it to [`RunState.track`])."""
+
+    def state_dict(self) -> dict:
+        """A copy."""
+        return dict(self)
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Hold these values and no others."""
+        self.clear()
+        self.update(state)
+
+
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
     """Dotted name and both values of the first place where two nested plain values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -249,6 +287,7 @@ class RunState:
         checkpoint_every, log_every: in steps.
         sharded: every rank holds state of its own (else rank 0's stands for all).
         unit: what a step is called in the progress bar.
+        num_workers: processes that load the data; carried along for the loop.
 
     Example:
         >>> run = RunState("runs/x/teacher", "teacher", config, total_steps=100, seed=0)
@@ -273,6 +312,7 @@ class RunState:
         log_every: int = 10,
         sharded: bool = False,
         unit: str = "step",
+        num_workers: int = 0,
     ) -> None:
         self.folder = Path(folder)
         self.stage = stage
@@ -283,6 +323,7 @@ class RunState:
         self.log_every = max(1, int(log_every))
         self.sharded = sharded
         self.unit = unit
+        self.num_workers = num_workers
         self.is_main = accelerator is None or accelerator.is_main_process
         self.rank = 0 if accelerator is None else accelerator.process_index
         self.world_size = 1 if accelerator is None else accelerator.num_processes
@@ -346,6 +387,12 @@ class RunState:
             self._cut_telemetry()
         return self.step
 
+    def continue_at(self, step: int) -> None:
+        """For a stage that keeps its state in files of its own: the step they stand at."""
+        self.step = step
+        if self.is_main:
+            self._cut_telemetry()
+
     def _state_name(self) -> str:
         return f"state-rank{self.rank}" if self.sharded else "state"
 
@@ -366,6 +413,8 @@ class RunState:
 
     def checkpoint(self) -> None:
         """Write the tracked objects' state: aside, fsync, rename; then drop older checkpoints."""
+        if not self._tracked:
+            return  # a stage that keeps its state in files of its own
         root = self.folder / "checkpoints"
         aside, final = root / f".tmp-{self.step:09d}", root / f"step-{self.step:09d}"
         if final.exists():
@@ -412,7 +461,7 @@ class RunState:
         bar = tqdm(
             total=self.total_steps,
             initial=self.step,
-            desc=self.stage,
+            desc=STAGE_LABEL.get() + self.stage,
             unit=self.unit,
             disable=not self.is_main,
             file=sys.stderr,
@@ -486,22 +535,9 @@ class RunState:
 
     # ---------------------------------------------------------------- the end
 
-    @contextlib.contextmanager
-    def publish(self) -> Iterator[Path]:
-        """Yields an empty folder; what is put there is moved into the stage's folder, entry by entry, when the block ends.
-        Call it on the main process."""
-        aside = self.folder / ".publish"
-        with _explain_write_errors(self.folder):
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            yield aside
-            sync_tree(aside)
-            for entry in sorted(aside.iterdir()):
-                if entry.is_dir():
-                    replace_folder(entry, self.folder / entry.name)
-                else:
-                    os.replace(entry, self.folder / entry.name)
-            aside.rmdir()
+    def publish(self) -> contextlib.AbstractContextManager[Path]:
+        """[`publish_into`] the stage's folder. Call it on the main process."""
+        return publish_into(self.folder)
 
     def finish(self, **facts: Any) -> None:
         """Mark the stage as finished (`stage.json`) and drop its checkpoints."""

@@ -1,0 +1,198 @@
+"""What the command lines of all recipes share: arguments, exit codes, the accelerator, data and pipelines of a run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .data import ImageDataset, LatentDataset, cache_latents, load_images, open_latents
+from .diffusion import make_scheduler
+from .errors import EdgeDiTError
+from .pipelines.pipeline_edgedit import EdgeDiTPipeline
+from .recipes import RunConfig, load_config
+from .run_state import Interrupted
+
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+
+
+def recipe_main(run: Callable[[RunConfig, Any], None], doc: str | None) -> None:
+    """Command line of a recipe: `--config FILE [--override section.key=value …] [--dry-run]`.
+
+    Bad input ends with one line on stderr and exit code 2, Ctrl-C (after saving) with 130.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="recipe, e.g. training/recipes/digits.yaml")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="e.g. teacher.steps=100; may be repeated")
+    parser.add_argument("--dry-run", action="store_true", help="print time, memory and disk a stage, and stop")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, arguments.override)
+        if arguments.dry_run:
+            from .estimate import print_estimate
+
+            print_estimate(config)
+            return
+        run(config, make_accelerator(config))
+    except EdgeDiTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    except Interrupted as stop:
+        print(stop.message, file=sys.stderr)
+        raise
+    except KeyboardInterrupt:
+        print("Interrupted. Run the same command to continue.", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def make_accelerator(config: RunConfig) -> Any:
+    """The Accelerator of this process (mixed precision as launched), with PyTorch's threads shared between the processes of a machine."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if config.threads:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(max(1, config.threads // local))
+    return accelerator
+
+
+# -------------------------------------------------------------------- data
+
+
+def load_run_images(config: RunConfig, split: str = "train") -> ImageDataset:
+    """The run's images."""
+    data = config.data
+    return load_images(
+        data.source,
+        split,
+        resolution=data.resolution,
+        channels=data.channels,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        validation_fraction=data.validation_fraction,
+        seed=config.seed,
+        data_split=data.split,
+    )
+
+
+def load_vae(path: str) -> torch.nn.Module:
+    """An AutoencoderKL or AutoencoderTiny from a folder or Hub id."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    try:
+        name = AutoencoderKL.load_config(path).get("_class_name")
+        if name not in classes:
+            raise EdgeDiTError(f"data.vae {path!r} is a {name}; it must be one of {', '.join(classes)}.")
+        return classes[name].from_pretrained(path).eval().requires_grad_(False)
+    except (OSError, ValueError) as error:
+        if isinstance(error, EdgeDiTError):
+            raise
+        raise EdgeDiTError(f"data.vae {path!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_training_set(config: RunConfig, accelerator: Any) -> tuple[ImageDataset | LatentDataset, torch.nn.Module | None]:
+    """What the denoiser is trained on (images, or cached latents) and the VAE, if any. The main process writes the cache."""
+    images = load_run_images(config)
+    if config.data.vae is None:
+        return images, None
+    vae = load_vae(config.data.vae)
+    folder = config.folder("latents")
+    if accelerator.is_main_process:
+        cache_latents(images, vae.to(accelerator.device), folder)
+    accelerator.wait_for_everyone()
+    return open_latents(folder), vae.cpu()
+
+
+# -------------------------------------------------------------------- pipelines
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def load_pipeline(path: str | Path, made_by: str) -> EdgeDiTPipeline:
+    """An EdgeDiT pipeline in evaluation mode from a folder or Hub id.
+
+    Raises:
+        EdgeDiTError: nothing there (`made_by` names the stage that writes it), foreign class, damaged or unfitting weights.
+    """
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    if isinstance(path, Path) and not (path / "model_index.json").exists():
+        raise EdgeDiTError(f"There is no pipeline in {path}; it is written by {made_by}, run that first.")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise EdgeDiTError(f"The pipeline {path} cannot be loaded: {_first_line(error)} It must be an EdgeDiTPipeline folder or Hub id.") from error
+    if not isinstance(pipeline, EdgeDiTPipeline):
+        raise EdgeDiTError(f"{path} holds a {type(pipeline).__name__}; an EdgeDiTPipeline is needed.")
+    return pipeline
+
+
+def teacher_path(config: RunConfig) -> str | Path:
+    """Where the teacher is: `teacher.path`, or the run's own."""
+    return config.teacher.path or config.folder("teacher")
+
+
+def load_teacher(config: RunConfig) -> EdgeDiTPipeline:
+    """The teacher of the run."""
+    return load_pipeline(teacher_path(config), "stage teacher (training/train_teacher.py)")
+
+
+def check_fits_data(model_config: Any, dataset: ImageDataset | LatentDataset) -> None:
+    """Raise unless a model with this config can be trained on the data."""
+    size = model_config["sample_size"]
+    wanted = (model_config["in_channels"], size, size)
+    if tuple(dataset.shape) != wanted:
+        raise EdgeDiTError(f"The data has shape {tuple(dataset.shape)}, the model needs {wanted}; set data.resolution, data.channels or data.vae.")
+    classes = model_config["num_classes"]
+    if classes and classes < dataset.num_classes:
+        raise EdgeDiTError(f"The data has {dataset.num_classes} classes, so labels up to {dataset.num_classes - 1}, but the model only {classes}.")
+    if classes and not dataset.num_classes:
+        raise EdgeDiTError(f"The model has {classes} classes, but the data has no labels; set data.label_column or use an unconditional model.")
+
+
+def new_pipeline(transformer: Any, vae: Any, label_names: Sequence[str], config: RunConfig) -> EdgeDiTPipeline:
+    """A pipeline around a newly trained transformer, with the scheduler that fits it."""
+    return EdgeDiTPipeline(
+        transformer=transformer,
+        scheduler=make_scheduler(transformer.config.prediction_type, transformer.config.learn_sigma),
+        vae=vae,
+        id2label={str(i): str(name) for i, name in enumerate(label_names)} if transformer.config.num_classes else None,
+        default_steps=config.evaluate.sampling_steps,
+        default_guidance_scale=config.evaluate.guidance_scale,
+    )
+
+
+def with_transformer(pipeline: EdgeDiTPipeline, transformer: Any) -> EdgeDiTPipeline:
+    """The same pipeline (scheduler, VAE, labels, defaults) around another transformer."""
+    defaults = {name: pipeline.config[name] for name in ("id2label", "default_steps", "default_guidance_scale")}
+    return EdgeDiTPipeline(**{**pipeline.components, "transformer": transformer}, **defaults)
+
+
+# -------------------------------------------------------------------- optimisation
+
+
+def learning_rate_at(step: int, peak: float, warmup: int, total: int, final_share: float) -> float:
+    """Linear warm-up to `peak`, then cosine decay to `final_share · peak` at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * (final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Give every parameter group this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = value

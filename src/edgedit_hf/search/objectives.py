@@ -1,0 +1,50 @@
+"""What the search minimises besides latency: the Fréchet distance of an assembled, not yet tuned student."""
+
+from __future__ import annotations
+
+import torch
+
+from ..distill.proxy_bank import ProxyBank
+from ..genotype import Genotype
+from ..launch import with_transformer
+from ..metrics.generative import frechet_distance
+from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
+from ..pipelines.sampling import generate
+
+
+class StudentQuality:
+    """Fréchet distance between real features and those of images that a genotype's student generates.
+
+    All genotypes are judged on the same noise and classes, so differences between them are theirs.
+
+    Args:
+        bank: assembles the students.
+        pipeline: the teacher's pipeline; its scheduler and VAE generate.
+        extractor: `.features(images) -> [n, D]`.
+        real_features: `[N, D]`.
+        samples, steps, guidance_scale, seed: of the generated images.
+    """
+
+    def __init__(
+        self,
+        bank: ProxyBank,
+        pipeline: EdgeDiTPipeline,
+        extractor,
+        real_features: torch.Tensor,
+        *,
+        samples: int,
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+    ) -> None:
+        self.bank = bank
+        self.pipeline = pipeline
+        self.extractor = extractor
+        self.real_features = real_features
+        self.sampling = {"num_images": samples, "steps": steps, "guidance_scale": guidance_scale, "seed": seed, "batch_size": samples}
+
+    def __call__(self, genotype: Genotype) -> float:
+        """The distance; deterministic for a bank, a seed and a thread count."""
+        device = next(self.pipeline.transformer.parameters()).device
+        images, _ = generate(with_transformer(self.pipeline, self.bank.assemble(genotype).to(device)), **self.sampling)
+        return frechet_distance(self.extractor.features(images), self.real_features)

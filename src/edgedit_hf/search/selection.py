@@ -1,0 +1,68 @@
+"""Which point of a finished search becomes the student, and assembling it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..distill.proxy_bank import ProxyBank
+from ..launch import load_pipeline, with_transformer
+from ..run_state import atomic_write_json, publish_into, read_json
+from .pareto import choose
+
+
+def select(
+    run_dir: str | os.PathLike,
+    *,
+    max_latency_ms: float | None = None,
+    max_latency_ratio: float | None = None,
+    max_parameters_ratio: float | None = None,
+    max_flops_ratio: float | None = None,
+    output: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """Choose a point of the front and write the assembled student.
+
+    Within the bounds the lowest distance; without any bound the knee point of the front.
+
+    Args:
+        run_dir: a run with a finished search.
+        max_latency_ms: bound on the table latency, in ms.
+        max_latency_ratio, max_parameters_ratio, max_flops_ratio: bounds as shares of the teacher's.
+        output: pipeline folder to write, with `choice.json`; default `run_dir/student`.
+
+    Returns:
+        what `choice.json` holds.
+
+    Raises:
+        EdgeDiTError: the search is unfinished, or no point of the front keeps the bounds.
+    """
+    run_dir = Path(run_dir)
+    front = read_json(run_dir / "search" / "front.json", "stage search (training/search_architecture.py)")
+    whole = front["teacher"]
+    if max_latency_ms is None and max_latency_ratio is not None:
+        max_latency_ms = max_latency_ratio * whole["latency_ms"]
+    entry, reason = choose(
+        front["front"],
+        max_latency_ms=max_latency_ms,
+        max_parameters=None if max_parameters_ratio is None else max_parameters_ratio * whole["parameters"],
+        max_flops=None if max_flops_ratio is None else max_flops_ratio * whole["flops"],
+    )
+    path = whole["path"] or run_dir / "teacher"
+    teacher = load_pipeline(path, "stage teacher (training/train_teacher.py)")
+    bank = ProxyBank(run_dir / "bank", teacher.transformer)
+    genotype = bank.space.from_code(entry["code"])
+    student = bank.assemble(genotype)
+    choice = {
+        "genotype": genotype.to_layers(),
+        "genotype_hash": genotype.hash,
+        "code": list(bank.space.code(genotype)),
+        "reason": reason,
+        "predicted_latency_ms": entry["latency_ms"],
+        "teacher_latency_ms": whole["latency_ms"],
+        "distance": entry["distance"],
+    }
+    with publish_into(run_dir / "student" if output is None else output) as folder:
+        with_transformer(teacher, student).save_pretrained(folder)
+        atomic_write_json(folder / "choice.json", choice)
+    return choice

@@ -1,0 +1,52 @@
+"""The whole loop from one YAML: teacher → proxy bank → latency table → search → student → fine-tuning → export → evaluation → report.
+
+    accelerate launch training/compress.py --config training/recipes/digits.yaml [--override key=value] [--dry-run]
+
+All stages run in this process, which spares nine imports of torch and diffusers; each can be run alone with the same YAML
+(train_teacher.py, distill_proxies.py, …). Finished stages are skipped, interrupted ones continue.
+"""
+
+import time
+
+import distill_proxies
+import evaluate_models
+import export_student
+import finetune
+import measure_latency
+import search_architecture
+import select_student
+import train_teacher
+from accelerate import Accelerator
+from edgedit_hf.estimate import estimate
+from edgedit_hf.launch import recipe_main
+from edgedit_hf.recipes import RunConfig
+from edgedit_hf.report import write_report
+from edgedit_hf.run_state import STAGE_LABEL
+
+STAGES = {
+    "teacher": train_teacher.run,
+    "bank": distill_proxies.run,
+    "latency": measure_latency.run,
+    "search": search_architecture.run,
+    "student": select_student.run,
+    "tune": finetune.run,
+    "export": export_student.run,
+    "evaluate": evaluate_models.run,
+}
+
+
+def run(config: RunConfig, accelerator: Accelerator) -> None:
+    started = time.monotonic()
+    expected = {row.stage: row.seconds for row in estimate(config)}
+    for number, (name, stage) in enumerate(STAGES.items(), 1):
+        left = sum(list(expected.values())[number - 1 :])
+        STAGE_LABEL.set(f"[{number}/{len(STAGES)}, about {left / 60:.0f} min left in all] ")
+        stage(config, accelerator)
+        accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        report = write_report(config.output_dir)
+        print(f"{report} (this process: {(time.monotonic() - started) / 60:.1f} min)")
+
+
+if __name__ == "__main__":
+    recipe_main(run, __doc__)

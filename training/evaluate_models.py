@@ -1,0 +1,164 @@
+"""Stage 8: judge every model of the run alike: Fréchet distance, precision, recall, class agreement, cost, measured latency, samples.
+
+    accelerate launch training/evaluate_models.py --config training/recipes/digits.yaml
+
+Writes <output_dir>/evaluate: reference.json, latency.json, and a JSON, a PNG and the images (safetensors) of each model.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from accelerate import Accelerator
+from edgedit_hf.export.onnx import export_onnx, initializer_bytes, quantize_int8
+from edgedit_hf.genotype import Genotype
+from edgedit_hf.latency.protocol import environment, measure, paired_ratio
+from edgedit_hf.latency.runners import TorchRunner, onnx_runner
+from edgedit_hf.launch import load_pipeline, load_run_images, recipe_main, teacher_path
+from edgedit_hf.metrics.features import class_agreement
+from edgedit_hf.metrics.generative import frechet_distance, precision_recall, psnr
+from edgedit_hf.pipelines.sampling import generate
+from edgedit_hf.recipes import RunConfig
+from edgedit_hf.run_state import RunState, atomic_write_json, read_json
+from edgedit_hf.search.plots import save_montage
+from edgedit_hf.search_space import BYTES, model_cost
+from reference import describe_reference, load_reference
+from safetensors.torch import load_file, save_file
+
+# (name, stage in report.json); a model whose folder the run does not have is left out.
+MODELS = (
+    ("teacher", "teacher"),
+    ("teacher-more-steps", "teacher-more-steps"),
+    ("student", "student"),
+    ("student-random-proxies", "student-random-proxies"),
+    ("student-tuned", "student-tuned"),
+    ("exported/onnx-fp32", "exported"),
+    ("exported/onnx-int8", "exported"),
+)
+
+
+def measure_latencies(pipelines: dict, config: RunConfig) -> dict:
+    """Whole networks of each architecture, torch and ONNX Runtime, fp32 and int8, timed interleaved in one run."""
+    options, threads = config.evaluate, config.latency.threads
+    runners, hashes = {}, {}
+    with TemporaryDirectory() as folder:
+        for name in ("teacher", "student-tuned"):
+            model = pipelines[name].transformer
+            hashes[name] = Genotype.from_layers(model.config.layers, model.config.hidden_size).hash
+            fp32 = export_onnx(model, Path(folder, f"{name}.onnx"))
+            int8 = quantize_int8(fp32, Path(folder, f"{name}-int8.onnx"))
+            batch = options.latency_batch_size
+            runners[name, "torch-fp32"] = TorchRunner(model, batch, threads)
+            runners[name, "onnxruntime-fp32"] = onnx_runner(fp32, model.config, batch, threads)
+            runners[name, "onnxruntime-int8"] = onnx_runner(int8, model.config, batch, threads)
+        timings = measure(runners, repeats=options.latency_repeats)
+    measured = {hashes[name]: {} for name in hashes}
+    for (name, runtime), timing in timings.items():
+        measured[hashes[name]][runtime] = timing.median_ms
+    ratios = {
+        runtime: paired_ratio(timings["teacher", runtime], timings["student-tuned", runtime])
+        for runtime in ("torch-fp32", "onnxruntime-fp32", "onnxruntime-int8")
+    }
+    return {
+        "latency_ms": measured,
+        "speedup": ratios,
+        "timings": {f"{name} {runtime}": timing.to_dict() for (name, runtime), timing in timings.items()},
+        "batch_size": options.latency_batch_size,
+        "threads": threads,
+        "environment": environment(threads),
+    }
+
+
+def weight_bytes(pipeline, cost) -> dict[str, int]:
+    """Bytes of the weights at each precision; of an export what its file holds."""
+    precision = pipeline.transformer.config.get("precision")
+    closed_form = {name: cost.bytes(name) for name in BYTES}
+    if precision is None:
+        return closed_form
+    return {precision: sum(initializer_bytes(pipeline.transformer.model_path).values())}
+
+
+def run(config: RunConfig, accelerator: Accelerator) -> None:
+    if not accelerator.is_main_process:
+        return
+    options = config.evaluate
+    folders = {name: config.folder(name) for name, _ in MODELS}
+    folders["teacher"] = teacher_path(config)
+    present = [(name, stage) for name, stage in MODELS if name == "teacher" or (folders[name] / "model_index.json").exists()]
+    state = RunState(
+        config.folder("evaluate"),
+        "evaluate",
+        {**config.section("evaluate"), "models": [name for name, _ in present]},
+        len(present),
+        seed=config.seed,
+        log_every=1,
+        unit="model",
+    )
+    if state.finished:
+        return
+    pipelines = {name: load_pipeline(folders[name], "an earlier stage") for name, _ in present}
+    images = load_run_images(config)
+    extractor, real, _ = load_reference(config, images)
+    classifier = describe_reference(config, images, extractor, real)
+    metric = f"fid[{extractor.name},n={options.samples}]"
+    if not (state.folder / "latency.json").exists():
+        atomic_write_json(state.folder / "latency.json", measure_latencies(pipelines, config))
+    latency = read_json(state.folder / "latency.json", "this stage")["latency_ms"]
+
+    def file(name: str, suffix: str) -> Path:
+        return state.folder / (name.replace("/", "-").removeprefix("exported-") + suffix)
+
+    state.continue_at(next((i for i, (name, _) in enumerate(present) if not file(name, ".json").exists()), len(present)))
+    for index in state.steps():
+        name, stage = present[index]
+        pipeline = pipelines[name]
+        samples, labels = generate(
+            pipeline,
+            options.samples,
+            seed=config.seed,
+            steps=options.sampling_steps,
+            guidance_scale=options.guidance_scale,
+            batch_size=options.batch_size,
+            progress=name,
+        )
+        features = extractor.features(samples)
+        precision, recall = precision_recall(real, features)
+        distance = frechet_distance(features, real)
+        model = pipeline.transformer.config
+        cost = model_cost(model)
+        genotype = Genotype.from_layers(model["layers"], model["hidden_size"])
+        runtimes = latency.get(genotype.hash, {})
+        result = {
+            "name": name.removeprefix("exported/"),
+            "stage": stage,
+            "path": str(folders[name]),
+            "genotype_hash": genotype.hash,
+            "parameters": cost.parameters,
+            "flops": cost.flops,
+            "bytes": weight_bytes(pipeline, cost),
+            "latency_ms": runtimes if stage != "exported" else {k: v for k, v in runtimes.items() if k == f"onnxruntime-{model['precision']}"},
+            "metrics": {metric: distance, "precision": precision, "recall": recall},
+            "precision": precision,
+            "recall": recall,
+            "num_samples": options.samples,
+            "steps": options.sampling_steps,
+            "guidance_scale": options.guidance_scale,
+            "grid": f"evaluate/{file(name, '.png').name}",
+        }
+        if classifier is not None and labels is not None:
+            result["class_agreement"] = class_agreement(classifier, samples, labels)
+        bytes_of = ((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        save_file({"images": bytes_of}, file(name, ".safetensors"))
+        if stage == "exported":
+            # Against the same images from PyTorch in fp32: what lowering and quantising changed.
+            eager = load_file(file("student-tuned", ".safetensors"))["images"]
+            result["psnr_db"] = psnr(bytes_of.numpy(), eager.numpy(), 255.0)
+        columns = model["num_classes"] if 2 <= model["num_classes"] <= 16 else 8
+        save_montage(file(name, ".png"), bytes_of[: columns * options.grid].permute(0, 2, 3, 1).numpy(), columns)
+        atomic_write_json(file(name, ".json"), result)
+        state.log(distance=distance)
+    state.finish()
+
+
+if __name__ == "__main__":
+    recipe_main(run, __doc__)

@@ -1,0 +1,45 @@
+"""Stage 3: the latency table. Every distinct block shape is lowered to ONNX and timed once, in the runtime and precision that will ship.
+
+    accelerate launch training/measure_latency.py --config training/recipes/digits.yaml
+
+Writes <output_dir>/latency/table.json. It is an input of the search, told apart by its hash: measured once, never in passing.
+"""
+
+from accelerate import Accelerator
+from edgedit_hf.launch import load_teacher, recipe_main
+from edgedit_hf.recipes import RunConfig
+from edgedit_hf.run_state import RunState
+from edgedit_hf.search.latency_table import LatencyTable
+from edgedit_hf.search_space import SearchSpace
+
+
+def run(config: RunConfig, accelerator: Accelerator) -> None:
+    if not accelerator.is_main_process:
+        return
+    options, bank = config.latency, config.bank
+    teacher = load_teacher(config).transformer.config
+    space = SearchSpace.for_config(teacher, reduced_mlp_ratio=bank.reduced_mlp_ratio, reduced_attention_dim=bank.reduced_attention_dim)
+    state = RunState(config.folder("latency"), "latency", {**config.section("latency"), "space": space.to_dict()}, options.repeats, unit="round")
+    if state.finished:
+        return
+    rounds = state.steps()
+
+    def advance(done: int, asked: int) -> None:
+        next(rounds, None)
+
+    table = LatencyTable.build(
+        teacher,
+        space,
+        batch=options.batch_size,
+        threads=options.threads,
+        precision=options.precision,
+        repeats=options.repeats,
+        progress=advance,
+    )
+    rounds.close()
+    table.to_json(state.folder / "table.json")
+    state.finish(prediction=table.to_dict()["prediction"])
+
+
+if __name__ == "__main__":
+    recipe_main(run, __doc__)

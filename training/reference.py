@@ -1,0 +1,47 @@
+"""What models are judged by: a feature extractor trained on the data, the real images' features, an independent classifier. Not a stage
+of its own: search and evaluation call it, and the extractor is trained once a run (<output_dir>/evaluate/extractor)."""
+
+import torch
+from edgedit_hf.data import ImageDataset
+from edgedit_hf.launch import load_run_images
+from edgedit_hf.metrics.features import FeatureExtractor, InceptionExtractor, train_classifier, train_independent_classifier
+from edgedit_hf.metrics.generative import frechet_distance
+from edgedit_hf.recipes import RunConfig
+from edgedit_hf.run_state import atomic_write_json
+
+REAL_IMAGES = 50_000  # more add nothing to the distance's precision at the sample counts used
+
+
+def load_reference(config: RunConfig, images: ImageDataset):
+    """(extractor, features of the real training images `[N, D]`, those images `[N, C, H, W]`)."""
+    folder = config.folder("evaluate", "extractor")
+    if config.evaluate.extractor == "inception":
+        extractor = InceptionExtractor()
+    elif folder.exists():
+        extractor = FeatureExtractor.load(folder)
+    else:
+        pretext = "labels" if images.num_classes else "rotation"
+        extractor = train_classifier(images, seed=config.seed, steps=config.evaluate.extractor_steps, pretext=pretext)
+        extractor.save(folder)
+    real = images.batch(range(min(len(images), REAL_IMAGES)))["images"]
+    return extractor, extractor.features(real), real
+
+
+def describe_reference(config: RunConfig, images: ImageDataset, extractor, real: torch.Tensor):
+    """Write `evaluate/reference.json` (accuracies, the distance of held-out real images); returns the independent classifier."""
+    held_out = load_run_images(config, "validation")
+    others = extractor.features(held_out.batch(range(min(len(held_out), REAL_IMAGES)))["images"])
+    classifier = train_independent_classifier(images) if images.num_classes else None
+    atomic_write_json(
+        config.folder("evaluate", "reference.json"),
+        {
+            "extractor": extractor.name,
+            "extractor_accuracy": extractor.accuracy,
+            "classifier": None if classifier is None else "SVC on pixels",
+            "classifier_accuracy": None if classifier is None else classifier.accuracy,
+            "real_floor": frechet_distance(others, real),
+            "real_floor_counts": [len(others), len(real)],
+            "count": config.evaluate.samples,
+        },
+    )
+    return classifier

@@ -1,0 +1,130 @@
+"""Stage 4: search the front of Fréchet distance against latency by multi-objective Bayesian optimisation (GP surrogates, qLogEHVI).
+
+    accelerate launch training/search_architecture.py --config training/recipes/digits.yaml
+
+A genotype is judged by images of the student that the bank assembles for it, not yet tuned, and by the latency table. Random search
+spends the same budget for comparison. All state is JSON, written after every evaluation: killed at any point, it continues.
+Writes <output_dir>/search: state.json, random.json, front.json.
+"""
+
+from accelerate import Accelerator
+from edgedit_hf.distill.proxy_bank import ProxyBank
+from edgedit_hf.genotype import Genotype
+from edgedit_hf.launch import load_run_images, load_teacher, recipe_main
+from edgedit_hf.recipes import RunConfig
+from edgedit_hf.run_state import RunState, atomic_write_json, file_sha256
+from edgedit_hf.search.ask_tell import AskTellSearch, RandomSearch, summary
+from edgedit_hf.search.bayes import BayesSearch
+from edgedit_hf.search.latency_table import LatencyTable
+from edgedit_hf.search.objectives import StudentQuality
+from edgedit_hf.search_space import SearchSpace, model_cost
+from reference import load_reference
+
+
+def run(config: RunConfig, accelerator: Accelerator) -> None:
+    if not accelerator.is_main_process:
+        return
+    options = config.search
+    pipeline = load_teacher(config)
+    teacher_config = dict(pipeline.transformer.config)
+    bank = ProxyBank(config.folder("bank"), pipeline.transformer)
+    table = LatencyTable.from_json(config.folder("latency", "table.json"))
+    extractor, real, _ = load_reference(config, load_run_images(config))
+    state = RunState(
+        config.folder("search"),
+        "search",
+        config.section("search"),
+        total_steps=options.evaluations + (options.evaluations - options.initial if options.random_baseline else 0),
+        seed=config.seed,
+        inputs={
+            "bank": file_sha256(bank.folder / "index.json"),
+            "latency": file_sha256(config.folder("latency", "table.json")),
+            "extractor": extractor.hash,
+        },
+        log_every=1,
+        unit="genotype",
+    )
+    if state.finished:
+        return
+    quality = StudentQuality(
+        bank,
+        pipeline,
+        extractor,
+        real,
+        samples=options.samples,
+        steps=options.sampling_steps,
+        guidance_scale=options.guidance_scale,
+        seed=config.seed,
+    )
+
+    def evaluate(genotype: Genotype) -> tuple[tuple[float, float], dict]:
+        cost = model_cost({**teacher_config, "layers": genotype.to_layers()})
+        return (quality(genotype), table.latency_ms(genotype)), {"parameters": cost.parameters, "flops": cost.flops}
+
+    def evaluate_all(search: AskTellSearch, path, done_before: int) -> int:
+        """Spend a search's budget, continuing what `path` holds; returns the evaluations of the whole stage so far."""
+        known = search.num_initial if isinstance(search, RandomSearch) else 0
+        search = search.resume(path)
+        state.continue_at(done_before + len(search.told) - known)
+        steps = state.steps()
+        while not search.finished:
+            for genotype in search.pending or search.ask(options.batch):
+                next(steps)
+                objectives, extra = evaluate(genotype)
+                search.tell(genotype, objectives, extra)
+                search.save(path)
+                volume = {} if search.reference is None else {"hypervolume": search.hypervolume()}
+                state.log(distance=objectives[0], latency_ms=objectives[1], **volume)
+        steps.close()
+        searches.append(search)
+        return done_before + len(search.told) - known
+
+    searches: list[AskTellSearch] = []
+
+    def bayes(space: SearchSpace, evaluations: int, name: str, done: int, reference=None) -> int:
+        initial = min(options.initial, evaluations)
+        search = BayesSearch(space, evaluations, config.seed, initial, reference, acquisition=options.acquisition)
+        return evaluate_all(search, state.folder / name, done)
+
+    if options.mode == "joint":
+        done = bayes(bank.space, options.evaluations, "state.json", 0)
+        main = searches[-1]
+    else:
+        # The paper: first which pairs merge, then, around the knee point of that front, the option of every layer.
+        first = options.evaluations // 2
+        done = bayes(bank.space.stage("merge"), first, "merge.json", 0)
+        merged = choose_merges(searches[-1])
+        reference = searches[-1].reference
+        done = bayes(bank.space.stage("options", merged), options.evaluations - done, "state.json", done, reference)
+        main = joined(bank.space, searches, options, config.seed)
+    random = None
+    if options.random_baseline:
+        evaluate_all(RandomSearch.sharing_initial(main), state.folder / "random.json", done)
+        random = searches[-1]
+    whole = Genotype.from_layers(teacher_config["layers"], teacher_config["hidden_size"])
+    cost = model_cost(teacher_config)
+    teacher = {"path": config.teacher.path, "latency_ms": table.latency_ms(whole), "parameters": cost.parameters, "flops": cost.flops}
+    atomic_write_json(state.folder / "front.json", {**summary(main, random), "teacher": teacher})
+    state.finish()
+
+
+def choose_merges(search: AskTellSearch) -> Genotype:
+    """The genotype of the merge stage's knee point."""
+    from edgedit_hf.search.pareto import knee_point
+
+    front = search.front()
+    return search.space.from_code(front[knee_point([(e["distance"], e["latency_ms"]) for e in front])]["code"])
+
+
+def joined(space: SearchSpace, searches: list[AskTellSearch], options, seed: int) -> AskTellSearch:
+    """Both stages' evaluations as one search over the joint space, for the front and the trace."""
+    told = {tuple(point["code"]): point for search in searches for point in search.told}
+    whole = RandomSearch(space, max(options.initial, len(told)), seed, min(options.initial, len(told)), searches[0].reference)
+    for code, point in told.items():
+        extra = {k: v for k, v in point.items() if k not in ("code", "distance", "latency_ms")}
+        whole.tell(space.from_code(code), (point["distance"], point["latency_ms"]), extra)
+    return whole
+
+
+if __name__ == "__main__":
+    recipe_main(run, __doc__)

@@ -1,0 +1,150 @@
+"""Stage 1: train a diffusion transformer, the teacher that the later stages compress.
+
+    accelerate launch training/train_teacher.py --config training/recipes/digits.yaml [--override teacher.steps=2000]
+
+Writes <output_dir>/teacher, a pipeline folder with the averaged (EMA) weights. With `teacher.path` set there is nothing to do.
+Interrupted or killed, run it again: it continues from the last checkpoint to the same final weights.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from edgedit_hf import EdgeDiTTransformer2DModel
+from edgedit_hf.data import step_loader
+from edgedit_hf.diffusion import Diffusion, draws, drop_labels
+from edgedit_hf.distill.output_loss import output_loss
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.launch import check_fits_data, learning_rate_at, load_training_set, new_pipeline, recipe_main, set_learning_rate
+from edgedit_hf.recipes import RunConfig, TeacherConfig, TuneConfig
+from edgedit_hf.run_state import RunState
+
+
+def train_denoiser(
+    model: EdgeDiTTransformer2DModel,
+    dataset,
+    options: TeacherConfig | TuneConfig,
+    run: RunState,
+    accelerator: Accelerator,
+    teacher: EdgeDiTTransformer2DModel | None = None,
+    output_kd: float = 0.0,
+    on_step=None,
+) -> EdgeDiTTransformer2DModel:
+    """The diffusion training loop of teachers and students; returns the model with its averaged weights.
+
+    `teacher` with `output_kd` > 0 adds the distance to the teacher's output. `on_step(step, ema_model)` is called after every step.
+    """
+    share = accelerator.num_processes * options.gradient_accumulation
+    if options.batch_size % share:
+        raise EdgeDiTError(f"batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change one.")
+    diffusion = Diffusion.for_config(model.config)
+    classes, channels = model.config.num_classes, model.config.in_channels
+    if options.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    ema = EMAModel(model.parameters(), decay=options.ema_decay, foreach=True)
+    ema.to(accelerator.device)
+    if teacher is not None:
+        teacher.to(accelerator.device).eval().requires_grad_(False)
+
+    tracked = {"model": model, "optimizer": optimizer, "ema": ema}
+    if accelerator.scaler is not None:
+        tracked["scaler"] = accelerator.scaler
+    start = run.track(**tracked)
+    ema.to(accelerator.device)
+    batches = step_loader(
+        dataset,
+        options.batch_size,
+        run.seed,
+        start,
+        run.total_steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=run.num_workers,
+    )
+    for step, (_, rows, batch) in zip(run.steps(), batches):
+        rate = learning_rate_at(step, options.learning_rate, options.warmup_steps, run.total_steps, options.final_learning_rate)
+        set_learning_rate(optimizer, rate)
+        drawn = draws(run.seed, step, rows.tolist(), batch["images"].shape[1:])
+        pieces = zip(*(tensor.chunk(options.gradient_accumulation) for tensor in (batch["images"], batch["labels"], *drawn)))
+        for index, piece in enumerate(pieces):
+            x0, labels, u, drop, noise = (tensor.to(accelerator.device) for tensor in piece)
+            t = diffusion.timesteps(u)
+            labels = drop_labels(labels, drop, options.class_dropout, classes) if classes else None
+            noisy = diffusion.noisy(x0, noise, t)
+            last = index == options.gradient_accumulation - 1
+            # Gradients of all but the last micro-batch stay on their rank.
+            with nullcontext() if last else accelerator.no_sync(wrapped):
+                with accelerator.autocast():
+                    output = wrapped(noisy, t, labels).sample
+                loss = diffusion.loss(output, x0, noise, t).mean()
+                total = loss
+                if output_kd:
+                    with torch.no_grad(), accelerator.autocast():
+                        reference = teacher(noisy, t, labels).sample
+                    distance = output_loss(output, reference, channels).mean()
+                    total = total + output_kd * distance
+                    run.log(distance=distance)
+                accelerator.backward(total / options.gradient_accumulation)
+            run.log(loss=loss)
+        if options.max_grad_norm:
+            accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+        if on_step is not None:
+            on_step(step + 1, model, ema)
+
+    ema.copy_to(model.parameters())
+    if options.gradient_checkpointing:
+        model.disable_gradient_checkpointing()
+    return model.eval()
+
+
+def run(config: RunConfig, accelerator: Accelerator) -> None:
+    options = config.teacher
+    if options.path is not None:
+        accelerator.print(f"teacher: {options.path} is used as it is")
+        return
+    dataset, vae = load_training_set(config, accelerator)
+    state = RunState(
+        config.folder("teacher"),
+        "teacher",
+        config.section("data", "teacher"),
+        options.steps,
+        seed=config.seed,
+        inputs={"data": dataset.fingerprint},
+        accelerator=accelerator,
+        checkpoint_every=options.checkpoint_every,
+        log_every=options.log_every,
+        num_workers=config.data.num_workers,
+    )
+    if state.finished:
+        return
+    if dataset.shape[1] != dataset.shape[2]:
+        raise EdgeDiTError(f"The data has shape {tuple(dataset.shape)}; square images are needed, set data.resolution.")
+    torch.manual_seed(config.seed)
+    model = EdgeDiTTransformer2DModel(
+        sample_size=dataset.shape[1],
+        patch_size=options.patch_size,
+        in_channels=dataset.shape[0],
+        hidden_size=options.hidden_size,
+        num_layers=options.num_layers,
+        num_attention_heads=options.num_heads,
+        num_classes=dataset.num_classes if options.conditional else 0,
+        learn_sigma=options.learn_sigma,
+        prediction_type=options.prediction_type,
+    )
+    check_fits_data(model.config, dataset)
+    model = train_denoiser(model, dataset, options, state, accelerator)
+    if accelerator.is_main_process:
+        with state.publish() as folder:
+            new_pipeline(model.cpu(), vae, dataset.label_names, config).save_pretrained(folder)
+    state.finish()
+
+
+if __name__ == "__main__":
+    recipe_main(run, __doc__)
