@@ -1,0 +1,1 @@
+"""Multi-objective search of genotypes: objectives, latency table, Bayesian optimisation, Pareto front."""

@@ -1,0 +1,311 @@
+"""Ask/tell searches over genotypes for two minimised objectives, (Fréchet distance, latency in ms): the shared part, and
+random search.
+
+A search keeps its whole state in JSON, and what it asks next is a function of that state alone: one that was killed and
+resumed asks for the same genotypes and ends with the same bytes.
+
+    search = BayesSearch(space, num_evaluations=24, seed=0).resume("search/state.json")
+    while not search.finished:
+        for genotype in search.pending or search.ask(4):
+            search.tell(genotype, (distance(genotype), table.latency_ms(genotype)))
+            search.save("search/state.json")
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import EdgeDiTError
+from ..genotype import Genotype
+from ..run_state import atomic_write_text
+from ..search_space import SearchSpace, layer_cost
+from .pareto import hypervolume, hypervolume_trace, pareto_front
+
+FORMAT = 1
+Code = tuple[int, ...]
+
+
+class AskTellSearch(ABC):
+    """What both searches share: the points told and pending, the front, the hypervolume, the JSON state.
+
+    Args:
+        space: the legal genotypes; also a restricted one (`space.stage(...)`).
+        num_evaluations: the budget; `ask` never asks for more in all, and for no more than the space holds.
+        seed: what the asked genotypes depend on besides the points told.
+        num_initial: the first points, which do not depend on the objectives: the most and the least expensive genotype, then
+            a scrambled Sobol sequence in [0, 1]^L. The reference point is fixed when that many are told.
+        reference: (distance, latency_ms) that bounds the hypervolume; default 1.1 × the worst initial value of each.
+    """
+
+    kind = ""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        num_evaluations: int,
+        seed: int = 0,
+        num_initial: int = 8,
+        reference: Sequence[float] | None = None,
+    ) -> None:
+        if not 1 <= num_initial <= num_evaluations:
+            raise EdgeDiTError(
+                f"num_initial is {num_initial} and num_evaluations is {num_evaluations}; the first must be at least 1 and at "
+                "most the second."
+            )
+        self.space = space
+        self.num_evaluations = int(num_evaluations)
+        self.seed = int(seed)
+        self.num_initial = int(num_initial)
+        self.given_reference = None if reference is None else _objectives(reference)
+        self.reference: tuple[float, float] | None = self.given_reference
+        self.told: list[dict[str, Any]] = []
+        self._pending: list[Code] = []
+
+    # ---------------------------------------------------------------- ask and tell
+
+    @property
+    def budget(self) -> int:
+        """Evaluations in all: `num_evaluations`, or the whole space if that is smaller."""
+        return min(self.num_evaluations, self.space.size)
+
+    @property
+    def finished(self) -> bool:
+        """True when everything that may be evaluated has been told."""
+        return len(self.told) >= self.budget
+
+    @property
+    def pending(self) -> list[Genotype]:
+        """Genotypes asked for and not told yet, in the order asked. Evaluate these first after a restart."""
+        return [self.space.from_code(code) for code in self._pending]
+
+    def ask(self, count: int) -> list[Genotype]:
+        """The next genotypes to evaluate, at most `count`: fewer where the initial points, the budget or the space end.
+        Never one that is told or pending."""
+        known = len(self.told) + len(self._pending)
+        count = min(int(count), self.budget - known)
+        if count <= 0:
+            return []
+        if known < self.num_initial:
+            asked = first_unseen(self._initial_stream(), self.seen(), min(count, self.num_initial - known))
+        else:
+            asked = self.propose(count)
+        self._pending += asked
+        return [self.space.from_code(code) for code in asked]
+
+    @abstractmethod
+    def propose(self, count: int) -> list[Code]:
+        """Codes of `count` unseen genotypes (fewer if the space ends), a function of the state alone."""
+
+    def tell(self, genotype: Genotype, objectives: Sequence[float], extra: Mapping[str, Any] | None = None) -> None:
+        """Record one evaluation.
+
+        Args:
+            genotype: one that was asked for, or any other legal one.
+            objectives: (Fréchet distance, latency in ms), finite and greater than 0.
+            extra: plain JSON values kept with the point, e.g. parameters and FLOPs.
+
+        Raises:
+            EdgeDiTError: a value is not finite and positive, or the genotype was told before.
+        """
+        code = self.space.code(genotype)
+        distance, latency = _objectives(objectives)
+        if any(point["code"] == list(code) for point in self.told):
+            raise EdgeDiTError(f"Genotype {genotype.hash} (code {list(code)}) was told before; each is evaluated once.")
+        self.told.append({**(extra or {}), "code": list(code), "distance": distance, "latency_ms": latency})
+        if code in self._pending:
+            self._pending.remove(code)
+        if self.reference is None and len(self.told) >= min(self.num_initial, self.budget):
+            self.reference = tuple(1.1 * max(column) for column in zip(*self.points))
+
+    def seen(self) -> set[Code]:
+        """Codes that are told or pending."""
+        return {tuple(point["code"]) for point in self.told} | set(self._pending)
+
+    def _initial_stream(self) -> Iterator[Code]:
+        """The ends of the space, then Sobol points; for a space so small that those repeat, then all of it in order."""
+        yield from anchors(self.space)
+        yield from sobol(self.space, 64 * self.num_initial, self.seed)
+        yield from itertools.product(*self.space.allowed)
+
+    # ---------------------------------------------------------------- results
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """(distance, latency_ms) of every point told, in order."""
+        return [(point["distance"], point["latency_ms"]) for point in self.told]
+
+    def front(self) -> list[dict[str, Any]]:
+        """The Pareto front by rising distance: what was told with each point, its `genotype` (layers) and `hash`."""
+        entries = []
+        for index in pareto_front(self.points):
+            genotype = self.space.from_code(self.told[index]["code"])
+            entries.append({**self.told[index], "hash": genotype.hash, "genotype": json.loads(genotype.to_json())})
+        return entries
+
+    def hypervolume(self) -> float | None:
+        """Hypervolume of everything told, in distance × ms; None until the reference point is fixed."""
+        return None if self.reference is None else hypervolume(self.points, self.reference)
+
+    # ---------------------------------------------------------------- state
+
+    def settings(self) -> dict[str, Any]:
+        """What the search was made with, as plain values."""
+        return {
+            "kind": self.kind,
+            "space": self.space.to_dict(),
+            "num_evaluations": self.num_evaluations,
+            "seed": self.seed,
+            "num_initial": self.num_initial,
+            "reference": None if self.given_reference is None else list(self.given_reference),
+        }
+
+    def to_json(self) -> str:
+        """The whole state; equal searches give equal text."""
+        state = {
+            "format": FORMAT,
+            "settings": self.settings(),
+            "reference": None if self.reference is None else list(self.reference),
+            "told": self.told,
+            "pending": [list(code) for code in self._pending],
+        }
+        return json.dumps(state, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> AskTellSearch:
+        """Rebuild a search from [`~AskTellSearch.to_json`]'s text; anything else is an error."""
+        try:
+            state = json.loads(text)
+            settings = dict(state["settings"])
+            if state["format"] != FORMAT or settings.pop("kind") != cls.kind:
+                raise EdgeDiTError(
+                    f"The search state is of format {state['format']} and kind {state['settings']['kind']!r}; expected "
+                    f"format {FORMAT} and kind {cls.kind!r}. Delete it to search anew."
+                )
+            search = cls(space=SearchSpace(**settings.pop("space")), **settings)
+            for point in state["told"]:
+                extra = {key: value for key, value in point.items() if key not in ("code", "distance", "latency_ms")}
+                search.tell(search.space.from_code(point["code"]), (point["distance"], point["latency_ms"]), extra)
+            search.reference = None if state["reference"] is None else _objectives(state["reference"])
+            search._pending = [search.space.code(search.space.from_code(code)) for code in state["pending"]]
+        except EdgeDiTError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EdgeDiTError(f"The search state cannot be read ({error!r}). Delete it to search anew.") from None
+        return search
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the state atomically."""
+        atomic_write_text(path, self.to_json())
+
+    def resume(self, path: str | os.PathLike) -> AskTellSearch:
+        """The state at `path` if there is one, made with the same settings as this search; else this search.
+
+        Raises:
+            EdgeDiTError: the state was made with other settings; quotes the first that differs.
+        """
+        path = Path(path)
+        if not path.exists():
+            return self
+        stored = type(self).from_json(path.read_text())
+        for key, value in self.settings().items():
+            if stored.settings()[key] != value:
+                raise EdgeDiTError(
+                    f"{path} was made with {key} = {stored.settings()[key]}, this run has {key} = {value}. "
+                    "Use the old setting, or delete the file to search anew."
+                )
+        return stored
+
+
+class RandomSearch(AskTellSearch):
+    """Unseen genotypes, each decoded from a uniform point of [0, 1]^L: what Bayesian optimisation is compared with."""
+
+    kind = "random"
+
+    @classmethod
+    def sharing_initial(cls, search: AskTellSearch) -> RandomSearch:
+        """A random search at `search`'s budget that starts from its initial points and its reference point, so that the
+        two traces differ only after them."""
+        if search.reference is None:
+            raise EdgeDiTError(
+                f"{len(search.told)} of {search.num_initial} initial points are told; finish them first."
+            )
+        random = cls(search.space, search.num_evaluations, search.seed, search.num_initial, search.reference)
+        random.told = [dict(point) for point in search.told[: search.num_initial]]
+        return random
+
+    def propose(self, count: int) -> list[Code]:
+        draws = np.random.default_rng(self.seed).random((64 * self.num_evaluations, self.space.dimension))
+        codes = (self.space.code(self.space.decode(x)) for x in draws)
+        return first_unseen(itertools.chain(codes, itertools.product(*self.space.allowed)), self.seen(), count)
+
+
+def summary(search: AskTellSearch, random: RandomSearch | None = None) -> dict[str, Any]:
+    """What `search/front.json` holds: the front, the reference point, the hypervolume after each evaluation (distance × ms)."""
+    if search.reference is None:
+        raise EdgeDiTError(
+            f"{len(search.told)} of {search.num_initial} initial points are told; finish the search first."
+        )
+    result = {
+        "front": search.front(),
+        "reference": list(search.reference),
+        "reference_rule": "given" if search.given_reference else "1.1 x the worst initial value of each objective",
+        "evaluations": len(search.told),
+        "hypervolume": hypervolume_trace(search.points, search.reference),
+    }
+    if random is not None:
+        result["random_hypervolume"] = hypervolume_trace(random.points, search.reference)
+    return result
+
+
+def _objectives(values: Sequence[float]) -> tuple[float, float]:
+    pair = tuple(float(value) for value in values)
+    if len(pair) != 2 or not all(math.isfinite(value) and value > 0 for value in pair):
+        raise EdgeDiTError(
+            f"The objectives are {list(pair)}; expected (distance, latency_ms), both finite and greater than 0. A NaN means "
+            "that the samples or the features behind the distance are broken: fix those, nothing was recorded."
+        )
+    return pair
+
+
+def first_unseen(stream: Iterable[Code], seen: set[Code], count: int) -> list[Code]:
+    """The first `count` distinct codes of `stream` that are not in `seen`."""
+    chosen: dict[Code, None] = {}
+    for code in stream:
+        if len(chosen) >= count:
+            break
+        if code not in seen:
+            chosen[code] = None
+    return list(chosen)
+
+
+def sobol(space: SearchSpace, count: int, seed: int) -> Iterator[Code]:
+    """Codes of the first `count` points of a scrambled Sobol sequence in [0, 1]^L; they may repeat."""
+    engine = torch.quasirandom.SobolEngine(space.dimension, scramble=True, seed=seed)
+    for x in engine.draw(count, dtype=torch.float64).tolist():
+        yield space.code(space.decode(x))
+
+
+def anchors(space: SearchSpace) -> list[Code]:
+    """The most and the least expensive genotype, by parameters: all original, and all merged with "both" (whole space)."""
+
+    def parameters(code: Code) -> int:
+        layers = space.from_code(code).layers
+        return sum(layer_cost(space.hidden_size, layer.shape, tokens=1).parameters for layer in layers)
+
+    ends = []
+    for pick in (max, min):
+        code = tuple(codes[0] for codes in space.allowed)
+        for pair, codes in enumerate(space.allowed):  # costs add up, so the pairs can be decided one by one
+            code = pick((code[:pair] + (choice,) + code[pair + 1 :] for choice in codes), key=parameters)
+        ends.append(code)
+    return ends

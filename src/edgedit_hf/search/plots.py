@@ -1,0 +1,276 @@
+"""The figures of a compression run, one function each: plain values in, a PNG out. No state, no display needed.
+
+Colours are Okabe and Ito's, which stay apart for colour-blind readers; every series also has its own marker or dash.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import LogLocator, MaxNLocator
+from PIL import Image
+
+from ..errors import EdgeDiTError
+from ..genotype import Genotype
+from ..search_space import OPTIONS, SearchSpace
+from .pareto import pareto_front
+
+Points = Sequence[Sequence[float]]
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY, BLACK = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #8A8F98 #1A1A1A".split()
+OPTION_COLOURS = dict(zip(OPTIONS, (BLUE, ORANGE, GREEN, PURPLE)))
+OPTION_LABELS = dict(zip(OPTIONS, ("original size", "narrow MLP", "narrow attention", "both narrow")))
+
+LEGEND = {"columnspacing": 1.4, "handletextpad": 0.4}
+
+
+# -------------------------------------------------------------------- search
+
+
+def pareto_plot(
+    path: str | os.PathLike,
+    points: Points,
+    random_points: Points = (),
+    chosen: Sequence[float] | None = None,
+    teacher: Sequence[float] | None = None,
+    distance_label: str = "Fréchet distance",
+) -> None:
+    """What the search evaluated, its Pareto front, the choice and the teacher.
+
+    Args:
+        points, random_points: (distance, latency_ms) of every genotype evaluated by the search and by random search.
+        chosen, teacher: (distance, latency_ms) of the student that is built and of the uncompressed model.
+    """
+    figure, axes = _figure(7.2, 4.6)
+    if len(random_points):
+        distance, latency = np.asarray(random_points).T
+        axes.scatter(latency, distance, marker="x", s=34, color=GREY, label="random search", zorder=2)
+    distance, latency = np.asarray(points).T
+    axes.scatter(latency, distance, s=34, facecolor="white", edgecolor=BLUE, label="Bayesian search", zorder=3)
+    front = np.asarray(points)[pareto_front(points)]
+    axes.step(front[:, 1], front[:, 0], where="pre", color=BLUE, linewidth=1.2, zorder=2)
+    axes.scatter(front[:, 1], front[:, 0], s=34, color=BLUE, label="Pareto front", zorder=4)
+    if teacher is not None:
+        axes.scatter(teacher[1], teacher[0], marker="D", s=60, color=BLACK, label="teacher", zorder=5)
+    if chosen is not None:
+        axes.scatter(chosen[1], chosen[0], marker="*", s=260, color=ORANGE, edgecolor=BLACK, label="chosen", zorder=6)
+    axes.set_xlabel("predicted latency (ms)")
+    axes.set_ylabel(f"{distance_label}, not yet tuned")
+    _log_if_wide(axes, [float(d) for d, _ in points])
+    _legend_below(axes)
+    _save(figure, path)
+
+
+def hypervolume_plot(path: str | os.PathLike, traces: Mapping[str, Sequence[float]], num_initial: int = 0) -> None:
+    """Hypervolume after each evaluation, a line a search; the initial points, which the searches share, are shaded."""
+    figure, axes = _figure(7.2, 3.8)
+    for (label, values), colour, dash in zip(traces.items(), (BLUE, GREY, GREEN), ("-", "--", ":")):
+        axes.step(range(1, len(values) + 1), values, where="post", color=colour, linestyle=dash, linewidth=2, label=label)
+    if num_initial:
+        axes.axvspan(1, num_initial, color=GREY, alpha=0.15, linewidth=0, label="initial points")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("genotypes evaluated")
+    axes.set_ylabel("hypervolume (distance × ms)")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(1, max(len(values) for values in traces.values()))
+    _legend_below(axes)
+    _save(figure, path)
+
+
+# -------------------------------------------------------------------- bank and genotype
+
+
+def proxy_loss_plot(path: str | os.PathLike, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Loss of every proxy block before and after its distillation, grouped by what the block is.
+
+    Args:
+        entries: of a proxy bank's index: `source` (teacher layers), `option`, `loss_before`, `loss_after`.
+    """
+    groups: dict[tuple[bool, str], list[Mapping[str, Any]]] = {}
+    for entry in sorted(entries.values(), key=lambda e: (len(e["source"]), OPTIONS.index(e["option"]), e["source"])):
+        groups.setdefault((len(entry["source"]) > 1, entry["option"]), []).append(entry)
+    if not groups:
+        raise EdgeDiTError("The proxy bank has 0 entries; run the stage 'bank' first.")
+    rows = [[key for key in groups if key[0] == merged] for merged in (False, True)]
+    rows = [row for row in rows if row]
+    figure, _ = _figure(8.4, 1.2 + 2.5 * len(rows), axes=False)
+    axes_of = figure.subplots(len(rows), 1, sharey=True, squeeze=False)[:, 0]
+    for axes, row in zip(axes_of, rows):
+        _style(axes)
+        start, ticks, names = 0, [], []
+        for merged, option in row:
+            group = groups[(merged, option)]
+            x = np.arange(start, start + len(group))
+            before, after = (np.array([e[f"loss_{when}"] for e in group], dtype=float) for when in ("before", "after"))
+            colour = OPTION_COLOURS[option]
+            axes.vlines(x, np.minimum(before, after), np.maximum(before, after), color=colour, alpha=0.5, linewidth=2)
+            axes.scatter(x, before, s=28, facecolor="white", edgecolor=colour, zorder=3)
+            axes.scatter(x, after, s=28, color=colour, zorder=4)
+            every = -(-len(group) // ((16 if merged else 30) // len(row)))  # as many names as fit
+            ticks += list(x[::every])
+            names += [_layers_name(e["source"]) for e in group[::every]]
+            axes.text(x.mean(), 1.02, OPTION_LABELS[option], color=colour, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
+            start += len(group) + 1
+        axes.set_yscale("log")
+        axes.set_xticks(ticks, names, fontsize=8)
+        axes.set_xlim(-1, start - 1)
+        axes.set_xlabel("merged pair of teacher layers" if row[0][0] else "teacher layer")
+        axes.set_ylabel("feature loss")
+    marks = [Patch(facecolor="white", edgecolor=BLACK, label="at the start"), Patch(color=BLACK, label="after distillation")]
+    figure.legend(handles=marks, loc="outside upper center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
+def genotype_strip(path: str | os.PathLike, genotype: Genotype, space: SearchSpace) -> None:
+    """The student's layers under the teacher's: one cell a layer, coloured by option, merged pairs drawn wide."""
+    figure, axes = _figure(8.4, 2.1)
+    size = min(10.0, 260 / space.num_layers)
+    for layer in range(space.num_layers):
+        _cell(axes, layer, 1, 1.15, "#E3E6EA", str(layer), BLACK, size)
+    options = []
+    for layer in genotype.layers:
+        options.append(space.option_of(layer))
+        text = _layers_name(layer.source) if len(layer.source) > 1 else str(layer.source[0])
+        colour = OPTION_COLOURS[options[-1]]
+        ink = BLACK if colour in (ORANGE, PURPLE) else "white"
+        _cell(axes, layer.source[0], len(layer.source), 0.0, colour, text, ink, size)
+    axes.set_xlim(-0.02, space.num_layers + 0.02)
+    axes.set_ylim(-0.05, 2.2)
+    counts = f"{space.num_layers} layers", f"{len(genotype.layers)} layers"
+    axes.set_yticks([0.5, 1.65], [f"student\n{counts[1]}", f"teacher\n{counts[0]}"])
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    marks = [Patch(color=OPTION_COLOURS[o], label=OPTION_LABELS[o]) for o in OPTIONS if o in options]
+    _legend_below(axes, handles=marks)
+    _save(figure, path)
+
+
+# -------------------------------------------------------------------- samples and curves
+
+
+def montage(images: np.ndarray, columns: int) -> np.ndarray:
+    """Tile images row by row, one pixel of white between them; missing tiles of the last row are white.
+
+    Args:
+        images: shape (n, height, width, channels) with 1 or 3 channels, floats in [0, 1] (a pipeline's `output_type="np"`).
+        columns: images a row.
+
+    Returns:
+        One picture, shape (rows·(height + 1) - 1, columns·(width + 1) - 1, 3), uint8.
+    """
+    images = np.asarray(images, dtype=np.float64)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images) or not np.isfinite(images).all():
+        raise EdgeDiTError(f"The images have shape {images.shape}; expected finite values of shape (n, height, width, 1 or 3).")
+    count, height, width, _ = images.shape
+    pixels = np.broadcast_to(np.rint(images.clip(0, 1) * 255).astype(np.uint8), (count, height, width, 3))
+    rows = -(-count // columns)
+    picture = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, 3), 255, dtype=np.uint8)
+    for index in range(count):
+        top, left = (index // columns) * (height + 1), (index % columns) * (width + 1)
+        picture[top : top + height, left : left + width] = pixels[index]
+    return picture
+
+
+def save_montage(path: str | os.PathLike, images: np.ndarray, columns: int) -> None:
+    """Write a [`montage`] as a PNG, pixel for pixel."""
+    _replace(path, lambda aside: Image.fromarray(montage(images, columns)).save(aside, format="PNG"))
+
+
+def sample_grid(path: str | os.PathLike, panels: Mapping[str, np.ndarray]) -> None:
+    """Pictures of the same seeds side by side, one labelled panel a model.
+
+    Args:
+        panels: label → picture of shape (height, width, 3), e.g. [`montage`]s with the same number of columns.
+    """
+    if not panels:
+        raise EdgeDiTError("There are 0 pictures to put side by side; give at least 1.")
+    ratios = [picture.shape[1] / picture.shape[0] for picture in panels.values()]
+    height = 8.6 / sum(ratios)
+    figure, _ = _figure(9.0, min(height, 9.0) + 0.9, axes=False)
+    figure.get_layout_engine().set(w_pad=0.06, wspace=0.02)
+    axes_of = figure.subplots(1, len(panels), squeeze=False, width_ratios=ratios)[0]
+    for axes, (label, picture) in zip(axes_of, panels.items()):
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_title(label.replace(", ", ",\n"), fontsize=11)
+        axes.set_axis_off()
+    _save(figure, path)
+
+
+def curve_plot(
+    path: str | os.PathLike,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    ylabel: str = "Fréchet distance",
+    xlabel: str = "fine-tuning steps",
+) -> None:
+    """Quality against steps. `series`: label → (steps, values)."""
+    figure, axes = _figure(7.2, 3.8)
+    looks = zip((BLUE, ORANGE, GREEN, PURPLE, RED, GREY), "osD^vx", ("-", "--", "-.", ":", "-", "--"))
+    for (label, (steps, values)), (colour, marker, dash) in zip(series.items(), looks):
+        axes.plot(steps, values, color=colour, marker=marker, linestyle=dash, linewidth=2, markersize=5, label=label)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    _log_if_wide(axes, [value for _, values in series.values() for value in values])
+    _legend_below(axes)
+    _save(figure, path)
+
+
+# -------------------------------------------------------------------- shared
+
+
+def _figure(width: float, height: float, axes: bool = True) -> tuple[Figure, Axes | None]:
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, _style(figure.add_subplot()) if axes else None
+
+
+def _style(axes: Axes) -> Axes:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+    """Logarithmic y axis where the values span more than a factor of ten, with plain numbers on it."""
+    if min(values) > 0 and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+
+
+def _legend_below(axes: Axes, handles: Sequence[Patch] | None = None) -> None:
+    handles = handles or axes.get_legend_handles_labels()[0]
+    figure = axes.get_figure()
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False, **LEGEND)
+
+
+def _layers_name(source: Sequence[int]) -> str:
+    return str(source[0]) if len(source) == 1 else f"{source[0]}–{source[-1]}"
+
+
+def _cell(axes: Axes, x: float, width: float, y: float, colour: str, text: str, ink: str, size: float) -> None:
+    axes.add_patch(Rectangle((x + 0.03, y), width - 0.06, 1.0, facecolor=colour, edgecolor="none"))
+    axes.text(x + width / 2, y + 0.5, text, ha="center", va="center", color=ink, fontsize=size)
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    _replace(path, lambda aside: figure.savefig(aside, format="png", bbox_inches="tight", pad_inches=0.1))
+
+
+def _replace(path: str | os.PathLike, write: Any) -> None:
+    """A PNG that is there is a whole one: written aside, then moved."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    write(aside)
+    os.replace(aside, path)
