@@ -23,10 +23,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     if state.finished:
         return
     rounds = state.steps()
-
-    def advance(done: int, asked: int) -> None:
-        next(rounds, None)
-
+    next(rounds)
     table = LatencyTable.build(
         teacher,
         space,
@@ -34,9 +31,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         threads=options.threads,
         precision=options.precision,
         repeats=options.repeats,
-        progress=advance,
+        progress=lambda done, asked: next(rounds, None),
     )
-    rounds.close()
     table.to_json(state.folder / "table.json")
     state.finish(prediction=table.to_dict()["prediction"])
 

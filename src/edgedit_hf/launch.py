@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 
 from .data import ImageDataset, LatentDataset, cache_latents, load_images, open_latents
 from .diffusion import make_scheduler
@@ -32,6 +33,8 @@ def recipe_main(run: Callable[[RunConfig, Any], None], doc: str | None) -> None:
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="e.g. teacher.steps=100; may be repeated")
     parser.add_argument("--dry-run", action="store_true", help="print time, memory and disk a stage, and stop")
     arguments = parser.parse_args()
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()  # loading a small pipeline needs no bar of its own
     try:
         config = load_config(arguments.config, arguments.override)
         if arguments.dry_run:

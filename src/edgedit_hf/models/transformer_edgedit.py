@@ -151,9 +151,11 @@ class EdgeDiTBlock(nn.Module):
         # [B, D] → six [B, 1, D]
         modulation = self.modulation(conditioning).unsqueeze(1).chunk(6, dim=-1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        hidden_states = hidden_states + gate_msa * self.attn(self.norm1(hidden_states) * (1 + scale_msa) + shift_msa)
-        hidden_states = hidden_states + gate_mlp * self.mlp(self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp)
-        return hidden_states
+        # addcmul(a, b, c) is a + b·c in one pass over memory instead of two.
+        attention = self.attn(torch.addcmul(shift_msa, self.norm1(hidden_states), 1 + scale_msa))  # [B, N, D]
+        hidden_states = torch.addcmul(hidden_states, gate_msa, attention)
+        mlp = self.mlp(torch.addcmul(shift_mlp, self.norm2(hidden_states), 1 + scale_mlp))  # [B, N, D]
+        return torch.addcmul(hidden_states, gate_mlp, mlp)
 
 
 class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -307,7 +309,7 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
     def unembed(self, tokens: torch.Tensor, conditioning: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Output layer: tokens `(B, N, D)` → sample `(B, out_channels, height, width)`."""
         shift, scale = self.modulation_out(conditioning).unsqueeze(1).chunk(2, dim=-1)
-        tokens = self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)  # [B, N, P·P·out]
+        tokens = self.proj_out(torch.addcmul(shift, self.norm_out(tokens), 1 + scale))  # [B, N, P·P·out]
         patch = self.config.patch_size
         rows, columns = height // patch, width // patch
         sample = tokens.view(-1, rows, columns, patch, patch, self.out_channels)
@@ -359,9 +361,9 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
     @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines pass `variant` and others only if the signature names them
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in diffusers, but refuses while PEFT adapters are injected: their wrapped weights would reload as random ones."""
-        if getattr(self, "peft_config", None):
+        if any(".base_layer." in name for name in self.state_dict()):  # delete_adapters() leaves the wrappers behind
             raise ValueError(
-                f"The model holds the adapters {sorted(self.peft_config)}; save them with save_lora_adapter(), or fuse_lora() and "
-                "unload_lora() (delete_adapters()) first, then save the model."
+                f"The model's layers are wrapped for the adapters {sorted(getattr(self, 'peft_config', {}))}; keep an adapter with "
+                "save_lora_adapter(), or merge it with fuse_lora(); then call unload_lora() and save the model."
             )
         return super().save_pretrained(save_directory, *args, **kwargs)

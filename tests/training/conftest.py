@@ -1,0 +1,84 @@
+"""Running recipes as a user does: as processes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAINING = ROOT / "training"
+
+
+class Recipes:
+    """Starts recipes of this checkout with one thread each, at debug scale."""
+
+    root = ROOT
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+
+    @staticmethod
+    def arguments(name: str, output: Path, *overrides: str, config: str = "debug.yaml") -> list[str]:
+        values = (f"output_dir={output}", "threads=1", *overrides)
+        options = [part for value in values for part in ("--override", value)]
+        return [str(TRAINING / f"{name}.py"), "--config", str(TRAINING / "recipes" / config), *options]
+
+    def run(self, name: str, output: Path, *overrides: str, launcher: list[str] | None = None, check: bool = True, timeout: int = 600):
+        command = [*(launcher or [sys.executable]), *self.arguments(name, output, *overrides)]
+        result = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=timeout)
+        if check:
+            assert result.returncode == 0, f"{name} ended with {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+        return result
+
+    def start(self, name: str, output: Path, *overrides: str) -> subprocess.Popen:
+        command = [sys.executable, *self.arguments(name, output, *overrides)]
+        return subprocess.Popen(
+            command, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    def run_with_kills(self, name: str, output: Path, marker: Path, seconds: float, *overrides: str, kills: int = 1) -> list[float]:
+        """Run, SIGKILL the whole process group at a random moment of the `seconds` after `marker` appears, run again to the end."""
+        delays = []
+        for _ in range(kills):
+            process = self.start(name, output, *overrides)
+            deadline = time.monotonic() + 120
+            while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            delays.append(random.SystemRandom().uniform(0, seconds))
+            time.sleep(delays[-1])
+            with_suppressed_kill(process)
+            process.communicate()
+        self.run(name, output, *overrides)
+        return delays
+
+
+def with_suppressed_kill(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # it had finished
+
+
+@pytest.fixture(scope="session")
+def recipes() -> Recipes:
+    return Recipes()
+
+
+def files_of(folder: Path, *suffixes: str) -> dict[str, bytes]:
+    """Content of the result files below a folder, by relative path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix in suffixes
+    }
+
+
+@pytest.fixture(scope="session")
+def result_files():
+    return files_of

@@ -1,0 +1,84 @@
+"""A recipe killed with SIGKILL at a random moment and run again ends with the same bytes as one that was left alone."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+
+# What a stage needs from earlier ones, the file that says it has begun, and the files that must come out equal.
+STAGES = {
+    "train_teacher": ("teacher", [], (".safetensors",)),
+    "distill_proxies": ("bank", ["teacher"], (".safetensors",)),
+    "search_architecture": ("search", ["teacher", "bank", "latency"], (".json",)),
+    "select_student": ("student", ["teacher", "bank", "search"], (".safetensors",)),
+    "finetune": ("student-tuned", ["teacher", "bank", "student"], (".safetensors",)),
+    "export_student": ("exported", ["student-tuned"], (".onnx",)),
+    "evaluate_models": ("evaluate", ["teacher", "student", "student-tuned", "exported"], (".safetensors",)),
+}
+FAST = ("train_teacher", "distill_proxies")
+
+
+@pytest.fixture(scope="module")
+def whole_run(recipes, tmp_path_factory):
+    """Every stage once, left alone, with its seconds; the killed runs start from copies of what came before."""
+    folder, seconds = tmp_path_factory.mktemp("whole") / "run", {}
+
+    def upto(name: str):
+        for stage in STAGES:
+            if stage not in seconds:
+                if stage == "search_architecture":
+                    recipes.run("measure_latency", folder)
+                result = recipes.run(stage, folder)
+                assert "Traceback" not in result.stderr
+                seconds[stage] = json.loads((folder / STAGES[stage][0] / "stage.json").read_text())["seconds"]
+            if stage == name:
+                return folder, seconds[stage]
+
+    return upto
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in STAGES])
+def test_killed_and_rerun_equals_uninterrupted(recipes, whole_run, result_files, tmp_path, name):
+    whole, seconds = whole_run(name)
+    stage, needs, suffixes = STAGES[name]
+    killed = tmp_path / "run"
+    for need in needs:
+        if (whole / need).exists():
+            shutil.copytree(whole / need, killed / need)
+    if name in ("search_architecture",) and (whole / "evaluate" / "extractor").exists():
+        shutil.copytree(whole / "evaluate" / "extractor", killed / "evaluate" / "extractor")
+    delays = recipes.run_with_kills(name, killed, killed / stage / "run.json", seconds, kills=2)
+    expected = comparable(result_files(whole / stage, *suffixes))
+    found = comparable(result_files(killed / stage, *suffixes))
+    assert expected, f"{stage} wrote nothing that could be compared"
+    assert sorted(found) == sorted(expected), f"killed after {delays} s"
+    different = [file for file in expected if found[file] != expected[file]]
+    assert not different, f"killed after {delays} s: {different} differ"
+
+
+def comparable(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Without what holds times, paths or run arguments rather than results."""
+    left_out = ("run.json", "stage.json", "verify.json", "bench.json", "model_index.json", "latency.json")
+    return {name: content for name, content in files.items() if not name.endswith(left_out)}
+
+
+def test_ctrl_c_saves_and_the_rerun_continues(recipes, whole_run, result_files, tmp_path):
+    whole, _ = whole_run("train_teacher")
+    folder = tmp_path / "run"
+    process = recipes.start("train_teacher", folder)
+    telemetry = folder / "teacher" / "telemetry.jsonl"
+    deadline = time.monotonic() + 120
+    while not telemetry.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    if process.returncode != 0:  # else it had finished before the signal came
+        assert process.returncode == 130, output
+        assert "Run the same command to continue" in output and "Traceback" not in output
+        assert list((folder / "teacher" / "checkpoints").glob("step-*"))
+    recipes.run("train_teacher", folder)
+    assert result_files(folder / "teacher" / "transformer", ".safetensors") == result_files(whole / "teacher" / "transformer", ".safetensors")
+    steps = [json.loads(line)["step"] for line in telemetry.read_text().splitlines()]
+    assert steps == sorted(set(steps)), "telemetry has a step twice or out of order"
