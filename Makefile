@@ -18,7 +18,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 install: $(INSTALLED)
 
 # The constraint file pins the tested set, torch included; nothing is resolved freely.
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(None if sys.version_info >= (3, 11) else \
 	"edgedit_hf needs Python 3.11 or newer; $(PYTHON) is " + v + ". Use: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)

@@ -51,9 +51,8 @@ def wheel(repository, tmp_path_factory):
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("src", "training", "hub_cards"):
         shutil.copytree(repository / name, sources / name, ignore=ignore)
-    for name in ("setup.cfg", "pyproject.toml", "README.md"):
-        if (repository / name).is_file():
-            shutil.copy(repository / name, sources / name)
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(repository / name, sources / name)
     build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder, sources]
     subprocess.run([sys.executable, *map(str, build)], check=True, capture_output=True, text=True)
     (built,) = folder.glob("*.whl")
@@ -61,7 +60,10 @@ def wheel(repository, tmp_path_factory):
 
 
 def test_the_wheel_holds_code_recipes_and_templates(wheel, repository):
-    names = set(zipfile.ZipFile(wheel).namelist())
+    archive = zipfile.ZipFile(wheel)
+    names = set(archive.namelist())
+    (top_level,) = [name for name in names if name.endswith("dist-info/top_level.txt")]
+    assert archive.read(top_level).decode().split() == ["edgedit_hf"]
     mapped = {"src/edgedit_hf/optimum_register": "optimum/commands/register", "src": "", "training": "edgedit_hf/training"}
     mapped["hub_cards"] = "edgedit_hf/hub_cards"
     for folder, target in mapped.items():
