@@ -8,7 +8,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "edgedit_hf"
 
-# From top to bottom: a module may import those before it, and others of its own entry.
+# From top to bottom: a module may import those before it, and those of its own entry.
 ORDER = [
     "errors",
     "genotype",
@@ -21,8 +21,7 @@ ORDER = [
     "models",
     "schedulers",
     "pipelines",
-    "estimate",
-    "launch",
+    ("launch", "estimate"),  # the recipes' command line, and its --dry-run
     "distill",
     "elastic",
     "metrics",
@@ -36,7 +35,8 @@ ORDER = [
     "commands",
     "optimum_register",
 ]
-HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "optimum", "botorch", "gpytorch", "onnx", "onnxruntime"}
+PLACE = {name: place for place, names in enumerate(ORDER) for name in ((names,) if isinstance(names, str) else names)}
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "botorch", "gpytorch", "onnx", "onnxruntime"}
 LIGHT_MODULES = ["errors", "genotype", "search_space", "recipes", "run_state", "registration", "commands", "optimum_register"]
 SELF_CONTAINED = {"torch", "diffusers", "numpy", "PIL"} | sys.stdlib_module_names
 
@@ -77,12 +77,12 @@ def entry(path: Path) -> str:
 
 def test_every_module_has_its_place_in_the_order():
     there = {entry(path) for path in SOURCE.rglob("*.py")} - {"__init__"}
-    assert there <= set(ORDER), f"add {sorted(there - set(ORDER))} to ORDER, where the design places them"
+    assert there <= set(PLACE), f"add {sorted(there - set(PLACE))} to ORDER, where the design places them"
 
 
 @pytest.mark.parametrize("path", [p for p in sorted(SOURCE.rglob("*.py")) if p != SOURCE / "__init__.py"], ids=str)
 def test_a_module_imports_only_what_stands_above_it(path):
-    place = ORDER.index(entry(path))
+    place = PLACE[entry(path)]
     for line, name in imports(path):
         if not name.startswith("edgedit_hf."):
             assert name != "edgedit_hf", f"{path}:{line} imports the whole package; import the module that is meant"
@@ -90,8 +90,8 @@ def test_a_module_imports_only_what_stands_above_it(path):
         parts = name.split(".")
         if parts[1] == "__version__":
             continue
-        assert parts[1] in ORDER, f"{path}:{line} imports {name}, which has no place in the order"
-        assert ORDER.index(parts[1]) <= place, f"{path}:{line} imports {name}, which stands below {entry(path)}"
+        assert parts[1] in PLACE, f"{path}:{line} imports {name}, which has no place in the order"
+        assert PLACE[parts[1]] <= place, f"{path}:{line} imports {name}, which stands below {entry(path)}"
 
 
 @pytest.mark.parametrize("path", sorted([*SOURCE.glob("models/transformer_*.py"), *SOURCE.glob("pipelines/pipeline_*.py")]), ids=str)
@@ -128,6 +128,25 @@ else:
 
 def test_importing_the_package_is_light(run_python):
     run_python(LIGHT)
+
+
+OPTIMUM_HELP = """
+import sys
+from optimum.commands.optimum_cli import main
+for arguments in (["--help"], ["export", "edgedit", "--help"]):
+    sys.argv = ["optimum-cli", *arguments]
+    try:
+        main()
+    except SystemExit as done:
+        assert done.code == 0
+heavy = {"torch", "diffusers", "transformers", "onnxruntime"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_optimum_cli_help_shows_our_command_and_imports_no_torch(run_python):
+    printed = run_python(OPTIMUM_HELP)
+    assert "edgedit" in printed and "--format" in printed
 
 
 def test_every_public_name_is_there():
