@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,8 +43,8 @@ class LayerSpec:
                 f"attention_dim {self.attention_dim} is not a positive multiple of num_heads {self.num_heads}; "
                 "choose a width that the heads divide."
             )
-        if not self.mlp_ratio > 0:
-            raise EdgeDiTError(f"mlp_ratio is {self.mlp_ratio}; it must be greater than 0.")
+        if not 0 < self.mlp_ratio < float("inf"):
+            raise EdgeDiTError(f"mlp_ratio is {self.mlp_ratio}; it must be a number greater than 0.")
 
     @property
     def shape(self) -> tuple[int, int, float]:
@@ -56,7 +57,7 @@ class LayerSpec:
             "source": list(self.source),
             "attention_dim": self.attention_dim,
             "num_heads": self.num_heads,
-            "mlp_ratio": self.mlp_ratio,
+            "mlp_ratio": float(self.mlp_ratio),  # 4 and 4.0 are equal, so they must read the same
         }
 
     @classmethod
@@ -66,14 +67,12 @@ class LayerSpec:
             got = sorted(layer) if isinstance(layer, Mapping) else repr(layer)
             raise EdgeDiTError(f"A layer of a genotype has the keys {got}; it must have exactly {sorted(LAYER_KEYS)}.")
         try:
-            return cls(
-                source=tuple(int(i) for i in layer["source"]),
-                attention_dim=int(layer["attention_dim"]),
-                num_heads=int(layer["num_heads"]),
-                mlp_ratio=float(layer["mlp_ratio"]),
-            )
-        except TypeError as error:
+            source = tuple(operator.index(i) for i in layer["source"])
+            attention_dim, num_heads = operator.index(layer["attention_dim"]), operator.index(layer["num_heads"])
+            mlp_ratio = float(layer["mlp_ratio"])
+        except (TypeError, ValueError) as error:
             raise EdgeDiTError(f"A layer of a genotype reads {dict(layer)}, which is not a layer: {error}.") from None
+        return cls(source, attention_dim, num_heads, mlp_ratio)
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,9 @@ class Genotype:
         """Read what a model's config holds as `layers` and `hidden_size`."""
         if not isinstance(layers, Sequence) or isinstance(layers, (str, bytes)):
             raise EdgeDiTError(f"layers is {layers!r}; it must be a list of layer descriptions.")
-        return cls(tuple(LayerSpec.from_dict(layer) for layer in layers), int(hidden_size))
+        if not isinstance(hidden_size, int):
+            raise EdgeDiTError(f"hidden_size is {hidden_size!r}; it must be an integer.")
+        return cls(tuple(LayerSpec.from_dict(layer) for layer in layers), hidden_size)
 
     def to_json(self) -> str:
         """Canonical JSON: equal genotypes give equal text."""
