@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -74,14 +75,20 @@ def weights_hash(state_dict: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _explain_write_errors(path: Path) -> Iterator[None]:
+def explain_write_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turn a full disk or a forbidden folder, met in the block while writing `path`, into one clear [`EdgeDiTError`]."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except (OSError, SafetensorError) as error:
+        # safetensors gives the number of a failed write only at the end of its text: "... (os error 28)".
+        in_text = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise EdgeDiTError(f"No space left on the disk of {path}; free some and run the same command again, it continues.") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise EdgeDiTError(f"Cannot write {path} ({error.strerror}); choose a folder you may write to.") from error
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise EdgeDiTError(f"Cannot write {path} ({os.strerror(number)}); choose a folder you may write to.") from error
         raise
 
 
@@ -96,14 +103,17 @@ def _fsync_path(path: Path) -> None:
 def atomic_write_text(path: str | os.PathLike, text: str) -> None:
     """Write a file so that at any moment either the old or the new content stands there in full."""
     path = Path(path)
-    with _explain_write_errors(path):
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        try:
+            with open(aside, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
         _fsync_path(path.parent)
 
 
@@ -128,7 +138,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a new empty folder beside `path`; if the block succeeds its content is synced and takes the place of `path`."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with _explain_write_errors(path):
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -163,7 +173,7 @@ def publish_into(folder: str | os.PathLike) -> Iterator[Path]:
     """Yields an empty folder; what is put there is synced and moved into `folder`, entry by entry, when the block succeeds."""
     folder = Path(folder)
     aside = folder / ".publish"
-    with _explain_write_errors(folder):
+    with explain_write_errors(folder):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
@@ -337,7 +347,7 @@ class RunState:
         self._started = time.monotonic()
         asked = {"stage": stage, "config": json.loads(json.dumps(dict(config))), "inputs": dict(inputs or {}), "seed": seed}
         self._asked = asked
-        with _explain_write_errors(self.folder):
+        with explain_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         record = self.folder / "run.json"
         if record.exists():
@@ -419,7 +429,7 @@ class RunState:
         aside, final = root / f".tmp-{self.step:09d}", root / f"step-{self.step:09d}"
         if final.exists():
             return
-        with _explain_write_errors(final):
+        with explain_write_errors(final):
             if self.is_main:
                 for left in root.glob(".tmp-*"):
                     shutil.rmtree(left, ignore_errors=True)
@@ -530,7 +540,7 @@ class RunState:
         """Append one line to `telemetry.jsonl`."""
         if self.is_main:
             line = {"stage": self.stage, "step": self.step, "seconds": round(self.seconds, 3), **metrics}
-            with _explain_write_errors(self.folder), open(self.folder / "telemetry.jsonl", "a", encoding="utf-8") as file:
+            with explain_write_errors(self.folder), open(self.folder / "telemetry.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     # ---------------------------------------------------------------- the end
