@@ -236,7 +236,7 @@ def _fill(target: Any, values: Any, prefix: str, source: str) -> None:
         choices, minimum = fields[key].metadata["choices"], fields[key].metadata["minimum"]
         if choices and value not in choices:
             raise EdgeDiTError(f"{source}: {name} is {value!r}; it must be one of {', '.join(map(str, choices))}.")
-        if minimum is not None and value is not None and value < minimum:
+        if minimum is not None and value is not None and not value >= minimum:  # nor NaN
             raise EdgeDiTError(f"{source}: {name} is {value}; it must be at least {minimum}.")
         setattr(target, key, value)
 
@@ -262,7 +262,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         key, equals, value = text.partition("=")
         if not equals:
             raise EdgeDiTError(f"--override {text!r} has no '='; write section.key=value, e.g. teacher.steps=100.")
-        nested: Any = yaml.safe_load(value)
+        try:
+            nested: Any = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise EdgeDiTError(f"--override {text!r}: the value is not YAML: {error}") from None
         for part in reversed(key.strip().split(".")):
             nested = {part: nested}
         _fill(config, nested, "", "--override")
