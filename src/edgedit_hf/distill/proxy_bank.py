@@ -6,6 +6,7 @@ merged into one with both reductions).
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from ..errors import EdgeDiTError
 from ..genotype import Genotype, LayerSpec
 from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
-from ..run_state import atomic_write_json, file_sha256, read_json, weights_hash
+from ..run_state import atomic_write_json, explain_write_errors, file_sha256, read_json, weights_hash
 from ..search_space import SearchSpace
 
 FORMAT = "edgedit-proxy-bank-1"
@@ -38,9 +39,9 @@ class ProxyBank:
     def __init__(self, folder: str | os.PathLike, teacher: EdgeDiTTransformer2DModel) -> None:
         self.folder = Path(folder)
         index = read_json(self.folder / "index.json", "stage bank (training/distill_proxies.py)")
-        if not isinstance(index, dict) or index.get("format") != FORMAT:
+        if not isinstance(index, dict) or index.get("format") != FORMAT or not {"teacher_hash", "space", "entries"} <= set(index):
             found = index.get("format") if isinstance(index, dict) else type(index).__name__
-            raise EdgeDiTError(f"{self.folder / 'index.json'} has the format {found!r}; expected {FORMAT!r}: it is no proxy bank.")
+            raise EdgeDiTError(f"{self.folder / 'index.json'} has the format {found!r}; expected a whole {FORMAT!r}: it is no proxy bank.")
         found = weights_hash(teacher.state_dict())
         if found != index["teacher_hash"]:
             raise EdgeDiTError(
@@ -82,10 +83,14 @@ class ProxyBank:
         name = self.key(layer).replace("/", "-") + ".safetensors"
         aside = self.folder / f".{name}.tmp-{os.getpid()}"
         state = {k: v.detach().cpu().contiguous() for k, v in block.state_dict().items()}
-        save_file(state, aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, self.folder / name)
+        with explain_write_errors(self.folder / name):
+            try:
+                save_file(state, aside)
+                with open(aside, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(aside, self.folder / name)
+            finally:
+                aside.unlink(missing_ok=True)
         option = self.space.option_of(layer)
         return {"file": name, "sha256": file_sha256(self.folder / name), "source": list(layer.source), "option": option, **record}
 
@@ -107,13 +112,21 @@ class ProxyBank:
             return self.teacher.blocks[layer.source[0]].state_dict()
         key = self.key(layer)
         if key not in self.entries:
-            raise EdgeDiTError(f"The bank {self.folder} has no proxy {key!r}; it holds {len(self.entries)} entries. Finish stage bank first.")
-        name = self.entries[key]["file"]
+            raise EdgeDiTError(
+                f"The bank {self.folder} has no proxy {key!r}; it holds {len(self.entries)} entries. Finish stage bank first."
+            )
+        name, sha256 = str(self.entries[key].get("file")), self.entries[key].get("sha256")
         if Path(name).name != name:
             raise EdgeDiTError(f"The index of {self.folder} names the file {name!r}; a proxy's file must lie in the bank's own folder.")
         path = self.folder / name
         try:
-            state = load_file(path)
+            content = path.read_bytes()
+            if (found := hashlib.sha256(content).hexdigest()) != sha256:
+                raise EdgeDiTError(
+                    f"The proxy {path} ({len(content)} bytes) has the SHA-256 {found}, but the bank's index says {sha256}: it is damaged "
+                    "or from another bank; delete the bank and make it anew."
+                )
+            state = load(content)
         except (OSError, SafetensorError) as error:
             raise EdgeDiTError(f"The proxy {path} cannot be read ({error}); delete the bank and make it anew.") from error
         expected = {k: tuple(v.shape) for k, v in self.new_block(layer, device="meta").state_dict().items()}
@@ -140,7 +153,7 @@ class ProxyBank:
         self.space.code(genotype)  # raises when the genotype is of another teacher or space
         config = {k: v for k, v in self.teacher.config.items() if not k.startswith("_")}
         state = torch.random.get_rng_state()
-        torch.manual_seed(0 if random_seed is None else random_seed)
+        torch.default_generator.manual_seed(0 if random_seed is None else random_seed)  # the CPU's alone: blocks start there
         try:
             student = EdgeDiTTransformer2DModel(**{**config, "layers": genotype.to_layers()})
         finally:
