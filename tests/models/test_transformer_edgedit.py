@@ -1,0 +1,489 @@
+"""The transformer: published sizes, counted costs, equality with diffusers' DiT, and everything a diffusers model can do."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import infer_auto_device_map
+from diffusers import DiTTransformer2DModel, TorchAoConfig
+from diffusers.models.embeddings import Timesteps
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from edgedit_hf import EdgeDiTTransformer2DModel, Genotype, SearchSpace
+from edgedit_hf.models.transformer_edgedit import PRESETS, EdgeDiTAttention, sincos_position_embedding
+from edgedit_hf.search_space import OPTIONS, model_cost
+
+PUBLISHED = {  # parameters (M) and GFLOPs of the DiT and EdgeDiT papers
+    "DiT-XL/2": ("675.13", "237.34"),
+    "EdgeDiT-1": ("470.65", "143.96"),
+    "EdgeDiT-6": ("529.64", "169.97"),
+}
+SPACE = SearchSpace(4, 32, 2)
+LAYERS = {option: [SPACE.layer((i,), option).to_dict() for i in range(4)] for option in OPTIONS}
+LAYERS |= {f"merged {option}": [SPACE.layer((2 * i, 2 * i + 1), option).to_dict() for i in range(2)] for option in OPTIONS}
+LAYERS["mixed"] = SPACE.from_code((4 * 1 + 2, 16 + 3)).to_layers()
+
+
+def inputs(batch: int = 3, height: int = 8, width: int = 8, channels: int = 1, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, channels, height, width, generator=generator)
+    return x, torch.linspace(3, 950, batch), torch.arange(batch) % 10
+
+
+@torch.no_grad()
+def output(model, *arguments):
+    return model(*(arguments or inputs())).sample
+
+
+# -------------------------------------------------------------------- sizes and costs
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_of_every_preset_are_the_closed_form(name):
+    with torch.device("meta"):
+        model = EdgeDiTTransformer2DModel.from_preset(name)
+    cost = model_cost(model.config)
+    assert cost.weights == sum(p.numel() for p in model.parameters())
+    assert cost.parameters == cost.weights + model.pos_embed.numel()
+    if name in PUBLISHED:
+        assert f"{cost.parameters / 1e6:.2f}" == PUBLISHED[name][0]
+
+
+class ElementCounter(TorchDispatchMode):
+    """Elements that LayerNorm (four operations each), GELU and SiLU (one each) go over, whoever calls them."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        each = {"native_layer_norm": 4, "gelu": 1, "silu": 1}.get(func.overloadpacket.__name__, 0)
+        self.operations += each * args[0].numel() if each else 0
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_flops_of_the_published_networks(name):
+    with torch.device("meta"):
+        model = EdgeDiTTransformer2DModel.from_preset(name).eval()
+        x, t, labels = torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as products, ElementCounter() as elements:
+        output(model, x, t, labels)
+    cost = model_cost(model.config)
+    assert products.get_total_flops() == 2 * cost.macs
+    assert products.get_total_flops() + elements.operations == cost.flops
+    assert f"{cost.flops / 1e9:.2f}" == PUBLISHED[name][1]
+
+
+def hooked_macs(model: nn.Module, *arguments) -> int:
+    """Multiply-accumulates of a forward of one image, counted by hooks on its modules."""
+    macs = 0
+
+    def count(module, given, result):
+        nonlocal macs
+        if isinstance(module, nn.Linear):
+            macs += result.numel() * module.in_features
+        elif isinstance(module, nn.Conv2d):
+            macs += result.numel() * module.weight[0].numel()
+        elif isinstance(module, EdgeDiTAttention):  # scores, then the average of the values
+            macs += 2 * given[0].shape[1] ** 2 * module.to_out.in_features
+
+    handles = [module.register_forward_hook(count) for module in model.modules()]
+    output(model, *arguments)
+    for handle in handles:
+        handle.remove()
+    return macs
+
+
+@pytest.mark.parametrize("variant", [{}, {"num_classes": 0}, {"learn_sigma": True}, {"patch_size": 4, "in_channels": 3}], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_closed_form_costs_are_what_hooks_count(name, variant):
+    model = EdgeDiTTransformer2DModel.from_preset("DiT-debug/2", layers=LAYERS[name], **variant)
+    x, t, labels = inputs(1, 8, 16, model.config.in_channels)
+    arguments = (x, t, labels if model.config.num_classes else None)
+    cost = model_cost(model.config, 8, 16)
+    assert cost.weights == sum(p.numel() for p in model.parameters())
+    assert cost.macs == hooked_macs(model, *arguments)
+    with ElementCounter() as elements:
+        output(model, *arguments)
+    assert cost.flops == 2 * cost.macs + elements.operations
+    with FlopCounterMode(display=False) as products:
+        output(model.to("meta"), *(tensor if tensor is None else tensor.to("meta") for tensor in arguments))
+    assert products.get_total_flops() == 2 * cost.macs
+
+
+# -------------------------------------------------------------------- the architecture
+
+
+def diffusers_dit(model: EdgeDiTTransformer2DModel) -> DiTTransformer2DModel:
+    """diffusers' DiT with the same weights, and without its two known departures from the original.
+
+    It spreads the frequencies of the timestep up to 1/10000 instead of just short of it, and its second norm has an epsilon of 1e-5.
+    """
+    config, heads = model.config, model.config.layers[0]["num_heads"]
+    dit = DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=config.hidden_size // heads,
+        in_channels=config.in_channels,
+        out_channels=model.out_channels,
+        num_layers=len(config.layers),
+        sample_size=config.sample_size,
+        patch_size=config.patch_size,
+        num_embeds_ada_norm=config.num_classes,
+        norm_eps=1e-6,
+    ).eval()
+    dit.pos_embed.proj.load_state_dict(model.patch_embed.state_dict())
+    dit.proj_out_1.load_state_dict(model.modulation_out.state_dict())
+    dit.proj_out_2.load_state_dict(model.proj_out.state_dict())
+    for theirs, ours in zip(dit.transformer_blocks, model.blocks):
+        embedding = theirs.norm1.emb
+        embedding.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        embedding.timestep_embedder.linear_1.load_state_dict(model.timestep_embedder.linear_1.state_dict())
+        embedding.timestep_embedder.linear_2.load_state_dict(model.timestep_embedder.linear_2.state_dict())
+        embedding.class_embedder.embedding_table.load_state_dict(model.label_embedder.state_dict())
+        theirs.norm1.linear.load_state_dict(ours.modulation.state_dict())
+        projections = (theirs.attn1.to_q, theirs.attn1.to_k, theirs.attn1.to_v)
+        for linear, weight, bias in zip(projections, ours.attn.to_qkv.weight.chunk(3), ours.attn.to_qkv.bias.chunk(3)):
+            linear.load_state_dict({"weight": weight, "bias": bias})
+        theirs.attn1.to_out[0].load_state_dict(ours.attn.to_out.state_dict())
+        theirs.ff.net[0].proj.load_state_dict(ours.mlp.proj_in.state_dict())
+        theirs.ff.net[2].load_state_dict(ours.mlp.proj_out.state_dict())
+    return dit
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"learn_sigma": True, "in_channels": 4}, {"patch_size": 4, "sample_size": 16, "num_attention_heads": 4}],
+    ids=["pixels", "latents", "large patches"],
+)
+def test_equals_an_independent_dit(make_transformer, sizes):
+    model = make_transformer(**sizes)
+    size = model.config.sample_size
+    x, t, labels = inputs(4, size, size, model.config.in_channels)
+    labels[-1] = model.config.num_classes  # the null class
+    ours, theirs = output(model, x, t, labels), output(diffusers_dit(model), x, t, labels)
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_a_fresh_network_predicts_zero_and_its_layers_are_the_identity():
+    model = EdgeDiTTransformer2DModel.from_preset("DiT-debug/2")
+    x, t, labels = inputs()
+    tokens, conditioning = model.embed(x, t, labels)
+    assert all(torch.equal(block(tokens, conditioning), tokens) for block in model.blocks)
+    assert not output(model).any()
+    assert {name for name, p in model.named_parameters() if p.ndim > 1 and not p.any()} == {
+        *(f"blocks.{i}.modulation.weight" for i in range(4)),
+        "modulation_out.weight",
+        "proj_out.weight",
+    }
+
+
+def test_forward_is_embed_blocks_unembed(make_transformer):
+    model = make_transformer(layers=LAYERS["mixed"])
+    x, t, labels = inputs()
+    with torch.no_grad():
+        tokens, conditioning = model.embed(x, t, labels)
+        assert tokens.shape == (3, 16, 32) and conditioning.shape == (3, 32)
+        for block in model.blocks:
+            tokens = block(tokens, conditioning)
+        sample = model.unembed(tokens, conditioning, 8, 8)
+        assert torch.equal(sample, output(model))
+        assert torch.equal(sample, model(x, t, labels, return_dict=False)[0])
+
+
+def test_one_timestep_stands_for_all_images_and_labels_matter(make_transformer):
+    model = make_transformer()
+    x, _, labels = inputs()
+    expected = output(model, x, torch.full((3,), 500.0), labels)
+    for timestep in (torch.tensor(500), torch.tensor(500.0), torch.tensor([500]), torch.full((3,), 500)):
+        assert torch.equal(output(model, x, timestep, labels), expected)
+    assert not torch.allclose(output(model, x, torch.tensor(501), labels), expected, atol=1e-3)
+    assert not torch.allclose(output(model, x, torch.tensor(500), labels + 1), expected, atol=1e-3)
+
+
+def test_images_of_a_batch_do_not_see_each_other(make_transformer):
+    model = make_transformer(layers=LAYERS["mixed"])
+    x, t, labels = inputs()
+    for i in range(3):
+        torch.testing.assert_close(output(model, x[i : i + 1], t[i : i + 1], labels[i : i + 1])[0], output(model)[i], rtol=0, atol=1e-5)
+
+
+def test_an_unconditional_network_needs_no_labels(make_transformer):
+    model = make_transformer(num_classes=0)
+    x, t, labels = inputs()
+    assert model.label_embedder is None and output(model, x, t).shape == x.shape
+    with pytest.raises(ValueError, match="num_classes=0, but class_labels were given"):
+        model(x, t, labels)
+
+
+def test_other_sizes_than_the_native_one(make_transformer):
+    small, large = make_transformer(sample_size=8), make_transformer(sample_size=16)
+    x, t, labels = inputs(3, 16, 16)
+    assert torch.equal(output(small, x, t, labels), output(large, x, t, labels))
+    # Not square: the position of a patch is that of the same row and column of a square grid.
+    square = sincos_position_embedding(6, 6, 32).view(6, 6, 32)
+    assert torch.equal(sincos_position_embedding(4, 6, 32), square[:4].flatten(0, 1))
+    assert torch.equal(sincos_position_embedding(6, 4, 32), square[:, :4].flatten(0, 1))
+    for height, width in ((8, 12), (20, 4)):
+        x, t, labels = inputs(3, height, width)
+        assert output(small, x, t, labels).shape == x.shape
+
+
+def test_patches_go_back_to_where_they_came_from(make_transformer):
+    model = make_transformer(learn_sigma=True, in_channels=3)
+    x, t, labels = inputs(2, 8, 12, 3)
+    with torch.no_grad():
+        tokens, conditioning = model.embed(x, t, labels)
+        sample = model.unembed(tokens, conditioning, 8, 12)
+        shift, scale = model.modulation_out(conditioning).chunk(2, dim=1)
+        patches = model.proj_out(F.layer_norm(tokens, (32,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None])
+    channels_first = patches.view(2, 24, 4, 6).transpose(2, 3).flatten(2)  # DiT's order in a patch: row, column, channel
+    torch.testing.assert_close(sample, F.fold(channels_first.mT, (8, 12), 2, stride=2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"hidden_size": 30}, "hidden_size is 30; the position embedding needs a multiple of 4"),
+        ({"sample_size": 9}, "sample_size 9 is not a multiple of patch_size 2"),
+        ({"prediction_type": "x0"}, "prediction_type is 'x0'"),
+        ({"num_attention_heads": 3}, "attention_dim 32 is not a multiple of num_heads 3"),
+    ],
+)
+def test_configs_that_make_no_sense_are_refused(config, said):
+    with pytest.raises(ValueError, match=said):
+        EdgeDiTTransformer2DModel.from_preset("DiT-debug/2", **config)
+
+
+def test_inputs_that_do_not_fit_are_refused(make_transformer):
+    model = make_transformer()
+    x, t, labels = inputs()
+    with pytest.raises(ValueError, match="num_classes=10, but no class_labels were given"):
+        model(x, t)
+    with pytest.raises(ValueError, match=r"shape \(3, 2, 8, 8\); this model needs \(batch, 1, height, width\)"):
+        model(x.repeat(1, 2, 1, 1), t, labels)
+    with pytest.raises(ValueError, match="multiples of 2"):
+        model(x[..., :7], t, labels)
+    with pytest.raises(ValueError, match="There is no preset 'DiT-XXL/2'; the presets are DiT-S/2, "):
+        EdgeDiTTransformer2DModel.from_preset("DiT-XXL/2")
+
+
+# -------------------------------------------------------------------- saving and loading
+
+
+@pytest.mark.parametrize("variant", [{}, {"variant": "ema"}], ids=str)
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "50KB"}], ids=str)
+def test_a_saved_network_loads_equal(make_transformer, tmp_path, shards, variant):
+    model = make_transformer(layers=LAYERS["mixed"], learn_sigma=True)
+    model.save_pretrained(tmp_path, **shards, **variant)
+    weights = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert (len(weights) > 2) == bool(shards) and all((".ema" in name) == bool(variant) for name in weights)
+    again = EdgeDiTTransformer2DModel.from_pretrained(tmp_path, **variant)
+    assert torch.equal(output(again), output(model)) and not again.training
+    assert again.config.layers == model.config.layers == LAYERS["mixed"]
+    assert Genotype.from_layers(again.config.layers, again.config.hidden_size) == SPACE.from_code((6, 19))
+    state = model.state_dict()
+    assert again.state_dict().keys() == state.keys() and all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
+
+
+def test_a_network_whose_layers_were_left_to_the_defaults_saves_what_it_is(make_transformer, tmp_path):
+    make_transformer().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["layers"] == Genotype.original(4, 32, 2).to_layers() and saved["num_layers"] == 4
+
+
+def test_half_precision(make_transformer, tmp_path):
+    model = make_transformer()
+    model.save_pretrained(tmp_path)
+    half = EdgeDiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    x, t, labels = inputs()
+    expected = output(model)
+    near = dict(rtol=0, atol=0.1 * expected.abs().max().item())
+    torch.testing.assert_close(output(half, x.bfloat16(), t, labels).float(), expected, **near)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(output(model).float(), expected, **near)
+
+
+@pytest.fixture
+def saved(make_transformer, tmp_path):
+    """Folder of a saved network, and a function that changes its weights."""
+    make_transformer(layers=LAYERS["mixed"]).save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+
+    def change(**changes):
+        state = {**load_file(path), **changes}
+        save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path, metadata={"format": "pt"})
+
+    return tmp_path, change
+
+
+def test_a_missing_weight_is_an_error(saved):
+    folder, change = saved
+    change(**{"blocks.1.attn.to_qkv.weight": None})
+    with pytest.raises(ValueError, match=r"1 missing \(blocks.1.attn.to_qkv.weight\), 0 unexpected \(none\)"):
+        EdgeDiTTransformer2DModel.from_pretrained(folder)
+
+
+def test_an_unexpected_weight_is_an_error(saved):
+    folder, change = saved
+    change(**{"blocks.9.attn.to_qkv.weight": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match=r"0 missing \(none\), 1 unexpected \(blocks.9.attn.to_qkv.weight\)"):
+        EdgeDiTTransformer2DModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("code", [(6, 16), (6, 15), (16, 19), (10, 19)], ids=str)
+def test_weights_of_another_genotype_are_an_error(saved, code):
+    folder, _ = saved
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layers": SPACE.from_code(code).to_layers()}))
+    with pytest.raises(ValueError, match="blocks"):
+        EdgeDiTTransformer2DModel.from_pretrained(folder)
+
+
+def test_loading_info_is_given_on_request(saved):
+    model, info = EdgeDiTTransformer2DModel.from_pretrained(saved[0], output_loading_info=True)
+    assert isinstance(model, EdgeDiTTransformer2DModel) and not info["missing_keys"] and not info["unexpected_keys"]
+
+
+# -------------------------------------------------------------------- adapters
+
+
+LORA = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["to_qkv", "to_out", "proj_in", "proj_out"])
+
+
+def test_adapters_are_added_switched_off_saved_and_loaded(make_transformer, tmp_path):
+    model = make_transformer(layers=LAYERS["mixed"])
+    plain = output(model)
+    model.add_adapter(LORA, "style")
+    adapted = output(model)
+    assert not torch.allclose(adapted, plain, atol=1e-2)
+    model.disable_adapters()
+    assert torch.equal(output(model), plain)
+    model.enable_adapters()
+    model.save_lora_adapter(tmp_path, adapter_name="style")
+    again = make_transformer(layers=LAYERS["mixed"])
+    again.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors", adapter_name="style")
+    assert torch.equal(output(again), adapted)
+
+
+def test_a_network_with_adapters_is_not_saved_as_if_it_had_none(make_transformer, tmp_path):
+    model = make_transformer()
+    plain = output(model)
+    model.add_adapter(LORA, "style")
+    adapted = output(model)
+    with pytest.raises(ValueError, match=r"wrapped for the adapters \['style'\].*unload_lora"):
+        model.save_pretrained(tmp_path)
+    emptied = copy.deepcopy(model)
+    emptied.delete_adapters("style")  # the wrappers stay, and with them the wrong names
+    with pytest.raises(ValueError, match=r"wrapped for the adapters \[\].*unload_lora"):
+        emptied.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+    emptied.unload_lora()
+    emptied.save_pretrained(tmp_path / "plain")
+    assert torch.equal(output(EdgeDiTTransformer2DModel.from_pretrained(tmp_path / "plain")), plain)
+    model.fuse_lora()
+    model.unload_lora()
+    model.save_pretrained(tmp_path / "merged")
+    merged = output(EdgeDiTTransformer2DModel.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-4 * adapted.abs().max().item())
+
+
+# -------------------------------------------------------------------- what training and inference switch on
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(make_transformer):
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_transformer(layers=LAYERS["mixed"]).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        calls = []
+        handle = model.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        model(*inputs()).sample.square().mean().backward()
+        handle.remove()
+        assert len(calls) == 1 + checkpointing  # once more on the way back
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_attention_backends(make_transformer, backend):
+    model = make_transformer(layers=LAYERS["mixed"])
+    expected = output(model)
+    model.set_attention_backend(backend)
+    try:
+        assert {block.attn.processor._attention_backend.value for block in model.blocks} == {backend}
+        torch.testing.assert_close(output(model), expected, rtol=0, atol=1e-5)
+    finally:
+        model.set_attention_backend("native")  # what was chosen last also holds for every network without a choice of its own
+        model.reset_attention_backend()
+    assert {block.attn.processor._attention_backend for block in model.blocks} == {None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["original", "mixed"])
+def test_compiles_without_a_graph_break(make_transformer, name):
+    model = make_transformer(layers=LAYERS[name])
+    expected = output(model)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(output(compiled), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    repeated = make_transformer(layers=LAYERS[name])
+    repeated.compile_repeated_blocks(fullgraph=True)
+    torch.testing.assert_close(output(repeated), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+def test_torchao_quantises_the_linear_layers_and_round_trips(make_transformer, tmp_path):
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    model = make_transformer(layers=LAYERS["mixed"])
+    expected = output(model)
+    model.save_pretrained(tmp_path / "plain")
+    quantised = EdgeDiTTransformer2DModel.from_pretrained(
+        tmp_path / "plain", quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), torch_dtype=torch.float32
+    )
+    linear = [module for module in quantised.modules() if isinstance(module, nn.Linear)]
+    assert len(linear) == 5 * 3 + 4 and all(type(module.weight) is not nn.Parameter for module in linear)
+    result = output(quantised)
+    assert 0 < (result - expected).norm() / expected.norm() < 0.05
+    quantised.save_pretrained(tmp_path / "int8")
+    again = EdgeDiTTransformer2DModel.from_pretrained(tmp_path / "int8", torch_dtype=torch.float32)
+    assert torch.equal(output(again), result)
+
+
+def test_layerwise_casting_stores_small_and_computes_large(make_transformer):
+    model = make_transformer()
+    expected = output(model)
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert model.blocks[0].attn.to_qkv.weight.dtype == torch.bfloat16
+    assert model.timestep_embedder.linear_1.weight.dtype == model.label_embedder.weight.dtype == torch.float32
+    result = output(model)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_group_offloading(make_transformer, kind):
+    model = make_transformer(layers=LAYERS["mixed"])
+    expected = output(model)
+    blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type=kind, **blocks)
+    assert torch.equal(output(model), expected)
+
+
+def test_blocks_are_not_split_over_devices(make_transformer):
+    model = make_transformer()
+    room = sum(p.numel() * p.element_size() for p in model.parameters()) // 2
+    where = infer_auto_device_map(model, max_memory={0: room, "cpu": 10 * room}, no_split_module_classes=model._no_split_modules)
+    assert set(where.values()) == {0, "cpu"}
+    for index in range(len(model.blocks)):
+        assert len({device for name, device in where.items() if name == "blocks" or name.startswith(f"blocks.{index}")}) == 1
+        assert not any(name.startswith(f"blocks.{index}.") for name in where)
