@@ -72,14 +72,15 @@ def hypervolume_plot(path: str | os.PathLike, traces: Mapping[str, Sequence[floa
     """Hypervolume after each evaluation, a line a search; the initial points, which the searches share, are shaded."""
     figure, axes = _figure(7.2, 3.8)
     for (label, values), colour, dash in zip(traces.items(), (BLUE, GREY, GREEN), ("-", "--", ":")):
-        axes.step(range(1, len(values) + 1), values, where="post", color=colour, linestyle=dash, linewidth=2, label=label)
+        x = [*range(1, len(values) + 1), len(values) + 0.5]  # half a step more shows where the last one led
+        axes.step(x, [*values, values[-1]], where="post", color=colour, linestyle=dash, linewidth=2, label=label)
     if num_initial:
         axes.axvspan(1, num_initial, color=GREY, alpha=0.15, linewidth=0, label="initial points")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("genotypes evaluated")
     axes.set_ylabel("hypervolume (distance × ms)")
     axes.set_ylim(bottom=0)
-    axes.set_xlim(1, max(len(values) for values in traces.values()))
+    axes.set_xlim(1, max(len(values) for values in traces.values()) + 0.5)
     _legend_below(axes)
     _save(figure, path)
 
@@ -161,17 +162,20 @@ def montage(images: np.ndarray, columns: int) -> np.ndarray:
     """Tile images row by row, one pixel of white between them; missing tiles of the last row are white.
 
     Args:
-        images: shape (n, height, width, channels) with 1 or 3 channels, floats in [0, 1] (a pipeline's `output_type="np"`).
+        images: shape (n, height, width, channels) with 1 or 3 channels; uint8, or floats in [0, 1] (a pipeline's
+            `output_type="np"`).
         columns: images a row.
 
     Returns:
         One picture, shape (rows·(height + 1) - 1, columns·(width + 1) - 1, 3), uint8.
     """
-    images = np.asarray(images, dtype=np.float64)
+    images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images) or not np.isfinite(images).all():
         raise EdgeDiTError(f"The images have shape {images.shape}; expected finite values of shape (n, height, width, 1 or 3).")
+    if images.dtype != np.uint8:
+        images = np.rint(images.clip(0, 1) * 255).astype(np.uint8)
     count, height, width, _ = images.shape
-    pixels = np.broadcast_to(np.rint(images.clip(0, 1) * 255).astype(np.uint8), (count, height, width, 3))
+    pixels = np.broadcast_to(images, (count, height, width, 3))
     rows = -(-count // columns)
     picture = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, 3), 255, dtype=np.uint8)
     for index in range(count):
@@ -193,15 +197,18 @@ def sample_grid(path: str | os.PathLike, panels: Mapping[str, np.ndarray]) -> No
     """
     if not panels:
         raise EdgeDiTError("There are 0 pictures to put side by side; give at least 1.")
-    ratios = [picture.shape[1] / picture.shape[0] for picture in panels.values()]
-    height = 8.6 / sum(ratios)
-    figure, _ = _figure(9.0, min(height, 9.0) + 0.9, axes=False)
-    figure.get_layout_engine().set(w_pad=0.06, wspace=0.02)
-    axes_of = figure.subplots(1, len(panels), squeeze=False, width_ratios=ratios)[0]
+    shape = np.mean([picture.shape[:2] for picture in panels.values()], axis=0)
+    # Narrow pictures stand in one row; wide ones two by two, where they still show their pixels.
+    columns = len(panels) if shape[1] < 0.6 * shape[0] or len(panels) < 3 else 2
+    rows = -(-len(panels) // columns)
+    figure, _ = _figure(9.0, rows * (9.0 / columns * shape[0] / shape[1] + 0.4), axes=False)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    axes_of = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in axes_of:
+        axes.set_axis_off()
     for axes, (label, picture) in zip(axes_of, panels.items()):
         axes.imshow(picture, interpolation="nearest")
-        axes.set_title(label.replace(", ", ",\n"), fontsize=11)
-        axes.set_axis_off()
+        axes.set_title(label, fontsize=11)
     _save(figure, path)
 
 

@@ -1,0 +1,356 @@
+"""The report of a run: one `report.json` with every figure, the PNGs, and one `report.html` that needs nothing else.
+
+It measures nothing: everything is read from the files that the stages wrote. What a run does not have (yet) is left out; a
+file without which there is no report is an error that names the stage to run.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import EdgeDiTError
+from .genotype import Genotype
+from .hub import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
+from .recipes import RunConfig
+from .run_state import atomic_write_json, atomic_write_text, read_json
+from .search_space import OPTIONS, SearchSpace
+
+FORMAT = 1
+STAGES = {
+    "bank": "stage bank (training/distill_proxies.py)",
+    "search": "stage search (training/search_architecture.py)",
+    "student": "stage student (training/select_student.py)",
+}
+STAGE_ORDER = "teacher bank latency search student student-tuned student-random-proxies teacher-more-steps exported evaluate".split()
+SAMPLE_PANELS = ("teacher", "student", "student-tuned", "onnx-int8")
+
+
+def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
+    """Everything that a run measured, as `report.json` holds it.
+
+    Args:
+        run_dir: a run folder whose search has finished and whose student is chosen; evaluation and exports are taken if there.
+
+    Returns:
+        `models` (a list; see the keys of evaluate/<name>.json), `versions`, `seed`, `seconds` per stage, `search`, `bank`,
+        `genotype`, `ratios`, `reproduce`; and `reference`, `latency`, `exported`, `curves` if the run has them.
+
+    Raises:
+        EdgeDiTError: a needed file is missing (the stage that writes it is named) or damaged.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise EdgeDiTError(f"{run_dir} is not a folder; give the output_dir of a run.")
+    try:
+        return _build(run_dir)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise EdgeDiTError(f"A file below {run_dir} does not hold what its stage writes ({error!r}); run that stage again.") from error
+
+
+def _build(run_dir: Path) -> dict[str, Any]:
+    index = read_json(run_dir / "bank" / "index.json", STAGES["bank"])
+    state = read_json(run_dir / "search" / "state.json", STAGES["search"])
+    front = read_json(run_dir / "search" / "front.json", STAGES["search"])
+    choice = read_json(run_dir / "student" / "choice.json", STAGES["student"])
+    settings = (_optional(run_dir / "search" / "merge.json") or state)["settings"]  # merge.json: first of two stages
+    stages = {name: stage for name in STAGE_ORDER if (stage := _optional(run_dir / name / "stage.json"))}
+    models = _models(run_dir)
+    report = {
+        "format": FORMAT,
+        "name": run_dir.resolve().name,
+        "models": models,
+        "versions": {name: v for stage in stages.values() for name, v in stage["versions"].items()},
+        "seed": settings["seed"],
+        "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+        "search": {
+            "settings": {k: v for k, v in settings.items() if k not in ("kind", "space", "reference")},
+            **{k: front[k] for k in ("front", "reference", "reference_rule", "evaluations", "hypervolume", "teacher")},
+            "random_hypervolume": front.get("random_hypervolume"),
+            "points": _points(run_dir, "merge.json", "state.json"),
+            "random_points": _points(run_dir, "random.json"),
+            "chosen": choice,
+        },
+        "bank": _bank_summary(index),
+        "genotype": _genotype(choice, SearchSpace(**index["space"])),
+        "ratios": _ratios(models),
+        "reproduce": _reproduce(run_dir, settings["seed"], stages),
+    }
+    optional = {
+        "reference": _optional(run_dir / "evaluate" / "reference.json"),
+        "latency": _latency(run_dir),
+        "exported": {
+            folder.name: {name: _optional(folder / f"{name}.json") for name in ("verify", "bench")}
+            for folder in sorted((run_dir / "exported").glob("onnx-*"))
+            if (folder / "verify.json").exists()
+        },
+        "curves": _optional(run_dir / "evaluate" / "curves.json"),
+    }
+    report.update({key: value for key, value in optional.items() if value})
+    if "search" in stages and "reference" in report:
+        samples = stages["search"]["config"]["search"]["samples"]
+        report["search"]["metric"] = f"fid[{report['reference']['extractor']},n={samples}]"
+    latency = report.get("latency", {})
+    if report["ratios"] and latency.get("speedup"):
+        report["ratios"]["speedup"] = latency["speedup"]  # paired by rounds, which a ratio of medians is not
+    return report
+
+
+def _optional(path: Path) -> Any:
+    return read_json(path, "an earlier stage") if path.exists() else None
+
+
+def _points(run_dir: Path, *names: str) -> list[list[float]]:
+    """[distance, latency_ms] of everything that the named searches evaluated."""
+    states = [state for name in names if (state := _optional(run_dir / "search" / name))]
+    return [[point["distance"], point["latency_ms"]] for state in states for point in state["told"]]
+
+
+def _models(run_dir: Path) -> list[dict[str, Any]]:
+    found = [_optional(path) for path in sorted((run_dir / "evaluate").glob("*.json"))]
+    models = {m["name"]: m for m in found if isinstance(m, dict) and {"name", "stage", "metrics"} <= set(m)}
+    return [models.pop(name) for name in MODEL_LABELS if name in models] + list(models.values())
+
+
+def _bank_summary(index: Mapping[str, Any]) -> dict[str, Any]:
+    entries = index["entries"]
+    if not entries:
+        raise EdgeDiTError(f"The proxy bank holds 0 proxies; run {STAGES['bank']} to its end.")
+    by_option: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in entries.values():
+        by_option.setdefault(("merged " if len(entry["source"]) > 1 else "") + entry["option"], []).append(entry)
+    return {
+        "proxies": len(entries),
+        "teacher_hash": index["teacher_hash"],
+        "median_loss": {
+            name: {when: statistics.median(e[f"loss_{when}"] for e in group) for when in ("before", "after")}
+            for name, group in by_option.items()
+        },
+        "entries": entries,
+        "space": index["space"],
+    }
+
+
+def _genotype(choice: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
+    genotype = Genotype.from_layers(choice["genotype"], space.hidden_size)
+    used = [space.option_of(layer) for layer in genotype.layers]
+    return {
+        "hash": genotype.hash,
+        "hidden_size": genotype.hidden_size,
+        "num_teacher_layers": genotype.num_teacher_layers,
+        "layers": genotype.to_layers(),
+        "merged": [list(source) for source in genotype.merged],
+        "options": {option: used.count(option) for option in OPTIONS if option in used},
+    }
+
+
+def _latency(run_dir: Path) -> dict[str, Any]:
+    """How whole networks were timed, and how well the table had predicted such networks."""
+    measured = _optional(run_dir / "evaluate" / "latency.json") or {}
+    kept = {key: measured[key] for key in ("batch_size", "threads", "environment", "speedup") if key in measured}
+    table = _optional(run_dir / "latency" / "table.json")
+    if table:
+        kept["table"] = {key: table[key] for key in ("runtime", "precision", "batch", "threads", "hash", "prediction") if key in table}
+    return kept
+
+
+def _ratios(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Student against teacher. Cost and distance as student / teacher, speed as teacher / student, shares as differences."""
+    by_name = {m["name"]: m for m in models}
+    student, teacher = by_name.get("student-tuned", by_name.get("student")), by_name.get("teacher")
+    if student is None or teacher is None:
+        return {}
+    ratios: dict[str, Any] = {
+        "student": student["name"],
+        "parameters": student["parameters"] / teacher["parameters"],
+        "flops": student["flops"] / teacher["flops"],
+        "speedup": _quotients(teacher["latency_ms"], student["latency_ms"]),
+        "against": {name: _compare(student, by_name[name]) for name in ("teacher", "teacher-more-steps") if name in by_name},
+    }
+    if "student-random-proxies" in by_name:
+        ratios["random_proxies"] = _compare(by_name["student-random-proxies"], student)
+    if "onnx-int8" in by_name:
+        int8 = by_name["onnx-int8"]
+        ratios["int8"] = {**_compare(int8, student), "psnr_db": int8.get("psnr_db")}
+        fp32_ms, int8_ms = (student["latency_ms"].get(f"onnxruntime-{p}") for p in ("fp32", "int8"))
+        if fp32_ms and int8_ms:
+            ratios["int8"]["speedup"] = fp32_ms / int8_ms
+    return ratios
+
+
+def _compare(model: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
+    differences = {
+        key: model[key] - reference[key]
+        for key in ("precision", "recall", "class_agreement")
+        if model.get(key) is not None and reference.get(key) is not None
+    }
+    distances = [{k: v for k, v in m["metrics"].items() if k.startswith("fid[")} for m in (model, reference)]
+    return {"distance": _quotients(*distances), **differences}
+
+
+def _quotients(numerators: Mapping[str, float], denominators: Mapping[str, float]) -> dict[str, float]:
+    return {key: value / denominators[key] for key, value in numerators.items() if denominators.get(key)}
+
+
+def _reproduce(run_dir: Path, seed: int, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The recipe that the stages say they ran with, and the command that runs it again."""
+    import yaml
+
+    sections = [field.name for field in dataclasses.fields(RunConfig)]
+    used = {key: value for stage in stages.values() for key, value in stage["config"].items() if key in sections}
+    config = {"output_dir": f"runs/{run_dir.resolve().name}-again", "seed": seed, **{key: used[key] for key in sections if key in used}}
+    return {
+        "command": "edgedit recipes copy training\n"
+        "accelerate launch --config_file training/accelerate/cpu.yaml training/compress.py --config run.yaml",
+        "config": config,
+        "yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+    }
+
+
+# -------------------------------------------------------------------- figures
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A picture of the report: file name, heading, what it shows (for who cannot see it), and what to look for."""
+
+    file: str
+    title: str
+    alt: str
+    caption: str
+
+
+def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
+    """Write the PNGs below `run_dir/report` and describe them."""
+    import numpy as np
+    from PIL import Image
+
+    from .search import plots
+
+    folder, search, genotype = run_dir / "report", report["search"], report["genotype"]
+    space = SearchSpace(**report["bank"]["space"])
+    figures: list[Figure] = []
+
+    def add(name: str, title: str, alt: str, caption: str) -> None:
+        figures.append(Figure(f"{name}.png", title, alt, caption))
+
+    panels = {}
+    for model in report["models"]:
+        grid = (run_dir / str(model.get("grid"))).resolve()
+        if model["name"] in SAMPLE_PANELS and grid.is_relative_to(run_dir.resolve()) and grid.is_file():
+            panels[MODEL_LABELS[model["name"]]] = np.asarray(Image.open(grid).convert("RGB"))
+    if panels:
+        plots.sample_grid(folder / "samples.png", panels)
+        names = ", ".join(panels)
+        add("samples", "Samples", f"Grids of generated images: {names}.", "Same place, same seed and class.")
+
+    student = Genotype.from_layers(genotype["layers"], genotype["hidden_size"])
+    plots.genotype_strip(folder / "genotype.png", student, space)
+    options = ", ".join(f"{count} {plots.OPTION_LABELS[option]}" for option, count in genotype["options"].items())
+    add(
+        "genotype",
+        "The student's layers",
+        f"Teacher with {genotype['num_teacher_layers']} layers above the student with {len(student.layers)}: {options}.",
+        f"{options}. Wide cells replace two teacher layers.",
+    )
+
+    chosen = search["chosen"]
+    whole = next((p for p in search["points"] if p[1] == search["teacher"]["latency_ms"]), None)
+    plots.pareto_plot(
+        folder / "pareto.png",
+        search["points"],
+        search["random_points"],
+        (chosen["distance"], chosen["predicted_latency_ms"]),
+        whole,
+        metric_label(search["metric"]) if "metric" in search else "Fréchet distance",
+    )
+    add(
+        "pareto",
+        "Quality against latency",
+        f"Scatter plot of {len(search['points'])} searched genotypes, their Pareto front of {len(search['front'])} points, "
+        "the teacher and the chosen student.",
+        f"Every point is a student assembled from the bank, not yet tuned. Chosen: {chosen['reason']}.",
+    )
+    traces = {"Bayesian search": search["hypervolume"]}
+    if search.get("random_hypervolume"):
+        traces["random search"] = search["random_hypervolume"]
+    plots.hypervolume_plot(folder / "hypervolume.png", traces, search["settings"]["num_initial"])
+    ends = ", ".join(f"{name} {trace[-1]:.4g}" for name, trace in traces.items())
+    add(
+        "hypervolume",
+        "What the search gained",
+        f"Hypervolume against evaluations; in the end: {ends}.",
+        f"Area below the reference point (distance {search['reference'][0]:.3g}, {search['reference'][1]:.3g} ms) that the "
+        f"front dominates; in the end: {ends}.",
+    )
+    plots.proxy_loss_plot(folder / "proxies.png", report["bank"]["entries"])
+    add(
+        "proxies",
+        "The proxy blocks",
+        f"Feature loss of {report['bank']['proxies']} proxy blocks before and after distillation, grouped by kind.",
+        f"Each of the {report['bank']['proxies']} blocks was distilled on its own from the teacher's features.",
+    )
+    if report.get("curves"):
+        series = {name: (curve["steps"], curve["values"]) for name, curve in report["curves"].items()}
+        plots.curve_plot(folder / "curves.png", series)
+        add(
+            "curves",
+            "Quality while fine-tuning",
+            f"Fréchet distance against fine-tuning steps: {', '.join(series)}.",
+            "What distilling the blocks first is worth: the same genotype and steps from different starts.",
+        )
+    return figures
+
+
+# -------------------------------------------------------------------- pages
+
+
+def write_report(run_dir: str | os.PathLike) -> Path:
+    """Write `report.json`, the PNGs and `run.yaml` below `report/`, and the self-contained `report.html` of a run.
+
+    Returns:
+        Path of the HTML file.
+    """
+    run_dir = Path(run_dir)
+    report = build_report(run_dir)
+    figures = draw_figures(run_dir, report)
+    atomic_write_json(run_dir / "report.json", report)
+    atomic_write_text(run_dir / "report" / "run.yaml", report["reproduce"]["yaml"])
+    atomic_write_text(run_dir / "report.html", render_html(report, figures, run_dir / "report"))
+    return run_dir / "report.html"
+
+
+def render_html(report: Mapping[str, Any], figures: Sequence[Figure], folder: Path) -> str:
+    """The page, with the figures of `folder` embedded."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"scaled": scaled, "metric_label": metric_label, "latency_label": latency_label}
+    header, rows = comparison_table(report["models"])
+    pictures = [(f, base64.b64encode((folder / f.file).read_bytes()).decode("ascii")) for f in figures]
+    return environment.from_string(template("report.html.jinja")).render(
+        report=report, header=header, rows=rows, headlines=headlines(report), pictures=pictures
+    )
+
+
+def headlines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(figure, what it is) for the top of the page."""
+    ratios = report["ratios"]
+    if not ratios:
+        return []
+    lines = [
+        (f"{ratios[key] - 1:+.0%}".replace("-", "−"), f"{name} against the teacher")
+        for key, name in (("parameters", "parameters"), ("flops", "FLOPs"))
+    ]
+    lines += [(f"{value:.2f}×", f"faster in {latency_label(key)}") for key, value in ratios["speedup"].items()]
+    reference = "teacher-more-steps" if "teacher-more-steps" in ratios["against"] else "teacher"
+    for key, value in ratios["against"][reference]["distance"].items():
+        lines.append((f"{value:.2f}×", f"{metric_label(key)} of the {MODEL_LABELS[reference]}"))
+    if ratios.get("int8", {}).get("psnr_db") is not None:
+        lines.append((f"{ratios['int8']['psnr_db']:.1f} dB", "int8 images against fp32 (PSNR)"))
+    return lines

@@ -1,0 +1,112 @@
+"""The run report: what it assembles, what it leaves out, and the page in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from run_folder import METRIC, make_run
+
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.hub import comparison_table, metric_label, scaled
+from edgedit_hf.report import build_report, write_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, make_transformer):
+    return make_run(tmp_path_factory.mktemp("runs") / "digits", make_transformer(num_layers=4))
+
+
+@pytest.fixture(scope="module")
+def page(run_dir):
+    return write_report(run_dir)
+
+
+def test_report_json_holds_every_figure(run_dir, page):
+    report = json.loads((run_dir / "report.json").read_text())
+    assert report == json.loads(json.dumps(build_report(run_dir)))
+    assert [m["name"] for m in report["models"]] == ["teacher", "teacher-more-steps", "student", "student-tuned", "onnx-int8"]
+    assert report["seed"] == 5 and "torch" in report["versions"] and set(report["seconds"]) >= {"teacher", "bank", "search"}
+    assert report["bank"]["proxies"] == 20 and report["genotype"]["num_teacher_layers"] == 4
+    assert len(report["search"]["hypervolume"]) == len(report["search"]["random_hypervolume"]) == 10
+    assert report["search"]["chosen"]["code"] in [entry["code"] for entry in report["search"]["front"]]
+    ratios = report["ratios"]
+    assert ratios["against"]["teacher-more-steps"]["distance"][METRIC] == pytest.approx(1.7 / 1.6)
+    assert ratios["against"]["teacher"]["distance"][METRIC] == pytest.approx(1.7 / 2.0)
+    assert ratios["speedup"] == {"onnxruntime-fp32": 1.59}  # the paired one, not 8 / 5
+    assert ratios["int8"]["speedup"] == 2.0 and ratios["int8"]["psnr_db"] == 31.5
+    assert ratios["parameters"] == report["models"][3]["parameters"] / report["models"][0]["parameters"]
+
+
+def test_page_is_self_contained_and_accessible(run_dir, page):
+    html = page.read_text()
+    assert page == run_dir / "report.html" and len(html) < 3e6
+    assert not re.search(r"(?:src|href)=\"(?!data:)|<script|@import|url\(", html)
+    images = re.findall(r"<img [^>]*>", html)
+    assert len(images) == 6 and all(re.search(r'alt="[^"]{20,}"', image) for image in images)
+    assert "Fréchet distance (digits-cnn, n=64)" in html and "FID" not in re.sub(r"base64,[^\"]+", "", html)
+    assert "a &lt;fast&gt; processor" in html and 'name="viewport"' in html
+    names = {path.stem for path in (run_dir / "report").glob("*.png")}
+    assert names == {"samples", "genotype", "pareto", "hypervolume", "proxies", "curves"}
+
+
+def test_stages_that_have_not_run_are_left_out(tmp_path, make_transformer):
+    folder = make_run(tmp_path / "unfinished", make_transformer(num_layers=4), evaluated=False)
+    (folder / "search" / "random.json").unlink()
+    html = write_report(folder).read_text()
+    report = json.loads((folder / "report.json").read_text())
+    assert report["models"] == [] and report["ratios"] == {} and report["search"]["random_points"] == []
+    assert not {"reference", "latency", "exported", "curves"} & set(report)
+    assert "Teacher and students" not in html and "The proxy blocks" in html
+
+
+@pytest.mark.parametrize(
+    ("file", "stage"),
+    [("bank/index.json", "stage bank"), ("search/front.json", "stage search"), ("student/choice.json", "stage student")],
+)
+def test_missing_and_damaged_files_name_their_stage(tmp_path, run_dir, file, stage):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    (folder / file).write_text("{}")
+    with pytest.raises(EdgeDiTError, match="run that stage again"):
+        build_report(folder)
+    (folder / file).unlink()
+    with pytest.raises(EdgeDiTError, match=f"{file}.*{stage}.*run that first"):
+        build_report(folder)
+    with pytest.raises(EdgeDiTError, match="is not a folder"):
+        build_report(tmp_path / "nowhere")
+
+
+def test_a_grid_outside_the_run_is_not_read(tmp_path, run_dir):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    for file in (folder / "evaluate").glob("*.json"):
+        text = file.read_text()
+        file.write_text(text.replace('"grid": "evaluate/', '"grid": "../run/../outside/'))
+    shutil.copytree(run_dir / "evaluate", tmp_path / "outside")
+    assert "Same place, same seed" not in write_report(folder).read_text()
+
+
+def test_words_for_metrics_and_counts():
+    assert metric_label("fid[digits-cnn,n=2000]") == "Fréchet distance (digits-cnn, n=2,000)"
+    assert metric_label("fid[inception,n=50000]") == "FID (n=50,000)"
+    assert [scaled(v) for v in (950, 88_312, 1_812_345, 675_130_000, 1.2e12)] == ["950", "88.3 k", "1.81 M", "675 M", "1,200 G"]
+    assert comparison_table([])[1] == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
+def test_page_opens_in_a_browser(page, tmp_path):
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
+    command = [CHROMIUM, *flags.split(), "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,844"]
+    # Evaluated by the browser after loading: pictures that did not decode, and whether the page is wider than the phone.
+    probe = (
+        "<script>onload = () => document.body.append(`PROBE ${[...document.images].filter(i => !i.naturalWidth).length} broken "
+        "${document.images.length} images ${document.documentElement.scrollWidth <= innerWidth}`)</script></body>"
+    )
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.read_text().replace("</body>", probe))
+    done = subprocess.run([*command, "--dump-dom", probed.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "PROBE 0 broken 6 images true" in done.stdout
+    assert "student, tuned" in done.stdout
