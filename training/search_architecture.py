@@ -12,7 +12,7 @@ from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.launch import load_run_images, load_teacher, recipe_main
 from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import RunState, atomic_write_json, file_sha256
+from edgedit_hf.run_state import RunState, atomic_write_json, file_sha256, read_json
 from edgedit_hf.search.ask_tell import AskTellSearch, RandomSearch, summary
 from edgedit_hf.search.bayes import BayesSearch
 from edgedit_hf.search.latency_table import LatencyTable
@@ -61,50 +61,43 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         cost = model_cost({**teacher_config, "layers": genotype.to_layers()})
         return (quality(genotype), table.latency_ms(genotype)), {"parameters": cost.parameters, "flops": cost.flops}
 
-    def evaluate_all(search: AskTellSearch, path, done_before: int) -> int:
-        """Spend a search's budget, continuing what `path` holds; returns the evaluations of the whole stage so far."""
-        known = search.num_initial if isinstance(search, RandomSearch) else 0
-        search = search.resume(path)
-        state.continue_at(done_before + len(search.told) - known)
-        steps = state.steps()
+    names = ("merge.json", "state.json", "random.json")
+    told = {name: len(read_json(state.folder / name, "this stage")["told"]) if (state.folder / name).exists() else 0 for name in names}
+    state.continue_at(told["merge.json"] + told["state.json"] + max(0, told["random.json"] - options.initial))
+    progress = state.steps()
+
+    def evaluate_all(search: AskTellSearch, name: str) -> AskTellSearch:
+        """Spend a search's budget, continuing what its file holds."""
+        search = search.resume(state.folder / name)
         while not search.finished:
             for genotype in search.pending or search.ask(options.batch):
-                next(steps)
+                next(progress)
                 objectives, extra = evaluate(genotype)
                 search.tell(genotype, objectives, extra)
-                search.save(path)
+                search.save(state.folder / name)
                 volume = {} if search.reference is None else {"hypervolume": search.hypervolume()}
                 state.log(distance=objectives[0], latency_ms=objectives[1], **volume)
-        steps.close()
-        searches.append(search)
-        return done_before + len(search.told) - known
+        return search
 
-    searches: list[AskTellSearch] = []
-
-    def bayes(space: SearchSpace, evaluations: int, name: str, done: int, reference=None) -> int:
+    def bayes(space: SearchSpace, evaluations: int, name: str, reference=None) -> AskTellSearch:
         initial = min(options.initial, evaluations)
-        search = BayesSearch(space, evaluations, config.seed, initial, reference, acquisition=options.acquisition)
-        return evaluate_all(search, state.folder / name, done)
+        return evaluate_all(BayesSearch(space, evaluations, config.seed, initial, reference, acquisition=options.acquisition), name)
 
     if options.mode == "joint":
-        done = bayes(bank.space, options.evaluations, "state.json", 0)
-        main = searches[-1]
+        found = bayes(bank.space, options.evaluations, "state.json")
     else:
         # The paper: first which pairs merge, then, around the knee point of that front, the option of every layer.
-        first = options.evaluations // 2
-        done = bayes(bank.space.stage("merge"), first, "merge.json", 0)
-        merged = choose_merges(searches[-1])
-        reference = searches[-1].reference
-        done = bayes(bank.space.stage("options", merged), options.evaluations - done, "state.json", done, reference)
-        main = joined(bank.space, searches, options, config.seed)
-    random = None
-    if options.random_baseline:
-        evaluate_all(RandomSearch.sharing_initial(main), state.folder / "random.json", done)
-        random = searches[-1]
+        merges = bayes(bank.space.stage("merge"), options.evaluations // 2, "merge.json")
+        around = bank.space.stage("options", choose_merges(merges))
+        refined = bayes(around, options.evaluations - len(merges.told), "state.json", merges.reference)
+        found = joined(bank.space, [merges, refined], config.seed)
+    random = evaluate_all(RandomSearch.sharing_initial(found), "random.json") if options.random_baseline else None
+    next(progress, None)  # shows and writes the last evaluation
+    progress.close()
     whole = Genotype.from_layers(teacher_config["layers"], teacher_config["hidden_size"])
     cost = model_cost(teacher_config)
     teacher = {"path": config.teacher.path, "latency_ms": table.latency_ms(whole), "parameters": cost.parameters, "flops": cost.flops}
-    atomic_write_json(state.folder / "front.json", {**summary(main, random), "teacher": teacher})
+    atomic_write_json(state.folder / "front.json", {**summary(found, random), "teacher": teacher})
     state.finish()
 
 
@@ -116,10 +109,10 @@ def choose_merges(search: AskTellSearch) -> Genotype:
     return search.space.from_code(front[knee_point([(e["distance"], e["latency_ms"]) for e in front])]["code"])
 
 
-def joined(space: SearchSpace, searches: list[AskTellSearch], options, seed: int) -> AskTellSearch:
+def joined(space: SearchSpace, searches: list[AskTellSearch], seed: int) -> AskTellSearch:
     """Both stages' evaluations as one search over the joint space, for the front and the trace."""
     told = {tuple(point["code"]): point for search in searches for point in search.told}
-    whole = RandomSearch(space, max(options.initial, len(told)), seed, min(options.initial, len(told)), searches[0].reference)
+    whole = RandomSearch(space, len(told), seed, searches[0].num_initial, searches[0].reference)
     for code, point in told.items():
         extra = {k: v for k, v in point.items() if k not in ("code", "distance", "latency_ms")}
         whole.tell(space.from_code(code), (point["distance"], point["latency_ms"]), extra)
