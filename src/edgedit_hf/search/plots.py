@@ -79,7 +79,10 @@ def hypervolume_plot(path: str | os.PathLike, traces: Mapping[str, Sequence[floa
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("genotypes evaluated")
     axes.set_ylabel("hypervolume (distance × ms)")
-    axes.set_ylim(bottom=0)
+    # The searches differ after the initial points, which rise from 0: show where they end, and as much again below.
+    best = max(values[-1] for values in traces.values())
+    shared = min(values[min(num_initial, len(values)) - 1] for values in traces.values()) if num_initial else 0.0
+    axes.set_ylim(bottom=max(0.0, shared - max(best - shared, 0.02 * best)), top=1.01 * best)
     axes.set_xlim(1, max(len(values) for values in traces.values()) + 0.5)
     _legend_below(axes)
     _save(figure, path)
