@@ -1,0 +1,471 @@
+"""Run folders: files that are whole or absent, state that round-trips, and runs that end the same however often they are stopped."""
+
+import errno
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
+
+from edgedit_hf.diffusion import draws
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.run_state import (
+    STAGE_LABEL,
+    Facts,
+    Interrupted,
+    RunState,
+    atomic_folder,
+    atomic_write_json,
+    atomic_write_text,
+    file_sha256,
+    first_difference,
+    hash_json,
+    load_state,
+    publish_into,
+    read_json,
+    save_state,
+    weights_hash,
+)
+
+STEPS = 9
+
+KILLED = """
+import os, sys
+from edgedit_hf.run_state import atomic_folder
+with atomic_folder(sys.argv[1]) as folder:
+    (folder / "file").write_text("new")
+    os._exit(9)
+"""
+
+
+def contents(folder) -> dict[str, str]:
+    """Every file below a folder, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, 512 kB large."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system is not permitted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)  # tensors that were loaded from there still map their files
+
+
+def fill(folder) -> None:
+    """Take every byte that is left on the file system of `folder`."""
+    with pytest.raises(OSError) as full, open(folder / "ballast", "ab", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    assert full.value.errno == errno.ENOSPC
+
+
+# -------------------------------------------------------------------- hashes
+
+
+def test_hashes_depend_on_content_alone(tmp_path):
+    assert hash_json({"a": 1, "b": [1.5, None]}) == hash_json({"b": [1.5, None], "a": 1}) != hash_json({"a": 1, "b": [1.5, 0]})
+    (tmp_path / "file").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    state = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.tensor(1)}
+    same = {"c": torch.tensor(1), "b": state["b"].clone(), "a": state["a"].mT.contiguous().mT}
+    assert weights_hash(state) == weights_hash(same)
+    others = [
+        {**state, "a": state["a"].view(3, 2)},
+        {**state, "a": state["a"].double()},
+        {**state, "c": torch.tensor(2)},
+        {"d" if name == "c" else name: tensor for name, tensor in state.items()},
+    ]
+    assert len({weights_hash(state), *map(weights_hash, others)}) == 5
+
+
+def test_the_first_difference_is_named():
+    old = {"a": {"b": [1, 2], "c": 3}, "d": 4}
+    assert first_difference(old, json.loads(json.dumps(old))) is None
+    assert first_difference(old, {"a": {"b": [1, 2], "c": 5}, "d": 6}) == ("a.c", 3, 5)
+    assert first_difference(old, {"a": {"b": [2, 1], "c": 3}, "d": 4}) == ("a.b", [1, 2], [2, 1])
+    assert first_difference(old, {"a": old["a"]}) == ("d", 4, None)
+
+
+# -------------------------------------------------------------------- atomic files and folders
+
+
+def test_files_are_replaced_whole(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    atomic_write_json(path, {"a": [1, 2]})
+    atomic_write_json(path, {"b": None})
+    assert read_json(path, "this test") == {"b": None} and contents(tmp_path).keys() == {"new/file.json"}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        atomic_write_json(path, {"a": float("nan")})
+    assert read_json(path, "this test") == {"b": None}
+
+
+def test_json_that_is_missing_or_damaged_names_who_writes_it(tmp_path):
+    with pytest.raises(EdgeDiTError, match="table.json does not exist; it is written by stage latency, run that first"):
+        read_json(tmp_path / "table.json", "stage latency")
+    for content in (b'{"a": ', b"\xff\xfe"):
+        (tmp_path / "table.json").write_bytes(content)
+        with pytest.raises(EdgeDiTError, match="table.json is not JSON.*stage latency writes it"):
+            read_json(tmp_path / "table.json", "stage latency")
+
+
+def test_folders_are_replaced_whole(tmp_path):
+    folder = tmp_path / "runs" / "result"
+    for name in ("first", "second"):
+        with atomic_folder(folder) as aside:
+            (aside / "deep").mkdir()
+            (aside / "deep" / name).write_text(name)
+            assert contents(folder) == ({} if name == "first" else {"deep/first": "first"})
+    assert contents(tmp_path) == {"runs/result/deep/second": "second"}
+
+
+def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path):
+    folder = tmp_path / "result"
+    with atomic_folder(folder) as aside:
+        (aside / "file").write_text("old")
+    with pytest.raises(KeyError), atomic_folder(folder) as aside:
+        (aside / "file").write_text("new")
+        raise KeyError("failed half-way")
+    assert contents(tmp_path) == {"result/file": "old"}
+
+
+def test_a_killed_process_leaves_the_old_folder(tmp_path, run_python):
+    folder = tmp_path / "result"
+    with atomic_folder(folder) as aside:
+        (aside / "file").write_text("old")
+    run_python(KILLED, folder, expect=9)
+    assert contents(folder) == {"file": "old"}
+    with atomic_folder(folder) as aside:
+        (aside / "file").write_text("newer")
+    assert contents(folder) == {"file": "newer"}
+
+
+def test_publishing_adds_to_a_folder_entry_by_entry(tmp_path):
+    (tmp_path / "telemetry.jsonl").write_text("kept")
+    for name in ("first", "second"):
+        with publish_into(tmp_path) as aside:
+            (aside / "model").mkdir()
+            (aside / "model" / name).write_text(name)
+            (aside / "index.json").write_text(name)
+    assert contents(tmp_path) == {"telemetry.jsonl": "kept", "model/second": "second", "index.json": "second"}
+    with pytest.raises(KeyError), publish_into(tmp_path) as aside:
+        (aside / "index.json").write_text("third")
+        raise KeyError
+    assert contents(tmp_path)["index.json"] == "second" and not (tmp_path / ".publish").exists()
+
+
+def test_a_full_disk_is_one_clear_error_and_old_content_stays(small_disk):
+    atomic_write_text(small_disk / "a.json", "old")
+    with atomic_folder(small_disk / "model") as aside:
+        save_file({"weight": torch.zeros(10)}, aside / "model.safetensors")
+    old = file_sha256(small_disk / "model" / "model.safetensors")
+    fill(small_disk)
+    with pytest.raises(EdgeDiTError, match="No space left on the disk of .*a.json; free some"):
+        atomic_write_text(small_disk / "a.json", "x" * 10_000)
+    with pytest.raises(EdgeDiTError, match="No space left on the disk of .*model"), atomic_folder(small_disk / "model") as aside:
+        save_file({"weight": torch.zeros(10_000)}, aside / "model.safetensors")  # not an OSError in safetensors
+    (small_disk / "ballast").unlink()
+    assert sorted(contents(small_disk)) == ["a.json", "model/model.safetensors"]
+    assert (small_disk / "a.json").read_text() == "old" and file_sha256(small_disk / "model" / "model.safetensors") == old
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(EdgeDiTError, match="Cannot write .*file.*choose a folder you may write to"):
+            RunState(path, "demo", {}, 1)
+    with pytest.raises(EdgeDiTError, match="Cannot write"):
+        atomic_write_text(tmp_path / "file" / "a.json", "{}")
+
+
+# -------------------------------------------------------------------- nested state
+
+
+def optimised(steps: int = 3):
+    """A small network with an optimiser and an average that have seen some steps."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    ema = EMAModel(model.parameters(), decay=0.9)
+    for step in range(steps):
+        train_step(model, optimizer, ema, step)
+    return model, optimizer, ema
+
+
+def train_step(model, optimizer, ema, step: int) -> torch.Tensor:
+    noise = draws(0, step, range(16), (4,)).noise
+    loss = (model(noise) - noise.roll(1, dims=1)).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    ema.step(model.parameters())
+    return loss
+
+
+def assert_equal(one, other) -> None:
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert type(one) is type(other) and len(one) == len(other)
+        for a, b in zip(one, other):
+            assert_equal(a, b)
+    else:
+        assert type(one) is type(other) and one == other
+
+
+def test_optimiser_and_average_round_trip(tmp_path):
+    things = optimised()
+    state = [thing.state_dict() for thing in things]
+    save_state(tmp_path, state)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state.json", "state.safetensors"]
+    assert_equal(load_state(tmp_path), state)
+    fresh = optimised(0)
+    for thing, loaded in zip(fresh, load_state(tmp_path)):
+        thing.load_state_dict(loaded)
+    for step in range(3, 6):
+        assert torch.equal(train_step(*things, step), train_step(*fresh, step))
+    for one, other in zip(things, fresh):
+        assert_equal(one.state_dict(), other.state_dict())
+
+
+def test_plain_values_and_odd_tensors_round_trip(tmp_path):
+    base = torch.arange(12.0).view(3, 4)
+    state = {
+        "tensors": (base, base[:, 1:3], base.mT, torch.tensor(2.5), torch.zeros(0, 3), torch.ones(2, dtype=torch.bfloat16)),
+        "plain": {1: None, "nested": [True, 2, 3.5, "text", ()], "inf": float("inf")},
+    }
+    save_state(tmp_path, state, "odd")
+    assert_equal(load_state(tmp_path, "odd"), state)
+    save_state(tmp_path, {"no": "tensors"}, "plain")
+    assert load_state(tmp_path, "plain") == {"no": "tensors"}
+    with pytest.raises(TypeError, match="cannot checkpoint a set"):
+        save_state(tmp_path, {"a": {1, 2}})
+
+
+def test_a_damaged_checkpoint_is_an_error(tmp_path):
+    save_state(tmp_path, {"a": torch.zeros(100)})
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(EdgeDiTError, match="checkpoint .* cannot be read"):
+        load_state(tmp_path)
+    path.unlink()
+    with pytest.raises(EdgeDiTError, match="checkpoint .* cannot be read"):
+        load_state(tmp_path)
+
+
+# -------------------------------------------------------------------- runs
+
+
+class Stop(Exception):
+    """What interrupts a run in these tests."""
+
+
+def train(folder, at=None, action=None, config=None, steps: int = STEPS, **options):
+    """A whole stage; `action(run, loss)` is called after the optimiser step `at` and may return another loss."""
+    run = RunState(folder, "demo", config or {"rate": 0.01}, steps, **{"checkpoint_every": 2, "log_every": 3, **options})
+    model, optimizer, ema = optimised(0)
+    start = run.track(model=model, optimizer=optimizer, ema=ema)
+    for step in run.steps():
+        loss = train_step(model, optimizer, ema, step)
+        if step == at:
+            changed = action(run, loss)
+            loss = loss if changed is None else changed
+        run.log(loss=loss, step_number=step)
+    run.finish(note="done")
+    return start, model, ema
+
+
+def stop(run, loss):
+    raise Stop
+
+
+def final(folder, start: int | None = None, **options) -> str:
+    """Hash of the final weights and their average of a run that must begin at `start`."""
+    began, model, ema = train(folder, **options)
+    assert start in (None, began)
+    return weights_hash({**model.state_dict(), **{f"ema {i}": p for i, p in enumerate(ema.shadow_params)}})
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "telemetry.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return folder, final(folder)
+
+
+def without_seconds(telemetry: list[dict]) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in telemetry]
+
+
+def test_a_finished_stage(uninterrupted, tmp_path):
+    folder, _ = uninterrupted
+    assert sorted(path.name for path in folder.iterdir()) == ["run.json", "stage.json", "telemetry.jsonl"]
+    stage = json.loads((folder / "stage.json").read_text())
+    assert {key: stage[key] for key in ("stage", "config", "inputs", "seed", "steps", "note")} == {
+        "stage": "demo",
+        "config": {"rate": 0.01},
+        "inputs": {},
+        "seed": 0,
+        "steps": STEPS,
+        "note": "done",
+    }
+    assert stage["seconds"] >= 0 and stage["versions"]["torch"] == importlib.metadata.version("torch")
+    assert RunState(folder, "demo", {"rate": 0.01}, STEPS).finished
+    assert not RunState(tmp_path, "demo", {"rate": 0.01}, STEPS).finished
+
+
+def test_telemetry_holds_means_over_the_interval(uninterrupted):
+    telemetry = lines(uninterrupted[0])
+    assert [line["step"] for line in telemetry] == [2, 3, 4, 6, 8, 9]  # every third, every checkpoint, the last
+    assert [line["step_number"] for line in telemetry] == [0.5, 2, 3, 4.5, 6.5, 8]
+    assert all(line["stage"] == "demo" and line["loss"] > 0 for line in telemetry)
+
+
+@pytest.mark.parametrize("at", range(STEPS))
+def test_interrupted_anywhere_and_continued_the_result_is_the_same(uninterrupted, tmp_path, at):
+    with pytest.raises(Stop):
+        train(tmp_path, at, stop)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*")] == ([f"step-{at // 2 * 2:09d}"] if at >= 2 else [])
+    with open(tmp_path / "telemetry.jsonl", "a") as file:
+        file.write('{"stage": "demo", "st')  # a line cut by a kill
+    run = RunState(tmp_path, "demo", {"rate": 0.01}, STEPS)
+    assert run.track(**dict(zip(("model", "optimizer", "ema"), optimised(0)))) == at // 2 * 2
+    assert final(tmp_path) == uninterrupted[1]
+    assert without_seconds(lines(tmp_path)) == without_seconds(lines(uninterrupted[0]))
+
+
+def test_interrupted_at_every_step_in_turn(uninterrupted, tmp_path):
+    for at in range(STEPS):
+        with pytest.raises(Stop):
+            train(tmp_path, at, stop, checkpoint_every=1)
+    assert final(tmp_path, start=STEPS - 1, checkpoint_every=1) == uninterrupted[1]
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, STEPS + 1))
+
+
+def test_killed_between_the_last_checkpoint_and_the_end(uninterrupted, tmp_path):
+    def killed(self, **facts):
+        raise Stop
+
+    run_class = type("Killed", (RunState,), {"finish": killed})
+    run = run_class(tmp_path, "demo", {"rate": 0.01}, STEPS, checkpoint_every=2, log_every=3)
+    model, optimizer, ema = optimised(0)
+    run.track(model=model, optimizer=optimizer, ema=ema)
+    for step in run.steps():
+        run.log(loss=train_step(model, optimizer, ema, step), step_number=step)
+    with pytest.raises(Stop):
+        run.finish()
+    assert train(tmp_path)[0] == STEPS and (tmp_path / "stage.json").exists()
+    assert without_seconds(lines(tmp_path)) == without_seconds(lines(uninterrupted[0]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(uninterrupted, tmp_path, number):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted) as stopped:
+        train(tmp_path, 4, lambda run, loss: os.kill(os.getpid(), number))
+    assert stopped.value.code == 130
+    assert stopped.value.message == "Stopped at step 5 of 9 of demo; saved. Run the same command to continue."
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000005"]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert final(tmp_path) == uninterrupted[1]
+
+
+def test_a_second_signal_does_not_wait(tmp_path):
+    def twice(run, loss):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, 4, twice)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000004"]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint_before(uninterrupted, tmp_path, value):
+    with pytest.raises(EdgeDiTError, match=rf"demo: loss is {value} at step 8; the checkpoint step-000000006 before it is kept. Lower the"):
+        train(tmp_path, 6, lambda run, loss: torch.tensor(float(value)), log_every=100)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000006"]
+    assert final(tmp_path) == uninterrupted[1]
+
+
+def test_a_loss_that_is_no_number_before_the_first_checkpoint(tmp_path):
+    with pytest.raises(EdgeDiTError, match="loss is nan at step 1; no checkpoint was written yet"):
+        train(tmp_path, 0, lambda run, loss: float("nan"), log_every=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"config": {"rate": 0.5}}, "was made with config.rate = 0.01, but now config.rate = 0.5 is asked for"),
+        ({"config": {"rate": 0.01, "more": 1}}, "config.more = None, but now config.more = 1"),
+        ({"seed": 3}, "seed = 0, but now seed = 3"),
+        ({"inputs": {"teacher": "ab12"}}, "inputs.teacher = None, but now inputs.teacher = 'ab12'"),
+    ],
+)
+def test_a_folder_made_with_other_values_is_refused(tmp_path, change, said):
+    with pytest.raises(Stop):
+        train(tmp_path, 4, stop)
+    checkpoint = tmp_path / "checkpoints" / "step-000000004" / "state.safetensors"
+    before = file_sha256(checkpoint)
+    with pytest.raises(EdgeDiTError, match=f"{said}.*another output_dir, or delete"):
+        train(tmp_path, **change)
+    assert file_sha256(checkpoint) == before and not (tmp_path / "stage.json").exists()
+
+
+def test_a_full_disk_stops_a_run_that_then_continues(uninterrupted, small_disk):
+    with pytest.raises(EdgeDiTError, match="No space left on the disk"):
+        train(small_disk / "demo", 4, lambda run, loss: fill(small_disk))
+    assert [path.name for path in (small_disk / "demo" / "checkpoints").glob("step-*")] == ["step-000000004"]
+    (small_disk / "ballast").unlink()
+    assert final(small_disk / "demo", start=4) == uninterrupted[1]
+
+
+def test_facts_belong_to_the_checkpoint(tmp_path):
+    for expected in ({}, {"losses": [1, 2]}):
+        run, facts = RunState(tmp_path, "demo", {}, 4, checkpoint_every=2), Facts()
+        run.track(facts=facts)
+        assert facts == expected
+        with pytest.raises(Stop):
+            for step in run.steps():
+                facts["losses"] = [*facts.get("losses", []), step + 1]
+                if step == 2:
+                    raise Stop
+
+
+def test_a_stage_may_keep_its_state_in_files_of_its_own(tmp_path):
+    for start, stop_at in ((0, 2), (2, 4)):
+        run = RunState(tmp_path, "search", {}, 4, log_every=1, checkpoint_every=1, unit="genotype")
+        run.continue_at(start)
+        for step in run.steps():
+            run.log(volume=step)
+            if step + 1 == stop_at and stop_at < 4:
+                break
+    assert not (tmp_path / "checkpoints").exists()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 3, 4]
+
+
+def test_the_progress_bar_names_stage_eta_and_metric(tmp_path, capsys):
+    label = STAGE_LABEL.set("[2/9] ")
+    try:
+        train(tmp_path)
+    finally:
+        STAGE_LABEL.reset(label)
+    shown = capsys.readouterr()
+    assert "[2/9] demo: 100%" in shown.err and "9/9" in shown.err and "loss=" in shown.err and not shown.out
