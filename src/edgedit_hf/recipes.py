@@ -279,6 +279,13 @@ def _check(config: RunConfig, source: str) -> None:
         raise EdgeDiTError(
             f"{source}: teacher.hidden_size {teacher.hidden_size} is not a multiple of teacher.num_heads {teacher.num_heads}; change one."
         )
+    if teacher.hidden_size % 4:
+        raise EdgeDiTError(f"{source}: teacher.hidden_size {teacher.hidden_size} is not a multiple of 4, as its position embedding needs.")
+    if teacher.learn_sigma and teacher.prediction_type != "epsilon":
+        raise EdgeDiTError(
+            f"{source}: teacher.learn_sigma needs teacher.prediction_type epsilon, not {teacher.prediction_type}: "
+            "flow matching has no variance to learn."
+        )
     if search.initial > search.evaluations:
         raise EdgeDiTError(f"{source}: search.initial {search.initial} exceeds search.evaluations {search.evaluations}.")
     for dtype in config.export.dtypes:
