@@ -16,7 +16,7 @@ from edgedit_hf.data import step_loader
 from edgedit_hf.diffusion import Diffusion, draws, drop_labels
 from edgedit_hf.distill.output_loss import output_loss
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.launch import check_fits_data, learning_rate_at, load_training_set, new_pipeline, recipe_main, set_learning_rate
+from edgedit_hf.launch import learning_rate_at, load_training_set, new_pipeline, new_teacher, recipe_main, set_learning_rate
 from edgedit_hf.recipes import RunConfig, TeacherConfig, TuneConfig
 from edgedit_hf.run_state import RunState
 
@@ -124,21 +124,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     )
     if state.finished:
         return
-    if dataset.shape[1] != dataset.shape[2]:
-        raise EdgeDiTError(f"The data has shape {tuple(dataset.shape)}; square images are needed, set data.resolution.")
     torch.manual_seed(config.seed)
-    model = EdgeDiTTransformer2DModel(
-        sample_size=dataset.shape[1],
-        patch_size=options.patch_size,
-        in_channels=dataset.shape[0],
-        hidden_size=options.hidden_size,
-        num_layers=options.num_layers,
-        num_attention_heads=options.num_heads,
-        num_classes=dataset.num_classes if options.conditional else 0,
-        learn_sigma=options.learn_sigma,
-        prediction_type=options.prediction_type,
-    )
-    check_fits_data(model.config, dataset)
+    model = new_teacher(config, dataset.shape, dataset.num_classes)
     model = train_denoiser(model, dataset, options, state, accelerator)
     if accelerator.is_main_process:
         with state.publish() as folder:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import EdgeDiTError
-from .launch import load_run_images, load_teacher, load_vae
+from .launch import load_run_images, load_teacher, load_vae, new_teacher
 from .models.transformer_edgedit import EdgeDiTTransformer2DModel
 from .recipes import RunConfig
 from .search_space import SearchSpace, layer_cost, model_cost
@@ -57,19 +56,7 @@ def estimate(config: RunConfig) -> list[Estimate]:
         if config.data.vae is not None:
             vae = load_vae(config.data.vae)
             channels, size = vae.config.latent_channels, size // 2 ** (len(vae.config.block_out_channels) - 1)
-        if size % teacher.patch_size:
-            raise EdgeDiTError(f"The data's size {size} is not a multiple of teacher.patch_size {teacher.patch_size}; change one.")
-        model = EdgeDiTTransformer2DModel(
-            sample_size=size,
-            patch_size=teacher.patch_size,
-            in_channels=channels,
-            hidden_size=teacher.hidden_size,
-            num_layers=teacher.num_layers,
-            num_attention_heads=teacher.num_heads,
-            num_classes=images.num_classes if teacher.conditional else 0,
-            learn_sigma=teacher.learn_sigma,
-            prediction_type=teacher.prediction_type,
-        )
+        model = new_teacher(config, (channels, size, size), images.num_classes)
     cost = model_cost(model.config)
     space = SearchSpace.for_config(
         model.config, reduced_mlp_ratio=bank.reduced_mlp_ratio, reduced_attention_dim=bank.reduced_attention_dim

@@ -16,9 +16,10 @@ from diffusers.utils import logging as diffusers_logging
 from .data import ImageDataset, LatentDataset, cache_latents, load_images, open_latents
 from .diffusion import make_scheduler
 from .errors import EdgeDiTError
+from .models.transformer_edgedit import EdgeDiTTransformer2DModel
 from .pipelines.pipeline_edgedit import EdgeDiTPipeline
 from .recipes import RunConfig, load_config
-from .run_state import Interrupted
+from .run_state import Interrupted, close_progress
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
@@ -44,6 +45,7 @@ def recipe_main(run: Callable[[RunConfig, Any], None], doc: str | None) -> None:
             return
         run(config, make_accelerator(config))
     except EdgeDiTError as error:
+        close_progress()
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
     except Interrupted as stop:
@@ -146,6 +148,32 @@ def load_pipeline(path: str | Path, made_by: str) -> EdgeDiTPipeline:
 def teacher_path(config: RunConfig) -> str | Path:
     """Where the teacher is: `teacher.path`, or the run's own."""
     return config.teacher.path or config.folder("teacher")
+
+
+def new_teacher(config: RunConfig, shape: Sequence[int], num_classes: int) -> EdgeDiTTransformer2DModel:
+    """The untrained teacher of a recipe for data of shape `(C, H, W)`.
+
+    Raises:
+        EdgeDiTError: the data is not square, or the patches do not divide it.
+    """
+    options = config.teacher
+    channels, height, width = shape
+    if height != width or height % options.patch_size:
+        raise EdgeDiTError(
+            f"The data has shape {tuple(shape)}; it must be square with a side that teacher.patch_size {options.patch_size} divides. "
+            "Set data.resolution or the patch size."
+        )
+    return EdgeDiTTransformer2DModel(
+        sample_size=height,
+        patch_size=options.patch_size,
+        in_channels=channels,
+        hidden_size=options.hidden_size,
+        num_layers=options.num_layers,
+        num_attention_heads=options.num_heads,
+        num_classes=num_classes if options.conditional else 0,
+        learn_sigma=options.learn_sigma,
+        prediction_type=options.prediction_type,
+    )
 
 
 def load_teacher(config: RunConfig) -> EdgeDiTPipeline:

@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -260,6 +261,15 @@ STAGE_LABEL: contextvars.ContextVar[str] = contextvars.ContextVar("STAGE_LABEL",
 """What the progress bars of this context put before the stage's name, e.g. `[3/9] `."""
 
 
+_OPEN_BARS: weakref.WeakSet = weakref.WeakSet()
+
+
+def close_progress() -> None:
+    """End every progress bar that an error left open, so that what is printed next starts on a line of its own."""
+    for bar in list(_OPEN_BARS):
+        bar.close()
+
+
 class Facts(dict):
     """Plain values that belong to a checkpoint (pass it to [`RunState.track`])."""
 
@@ -478,6 +488,7 @@ class RunState:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
         )
+        _OPEN_BARS.add(bar)
         try:
             while self.step < self.total_steps:
                 yield self.step
