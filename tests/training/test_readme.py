@@ -1,0 +1,161 @@
+"""Every command and snippet of the README runs, at debug scale. A new line there without a way to run it here fails."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+BIN = Path(sys.executable).parent
+DEBUG = [
+    *"teacher.hidden_size=32 teacher.num_layers=2 teacher.num_heads=2 teacher.steps=4 teacher.batch_size=8 bank.steps=2 bank.both_steps=1".split(),
+    *"bank.calibration_samples=8 bank.batch_size=4 latency.repeats=3 latency.batch_size=2 search.evaluations=4 search.initial=3".split(),
+    *"search.samples=16 search.sampling_steps=1 student.max_latency_ratio=null student.max_parameters_ratio=null".split(),
+    *"student.max_flops_ratio=null tune.steps=2 tune.batch_size=8 evaluate.samples=16 evaluate.sampling_steps=1".split(),
+    *"evaluate.extractor_steps=5 evaluate.grid=1 evaluate.latency_batch_size=2 evaluate.latency_repeats=3".split(),
+]
+
+
+def blocks(recipes, language: str) -> list[str]:
+    text = (recipes.root / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands(recipes) -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks(recipes, "bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def shell(recipes, command: list[str], cwd: Path, expect: int = 0) -> str:
+    environment = {**recipes.environment(), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == expect, f"{shlex.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clone(recipes, tmp_path_factory):
+    """A folder that looks like the clone (README's paths are relative to it) with a finished debug run as `runs/demo`."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "training").symlink_to(recipes.root / "training")
+    shell(recipes, shlex.split(find(recipes, "compress.py --config training/recipes/debug.yaml")), folder)
+    (folder / "runs" / "debug").rename(folder / "runs" / "demo")
+    return folder
+
+
+def find(recipes, part: str) -> str:
+    found = [command for command in commands(recipes) if part in command]
+    assert len(found) == 1, f"README has {len(found)} commands with {part!r}"
+    return found[0]
+
+
+def test_every_command_has_a_test_here(recipes):
+    source = Path(__file__).read_text(encoding="utf-8")
+    handled = re.findall(r'find\(recipes, "(.*?)"\)', source)
+    left = [command for command in commands(recipes) if not any(part in command for part in handled)]
+    assert left == [], "README commands that no test runs"
+
+
+def test_make_targets(recipes):
+    for target in (find(recipes, "make demo"), find(recipes, "make test")):
+        assert shell(recipes, [*shlex.split(target), "-n"], recipes.root)
+    demo = shell(recipes, ["make", "-n", "demo"], recipes.root)
+    assert "training/compress.py" in demo and "training/recipes/digits.yaml" in demo and "HF_HUB_OFFLINE=1" in demo
+
+
+def test_dry_run_prints_a_line_a_stage(recipes, clone):
+    printed = shell(recipes, shlex.split(find(recipes, "digits.yaml --dry-run")), clone)
+    assert [line.split()[0] for line in printed.splitlines()[1:10]] == "teacher bank latency search student tune export evaluate all".split()
+    assert not (clone / "runs" / "demo" / "digits").exists()
+
+
+def test_the_run_has_what_the_readme_says(recipes, clone):
+    run = clone / "runs" / "demo"
+    for entry in re.findall(r"\| `?\w+`? \| `\w+\.py` \| `([\w./-]+)`", (recipes.root / "README.md").read_text()):
+        assert (run / entry).exists(), entry
+    for entry in ("report.html", "report.json", "teacher-more-steps", "exported/onnx-int8/model_index.json", "evaluate/teacher.png"):
+        assert (run / entry).exists(), entry
+
+
+def test_python_snippets(recipes, clone):
+    snippets = blocks(recipes, "python")
+    assert len(snippets) >= 2
+    for code in snippets:
+        shell(recipes, [sys.executable, "-c", code], clone)
+
+
+def test_export_and_load_back(recipes, clone):
+    shell(recipes, shlex.split(find(recipes, "optimum-cli export")), clone)
+    code = (
+        "import edgedit_hf; from diffusers import DiffusionPipeline; p = DiffusionPipeline.from_pretrained('exported');"
+        "print(type(p.transformer).__name__, p(class_labels=3, num_inference_steps=2).images[0].size)"
+    )
+    assert "OnnxEdgeDiTTransformer2DModel (8, 8)" in shell(recipes, [sys.executable, "-c", code], clone)
+
+
+def test_two_process_commands_start(recipes, clone):
+    for text in (find(recipes, "cpu-2.yaml training/train_teacher.py"), find(recipes, "torchrun --standalone")):
+        command = shlex.split(text)
+        assert "usage" in shell(recipes, [*command[: command.index("--config")], "--help"], clone)
+
+
+@pytest.fixture(scope="module")
+def pip_user(recipes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user")
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        (folder / "my_images" / label).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(folder / "my_images" / label / f"{i}.png")
+    shell(recipes, shlex.split(find(recipes, "edgedit recipes copy")), folder)
+    shell(recipes, ["sh", "-c", find(recipes, "edgedit init")], folder)
+    return folder
+
+
+def test_pip_users_dry_run(recipes, pip_user):
+    assert "evaluate" in shell(recipes, shlex.split(find(recipes, "recipes/compress.py --config run.yaml --dry-run")), pip_user)
+
+
+def test_select_another_point(recipes, clone, tmp_path):
+    command = shlex.split(find(recipes, "edgedit select"))
+    shutil.copytree(clone / "runs" / "demo", tmp_path / "runs" / "edgedit")
+    before = (tmp_path / "runs" / "edgedit" / "search" / "state.json").read_bytes()
+    shell(recipes, command, tmp_path)
+    assert (tmp_path / "runs" / "edgedit" / "student" / "choice.json").exists()
+    assert (tmp_path / "runs" / "edgedit" / "search" / "state.json").read_bytes() == before
+    assert "latency_ms" in failing(recipes, [*command[:-1], "1e-9"], tmp_path)
+
+
+def failing(recipes, command: list[str], cwd: Path) -> str:
+    environment = {**recipes.environment(), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.slow
+def test_pip_users_run(recipes, pip_user):
+    overrides = [part for value in DEBUG for part in ("--override", value)]
+    command = find(recipes, "recipes/compress.py --config run.yaml --dry-run").removesuffix(" --dry-run")
+    assert command in commands(recipes)
+    shell(recipes, [*shlex.split(command), *overrides], pip_user)
+    assert (pip_user / "runs" / "edgedit" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_two_process_commands_run(recipes, clone):
+    (clone / "runs" / "debug").mkdir(exist_ok=True)
+    shell(recipes, [*shlex.split(find(recipes, "cpu-2.yaml training/train_teacher.py"))], clone)
+    shell(recipes, [*shlex.split(find(recipes, "torchrun --standalone"))], clone)
+    assert (clone / "runs" / "debug" / "bank" / "index.json").exists()
+
+
+def test_pip_install_is_the_packaging_tests(recipes):
+    # tests/test_packaging.py installs the wheel into a fresh environment; the name is what it must be.
+    assert find(recipes, "pip install edgedit_hf").split()[-1] in (recipes.root / "setup.cfg").read_text()
