@@ -1,0 +1,513 @@
+"""Images to train on (the embedded digits, any `datasets` id, local folders), their latents, and one stream of batches.
+
+Shapes: N images, C channels, H height, W width. Images are float32 in [-1, 1], labels int64 in 0 … num_classes - 1.
+The stream of batches is a function of (seed, step) alone: a run that was killed, or that has more ranks, sees the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .errors import EdgeDiTError
+from .image_sources import HELD_OUT_NAMES, ArrayRows, image_column_of, image_rows, open_splits, read_labels
+from .run_state import atomic_folder, atomic_write_json, hash_json, read_json, weights_hash
+
+IN_MEMORY_BYTES = 256 * 1024**2  # sets below this size are decoded once and kept, as bytes (latents: as float32)
+LATENT_FORMAT = 1
+SHARD_BATCHES = 32  # batches of latents in a file: what a killed `cache_latents` loses at most
+
+
+# ------------------------------------------------------------------ datasets
+
+
+class _MapDataset(Dataset):
+    """What sets of images and of latents share: shape, names, labels, `batch`, and torch's map-style protocol."""
+
+    shape: tuple[int, int, int]
+    label_names: list[str]
+    labels: torch.Tensor
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 when nothing is labelled."""
+        return len(self.label_names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """Samples at these positions, for the default collation of a torch `DataLoader`."""
+        batch = self.batch(indices)
+        return [{"images": image, "labels": label} for image, label in zip(batch["images"], batch["labels"])]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One sample: `{"images": [C, H, W], "labels": []}`."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"position {index} of {len(self)}")
+        return self.__getitems__([index])[0]
+
+
+class ImageDataset(_MapDataset):
+    """Images and labels, map-style. Small sets are kept in memory as bytes, others are decoded when they are asked for.
+
+    Args:
+        pixels: `[N, C, H, W]` uint8, or rows of [`load_images`].
+        labels: N class numbers (ignored when `label_names` is empty).
+        label_names: one name a class; empty for unlabelled images.
+        indices: the rows that belong to this set; default all.
+        pixel_max: the byte that stands for 1.0 (0 stands for -1.0).
+        name: what a feature extractor trained on the set is named after; not part of the fingerprint.
+
+    Attributes:
+        shape: `(C, H, W)`.
+        num_classes: 0 for unlabelled images; their labels read 0.
+        labels: LongTensor `[N]`.
+        label_names: list of names.
+    """
+
+    def __init__(
+        self,
+        pixels,
+        labels: Sequence[int] | None = None,
+        label_names: Sequence[str] = (),
+        indices: Sequence[int] | None = None,
+        pixel_max: int = 255,
+        name: str = "images",
+    ) -> None:
+        self._rows = ArrayRows(pixels) if isinstance(pixels, np.ndarray) else pixels
+        self._pixel_max = pixel_max
+        self.name = name
+        self._indices = np.arange(len(self._rows)) if indices is None else np.asarray(indices, dtype=np.int64)
+        self.shape: tuple[int, int, int] = tuple(self._rows.shape)
+        self.label_names = list(label_names)
+        count = len(self._rows)
+        self._all_labels = np.asarray(labels if self.label_names else np.zeros(count), dtype=np.int64)
+        if len(self._all_labels) != count:
+            raise EdgeDiTError(f"There are {count} images but {len(self._all_labels)} labels; every image needs one.")
+        labels = self._all_labels[self._indices]
+        for wrong in np.flatnonzero((labels < 0) | (labels >= max(self.num_classes, 1)))[:1]:
+            raise EdgeDiTError(
+                f"The label {labels[wrong]} of image {self._indices[wrong]} is out of range: there are "
+                f"{self.num_classes} classes, 0 … {self.num_classes - 1}. Correct it, or choose another label_column."
+            )
+        self.labels = torch.from_numpy(labels)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over shape, names, labels and the images as they are stored. Reads every image once.
+
+        Encoded files are hashed, not what a decoder makes of them, so it depends on neither paths nor machines.
+        """
+        header = {
+            "shape": self.shape,
+            "label_names": self.label_names,
+            "pixel_max": self._pixel_max,
+            "count": len(self),
+        }
+        digest = hashlib.sha256(json.dumps(header).encode())
+        rows = tqdm(self._indices, desc="Hashing images", unit="image", delay=5, leave=False)
+        for index, label in zip(rows, self.labels.tolist()):
+            digest.update(hashlib.sha256(self._rows.encoded(index)).digest())
+            digest.update(label.to_bytes(8, "little"))
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def _memory(self) -> np.ndarray | None:
+        if len(self) * int(np.prod(self.shape)) > IN_MEMORY_BYTES:
+            return None
+        pixels = np.empty((len(self), *self.shape), dtype=np.uint8)
+        # The display only shows itself when decoding takes long enough to wonder.
+        for row, index in enumerate(tqdm(self._indices, desc="Decoding images", unit="image", delay=5, leave=False)):
+            pixels[row] = self._rows.pixels(index)
+        return pixels
+
+    def subset(self, indices: Sequence[int]) -> ImageDataset:
+        """The set of the images at these positions, in this order."""
+        indices = np.asarray(indices, dtype=np.int64)
+        rows = self._indices[indices]
+        part = ImageDataset(self._rows, self._all_labels, self.label_names, rows, self._pixel_max, self.name)
+        if self.__dict__.get("_memory") is not None:
+            part._memory = self._memory[indices]  # decoded already
+        return part
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """`{"images": [n, C, H, W] float32 in [-1, 1], "labels": [n] int64}` of the images at these positions."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if self._memory is not None:
+            pixels = self._memory[indices]
+        else:
+            pixels = np.stack([self._rows.pixels(index) for index in self._indices[indices]])
+        images = torch.from_numpy(pixels).to(torch.float32).div_(self._pixel_max / 2).sub_(1)
+        return {"images": images, "labels": self.labels[torch.from_numpy(indices)]}
+
+
+def load_images(
+    source: str = "digits",
+    split: str = "train",
+    *,
+    resolution: int | None = None,
+    channels: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    validation_fraction: float = 0.2,
+    seed: int = 0,
+    data_split: str = "train",
+) -> ImageDataset:
+    """Open images.
+
+    Args:
+        source: "digits" (scikit-learn's 1,797 handwritten digits, 8x8, one channel); a local folder with one
+            sub-folder a class, or with `metadata.jsonl` (`file_name`, optionally `label`), or with images alone
+            (unlabelled), or one written by `Dataset.save_to_disk`; or a `datasets` id ("org/name", "org/name:config").
+        split: "train" or "validation". The validation images are the source's validation or test split where it has
+            one, else a seeded fraction of every class, which "train" then leaves out.
+        resolution: side of the images after a centre-crop to a square and resizing; default as they are, if all have
+            one size.
+        channels: 1 or 3; default as in the first image.
+        image_column, label_column: columns; default the first image column, and "label" or else the only class column.
+            `label_column=""` ignores labels.
+        validation_fraction, seed: of the held-out part.
+        data_split: the source's split that holds the training images.
+
+    Raises:
+        EdgeDiTError: the source cannot be used; the message says why and what to do.
+    """
+    if split not in ("train", "validation"):
+        raise EdgeDiTError(f"split is {split!r}; it must be 'train' or 'validation'.")
+    if resolution is not None and resolution < 1:
+        raise EdgeDiTError(f"resolution is {resolution}; it must be at least 1.")
+    if channels not in (None, 1, 3):
+        raise EdgeDiTError(f"channels is {channels}; it must be 1 (grey) or 3 (colour).")
+    if not 0 <= validation_fraction < 1:
+        raise EdgeDiTError(f"validation_fraction is {validation_fraction}; it must be at least 0 and below 1.")
+    if source == "digits":
+        dataset, own_validation = _load_digits(resolution, channels, labelled=label_column != ""), False
+    else:
+        splits = open_splits(source, label_column)
+        if data_split not in splits:
+            raise EdgeDiTError(
+                f"{source!r} has no split {data_split!r}; it has {sorted(splits)}. Set data_split to one of them."
+            )
+        held_out = next((name for name in HELD_OUT_NAMES if name in splits and name != data_split), None)
+        own_validation = held_out is not None
+        chosen = held_out if own_validation and split == "validation" else data_split
+        image_column = image_column_of(splits[data_split], image_column, source)
+        labels, names = read_labels(splits, data_split, chosen, label_column, source)
+        rows = image_rows(splits[data_split], image_column, f"{data_split!r} of {source!r}", resolution, channels)
+        if chosen != data_split:
+            train_shape, channels = rows.shape, rows.shape[0]  # the training images decide
+            rows = image_rows(splits[chosen], image_column, f"{chosen!r} of {source!r}", resolution, channels)
+            if rows.shape != train_shape:
+                raise EdgeDiTError(
+                    f"The images of {chosen!r} of {source!r} have shape {rows.shape}, those of {data_split!r} "
+                    f"{train_shape}; set resolution to bring all to one size."
+                )
+        name = re.sub(r"[^\w.-]+", "-", Path(source).name) or "images"
+        dataset = ImageDataset(rows, labels, names, name=name)
+    if not own_validation:
+        train, validation = stratified_split(dataset.labels.numpy(), validation_fraction, seed)
+        if split == "validation" and len(validation) == 0:
+            raise EdgeDiTError(
+                f"validation_fraction {validation_fraction} of the {len(dataset)} images of {source!r} leaves none to "
+                "validate on; raise it or add images (a class needs two to give one away)."
+            )
+        dataset = dataset.subset(train if split == "train" else validation)
+    dataset.batch([0])  # decodes a small set, and so finds its damaged images, now
+    return dataset
+
+
+def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted positions (kept, held out). Of every class with two or more images at least one is held out.
+
+    A fraction of 0 holds nothing out.
+    """
+    held_out = []
+    for label in np.unique(labels) if fraction > 0 else ():
+        members = np.flatnonzero(labels == label)
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        held_out.append(_generator(seed, int(label)).permutation(members)[:count])
+    validation = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *held_out]))
+    return np.setdiff1d(np.arange(len(labels)), validation), validation
+
+
+def _load_digits(resolution: int | None, channels: int | None, labelled: bool) -> ImageDataset:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels, pixel_max = digits.images.astype(np.uint8), 16  # values 0 … 16
+    if resolution not in (None, 8):
+        size = (resolution, resolution)
+        resized = [
+            Image.fromarray(image.astype(np.float32)).resize(size, Image.Resampling.BILINEAR) for image in digits.images
+        ]
+        pixels, pixel_max = np.stack([np.rint(np.asarray(image) * 255 / 16).astype(np.uint8) for image in resized]), 255
+    pixels = np.repeat(pixels[:, None], channels or 1, axis=1)
+    names = [str(i) for i in range(10)] if labelled else ()
+    return ImageDataset(pixels, digits.target, names, pixel_max=pixel_max, name="digits")
+
+
+# ------------------------------------------------------------------ batches
+
+
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    """Counter-based generator of its own for every (seed, stream)."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, stream % 2**64], dtype=np.uint64)))
+
+
+@functools.lru_cache(maxsize=4)  # neighbouring steps share an epoch's permutation
+def _epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    order = _generator(seed, epoch).permutation(num_samples)
+    order.flags.writeable = False
+    return order
+
+
+def batch_indices(num_samples: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Positions of the global batch `step`, `[batch_size]` int64, out of an endless stream of permutations.
+
+    There is one permutation an epoch; a batch may straddle epochs. The result depends on the arguments alone.
+    """
+    if num_samples < 1 or batch_size < 1 or step < 0:
+        raise EdgeDiTError(
+            f"num_samples is {num_samples}, batch_size {batch_size}, step {step}; the first two must be at least 1, "
+            "step at least 0."
+        )
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // num_samples
+    orders = [_epoch_order(num_samples, seed, int(epoch)) for epoch in range(epochs[0], epochs[-1] + 1)]
+    return np.concatenate([order[positions[epochs == epochs[0] + i] % num_samples] for i, order in enumerate(orders)])
+
+
+class _Steps(Dataset):
+    """Item `step` is one rank's whole batch of that step."""
+
+    def __init__(self, dataset: ImageDataset, batch_size: int, seed: int, rows: np.ndarray) -> None:
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self._seed = seed
+        self._rows = rows
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        return self._dataset.batch(batch_indices(len(self._dataset), self._batch_size, self._seed, step)[self._rows])
+
+
+def step_loader(
+    dataset: ImageDataset,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    total_steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> Iterator[tuple[int, torch.Tensor, dict[str, torch.Tensor]]]:
+    """One rank's part of the batches of steps `start_step` … `total_steps - 1`.
+
+    Args:
+        dataset: what `.batch(indices)` is asked of.
+        batch_size: global batch, divided evenly between the ranks.
+
+    Yields:
+        (step, rows, batch): rows are this rank's positions in the global batch, `[batch_size / world_size]` int64,
+        which is what noise is keyed by; batch as of [`ImageDataset.batch`].
+    """
+    if batch_size < 1 or batch_size % world_size:
+        raise EdgeDiTError(f"batch_size {batch_size} cannot be divided between {world_size} ranks; make it a multiple.")
+    share = batch_size // world_size
+    rows = np.arange(rank * share, (rank + 1) * share)
+    steps = range(start_step, total_steps)
+    loader = DataLoader(
+        _Steps(dataset, batch_size, seed, rows),
+        batch_size=None,
+        sampler=steps,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # else the loader draws from, and so moves, the global one
+    )
+    for step, batch in zip(steps, loader):
+        yield step, torch.from_numpy(rows), batch
+
+
+# ------------------------------------------------------------------ latents
+
+
+class LatentDataset(_MapDataset):
+    """The latents that [`cache_latents`] wrote, with the interface of [`ImageDataset`]: "images" are latents, float32.
+
+    Attributes:
+        fingerprint: of the images' fingerprint and the VAE's hash.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder)
+        index = _read_index(self.folder)
+        self.shape = tuple(index["shape"])
+        self.label_names = list(index["label_names"])
+        self.fingerprint = hash_json([index["dataset"], index["vae"]])
+        self._shard_rows = index["shard_rows"]
+        shards = range(_num_shards(index))
+        missing = [shard for shard in shards if not _shard_file(self.folder, shard).is_file()]
+        if missing:
+            raise EdgeDiTError(
+                f"The latent cache {str(self.folder)!r} is unfinished: {len(missing)} of {len(shards)} parts are "
+                "missing. Run cache_latents again, it continues."
+            )
+        self._files: dict[int, safe_open] = {}
+        self.labels = torch.cat([self._file(shard).get_tensor("labels") for shard in shards])
+        if len(self.labels) != index["count"]:
+            raise EdgeDiTError(
+                f"The latent cache {str(self.folder)!r} holds {len(self.labels)} latents, but its index says "
+                f"{index['count']}; delete the folder and make it anew."
+            )
+
+    def _file(self, shard: int) -> safe_open:
+        if shard not in self._files:
+            path = _shard_file(self.folder, shard)
+            try:
+                self._files[shard] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise EdgeDiTError(
+                    f"{path} is damaged ({error}); delete {str(path.parent)!r} and run cache_latents again, it makes "
+                    "that part anew."
+                ) from error
+        return self._files[shard]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_files": {}}  # open files do not travel to data-loading processes
+
+    @functools.cached_property
+    def _memory(self) -> torch.Tensor | None:
+        if 4 * len(self) * int(np.prod(self.shape)) > IN_MEMORY_BYTES:
+            return None
+        shards = range(-(-len(self) // self._shard_rows))
+        return torch.cat([self._file(shard).get_tensor("latents") for shard in shards])
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """`{"images": [n, c, h, w] float32 latents, "labels": [n] int64}` at these positions."""
+        indices = torch.from_numpy(np.asarray(indices, dtype=np.int64))
+        labels = self.labels[indices]
+        if self._memory is not None:
+            return {"images": self._memory[indices], "labels": labels}
+        places = [divmod(index % len(self), self._shard_rows) for index in indices.tolist()]
+        latents = [self._file(shard).get_slice("latents")[row : row + 1] for shard, row in places]
+        return {"images": torch.cat(latents), "labels": labels}
+
+
+def open_latents(folder: str | os.PathLike) -> LatentDataset:
+    """Open what [`cache_latents`] has finished; an unfinished, damaged or foreign folder raises [`EdgeDiTError`]."""
+    return LatentDataset(folder)
+
+
+def _read_index(folder: Path) -> dict:
+    index = read_json(folder / "index.json", "cache_latents")
+    keys = {"format", "dataset", "vae", "count", "shape", "shard_rows", "label_names"}
+    if not isinstance(index, dict) or set(index) != keys or index["format"] != LATENT_FORMAT:
+        raise EdgeDiTError(
+            f"{folder / 'index.json'} does not describe a latent cache of format {LATENT_FORMAT}; choose another "
+            "folder."
+        )
+    return index
+
+
+def _num_shards(index: dict) -> int:
+    return -(-index["count"] // index["shard_rows"])
+
+
+def _shard_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}" / "latents.safetensors"
+
+
+@torch.inference_mode()
+def _encode(vae: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Latents `[n, c, h, w]` float32 as a denoiser sees them: the posterior's mode, shifted and scaled by the config."""
+    encoded = vae.encode(images.to(vae.device, vae.dtype))
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    latents = ((latents - shift) * vae.config.scaling_factor).float().cpu().contiguous()
+    size, latent_size = tuple(images.shape[-2:]), tuple(latents.shape[-2:])
+    factor = size[0] // latent_size[0]
+    if size != (factor * latent_size[0], factor * latent_size[1]) or factor & (factor - 1):
+        raise EdgeDiTError(
+            f"The VAE turns images of {size} into latents of {latent_size}, which it cannot turn back into that size; "
+            "set resolution to a multiple of its downsampling factor."
+        )
+    if not torch.isfinite(latents).all():
+        raise EdgeDiTError(f"The VAE ({vae.dtype}) gives latents that are NaN or infinite; use it in float32.")
+    return latents
+
+
+def cache_latents(
+    dataset: ImageDataset, vae: torch.nn.Module, folder: str | os.PathLike, batch_size: int = 16, progress: bool = True
+) -> LatentDataset:
+    """Encode every image once and keep the latents in `folder` (safetensors parts and `index.json`).
+
+    Killed at any moment and called again with the same arguments, it continues with the first missing part; a finished
+    cache is only opened. One process writes a folder.
+
+    Args:
+        dataset: images `[C, H, W]` with the VAE's number of channels.
+        vae: an `AutoencoderKL` or `AutoencoderTiny`, on the device and in the precision to encode with.
+        folder: of the cache; one of other images or of another VAE is an error.
+        batch_size: images encoded at a time.
+        progress: show a progress bar.
+    """
+    folder = Path(folder)
+    if dataset.shape[0] != vae.config.in_channels:
+        raise EdgeDiTError(
+            f"The images have {dataset.shape[0]} channels, but the VAE takes {vae.config.in_channels}; "
+            f"set channels to {vae.config.in_channels}."
+        )
+    factors = [vae.config.scaling_factor, getattr(vae.config, "shift_factor", None)]
+    made_from = {
+        "dataset": dataset.fingerprint,
+        "vae": hash_json([type(vae).__name__, weights_hash(vae.state_dict()), factors]),
+    }
+    if (folder / "index.json").exists():
+        index = _read_index(folder)
+        for name, value in made_from.items():
+            if index[name] != value:
+                raise EdgeDiTError(
+                    f"The latent cache {str(folder)!r} was made from the {name} {index[name]}, but this run has the "
+                    f"{name} {value}; choose another folder or delete this one."
+                )
+    else:
+        shape = _encode(vae, dataset.batch([0])["images"]).shape[1:]
+        index = {
+            "format": LATENT_FORMAT,
+            **made_from,
+            "count": len(dataset),
+            "shape": list(shape),
+            "shard_rows": batch_size * SHARD_BATCHES,
+            "label_names": dataset.label_names,
+        }
+        atomic_write_json(folder / "index.json", index)
+    for leftover in folder.glob(".shard-*"):  # of a process that was killed while writing
+        shutil.rmtree(leftover)
+    rows = index["shard_rows"]
+    with tqdm(total=len(dataset), desc="Encoding latents", unit="image", disable=not progress) as bar:
+        for shard in range(_num_shards(index)):
+            positions = np.arange(shard * rows, min((shard + 1) * rows, len(dataset)))
+            if not _shard_file(folder, shard).is_file():
+                parts = []
+                for start in range(0, len(positions), batch_size):
+                    parts.append(_encode(vae, dataset.batch(positions[start : start + batch_size])["images"]))
+                    bar.update(len(parts[-1]))
+                with atomic_folder(folder / f"shard-{shard:05d}") as aside:
+                    content = {"latents": torch.cat(parts), "labels": dataset.labels[positions].contiguous()}
+                    save_file(content, aside / "latents.safetensors")
+            else:
+                bar.update(len(positions))
+    return LatentDataset(folder)

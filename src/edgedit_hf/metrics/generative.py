@@ -1,0 +1,259 @@
+"""How far generated images are from real ones: pure functions of features, in float64.
+
+N: samples, D: feature width. Every function takes NumPy arrays or torch tensors and raises [`EdgeDiTError`] on values
+that are not finite, on shapes that do not fit and on too few samples. What the features are is the caller's business:
+"FID" without more means ADM's Inception features, everything else is a "Fréchet distance (extractor)".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from ..errors import EdgeDiTError
+
+
+def _array(values, name: str, ndim: int) -> np.ndarray:
+    """`values` as float64, checked to have `ndim` dimensions and only finite entries."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().to(torch.float64).numpy()
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != ndim:
+        raise EdgeDiTError(f"{name} has shape {array.shape}; expected {ndim} dimensions.")
+    bad = array.size - int(np.isfinite(array).sum())
+    if bad:
+        raise EdgeDiTError(
+            f"{name} holds {bad} NaN or infinite values out of {array.size}; find out what produced them."
+        )
+    return array
+
+
+def _features(values, name: str, at_least: int) -> np.ndarray:
+    """`values` as an [N, D] array with N ≥ `at_least`."""
+    array = _array(values, name, 2)
+    if array.shape[0] < at_least or array.shape[1] == 0:
+        raise EdgeDiTError(
+            f"{name} has shape {array.shape}; expected [N, D] with at least {at_least} samples and D ≥ 1."
+        )
+    return array
+
+
+def _check_width(a: np.ndarray, b: np.ndarray, names: tuple[str, str]) -> None:
+    if a.shape[-1] != b.shape[-1]:
+        raise EdgeDiTError(
+            f"{names[0]} has features of width {a.shape[-1]} but {names[1]} of width {b.shape[-1]}; "
+            "compute both with the same extractor."
+        )
+
+
+# ------------------------------------------------------------------ Fréchet distance
+
+
+class RunningMoments:
+    """Mean and covariance of features that arrive in batches, without keeping the features.
+
+    Batches and other moments (of other ranks) are joined by the pairwise update of Chan, Golub and LeVeque (1979),
+    which does not lose digits the way sums of squares do.
+
+    Attributes:
+        count: samples seen.
+        mean: `[D]` (None before the first batch).
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: np.ndarray | None = None
+        self._scatter: np.ndarray | None = None  # [D, D], sum of (x - mean)(x - mean)ᵀ
+
+    def update(self, features) -> RunningMoments:
+        """Add a batch `[n, D]`, n ≥ 1. Returns self."""
+        batch = _features(features, "features", at_least=1)
+        mean = batch.mean(axis=0)
+        centred = batch - mean
+        return self._join(len(batch), mean, centred.T @ centred)
+
+    def merge(self, other: RunningMoments) -> RunningMoments:
+        """Add what `other` has seen. Returns self."""
+        return self._join(other.count, other.mean, other._scatter) if other.count else self
+
+    def _join(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> RunningMoments:
+        if self.mean is None:
+            self.count, self.mean, self._scatter = count, mean.copy(), scatter.copy()
+            return self
+        _check_width(self.mean, mean, ("the moments so far", "the new batch"))
+        total = self.count + count
+        delta = mean - self.mean
+        self._scatter = self._scatter + scatter + np.outer(delta, delta) * (self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+        return self
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Unbiased covariance `[D, D]`; needs at least two samples."""
+        if self.count < 2:
+            raise EdgeDiTError(f"A covariance needs at least 2 samples, but only {self.count} were seen.")
+        return self._scatter / (self.count - 1)
+
+    def state_dict(self) -> dict:
+        """`{"count", "mean", "scatter"}`, to be gathered from ranks or stored."""
+        return {"count": self.count, "mean": self.mean, "scatter": self._scatter}
+
+    def load_state_dict(self, state: Mapping) -> RunningMoments:
+        """Take over what [`~RunningMoments.state_dict`] returned. Returns self."""
+        count = int(state["count"])
+        if count == 0:
+            self.count, self.mean, self._scatter = 0, None, None
+            return self
+        mean, scatter = _array(state["mean"], "mean", 1), _array(state["scatter"], "scatter", 2)
+        if scatter.shape != (len(mean), len(mean)):
+            raise EdgeDiTError(f"The state's mean has width {len(mean)} but its scatter has shape {scatter.shape}.")
+        self.count, self.mean, self._scatter = count, mean, scatter
+        return self
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """Symmetric square root of a positive semi-definite matrix; eigenvalues below zero are rounding and become zero."""
+    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+
+
+def frechet_distance_from_moments(mean_a, covariance_a, mean_b, covariance_b) -> float:
+    """Squared Fréchet (2-Wasserstein) distance of two Gaussians, |μa − μb|² + Tr(A + B − 2 (AB)^½) (Dowson & Landau
+    1982).
+
+    Tr (AB)^½ is the sum of the singular values of A^½ B^½, with symmetric roots from eigenvalues: always real, and
+    exact to rounding for covariances without full rank (fewer samples than features), where a matrix root of AB is not.
+
+    Args:
+        mean_a, mean_b: `[D]`.
+        covariance_a, covariance_b: `[D, D]`, symmetric positive semi-definite.
+
+    Returns:
+        The distance, ≥ 0.
+    """
+    mean_a, mean_b = _array(mean_a, "the first mean", 1), _array(mean_b, "the second mean", 1)
+    cov_a, cov_b = _array(covariance_a, "the first covariance", 2), _array(covariance_b, "the second covariance", 2)
+    _check_width(mean_a, mean_b, ("the first mean", "the second mean"))
+    for cov in (cov_a, cov_b):
+        if cov.shape != (len(mean_a), len(mean_a)):
+            raise EdgeDiTError(f"A covariance has shape {cov.shape}, but the means have width {len(mean_a)}.")
+    trace_root = np.linalg.svd(_root(cov_a) @ _root(cov_b), compute_uv=False).sum()
+    distance = float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root)
+    return max(distance, 0.0)  # two equal Gaussians may come out at minus a rounding error
+
+
+def frechet_distance(a, b) -> float:
+    """Fréchet distance of two sets of features `[N, D]` and `[M, D]`, N, M ≥ 2, fitted by Gaussians (Heusel et al.
+    2017).
+
+    The estimate is biased upwards for small sets: compare only values of the same N and M.
+
+    Example:
+        >>> frechet_distance(real_features, generated_features)
+    """
+    a, b = _features(a, "the first set", at_least=2), _features(b, "the second set", at_least=2)
+    _check_width(a, b, ("the first set", "the second set"))
+    first, second = RunningMoments().update(a), RunningMoments().update(b)
+    return frechet_distance_from_moments(first.mean, first.covariance, second.mean, second.covariance)
+
+
+# ------------------------------------------------------------------ precision and recall
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Squared Euclidean distances `[len(a), len(b)]` by one matrix product."""
+    squares = (a**2).sum(1)[:, None] + (b**2).sum(1)[None, :]
+    return np.maximum(squares - 2 * (a @ b.T), 0)
+
+
+def _squared_radii(points: np.ndarray, k: int, chunk: int) -> np.ndarray:
+    """Squared distance of every point to its k-th nearest other point, `[N]`."""
+    radii = np.empty(len(points))
+    for start in range(0, len(points), chunk):
+        distances = _squared_distances(points[start : start + chunk], points)
+        rows = np.arange(len(distances))
+        distances[rows, start + rows] = np.inf  # a point is not its own neighbour
+        radii[start : start + chunk] = np.partition(distances, k - 1, axis=1)[:, k - 1]
+    return radii
+
+
+def _covered(points: np.ndarray, centres: np.ndarray, squared_radii: np.ndarray, chunk: int) -> float:
+    """Fraction of the points that lie in at least one of the balls."""
+    inside = 0
+    for start in range(0, len(points), chunk):
+        distances = _squared_distances(points[start : start + chunk], centres)
+        inside += int((distances <= squared_radii).any(axis=1).sum())
+    return inside / len(points)
+
+
+def precision_recall(real, fake, k: int = 3, chunk: int = 2048) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, eqs. 1-2).
+
+    Precision is the fraction of generated samples inside the real manifold (the union of the balls that reach from
+    each real sample to its k-th nearest real neighbour), recall the same with the roles exchanged.
+
+    Args:
+        real, fake: features `[N, D]` and `[M, D]`, N, M > k.
+        k: neighbours.
+        chunk: rows of the distance matrix held at a time (memory: chunk · max(N, M) · 8 bytes).
+
+    Returns:
+        (precision, recall), both in [0, 1].
+    """
+    if k < 1 or chunk < 1:
+        raise EdgeDiTError(f"k is {k} and chunk is {chunk}; both must be at least 1.")
+    real, fake = _features(real, "real", at_least=k + 1), _features(fake, "fake", at_least=k + 1)
+    _check_width(real, fake, ("real", "fake"))
+    centre = real.mean(axis=0)  # small norms keep the digits that the matrix product would cancel
+    real, fake = real - centre, fake - centre
+    precision = _covered(fake, real, _squared_radii(real, k, chunk), chunk)
+    recall = _covered(real, fake, _squared_radii(fake, k, chunk), chunk)
+    return precision, recall
+
+
+# ------------------------------------------------------------------ inception score, PSNR
+
+
+def inception_score(logits, splits: int = 10) -> tuple[float, float]:
+    """Inception score exp(E KL(p(y|x) ‖ p(y))) of a classifier's answers (Salimans et al. 2016).
+
+    Args:
+        logits: `[N, classes]` logits or log-probabilities (the same to a softmax). ADM leaves out the last layer's
+            bias.
+        splits: consecutive parts of the samples that the score is computed on; N ≥ splits.
+
+    Returns:
+        (mean, standard deviation) over the splits.
+    """
+    if splits < 1:
+        raise EdgeDiTError(f"splits is {splits}; it must be at least 1.")
+    logits = _features(logits, "logits", at_least=splits)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    scores = []
+    for part in np.array_split(log_p, splits):
+        p = np.exp(part)
+        marginal = np.log(np.clip(p.mean(axis=0), np.finfo(np.float64).tiny, None))
+        scores.append(np.exp((p * (part - marginal)).sum(axis=1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def psnr(a, b, data_range: float) -> float:
+    """Peak signal-to-noise ratio in dB of two arrays of one shape over all their elements; infinite when they are
+    equal.
+
+    Args:
+        a, b: images of any equal shape.
+        data_range: largest minus smallest value an image can have (2 for [-1, 1], 255 for bytes).
+    """
+    a, b = _array(a, "a", np.ndim(a)), _array(b, "b", np.ndim(b))
+    if a.shape != b.shape or a.size == 0:
+        raise EdgeDiTError(f"The images have the shapes {a.shape} and {b.shape}; they must be equal and not empty.")
+    if not data_range > 0:
+        raise EdgeDiTError(f"data_range is {data_range}; it must be greater than 0.")
+    error = float(((a - b) ** 2).mean())
+    return math.inf if error == 0 else 10 * math.log10(data_range**2 / error)
