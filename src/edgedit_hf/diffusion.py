@@ -158,7 +158,7 @@ class Diffusion:
         return bits * (TRAIN_TIMESTEPS / 1000.0)
 
 
-def make_scheduler(prediction_type: str, learn_sigma: bool = False):
+def make_scheduler(prediction_type: str):
     """The scheduler that a pipeline of this parametrisation is saved with: DDIM, or the flow-matching Euler scheduler."""
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 

@@ -98,11 +98,17 @@ def load_vae(path: str) -> torch.nn.Module:
         name = AutoencoderKL.load_config(path).get("_class_name")
         if name not in classes:
             raise EdgeDiTError(f"data.vae {path!r} is a {name}; it must be one of {', '.join(classes)}.")
-        return classes[name].from_pretrained(path).eval().requires_grad_(False)
+        vae, info = classes[name].from_pretrained(path, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError) as error:
         if isinstance(error, EdgeDiTError):
             raise
         raise EdgeDiTError(f"data.vae {path!r} cannot be loaded: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        raise EdgeDiTError(
+            f"The weights of data.vae {path!r} lack {len(info['missing_keys'])} that its config asks for, such as "
+            f"{sorted(info['missing_keys'])[0]!r}; give an autoencoder whose config and weights belong together."
+        )
+    return vae.eval().requires_grad_(False)
 
 
 def load_training_set(config: RunConfig, accelerator: Any) -> tuple[ImageDataset | LatentDataset, torch.nn.Module | None]:
@@ -198,7 +204,7 @@ def new_pipeline(transformer: Any, vae: Any, label_names: Sequence[str], config:
     """A pipeline around a newly trained transformer, with the scheduler that fits it."""
     return EdgeDiTPipeline(
         transformer=transformer,
-        scheduler=make_scheduler(transformer.config.prediction_type, transformer.config.learn_sigma),
+        scheduler=make_scheduler(transformer.config.prediction_type),
         vae=vae,
         id2label={str(i): str(name) for i, name in enumerate(label_names)} if transformer.config.num_classes else None,
         default_steps=config.evaluate.sampling_steps,
