@@ -1,0 +1,1 @@
+"""How latency is measured (`protocol`) and what can be measured (`runners`)."""

@@ -1,0 +1,392 @@
+"""LatencyTable: what a genotype costs in the runtime that ships, from one measurement a distinct layer shape.
+
+Every layer shape of a search space, the embedders and the output layer are lowered to ONNX once. A single layer alone is dominated by
+call overhead and meets warmer caches than it does inside a network, so the lowered parts are joined into networks of equal
+layers at two depths ([`DEPTHS`]), all of them timed interleaved, and a network's time is fitted as `trunk + Σ layers`. Whole networks
+of mixed shapes run in the same rounds; the table keeps how well it predicts them (`prediction`).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import EdgeDiTError
+from ..genotype import Genotype, LayerSpec
+from ..run_state import atomic_write_json, hash_json, read_json
+from ..search_space import OPTIONS, SearchSpace
+
+if TYPE_CHECKING:
+    import onnx
+
+    from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
+
+FORMAT = 1
+DEPTHS = (2, 6)  # layers of the fitted networks
+TRUNK_KEYS = ("sample_size", "patch_size", "in_channels", "hidden_size", "num_classes", "learn_sigma")
+Shape = tuple[int, int, float]
+
+
+class LatencyTable:
+    """An additive latency model; make it with [`~LatencyTable.build`] or read it with [`~LatencyTable.from_json`].
+
+    Args:
+        data: the plain values of [`~LatencyTable.to_dict`].
+    """
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        required = {
+            "format",
+            "runtime",
+            "precision",
+            "batch",
+            "threads",
+            "space",
+            "trunk",
+            "trunk_ms",
+            "blocks",
+            "environment",
+        }
+        if not isinstance(data, Mapping) or not required <= set(data) or data["format"] != FORMAT:
+            keys = sorted(data) if isinstance(data, Mapping) else type(data).__name__
+            raise EdgeDiTError(f"This is no latency table of format {FORMAT}: it holds {keys}. Build it again.")
+        self._data = dict(data)
+        self.runtime: str = data["runtime"]
+        self.precision: str = data["precision"]
+        self.batch: int = data["batch"]
+        self.threads: int = data["threads"]
+        self.trunk: dict[str, Any] = dict(data["trunk"])
+        self.trunk_ms: float = float(data["trunk_ms"])
+        self.space = SearchSpace(**data["space"])
+        self.blocks: dict[Shape, float] = {
+            (int(b["attention_dim"]), int(b["num_heads"]), float(b["mlp_ratio"])): float(b["ms"])
+            for b in data["blocks"]
+        }
+
+    # ---------------------------------------------------------------- making
+
+    @classmethod
+    def build(
+        cls,
+        config: Mapping[str, Any],
+        space: SearchSpace,
+        *,
+        batch: int,
+        threads: int,
+        runtime: str = "onnxruntime",
+        precision: str = "fp32",
+        repeats: int = 40,
+        check: Sequence[Genotype] | None = None,
+        max_seconds: float = 300.0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> LatencyTable:
+        """Lower and measure the shapes of a space. Weights are random: latency does not depend on them.
+
+        Args:
+            config: the teacher's model config.
+            space: its search space.
+            batch: images a forward.
+            threads: intra-op threads of the runtime.
+            runtime: `"onnxruntime"`.
+            precision: `"fp32"` or `"int8"`.
+            repeats: timed rounds; medians count.
+            check: whole networks that are timed in the same rounds; default [`check_genotypes`].
+            max_seconds: end early, after at least 5 rounds, once the timed calls took this long.
+            progress: called after every round with (rounds done, rounds asked for).
+        """
+        from ..latency.protocol import environment, measure, paired_medians
+        from ..latency.runners import onnx_runner
+
+        if runtime != "onnxruntime" or precision not in ("fp32", "int8"):
+            raise EdgeDiTError(
+                f"A table of {runtime}-{precision} is asked for; onnxruntime-fp32 and onnxruntime-int8 exist."
+            )
+        if batch < 1:
+            raise EdgeDiTError(f"batch is {batch}; it must be at least 1.")
+        check = check_genotypes(space) if check is None else list(check)
+        parts = LoweredParts(config, {space.option_shape(option) for option in OPTIONS})
+        networks = {(shape, depth): [shape] * depth for shape in parts.shapes for depth in DEPTHS}
+        networks.update({genotype.hash: [layer.shape for layer in genotype.layers] for genotype in check})
+        with tempfile.TemporaryDirectory() as folder:
+            runners = {}
+            for number, (key, shapes) in enumerate(networks.items()):
+                file = parts.network(shapes, precision, Path(folder, f"{number}.onnx"))
+                runners[key] = onnx_runner(file, config, batch, threads)
+        timings = measure(runners, repeats=repeats, max_seconds=max_seconds, progress=progress)
+        times = paired_medians(timings)
+        trunk_ms, blocks, residual = _fit({key: times[key] for key in networks if isinstance(key, tuple)})
+        rounds = next(iter(timings.values())).repeats
+        table = cls(
+            {
+                "format": FORMAT,
+                "runtime": runtime,
+                "precision": precision,
+                "batch": int(batch),
+                "threads": int(threads),
+                "space": space.to_dict(),
+                "trunk": {key: config[key] for key in TRUNK_KEYS},
+                "trunk_ms": trunk_ms,
+                "blocks": [
+                    {
+                        "option": next(o for o in OPTIONS if space.option_shape(o) == shape),
+                        "attention_dim": shape[0],
+                        "num_heads": shape[1],
+                        "mlp_ratio": shape[2],
+                        "ms": blocks[shape],
+                        "networks": {str(depth): timings[shape, depth].to_dict() for depth in DEPTHS},
+                    }
+                    for shape in parts.shapes
+                ],
+                "fit_residual": residual,
+                "repeats": rounds,
+                "environment": environment(threads),
+            }
+        )
+        entries = [table._compare(genotype, times[genotype.hash]) for genotype in check]
+        table._data["prediction"] = _summary(entries)
+        return table
+
+    # ---------------------------------------------------------------- use
+
+    def latency_ms(self, genotype: Genotype) -> float:
+        """Predicted milliseconds of one forward of `batch` images.
+
+        Raises:
+            EdgeDiTError: the genotype belongs to another teacher, or has a layer shape that was not measured.
+        """
+        if genotype.hidden_size != self.space.hidden_size or genotype.num_teacher_layers != self.space.num_layers:
+            raise EdgeDiTError(
+                f"The genotype compresses {genotype.num_teacher_layers} layers of width {genotype.hidden_size}, but this latency table "
+                f"belongs to a teacher of {self.space.num_layers} layers of width {self.space.hidden_size}; build a table for its teacher."
+            )
+        total = self.trunk_ms
+        for layer in genotype.layers:
+            if layer.shape not in self.blocks:
+                raise EdgeDiTError(
+                    f"The genotype has a layer of shape {layer.shape} (attention_dim, num_heads, mlp_ratio); this table measured "
+                    f"{sorted(self.blocks)}. Build a table for its search space."
+                )
+            total += self.blocks[layer.shape]
+        return total
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Raise an [`EdgeDiTError`] if the table was measured for another input, width or output than this model config's."""
+        wrong = {key: (self.trunk[key], config[key]) for key in TRUNK_KEYS if self.trunk[key] != config[key]}
+        if wrong:
+            differences = ", ".join(f"{key} {mine} (table) / {other} (model)" for key, (mine, other) in wrong.items())
+            raise EdgeDiTError(
+                f"The latency table belongs to another teacher: {differences}. Build a table for this one."
+            )
+
+    def prediction_error(
+        self, config: Mapping[str, Any], genotypes: Sequence[Genotype] | Genotype, repeats: int = 20
+    ) -> dict[str, Any]:
+        """Export whole networks as the export stage does, time them now, and compare.
+
+        The machine may be faster or slower than when the table was measured. The original network therefore runs in the same rounds;
+        its measured over its predicted time is the drift, and every prediction is multiplied by it before it is compared.
+
+        Args:
+            config: the teacher's model config.
+            genotypes: what to export and time.
+            repeats: timed rounds.
+
+        Returns:
+            `{"mean", "max", "drift", "networks": [{"genotype", "code", "predicted_ms", "measured_ms", "relative_error"}]}`; errors are
+            |predicted − measured| / measured.
+        """
+        from ..export.onnx import export_onnx, quantize_int8
+        from ..latency.protocol import measure, paired_medians
+        from ..latency.runners import onnx_runner
+
+        self.check_config(config)
+        genotypes = [genotypes] if isinstance(genotypes, Genotype) else list(genotypes)
+        space = self.space
+        original = Genotype.original(space.num_layers, space.hidden_size, space.num_heads, space.mlp_ratio)
+        runners = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for genotype in {g.hash: g for g in [original, *genotypes]}.values():
+                file = export_onnx(random_model({**config, "layers": genotype.to_layers()}), Path(folder, "fp32.onnx"))
+                if self.precision == "int8":
+                    file = quantize_int8(file, Path(folder, "int8.onnx"))
+                runners[genotype.hash] = onnx_runner(file, config, self.batch, self.threads)
+        times = paired_medians(measure(runners, repeats=repeats))
+        drift = times[original.hash] / self.latency_ms(original)
+        entries = [self._compare(genotype, times[genotype.hash], drift) for genotype in genotypes]
+        return {**_summary(entries), "drift": drift}
+
+    def _compare(self, genotype: Genotype, measured_ms: float, drift: float = 1.0) -> dict[str, Any]:
+        predicted = drift * self.latency_ms(genotype)
+        return {
+            "genotype": genotype.hash,
+            "code": list(self.space.code(genotype)),
+            "predicted_ms": predicted,
+            "measured_ms": measured_ms,
+            "relative_error": abs(predicted - measured_ms) / measured_ms,
+        }
+
+    # ---------------------------------------------------------------- files
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits over all values of the table."""
+        return hash_json(self._data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, plain."""
+        return dict(self._data)
+
+    def to_json(self, path: str | os.PathLike) -> None:
+        """Write the table."""
+        atomic_write_json(path, {**self._data, "hash": self.hash})
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> LatencyTable:
+        """Read a table; one whose values were changed by hand is refused."""
+        data = read_json(path, "training/measure_latency.py")
+        stated = data.pop("hash", None) if isinstance(data, dict) else None
+        table = cls(data)
+        if stated != table.hash:
+            raise EdgeDiTError(
+                f"{path} states the hash {stated}, but its values give {table.hash}; it was changed. Build it again."
+            )
+        return table
+
+
+# -------------------------------------------------------------------- parts
+
+
+def check_genotypes(space: SearchSpace) -> list[Genotype]:
+    """Three genotypes for the prediction error: all original, all smallest, and one that mixes merges and all options."""
+    codes = [codes[0] for codes in space.allowed], [codes[-1] for codes in space.allowed]
+    # Steps through each pair's choices by a number prime to 20, so that neighbours differ.
+    mixed = [codes[(7 * i + 6) % len(codes)] for i, codes in enumerate(space.allowed)]
+    found = {genotype.hash: genotype for genotype in map(space.from_code, (*codes, mixed))}
+    return list(found.values())
+
+
+def random_model(config: Mapping[str, Any], seed: int = 0) -> EdgeDiTTransformer2DModel:
+    """A model with random weights everywhere: zeros and repeated biases, as fresh models have, would be folded away in lowering."""
+    import torch
+
+    from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
+
+    model = EdgeDiTTransformer2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return model.eval()
+
+
+class LoweredParts:
+    """Embedders, output layer and one layer of each shape, each lowered to ONNX once; [`~LoweredParts.network`] joins them.
+
+    Args:
+        config: the teacher's model config.
+        shapes: layer shapes (attention_dim, num_heads, mlp_ratio).
+    """
+
+    def __init__(self, config: Mapping[str, Any], shapes: set[Shape]):
+        import torch
+
+        from ..export.onnx import DEFAULT_OPSET, lower
+        from ..export.wrappers import BlockWrapper, EmbedWrapper, UnembedWrapper
+        from ..latency.runners import example_inputs
+
+        self.shapes = sorted(shapes, reverse=True)
+        layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(self.shapes)]
+        model = random_model({**config, "layers": layers})
+        inputs = tuple(example_inputs(config, 2).values())
+        with torch.no_grad():
+            middle = model.embed(*inputs)
+        self.embed = lower(EmbedWrapper(model), inputs, dynamic=True, opset=DEFAULT_OPSET)
+        self.unembed = lower(UnembedWrapper(model), middle, dynamic=True, opset=DEFAULT_OPSET)
+        self.blocks = {
+            shape: lower(BlockWrapper(block), middle, dynamic=True, opset=DEFAULT_OPSET)
+            for shape, block in zip(self.shapes, model.blocks)
+        }
+
+    def network(self, shapes: Sequence[Shape], precision: str, path: Path) -> Path:
+        """Write a whole network with layers of these shapes; every layer has its own copy of the weights."""
+        from ..export.onnx import quantize_int8, save_onnx
+
+        proto = join([self.embed, *(self.blocks[shape] for shape in shapes), self.unembed])
+        if precision == "fp32":
+            return save_onnx(proto, path)
+        return quantize_int8(save_onnx(proto, path.with_suffix(".fp32.onnx")), path)
+
+
+def join(parts: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
+    """Join models end to end: an input of a part is the newest output of that name of the parts before it.
+
+    The first part's inputs are the result's inputs, the last part's outputs its outputs.
+    """
+    import onnx
+
+    joined = onnx.ModelProto()
+    joined.CopyFrom(parts[0])
+    for field in ("node", "initializer", "output"):
+        joined.graph.ClearField(field)
+    known = {value.name: value.name for value in parts[0].graph.input}
+    for number, part in enumerate(parts):
+        outputs = [value.name for value in part.graph.output]
+        last = number == len(parts) - 1
+        new = {name: name if last else f"{number}.{name}" for name in outputs}
+        names = {value.name: known[value.name] for value in part.graph.input}
+        names.update(new)
+
+        def rename(name: str, names: dict[str, str] = names, number: int = number) -> str:
+            return names.get(name, f"{number}.{name}" if name else "")
+
+        # An output may bear the name of an input (tokens in, tokens out): inside the part, readers of that name mean the input.
+        inputs = {value.name: known[value.name] for value in part.graph.input}
+        for node in part.graph.node:
+            copy = joined.graph.node.add()
+            copy.CopyFrom(node)
+            copy.name = f"{number}.{node.name}"
+            copy.input[:] = [inputs.get(name) or rename(name) for name in node.input]
+            copy.output[:] = [rename(name) for name in node.output]
+        for tensor in part.graph.initializer:
+            copy = joined.graph.initializer.add()
+            copy.CopyFrom(tensor)
+            copy.name = rename(tensor.name)
+        known.update(new)
+    joined.graph.output.extend(parts[-1].graph.output)
+    return joined
+
+
+def _fit(times: Mapping[tuple[Shape, int], float]) -> tuple[float, dict[Shape, float], float]:
+    """Least squares of `time = trunk + depth · layer(shape)` over the networks of equal layers, each weighted by 1/time.
+
+    Returns:
+        trunk, shape → layer (all in the unit of `times`), and the largest relative residual.
+    """
+    shapes = sorted({shape for shape, _ in times}, reverse=True)
+    rows, ones = [], []
+    for (shape, depth), time in times.items():
+        rows.append([1 / time, *(depth / time if shape == other else 0.0 for other in shapes)])
+        ones.append(1.0)
+    solution, *_ = np.linalg.lstsq(np.array(rows), np.array(ones), rcond=None)
+    residual = float(np.abs(np.array(rows) @ solution - 1).max())
+    trunk, *layers = (float(value) for value in solution)
+    if min(layers) <= 0:
+        raise EdgeDiTError(
+            f"The fitted layer times are {[round(t, 4) for t in layers]} ms; they must be positive. The machine was too busy: "
+            "close other programs, or raise latency.repeats or latency.batch_size."
+        )
+    return max(trunk, 0.0), dict(zip(shapes, layers)), residual
+
+
+def _summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    errors = [entry["relative_error"] for entry in entries]
+    return {
+        "mean": float(np.mean(errors)) if errors else None,
+        "max": max(errors, default=None),
+        "networks": entries,
+    }
