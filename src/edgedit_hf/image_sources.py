@@ -119,8 +119,11 @@ class EncodedRows:
             )
         image = image.convert(self._mode)  # alpha is dropped
         if self._resolution is not None and image.size != (self._resolution, self._resolution):
-            # Centre-crops to a square, then resizes; Pillow's bicubic filter is antialiased when it shrinks.
-            image = ImageOps.fit(image, (self._resolution, self._resolution), Image.Resampling.BICUBIC)
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side))
+            # Pillow's bicubic filter is antialiased when it shrinks.
+            image = image.resize((self._resolution, self._resolution), Image.Resampling.BICUBIC)
         array = np.asarray(image, dtype=np.uint8)
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
@@ -142,7 +145,9 @@ def open_splits(source: str, label_column: str | None) -> dict[str, datasets.Dat
         except EdgeDiTError:
             raise
         except Exception as error:
-            raise EdgeDiTError(f"The folder {source!r} cannot be read as images: {_first_line(error)}") from error
+            raise EdgeDiTError(
+                f"The folder {source!r} is empty or cannot be read as images ({_first_line(error)})."
+            ) from error
         finally:
             if bars:
                 enable_progress_bar()
@@ -252,8 +257,6 @@ def image_rows(
     """The images of a column; `name` is what messages call the table."""
     import datasets
 
-    if len(table) == 0:
-        raise EdgeDiTError(f"The split {name} is empty; give one with images.")
     try:
         encoded = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     except Exception as error:
@@ -304,7 +307,7 @@ def read_labels(
             )
         return [number[name] for name in values(chosen)], names
     if dtype.startswith(("int", "uint", "bool")):
-        return [int(v) for v in values(chosen)], [str(i) for i in range(int(max(values(train))) + 1)]
+        return [int(v) for v in values(chosen)], [str(i) for i in range(max(0, *map(int, values(train))) + 1)]
     raise EdgeDiTError(
         f"The column {column!r} of {source!r} has type {features[column]}; labels must be integers or strings."
     )
