@@ -18,10 +18,11 @@ import select_student
 import train_teacher
 from accelerate import Accelerator
 from edgedit_hf.estimate import estimate
+from edgedit_hf.hub import write_card
 from edgedit_hf.launch import recipe_main
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.report import write_report
-from edgedit_hf.run_state import STAGE_LABEL
+from edgedit_hf.run_state import STAGE_LABEL, read_json
 
 STAGES = {
     "teacher": train_teacher.run,
@@ -45,6 +46,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         report = write_report(config.output_dir)
+        figures = read_json(config.folder("report.json"), "the report")
+        write_card(config.folder("student-tuned"), figures, repo_id=config.card.repo_id, license=config.card.license)
         print(f"{report} (this process: {(time.monotonic() - started) / 60:.1f} min)")
 
 

@@ -166,6 +166,14 @@ class ExportConfig:
 
 
 @dataclass
+class CardConfig:
+    """The model card of the tuned student, made of the report's figures."""
+
+    repo_id: str = _key("your-name/your-student", "where the model will live on the Hub")
+    license: str = _key("other", "the Hub's licence identifier; it depends on your data and teacher")
+
+
+@dataclass
 class RunConfig:
     """A whole run."""
 
@@ -181,6 +189,7 @@ class RunConfig:
     tune: TuneConfig = field(default_factory=TuneConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    card: CardConfig = field(default_factory=CardConfig)
 
     def section(self, *names: str) -> dict[str, Any]:
         """Plain values of some sections, e.g. for a stage's `run.json`."""
