@@ -48,15 +48,11 @@ class _Classifier(nn.Module):
         super().__init__()
         stride = max(1, side // 32)  # large images come down to about 32 pixels in the first layer, which sees them all
         layers: list[nn.Module] = [nn.Conv2d(channels, 32, 2 * stride + 1, stride, padding=stride)]
-        layers += [
-            nn.GroupNorm(8, 32),
-            nn.SiLU(),
-            nn.Conv2d(32, WIDTH, 3, padding=1),
-            nn.GroupNorm(8, WIDTH),
-            nn.SiLU(),
-        ]
+        layers += [nn.GroupNorm(8, 32), nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.SiLU()]
+        width = 32
         for _ in range(max(1, round(math.log2(min(side, 32) / 4)))):
-            layers += [nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1), nn.GroupNorm(8, WIDTH), nn.SiLU()]
+            layers += [nn.Conv2d(width, WIDTH, 3, stride=2, padding=1), nn.GroupNorm(8, WIDTH), nn.SiLU()]
+            width = WIDTH
         layers += [nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.GroupNorm(8, WIDTH), nn.SiLU()]
         layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * WIDTH, WIDTH), nn.SiLU()]
         self.body = nn.Sequential(*layers)
