@@ -404,6 +404,8 @@ def load_pipeline(source: str, trust_remote_code: bool = False) -> EdgeDiTPipeli
     """Load a pipeline in float32 from a folder or a Hub id; whatever is wrong with it is one [`EdgeDiTError`]."""
     from diffusers import DiffusionPipeline
 
+    if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+        raise EdgeDiTError(f"There is no folder {source}; give a pipeline folder or a Hub id (organisation/name).")
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             source, torch_dtype=torch.float32, trust_remote_code=trust_remote_code

@@ -1,0 +1,121 @@
+"""The latency table: its parts compute what the model computes, its fit is exact on exact times, and it knows its teacher."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.genotype import Genotype, LayerSpec
+from edgedit_hf.latency.runners import example_inputs, onnx_runner
+from edgedit_hf.search.latency_table import DEPTHS, LatencyTable, LoweredParts, _fit, check_genotypes, random_model
+from edgedit_hf.search_space import OPTIONS, SearchSpace
+
+
+@pytest.fixture(scope="module")
+def config(make_transformer):
+    return dict(make_transformer().config)
+
+
+@pytest.fixture(scope="module")
+def space(config):
+    return SearchSpace.for_config(config)
+
+
+@pytest.fixture(scope="module")
+def table(config, space):
+    return LatencyTable.build(config, space, batch=64, threads=1, repeats=5)
+
+
+def test_joined_parts_compute_what_the_model_computes(config, space, tmp_path):
+    parts = LoweredParts(config, {space.option_shape(option) for option in ("original", "both")})
+    layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(parts.shapes)]
+    model = random_model({**config, "layers": layers})
+    inputs = example_inputs(config, 5)
+    with torch.no_grad():
+        expected = model(inputs["sample"], inputs["timestep"], inputs["class_labels"]).sample.numpy()
+    for precision, tolerance in (("fp32", 1e-5), ("int8", 5e-2)):
+        runner = onnx_runner(parts.network(parts.shapes, precision, tmp_path / f"{precision}.onnx"), config, 5, 1)
+        (found,) = runner()
+        assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < tolerance
+
+
+def test_the_fit_recovers_exact_times():
+    costs = {(128, 4, 4.0): 2.0, (64, 4, 2.0): 0.75}
+    times = {(shape, depth): 0.5 + depth * cost for shape, cost in costs.items() for depth in DEPTHS}
+    trunk, blocks, residual = _fit(times)
+    assert trunk == pytest.approx(0.5) and blocks == pytest.approx(costs) and residual < 1e-9
+    with pytest.raises(EdgeDiTError, match="must be positive"):
+        _fit({((128, 4, 4.0), 2): 3.0, ((128, 4, 4.0), 6): 2.0})
+
+
+def test_latency_is_additive(table, space):
+    original = Genotype.original(space.num_layers, space.hidden_size, space.num_heads)
+    assert set(table.blocks) == {space.option_shape(option) for option in OPTIONS}
+    block = table.blocks[space.option_shape("original")]
+    assert table.latency_ms(original) == pytest.approx(table.trunk_ms + space.num_layers * block)
+    merged = space.from_code((16,) * space.num_pairs)
+    assert table.latency_ms(merged) == pytest.approx(table.trunk_ms + space.num_pairs * block)
+
+
+def test_the_table_states_its_prediction_error(table, space):
+    prediction = table.to_dict()["prediction"]
+    assert [entry["genotype"] for entry in prediction["networks"]] == [g.hash for g in check_genotypes(space)]
+    for entry in prediction["networks"]:
+        assert entry["predicted_ms"] == pytest.approx(table.latency_ms(space.from_code(entry["code"])))
+        assert entry["relative_error"] == pytest.approx(abs(entry["predicted_ms"] / entry["measured_ms"] - 1))
+    assert prediction["max"] == max(entry["relative_error"] for entry in prediction["networks"])
+    environment = table.to_dict()["environment"]
+    assert environment["threads"] == 1 and environment["cpu"] and "onnxruntime" in environment["versions"]
+
+
+def test_json_round_trip(table, space, tmp_path):
+    path = tmp_path / "table.json"
+    table.to_json(path)
+    again = LatencyTable.from_json(path)
+    genotype = check_genotypes(space)[-1]
+    assert again.hash == table.hash and again.latency_ms(genotype) == table.latency_ms(genotype)
+    data = json.loads(path.read_text())
+    data["trunk_ms"] += 1
+    path.write_text(json.dumps(data))
+    with pytest.raises(EdgeDiTError, match=f"{table.hash}.*it was changed"):
+        LatencyTable.from_json(path)
+    path.write_text("[1]")
+    with pytest.raises(EdgeDiTError, match="no latency table"):
+        LatencyTable.from_json(path)
+    with pytest.raises(EdgeDiTError, match="does not exist"):
+        LatencyTable.from_json(tmp_path / "absent.json")
+
+
+def test_another_teacher_is_an_error(table, config, space):
+    with pytest.raises(EdgeDiTError, match="6 layers of width 64.*4 layers of width 32"):
+        table.latency_ms(Genotype.original(6, 64, 4))
+    foreign = Genotype((LayerSpec((0,), 16, 2, 3.0), *Genotype.original(4, 32, 2).layers[1:]), 32)
+    with pytest.raises(EdgeDiTError, match=r"shape \(16, 2, 3.0\)"):
+        table.latency_ms(foreign)
+    table.check_config(config)
+    with pytest.raises(EdgeDiTError, match=r"sample_size 8 \(table\) / 16 \(model\)"):
+        table.check_config({**config, "sample_size": 16})
+
+
+def test_what_does_not_exist_is_an_error(config, space):
+    for options, message in (
+        ({"runtime": "executorch"}, "executorch-fp32"),
+        ({"precision": "fp16"}, "onnxruntime-fp16"),
+        ({"batch": 0}, "batch is 0"),
+    ):
+        with pytest.raises(EdgeDiTError, match=message):
+            LatencyTable.build(config, space, **{"batch": 1, "threads": 1, **options})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_prediction_of_exported_networks(precision):
+    from edgedit_hf import EdgeDiTTransformer2DModel
+
+    config = dict(EdgeDiTTransformer2DModel.from_preset("DiT-digits/2").config)
+    space = SearchSpace.for_config(config)
+    table = LatencyTable.build(config, space, batch=32, threads=1, precision=precision)
+    found = table.prediction_error(config, check_genotypes(space))
+    assert len(found["networks"]) == 2 and found["mean"] < 0.1, found
