@@ -102,7 +102,9 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
     pairs = share_pairs(space, accelerator.process_index, accelerator.num_processes)
     if not pairs:
-        raise EdgeDiTError(f"{accelerator.num_processes} processes share {(space.num_layers + 1) // 2} pairs of layers; start at most that many.")
+        raise EdgeDiTError(
+            f"{accelerator.num_processes} processes share {(space.num_layers + 1) // 2} pairs of layers; start at most that many."
+        )
     owned = [layer for layer in space.proxies() if layer.source[0] // 2 in pairs]
     depth = max(layer.source[-1] for layer in owned) + 1
     single = [layer for layer in owned if space.option_of(layer) != "both"]

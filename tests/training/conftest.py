@@ -18,6 +18,14 @@ class Recipes:
     """Starts recipes of this checkout with one thread each, at debug scale."""
 
     root = ROOT
+    tiny = (
+        *"teacher.hidden_size=32 teacher.num_layers=2 teacher.num_heads=2 teacher.steps=4 teacher.batch_size=8 bank.steps=2 bank.both_steps=1".split(),
+        *"bank.calibration_samples=8 bank.batch_size=4 latency.repeats=3 latency.batch_size=2 search.evaluations=4 search.initial=3".split(),
+        *"search.samples=16 search.sampling_steps=1 student.max_latency_ratio=null student.max_parameters_ratio=null".split(),
+        *"student.max_flops_ratio=null tune.steps=2 tune.batch_size=8 evaluate.samples=16 evaluate.sampling_steps=1".split(),
+        *"evaluate.extractor_steps=5 evaluate.grid=1 evaluate.latency_batch_size=2 evaluate.latency_repeats=3".split(),
+    )
+    """Overrides that make any recipe smaller than debug.yaml."""
 
     @staticmethod
     def environment() -> dict[str, str]:
@@ -73,9 +81,7 @@ def recipes() -> Recipes:
 def files_of(folder: Path, *suffixes: str) -> dict[str, bytes]:
     """Content of the result files below a folder, by relative path."""
     return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix in suffixes
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in suffixes
     }
 
 

@@ -106,7 +106,10 @@ def test_pipeline_of_another_class(fail, finished, tmp_path):
 def test_genotype_that_does_not_fit_its_teacher(fail, finished, recipes, tmp_path):
     run = copy(finished, tmp_path, "teacher", "bank")
     (run / "search").mkdir()
-    front = {"front": [{"distance": 1.0, "latency_ms": 1.0, "code": [0, 0, 0]}], "teacher": {"path": None, "latency_ms": 2.0, "parameters": 1, "flops": 1}}
+    front = {
+        "front": [{"distance": 1.0, "latency_ms": 1.0, "code": [0, 0, 0]}],
+        "teacher": {"path": None, "latency_ms": 2.0, "parameters": 1, "flops": 1},
+    }
     (run / "search" / "front.json").write_text(json.dumps(front))
     message = fail("select_student", run)
     assert "3" in message and "2" in message
@@ -140,7 +143,14 @@ def test_unwritable_output(fail, tmp_path):
 
 
 def test_nan_loss_keeps_the_checkpoint_before_it(fail, tmp_path):
-    message = fail("train_teacher", tmp_path, "teacher.learning_rate=1e30", "teacher.max_grad_norm=0.0", "teacher.warmup_steps=0", "teacher.log_every=1")
+    message = fail(
+        "train_teacher",
+        tmp_path,
+        "teacher.learning_rate=1e30",
+        "teacher.max_grad_norm=0.0",
+        "teacher.warmup_steps=0",
+        "teacher.log_every=1",
+    )
     assert "nan" in message.lower() or "inf" in message.lower()
     assert "learning rate" in message
     assert not (tmp_path / "teacher" / "stage.json").exists()

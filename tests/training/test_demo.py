@@ -18,7 +18,13 @@ def demo(recipes, tmp_path_factory):
     run = tmp_path_factory.mktemp("demo") / "demo"
     environment = {**recipes.environment(), "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [
-        *(str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", "training/accelerate/cpu.yaml", "training/compress.py"),
+        *(
+            str(Path(sys.executable).parent / "accelerate"),
+            "launch",
+            "--config_file",
+            "training/accelerate/cpu.yaml",
+            "training/compress.py",
+        ),
         *("--config", "training/recipes/digits.yaml", "--override", f"output_dir={run}"),
     ]
     started, peak = time.monotonic(), 0

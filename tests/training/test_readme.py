@@ -13,13 +13,6 @@ import pytest
 from PIL import Image
 
 BIN = Path(sys.executable).parent
-DEBUG = [
-    *"teacher.hidden_size=32 teacher.num_layers=2 teacher.num_heads=2 teacher.steps=4 teacher.batch_size=8 bank.steps=2 bank.both_steps=1".split(),
-    *"bank.calibration_samples=8 bank.batch_size=4 latency.repeats=3 latency.batch_size=2 search.evaluations=4 search.initial=3".split(),
-    *"search.samples=16 search.sampling_steps=1 student.max_latency_ratio=null student.max_parameters_ratio=null".split(),
-    *"student.max_flops_ratio=null tune.steps=2 tune.batch_size=8 evaluate.samples=16 evaluate.sampling_steps=1".split(),
-    *"evaluate.extractor_steps=5 evaluate.grid=1 evaluate.latency_batch_size=2 evaluate.latency_repeats=3".split(),
-]
 
 
 def blocks(recipes, language: str) -> list[str]:
@@ -71,7 +64,9 @@ def test_make_targets(recipes):
 
 def test_dry_run_prints_a_line_a_stage(recipes, clone):
     printed = shell(recipes, shlex.split(find(recipes, "digits.yaml --dry-run")), clone)
-    assert [line.split()[0] for line in printed.splitlines()[1:10]] == "teacher bank latency search student tune export evaluate all".split()
+    assert [
+        line.split()[0] for line in printed.splitlines()[1:10]
+    ] == "teacher bank latency search student tune export evaluate all".split()
     assert not (clone / "runs" / "demo" / "digits").exists()
 
 
@@ -141,7 +136,7 @@ def failing(recipes, command: list[str], cwd: Path) -> str:
 
 @pytest.mark.slow
 def test_pip_users_run(recipes, pip_user):
-    overrides = [part for value in DEBUG for part in ("--override", value)]
+    overrides = [part for value in recipes.tiny for part in ("--override", value)]
     command = find(recipes, "recipes/compress.py --config run.yaml --dry-run").removesuffix(" --dry-run")
     assert command in commands(recipes)
     shell(recipes, [*shlex.split(command), *overrides], pip_user)

@@ -13,7 +13,14 @@ BIN = Path(sys.executable).parent
 
 def launcher(recipes, kind: str) -> list[str]:
     if kind == "accelerate":
-        return [str(BIN / "accelerate"), "launch", "--config_file", str(recipes.root / "training" / "accelerate" / "cpu-2.yaml"), "--main_process_port", "0"]
+        return [
+            str(BIN / "accelerate"),
+            "launch",
+            "--config_file",
+            str(recipes.root / "training" / "accelerate" / "cpu-2.yaml"),
+            "--main_process_port",
+            "0",
+        ]
     return [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 
 
