@@ -21,7 +21,8 @@ def load_reference(config: RunConfig, images: ImageDataset):
         extractor = FeatureExtractor.load(folder)
     else:
         pretext = "labels" if images.num_classes else "rotation"
-        extractor = train_classifier(images, seed=config.seed, steps=config.evaluate.extractor_steps, pretext=pretext)
+        held_out = load_run_images(config, "validation")
+        extractor = train_classifier(images, config.seed, config.evaluate.extractor_steps, pretext, validation=held_out)
         extractor.save(folder)
     real = images.batch(range(min(len(images), REAL_IMAGES)))["images"]
     return extractor, extractor.features(real), real
@@ -31,13 +32,13 @@ def describe_reference(config: RunConfig, images: ImageDataset, extractor, real:
     """Write `evaluate/reference.json` (accuracies, the distance of held-out real images); returns the independent classifier."""
     held_out = load_run_images(config, "validation")
     others = extractor.features(held_out.batch(range(min(len(held_out), REAL_IMAGES)))["images"])
-    classifier = train_independent_classifier(images) if images.num_classes else None
+    classifier = train_independent_classifier(images, validation=held_out) if images.num_classes else None
     atomic_write_json(
         config.folder("evaluate", "reference.json"),
         {
             "extractor": extractor.name,
             "extractor_accuracy": extractor.accuracy,
-            "classifier": None if classifier is None else "SVC on pixels",
+            "classifier": None if classifier is None else f"{classifier.name} on pixels",
             "classifier_accuracy": None if classifier is None else classifier.accuracy,
             "real_floor": frechet_distance(others, real),
             "real_floor_counts": [len(others), len(real)],
