@@ -30,6 +30,7 @@ from .run_state import atomic_folder, atomic_write_json, hash_json, read_json, w
 IN_MEMORY_BYTES = 256 * 1024**2  # sets below this size are decoded once and kept, as bytes (latents: as float32)
 LATENT_FORMAT = 1
 SHARD_BATCHES = 32  # batches of latents in a file: what a killed `cache_latents` loses at most
+_BAR = {"unit": "image", "delay": 5, "leave": False, "disable": None}  # only on terminals, and only after a while
 
 
 # ------------------------------------------------------------------ datasets
@@ -120,7 +121,7 @@ class ImageDataset(_MapDataset):
             "count": len(self),
         }
         digest = hashlib.sha256(json.dumps(header).encode())
-        rows = tqdm(self._indices, desc="Hashing images", unit="image", delay=5, leave=False)
+        rows = tqdm(self._indices, desc="Hashing images", **_BAR)
         for index, label in zip(rows, self.labels.tolist()):
             digest.update(hashlib.sha256(self._rows.encoded(index)).digest())
             digest.update(label.to_bytes(8, "little"))
@@ -131,8 +132,7 @@ class ImageDataset(_MapDataset):
         if len(self) * int(np.prod(self.shape)) > IN_MEMORY_BYTES:
             return None
         pixels = np.empty((len(self), *self.shape), dtype=np.uint8)
-        # The display only shows itself when decoding takes long enough to wonder.
-        for row, index in enumerate(tqdm(self._indices, desc="Decoding images", unit="image", delay=5, leave=False)):
+        for row, index in enumerate(tqdm(self._indices, desc="Decoding images", **_BAR)):
             pixels[row] = self._rows.pixels(index)
         return pixels
 
@@ -462,7 +462,7 @@ def cache_latents(
         vae: an `AutoencoderKL` or `AutoencoderTiny`, on the device and in the precision to encode with.
         folder: of the cache; one of other images or of another VAE is an error.
         batch_size: images encoded at a time.
-        progress: show a progress bar.
+        progress: show a progress bar on a terminal.
     """
     folder = Path(folder)
     if dataset.shape[0] != vae.config.in_channels:
@@ -497,7 +497,7 @@ def cache_latents(
     for leftover in folder.glob(".shard-*"):  # of a process that was killed while writing
         shutil.rmtree(leftover)
     rows = index["shard_rows"]
-    with tqdm(total=len(dataset), desc="Encoding latents", unit="image", disable=not progress) as bar:
+    with tqdm(total=len(dataset), desc="Encoding latents", unit="image", disable=None if progress else True) as bar:
         for shard in range(_num_shards(index)):
             positions = np.arange(shard * rows, min((shard + 1) * rows, len(dataset)))
             if not _shard_file(folder, shard).is_file():

@@ -115,18 +115,18 @@ class RunningMoments:
         return self
 
 
-def _root(covariance: np.ndarray) -> np.ndarray:
-    """Symmetric square root of a positive semi-definite matrix; eigenvalues below zero are rounding and become zero."""
+def _factor(covariance: np.ndarray) -> np.ndarray:
+    """F `[D, rank]` with F Fᵀ = the positive semi-definite matrix; eigenvalues not above zero are rounding and left out."""
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    return vectors[:, values > 0] * np.sqrt(values[values > 0])
 
 
 def frechet_distance_from_moments(mean_a, covariance_a, mean_b, covariance_b) -> float:
     """Squared Fréchet (2-Wasserstein) distance of two Gaussians, |μa − μb|² + Tr(A + B − 2 (AB)^½) (Dowson & Landau
     1982).
 
-    Tr (AB)^½ is the sum of the singular values of A^½ B^½, with symmetric roots from eigenvalues: always real, and
-    exact to rounding for covariances without full rank (fewer samples than features), where a matrix root of AB is not.
+    With A = F Fᵀ and B = G Gᵀ, Tr (AB)^½ is the sum of the singular values of Fᵀ G: always real, and exact to rounding for
+    covariances without full rank (fewer samples than features), where a matrix root of AB is not.
 
     Args:
         mean_a, mean_b: `[D]`.
@@ -141,7 +141,7 @@ def frechet_distance_from_moments(mean_a, covariance_a, mean_b, covariance_b) ->
     for cov in (cov_a, cov_b):
         if cov.shape != (len(mean_a), len(mean_a)):
             raise EdgeDiTError(f"A covariance has shape {cov.shape}, but the means have width {len(mean_a)}.")
-    trace_root = np.linalg.svd(_root(cov_a) @ _root(cov_b), compute_uv=False).sum()
+    trace_root = np.linalg.svd(_factor(cov_a).T @ _factor(cov_b), compute_uv=False).sum()
     distance = float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root)
     return max(distance, 0.0)  # two equal Gaussians may come out at minus a rounding error
 
