@@ -23,7 +23,7 @@ from onnx import TensorProto, numpy_helper
 from ..errors import EdgeDiTError
 from ..genotype import Genotype
 from ..run_state import atomic_folder, atomic_write_json, versions, weights_hash
-from .wrappers import DenoiserWrapper
+from .wrappers import DenoiserWrapper, onnx_attention
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
     from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 
-DEFAULT_OPSET = (
-    23  # the first with an Attention operator: fewer nodes and faster than the decomposed form of opset 18 and 20
+ATTENTION_OPSET = (
+    23  # the first with an Attention operator: fewer nodes and faster than the decomposed form of older sets
 )
+DEFAULT_OPSET = ATTENTION_OPSET
 EXTERNAL_DATA_BYTES = 1_500_000_000  # above this the weights go to model.onnx.data: one protobuf file ends at 2 GB
 MIN_QUANTIZED_ELEMENTS = 1024  # smaller matrices stay fp32: their scales and extra operators cost more than they save
 
@@ -114,9 +115,10 @@ def lower(wrapper: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: bool, o
     if dynamic:
         names = torch.export.Dim("batch", min=1)
         dynamic_shapes = tuple({0: names} for _ in inputs)
+    attention = onnx_attention(wrapper) if opset >= ATTENTION_OPSET else contextlib.nullcontext()
     wrapper.eval()
     try:
-        with torch.no_grad(), _quiet_exporter():
+        with torch.no_grad(), _quiet_exporter(), attention:
             program = torch.onnx.export(
                 wrapper,
                 inputs,
@@ -198,7 +200,7 @@ def save_onnx(proto: onnx.ModelProto, path: str | os.PathLike) -> Path:
 # -------------------------------------------------------------------- int8
 
 
-def quantize_int8(source: str | os.PathLike, target: str | os.PathLike, keep_fp32: tuple[str, ...] = ()) -> Path:
+def quantize_int8(source: str | os.PathLike, target: str | os.PathLike) -> Path:
     """Dynamic int8: weights of all linear layers signed per output channel, activations unsigned per tensor at run time.
 
     The adaLN layers and embedders act on `(B, D)` and lower to Gemm, which ONNX Runtime's dynamic quantiser skips; they are rewritten
@@ -209,7 +211,6 @@ def quantize_int8(source: str | os.PathLike, target: str | os.PathLike, keep_fp3
     Args:
         source: fp32 file of [`export_onnx`].
         target: file to write.
-        keep_fp32: substrings of names of weights that stay fp32.
 
     Returns:
         `target`.
@@ -225,8 +226,8 @@ def quantize_int8(source: str | os.PathLike, target: str | os.PathLike, keep_fp3
     chosen = []
     for node in proto.graph.node:
         if node.op_type == "MatMul" and len(weights.get(node.input[1], ())) == 2:
-            name, shape = node.input[1], weights[node.input[1]]
-            if shape[0] * shape[1] >= MIN_QUANTIZED_ELEMENTS and not any(part in name for part in keep_fp32):
+            rows, columns = weights[node.input[1]]
+            if rows * columns >= MIN_QUANTIZED_ELEMENTS:
                 chosen.append(node.name)
     if not chosen:
         raise EdgeDiTError(

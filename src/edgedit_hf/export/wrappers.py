@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -66,3 +69,29 @@ class BlockWrapper(nn.Module):
 
     def forward(self, tokens: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         return self.block(tokens, conditioning)
+
+
+class OnnxAttentionProcessor:
+    """Self-attention as ONNX's Attention operator on `(B, N, A)`: the split into heads happens inside the operator.
+
+    The same numbers as the model's own processor with half the nodes: no slices, reshapes and transposes around each attention.
+    """
+
+    def __call__(self, attn: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)  # each [B, N, A]
+        output, *_ = torch.onnx.ops.attention(query, key, value, q_num_heads=attn.heads, kv_num_heads=attn.heads)
+        return attn.to_out(output)
+
+
+@contextlib.contextmanager
+def onnx_attention(module: nn.Module) -> Iterator[None]:
+    """Within the block, every attention layer of `module` uses [`OnnxAttentionProcessor`]; afterwards its own processor again."""
+    layers = [m for m in module.modules() if hasattr(m, "to_qkv") and hasattr(m, "processor")]
+    processors = [layer.processor for layer in layers]
+    try:
+        for layer in layers:
+            layer.processor = OnnxAttentionProcessor()
+        yield
+    finally:
+        for layer, processor in zip(layers, processors):
+            layer.processor = processor
