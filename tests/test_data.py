@@ -94,6 +94,15 @@ def test_folders_with_their_own_validation_images(tmp_path):
     assert (len(train), len(validation)) == (6, 4) and train.label_names == validation.label_names == ["a", "b"]
 
 
+def test_links_are_followed(tmp_path):
+    save_pictures(tmp_path / "real" / "cat", 3)
+    save_pictures(tmp_path / "links" / "dog", 2, first=10)
+    (tmp_path / "links" / "cat").symlink_to(tmp_path / "real" / "cat")
+    (tmp_path / "links" / "dog" / "also.png").symlink_to(tmp_path / "real" / "cat" / "00.png")
+    dataset = load_images(str(tmp_path / "links"), validation_fraction=0)
+    assert dataset.label_names == ["cat", "dog"] and dataset.labels.tolist() == [0] * 3 + [1] * 3
+
+
 def test_images_alone_are_unlabelled(tmp_path, class_folders):
     save_pictures(tmp_path / "flat", 4)
     flat = load_images(str(tmp_path / "flat"), validation_fraction=0)

@@ -198,20 +198,21 @@ def _open_folder(folder: Path, label_column: str | None) -> dict[str, datasets.D
         )
     for parts in tables:
         _check_metadata(folder.joinpath(*parts))
-    # `datasets` would take a class folder named "test" for a split and drop the other classes: tell it the splits.
-    splits = {parts[0] for parts in images if len(parts) > 1}
-    is_split = all(len(parts) > 1 for parts in images + tables) and splits <= {*TRAIN_NAMES, *HELD_OUT_NAMES}
-    if is_split and splits & set(TRAIN_NAMES):
-        patterns = {
-            "train" if name in TRAIN_NAMES else name: str(Path(glob.escape(str(folder)), name, "**")) for name in splits
-        }
-    else:
-        is_split, patterns = False, {"train": str(Path(glob.escape(str(folder)), "**"))}
+    # Which folder belongs to which split is said explicitly, because `datasets` would take a class folder named "test"
+    # for a split and drop the other classes, and would not follow a link to a folder.
+    tops = {parts[0] for parts in images if len(parts) > 1}
+    is_split = all(len(parts) > 1 for parts in images + tables) and tops <= {*TRAIN_NAMES, *HELD_OUT_NAMES}
+    is_split = is_split and not tops.isdisjoint(TRAIN_NAMES)
+    patterns: dict[str, list[str]] = {}
+    for parts in sorted({parts[:-1] for parts in images + tables}):
+        split = "train" if not is_split or parts[0] in TRAIN_NAMES else parts[0]
+        patterns.setdefault(split, []).append(str(Path(glob.escape(str(folder.joinpath(*parts))), "*")))
     depths = {len(parts) - is_split for parts in images}
     if not tables and label_column != "" and not (depths == {1} or depths == {2}):
         raise EdgeDiTError(
-            f"The images of {str(folder)!r} lie at different depths or more than one folder deep, so their classes are not "
-            "clear; put them at <class>/<image>, or describe them in metadata.jsonl, or set label_column to '' for unlabelled."
+            f"The images of {str(folder)!r} lie at different depths or more than one folder deep, so their classes are "
+            "not clear; put them at <class>/<image>, or describe them in metadata.jsonl, or set label_column to '' for "
+            "unlabelled."
         )
     drop_labels = None if tables else (label_column == "" or depths == {1})
     return dict(datasets.load_dataset("imagefolder", data_files=patterns, drop_labels=drop_labels))
@@ -261,8 +262,8 @@ def image_rows(
         encoded = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     except Exception as error:
         raise EdgeDiTError(
-            f"The column {column!r} of split {name} does not hold images ({_first_line(error)}); set image_column to one "
-            "that does."
+            f"The column {column!r} of split {name} does not hold images ({_first_line(error)}); set image_column to "
+            "one that does."
         ) from error
     return EncodedRows(encoded, column, name, resolution, channels)
 
