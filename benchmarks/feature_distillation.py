@@ -53,7 +53,7 @@ def main() -> None:
     genotype = Genotype.from_layers(student.transformer.config.layers, student.transformer.config.hidden_size)
     bank = ProxyBank(config.folder("bank"), teacher.transformer)
     dataset, _ = load_training_set(config, accelerator)
-    extractor, real, _ = load_reference(config, load_run_images(config))
+    extractor, real = load_reference(config, load_run_images(config))
     options = config.tune
     places = sorted({round(options.steps * i / POINTS) for i in range(POINTS + 1)})
 

@@ -17,6 +17,7 @@ import search_architecture
 import select_student
 import train_teacher
 from accelerate import Accelerator
+
 from edgedit_hf.estimate import estimate
 from edgedit_hf.hub import write_card
 from edgedit_hf.launch import recipe_main
@@ -37,13 +38,15 @@ STAGES = {
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
-    started = time.monotonic()
-    expected = {row.stage: row.seconds for row in estimate(config)}
-    for number, (name, stage) in enumerate(STAGES.items(), 1):
-        left = sum(list(expected.values())[number - 1 :])
+    started, expected, correction = time.monotonic(), {row.stage: row.seconds for row in estimate(config)}, 1.0
+    for number, stage in enumerate(STAGES, 1):
+        left = correction * sum(list(expected.values())[number - 1 :])
         STAGE_LABEL.set(f"[{number}/{len(STAGES)}, about {left / 60:.0f} min left in all] ")
-        stage(config, accelerator)
+        stage_started = time.monotonic()
+        STAGES[stage](config, accelerator)
         accelerator.wait_for_everyone()
+        if (took := time.monotonic() - stage_started) > 10:  # what the machine does is a better guide than the estimate before the start
+            correction = took / max(1.0, expected[stage])
     if accelerator.is_main_process:
         report = write_report(config.output_dir)
         figures = read_json(config.folder("report.json"), "the report")

@@ -10,6 +10,8 @@ another and is then trained like the rest. Writes <output_dir>/bank (one safeten
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
+
 from edgedit_hf.data import batch_indices
 from edgedit_hf.diffusion import Diffusion, draws, drop_labels
 from edgedit_hf.distill.closed_form import closed_form_block, combine_blocks, truncated_block
@@ -22,7 +24,6 @@ from edgedit_hf.models.transformer_edgedit import EdgeDiTTransformer2DModel
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import Facts, RunState, weights_hash
 from edgedit_hf.search_space import SearchSpace
-from torch import nn
 
 CLASS_DROPOUT = 0.1  # features are distilled with and without a class, as guidance will need both
 CALIBRATION_STREAM, TEST_STREAM = 2, 3

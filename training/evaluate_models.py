@@ -10,6 +10,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import Accelerator
+from reference import describe_reference, load_reference
+from safetensors.torch import load_file, save_file
+
 from edgedit_hf.export.onnx import export_onnx, initializer_bytes, quantize_int8
 from edgedit_hf.export.runtime import MODEL_FILE
 from edgedit_hf.genotype import Genotype
@@ -23,8 +26,6 @@ from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState, atomic_write_json, read_json
 from edgedit_hf.search.plots import save_montage
 from edgedit_hf.search_space import BYTES, Cost, model_cost
-from reference import describe_reference, load_reference
-from safetensors.torch import load_file, save_file
 
 # (name, stage in report.json); a model whose folder the run does not have is left out.
 MODELS = (
@@ -97,7 +98,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         return
     pipelines = {name: load_pipeline(folders[name], "an earlier stage") for name, _ in present}
     images = load_run_images(config)
-    extractor, real, _ = load_reference(config, images)
+    extractor, real = load_reference(config, images)
     classifier = describe_reference(config, images, extractor, real)
     metric = f"fid[{extractor.name},n={options.samples}]"
     if not (state.folder / "latency.json").exists():

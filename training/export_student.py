@@ -7,6 +7,7 @@ underneath. `optimum-cli export edgedit` does the same for any pipeline.
 """
 
 from accelerate import Accelerator
+
 from edgedit_hf.export.onnx import export_pipeline
 from edgedit_hf.launch import load_pipeline, recipe_main
 from edgedit_hf.recipes import RunConfig

@@ -6,6 +6,7 @@ Writes <output_dir>/latency/table.json. It is an input of the search, told apart
 """
 
 from accelerate import Accelerator
+
 from edgedit_hf.launch import load_teacher, recipe_main
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState

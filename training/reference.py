@@ -2,6 +2,7 @@
 of its own: search and evaluation call it, and the extractor is trained once a run (<output_dir>/evaluate/extractor)."""
 
 import torch
+
 from edgedit_hf.data import ImageDataset
 from edgedit_hf.launch import load_run_images
 from edgedit_hf.metrics.features import FeatureExtractor, InceptionExtractor, train_classifier, train_independent_classifier
@@ -10,10 +11,11 @@ from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import atomic_write_json
 
 REAL_IMAGES = 50_000  # more add nothing to the distance's precision at the sample counts used
+CHUNK = 1000
 
 
 def load_reference(config: RunConfig, images: ImageDataset):
-    """(extractor, features of the real training images `[N, D]`, those images `[N, C, H, W]`)."""
+    """(extractor, features of the real training images `[N, D]`)."""
     folder = config.folder("evaluate", "extractor")
     if config.evaluate.extractor == "inception":
         extractor = InceptionExtractor()
@@ -24,14 +26,20 @@ def load_reference(config: RunConfig, images: ImageDataset):
         held_out = load_run_images(config, "validation")
         extractor = train_classifier(images, config.seed, config.evaluate.extractor_steps, pretext, validation=held_out)
         extractor.save(folder)
-    real = images.batch(range(min(len(images), REAL_IMAGES)))["images"]
-    return extractor, extractor.features(real), real
+    return extractor, real_features(extractor, images)
+
+
+def real_features(extractor, images: ImageDataset) -> torch.Tensor:
+    """Features `[N, D]` of the first images, decoded some at a time."""
+    count = min(len(images), REAL_IMAGES)
+    pieces = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    return torch.cat([extractor.features(images.batch(piece)["images"]) for piece in pieces])
 
 
 def describe_reference(config: RunConfig, images: ImageDataset, extractor, real: torch.Tensor):
     """Write `evaluate/reference.json` (accuracies, the distance of held-out real images); returns the independent classifier."""
     held_out = load_run_images(config, "validation")
-    others = extractor.features(held_out.batch(range(min(len(held_out), REAL_IMAGES)))["images"])
+    others = real_features(extractor, held_out)
     classifier = train_independent_classifier(images, validation=held_out) if images.num_classes else None
     atomic_write_json(
         config.folder("evaluate", "reference.json"),

@@ -8,6 +8,8 @@ Writes <output_dir>/search: state.json, random.json, front.json.
 """
 
 from accelerate import Accelerator
+from reference import load_reference
+
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.launch import load_run_images, load_teacher, recipe_main
@@ -18,7 +20,6 @@ from edgedit_hf.search.bayes import BayesSearch
 from edgedit_hf.search.latency_table import LatencyTable
 from edgedit_hf.search.objectives import StudentQuality
 from edgedit_hf.search_space import SearchSpace, model_cost
-from reference import load_reference
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
@@ -29,7 +30,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     teacher_config = dict(pipeline.transformer.config)
     bank = ProxyBank(config.folder("bank"), pipeline.transformer)
     table = LatencyTable.from_json(config.folder("latency", "table.json"))
-    extractor, real, _ = load_reference(config, load_run_images(config))
+    extractor, real = load_reference(config, load_run_images(config))
     state = RunState(
         config.folder("search"),
         "search",

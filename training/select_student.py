@@ -8,6 +8,7 @@ Writes <output_dir>/student, a pipeline folder, with choice.json. `edgedit selec
 import dataclasses
 
 from accelerate import Accelerator
+
 from edgedit_hf.launch import recipe_main
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState, file_sha256, read_json

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+
 from edgedit_hf import EdgeDiTTransformer2DModel
 from edgedit_hf.data import step_loader
 from edgedit_hf.diffusion import Diffusion, draws, drop_labels

@@ -131,23 +131,28 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def load_pipeline(path: str | Path, made_by: str) -> EdgeDiTPipeline:
-    """An EdgeDiT pipeline in evaluation mode from a folder or Hub id.
+def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_code: bool = False) -> EdgeDiTPipeline:
+    """An EdgeDiT pipeline in float32 from a folder or Hub id; whatever is wrong with it is one [`EdgeDiTError`].
 
-    Raises:
-        EdgeDiTError: nothing there (`made_by` names the stage that writes it), foreign class, damaged or unfitting weights.
+    Args:
+        path: a folder (always so if a `Path`) or a Hub id.
+        made_by: the stage that writes it, named if nothing is there.
+        trust_remote_code: whether code in the pipeline's repository may run.
     """
     from diffusers import DiffusionPipeline
-    from safetensors import SafetensorError
 
-    if isinstance(path, Path) and not (path / "model_index.json").exists():
-        raise EdgeDiTError(f"There is no pipeline in {path}; it is written by {made_by}, run that first.")
+    source = str(path)
+    local = isinstance(path, Path) or source.startswith((".", "/", "~")) or source.count("/") != 1
+    if local and not Path(source, "model_index.json").is_file():
+        remedy = f"it is written by {made_by}, run that first" if made_by else "give a pipeline folder or a Hub id (organisation/name)"
+        raise EdgeDiTError(f"There is no pipeline in {source}; {remedy}.")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise EdgeDiTError(f"The pipeline {path} cannot be loaded: {_first_line(error)} It must be an EdgeDiTPipeline folder or Hub id.") from error
-    if not isinstance(pipeline, EdgeDiTPipeline):
-        raise EdgeDiTError(f"{path} holds a {type(pipeline).__name__}; an EdgeDiTPipeline is needed.")
+        pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except Exception as error:  # diffusers, huggingface_hub and safetensors each have their own, without a common base
+        raise EdgeDiTError(f"The pipeline {source} cannot be loaded: {' '.join(str(error).split())}") from error
+    # By name: a class that came as code with the pipeline is another object.
+    if type(pipeline).__name__ != "EdgeDiTPipeline":
+        raise EdgeDiTError(f"{source} holds a {type(pipeline).__name__}; an EdgeDiTPipeline is needed.")
     return pipeline
 
 
@@ -213,9 +218,12 @@ def new_pipeline(transformer: Any, vae: Any, label_names: Sequence[str], config:
 
 
 def with_transformer(pipeline: EdgeDiTPipeline, transformer: Any) -> EdgeDiTPipeline:
-    """The same pipeline (scheduler, VAE, labels, defaults) around another transformer."""
+    """The same pipeline (VAE, labels, defaults) around another transformer, with a scheduler of its own: a scheduler has state."""
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     defaults = {name: pipeline.config[name] for name in ("id2label", "default_steps", "default_guidance_scale")}
-    return EdgeDiTPipeline(**{**pipeline.components, "transformer": transformer}, **defaults)
+    other = EdgeDiTPipeline(transformer=transformer, scheduler=scheduler, vae=pipeline.vae, **defaults)
+    other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return other
 
 
 # -------------------------------------------------------------------- optimisation

@@ -455,7 +455,7 @@ def test_command_errors_end_in_one_line(tmp_path, capsys):
     for options, message in (
         (("--format", "coreml"), "--format is 'coreml'; what exists now is onnx"),
         (("--dtype", "int4"), "--dtype is 'int4'.*fp32 and int8"),
-        ((), "There is no folder"),
+        ((), "There is no pipeline in"),
     ):
         with pytest.raises(SystemExit) as stop:
             command("--model", tmp_path / "absent", "--output", tmp_path / "out", *options)

@@ -14,6 +14,7 @@ import torch
 from ..errors import EdgeDiTError
 from ..latency.protocol import environment, measure, paired_ratio
 from ..latency.runners import TorchRunner, onnx_runner
+from ..launch import with_transformer
 from ..metrics.generative import psnr
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 from .onnx import initializer_bytes
@@ -26,15 +27,6 @@ if TYPE_CHECKING:
 TOLERANCE = {"fp32": 1e-3, "int8": 5e-2}
 # Peak signal-to-noise ratio of the images after the full loop, where the forwards' errors have added up.
 MIN_PSNR_DB = {"fp32": 50.0, "int8": 25.0}
-
-
-def with_transformer(pipeline: EdgeDiTPipeline, transformer) -> EdgeDiTPipeline:
-    """The same pipeline around another transformer component, with a scheduler of its own."""
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    config = {key: pipeline.config[key] for key in ("id2label", "default_steps", "default_guidance_scale")}
-    other = EdgeDiTPipeline(transformer, scheduler, pipeline.vae, **config)
-    other.set_progress_bar_config(disable=True)
-    return other
 
 
 def compare(
@@ -56,6 +48,8 @@ def compare(
     """
     eager = with_transformer(pipeline, pipeline.transformer)
     exported = with_transformer(pipeline, artefact)
+    for pipe in (eager, exported):
+        pipe.set_progress_bar_config(disable=True)
     classes = artefact.config.num_classes
     guidance = pipeline.config.default_guidance_scale if classes else 1.0
     if artefact.config.batch != "dynamic":
