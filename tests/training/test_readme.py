@@ -51,7 +51,8 @@ def find(recipes, part: str) -> str:
 def test_every_command_has_a_test_here(recipes):
     source = Path(__file__).read_text(encoding="utf-8")
     handled = re.findall(r'find\(recipes, "(.*?)"\)', source)
-    left = [command for command in commands(recipes) if not any(part in command for part in handled)]
+    # What is started with --dry-run is also run (test_pip_users_run), and stands in the README without it.
+    left = [command for command in commands(recipes) if not any(part in f"{command} --dry-run" for part in handled)]
     assert left == [], "README commands that no test runs"
 
 
