@@ -119,7 +119,6 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             steps=options.sampling_steps,
             guidance_scale=options.guidance_scale,
             batch_size=options.batch_size,
-            progress=name,
         )
         features = extractor.features(samples)
         precision, recall = precision_recall(real, features)

@@ -19,7 +19,6 @@ def generate(
     steps: int = 20,
     guidance_scale: float = 1.5,
     batch_size: int = 250,
-    progress: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Generate images with balanced classes (image i has class i mod num_classes).
 
@@ -28,13 +27,10 @@ def generate(
         num_images: how many.
         steps, guidance_scale: as the pipeline's call.
         batch_size: images at a time.
-        progress: label of a progress bar; None shows none.
 
     Returns:
         images `(num_images, C, H, W)` float32 in [-1, 1], and their labels `(num_images,)` (None if unconditional).
     """
-    from tqdm.auto import tqdm
-
     config = pipeline.transformer.config
     size = config["sample_size"]
     shape = (config["in_channels"], size, size)
@@ -42,7 +38,7 @@ def generate(
     labels = torch.arange(num_images) % classes if classes else None
     pipeline.set_progress_bar_config(disable=True)
     images = []
-    for start in tqdm(range(0, num_images, batch_size), desc=progress, unit="batch", disable=progress is None, leave=False):
+    for start in range(0, num_images, batch_size):
         rows = range(start, min(start + batch_size, num_images))
         latents = draws(seed, 0, rows, shape, stream=EVALUATION_STREAM).noise
         asked = {"batch_size": len(rows)} if labels is None else {"class_labels": labels[rows.start : rows.stop]}

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from edgedit_hf import EdgeDiTPipeline
+from edgedit_hf.diffusion import make_scheduler
+from edgedit_hf.pipelines.sampling import generate
+
+
+@pytest.fixture(scope="module")
+def pipeline(make_transformer):
+    # Flow matching: DDIM's first step divides by √ᾱ = 0.006 and would magnify the rounding of other batch sizes.
+    return EdgeDiTPipeline(make_transformer(prediction_type="flow_prediction"), make_scheduler("flow_prediction"))
+
+
+def test_images_do_not_depend_on_the_batch_size(pipeline):
+    whole, labels = generate(pipeline, 12, seed=3, steps=2, batch_size=12)
+    parts, _ = generate(pipeline, 12, seed=3, steps=2, batch_size=5)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+    assert labels.tolist() == [i % 10 for i in range(12)]
+    assert whole.shape == (12, 1, 8, 8) and whole.abs().max() <= 1
+
+
+def test_more_images_begin_with_the_same_ones_and_seeds_differ(pipeline):
+    few, _ = generate(pipeline, 4, seed=3, steps=2)
+    more, _ = generate(pipeline, 6, seed=3, steps=2)
+    other, _ = generate(pipeline, 4, seed=4, steps=2)
+    torch.testing.assert_close(more[:4], few, rtol=1e-4, atol=1e-4)
+    assert (other - few).abs().max() > 0.01
+
+
+def test_unconditional(make_transformer):
+    images, labels = generate(EdgeDiTPipeline(make_transformer(num_classes=0), make_scheduler("epsilon")), 3, steps=1)
+    assert labels is None and len(images) == 3

@@ -1,0 +1,83 @@
+"""From a finished search to an assembled student, with a real bank of untrained proxies."""
+
+import json
+
+import pytest
+import torch
+
+from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, ProxyBank, SearchSpace
+from edgedit_hf.diffusion import make_scheduler
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.search.objectives import StudentQuality
+from edgedit_hf.search.selection import select
+from edgedit_hf.search_space import model_cost
+
+
+@pytest.fixture
+def run(make_transformer, tmp_path):
+    """A teacher, a bank and a front of three genotypes: all original, all reduced, all merged and reduced."""
+    teacher = make_transformer()
+    pipeline = EdgeDiTPipeline(teacher, make_scheduler("epsilon"))
+    pipeline.save_pretrained(tmp_path / "teacher")
+    space = SearchSpace.for_config(teacher.config)
+    bank = ProxyBank.create(tmp_path / "bank", teacher, space)
+    torch.manual_seed(0)
+    record = {"loss_before": 1.0, "loss_after": 1.0, "steps": 0, "seed": 0, "init": "random"}
+    bank.write_index({bank.key(layer): bank.write_proxy(layer, bank.new_block(layer), record) for layer in space.proxies()})
+    front = []
+    for distance, latency, code in ((1.0, 9.0, [0, 0]), (2.0, 6.0, [15, 15]), (4.0, 3.0, [19, 19])):
+        cost = model_cost({**teacher.config, "layers": space.from_code(code).to_layers()})
+        front.append({"distance": distance, "latency_ms": latency, "code": code, "parameters": cost.parameters, "flops": cost.flops})
+    cost = model_cost(teacher.config)
+    whole = {"path": None, "latency_ms": 9.0, "parameters": cost.parameters, "flops": cost.flops}
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "front.json").write_text(json.dumps({"front": front, "teacher": whole}))
+    return tmp_path, pipeline, bank
+
+
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [
+        ({"max_latency_ms": 7.0}, [15, 15]),
+        ({"max_latency_ratio": 0.5}, [19, 19]),
+        ({"max_parameters_ratio": 0.9}, [15, 15]),
+        ({"max_flops_ratio": 0.4}, [19, 19]),
+    ],
+)
+def test_the_lowest_distance_within_the_limits_is_assembled(run, limits, code):
+    folder, _, bank = run
+    choice = select(folder, **limits)
+    assert choice["code"] == code and json.loads((folder / "student" / "choice.json").read_text()) == choice
+    student = EdgeDiTTransformer2DModel.from_pretrained(folder / "student" / "transformer")
+    expected = bank.assemble(bank.space.from_code(code))
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(student.state_dict()[name], tensor), name
+
+
+def test_other_files_of_the_folder_stay(run):
+    folder = run[0]
+    (folder / "student").mkdir()
+    (folder / "student" / "run.json").write_text("{}")
+    select(folder, max_latency_ms=7.0)
+    assert (folder / "student" / "run.json").read_text() == "{}"
+
+
+def test_a_budget_that_nothing_meets_writes_nothing(run):
+    folder = run[0]
+    with pytest.raises(EdgeDiTError, match="fastest"):
+        select(folder, max_latency_ms=1.0)
+    assert not (folder / "student").exists()
+
+
+def test_quality_is_a_function_of_the_genotype(run):
+    _, pipeline, bank = run
+
+    class Pixels:
+        def features(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1)[:, ::8]
+
+    real = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    quality = StudentQuality(bank, pipeline, Pixels(), real, samples=20, steps=2, guidance_scale=1.5, seed=0)
+    original, reduced = bank.space.from_code([0, 0]), bank.space.from_code([15, 15])
+    assert quality(original) == quality(original) != quality(reduced)
+    assert quality(original) > 0
