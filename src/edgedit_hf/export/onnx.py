@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
     from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 
-ATTENTION_OPSET = (
-    23  # the first with an Attention operator: fewer nodes and faster than the decomposed form of older sets
-)
+ATTENTION_OPSET = 23  # the first with an Attention operator: fewer nodes, and faster than its decomposed form
 DEFAULT_OPSET = ATTENTION_OPSET
 EXTERNAL_DATA_BYTES = 1_500_000_000  # above this the weights go to model.onnx.data: one protobuf file ends at 2 GB
 MIN_QUANTIZED_ELEMENTS = 1024  # smaller matrices stay fp32: their scales and extra operators cost more than they save
@@ -337,6 +335,7 @@ def export_pipeline(
         EdgeDiTError: the pipeline cannot be loaded or is an export already, `output` is in the way, or a gate fails (the message
             has the measured error and the tolerance; nothing is written).
     """
+    from ..launch import load_pipeline, with_transformer
     from . import verify
     from .runtime import MODEL_FILE, OnnxEdgeDiTTransformer2DModel
 
@@ -347,7 +346,7 @@ def export_pipeline(
     check_output(output, overwrite)
     source = str(pipeline) if isinstance(pipeline, (str, os.PathLike)) else None
     if source is not None:
-        pipeline = load_pipeline(source, trust_remote_code)
+        pipeline = load_pipeline(pipeline, trust_remote_code=trust_remote_code)
     model = pipeline.transformer
     if not isinstance(model, torch.nn.Module):
         raise EdgeDiTError(
@@ -378,7 +377,7 @@ def export_pipeline(
             atomic_write_json(
                 folder / "bench.json", {**verify.benchmark(model, timed, batches, threads, bench_repeats), **source_of}
             )
-            verify.with_transformer(pipeline, artefact).save_pretrained(folder)
+            with_transformer(pipeline, artefact).save_pretrained(folder)
             for file in files.values():
                 file.unlink()
                 file.with_name(file.name + ".data").unlink(missing_ok=True)
@@ -399,22 +398,3 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise EdgeDiTError(
             f"{output} holds a pipeline already; choose another output, or allow overwriting it (--overwrite)."
         )
-
-
-def load_pipeline(source: str, trust_remote_code: bool = False) -> EdgeDiTPipeline:
-    """Load a pipeline in float32 from a folder or a Hub id; whatever is wrong with it is one [`EdgeDiTError`]."""
-    from diffusers import DiffusionPipeline
-
-    if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") != 1):
-        raise EdgeDiTError(f"There is no folder {source}; give a pipeline folder or a Hub id (organisation/name).")
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            source, torch_dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
-    except EdgeDiTError:
-        raise
-    except Exception as error:  # diffusers, huggingface_hub and safetensors each have their own, without a common base
-        raise EdgeDiTError(f"Cannot load a pipeline from {source}: {' '.join(str(error).split())}") from error
-    if type(pipeline).__name__ != "EdgeDiTPipeline":
-        raise EdgeDiTError(f"{source} holds a {type(pipeline).__name__}; only an EdgeDiTPipeline can be exported.")
-    return pipeline
