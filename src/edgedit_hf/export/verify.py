@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
     from .runtime import OnnxEdgeDiTTransformer2DModel
 
-# ‖artefact − eager‖ / ‖eager‖ of one forward, the worst over all sampling timesteps. fp32 differs by the order of additions only.
+# ‖artefact − eager‖ / ‖eager‖ of one forward, the worst over all sampling timesteps. fp32 differs by the order of additions only;
+# int8 is worst at the last, nearly clean timesteps, where trained models on digits lie between 0.010 and 0.021 (images at 44 to 54 dB).
 TOLERANCE = {"fp32": 1e-3, "int8": 5e-2}
 # Peak signal-to-noise ratio of the images after the full loop, where the forwards' errors have added up.
 MIN_PSNR_DB = {"fp32": 50.0, "int8": 25.0}
