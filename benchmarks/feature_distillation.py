@@ -21,6 +21,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "training"))
 
+from reference import load_reference  # noqa: E402
+from train_teacher import train_denoiser  # noqa: E402
+
 from edgedit_hf.distill.proxy_bank import ProxyBank  # noqa: E402
 from edgedit_hf.genotype import Genotype  # noqa: E402
 from edgedit_hf.launch import load_pipeline, load_run_images, load_teacher, load_training_set, make_accelerator, with_transformer  # noqa: E402
@@ -28,8 +31,6 @@ from edgedit_hf.metrics.generative import frechet_distance  # noqa: E402
 from edgedit_hf.pipelines.sampling import generate  # noqa: E402
 from edgedit_hf.recipes import load_config  # noqa: E402
 from edgedit_hf.run_state import RunState, atomic_write_json  # noqa: E402
-from reference import load_reference  # noqa: E402
-from train_teacher import train_denoiser  # noqa: E402
 
 REQUIRED_RATIO = 1.1
 POINTS = 4  # places on each curve besides its start

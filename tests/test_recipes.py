@@ -57,7 +57,7 @@ def test_sections_and_folders(load):
     [
         ("techer: {}", "unknown key 'techer'; did you mean 'teacher'"),
         ("teacher: {stps: 3}", "unknown key 'teacher.stps'; did you mean 'steps'"),
-        ("teacher: {xyzzy: 3}", "unknown key 'teacher.xyzzy'; the keys there are path, patch_size"),
+        ("teacher: {xyzzy: 3}", "unknown key 'teacher.xyzzy'; the keys there are steps, batch_size"),
         ("3: x", "unknown key '3'"),
         ("teacher: 3", "teacher holds int; it must hold keys and values"),
         ("[teacher]", "the file holds list; it must hold keys and values"),

@@ -35,7 +35,15 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     state.continue_at(done)
     for index in state.steps():
         output = state.folder / f"onnx-{dtypes[index]}"
-        export_pipeline(source, output, dtype=dtypes[index], threads=config.export.threads, seed=config.seed, overwrite=True)
+        export_pipeline(
+            source,
+            output,
+            dtype=dtypes[index],
+            threads=config.export.threads,
+            seed=config.seed,
+            bench_batches=(1, config.evaluate.latency_batch_size),
+            overwrite=True,
+        )
     state.finish()
 
 

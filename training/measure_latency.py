@@ -13,6 +13,8 @@ from edgedit_hf.run_state import RunState
 from edgedit_hf.search.latency_table import LatencyTable
 from edgedit_hf.search_space import SearchSpace
 
+BUSY_RESIDUAL = 0.1  # an idle machine fits to about 0.02
+
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
@@ -36,6 +38,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         repeats=options.repeats,
         progress=lambda done, asked: next(rounds, None),
     )
+    if (residual := table.to_dict()["fit_residual"]) > BUSY_RESIDUAL:
+        print(f"latency: the fit is off by {residual:.0%}; something else was running. Delete {state.folder} and measure again.")
     table.to_json(state.folder / "table.json")
     state.finish(prediction=table.to_dict()["prediction"])
 

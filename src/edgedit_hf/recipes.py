@@ -41,7 +41,26 @@ class DataConfig:
 
 
 @dataclass
-class TeacherConfig:
+class OptimisationConfig:
+    """How a denoiser is trained, teacher and student alike."""
+
+    steps: int = _key(1000, "optimiser steps", minimum=1)
+    batch_size: int = _key(128, "images a step, over all processes and accumulation", minimum=1)
+    learning_rate: float = _key(1e-3, "peak learning rate of AdamW", minimum=0.0)
+    final_learning_rate: float = _key(0.05, "the cosine decay ends at this share of the peak", minimum=0.0)
+    warmup_steps: int = _key(50, "linear warm-up", minimum=0)
+    weight_decay: float = _key(0.0, "weight decay of AdamW", minimum=0.0)
+    max_grad_norm: float = _key(1.0, "gradient clipping; 0 clips nothing", minimum=0.0)
+    class_dropout: float = _key(0.1, "share of labels dropped, for classifier-free guidance", minimum=0.0)
+    ema_decay: float = _key(0.995, "exponential moving average of the weights; the average is what is saved", minimum=0.0)
+    gradient_accumulation: int = _key(1, "micro-batches a step", minimum=1)
+    gradient_checkpointing: bool = _key(False, "recompute activations to save memory")
+    checkpoint_every: int = _key(200, "steps between checkpoints", minimum=1)
+    log_every: int = _key(20, "steps between lines of telemetry", minimum=1)
+
+
+@dataclass
+class TeacherConfig(OptimisationConfig):
     """The network that is compressed: trained here, or brought along with `path`."""
 
     path: str | None = _key(None, "a trained EdgeDiT pipeline (folder or Hub id) to compress; null trains one with the keys below")
@@ -52,19 +71,6 @@ class TeacherConfig:
     prediction_type: str = _key("epsilon", "epsilon (DDPM schedule of DiT) or flow_prediction (flow matching)", ("epsilon", "flow_prediction"))
     learn_sigma: bool = _key(False, "also learn the variance (epsilon only)")
     conditional: bool = _key(True, "false trains an unconditional model even if the data has labels (num_classes: 0)")
-    steps: int = _key(1000, "optimiser steps", minimum=1)
-    batch_size: int = _key(128, "images a step, over all processes and accumulation", minimum=1)
-    learning_rate: float = _key(1e-3, "peak learning rate of AdamW", minimum=0.0)
-    final_learning_rate: float = _key(0.05, "the cosine decay ends at this share of the peak", minimum=0.0)
-    warmup_steps: int = _key(50, "linear warm-up", minimum=0)
-    weight_decay: float = _key(0.0, "weight decay of AdamW", minimum=0.0)
-    max_grad_norm: float = _key(1.0, "gradient clipping", minimum=0.0)
-    class_dropout: float = _key(0.1, "share of labels dropped, for classifier-free guidance", minimum=0.0)
-    ema_decay: float = _key(0.995, "exponential moving average of the weights; the average is what is saved", minimum=0.0)
-    gradient_accumulation: int = _key(1, "micro-batches a step", minimum=1)
-    gradient_checkpointing: bool = _key(False, "recompute activations to save memory")
-    checkpoint_every: int = _key(200, "steps between checkpoints", minimum=1)
-    log_every: int = _key(20, "steps between lines of telemetry", minimum=1)
 
 
 @dataclass
@@ -121,25 +127,14 @@ class StudentConfig:
 
 
 @dataclass
-class TuneConfig:
+class TuneConfig(OptimisationConfig):
     """Fine-tuning of the assembled student, and of the teacher for the same steps (the fair reference)."""
 
     steps: int = _key(500, "optimiser steps", minimum=1)
-    batch_size: int = _key(128, "images a step, over all processes and accumulation", minimum=1)
     learning_rate: float = _key(5e-4, "peak learning rate of AdamW", minimum=0.0)
-    final_learning_rate: float = _key(0.05, "the cosine decay ends at this share of the peak", minimum=0.0)
-    warmup_steps: int = _key(30, "linear warm-up", minimum=0)
-    weight_decay: float = _key(0.0, "weight decay of AdamW", minimum=0.0)
-    max_grad_norm: float = _key(1.0, "gradient clipping", minimum=0.0)
-    class_dropout: float = _key(0.1, "share of labels dropped", minimum=0.0)
-    ema_decay: float = _key(0.99, "exponential moving average; the average is what is saved", minimum=0.0)
-    output_kd: float = _key(1.0, "weight of the distance to the teacher's output; 0 trains on the data alone", minimum=0.0)
+    output_kd: float = _key(0.0, "weight of the distance to the teacher's output, for a teacher that has converged", minimum=0.0)
     teacher_more_steps: bool = _key(True, "train the teacher on for the same steps too")
     random_proxies: bool = _key(False, "also tune the same genotype from untrained random proxies (what feature distillation is worth)")
-    gradient_accumulation: int = _key(1, "micro-batches a step", minimum=1)
-    gradient_checkpointing: bool = _key(False, "recompute activations to save memory")
-    checkpoint_every: int = _key(200, "steps between checkpoints", minimum=1)
-    log_every: int = _key(20, "steps between lines of telemetry", minimum=1)
 
 
 @dataclass
