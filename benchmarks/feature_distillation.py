@@ -102,9 +102,7 @@ def main() -> None:
         print(f"{label:<20}" + "".join(f"{value:>10.3f}" for value in values))
     ratios = [b[-1] / a[-1] for a, b in zip(curves["distilled proxies"], curves["random proxies"])]
     print("random / distilled after tuning: " + ", ".join(f"{ratio:.2f}" for ratio in ratios) + f"; mean {mean(ratios):.2f}")
-    atomic_write_json(
-        config.folder("evaluate", "curves.json"), {label: {"steps": places, "values": values} for label, values in means.items()}
-    )
+    atomic_write_json(config.folder("evaluate", "curves.json"), {label: {"steps": places, "values": values} for label, values in means.items()})
     if arguments.json:
         print(json.dumps({"steps": places, "curves": curves, "ratios": ratios, "samples": arguments.samples, "extractor": extractor.name}))
     if arguments.check and min(ratios) < REQUIRED_RATIO:

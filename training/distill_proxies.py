@@ -79,9 +79,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     dataset, _ = load_training_set(config, accelerator)
     teacher = load_teacher(config).transformer.to(device).eval().requires_grad_(False)
     check_fits_data(teacher.config, dataset)
-    space = SearchSpace.for_config(
-        teacher.config, reduced_mlp_ratio=options.reduced_mlp_ratio, reduced_attention_dim=options.reduced_attention_dim
-    )
+    space = SearchSpace.for_config(teacher.config, reduced_mlp_ratio=options.reduced_mlp_ratio, reduced_attention_dim=options.reduced_attention_dim)
     state = RunState(
         config.folder("bank"),
         "bank",
@@ -103,9 +101,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
     pairs = share_pairs(space, accelerator.process_index, accelerator.num_processes)
     if not pairs:
-        raise EdgeDiTError(
-            f"{accelerator.num_processes} processes share {(space.num_layers + 1) // 2} pairs of layers; start at most that many."
-        )
+        raise EdgeDiTError(f"{accelerator.num_processes} processes share {(space.num_layers + 1) // 2} pairs of layers; start at most that many.")
     owned = [layer for layer in space.proxies() if layer.source[0] // 2 in pairs]
     depth = max(layer.source[-1] for layer in owned) + 1
     single = [layer for layer in owned if space.option_of(layer) != "both"]

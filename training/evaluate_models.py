@@ -135,9 +135,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "parameters": cost.parameters,
             "flops": cost.flops,
             "bytes": weight_bytes(folders[name], model.get("precision"), cost),
-            "latency_ms": runtimes
-            if stage != "exported"
-            else {k: v for k, v in runtimes.items() if k == f"onnxruntime-{model['precision']}"},
+            "latency_ms": runtimes if stage != "exported" else {k: v for k, v in runtimes.items() if k == f"onnxruntime-{model['precision']}"},
             "metrics": {metric: distance, "precision": precision, "recall": recall},
             "precision": precision,
             "recall": recall,

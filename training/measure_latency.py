@@ -22,9 +22,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     options, bank = config.latency, config.bank
     teacher = load_teacher(config).transformer.config
     space = SearchSpace.for_config(teacher, reduced_mlp_ratio=bank.reduced_mlp_ratio, reduced_attention_dim=bank.reduced_attention_dim)
-    state = RunState(
-        config.folder("latency"), "latency", {**config.section("latency"), "space": space.to_dict()}, options.repeats, unit="round"
-    )
+    state = RunState(config.folder("latency"), "latency", {**config.section("latency"), "space": space.to_dict()}, options.repeats, unit="round")
     if state.finished:
         return
     rounds = state.steps()

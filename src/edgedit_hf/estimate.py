@@ -58,9 +58,7 @@ def estimate(config: RunConfig) -> list[Estimate]:
             channels, size = vae.config.latent_channels, size // 2 ** (len(vae.config.block_out_channels) - 1)
         model = new_teacher(config, (channels, size, size), images.num_classes)
     cost = model_cost(model.config)
-    space = SearchSpace.for_config(
-        model.config, reduced_mlp_ratio=bank.reduced_mlp_ratio, reduced_attention_dim=bank.reduced_attention_dim
-    )
+    space = SearchSpace.for_config(model.config, reduced_mlp_ratio=bank.reduced_mlp_ratio, reduced_attention_dim=bank.reduced_attention_dim)
     tokens = (model.config.sample_size // model.config.patch_size) ** 2
     rate = _forward_rate(model.eval(), min(64, judged.batch_size))
     proxies = [(space.option_of(layer), layer_cost(space.hidden_size, layer.shape, tokens)) for layer in space.proxies()]
@@ -84,17 +82,40 @@ def estimate(config: RunConfig) -> list[Estimate]:
     bank_flops = bank.batch_size * (bank.steps * (single + cost.flops) + bank.both_steps * (both + cost.flops))
     genotypes = search.evaluations + (search.evaluations - search.initial if search.random_baseline else 0)
     models = 2 + tune.teacher_more_steps + tune.random_proxies + 1 + len(config.export.dtypes)
-    rows = [
-        Estimate("teacher", 0.0 if teacher.path else training(teacher.steps, teacher.batch_size), BASE_MEMORY + 5 * weights + activations(teacher.batch_size), weights),
-        Estimate("bank", bank_flops / rate, BASE_MEMORY + weights + 4 * 4 * proxy_weights + activations(bank.batch_size, len(proxies) / space.num_layers), 4.0 * proxy_weights),
-        Estimate("latency", 15 + TABLE_ROUND_NETWORKS * config.latency.repeats * 2 * config.latency.batch_size * cost.flops / rate, BASE_MEMORY + 4 * weights, 1e4),
-        Estimate("search", 15 + genotypes * sampling(search.samples, search.sampling_steps, search.guidance_scale) + search.evaluations * 1.0, BASE_MEMORY + 3 * weights, 1e5),
-        Estimate("student", 1.0, BASE_MEMORY + 3 * weights, weights),
-        Estimate("tune", runs * training(tune.steps, tune.batch_size) * (4 / 3 if tune.output_kd else 1), BASE_MEMORY + 6 * weights + activations(tune.batch_size), runs * weights),
-        Estimate("export", 15.0 * len(config.export.dtypes), BASE_MEMORY + 6 * weights, weights * (1.25 if "int8" in config.export.dtypes else 1)),
-        Estimate("evaluate", 20 + models * sampling(judged.samples, judged.sampling_steps, judged.guidance_scale), BASE_MEMORY + models * weights, judged.samples * models * 200.0),
-    ]  # fmt: skip
-    return rows
+    steps_of_table = TABLE_ROUND_NETWORKS * config.latency.repeats * 2 * config.latency.batch_size
+    kd = 4 / 3 if tune.output_kd else 1
+    exported = weights * (1.25 if "int8" in config.export.dtypes else 1)
+    seconds = {
+        "teacher": 0.0 if teacher.path else training(teacher.steps, teacher.batch_size),
+        "bank": bank_flops / rate,
+        "latency": 15 + steps_of_table * cost.flops / rate,
+        "search": 15 + search.evaluations + genotypes * sampling(search.samples, search.sampling_steps, search.guidance_scale),
+        "student": 1.0,
+        "tune": runs * training(tune.steps, tune.batch_size) * kd,
+        "export": 15.0 * len(config.export.dtypes),
+        "evaluate": 20 + models * sampling(judged.samples, judged.sampling_steps, judged.guidance_scale),
+    }
+    memory = {
+        "teacher": 5 * weights + activations(teacher.batch_size),
+        "bank": weights + 16.0 * proxy_weights + activations(bank.batch_size, len(proxies) / space.num_layers),
+        "latency": 4 * weights,
+        "search": 3 * weights,
+        "student": 3 * weights,
+        "tune": 6 * weights + activations(tune.batch_size),
+        "export": 6 * weights,
+        "evaluate": models * weights,
+    }
+    disk = {
+        "teacher": 0.0 if teacher.path else weights,
+        "bank": 4.0 * proxy_weights,
+        "latency": 1e4,
+        "search": 1e5,
+        "student": weights,
+        "tune": runs * weights,
+        "export": exported,
+        "evaluate": judged.samples * models * 200.0,
+    }
+    return [Estimate(stage, seconds[stage], BASE_MEMORY + memory[stage], disk[stage]) for stage in seconds]
 
 
 def print_estimate(config: RunConfig) -> None:

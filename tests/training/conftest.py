@@ -46,9 +46,7 @@ class Recipes:
 
     def start(self, name: str, output: Path, *overrides: str) -> subprocess.Popen:
         command = [sys.executable, *self.arguments(name, output, *overrides)]
-        return subprocess.Popen(
-            command, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
+        return subprocess.Popen(command, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
     def run_with_kills(self, name: str, output: Path, marker: Path, seconds: float, *overrides: str, kills: int = 1) -> list[float]:
         """Run, SIGKILL the whole process group at a random moment of the `seconds` after `marker` appears, run again to the end."""
@@ -80,9 +78,7 @@ def recipes() -> Recipes:
 
 def files_of(folder: Path, *suffixes: str) -> dict[str, bytes]:
     """Content of the result files below a folder, by relative path."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in suffixes
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in suffixes}
 
 
 @pytest.fixture(scope="session")

@@ -65,9 +65,7 @@ def test_make_targets(recipes):
 
 def test_dry_run_prints_a_line_a_stage(recipes, clone):
     printed = shell(recipes, shlex.split(find(recipes, "digits.yaml --dry-run")), clone)
-    assert [
-        line.split()[0] for line in printed.splitlines()[1:10]
-    ] == "teacher bank latency search student tune export evaluate all".split()
+    assert [line.split()[0] for line in printed.splitlines()[1:10]] == "teacher bank latency search student tune export evaluate all".split()
     assert not (clone / "runs" / "demo" / "digits").exists()
 
 

@@ -79,8 +79,6 @@ def test_ctrl_c_saves_and_the_rerun_continues(recipes, whole_run, result_files, 
         assert "Run the same command to continue" in output and "Traceback" not in output
         assert list((folder / "teacher" / "checkpoints").glob("step-*"))
     recipes.run("train_teacher", folder)
-    assert result_files(folder / "teacher" / "transformer", ".safetensors") == result_files(
-        whole / "teacher" / "transformer", ".safetensors"
-    )
+    assert result_files(folder / "teacher" / "transformer", ".safetensors") == result_files(whole / "teacher" / "transformer", ".safetensors")
     steps = [json.loads(line)["step"] for line in telemetry.read_text().splitlines()]
     assert steps == sorted(set(steps)), "telemetry has a step twice or out of order"
