@@ -15,7 +15,7 @@ STAGES = {
     "select_student": ("student", ["teacher", "bank", "search"], (".safetensors",)),
     "finetune": ("student-tuned", ["teacher", "bank", "student"], (".safetensors",)),
     "export_student": ("exported", ["student-tuned"], (".onnx",)),
-    "evaluate_models": ("evaluate", ["teacher", "student", "student-tuned", "exported"], (".safetensors",)),
+    "evaluate_models": ("evaluate", ["teacher", "student", "student-tuned", "teacher-more-steps", "exported"], (".safetensors",)),
 }
 FAST = ("train_teacher", "distill_proxies")
 

@@ -149,7 +149,8 @@ class AskTellSearch(ABC):
         entries = []
         for index in pareto_front(self.points):
             genotype = self.space.from_code(self.told[index]["code"])
-            entries.append({**self.told[index], "hash": genotype.hash, "genotype": json.loads(genotype.to_json())})
+            entry = {**self.told[index], "hash": genotype.hash, "genotype": json.loads(genotype.to_json())}
+            entries.append(dict(sorted(entry.items())))  # the state file sorts its keys too: a resumed search gives the same bytes
         return entries
 
     def hypervolume(self) -> float | None:
