@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,11 @@ def recipe_main(run: Callable[[RunConfig, Any], None], doc: str | None) -> None:
 def make_accelerator(config: RunConfig) -> Any:
     """The Accelerator of this process (mixed precision as launched), with PyTorch's threads shared between the processes of a machine."""
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    # The other ranks wait while the main one searches or evaluates, which may take longer than the default half hour.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     if config.threads:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(max(1, config.threads // local))
