@@ -19,7 +19,7 @@ from edgedit_hf.distill.feature_loss import feature_loss
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.genotype import LayerSpec
-from edgedit_hf.launch import check_fits_data, learning_rate_at, load_teacher, load_training_set, recipe_main, set_learning_rate
+from edgedit_hf.launch import check_fits_data, learning_rate_at, load_teacher, load_training_set, recipe_main, search_space_of, set_learning_rate
 from edgedit_hf.models.transformer_edgedit import EdgeDiTTransformer2DModel
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import Facts, RunState, weights_hash
@@ -79,7 +79,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     dataset, _ = load_training_set(config, accelerator)
     teacher = load_teacher(config).transformer.to(device).eval().requires_grad_(False)
     check_fits_data(teacher.config, dataset)
-    space = SearchSpace.for_config(teacher.config, reduced_mlp_ratio=options.reduced_mlp_ratio, reduced_attention_dim=options.reduced_attention_dim)
+    space = search_space_of(config, teacher.config)
     state = RunState(
         config.folder("bank"),
         "bank",

@@ -42,13 +42,12 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             accelerator=accelerator,
             checkpoint_every=options.checkpoint_every,
             log_every=options.log_every,
-            num_workers=config.data.num_workers,
         )
         if state.finished:
             continue
         # The teacher's distance to itself starts at zero and would only hold it back: it trains on the data alone.
         kd = 0.0 if name == "teacher-more-steps" else options.output_kd
-        model = train_denoiser(model, dataset, options, state, accelerator, teacher.transformer if kd else None, kd)
+        model = train_denoiser(model, dataset, options, state, accelerator, teacher.transformer if kd else None, kd, num_workers=config.data.num_workers)
         if accelerator.is_main_process:
             with state.publish() as folder:
                 with_transformer(teacher, model.cpu()).save_pretrained(folder)

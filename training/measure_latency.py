@@ -7,11 +7,10 @@ Writes <output_dir>/latency/table.json. It is an input of the search, told apart
 
 from accelerate import Accelerator
 
-from edgedit_hf.launch import load_teacher, recipe_main
+from edgedit_hf.launch import load_teacher, recipe_main, search_space_of
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState
 from edgedit_hf.search.latency_table import LatencyTable
-from edgedit_hf.search_space import SearchSpace
 
 BUSY_RESIDUAL = 0.1  # an idle machine fits to about 0.02
 
@@ -19,9 +18,9 @@ BUSY_RESIDUAL = 0.1  # an idle machine fits to about 0.02
 def run(config: RunConfig, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
-    options, bank = config.latency, config.bank
+    options = config.latency
     teacher = load_teacher(config).transformer.config
-    space = SearchSpace.for_config(teacher, reduced_mlp_ratio=bank.reduced_mlp_ratio, reduced_attention_dim=bank.reduced_attention_dim)
+    space = search_space_of(config, teacher)
     state = RunState(config.folder("latency"), "latency", {**config.section("latency"), "space": space.to_dict()}, options.repeats, unit="round")
     if state.finished:
         return

@@ -31,6 +31,7 @@ def train_denoiser(
     teacher: EdgeDiTTransformer2DModel | None = None,
     output_kd: float = 0.0,
     on_step=None,
+    num_workers: int = 0,
 ) -> EdgeDiTTransformer2DModel:
     """The diffusion training loop of teachers and students; returns the model with its averaged weights.
 
@@ -64,7 +65,7 @@ def train_denoiser(
         run.total_steps,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        num_workers=run.num_workers,
+        num_workers=num_workers,
     )
     for step, (_, rows, batch) in zip(run.steps(), batches):
         rate = learning_rate_at(step, options.learning_rate, options.warmup_steps, run.total_steps, options.final_learning_rate)
@@ -121,13 +122,12 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         accelerator=accelerator,
         checkpoint_every=options.checkpoint_every,
         log_every=options.log_every,
-        num_workers=config.data.num_workers,
     )
     if state.finished:
         return
     torch.manual_seed(config.seed)
     model = new_teacher(config, dataset.shape, dataset.num_classes)
-    model = train_denoiser(model, dataset, options, state, accelerator)
+    model = train_denoiser(model, dataset, options, state, accelerator, num_workers=config.data.num_workers)
     if accelerator.is_main_process:
         with state.publish() as folder:
             new_pipeline(model.cpu(), vae, dataset.label_names, config).save_pretrained(folder)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .launch import load_run_images, load_teacher, load_vae, new_teacher
+from .launch import load_run_images, load_teacher, load_vae, new_teacher, search_space_of
 from .models.transformer_edgedit import EdgeDiTTransformer2DModel
 from .recipes import RunConfig
-from .search_space import SearchSpace, layer_cost, model_cost
+from .search_space import layer_cost, model_cost
 
 BASE_MEMORY = 0.9e9  # interpreter with torch, diffusers, botorch, onnxruntime
 TRAIN_FORWARDS = 3  # a training step costs about three forwards
@@ -58,7 +58,7 @@ def estimate(config: RunConfig) -> list[Estimate]:
             channels, size = vae.config.latent_channels, size // 2 ** (len(vae.config.block_out_channels) - 1)
         model = new_teacher(config, (channels, size, size), images.num_classes)
     cost = model_cost(model.config)
-    space = SearchSpace.for_config(model.config, reduced_mlp_ratio=bank.reduced_mlp_ratio, reduced_attention_dim=bank.reduced_attention_dim)
+    space = search_space_of(config, model.config)
     tokens = (model.config.sample_size // model.config.patch_size) ** 2
     rate = _forward_rate(model.eval(), min(64, judged.batch_size))
     proxies = [(space.option_of(layer), layer_cost(space.hidden_size, layer.shape, tokens)) for layer in space.proxies()]

@@ -21,6 +21,7 @@ from .models.transformer_edgedit import EdgeDiTTransformer2DModel
 from .pipelines.pipeline_edgedit import EdgeDiTPipeline
 from .recipes import RunConfig, load_config
 from .run_state import Interrupted, close_progress
+from .search_space import SearchSpace
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
@@ -188,6 +189,14 @@ def new_teacher(config: RunConfig, shape: Sequence[int], num_classes: int) -> Ed
         num_classes=num_classes if options.conditional else 0,
         learn_sigma=options.learn_sigma,
         prediction_type=options.prediction_type,
+    )
+
+
+def search_space_of(config: RunConfig, model_config: Any) -> SearchSpace:
+    """The search space of a teacher with this model config, at the recipe's reduced sizes."""
+    bank = config.bank
+    return SearchSpace.for_config(
+        model_config, reduced_mlp_ratio=bank.reduced_mlp_ratio, reduced_attention_dim=bank.reduced_attention_dim
     )
 
 

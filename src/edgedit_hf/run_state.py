@@ -307,7 +307,6 @@ class RunState:
         checkpoint_every, log_every: in steps.
         sharded: every rank holds state of its own (else rank 0's stands for all).
         unit: what a step is called in the progress bar.
-        num_workers: processes that load the data; carried along for the loop.
 
     Example:
         >>> run = RunState("runs/x/teacher", "teacher", config, total_steps=100, seed=0)
@@ -332,7 +331,6 @@ class RunState:
         log_every: int = 10,
         sharded: bool = False,
         unit: str = "step",
-        num_workers: int = 0,
     ) -> None:
         self.folder = Path(folder)
         self.stage = stage
@@ -343,7 +341,6 @@ class RunState:
         self.log_every = max(1, int(log_every))
         self.sharded = sharded
         self.unit = unit
-        self.num_workers = num_workers
         self.is_main = accelerator is None or accelerator.is_main_process
         self.rank = 0 if accelerator is None else accelerator.process_index
         self.world_size = 1 if accelerator is None else accelerator.num_processes
