@@ -78,6 +78,10 @@ class SearchSpace:
         attention_dim, num_heads, mlp_ratio = shapes.pop()
         if attention_dim != teacher.hidden_size:
             raise EdgeDiTError(f"The teacher's attention width {attention_dim} is not its hidden size {teacher.hidden_size}.")
+        if "allowed" not in sizes:
+            sizes["allowed"] = [
+                range(UNMERGED + 4) if can_merge(config, 2 * pair) else range(UNMERGED) for pair in range(len(teacher.layers) // 2)
+            ] + [range(4)] * (len(teacher.layers) % 2)
         return cls(len(teacher.layers), teacher.hidden_size, num_heads, mlp_ratio, **sizes)
 
     # ---------------------------------------------------------------- shapes
@@ -122,9 +126,10 @@ class SearchSpace:
         )
 
     def proxies(self) -> list[LayerSpec]:
-        """Every layer that a proxy bank must hold: three options a teacher layer, four a merged pair."""
+        """Every layer that a proxy bank must hold: three options a teacher layer, four a pair that may be merged."""
         single = [self.layer((i,), option) for i in range(self.num_layers) for option in OPTIONS[1:]]
-        merged = [self.layer((2 * p, 2 * p + 1), option) for p in range(self.num_pairs) for option in OPTIONS]
+        pairs = [p for p in range(self.num_pairs) if self.allowed[p][-1] >= UNMERGED]
+        merged = [self.layer((2 * p, 2 * p + 1), option) for p in pairs for option in OPTIONS]
         return single + merged
 
     # ---------------------------------------------------------------- codes
@@ -270,6 +275,12 @@ class SearchSpace:
         }
 
 
+def can_merge(config: Mapping, first: int) -> bool:
+    """Whether teacher layers `first` and `first + 1` may become one: no long skip starts or ends, and no decoder begins, between them."""
+    skips = config.get("long_skips") or []
+    return all(start != first and end != first + 1 for start, end in skips) and config.get("decoder_start") != first + 1
+
+
 # -------------------------------------------------------------------- closed-form costs
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
@@ -315,7 +326,8 @@ def layer_cost(hidden_size: int, shape: tuple[int, int, float], tokens: int) -> 
 
 
 def trunk_cost(config: Mapping, tokens: int) -> Cost:
-    """Cost of everything outside the layers: patch, timestep and label embedders, final layer."""
+    """Cost of everything outside the layers' options: embedders, final layer, and what MDT adds (long skips, position biases, side
+    blocks; the latter are weights that sampling does not run)."""
     d, patch, channels = config["hidden_size"], config["patch_size"], config["in_channels"]
     out = channels * (2 if config["learn_sigma"] else 1) * patch * patch
     frequencies = 256
@@ -324,7 +336,23 @@ def trunk_cost(config: Mapping, tokens: int) -> Cost:
     weights += d * 2 * d + 2 * d + d * out + out
     macs = tokens * channels * patch * patch * d + frequencies * d + d * d + 2 * d * d + tokens * d * out
     extras = d + d + 4 * tokens * d
-    return Cost(weights + tokens * d, weights, macs, 2 * macs + extras)
+    skips = len(config.get("long_skips") or [])
+    weights += skips * (2 * d * d + d)
+    macs += skips * tokens * 2 * d * d
+    fixed_positions = tokens * d
+    if config.get("learned_position"):
+        weights, fixed_positions = weights + tokens * d, 0
+    if config.get("decoder_start") is not None:
+        weights += tokens * d
+    side, bias = config.get("side_layers", 0), 0
+    if config.get("position_bias"):
+        grid = config["sample_size"] // patch
+        bias = (2 * grid - 1) ** 2
+        weights += bias * sum(layer["num_heads"] for layer in config["layers"])
+    if side:
+        heads = config["num_attention_heads"]
+        weights += d + side * (layer_cost(d, (d, heads, config["mlp_ratio"]), tokens).weights + bias * heads)
+    return Cost(weights + fixed_positions, weights, macs, 2 * macs + extras)
 
 
 def model_cost(config: Mapping, height: int | None = None, width: int | None = None) -> Cost:

@@ -36,7 +36,7 @@ class OnnxEdgeDiTTransformer2DModel(ConfigMixin):
 
     Args:
         sample_size, patch_size, in_channels, hidden_size, num_layers, num_attention_heads, mlp_ratio, num_classes, learn_sigma,
-            prediction_type, norm_eps, layers: as in [`EdgeDiTTransformer2DModel`].
+            prediction_type, norm_eps, layers and the fields after it: as in [`EdgeDiTTransformer2DModel`].
         precision (`str`, defaults to `"fp32"`): `"fp32"` or `"int8"`.
         batch (`str` or `int`, defaults to `"dynamic"`): `"dynamic"`, or the only batch that the file takes.
     """
@@ -58,6 +58,15 @@ class OnnxEdgeDiTTransformer2DModel(ConfigMixin):
         prediction_type: str = "epsilon",
         norm_eps: float = 1e-6,
         layers: list[dict[str, Any]] | None = None,
+        mlp_norm_eps: float | None = None,
+        frequency_shift: float = 0.0,
+        timestep_scale: float = 1.0,
+        timestep_offset: float = 0.0,
+        learned_position: bool = False,
+        position_bias: bool = False,
+        long_skips: list[list[int]] | None = None,
+        decoder_start: int | None = None,
+        side_layers: int = 0,
         precision: str = "fp32",
         batch: str | int = "dynamic",
     ):

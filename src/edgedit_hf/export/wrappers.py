@@ -77,9 +77,11 @@ class OnnxAttentionProcessor:
     The same numbers as the model's own processor with half the nodes: no slices, reshapes and transposes around each attention.
     """
 
-    def __call__(self, attn: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    def __call__(self, attn: nn.Module, hidden_states: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)  # each [B, N, A]
-        output, *_ = torch.onnx.ops.attention(query, key, value, q_num_heads=attn.heads, kv_num_heads=attn.heads)
+        output, *_ = torch.onnx.ops.attention(
+            query, key, value, attn_mask=bias, q_num_heads=attn.heads, kv_num_heads=attn.heads
+        )
         return attn.to_out(output)
 
 

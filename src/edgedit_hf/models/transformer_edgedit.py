@@ -2,13 +2,16 @@
 
 The network is DiT with adaLN-zero (Peebles & Xie, 2023, arXiv:2212.09748) with one timestep/label embedder shared by all layers.
 Every layer has its own attention width, head count and MLP ratio (EdgeDiT, arXiv:2603.28405); the residual width is the teacher's.
+Config fields cover DiT's relatives: SiT (arXiv:2401.08740), MDT and MDTv2 (arXiv:2303.14389), and diffusers' own DiT.
 
 Shapes: B batch, C latent channels, H × W latent size, P patch size, N = (H/P)·(W/P) tokens, D residual width (`hidden_size`),
-A attention width of a layer, h heads.
+A attention width of a layer, h heads, L layers, G = H/P tokens a side, V visible tokens of a masked input.
 """
 
 import functools
 import math
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +22,8 @@ from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 FREQUENCIES = 256  # width of the sinusoidal timestep features (DiT)
@@ -73,18 +78,22 @@ def sincos_position_embedding(height: int, width: int, dim: int) -> torch.Tensor
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal features of the timestep, then a two-layer MLP: `(B,)` → `(B, D)`."""
+    """Sinusoidal features of offset + scale · timestep, then a two-layer MLP: `(B,)` → `(B, D)`."""
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int, scale: float = 1.0, offset: float = 0.0, frequency_shift: float = 0.0):
         super().__init__()
+        self.scale, self.offset, self.frequency_shift = scale, offset, frequency_shift
         self.linear_1 = nn.Linear(FREQUENCIES, hidden_size)
         self.act = nn.SiLU()
         self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         half = FREQUENCIES // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
-        angles = timestep[:, None].float() * torch.exp(-math.log(10000.0) * exponent)[None]  # [B, F/2]
+        exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / (half - self.frequency_shift)
+        time = timestep.float()
+        if (self.scale, self.offset) != (1.0, 0.0):
+            time = self.offset + self.scale * time
+        angles = time[:, None] * torch.exp(-math.log(10000.0) * exponent)[None]  # [B, F/2]
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, F]
         return self.linear_2(self.act(self.linear_1(features.to(self.linear_1.weight.dtype))))
 
@@ -95,14 +104,33 @@ class EdgeDiTAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: "EdgeDiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, attn: "EdgeDiTAttention", hidden_states: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         batch, tokens, _ = hidden_states.shape
         qkv = attn.to_qkv(hidden_states)  # [B, N, 3A]
         query, key, value = qkv.view(batch, tokens, 3, attn.heads, -1).unbind(2)  # each [B, N, h, A/h]
         hidden_states = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+            query, key, value, attn_mask=bias, backend=self._attention_backend, parallel_config=self._parallel_config
         )
         return attn.to_out(hidden_states.flatten(2))  # [B, N, D]
+
+
+class RelativePositionBias(nn.Module):
+    """Learned additive bias of the attention scores by head and relative position on a G × G grid (BEiT, MDT): `(1, h, N, N)`."""
+
+    def __init__(self, grid: int, heads: int):
+        super().__init__()
+        self.grid = grid
+        self.table = nn.Parameter(torch.zeros((2 * grid - 1) ** 2, heads))
+        rows, columns = (t.flatten() for t in torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij"))
+        index = (rows[:, None] - rows + grid - 1) * (2 * grid - 1) + (columns[:, None] - columns + grid - 1)
+        self.register_buffer("index", index, persistent=False)  # [N, N]
+
+    def forward(self, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """`visible`: `(B, V)` positions of the tokens that are there, for a bias `(B, h, V, V)`; default: all."""
+        index = self.index[None] if visible is None else self.index[visible[:, :, None], visible[:, None]]
+        return self.table[index].permute(0, 3, 1, 2)
 
 
 class EdgeDiTAttention(nn.Module, AttentionModuleMixin):
@@ -112,15 +140,17 @@ class EdgeDiTAttention(nn.Module, AttentionModuleMixin):
     _available_processors = [EdgeDiTAttnProcessor]
     _supports_qkv_fusion = False  # the projection is one matrix already
 
-    def __init__(self, hidden_size: int, attention_dim: int, heads: int):
+    def __init__(self, hidden_size: int, attention_dim: int, heads: int, bias_grid: int | None = None):
         super().__init__()
         self.heads = heads
         self.to_qkv = nn.Linear(hidden_size, 3 * attention_dim)
         self.to_out = nn.Linear(attention_dim, hidden_size)
+        self.position_bias = RelativePositionBias(bias_grid, heads) if bias_grid else None
         self.set_processor(self._default_processor_cls())
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.processor(self, hidden_states)
+    def forward(self, hidden_states: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+        bias = None if self.position_bias is None else self.position_bias(visible)
+        return self.processor(self, hidden_states, bias)
 
 
 class EdgeDiTMLP(nn.Module):
@@ -137,22 +167,51 @@ class EdgeDiTMLP(nn.Module):
 
 
 class EdgeDiTBlock(nn.Module):
-    """One layer with adaLN-zero. `conditioning` is already activated (SiLU), as [`EdgeDiTTransformer2DModel.embed`] gives it."""
+    """One layer with adaLN-zero.
 
-    def __init__(self, hidden_size: int, attention_dim: int, num_heads: int, mlp_ratio: float, norm_eps: float = 1e-6):
+    Args:
+        hidden_size: D. attention_dim, num_heads, mlp_ratio: as in a layer of the config.
+        norm_eps: epsilon of the layer norms. mlp_norm_eps: of the one before the MLP, where it differs.
+        bias_grid: side G of the token grid if the attention has a relative position bias.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        attention_dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        norm_eps: float = 1e-6,
+        mlp_norm_eps: float | None = None,
+        bias_grid: int | None = None,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=norm_eps, elementwise_affine=False)
-        self.attn = EdgeDiTAttention(hidden_size, attention_dim, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=norm_eps, elementwise_affine=False)
+        self.attn = EdgeDiTAttention(hidden_size, attention_dim, num_heads, bias_grid)
+        mlp_norm_eps = norm_eps if mlp_norm_eps is None else mlp_norm_eps
+        self.norm2 = nn.LayerNorm(hidden_size, eps=mlp_norm_eps, elementwise_affine=False)
         self.mlp = EdgeDiTMLP(hidden_size, int(hidden_size * mlp_ratio))
         self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-        # [B, D] → six [B, 1, D]
-        modulation = self.modulation(conditioning).unsqueeze(1).chunk(6, dim=-1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor | None,
+        modulation: torch.Tensor | None = None,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: `(B, N, D)`.
+            conditioning: `(B, D)`, already activated (SiLU), as [`EdgeDiTTransformer2DModel.embed`] gives it; not used where
+                `modulation`, `(B, 6, D)` from [`~EdgeDiTTransformer2DModel.precompute_modulation`], is given.
+            visible: `(B, N)` positions of the tokens, if they are not the whole grid (only the position bias asks).
+        """
+        if modulation is None:
+            modulation = self.modulation(conditioning).unflatten(-1, (6, -1))  # [B, 6, D]
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.unsqueeze(2).unbind(1)  # each [B, 1, D]
         # addcmul(a, b, c) is a + b·c in one pass over memory instead of two.
-        attention = self.attn(torch.addcmul(shift_msa, self.norm1(hidden_states), 1 + scale_msa))  # [B, N, D]
+        attention = self.attn(torch.addcmul(shift_msa, self.norm1(hidden_states), 1 + scale_msa), visible)  # [B, N, D]
         hidden_states = torch.addcmul(hidden_states, gate_msa, attention)
         mlp = self.mlp(torch.addcmul(shift_mlp, self.norm2(hidden_states), 1 + scale_mlp))  # [B, N, D]
         return torch.addcmul(hidden_states, gate_mlp, mlp)
@@ -175,6 +234,18 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         prediction_type (`str`, defaults to `"epsilon"`): What the output means: `"epsilon"` or `"flow_prediction"` (ε − x0).
         norm_eps (`float`, defaults to 1e-6): Epsilon of the layer norms.
         layers (`list[dict]`, *optional*): The genotype: a dict `{source, attention_dim, num_heads, mlp_ratio}` a layer.
+        mlp_norm_eps (`float`, *optional*): Epsilon of the norms before the MLPs where it differs (diffusers' DiT: 1e-5).
+        frequency_shift (`float`, defaults to 0): Subtracted from the number of timestep frequencies in their exponents' denominator
+            (diffusers' DiT: 1).
+        timestep_scale (`float`, defaults to 1), timestep_offset (`float`, defaults to 0): The embedder sees offset + scale · timestep
+            (SiT, whose time runs from noise at 0 to data at 1: -1/1000 and 1).
+        learned_position (`bool`, defaults to `False`): The position embedding is a weight (MDT); such a model has one input size.
+        position_bias (`bool`, defaults to `False`): Attention has a learned relative position bias (MDT); one input size.
+        long_skips (`list[list[int]]`, *optional*): `[i, j]`: the output of teacher layer i (-1: the embedded input) is joined to the
+            input of teacher layer j by a linear layer 2D → D (MDTv2). Numbers are those in the `source` of the layers, so that they stay
+            right when layers are merged.
+        decoder_start (`int`, *optional*): Teacher layer before which a second position embedding is added (MDT's decoder).
+        side_layers (`int`, defaults to 0): Side blocks, which fill in the masked tokens of a masked input (MDT's training).
     """
 
     _supports_gradient_checkpointing = True
@@ -198,6 +269,15 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         prediction_type: str = "epsilon",
         norm_eps: float = 1e-6,
         layers: list[dict[str, Any]] | None = None,
+        mlp_norm_eps: float | None = None,
+        frequency_shift: float = 0.0,
+        timestep_scale: float = 1.0,
+        timestep_offset: float = 0.0,
+        learned_position: bool = False,
+        position_bias: bool = False,
+        long_skips: list[list[int]] | None = None,
+        decoder_start: int | None = None,
+        side_layers: int = 0,
     ):
         super().__init__()
         if layers is None:
@@ -221,25 +301,43 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
                 raise ValueError(
                     f"Layer {index}: attention_dim {layer['attention_dim']} is not a multiple of num_heads {layer['num_heads']}."
                 )
+        starts, ends = {layer["source"][0] for layer in layers}, {layer["source"][-1] for layer in layers} | {-1}
+        for start, end in long_skips or []:
+            if start not in ends or end not in starts or start >= end:
+                raise ValueError(
+                    f"The long skip [{start}, {end}] needs a layer whose source ends with {start} and a later one whose source starts with "
+                    f"{end}; the sources are {[layer['source'] for layer in layers]}: a merge must not cross a skip's end."
+                )
+        if decoder_start is not None and decoder_start not in starts:
+            raise ValueError(f"decoder_start is {decoder_start}; no layer's source starts with it.")
+        if side_layers and decoder_start is None:
+            raise ValueError(f"side_layers is {side_layers}, but there is no decoder_start, before which side blocks stand.")
         # The genotype in the config is what the model is built from, never a default that somebody has to recompute.
         self.register_to_config(layers=layers, num_layers=len(layers))
 
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         grid = sample_size // patch_size
-        self.register_buffer("pos_embed", sincos_position_embedding(grid, grid, hidden_size), persistent=False)
-        self.timestep_embedder = TimestepEmbedder(hidden_size)
+        position = sincos_position_embedding(grid, grid, hidden_size)
+        if learned_position:
+            self.pos_embed = nn.Parameter(position)
+        else:
+            self.register_buffer("pos_embed", position, persistent=False)
+        self.timestep_embedder = TimestepEmbedder(hidden_size, timestep_scale, timestep_offset, frequency_shift)
         self.label_embedder = nn.Embedding(num_classes + 1, hidden_size) if num_classes else None
-        self.blocks = nn.ModuleList(
-            [
-                EdgeDiTBlock(hidden_size, layer["attention_dim"], layer["num_heads"], layer["mlp_ratio"], norm_eps)
-                for layer in layers
-            ]
-        )
+        self.blocks = nn.ModuleList([self.new_block(layer) for layer in layers])
+        self.skips = nn.ModuleDict({str(end): nn.Linear(2 * hidden_size, hidden_size) for _, end in long_skips or []})
+        self._skip_start = {end: start for start, end in long_skips or []}
+        if decoder_start is not None:
+            self.decoder_pos_embed = nn.Parameter(position.clone())
+        side = {"source": [], "attention_dim": hidden_size, "num_heads": num_attention_heads, "mlp_ratio": mlp_ratio}
+        self.side_blocks = nn.ModuleList([self.new_block(side) for _ in range(side_layers)])
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if side_layers else None
         self.norm_out = nn.LayerNorm(hidden_size, eps=norm_eps, elementwise_affine=False)
         self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * self.out_channels)
         self.gradient_checkpointing = False
+        self._modulation_file: str | None = None
         self.reset_parameters()
 
     @classmethod
@@ -248,6 +346,13 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         if name not in PRESETS:
             raise ValueError(f"There is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
+
+    def new_block(self, layer: dict[str, Any]) -> EdgeDiTBlock:
+        """An untrained block of a layer's sizes, as this model needs it."""
+        config = self.config
+        bias_grid = config.sample_size // config.patch_size if config.position_bias else None
+        sizes = layer["attention_dim"], layer["num_heads"], layer["mlp_ratio"]
+        return EdgeDiTBlock(config.hidden_size, *sizes, config.norm_eps, config.mlp_norm_eps, bias_grid)
 
     def reset_parameters(self) -> None:
         """DiT's initialisation: Xavier for linear layers, zero for modulations and the output, so that layers start as identity."""
@@ -261,7 +366,9 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         nn.init.normal_(self.timestep_embedder.linear_2.weight, std=0.02)
         if self.label_embedder is not None:
             nn.init.normal_(self.label_embedder.weight, std=0.02)
-        for layer in (*(block.modulation for block in self.blocks), self.modulation_out, self.proj_out):
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
+        for layer in (*(block.modulation for block in (*self.blocks, *self.side_blocks)), self.modulation_out, self.proj_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -280,47 +387,190 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         Returns:
             tokens `(B, N, D)` and conditioning `(B, D)`.
         """
-        batch, channels, height, width = hidden_states.shape
+        if timestep.ndim == 0:
+            timestep = timestep[None]
+        return self.embed_patches(hidden_states), self.embed_condition(timestep.expand(hidden_states.shape[0]), class_labels)
+
+    def embed_patches(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Patches and their positions: `(B, C, H, W)` → `(B, N, D)`."""
+        height, width = hidden_states.shape[-2:]
         patch = self.config.patch_size
-        if channels != self.config.in_channels or height % patch or width % patch:
+        if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels or height % patch or width % patch:
             raise ValueError(
                 f"The input has shape {tuple(hidden_states.shape)}; this model needs (batch, {self.config.in_channels}, height, width) "
                 f"with height and width multiples of {patch}."
             )
-        if (class_labels is None) != (self.label_embedder is None):
-            given = "no class_labels were given" if class_labels is None else "class_labels were given"
-            raise ValueError(f"The model has num_classes={self.config.num_classes}, but {given}.")
         rows, columns = height // patch, width // patch
         tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # [B, N, D]
         native = self.config.sample_size // patch
         if (rows, columns) == (native, native):
             position = self.pos_embed
+        elif self.config.learned_position or self.config.position_bias:
+            raise ValueError(
+                f"The input has shape {tuple(hidden_states.shape)}, but this model's positions are learned: it takes only "
+                f"{self.config.sample_size} × {self.config.sample_size}."
+            )
         else:
             position = sincos_position_embedding(rows, columns, self.config.hidden_size).to(tokens.device)
-        tokens = tokens + position.to(tokens.dtype)
+        return tokens + position.to(tokens.dtype)
 
-        if timestep.ndim == 0:
-            timestep = timestep[None]
-        conditioning = self.timestep_embedder(timestep.expand(batch))  # [B, D]
+    def embed_condition(self, timestep: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """Activated conditioning `(B, D)` of timesteps `(B,)` and labels `(B,)`."""
+        if (class_labels is None) != (self.label_embedder is None):
+            given = "no class_labels were given" if class_labels is None else "class_labels were given"
+            raise ValueError(f"The model has num_classes={self.config.num_classes}, but {given}.")
+        conditioning = self.timestep_embedder(timestep)  # [B, D]
         if self.label_embedder is not None:
             conditioning = conditioning + self.label_embedder(class_labels)
-        return tokens, F.silu(conditioning)
+        return F.silu(conditioning)
 
-    def unembed(self, tokens: torch.Tensor, conditioning: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Output layer: tokens `(B, N, D)` → sample `(B, out_channels, height, width)`."""
-        shift, scale = self.modulation_out(conditioning).unsqueeze(1).chunk(2, dim=-1)
+    @torch.no_grad()
+    def precompute_modulation(self, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """What adaLN makes of every timestep and label, for a whole schedule at once: sampling need not compute it again a step.
+
+        About a third of a DiT's weights (adaLN) is read here once instead of once a step. With 2·N FLOPs a weight for N = T·K rows it is
+        also one matrix product instead of T thin ones. The table outgrows adaLN's weights beyond [`modulation_steps`] timesteps.
+
+        Args:
+            timesteps: `(T,)`. class_labels: `(K,)`, or `None` for an unconditional model (K = 1).
+
+        Returns:
+            `(T, K, 6L + 2, D)`: rows 6i … 6i + 5 modulate layer i, the last two the output. `table[step]`, with a row an image,
+            is the `modulation` that [`forward`] takes.
+        """
+        count = 1 if class_labels is None else len(class_labels)
+        labels = None if class_labels is None else class_labels.repeat(len(timesteps))
+        device = timesteps.device
+        conditioning = self.embed_condition(timesteps.repeat_interleave(count), labels)  # [T·K, D]
+        table = conditioning.new_empty(len(conditioning), 6 * len(self.blocks) + 2, conditioning.shape[-1])
+
+        def fill(rows: slice, linear: nn.Linear, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+            if weight is not None:
+                values = F.linear(conditioning, weight.to(device), bias.to(device))
+            elif linear.weight.is_meta:  # an offloading hook brings the weights
+                values = linear(conditioning)
+            else:
+                values = linear(conditioning.to(linear.weight.device)).to(device)
+            table[:, rows] = values.unflatten(-1, (-1, table.shape[-1]))
+
+        if self._modulation_file is None:
+            for index, block in enumerate(self.blocks):
+                fill(slice(6 * index, 6 * index + 6), block.modulation, None, None)
+        else:
+            with safe_open(self._modulation_file, framework="pt") as file:
+                for index in range(len(self.blocks)):
+                    stem = f"blocks.{index}.modulation."
+                    fill(slice(6 * index, 6 * index + 6), None, file.get_tensor(stem + "weight"), file.get_tensor(stem + "bias"))
+        fill(slice(6 * len(self.blocks), None), self.modulation_out, None, None)
+        return table.view(len(timesteps), count, *table.shape[1:])
+
+    def modulation_steps(self, num_labels: int) -> int:
+        """Timesteps whose table of [`precompute_modulation`] is as large as the adaLN weights themselves (D rows), at least one."""
+        return max(1, self.config.hidden_size // num_labels)
+
+    def offload_modulation(self, path: str | os.PathLike) -> None:
+        """Move the layers' adaLN weights from memory to a new safetensors file; [`precompute_modulation`] then reads them from there, a
+        layer at a time. The model needs a `modulation` until [`restore_modulation`] brings them back."""
+        if self._modulation_file is not None:
+            raise ValueError(f"The modulation weights are in {self._modulation_file} already; call restore_modulation() first.")
+        if os.path.exists(path):
+            raise ValueError(f"{path} exists; offload_modulation writes a file of its own. Give another path.")
+        state = {k: v.detach().cpu().contiguous() for k, v in self.blocks.state_dict(prefix="blocks.").items() if ".modulation." in k}
+        expected = 2 * len(self.blocks)
+        if len(state) != expected:
+            raise ValueError(f"The modulation layers hold {len(state)} tensors, not {expected}: unload their adapters first.")
+        aside = f"{os.fspath(path)}.tmp-{os.getpid()}"
+        save_file(state, aside)
+        os.replace(aside, path)
+        for block in self.blocks:
+            block.modulation = None
+        self._modulation_file = os.fspath(path)
+
+    def restore_modulation(self) -> None:
+        """Undo [`offload_modulation`]; the file stays."""
+        if self._modulation_file is None:
+            return
+        hidden_size, like = self.config.hidden_size, self.modulation_out.weight
+        with safe_open(self._modulation_file, framework="pt") as file:
+            for index, block in enumerate(self.blocks):
+                with torch.device("meta"):
+                    linear = nn.Linear(hidden_size, 6 * hidden_size)
+                state = {name: file.get_tensor(f"blocks.{index}.modulation.{name}").to(like.device) for name in ("weight", "bias")}
+                linear.load_state_dict(state, assign=True)
+                block.modulation = linear.requires_grad_(like.requires_grad)
+        self._modulation_file = None
+
+    def join(
+        self,
+        source: Sequence[int],
+        tokens: torch.Tensor,
+        kept: dict[int, torch.Tensor],
+        conditioning: torch.Tensor | None = None,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Input of the layer with this `source`, given the tokens before it and what long skips kept, by teacher layer."""
+        if source[0] == self.config.decoder_start:
+            if visible is None:
+                tokens = tokens + self.decoder_pos_embed.to(tokens.dtype)
+            else:
+                tokens = self._unmask(tokens, conditioning, visible)
+        if source[0] in self._skip_start:
+            tokens = self.skips[str(source[0])](torch.cat([tokens, kept[self._skip_start[source[0]]]], dim=-1))
+        return tokens
+
+    def layer_features(
+        self, tokens: torch.Tensor, conditioning: torch.Tensor, depth: int | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Inputs and outputs, each `(B, N, D)`, of the first `depth` layers (default: all), for feature distillation.
+
+        Args:
+            tokens, conditioning: what [`embed`] returns.
+        """
+        inputs, outputs, kept = [], [], {-1: tokens}
+        for layer, block in zip(self.config.layers[:depth], self.blocks):
+            inputs.append(self.join(layer["source"], tokens, kept))
+            tokens = block(inputs[-1], conditioning)
+            outputs.append(tokens)
+            kept[layer["source"][-1]] = tokens
+        return inputs, outputs
+
+    def unembed(
+        self,
+        tokens: torch.Tensor,
+        conditioning: torch.Tensor | None,
+        height: int,
+        width: int,
+        modulation: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Output layer: tokens `(B, N, D)` → sample `(B, out_channels, height, width)`; `modulation`: `(B, 2, D)`."""
+        if modulation is None:
+            modulation = self.modulation_out(conditioning).unflatten(-1, (2, -1))
+        shift, scale = modulation.unsqueeze(2).unbind(1)  # each [B, 1, D]
         tokens = self.proj_out(torch.addcmul(shift, self.norm_out(tokens), 1 + scale))  # [B, N, P·P·out]
         patch = self.config.patch_size
         rows, columns = height // patch, width // patch
         sample = tokens.view(-1, rows, columns, patch, patch, self.out_channels)
         return sample.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
 
+    def _unmask(self, tokens: torch.Tensor, conditioning: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Visible tokens `(B, V, D)` → all `(B, N, D)`: the side blocks fill in the masked ones (MDT's side-interpolater)."""
+        batch, _, width = tokens.shape
+        filled = self.mask_token.to(tokens.dtype).repeat(batch, self.decoder_pos_embed.shape[0], 1)
+        place = visible.unsqueeze(-1).expand(-1, -1, width)
+        filled = filled.scatter(1, place, tokens) + self.decoder_pos_embed.to(tokens.dtype)
+        interpolated = filled
+        for block in self.side_blocks:
+            interpolated = block(interpolated, conditioning)
+        return interpolated.scatter(1, place, filled.gather(1, place))
+
     def forward(
         self,
         hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
+        timestep: torch.Tensor | None,
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
+        modulation: torch.Tensor | None = None,
+        visible: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
         Args:
@@ -328,18 +578,46 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
             timestep (`torch.Tensor` of shape `(batch,)` or a scalar): Timestep on the scale 0 … 1000.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Classes; `num_classes` means "no class".
             return_dict (`bool`, defaults to `True`): Whether to return a [`Transformer2DModelOutput`].
+            modulation (`torch.Tensor` of shape `(batch, 6 * layers + 2, hidden_size)`, *optional*): A step of the table of
+                [`precompute_modulation`]; with it, `timestep` and `class_labels` are not used and may be `None`.
+            visible (`torch.Tensor` of shape `(batch, visible tokens)`, *optional*): For a model with side blocks: the tokens that the
+                layers before `decoder_start` see; the side blocks fill in the others (MDT's masked training).
 
         Returns:
             The prediction, of shape `(batch, out_channels, height, width)`.
         """
         height, width = hidden_states.shape[-2:]
-        tokens, conditioning = self.embed(hidden_states, timestep, class_labels)
-        for block in self.blocks:
+        tokens, conditioning, table = self.embed_patches(hidden_states), None, None
+        if modulation is None:
+            if self._modulation_file is not None:
+                raise ValueError(
+                    f"The modulation weights are in {self._modulation_file}: give the forward a step of precompute_modulation(), "
+                    "or call restore_modulation()."
+                )
+            if timestep.ndim == 0:
+                timestep = timestep[None]
+            conditioning = self.embed_condition(timestep.expand(tokens.shape[0]), class_labels)
+        else:
+            expected = (tokens.shape[0], 6 * len(self.blocks) + 2, self.config.hidden_size)
+            if tuple(modulation.shape) != expected:
+                raise ValueError(f"modulation has the shape {tuple(modulation.shape)}; this model and batch need {expected}.")
+            table = modulation
+        if visible is not None and (self.mask_token is None or conditioning is None):
+            raise ValueError(f"visible needs a model with side blocks (side_layers is {self.config.side_layers}) and no precomputed modulation.")
+        kept = {-1: tokens} if self._skip_start else {}
+        if visible is not None:
+            tokens = tokens.gather(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        for index, (layer, block) in enumerate(zip(self.config.layers, self.blocks)):
+            tokens = self.join(layer["source"], tokens, kept, conditioning, visible)
+            if layer["source"][0] == self.config.decoder_start:
+                visible = None  # from here on all tokens are there
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
+                tokens = self._gradient_checkpointing_func(block, tokens, conditioning, None, visible)
             else:
-                tokens = block(tokens, conditioning)
-        sample = self.unembed(tokens, conditioning, height, width)
+                tokens = block(tokens, conditioning, None if table is None else table[:, 6 * index : 6 * index + 6], visible)
+            if layer["source"][-1] in self._skip_start.values():
+                kept[layer["source"][-1]] = tokens
+        sample = self.unembed(tokens, conditioning, height, width, None if table is None else table[:, -2:])
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     # ---------------------------------------------------------------- loading and saving
@@ -361,6 +639,8 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
     @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines pass `variant` and others only if the signature names them
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in diffusers, but refuses while PEFT adapters are injected: their wrapped weights would reload as random ones."""
+        if self._modulation_file is not None:
+            raise ValueError(f"The modulation weights are in {self._modulation_file}; call restore_modulation() before saving the model.")
         if any(".base_layer." in name for name in self.state_dict()):  # delete_adapters() leaves the wrappers behind
             raise ValueError(
                 f"The model's layers are wrapped for the adapters {sorted(getattr(self, 'peft_config', {}))}; keep an adapter with "
