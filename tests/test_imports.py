@@ -38,7 +38,7 @@ ORDER = [
 PLACE = {name: place for place, names in enumerate(ORDER) for name in ((names,) if isinstance(names, str) else names)}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "botorch", "gpytorch", "onnx", "onnxruntime"}
 LIGHT_MODULES = ["errors", "genotype", "search_space", "recipes", "run_state", "registration", "commands", "optimum_register"]
-SELF_CONTAINED = {"torch", "diffusers", "numpy", "PIL"} | sys.stdlib_module_names
+SELF_CONTAINED = {"torch", "diffusers", "safetensors", "numpy", "PIL"} | sys.stdlib_module_names
 
 
 def sources(*names: str) -> list[Path]:

@@ -283,7 +283,7 @@ def test_an_autoencoder_that_cannot_be_used_is_one_clear_error(make_transformer,
     make_transformer().save_pretrained(tmp_path / "dit")
     with pytest.raises(EdgeDiTError, match="is a EdgeDiTTransformer2DModel; it must be one of AutoencoderKL, AutoencoderTiny"):
         load_vae(str(tmp_path / "dit"))
-    with pytest.raises(EdgeDiTError, match="data.vae .*none' cannot be loaded"):
+    with pytest.raises(EdgeDiTError, match="The VAE .*none' cannot be loaded"):
         load_vae(str(tmp_path / "none"))
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     state = load_file(weights)
@@ -292,11 +292,11 @@ def test_an_autoencoder_that_cannot_be_used_is_one_clear_error(make_transformer,
     with pytest.raises(EdgeDiTError, match="lack 1 that its config asks for, such as 'encoder.layers.0.weight'"):
         load_vae(str(tmp_path / "vae"))
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(EdgeDiTError, match="data.vae .*vae' cannot be loaded"):
+    with pytest.raises(EdgeDiTError, match="The VAE .*vae' cannot be loaded"):
         load_vae(str(tmp_path / "vae"))
     weights.unlink()
     torch.save(state, weights.with_suffix(".bin"))  # a pickle is not opened
-    with pytest.raises(EdgeDiTError, match="data.vae .*vae' cannot be loaded.*safetensors"):
+    with pytest.raises(EdgeDiTError, match="The VAE .*vae' cannot be loaded.*safetensors"):
         load_vae(str(tmp_path / "vae"))
 
 

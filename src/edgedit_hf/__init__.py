@@ -20,6 +20,7 @@ _NAMES = {
     "OnnxEdgeDiTTransformer2DModel": ".export.runtime",
     "ProxyBank": ".distill.proxy_bank",
     "SearchSpace": ".search_space",
+    "load_original": ".models.checkpoints",
     "model_cost": ".search_space",
     # diffusers looks these up in the library that model_index.json names, to see how a component is loaded.
     "ConfigMixin": "diffusers",

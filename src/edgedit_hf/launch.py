@@ -17,10 +17,11 @@ from diffusers.utils import logging as diffusers_logging
 from .data import ImageDataset, LatentDataset, cache_latents, load_images, open_latents
 from .diffusion import make_scheduler
 from .errors import EdgeDiTError
+from .models.checkpoints import load_original, locate
 from .models.transformer_edgedit import EdgeDiTTransformer2DModel
 from .pipelines.pipeline_edgedit import EdgeDiTPipeline
 from .recipes import RunConfig, load_config
-from .run_state import Interrupted, close_progress
+from .run_state import Interrupted, close_progress, read_json
 from .search_space import SearchSpace
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
@@ -94,23 +95,23 @@ def load_run_images(config: RunConfig, split: str = "train") -> ImageDataset:
     )
 
 
-def load_vae(path: str) -> torch.nn.Module:
-    """An AutoencoderKL or AutoencoderTiny from a folder or Hub id."""
+def load_vae(path: str, use_safetensors: bool | None = True) -> torch.nn.Module:
+    """An AutoencoderKL or AutoencoderTiny from a folder or Hub id (`use_safetensors`: as in diffusers)."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     try:
         name = AutoencoderKL.load_config(path).get("_class_name")
         if name not in classes:
-            raise EdgeDiTError(f"data.vae {path!r} is a {name}; it must be one of {', '.join(classes)}.")
-        vae, info = classes[name].from_pretrained(path, use_safetensors=True, output_loading_info=True)
+            raise EdgeDiTError(f"The VAE {path!r} is a {name}; it must be one of {', '.join(classes)}.")
+        vae, info = classes[name].from_pretrained(path, use_safetensors=use_safetensors, output_loading_info=True)
     except (OSError, ValueError) as error:
         if isinstance(error, EdgeDiTError):
             raise
-        raise EdgeDiTError(f"data.vae {path!r} cannot be loaded: {_first_line(error)}") from error
+        raise EdgeDiTError(f"The VAE {path!r} cannot be loaded: {_first_line(error)}") from error
     if info["missing_keys"]:
         raise EdgeDiTError(
-            f"The weights of data.vae {path!r} lack {len(info['missing_keys'])} that its config asks for, such as "
+            f"The weights of the VAE {path!r} lack {len(info['missing_keys'])} that its config asks for, such as "
             f"{sorted(info['missing_keys'])[0]!r}; give an autoencoder whose config and weights belong together."
         )
     return vae.eval().requires_grad_(False)
@@ -150,6 +151,8 @@ def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_
     local = isinstance(path, Path) or source.startswith((".", "/", "~")) or source.count("/") != 1
     if local and not Path(source, "model_index.json").is_file():
         remedy = f"it is written by {made_by}, run that first" if made_by else "give a pipeline folder or a Hub id (organisation/name)"
+        if Path(source).is_file() or Path(source, "config.json").is_file():
+            remedy = f"if it is a DiT, SiT or MDT checkpoint, convert it first: edgedit convert {source} OUT"
         raise EdgeDiTError(f"There is no pipeline in {source}; {remedy}.")
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -157,8 +160,52 @@ def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_
         raise EdgeDiTError(f"The pipeline {source} cannot be loaded: {' '.join(str(error).split())}") from error
     # By name: a class that came as code with the pipeline is another object.
     if type(pipeline).__name__ != "EdgeDiTPipeline":
-        raise EdgeDiTError(f"{source} holds a {type(pipeline).__name__}; an EdgeDiTPipeline is needed.")
+        remedy = f"; convert it first: edgedit convert {source} OUT" if type(pipeline).__name__ == "DiTPipeline" else ""
+        raise EdgeDiTError(f"{source} holds a {type(pipeline).__name__}; an EdgeDiTPipeline is needed{remedy}.")
     return pipeline
+
+
+def load_original_pipeline(path: str | Path, *, vae: str | None = None, **options: Any) -> EdgeDiTPipeline:
+    """A pipeline around a foreign checkpoint: what `edgedit convert` writes.
+
+    Of a diffusers `DiTPipeline` scheduler, VAE and class names are kept. A weights file gets the scheduler that its parametrisation needs
+    (DDIM, or flow matching for SiT), and guides as many channels as its own repository does.
+
+    Args:
+        path: as [`load_original`].
+        vae: an AutoencoderKL or AutoencoderTiny (folder or Hub id) that decodes its latents.
+        options: further arguments of [`load_original`].
+    """
+    import diffusers
+
+    hub = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
+    path = locate(path, **hub)
+    transformer = load_original(path, **options)
+    scheduler, labels, decoder = make_scheduler(transformer.config.prediction_type), None, None
+    if vae is not None:
+        decoder = load_vae(vae)
+    if (path / "model_index.json").is_file():
+        index = read_json(path / "model_index.json", "save_pretrained")
+        labels = index.get("id2label")
+        name = str(read_json(path / "scheduler" / "scheduler_config.json", "save_pretrained").get("_class_name"))
+        kind = getattr(diffusers, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+            raise EdgeDiTError(f"{path} has a scheduler of class {name!r}, which diffusers does not have.")
+        scheduler = kind.from_pretrained(path / "scheduler")
+        if decoder is None and (path / "vae").is_dir():
+            decoder = load_vae(str(path / "vae"), use_safetensors=None)
+    if decoder is not None and decoder.config.latent_channels != transformer.config.in_channels:
+        raise EdgeDiTError(
+            f"The VAE has {decoder.config.latent_channels} latent channels, the transformer takes {transformer.config.in_channels}; give the "
+            "VAE that it was trained with."
+        )
+    return EdgeDiTPipeline(
+        transformer=transformer,
+        scheduler=scheduler,
+        vae=decoder,
+        id2label=labels,
+        guidance_channels=3 if path.is_file() and transformer.config.in_channels > 3 and transformer.config.num_classes else None,
+    )
 
 
 def teacher_path(config: RunConfig) -> str | Path:
@@ -233,7 +280,8 @@ def new_pipeline(transformer: Any, vae: Any, label_names: Sequence[str], config:
 def with_transformer(pipeline: EdgeDiTPipeline, transformer: Any) -> EdgeDiTPipeline:
     """The same pipeline (VAE, labels, defaults) around another transformer, with a scheduler of its own: a scheduler has state."""
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    defaults = {name: pipeline.config[name] for name in ("id2label", "default_steps", "default_guidance_scale")}
+    names = ("id2label", "default_steps", "default_guidance_scale", "guidance_channels")
+    defaults = {name: pipeline.config[name] for name in names}
     other = EdgeDiTPipeline(transformer=transformer, scheduler=scheduler, vae=pipeline.vae, **defaults)
     other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
     return other

@@ -1,4 +1,4 @@
-"""`edgedit`: look at models, get the recipes, start a run, choose another point of its front, write its report.
+"""`edgedit`: look at models, convert foreign checkpoints, get the recipes, start a run, choose another point of its front, write its report.
 
 Exit codes: 0 done, 2 a clear message about the input (one line on stderr), 130 interrupted.
 """
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import EdgeDiTError
-from . import info, init, recipes, report, select
+from . import convert, info, init, recipes, report, select
 
-COMMANDS = (info, init, recipes, select, report)
+COMMANDS = (info, convert, init, recipes, select, report)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ import json
 import operator
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class EdgeDiTPipeline(DiffusionPipeline):
             separated by commas.
         default_steps (`int`, defaults to 50): `num_inference_steps` of a call that gives none.
         default_guidance_scale (`float`, defaults to 4.0): `guidance_scale` of a call that gives none.
+        guidance_channels (`int`, *optional*): Only the first so many channels are guided, the others keep the conditional prediction. The
+            original DiT and SiT guide 3 of 4 channels, and their published figures are of that; diffusers guides all, which is the default.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -60,6 +62,7 @@ class EdgeDiTPipeline(DiffusionPipeline):
         id2label: dict[str, str] | None = None,
         default_steps: int = 50,
         default_guidance_scale: float = 4.0,
+        guidance_channels: int | None = None,
     ):
         super().__init__()
         if id2label is not None:
@@ -73,7 +76,10 @@ class EdgeDiTPipeline(DiffusionPipeline):
                 )
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(
-            id2label=id2label, default_steps=default_steps, default_guidance_scale=default_guidance_scale
+            id2label=id2label,
+            default_steps=default_steps,
+            default_guidance_scale=default_guidance_scale,
+            guidance_channels=guidance_channels,
         )
 
     @property
@@ -274,7 +280,9 @@ class EdgeDiTPipeline(DiffusionPipeline):
 
         # 2. Noise, timesteps, labels
         device = self._execution_device
-        self.scheduler.set_timesteps(steps, device=device)
+        # On the host, where schedulers index their tables by them: on a GPU every step would wait for the device otherwise.
+        self.scheduler.set_timesteps(steps, device="cpu")
+        timesteps = self.scheduler.timesteps
         latents = self.prepare_latents((count, channels, latent_height, latent_width), generator, latents)
         classes, guided = None, False
         if not isinstance(labels, int):
@@ -289,11 +297,15 @@ class EdgeDiTPipeline(DiffusionPipeline):
 
         # 3. Denoise
         self._interrupt = False
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
-            for index, timestep in enumerate(self.scheduler.timesteps):
+        rows = 2 * count if guided else count
+        on_device = timesteps.to(device)
+        modulations = self._modulations(on_device, classes, rows)
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for index, (timestep, modulation) in enumerate(zip(timesteps, modulations)):
                 if self._interrupt:
                     break
-                prediction = self._predict(latents, timestep, classes, guided, guidance_scale)
+                inputs = on_device[index].expand(rows), classes
+                prediction = self._predict(latents, timestep, inputs, modulation, guided, guidance_scale)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs)[0]
                 if callback_on_step_end is not None:
                     tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
@@ -306,20 +318,50 @@ class EdgeDiTPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _modulations(self, timesteps: torch.Tensor, classes: torch.Tensor | None, rows: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The modulations of every step and row, as keyword arguments of a transformer that can precompute them (none otherwise).
+
+        Those of as many steps at a time as their table stays below the weights that make them: see
+        [`EdgeDiTTransformer2DModel.precompute_modulation`].
+        """
+        if not hasattr(self.transformer, "precompute_modulation"):
+            for _ in timesteps:
+                yield {}
+            return
+        labels, place = None, torch.zeros(rows, dtype=torch.long, device=timesteps.device)
+        if classes is not None:
+            labels, place = torch.unique(classes, return_inverse=True)
+        chunk = self.transformer.modulation_steps(1 if labels is None else len(labels))
+        for start in range(0, len(timesteps), chunk):
+            for table in self.transformer.precompute_modulation(timesteps[start : start + chunk], labels):
+                yield {"modulation": table[place]}
+
     def _predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, classes: torch.Tensor | None, guided: bool, scale: float
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        inputs: tuple[torch.Tensor, torch.Tensor | None],
+        modulation: Mapping[str, torch.Tensor],
+        guided: bool,
+        scale: float,
     ) -> torch.Tensor:
-        """What the scheduler's step takes, in float32: `(B, C, H, W)`, or `(B, 2C, H, W)` with the variance channels."""
+        """What the scheduler's step takes, in float32: `(B, C, H, W)`, or `(B, 2C, H, W)` with the variance channels.
+
+        Args:
+            timestep: the scheduler's, on the host. inputs: timesteps and classes of the transformer's rows, on its device.
+        """
         sample = latents
         if hasattr(self.scheduler, "scale_model_input"):
             sample = self.scheduler.scale_model_input(sample, timestep)
         sample = torch.cat([sample, sample]) if guided else sample  # [B or 2B, C, H, W]
-        timesteps = timestep.to(sample.device).expand(sample.shape[0])
-        output = self.transformer(sample.to(self.transformer.dtype), timesteps, classes, return_dict=False)[0].float()
+        output = self.transformer(sample.to(self.transformer.dtype), *inputs, return_dict=False, **modulation)[0].float()
         prediction, variance = output.split(latents.shape[1], dim=1) if self.transformer.config.learn_sigma else (output, None)
         if guided:
             conditional, unconditional = prediction.chunk(2)
             prediction = unconditional + scale * (conditional - unconditional)
+            if self.config.guidance_channels is not None:
+                unguided = conditional[:, self.config.guidance_channels :]
+                prediction = torch.cat([prediction[:, : self.config.guidance_channels], unguided], dim=1)
             variance = None if variance is None else variance.chunk(2)[0]
         if variance is not None and self._scheduler_takes_variance:
             prediction = torch.cat([prediction, variance], dim=1)  # [B, 2C, H, W]
