@@ -1,90 +1,100 @@
 """Stage 2: the proxy bank. Every smaller stand-in of every teacher layer is distilled on its own from the teacher's features.
 
-    accelerate launch training/distill_proxies.py --config training/recipes/digits.yaml
+    accelerate launch training/distill_proxies.py --config training/recipes/digits.yaml [--memory-budget-gb 16]
 
-One teacher forward a step yields input and output of all layers and so feeds all proxies. Ranks own disjoint pairs of layers and run
-only the teacher prefix that these need. Single reductions are trained first; "both" starts from the attention of one and the MLP of
-another and is then trained like the rest. Writes <output_dir>/bank (one safetensors file a proxy, index.json).
+One teacher forward a step yields input and output of all layers and so feeds all proxies; features never touch the disk. Ranks own
+disjoint ranges of layers that cost alike, and run only the teacher prefix these need. Where memory is short, a rank's proxies visit the
+device in groups, one after the other, each for all its steps; the result is the same to the last bit. Single reductions are trained
+first; "both" starts from the attention of one and the MLP of another and is then trained like the rest. With `accelerate launch
+--mixed_precision bf16` the teacher's weights and all matrix products are in bf16; proxies and optimisers stay in fp32.
+Writes <output_dir>/bank (one safetensors file a proxy, index.json).
 """
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
 
 from edgedit_hf.data import batch_indices
 from edgedit_hf.diffusion import Diffusion, draws, drop_labels
-from edgedit_hf.distill.closed_form import closed_form_block, combine_blocks, truncated_block
-from edgedit_hf.distill.feature_loss import feature_loss
+from edgedit_hf.distill import proxy_group
+from edgedit_hf.distill.closed_form import combine_blocks
 from edgedit_hf.distill.proxy_bank import ProxyBank
+from edgedit_hf.distill.proxy_group import Features, Proxy, ProxyGroup, held_out_losses, start_blocks, train_step
+from edgedit_hf.distill.schedule import PROCESS_BYTES, Group, MemoryModel, depth_of, pairs_of, plan_bank, wanted_proxies
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.genotype import LayerSpec
+from edgedit_hf.genotype import Genotype, LayerSpec
 from edgedit_hf.launch import check_fits_data, learning_rate_at, load_teacher, load_training_set, recipe_main, search_space_of, set_learning_rate
-from edgedit_hf.models.transformer_edgedit import EdgeDiTTransformer2DModel
+from edgedit_hf.models.transformer_edgedit import PRESETS
 from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import Facts, RunState, weights_hash
-from edgedit_hf.search_space import SearchSpace
+from edgedit_hf.run_state import RunState, weights_hash
 
 CLASS_DROPOUT = 0.1  # features are distilled with and without a class, as guidance will need both
-CALIBRATION_STREAM, TEST_STREAM = 2, 3
+TRAIN_STREAM, CALIBRATION_STREAM, TEST_STREAM = 0, 2, 3
 
 
-@torch.no_grad()
-def teacher_features(teacher, dataset, rows, seed, step, stream, depth, device):
-    """Input of every layer up to `depth` (`[depth + 1]` tensors `(B, N, D)`; the last is the output) and the conditioning `(B, D)`."""
+def read_genotypes(names: list[str] | None) -> list[Genotype] | None:
+    """The genotypes that `bank.only` names: presets, or JSON files."""
+    if names is None:
+        return None
+    genotypes = []
+    for name in names:
+        if name in PRESETS and "layers" in PRESETS[name]:
+            genotypes.append(Genotype.from_layers(PRESETS[name]["layers"], PRESETS[name]["hidden_size"]))
+            continue
+        try:
+            genotypes.append(Genotype.from_json(Path(name).read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError) as error:
+            students = ", ".join(preset for preset, sizes in PRESETS.items() if "layers" in sizes)
+            raise EdgeDiTError(f"bank.only names {name!r}, which is neither a student preset ({students}) nor a genotype file: {error}") from None
+    return genotypes
+
+
+def features_at(teacher, dataset, rows: int, seed: int, step: int, stream: int, device, precision: str, depth: int) -> Features:
+    """Teacher features of the images and noise of a step: functions of (seed, stream, step), whatever the rank or group."""
     batch = dataset.batch(batch_indices(len(dataset), rows, seed + stream, step))
     drawn = draws(seed, step, range(rows), batch["images"].shape[1:], stream=stream)
     diffusion, classes = Diffusion.for_config(teacher.config), teacher.config.num_classes
     t = diffusion.timesteps(drawn.time)
     labels = drop_labels(batch["labels"], drawn.drop, CLASS_DROPOUT, classes).to(device) if classes else None
     noisy = diffusion.noisy(batch["images"], drawn.noise, t)
-    hidden, conditioning = teacher.embed(noisy.to(device), t.to(device), labels)
-    features = [hidden]
-    for block in teacher.blocks[:depth]:
-        features.append(block(features[-1], conditioning))
-    return features, conditioning
-
-
-def share_pairs(space: SearchSpace, rank: int, world_size: int) -> list[int]:
-    """Pairs of layers that a rank owns (a last odd layer counts as a pair): all cost alike, so they are dealt out in turn."""
-    return list(range(rank, (space.num_layers + 1) // 2, world_size))
-
-
-def start_block(teacher: EdgeDiTTransformer2DModel, bank: ProxyBank, layer: LayerSpec, features, conditioning, init: str):
-    """A proxy before training."""
-    sources = [teacher.blocks[i] for i in layer.source]
-    if init == "closed_form":
-        return closed_form_block(sources, features[layer.source[0]], conditioning, layer.attention_dim, layer.mlp_ratio)
-    if init == "copy":
-        return truncated_block(sources[0], layer.attention_dim, layer.mlp_ratio)
-    block = bank.new_block(layer)
-    for linear in (m for m in block.modules() if isinstance(m, nn.Linear)):
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.zeros_(linear.bias)
-    return block
-
-
-@torch.no_grad()
-def losses(proxies: dict[str, tuple[LayerSpec, nn.Module]], features, conditioning, kind: str) -> dict[str, float]:
-    """Feature loss of every proxy."""
-    result = {}
-    for key, (layer, block) in proxies.items():
-        x, target = features[layer.source[0]], features[layer.source[-1] + 1]
-        result[key] = feature_loss(block(x, conditioning), target, x, kind).item()
-    return result
+    return proxy_group.teacher_features(teacher, noisy.to(device), t.to(device), labels, depth, precision)
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
-    options, device = config.bank, accelerator.device
+    options, device, precision = config.bank, accelerator.device, accelerator.mixed_precision
+    if precision not in ("no", "bf16"):
+        raise EdgeDiTError(f"The proxy bank is made in fp32 or bf16, not {precision}; launch with --mixed_precision no or bf16.")
     dataset, _ = load_training_set(config, accelerator)
-    teacher = load_teacher(config).transformer.to(device).eval().requires_grad_(False)
+    teacher = load_teacher(config).transformer.eval().requires_grad_(False)
     check_fits_data(teacher.config, dataset)
     space = search_space_of(config, teacher.config)
+    wanted = wanted_proxies(space, read_genotypes(options.only))
+    memory = MemoryModel(
+        space,
+        dict(teacher.config),
+        tokens=(teacher.config.sample_size // teacher.config.patch_size) ** 2,
+        batch_size=options.batch_size,
+        calibration_samples=options.calibration_samples,
+        teacher_bytes=2 if precision == "bf16" else 4,
+        state_bytes=2 if options.optimizer == "adamw8bit" else 8,
+        closed_form=options.init == "closed_form",
+        process_bytes=0 if device.type == "cuda" else PROCESS_BYTES,
+    )
+    budget = None if options.memory_budget_gb is None else 1e9 * options.memory_budget_gb
+    plans = plan_bank(wanted, memory, accelerator.num_processes, budget)
+    plan = plans[accelerator.process_index]
+    both_steps = options.both_steps if any(space.option_of(layer) == "both" for layer in wanted) else 0
+    # Ranks go through their groups in step; one with fewer waits at the end. The last step of a round writes the group's files.
+    length = options.steps + both_steps + 1
     state = RunState(
         config.folder("bank"),
         "bank",
-        config.section("data", "bank"),
-        options.steps + options.both_steps,
+        {**config.section("data", "bank"), "precision": precision},
+        max(map(len, plans)) * length,
         seed=config.seed,
         inputs={"teacher": weights_hash(teacher.state_dict()), "data": dataset.fingerprint},
         accelerator=accelerator,
@@ -98,78 +108,103 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         ProxyBank.create(state.folder, teacher, space)
     accelerator.wait_for_everyone()
     bank = ProxyBank(state.folder, teacher)
+    teacher.blocks = teacher.blocks[: depth_of(plan[-1].layers)]  # layers above the rank's own need no memory
+    teacher.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
-    pairs = share_pairs(space, accelerator.process_index, accelerator.num_processes)
-    if not pairs:
-        raise EdgeDiTError(f"{accelerator.num_processes} processes share {(space.num_layers + 1) // 2} pairs of layers; start at most that many.")
-    owned = [layer for layer in space.proxies() if layer.source[0] // 2 in pairs]
-    depth = max(layer.source[-1] for layer in owned) + 1
-    single = [layer for layer in owned if space.option_of(layer) != "both"]
-    both = [layer for layer in owned if space.option_of(layer) == "both"]
+    rows = min(options.batch_size, options.calibration_samples)
+    features_of = partial(features_at, teacher, dataset, seed=config.seed, device=device, precision=precision)
 
-    def features_of(rows: int, step: int, stream: int):
-        return teacher_features(teacher, dataset, rows, config.seed, step, stream, depth, device)
+    def batches(stream: int, depth: int) -> Iterator[Features]:
+        """The calibration or held-out images, a batch at a time."""
+        return (features_of(rows, step=i, stream=stream, depth=depth) for i in range(-(-options.calibration_samples // rows)))
 
-    torch.manual_seed(config.seed)
-    calibration = features_of(options.calibration_samples, 0, CALIBRATION_STREAM)
-    proxies = {bank.key(layer): (layer, start_block(teacher, bank, layer, *calibration, options.init).to(device)) for layer in owned}
-    # Two optimisers with their own schedules; the losses of different proxies share no parameter, so one sum trains each on its own.
-    modules = nn.ModuleDict({key: block for key, (_, block) in proxies.items()}).requires_grad_(True)
-    phases = {}
-    for name, layers in (("single", single), ("both", both)):
-        parameters = [p for layer in layers for p in modules[bank.key(layer)].parameters()]
-        phases[name] = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0, foreach=True)
-    test = features_of(options.calibration_samples, 0, TEST_STREAM)
-    before = Facts(losses(proxies, *test, options.loss))
+    def new_proxy(layer: LayerSpec, block) -> Proxy:
+        block = (bank.new_block(layer) if block is None else block).to(device).requires_grad_(True)
+        return Proxy(layer, block, proxy_group.new_optimizer(options.optimizer, block.parameters(), options.learning_rate))
 
-    state.track(modules=modules, before=before, **phases)
+    def start(members: Group) -> None:
+        """Put the group's single reductions on the device, and measure how all its proxies would start."""
+        for pair in pairs_of(members.layers):
+            calibration, test = ([f.needed_by(pair) for f in batches(stream, depth_of(pair))] for stream in (CALIBRATION_STREAM, TEST_STREAM))
+            calibration = Features.cat(calibration)
+            for layer in pair:
+                key = bank.key(layer)
+                group.starts[key] = {}
+                given = calibration.of(layer)[0], calibration.conditioning
+                for name, block in start_blocks(teacher, layer, given, config.seed, key, options.init):
+                    group.starts[key] |= held_out_losses({name: (layer, block)}, test, precision)
+                    if name == proxy_group.STARTS[options.init] and space.option_of(layer) != "both":
+                        group.proxies[key] = new_proxy(layer, block)
+
+    def judge(step: int, steps: int) -> None:
+        """Add a point to the proxies' curves at a few places: held-out loss after `step` of `steps`."""
+        if group.proxies and step in {0, steps // 16, steps // 4, steps}:
+            for key, loss in held_out_losses(group.blocks(), batches(TEST_STREAM, group.depth), precision).items():
+                group.proxies[key].curve.append([step, loss])
+
+    def write() -> None:
+        """Write the files of the proxies on the device, which have had all their steps."""
+        for key, proxy in group.proxies.items():
+            record = describe_proxy(proxy, group.starts[key], space.option_of(proxy.layer) == "both", config)
+            group.written[key] = bank.write_proxy(proxy.layer, proxy.block, record)
+
+    def combine(members: Group) -> None:
+        """Replace the trained single reductions on the device by the "both" that are put together from them."""
+        singles, group.proxies = group.proxies, {}
+        for layer in (layer for layer in members.layers if space.option_of(layer) == "both"):
+            parts = [singles[bank.key(space.layer(layer.source, name))].block for name in ("attention", "mlp")]
+            group.proxies[bank.key(layer)] = new_proxy(layer, combine_blocks(*parts))
+
+    group = ProxyGroup(new_proxy)
+    state.track(group=group)
+    proxy_group.reset_peak_memory(device)
     for step in state.steps():
-        phase, layers, first, length = ("single", single, 0, options.steps)
-        if step >= options.steps:
-            phase, layers, first, length = ("both", both, options.steps, options.both_steps)
-            if step == options.steps:
-                before.update(combine(proxies, both, bank, test, options.loss))
-        optimizer = phases[phase]
-        set_learning_rate(optimizer, learning_rate_at(step - first, options.learning_rate, options.warmup_steps, length, 0.02))
-        features, conditioning = features_of(options.batch_size, step, 0)
-        total = 0.0
-        for layer in layers:
-            x, target = features[layer.source[0]], features[layer.source[-1] + 1]
-            total = total + feature_loss(modules[bank.key(layer)](x, conditioning), target, x, options.loss)
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        state.log(loss=total / len(layers))
+        number, local = divmod(step, length)
+        if number >= len(plan):
+            continue  # another rank has more groups
+        if local == 0:
+            proxy_group.reset_peak_memory(device)
+            start(plan[number])
+        if local <= options.steps:
+            judge(local, options.steps)
+        if local == options.steps:
+            write()
+            combine(plan[number])
+        if local >= options.steps:
+            judge(local - options.steps, both_steps)
+        if local == options.steps + both_steps:
+            write()
+            group.clear()
+        elif group.proxies:
+            first, steps = (0, options.steps) if local < options.steps else (options.steps, both_steps)
+            rate = learning_rate_at(local - first, options.learning_rate, options.warmup_steps, steps, 0.02)
+            for proxy in group.proxies.values():
+                set_learning_rate(proxy.optimizer, rate)
+            features = features_of(options.batch_size, step=local, stream=TRAIN_STREAM, depth=group.depth)
+            state.log(loss=train_step(group.proxies.values(), features, options.loss, precision))
+        group.peaks[number] = max(group.peaks.get(number, 0), proxy_group.peak_memory(device))
 
-    if options.both_steps == 0:
-        before.update(combine(proxies, both, bank, test, options.loss))
-    after = losses(proxies, *test, options.loss)
-    entries = {}
-    for key, (layer, block) in proxies.items():
-        combined = space.option_of(layer) == "both"
-        record = {
-            "loss_before": before[key],
-            "loss_after": after[key],
-            "steps": options.both_steps if combined else options.steps,
-            "seed": config.seed,
-            "init": "combined" if combined else options.init,
-        }
-        entries[key] = bank.write_proxy(layer, block, record)
-    gathered = gather_object([entries])
+    reports = [[describe_group(members, group.peaks[number]) for number, members in enumerate(plan)]]
+    entries, reports = gather_object([group.written]), gather_object(reports)
     if accelerator.is_main_process:
-        bank.write_index({key: entry for part in gathered for key, entry in part.items()})
-    state.finish(proxies=len(space.proxies()))
+        bank.write_index({key: made for part in entries for key, made in part.items()})
+    state.finish(proxies=len(wanted), memory_budget_gb=options.memory_budget_gb, precision=precision, ranks=reports)
 
 
-def combine(proxies, both: list[LayerSpec], bank: ProxyBank, test, kind: str) -> dict[str, float]:
-    """Start every "both" from the trained attention and MLP proxies of the same layers; returns the losses then."""
-    for layer in both:
-        key = bank.key(layer)
-        stem = key.removesuffix("both")
-        combined = combine_blocks(proxies[stem + "attention"][1], proxies[stem + "mlp"][1])
-        proxies[key][1].load_state_dict(combined.state_dict())
-    return losses({bank.key(layer): proxies[bank.key(layer)] for layer in both}, *test, kind)
+def describe_proxy(proxy: Proxy, starts: dict[str, float], both: bool, config: RunConfig) -> dict:
+    """What the bank's index says of a trained proxy, see [`ProxyBank.entries`]; `starts` are the losses of its untrained stand-ins."""
+    (_, before), (steps, after) = proxy.curve[0], proxy.curve[-1]
+    losses = {**starts, **({"combined": before} if both else {}), "after": after}
+    record = {"loss_before": before, "loss_after": after, "losses": losses, "curve": proxy.curve}
+    return {**record, "steps": steps, "seed": config.seed, "init": "combined" if both else config.bank.init}
+
+
+def describe_group(members: Group, peak: int) -> dict:
+    """A group in `stage.json`."""
+    layers = [members.layers[0].source[0], depth_of(members.layers) - 1]
+    gigabytes = {"predicted_gb": round(members.predicted_bytes / 1e9, 3), "peak_gb": round(peak / 1e9, 3)}
+    return {"teacher_layers": layers, "proxies": len(members.layers), **gigabytes}
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__)
+    recipe_main(run, __doc__, {"--memory-budget-gb": "bank.memory_budget_gb"})

@@ -6,9 +6,10 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,20 +28,27 @@ from .search_space import SearchSpace
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
-def recipe_main(run: Callable[[RunConfig, Any], None], doc: str | None) -> None:
+def recipe_main(run: Callable[[RunConfig, Any], None], doc: str | None, flags: Mapping[str, str] = MappingProxyType({})) -> None:
     """Command line of a recipe: `--config FILE [--override section.key=value …] [--dry-run]`.
 
     Bad input ends with one line on stderr and exit code 2, Ctrl-C (after saving) with 130.
+
+    Args:
+        flags: further options of the recipe and the keys that they set, e.g. `{"--memory-budget-gb": "bank.memory_budget_gb"}`.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="recipe, e.g. training/recipes/digits.yaml")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="e.g. teacher.steps=100; may be repeated")
     parser.add_argument("--dry-run", action="store_true", help="print time, memory and disk a stage, and stop")
+    for flag, key in flags.items():
+        parser.add_argument(flag, dest=key, metavar="VALUE", help=f"the same as --override {key}=VALUE")
     arguments = parser.parse_args()
+    given = {key: vars(arguments)[key] for key in flags.values()}
+    overrides = [*arguments.override, *(f"{key}={value}" for key, value in given.items() if value is not None)]
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()  # loading a small pipeline needs no bar of its own
     try:
-        config = load_config(arguments.config, arguments.override)
+        config = load_config(arguments.config, overrides)
         if arguments.dry_run:
             from .estimate import print_estimate
 

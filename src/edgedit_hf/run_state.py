@@ -198,11 +198,16 @@ def save_state(folder: str | os.PathLike, state: Any, name: str = "state") -> No
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
 
     def encode(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             key = str(len(tensors))
-            tensors[key] = value.detach().cpu().contiguous().clone()
+            tensor = value.detach().cpu().contiguous()
+            # safetensors refuses tensors that share memory; copying only those spares a second copy of everything.
+            start = tensor.untyped_storage().data_ptr()
+            tensors[key] = tensor.clone() if start in storages else tensor
+            storages.add(start)
             return {"tensor": key}
         if isinstance(value, Mapping):
             return {"dict": [[k, encode(v)] for k, v in value.items()]}

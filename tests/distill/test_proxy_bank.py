@@ -154,10 +154,19 @@ def test_the_bank_of_another_teacher_is_refused_with_both_hashes(bank, teacher, 
         ProxyBank(bank.folder, other)
 
 
-def test_a_missing_proxy_is_named(teacher, tmp_path):
+def test_all_missing_proxies_of_a_genotype_are_named(teacher, tmp_path):
     bank = ProxyBank.create(tmp_path / "bank", teacher, SPACE)
-    with pytest.raises(EdgeDiTError, match="has no proxy '02-03/both'; it holds 0 entries. Finish stage bank first"):
-        bank.assemble(SPACE.from_code((0, 19)))
+    genotype = SPACE.from_code((1, 19))  # layer 0 stays, layer 1 has a reduced MLP, 2 and 3 are one
+    assert bank.missing(genotype) == ["01/mlp", "02-03/both"]
+    with pytest.raises(EdgeDiTError, match="has no proxies '01/mlp', '02-03/both'; it holds 0 of 20 entries. Finish stage bank first"):
+        bank.assemble(genotype)
+    layer = genotype.layers[1]
+    bank.write_index({"01/mlp": bank.write_proxy(layer, bank.new_block(layer), RECORD)})
+    with pytest.raises(EdgeDiTError, match="has no proxy '02-03/both'; it holds 1 of 20 entries"):
+        ProxyBank(bank.folder, teacher).assemble(genotype)
+    with pytest.raises(EdgeDiTError, match="has no proxy '02-03/both'"):
+        bank.load(genotype.layers[2])
+    assert bank.missing(SPACE.from_code((0, 0))) == [] and bank.assemble(SPACE.from_code((1, 0))) is not None
 
 
 def change_entry(bank, key: str, **changes) -> None:

@@ -61,16 +61,26 @@ class ProxyBank:
 
     @property
     def entries(self) -> dict[str, dict[str, Any]]:
-        """What the bank holds, by key: file, sha256, source, option, loss_before, loss_after, steps, seed, init."""
+        """What the bank holds, by key: file, sha256, source, option, steps, seed, init, and held-out losses.
+
+        All losses are normalised (1: no better than leaving the layers out) and held-out: `loss_before` and `loss_after` of the proxy's
+        training; `losses`, a dict of "random", "copied", "closed_form" (where that was fitted), "combined" (the start of a "both", from
+        the trained "attention" and "mlp") and "after"; `curve`, pairs (steps done, loss) from the proxy's own start to its end.
+        """
         return self.index["entries"]
 
     def key(self, layer: LayerSpec) -> str:
         """Address of the proxy with this source and shape, e.g. `"03/mlp"` or `"04-05/original"`."""
         return "-".join(f"{i:02d}" for i in layer.source) + "/" + self.space.option_of(layer)
 
-    def missing(self) -> list[str]:
-        """Keys of the search space that the bank does not hold yet."""
-        return [key for key in map(self.key, self.space.proxies()) if key not in self.entries]
+    def missing(self, genotype: Genotype | None = None) -> list[str]:
+        """Keys that the bank does not hold yet, of the proxies that this genotype needs (default: of the whole search space)."""
+        layers = self.space.proxies() if genotype is None else [layer for layer in genotype.layers if not self._is_teachers(layer)]
+        return [key for key in map(self.key, layers) if key not in self.entries]
+
+    def _is_teachers(self, layer: LayerSpec) -> bool:
+        """Whether a layer is one of the teacher's, which no proxy stands for."""
+        return len(layer.source) == 1 and self.space.option_of(layer) == "original"
 
     # ---------------------------------------------------------------- writing
 
@@ -78,7 +88,7 @@ class ProxyBank:
         """Write one proxy's file (aside, then renamed); returns the entry for [`~ProxyBank.write_index`].
 
         Args:
-            record: what is to be remembered: loss_before, loss_after, steps, seed, init.
+            record: what is to be remembered, see [`~ProxyBank.entries`].
         """
         name = self.key(layer).replace("/", "-") + ".safetensors"
         aside = self.folder / f".{name}.tmp-{os.getpid()}"
@@ -107,14 +117,11 @@ class ProxyBank:
         Raises:
             EdgeDiTError: the bank lacks the proxy, or its file is damaged.
         """
-        option = self.space.option_of(layer)
-        if len(layer.source) == 1 and option == "original":
+        if self._is_teachers(layer):
             return self.teacher.blocks[layer.source[0]].state_dict()
         key = self.key(layer)
         if key not in self.entries:
-            raise EdgeDiTError(
-                f"The bank {self.folder} has no proxy {key!r}; it holds {len(self.entries)} entries. Finish stage bank first."
-            )
+            raise self._lacks([key])
         name, sha256 = str(self.entries[key].get("file")), self.entries[key].get("sha256")
         if Path(name).name != name:
             raise EdgeDiTError(f"The index of {self.folder} names the file {name!r}; a proxy's file must lie in the bank's own folder.")
@@ -135,10 +142,18 @@ class ProxyBank:
             raise EdgeDiTError(f"The proxy {path} holds {got}; the layer {layer.to_dict()} needs {expected}.")
         return state
 
+    def _lacks(self, keys: list[str]) -> EdgeDiTError:
+        named = ", ".join(map(repr, keys[:5])) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+        noun = "proxy" if len(keys) == 1 else "proxies"
+        return EdgeDiTError(
+            f"The bank {self.folder} has no {noun} {named}; it holds {len(self.entries)} of {len(self.space.proxies())} entries. "
+            "Finish stage bank first, with a bank.only that names this genotype or is null."
+        )
+
     def new_block(self, layer: LayerSpec, device: str = "cpu") -> EdgeDiTBlock:
         """A block of the layer's shape with untrained weights."""
         with torch.device(device):
-            return EdgeDiTBlock(self.space.hidden_size, *layer.shape, self.teacher.config.norm_eps)
+            return self.teacher.new_block(layer.to_dict())
 
     def assemble(self, genotype: Genotype, *, random_seed: int | None = None) -> EdgeDiTTransformer2DModel:
         """The student of a genotype: the teacher's trunk and kept layers, the bank's proxies for the rest.
@@ -148,9 +163,11 @@ class ProxyBank:
             random_seed: when given, proxies are left at DiT's random initialisation instead (to see what distillation is worth).
 
         Raises:
-            EdgeDiTError: the genotype does not fit the teacher, or a proxy is missing.
+            EdgeDiTError: the genotype does not fit the teacher, or proxies are missing (they are named).
         """
         self.space.code(genotype)  # raises when the genotype is of another teacher or space
+        if random_seed is None and (missing := self.missing(genotype)):
+            raise self._lacks(missing)
         config = {k: v for k, v in self.teacher.config.items() if not k.startswith("_")}
         state = torch.random.get_rng_state()
         torch.default_generator.manual_seed(0 if random_seed is None else random_seed)  # the CPU's alone: blocks start there
@@ -161,7 +178,6 @@ class ProxyBank:
         trunk = {k: v for k, v in self.teacher.state_dict().items() if not k.startswith("blocks.")}
         student.load_state_dict(trunk, strict=False)
         for block, layer in zip(student.blocks, genotype.layers):
-            original = len(layer.source) == 1 and self.space.option_of(layer) == "original"
-            if original or random_seed is None:
+            if self._is_teachers(layer) or random_seed is None:
                 block.load_state_dict(self.load(layer))
         return student.to(self.teacher.dtype).eval()

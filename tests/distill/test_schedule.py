@@ -1,0 +1,142 @@
+"""Shares of ranks, groups that fit the memory, and which proxies a genotype needs: pure functions against brute force."""
+
+import itertools
+import random
+
+import pytest
+
+from edgedit_hf import Genotype, SearchSpace
+from edgedit_hf.distill.schedule import MemoryModel, contiguous_shares, depth_of, fitting_groups, pairs_of, plan_bank, prefix_cost, step_cost, wanted_proxies
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.models.transformer_edgedit import PRESETS
+
+SPACE = SearchSpace(7, 32, 2)
+XL_CONFIG = {
+    **{"sample_size": 32, "in_channels": 4, "num_classes": 1000, "learn_sigma": True, "mlp_ratio": 4.0},
+    **PRESETS["DiT-XL/2"],
+}
+XL = SearchSpace(28, 1152, 16)
+
+
+def xl_memory(**changes) -> MemoryModel:
+    return MemoryModel(**{"space": XL, "model_config": XL_CONFIG, "tokens": 256, "batch_size": 32, "calibration_samples": 32, **changes})
+
+
+# -------------------------------------------------------------------- units
+
+
+def test_a_pair_holds_ten_proxies_and_a_last_odd_layer_three():
+    pairs = pairs_of(SPACE.proxies())
+    assert [len(pair) for pair in pairs] == [10, 10, 10, 3] and [depth_of(pair) for pair in pairs] == [2, 4, 6, 7]
+    assert sorted(sum((list(pair) for pair in pairs), []), key=str) == sorted(SPACE.proxies(), key=str)
+    assert len(pairs_of(XL.proxies())) == 14 and len(XL.proxies()) == 140
+
+
+def test_a_genotype_needs_its_reduced_and_merged_layers_and_the_parts_of_both():
+    def names(*codes):
+        return [(layer.source, SPACE.option_of(layer)) for layer in wanted_proxies(SPACE, [SPACE.from_code(code) for code in codes])]
+
+    assert names((0, 0, 1, 0)) == [((5,), "mlp")]
+    assert names((0, 0, 16, 0)) == [((4, 5), "original")]
+    assert names((0, 0, 0, 3)) == [((6,), "mlp"), ((6,), "attention"), ((6,), "both")]
+    assert names((19, 0, 0, 0)) == [((0, 1), option) for option in ("mlp", "attention", "both")]
+    assert names((0, 0, 1, 0), (0, 0, 2, 0)) == [((5,), "mlp"), ((5,), "attention")]
+    assert wanted_proxies(SPACE, None) == SPACE.proxies()
+
+
+@pytest.mark.parametrize(("name", "option"), [("EdgeDiT-1", "mlp"), ("EdgeDiT-6", "attention")])
+def test_a_published_student_needs_25_of_the_140(name, option):
+    wanted = wanted_proxies(XL, [Genotype.from_layers(PRESETS[name]["layers"], 1152)])
+    assert len(wanted) == 25 and {XL.option_of(layer) for layer in wanted} == {option}
+
+
+def test_a_genotype_that_needs_nothing_or_does_not_fit_is_refused():
+    with pytest.raises(EdgeDiTError, match="they need no proxies"):
+        wanted_proxies(SPACE, [Genotype.original(7, 32, 2)])
+    with pytest.raises(EdgeDiTError, match="replaces 6 layers of width 32, but the teacher has 7"):
+        wanted_proxies(SPACE, [Genotype.original(6, 32, 2)])
+
+
+# -------------------------------------------------------------------- shares
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_shares_are_the_best_contiguous_ones(seed):
+    rng = random.Random(seed)
+    count = rng.randint(1, 8)
+    work, prefix = [rng.random() for _ in range(count)], sorted(rng.random() for _ in range(count))
+    for ranks in range(1, count + 1):
+        shares = contiguous_shares(work, prefix, ranks)
+        assert [i for share in shares for i in share] == list(range(count)) and all(len(share) for share in shares)
+
+        def slowest(ends):
+            return max(sum(work[a:b]) + prefix[b - 1] for a, b in zip((0, *ends), (*ends, count)))
+
+        best = min(slowest(ends) for ends in itertools.combinations(range(1, count), ranks - 1))
+        assert slowest([share.stop for share in shares[:-1]]) == pytest.approx(best)
+
+
+def test_at_xl_scale_ranks_cost_alike_and_the_deepest_rank_owns_least():
+    pairs = pairs_of(XL.proxies())
+    work = [sum(step_cost(XL, layer, 256, 32) for layer in pair) for pair in pairs]
+    prefix = [prefix_cost(XL, depth_of(pair), 256, 32) for pair in pairs]
+    for ranks in (2, 4, 7):
+        shares = contiguous_shares(work, prefix, ranks)
+        costs = [sum(work[i] for i in share) + prefix[share[-1]] for share in shares]
+        assert max(costs) <= 1.25 * (sum(work) + sum(prefix[share[-1]] for share in shares)) / ranks
+        assert len(shares[-1]) <= len(shares[0])
+
+
+def test_more_ranks_than_pairs_is_refused():
+    with pytest.raises(EdgeDiTError, match="5 processes share 4 pairs of layers; start at most that many"):
+        plan_bank(SPACE.proxies(), MemoryModel(SPACE, {**XL_CONFIG, "hidden_size": 32}, 16, 4, 8), 5, None)
+
+
+# -------------------------------------------------------------------- memory
+
+
+def test_groups_are_contiguous_fit_and_are_as_few_as_can_be():
+    pairs = pairs_of(XL.proxies())
+    memory = xl_memory()
+
+    def predict(layers):
+        return memory.predict(layers, 28)
+
+    assert len(fitting_groups(pairs, predict, None)) == 1
+    for budget in (9e9, 12e9, 20e9, 60e9):
+        groups = fitting_groups(pairs, predict, budget)
+        assert [layer for group in groups for layer in group.layers] == [layer for pair in pairs for layer in pair]
+        assert all(group.predicted_bytes == predict(group.layers) <= budget for group in groups)
+        fewest = next(
+            count
+            for count in range(1, 15)
+            for ends in itertools.combinations(range(1, 14), count - 1)
+            if all(predict([x for pair in pairs[a:b] for x in pair]) <= budget for a, b in zip((0, *ends), (*ends, 14)))
+        )
+        assert len(groups) == fewest
+
+
+@pytest.mark.parametrize("budget", [0.0, 5e9])
+def test_a_budget_too_small_for_one_pair_quotes_both_numbers(budget):
+    with pytest.raises(EdgeDiTError, match=rf"teacher layers 0–1 need \d+\.\d\d GB .* but bank.memory_budget_gb is {budget / 1e9:g}\. Raise it"):
+        plan_bank(XL.proxies(), xl_memory(), 1, budget)
+
+
+def test_every_lever_lowers_the_prediction():
+    layers = pairs_of(XL.proxies())[0] + pairs_of(XL.proxies())[1]
+    usual = xl_memory().predict(layers, 28)
+    assert xl_memory(teacher_bytes=2).predict(layers, 28) < usual
+    assert xl_memory(state_bytes=2).predict(layers, 28) < usual
+    assert xl_memory(batch_size=4).predict(layers, 28) < usual
+    assert xl_memory().predict(layers, 4) < usual  # a rank of the first layers runs, and holds, the first layers alone
+    big = xl_memory(calibration_samples=1024)
+    assert xl_memory(calibration_samples=1024, closed_form=False).predict(layers, 28) < big.predict(layers, 28)
+
+
+def test_the_proxies_of_dit_xl_take_what_a_hand_count_says():
+    memory = xl_memory(process_bytes=0, batch_size=1, calibration_samples=1, closed_form=False)
+    assert memory.weights(XL.proxies()) == pytest.approx(2.65e9, rel=0.01)
+    assert memory.teacher(28) == 675_129_632 - 256 * 1152  # without the fixed position embedding
+    alone = memory.predict(XL.proxies(), 28)
+    single = [layer for layer in XL.proxies() if XL.option_of(layer) != "both"]
+    assert alone == pytest.approx(12 * memory.weights(single) + 4 * memory.teacher(28), rel=0.05)
