@@ -401,7 +401,8 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
                 f"with height and width multiples of {patch}."
             )
         rows, columns = height // patch, width // patch
-        tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # [B, N, D]
+        # Contiguous from the start: every layer would otherwise inherit the convolution's layout and copy for its norms and products.
+        tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2).contiguous()  # [B, N, D]
         native = self.config.sample_size // patch
         if (rows, columns) == (native, native):
             position = self.pos_embed
