@@ -20,7 +20,7 @@ HELP = """
 import resource, sys
 before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
 from edgedit_hf.commands.cli import main
-for arguments in (["--help"], ["info", "--help"], ["recipes", "copy", "--help"], ["init", "--help"], ["select", "--help"]):
+for arguments in (["--help"], ["info", "--help"], ["recipes", "copy", "--help"], ["init", "--help"], ["select", "--help"], ["convert", "--help"]):
     try:
         main(arguments)
     except SystemExit as done:
@@ -34,7 +34,7 @@ assert spent < 0.5, f"help took {spent:.2f} s of CPU"
 
 def test_help_is_quick_and_imports_no_torch(run_python):
     printed = run_python(HELP)
-    for command in ("info", "init", "recipes", "select", "report"):
+    for command in ("info", "convert", "init", "recipes", "select", "report"):
         assert command in printed
 
 
@@ -163,3 +163,30 @@ def test_interrupted(monkeypatch, tmp_path):
 
     monkeypatch.setattr(init, "run", lambda args: signal.raise_signal(signal.SIGINT))
     assert main(["init"]) == 130
+
+
+# -------------------------------------------------------------------- convert
+
+
+def test_convert_writes_a_pipeline_that_samples(tmp_path, capsys):
+    import torch
+    from diffusers import DiffusionPipeline
+    from safetensors.torch import load_file
+
+    oracle = load_file(Path(__file__).parent / "models" / "oracles" / "sit.safetensors")
+    weights = {key.removeprefix("weights."): value for key, value in oracle.items() if key.startswith("weights.")}
+    source, output = tmp_path / "SiT-tiny.pt", tmp_path / "pipeline"
+    torch.save(weights, source)
+    arguments = ["convert", str(source), str(output), "--heads", "4"]
+    assert main(arguments) == 0
+    assert "2 layers of width 48" in capsys.readouterr().out
+    pipeline = DiffusionPipeline.from_pretrained(output)
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    assert pipeline([1], num_inference_steps=2, output_type="latent").images.isfinite().all()
+    assert main(arguments) == 2 and "holds a pipeline already" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--image-size", "256"]) == 2
+    assert "sample size 8 (64² images" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--image-size", "128", "--allow-resize"]) == 0
+    assert "sample size 16" in capsys.readouterr().out
+    assert main(["info", str(source)]) == 2 and "edgedit convert" in capsys.readouterr().err

@@ -487,3 +487,130 @@ def test_blocks_are_not_split_over_devices(make_transformer):
     for index in range(len(model.blocks)):
         assert len({device for name, device in where.items() if name == "blocks" or name.startswith(f"blocks.{index}")}) == 1
         assert not any(name.startswith(f"blocks.{index}.") for name in where)
+
+
+# -------------------------------------------------------------------- modulations computed beforehand
+
+
+@pytest.mark.parametrize("name", ["original", "mixed"])
+@torch.no_grad()
+def test_precomputed_modulations_give_the_same_output(make_transformer, name):
+    model = make_transformer(layers=LAYERS[name])
+    timesteps, labels = torch.tensor([999.0, 500.0, 3.0]), torch.tensor([2, 7])
+    table = model.precompute_modulation(timesteps, labels)
+    assert table.shape == (3, 2, 6 * len(model.blocks) + 2, 32)
+    x, _, _ = inputs(batch=2)
+    for step, timestep in enumerate(timesteps):
+        expected = model(x, timestep, labels).sample
+        found = model(x, None, modulation=table[step]).sample
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+    unconditional = make_transformer(num_classes=0)
+    step = unconditional.precompute_modulation(timesteps)[1].expand(2, -1, -1)
+    torch.testing.assert_close(unconditional(x, None, modulation=step).sample, unconditional(x, timesteps[1]).sample, rtol=0, atol=1e-5)
+
+
+def test_the_table_stays_below_the_weights_that_make_it(make_transformer):
+    model = make_transformer()
+    weights = sum(p.numel() for block in model.blocks for p in block.modulation.parameters())
+    for labels in (1, 3, 20):
+        table = model.precompute_modulation(torch.arange(model.modulation_steps(labels)), torch.arange(labels) % 10)
+        assert table[..., : 6 * len(model.blocks), :].numel() <= weights
+    assert model.modulation_steps(1000) == 1
+
+
+@torch.no_grad()
+def test_offloaded_modulations_are_read_from_their_file_and_come_back(make_transformer, tmp_path):
+    model = make_transformer()
+    x, t, y = inputs()
+    expected = output(model)
+    table = model.precompute_modulation(t, y)
+    held = sum(p.numel() for p in model.parameters())
+    model.offload_modulation(tmp_path / "modulation.safetensors")
+    assert held - sum(p.numel() for p in model.parameters()) == 4 * 6 * 32 * 33
+    assert torch.equal(model.precompute_modulation(t, y), table)
+    rows = torch.arange(3)
+    assert torch.allclose(model(x, None, modulation=table[rows, rows]).sample, expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"call restore_modulation\(\)|restore_modulation\(\)"):
+        model(x, t, y)
+    with pytest.raises(ValueError, match="before saving the model"):
+        model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="already"):
+        model.offload_modulation(tmp_path / "other.safetensors")
+    model.restore_modulation()
+    assert torch.equal(output(model), expected) and sum(p.numel() for p in model.parameters()) == held
+    with pytest.raises(ValueError, match="exists; offload_modulation writes a file of its own"):
+        model.offload_modulation(tmp_path / "modulation.safetensors")
+
+
+def test_a_table_that_does_not_fit_is_refused(make_transformer):
+    model = make_transformer()
+    table = model.precompute_modulation(torch.tensor([1.0]), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"modulation has the shape \(2, 26, 32\); this model and batch need \(3, 26, 32\)"):
+        model(inputs()[0], None, modulation=table[0])
+    with pytest.raises(ValueError, match="visible needs a model with side blocks"):
+        model(*inputs(), visible=torch.zeros(3, 4, dtype=torch.long))
+
+
+# -------------------------------------------------------------------- what DiT's relatives have
+
+
+RELATIVES = {
+    "long skips": {"long_skips": [[0, 2], [-1, 3]]},
+    "learned positions": {"learned_position": True, "position_bias": True},
+    "everything": {"long_skips": [[0, 1], [-1, 2]], "decoder_start": 2, "side_layers": 1, "learned_position": True, "position_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives_of_dit_count_save_and_learn(make_transformer, name, tmp_path):
+    model = make_transformer(**RELATIVES[name])
+    assert model_cost(model.config).weights == sum(p.numel() for p in model.parameters())
+    plain, flops = make_transformer(), []
+    for network in (model, plain):
+        with FlopCounterMode(display=False) as counter:
+            output(network, *inputs(batch=1))
+        flops.append(counter.get_total_flops())
+    assert flops[0] - flops[1] == 2 * (model_cost(model.config).macs - model_cost(plain.config).macs)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(EdgeDiTTransformer2DModel.from_pretrained(tmp_path)), output(model))
+    visible = torch.tensor([[0, 2, 5], [1, 2, 3], [7, 8, 15]]) if model.config.side_layers else None
+    model.train().enable_gradient_checkpointing()
+    model(*inputs(), visible=visible).sample.sum().backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None]
+    assert idle == ([] if visible is not None or not model.config.side_layers else ["mask_token"])
+
+
+def test_layer_features_are_the_layers_inputs_and_outputs(make_transformer):
+    model = make_transformer(**RELATIVES["everything"])
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, given, out: seen.append((given[0], out)))
+    with torch.no_grad():
+        tokens, conditioning = model.embed(*inputs())
+        features = model.layer_features(tokens, conditioning)
+        expected = list(seen)
+        seen.clear()
+        output(model)
+        shallow = model.layer_features(tokens, conditioning, depth=2)
+    assert all(torch.equal(a, b) for pair in zip(zip(*features), expected) for a, b in zip(*pair))
+    assert all(torch.equal(a, b) for pair in zip(expected, seen[:4]) for a, b in zip(*pair))
+    assert len(shallow[0]) == len(shallow[1]) == 2 and torch.equal(shallow[1][1], features[1][1])
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"long_skips": [[2, 1]]}, r"The long skip \[2, 1\]"),
+        ({"long_skips": [[0, 9]]}, r"The long skip \[0, 9\]"),
+        ({"decoder_start": 7}, "decoder_start is 7"),
+        ({"side_layers": 1}, "side_layers is 1, but there is no decoder_start"),
+    ],
+)
+def test_a_structure_that_makes_no_sense_is_refused(make_transformer, config, said):
+    with pytest.raises(ValueError, match=said):
+        make_transformer(**config)
+
+
+def test_learned_positions_have_one_size(make_transformer):
+    with pytest.raises(ValueError, match="positions are learned: it takes only 8 × 8"):
+        output(make_transformer(learned_position=True), *inputs(height=16))

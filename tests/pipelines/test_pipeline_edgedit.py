@@ -278,6 +278,41 @@ def test_no_guidance_takes_one_pass_and_guidance_two_in_one_batch(pipeline):
     assert batches == [2, 2, 2, 4, 4, 4]
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+def test_modulations_of_the_schedule_change_nothing(pipeline, chunk, monkeypatch):
+    def sample():
+        generator = torch.Generator().manual_seed(0)
+        return pipeline([3, 1, 3], guidance_scale=2.0, num_inference_steps=5, generator=generator, output_type="latent").images
+
+    monkeypatch.setattr(type(pipeline.transformer), "modulation_steps", lambda self, labels: chunk)
+    found = sample()
+    monkeypatch.delattr(type(pipeline.transformer), "precompute_modulation")
+    expected = sample()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_sampling_goes_on_without_the_modulation_weights(pipeline, tmp_path):
+    def sample():
+        return pipeline([3, 1], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images
+
+    expected = sample()
+    pipeline.transformer.offload_modulation(tmp_path / "modulation.safetensors")
+    np.testing.assert_allclose(sample(), expected, atol=1e-5)
+    pipeline.transformer.restore_modulation()
+    np.testing.assert_allclose(sample(), expected, atol=1e-5)
+
+
+def test_only_the_chosen_channels_are_guided(make_transformer):
+    def sample(channels):
+        pipeline = quiet(EdgeDiTPipeline(transformer, scheduler("DDIMScheduler", clip_sample=False), guidance_channels=channels))
+        return pipeline([3], guidance_scale=3.0, num_inference_steps=1, latents=noise, output_type="latent").images
+
+    transformer, noise = make_transformer(in_channels=4), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    everything, some, nothing = sample(None), sample(3), sample(0)
+    assert torch.equal(some[:, :3], everything[:, :3]) and torch.equal(some[:, 3:], nothing[:, 3:])
+    assert not torch.equal(everything[:, 3:], nothing[:, 3:])
+
+
 def test_callback_sees_every_step_and_may_change_latents_or_stop(pipeline):
     seen = []
 

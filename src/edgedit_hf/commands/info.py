@@ -128,6 +128,8 @@ def _hub_config(name: str) -> dict[str, Any]:
                 break
     near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
     hint = f"near it: {', '.join(near)}" if near else f"presets: {', '.join(PRESETS)}"
+    if Path(name).is_file():
+        hint = f"if it is a DiT, SiT or MDT checkpoint, convert it first: edgedit convert {name} OUT"
     raise EdgeDiTError(f"{name!r} is neither a folder, nor a preset, nor a model in reach on the Hub; {hint}.")
 
 
