@@ -13,11 +13,12 @@ from accelerate import Accelerator
 from reference import describe_reference, load_reference
 from safetensors.torch import load_file, save_file
 
-from edgedit_hf.export.onnx import export_onnx, initializer_bytes, quantize_int8
-from edgedit_hf.export.runtime import MODEL_FILE
+from edgedit_hf.export.executorch import export_executorch
+from edgedit_hf.export.onnx import export_onnx, quantize_int8
+from edgedit_hf.export.verify import weight_bytes
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.latency.protocol import environment, measure, paired_ratio
-from edgedit_hf.latency.runners import TorchRunner, onnx_runner
+from edgedit_hf.latency.runners import TorchRunner, executorch_runner, onnx_runner
 from edgedit_hf.launch import load_pipeline, load_run_images, recipe_main, teacher_path
 from edgedit_hf.metrics.features import class_agreement
 from edgedit_hf.metrics.generative import frechet_distance, precision_recall, psnr
@@ -36,11 +37,14 @@ MODELS = (
     ("student-tuned", "student-tuned"),
     ("exported/onnx-fp32", "exported"),
     ("exported/onnx-int8", "exported"),
+    ("exported/executorch-fp32", "exported"),
+    ("exported/executorch-int8", "exported"),
+    ("exported/executorch-int4", "exported"),
 )
 
 
 def measure_latencies(pipelines: dict, config: RunConfig) -> dict:
-    """Whole networks of each architecture, torch and ONNX Runtime, fp32 and int8, timed interleaved in one run."""
+    """Whole networks of each architecture in torch, ONNX Runtime (fp32 and int8) and, where exported, ExecuTorch: interleaved in one run."""
     options, threads = config.evaluate, config.latency.threads
     runners, hashes = {}, {}
     with TemporaryDirectory() as folder:
@@ -53,13 +57,18 @@ def measure_latencies(pipelines: dict, config: RunConfig) -> dict:
             runners[name, "torch-fp32"] = TorchRunner(model, batch, threads)
             runners[name, "onnxruntime-fp32"] = onnx_runner(fp32, model.config, batch, threads)
             runners[name, "onnxruntime-int8"] = onnx_runner(int8, model.config, batch, threads)
+            for precision in config.export.executorch:
+                file = Path(folder, f"{name}-{precision}.pte")
+                export_executorch(model, file, precision, batch)
+                runners[name, f"executorch-{precision}"] = executorch_runner(file, model.config, batch, threads)
         timings = measure(runners, repeats=options.latency_repeats)
     measured = {hashes[name]: {} for name in hashes}
     for (name, runtime), timing in timings.items():
         measured[hashes[name]][runtime] = timing.median_ms
     ratios = {
         runtime: paired_ratio(timings["teacher", runtime], timings["student-tuned", runtime])
-        for runtime in ("torch-fp32", "onnxruntime-fp32", "onnxruntime-int8")
+        for name, runtime in runners
+        if name == "teacher"
     }
     return {
         "latency_ms": measured,
@@ -71,11 +80,11 @@ def measure_latencies(pipelines: dict, config: RunConfig) -> dict:
     }
 
 
-def weight_bytes(folder: Path, precision: str | None, cost: Cost) -> dict[str, int]:
+def bytes_by_precision(transformer, cost: Cost) -> dict[str, int]:
     """Bytes of the weights at each precision; of an export what its file holds."""
-    if precision is None:
+    if isinstance(transformer, torch.nn.Module):
         return {name: cost.bytes(name) for name in BYTES}
-    return {precision: sum(initializer_bytes(folder / "transformer" / MODEL_FILE).values())}
+    return {transformer.config.precision: sum(weight_bytes(transformer.path).values())}
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
@@ -127,6 +136,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         cost = model_cost(model)
         genotype = Genotype.from_layers(model["layers"], model["hidden_size"])
         runtimes = latency.get(genotype.hash, {})
+        shipped = f"{'executorch' if 'executorch' in name else 'onnxruntime'}-{model.get('precision')}"
         result = {
             "name": name.removeprefix("exported/"),
             "stage": stage,
@@ -134,8 +144,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "genotype_hash": genotype.hash,
             "parameters": cost.parameters,
             "flops": cost.flops,
-            "bytes": weight_bytes(folders[name], model.get("precision"), cost),
-            "latency_ms": runtimes if stage != "exported" else {k: v for k, v in runtimes.items() if k == f"onnxruntime-{model['precision']}"},
+            "bytes": bytes_by_precision(pipeline.transformer, cost),
+            "latency_ms": runtimes if stage != "exported" else {k: v for k, v in runtimes.items() if k == shipped},
             "metrics": {metric: distance, "precision": precision, "recall": recall},
             "precision": precision,
             "recall": recall,

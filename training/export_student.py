@@ -1,14 +1,14 @@
-"""Stage 7: export the tuned student to ONNX, verified against eager PyTorch and timed.
+"""Stage 7: export the tuned student to ONNX and, where asked for, ExecuTorch, verified against eager PyTorch and timed.
 
     accelerate launch training/export_student.py --config training/recipes/digits.yaml
 
-Writes <output_dir>/exported/onnx-fp32 and onnx-int8: pipeline folders that DiffusionPipeline.from_pretrained loads, with ONNX Runtime
+Writes <output_dir>/exported/onnx-fp32, onnx-int8, executorch-…: pipeline folders that DiffusionPipeline.from_pretrained loads, with the runtime
 underneath. `optimum-cli export edgedit` does the same for any pipeline.
 """
 
 from accelerate import Accelerator
 
-from edgedit_hf.export.onnx import export_pipeline
+from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.launch import load_pipeline, recipe_main
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState, weights_hash
@@ -19,26 +19,27 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         return
     source = config.folder("student-tuned")
     pipeline = load_pipeline(source, "stage tune (training/finetune.py)")
+    exports = [("onnx", dtype) for dtype in config.export.dtypes] + [("executorch", dtype) for dtype in config.export.executorch]
     state = RunState(
         config.folder("exported"),
         "export",
         config.section("export"),
-        len(config.export.dtypes),
+        len(exports),
         seed=config.seed,
         inputs={"student-tuned": weights_hash(pipeline.transformer.state_dict())},
         unit="export",
     )
     if state.finished:
         return
-    dtypes = config.export.dtypes
-    done = sum((state.folder / f"onnx-{dtype}" / "verify.json").exists() for dtype in dtypes)
-    state.continue_at(done)
+    outputs = [state.folder / f"{kind}-{dtype}" for kind, dtype in exports]
+    state.continue_at(sum((output / "verify.json").exists() for output in outputs))
     for index in state.steps():
-        output = state.folder / f"onnx-{dtypes[index]}"
+        kind, dtype = exports[index]
         export_pipeline(
             source,
-            output,
-            dtype=dtypes[index],
+            outputs[index],
+            format=kind,
+            dtype=dtype,
             threads=config.export.threads,
             seed=config.seed,
             bench_batches=(1, config.evaluate.latency_batch_size),

@@ -1,4 +1,4 @@
-"""Stage 3: the latency table. Every distinct block shape is lowered to ONNX and timed once, in the runtime and precision that will ship.
+"""Stage 3: the latency table. Every distinct block shape is lowered and timed once, in the runtime and precision that will ship.
 
     accelerate launch training/measure_latency.py --config training/recipes/digits.yaml
 
@@ -31,6 +31,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         space,
         batch=options.batch_size,
         threads=options.threads,
+        runtime=options.runtime,
         precision=options.precision,
         repeats=options.repeats,
         progress=lambda done, asked: next(rounds, None),

@@ -15,6 +15,7 @@ _NAMES = {
     "EdgeDiTError": ".errors",
     "EdgeDiTPipeline": ".pipelines.pipeline_edgedit",
     "EdgeDiTTransformer2DModel": ".models.transformer_edgedit",
+    "ExecutorchEdgeDiTTransformer2DModel": ".export.runtime",
     "Genotype": ".genotype",
     "LayerSpec": ".genotype",
     "OnnxEdgeDiTTransformer2DModel": ".export.runtime",

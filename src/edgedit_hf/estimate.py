@@ -15,6 +15,8 @@ from .search_space import layer_cost, model_cost
 BASE_MEMORY = 0.9e9  # interpreter with torch, diffusers, botorch, onnxruntime
 TRAIN_FORWARDS = 3  # a training step costs about three forwards
 TABLE_ROUND_NETWORKS = 12  # networks timed in a round of the latency table
+LOWERING_SECONDS = 3.0  # a layer of a network, in ExecuTorch
+EXPORTED_SHARE = {"fp32": 1.0, "int8": 0.27, "int4": 0.17}  # of the weights in fp32
 
 
 @dataclass(frozen=True)
@@ -81,19 +83,21 @@ def estimate(config: RunConfig) -> list[Estimate]:
     both = TRAIN_FORWARDS * sum(c.flops for o, c in proxies if o == "both")
     bank_flops = bank.batch_size * (bank.steps * (single + cost.flops) + bank.both_steps * (both + cost.flops))
     genotypes = search.evaluations + (search.evaluations - search.initial if search.random_baseline else 0)
-    models = 2 + tune.teacher_more_steps + tune.random_proxies + 1 + len(config.export.dtypes)
+    exports = [*config.export.dtypes, *config.export.executorch]
+    lowering = LOWERING_SECONDS * model.config.num_layers  # of one network in ExecuTorch
+    models = 2 + tune.teacher_more_steps + tune.random_proxies + 1 + len(exports)
     steps_of_table = TABLE_ROUND_NETWORKS * config.latency.repeats * 2 * config.latency.batch_size
     kd = 4 / 3 if tune.output_kd else 1
-    exported = weights * (1.25 if "int8" in config.export.dtypes else 1)
+    exported = weights * sum(EXPORTED_SHARE[precision] for precision in exports)
     seconds = {
         "teacher": 0.0 if teacher.path else training(teacher.steps, teacher.batch_size),
         "bank": bank_flops / rate,
-        "latency": 15 + steps_of_table * cost.flops / rate,
+        "latency": 15 + steps_of_table * cost.flops / rate + (TABLE_ROUND_NETWORKS * lowering if config.latency.runtime == "executorch" else 0.0),
         "search": 15 + search.evaluations + genotypes * sampling(search.samples, search.sampling_steps, search.guidance_scale),
         "student": 1.0,
         "tune": runs * training(tune.steps, tune.batch_size) * kd,
-        "export": 15.0 * len(config.export.dtypes),
-        "evaluate": 20 + models * sampling(judged.samples, judged.sampling_steps, judged.guidance_scale),
+        "export": 15.0 * len(exports) + len(config.export.executorch) * lowering,
+        "evaluate": 20 + 2 * len(config.export.executorch) * lowering + models * sampling(judged.samples, judged.sampling_steps, judged.guidance_scale),
     }
     memory = {
         "teacher": 5 * weights + activations(teacher.batch_size),

@@ -24,6 +24,9 @@ MODEL_LABELS = {
     "student-tuned": "student, tuned",
     "onnx-fp32": "exported, fp32",
     "onnx-int8": "exported, int8",
+    "executorch-fp32": "exported, ExecuTorch fp32",
+    "executorch-int8": "exported, ExecuTorch int8 (8da8w)",
+    "executorch-int4": "exported, ExecuTorch int4 (8da4w)",
 }
 RUNTIME_LABELS = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "executorch": "ExecuTorch", "coreml": "Core ML"}
 PIPELINE_TAG = "unconditional-image-generation"  # the Hub has no tag of its own for class-conditional generation

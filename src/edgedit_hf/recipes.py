@@ -100,7 +100,8 @@ class LatencyConfig:
 
     batch_size: int = _key(32, "images a forward", minimum=1)
     threads: int = _key(2, "threads of the runtime", minimum=1)
-    precision: str = _key("fp32", "precision of the measured artefacts", ("fp32", "int8"))
+    runtime: str = _key("onnxruntime", "runtime that will ship: onnxruntime or executorch", ("onnxruntime", "executorch"))
+    precision: str = _key("fp32", "precision of the measured artefacts: fp32, int8, or int4 (executorch only)", ("fp32", "int8", "int4"))
     repeats: int = _key(40, "measurements a shape; the median counts", minimum=3)
 
 
@@ -123,6 +124,7 @@ class SearchConfig:
 class StudentConfig:
     """Which point of the front becomes the student."""
 
+    genotype: str | None = _key(None, "a preset (EdgeDiT-1) or a genotype JSON file to build instead: no latency table, search and report then")
     max_latency_ms: float | None = _key(None, "latency budget (table latency); null: see max_latency_ratio", minimum=0.0)
     max_latency_ratio: float | None = _key(0.7, "budget as a share of the teacher's table latency; null with max_latency_ms null: knee point", minimum=0.0)
     max_parameters_ratio: float | None = _key(0.8, "parameters at most this share of the teacher's; null: no bound", minimum=0.0)
@@ -160,6 +162,7 @@ class ExportConfig:
     """Artefacts for the phone's runtime."""
 
     dtypes: list[str] = _key(lambda: ["fp32", "int8"], "precisions of the ONNX exports: fp32, int8")
+    executorch: list[str] = _key(lambda: [], "precisions of the ExecuTorch exports: fp32, int8 (8da8w), int4 (8da4w); needs edgedit_hf[executorch]")
     threads: int = _key(2, "threads of the runtime when exports are timed", minimum=1)
 
 
@@ -295,9 +298,12 @@ def _check(config: RunConfig, source: str) -> None:
         )
     if search.initial > search.evaluations:
         raise EdgeDiTError(f"{source}: search.initial {search.initial} exceeds search.evaluations {search.evaluations}.")
-    for dtype in config.export.dtypes:
-        if dtype not in ("fp32", "int8"):
-            raise EdgeDiTError(f"{source}: export.dtypes holds {dtype!r}; it may hold fp32 and int8.")
+    for key, allowed in (("dtypes", ("fp32", "int8")), ("executorch", ("fp32", "int8", "int4"))):
+        for dtype in getattr(config.export, key):
+            if dtype not in allowed:
+                raise EdgeDiTError(f"{source}: export.{key} holds {dtype!r}; it may hold {', '.join(allowed)}.")
+    if config.latency.runtime == "onnxruntime" and config.latency.precision == "int4":
+        raise EdgeDiTError(f"{source}: latency.precision int4 needs latency.runtime executorch; ONNX Runtime has fp32 and int8.")
 
 
 # -------------------------------------------------------------------- writing

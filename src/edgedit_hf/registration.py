@@ -23,9 +23,10 @@ COMPONENTS = {
     "ModelMixin": METHODS,
     "SchedulerMixin": METHODS,
     "OnnxEdgeDiTTransformer2DModel": METHODS,
+    "ExecutorchEdgeDiTTransformer2DModel": METHODS,
 }
-# Classes that diffusers looks up as its own attributes, by the name in `_class_name`. Not the ONNX model: diffusers asks every
-# library for every name in COMPONENTS, and would import ONNX Runtime to load any pipeline.
+# Classes that diffusers looks up as its own attributes, by the name in `_class_name`. Not the exported models: diffusers asks every
+# library for every name in COMPONENTS, and would import their module to load any pipeline.
 CLASSES = ("EdgeDiTPipeline", "EdgeDiTTransformer2DModel")
 
 

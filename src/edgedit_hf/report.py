@@ -86,7 +86,7 @@ def _build(run_dir: Path) -> dict[str, Any]:
         "latency": _latency(run_dir),
         "exported": {
             folder.name: {name: _optional(folder / f"{name}.json") for name in ("verify", "bench")}
-            for folder in sorted((run_dir / "exported").glob("onnx-*"))
+            for folder in sorted((run_dir / "exported").glob("*-*"))
             if (folder / "verify.json").exists()
         },
         "curves": _optional(run_dir / "evaluate" / "curves.json"),

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     "edgedit_hf torch diffusers transformers accelerate peft huggingface-hub datasets optimum bitsandbytes botorch evaluate onnx "
-    "onnxruntime numpy"
+    "onnxruntime executorch torchao numpy"
 ).split()
 
 

@@ -29,14 +29,15 @@ def table(config, space):
 
 
 def test_joined_parts_compute_what_the_model_computes(config, space, tmp_path):
-    parts = LoweredParts(config, {space.option_shape(option) for option in ("original", "both")})
-    layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(parts.shapes)]
+    shapes = [space.option_shape(option) for option in ("original", "both")]
+    parts = LoweredParts(config, shapes)
+    layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(shapes)]
     model = random_model({**config, "layers": layers})
     inputs = example_inputs(config, 5)
     with torch.no_grad():
         expected = model(inputs["sample"], inputs["timestep"], inputs["class_labels"]).sample.numpy()
     for precision, tolerance in (("fp32", 1e-5), ("int8", 5e-2)):
-        runner = onnx_runner(parts.network(parts.shapes, precision, tmp_path / f"{precision}.onnx"), config, 5, 1)
+        runner = onnx_runner(parts.network(shapes, precision, tmp_path / f"{precision}.onnx"), config, 5, 1)
         (found,) = runner()
         assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < tolerance
 
@@ -101,8 +102,8 @@ def test_another_teacher_is_an_error(table, config, space):
 
 def test_what_does_not_exist_is_an_error(config, space):
     for options, message in (
-        ({"runtime": "executorch"}, "executorch-fp32"),
-        ({"precision": "fp16"}, "onnxruntime-fp16"),
+        ({"runtime": "coreml"}, "coreml-fp32"),
+        ({"precision": "int4"}, "onnxruntime-int4.*executorch-int4"),
         ({"batch": 0}, "batch is 0"),
     ):
         with pytest.raises(EdgeDiTError, match=message):
@@ -119,3 +120,16 @@ def test_prediction_of_exported_networks(precision):
     table = LatencyTable.build(config, space, batch=32, threads=1, precision=precision)
     found = table.prediction_error(config, check_genotypes(space))
     assert len(found["networks"]) == 2 and found["mean"] < 0.1, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_table_of_executorch(make_transformer, precision):
+    config = dict(make_transformer(hidden_size=64, num_layers=2).config)
+    space = SearchSpace.for_config(config)
+    table = LatencyTable.build(config, space, batch=16, threads=1, runtime="executorch", precision=precision, repeats=20)
+    assert table.runtime == "executorch" and set(table.blocks) == {space.option_shape(option) for option in OPTIONS}
+    assert table.blocks[space.option_shape("both")] < table.blocks[space.option_shape("original")]
+    assert "executorch" in table.to_dict()["environment"]["versions"]
+    found = table.prediction_error(config, check_genotypes(space)[-1:])
+    assert len(found["networks"]) == 1 and found["max"] < 0.3, found

@@ -34,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert, write, and say what it is."""
     from ..errors import EdgeDiTError
-    from ..export.onnx import check_output
+    from ..export.pipeline import check_output
     from ..launch import load_original_pipeline
     from ..run_state import atomic_folder
     from ..search_space import model_cost

@@ -1,4 +1,4 @@
-"""`optimum-cli export edgedit`: a pipeline as a verified and timed ONNX pipeline folder. Torch is imported only when it runs."""
+"""`optimum-cli export edgedit`: a verified and timed pipeline folder around an ONNX or ExecuTorch artefact. Imports torch only when it runs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..errors import EdgeDiTError
 
-FORMATS = ("onnx",)
-DTYPES = ("fp32", "int8")
+DTYPES = {"onnx": ("fp32", "int8"), "executorch": ("fp32", "int8", "int4")}  # of each format
+DTYPE_HELP = "fp32, int8, and for executorch (int8: 8da8w) also int4 (8da4w)"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -20,12 +20,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--model", required=True, metavar="PATH_OR_ID", help="pipeline folder or Hub id of an EdgeDiTPipeline"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="pipeline folder to write")
-    parser.add_argument("--format", default="onnx", help=f"artefact format: {', '.join(FORMATS)} (default onnx)")
-    parser.add_argument("--dtype", default="fp32", help=f"precision: {', '.join(DTYPES)} (default fp32)")
+    parser.add_argument("--format", default="onnx", help=f"artefact format: {', '.join(DTYPES)} (default onnx)")
+    parser.add_argument("--dtype", default="fp32", help=f"precision: {DTYPE_HELP} (default fp32)")
     parser.add_argument(
         "--batch",
-        default="dynamic",
-        help="batch of a forward: 'dynamic' or a number; guidance makes it twice the images (default dynamic)",
+        help="batch of a forward: a number or, for onnx, 'dynamic'; guidance makes it twice the images (default: dynamic, for executorch 2)",
     )
     parser.add_argument(
         "--opset", type=int, help="ONNX operator set, 18 or later (default: the newest this package was tested with)"
@@ -33,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance",
         type=float,
-        help="largest relative error of a forward against the model, over all sampling timesteps (default 1e-3 for fp32, 5e-2 for int8)",
+        help="largest relative error of a forward against the model, over all sampling timesteps (default 1e-3 for fp32, 5e-2 for int8, 3e-1 for int4)",
     )
     parser.add_argument("--threads", type=int, default=2, help="threads of the runtimes that are compared (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the images that are compared (default 0)")
@@ -47,19 +46,20 @@ def run_export(args: Any) -> None:
     Raises:
         EdgeDiTError: an option is unknown, the model cannot be loaded, or a gate fails.
     """
-    if args.format not in FORMATS:
-        raise EdgeDiTError(f"--format is {args.format!r}; what exists now is {' and '.join(FORMATS)}.")
-    if args.dtype not in DTYPES:
-        raise EdgeDiTError(f"--dtype is {args.dtype!r}; the format {args.format} exists as {' and '.join(DTYPES)}.")
-    from ..export.onnx import DEFAULT_OPSET, export_pipeline
+    if args.format not in DTYPES:
+        raise EdgeDiTError(f"--format is {args.format!r}; what exists now is {' and '.join(DTYPES)}.")
+    if args.dtype not in DTYPES[args.format]:
+        raise EdgeDiTError(f"--dtype is {args.dtype!r}; the format {args.format} exists as {', '.join(DTYPES[args.format])}.")
+    from ..export.pipeline import export_pipeline
     from ..run_state import read_json
 
     folder = export_pipeline(
         args.model,
         args.output,
+        format=args.format,
         dtype=args.dtype,
         batch=args.batch,
-        opset=args.opset or DEFAULT_OPSET,
+        opset=args.opset,
         tolerance=args.tolerance,
         seed=args.seed,
         threads=args.threads,
@@ -77,6 +77,10 @@ def summary(verify: dict, bench: dict) -> str:
         f"{verify['precision']}: relative error {verify['relative_error']:.2g} (tolerance {verify['tolerance']:g}), {images} after "
         f"{verify['steps']} steps, weights {bench['initializer_bytes'] / 1e6:.2f} MB (1/{bench['initializer_shrink']:.2f} of fp32)"
     ]
+    if "delegation" in bench:
+        layers = ", ".join(f"{count} {scheme}" for scheme, count in bench["linear_layers"].items())
+        outside = sum(bench["delegation"]["portable"].values())
+        lines.append(f"linear layers: {layers}; operators: {bench['delegation']['delegated']} in XNNPACK, {outside} outside it")
     for entry in bench["latency"]:
         times = ", ".join(f"{name} {timing['median_ms']:.2f} ms" for name, timing in entry["timings"].items())
         lines.append(f"batch {entry['batch']}, {bench['environment']['threads']} threads: {times}")
@@ -87,7 +91,7 @@ class EdgeDiTExportCommand(BaseOptimumCLICommand):
     """The subcommand `edgedit` of `optimum-cli export`; ends with exit code 2 and one line on stderr if it cannot."""
 
     COMMAND = CommandInfo(
-        name="edgedit", help="Export an EdgeDiT pipeline to ONNX, verified against the model and timed."
+        name="edgedit", help="Export an EdgeDiT pipeline to ONNX or ExecuTorch, verified against the model and timed."
     )
 
     @staticmethod

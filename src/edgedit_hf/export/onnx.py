@@ -1,5 +1,4 @@
-"""Lowering to ONNX: `export_onnx` (fp32, torch's dynamo exporter), `quantize_int8` (dynamic int8 of every linear layer), and
-`export_pipeline`, which makes a verified and timed pipeline folder.
+"""Lowering to ONNX: `export_onnx` (fp32, torch's dynamo exporter) and `quantize_int8` (dynamic int8 of every linear layer).
 
 The files describe themselves: `metadata_props` holds the genotype, the model config, the weights' hash, the precision and the batch.
 """
@@ -7,11 +6,8 @@ The files describe themselves: `metadata_props` holds the genotype, the model co
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import warnings
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,33 +17,17 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from ..errors import EdgeDiTError
-from ..genotype import Genotype
-from ..run_state import atomic_folder, atomic_write_json, versions, weights_hash
-from .wrappers import DenoiserWrapper, onnx_attention
+from .wrappers import DenoiserWrapper, check_batch, check_model, describe, onnx_attention, quiet
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
-    from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 
 ATTENTION_OPSET = 23  # the first with an Attention operator: fewer nodes, and faster than its decomposed form
 DEFAULT_OPSET = ATTENTION_OPSET
 EXTERNAL_DATA_BYTES = 1_500_000_000  # above this the weights go to model.onnx.data: one protobuf file ends at 2 GB
 MIN_QUANTIZED_ELEMENTS = 1024  # smaller matrices stay fp32: their scales and extra operators cost more than they save
-
-
-def check_batch(batch: str | int) -> str | int:
-    """`"dynamic"` or a positive integer (also as text), else an [`EdgeDiTError`]."""
-    if batch == "dynamic":
-        return batch
-    try:
-        number = int(batch)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise EdgeDiTError(f"batch is {batch!r}; give 'dynamic' or a number of at least 1.")
-    return number
 
 
 # -------------------------------------------------------------------- fp32
@@ -71,27 +51,14 @@ def export_onnx(
         EdgeDiTError: the model is not float32 or not plain weights, or the batch or opset is not one.
     """
     batch = check_batch(batch)
-    kinds = sorted({str(p.dtype) for p in model.parameters()})
-    if kinds != ["torch.float32"]:
-        raise EdgeDiTError(
-            f"The model's parameters are {', '.join(kinds)}; export needs float32: load it without a torch_dtype."
-        )
+    check_model(model)
     size = model.config.sample_size
     example = 2 if batch == "dynamic" else batch  # torch.export would freeze a dynamic batch of 0 or 1
     inputs = (torch.zeros(example, model.config.in_channels, size, size), torch.zeros(example))
     if model.config.num_classes:
         inputs += (torch.zeros(example, dtype=torch.long),)
     proto = lower(DenoiserWrapper(model), inputs, dynamic=batch == "dynamic", opset=opset)
-    config = {k: v for k, v in model.config.items() if not k.startswith("_")}
-    write_metadata(
-        proto,
-        genotype=Genotype.from_layers(config["layers"], config["hidden_size"]).to_json(),
-        config=json.dumps(config, sort_keys=True),
-        weights=weights_hash(model.state_dict()),
-        precision="fp32",
-        batch=str(batch),
-        versions=json.dumps(versions()),
-    )
+    write_metadata(proto, **describe(model, "fp32", batch))
     return save_onnx(proto, path)
 
 
@@ -116,7 +83,7 @@ def lower(wrapper: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: bool, o
     attention = onnx_attention(wrapper) if opset >= ATTENTION_OPSET else contextlib.nullcontext()
     wrapper.eval()
     try:
-        with torch.no_grad(), _quiet_exporter(), attention:
+        with torch.no_grad(), quiet(), attention:
             program = torch.onnx.export(
                 wrapper,
                 inputs,
@@ -141,22 +108,6 @@ def lower(wrapper: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: bool, o
     proto.graph.ClearField("value_info")
     del proto.graph.metadata_props[:]
     return proto
-
-
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Silence what the exporter says on every call about absent torchvision and renamed dynamic dimensions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
 
 
 def write_metadata(proto: onnx.ModelProto, **values: str) -> None:
@@ -287,114 +238,3 @@ def gemm_to_matmul(proto: onnx.ModelProto) -> None:
             nodes.append(onnx.helper.make_node("Add", [product, bias[0]], [node.output[0]], name=f"{name}.add"))
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
-
-
-# -------------------------------------------------------------------- whole pipelines
-
-
-def export_pipeline(
-    pipeline: EdgeDiTPipeline | str | os.PathLike,
-    output: str | os.PathLike,
-    *,
-    dtype: str = "fp32",
-    batch: str | int = "dynamic",
-    opset: int = DEFAULT_OPSET,
-    tolerance: float | None = None,
-    seed: int = 0,
-    threads: int = 2,
-    bench_batches: Sequence[int] = (2, 8),
-    bench_repeats: int = 20,
-    num_images: int = 8,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-) -> Path:
-    """Export a pipeline: lower its denoiser, verify it, time it, and write a pipeline folder around the artefact.
-
-    The folder holds model_index.json, scheduler/, transformer/config.json, transformer/onnx/model.onnx, the VAE if there is one
-    (as safetensors), verify.json and bench.json. It appears at once and complete, or, if a gate fails, not at all.
-
-    Args:
-        pipeline: an [`EdgeDiTPipeline`], a pipeline folder or a Hub id.
-        output: folder to write.
-        dtype: `"fp32"` or `"int8"`.
-        batch: `"dynamic"`, or the only batch of a forward (guidance makes it twice the images).
-        opset: ONNX operator set, 18 or later.
-        tolerance: largest relative error of a forward; default `verify.TOLERANCE[dtype]`.
-        seed: seed of the comparison's images.
-        threads: threads of the comparison and the timing.
-        bench_batches: batches that are timed (a fixed `batch` is timed alone).
-        bench_repeats: timed rounds a batch.
-        num_images: images of the comparison.
-        overwrite: whether `output`, if it is an older pipeline folder, is replaced.
-        trust_remote_code: whether code in the pipeline's repository may run.
-
-    Returns:
-        `output`.
-
-    Raises:
-        EdgeDiTError: the pipeline cannot be loaded or is an export already, `output` is in the way, or a gate fails (the message
-            has the measured error and the tolerance; nothing is written).
-    """
-    from ..launch import load_pipeline, with_transformer
-    from . import verify
-    from .runtime import MODEL_FILE, OnnxEdgeDiTTransformer2DModel
-
-    batch = check_batch(batch)
-    if dtype not in verify.TOLERANCE:
-        raise EdgeDiTError(f"dtype is {dtype!r}; ONNX exports exist as {' and '.join(verify.TOLERANCE)}.")
-    output = Path(output)
-    check_output(output, overwrite)
-    source = str(pipeline) if isinstance(pipeline, (str, os.PathLike)) else None
-    if source is not None:
-        pipeline = load_pipeline(pipeline, trust_remote_code=trust_remote_code)
-    model = pipeline.transformer
-    if not isinstance(model, torch.nn.Module):
-        raise EdgeDiTError(
-            f"The transformer is a {type(model).__name__}, an export already; give the pipeline that it was made from."
-        )
-    config = {k: v for k, v in model.config.items() if not k.startswith("_")}
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with atomic_folder(output) as folder:
-            files = {"fp32": folder / "fp32.onnx"}
-            export_onnx(model, files["fp32"], batch=batch, opset=opset)
-            if dtype == "int8":
-                files["int8"] = quantize_int8(files["fp32"], folder / "int8.onnx")
-            transformer = folder / "transformer"
-            OnnxEdgeDiTTransformer2DModel(**config, precision=dtype, batch=batch).save_config(transformer)
-            shipped = save_onnx(onnx.load(str(files[dtype])), transformer / MODEL_FILE)
-            artefact = OnnxEdgeDiTTransformer2DModel.from_pretrained(transformer, num_threads=threads)
-            found = verify.compare(pipeline, artefact, seed=seed, num_images=num_images)
-            source_of = {
-                "source": source,
-                "genotype": Genotype.from_layers(config["layers"], config["hidden_size"]).hash,
-            }
-            source_of["weights"] = artefact.metadata["weights"]
-            atomic_write_json(folder / "verify.json", {**verify.check(found, dtype, tolerance), **source_of})
-            batches = bench_batches if batch == "dynamic" else [batch]
-            timed = {name: shipped if name == dtype else file for name, file in files.items()}
-            atomic_write_json(
-                folder / "bench.json", {**verify.benchmark(model, timed, batches, threads, bench_repeats), **source_of}
-            )
-            with_transformer(pipeline, artefact).save_pretrained(folder)
-            for file in files.values():
-                file.unlink()
-                file.with_name(file.name + ".data").unlink(missing_ok=True)
-    finally:
-        torch.set_num_threads(before)
-    return output
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """An existing folder is replaced only if asked for, and only if it is a pipeline folder (or empty)."""
-    if not output.exists():
-        return
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if not (output / "model_index.json").is_file():
-        raise EdgeDiTError(f"{output} exists and is not a pipeline folder; it is left as it is. Choose another output.")
-    if not overwrite:
-        raise EdgeDiTError(
-            f"{output} holds a pipeline already; choose another output, or allow overwriting it (--overwrite)."
-        )

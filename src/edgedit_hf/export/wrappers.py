@@ -1,12 +1,78 @@
-"""Modules with tensors in, tensors out, by position: what an exporter can trace. Parts of a network can be lowered on their own."""
+"""Modules with tensors in, tensors out, by position: what an exporter can trace. Parts of a network can be lowered on their own.
+
+Also what all lowerings share: the check of the model, the description that goes into a file, silence while exporters talk.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
+import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+from ..errors import EdgeDiTError
+from ..genotype import Genotype
+from ..run_state import versions, weights_hash
+
+if TYPE_CHECKING:
+    from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
+
+
+def check_model(model: EdgeDiTTransformer2DModel) -> None:
+    """Raise an [`EdgeDiTError`] unless the model's parameters are float32."""
+    kinds = sorted({str(p.dtype) for p in model.parameters()})
+    if kinds != ["torch.float32"]:
+        raise EdgeDiTError(f"The model's parameters are {', '.join(kinds)}; export needs float32: load it without a torch_dtype.")
+
+
+def check_batch(batch: str | int, dynamic: bool = True) -> str | int:
+    """`"dynamic"` (where it exists) or a positive integer (also as text), else an [`EdgeDiTError`]."""
+    if batch == "dynamic" and dynamic:
+        return batch
+    try:
+        number = int(batch)
+    except ValueError:
+        number = 0
+    if number < 1:
+        choice = "'dynamic' or a number" if dynamic else "a number"
+        raise EdgeDiTError(f"batch is {batch!r}; give {choice} of at least 1.")
+    return number
+
+
+def plain_config(model: EdgeDiTTransformer2DModel) -> dict:
+    """The model's config without diffusers' own entries."""
+    return {key: value for key, value in model.config.items() if not key.startswith("_")}
+
+
+def describe(model: EdgeDiTTransformer2DModel, precision: str, batch: str | int) -> dict[str, str]:
+    """What an artefact says about itself, as text: genotype, config, weights (their hash), precision, batch, versions."""
+    config = plain_config(model)
+    return {
+        "genotype": Genotype.from_layers(config["layers"], config["hidden_size"]).to_json(),
+        "config": json.dumps(config, sort_keys=True),
+        "weights": weights_hash(model.state_dict()),
+        "precision": precision,
+        "batch": str(batch),
+        "versions": json.dumps(versions()),
+    }
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what exporters say on every call about absent torchvision, renamed dimensions and their own deprecations; errors pass."""
+    level = logging.root.manager.disable
+    logging.disable(max(level, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 class DenoiserWrapper(nn.Module):

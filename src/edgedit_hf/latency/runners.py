@@ -1,13 +1,17 @@
 """Callables for [`~edgedit_hf.latency.protocol.measure`]: one forward of a fixed batch in a runtime with fixed threads.
 
-Runners are named `<runtime>-<precision>`: "torch-fp32", "onnxruntime-fp32", "onnxruntime-int8" (the keys of `latency_ms` in report.json).
+Runners are named `<runtime>-<precision>`: "torch-fp32", "onnxruntime-int8", "executorch-int4" (the keys of `latency_ms` in report.json).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+import json
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -108,3 +112,122 @@ def onnx_runner(model: str | Path, config: Mapping, batch: int, threads: int) ->
     """[`OnnxRunner`] of an exported denoiser with the inputs that [`TorchRunner`] uses."""
     inputs = {name: value.numpy() for name, value in example_inputs(config, batch).items()}
     return OnnxRunner(model, inputs, threads)
+
+
+# -------------------------------------------------------------------- ExecuTorch
+
+CONSTANT_PREFIX = "edgedit_"  # of the constant methods by which a .pte file describes itself
+
+
+def require_executorch() -> None:
+    """Raise an [`EdgeDiTError`] with the remedy where the package `executorch` is missing (it is optional)."""
+    if importlib.util.find_spec("executorch") is None:
+        raise EdgeDiTError("ExecuTorch is not installed; install it with: pip install 'edgedit_hf[executorch]'")
+
+
+def _executorch() -> ModuleType:
+    require_executorch()
+    from executorch.extension.pybindings import portable_lib
+
+    return portable_lib
+
+
+_sessions: weakref.WeakSet[ExecutorchSession] = weakref.WeakSet()
+
+
+def set_executorch_threads(threads: int) -> None:
+    """Set the size of ExecuTorch's thread pool, which the whole process shares (at first: one thread a core).
+
+    XNNPACK keeps a pointer to the pool in every loaded method, so the methods of all sessions are dropped before a new pool is made; each is
+    loaded again at its next run.
+    """
+    if threads < 1:
+        raise EdgeDiTError(f"threads is {threads}; ExecuTorch needs at least 1.")
+    runtime = _executorch()
+    if runtime._threadpool_get_thread_count() != threads:
+        for session in list(_sessions):
+            session.release()
+        runtime._unsafe_reset_threadpool(threads)
+
+
+class ExecutorchSession:
+    """A .pte file in ExecuTorch; opening it reads the file's description, the first run loads the network.
+
+    Args:
+        path: the file.
+        threads: threads of every run (`None`: the pool as it is). The pool is one for the process: a run with other threads than the
+            last one's makes it anew, so do not alternate.
+
+    Raises:
+        EdgeDiTError: ExecuTorch is not installed, or refuses the file.
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None):
+        self.path, self.threads = Path(path), threads
+        if threads is not None and threads < 1:
+            raise EdgeDiTError(f"threads is {threads}; ExecuTorch needs at least 1.")
+        self._method: Any = None
+        self._program = self._load(lambda: _runtime().load_program(self.path))
+        names = [name for name in self._program.method_names if name.startswith(CONSTANT_PREFIX)]
+        self.metadata: dict[str, str] = {
+            name.removeprefix(CONSTANT_PREFIX): self._load(lambda name=name: self._program.load_method(name).execute([])[0]) for name in names
+        }
+        _sessions.add(self)
+
+    def _load(self, call: Any) -> Any:
+        try:
+            return call()
+        except RuntimeError as error:
+            raise EdgeDiTError(f"ExecuTorch cannot load {self.path}: {error}. Export it again.") from error
+
+    def release(self) -> None:
+        """Drop the loaded network; the next run loads it again."""
+        self._method = self._program = None
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The network's output for contiguous inputs of the exported shapes."""
+        if self.threads is not None:
+            set_executorch_threads(self.threads)
+        if self._method is None:
+            if self._program is None:
+                self._program = self._load(lambda: _runtime().load_program(self.path))
+            self._method = self._load(lambda: self._program.load_method("forward"))
+        return self._method.execute(inputs)[0]
+
+
+def _runtime() -> Any:
+    require_executorch()
+    from executorch.runtime import Runtime
+
+    return Runtime.get()
+
+
+class ExecutorchRunner:
+    """One run of a .pte file in ExecuTorch on the CPU.
+
+    Args:
+        model: path of the file.
+        inputs: tensors by position, of the exported shapes.
+        threads: threads of the pool, which is one for the process: runners that are measured together must ask for the same number.
+    """
+
+    def __init__(self, model: str | Path, inputs: Sequence[torch.Tensor], threads: int):
+        self.threads = int(threads)
+        self.session = ExecutorchSession(model, self.threads)
+        self.inputs = [tensor.contiguous() for tensor in inputs]
+        self.batch = len(self.inputs[0])
+
+    def __call__(self) -> torch.Tensor:
+        return self.session.run(self.inputs)
+
+
+def executorch_runner(model: str | Path, config: Mapping, batch: int, threads: int) -> ExecutorchRunner:
+    """[`ExecutorchRunner`] of an exported denoiser with the inputs that [`TorchRunner`] uses; the file must be of this batch."""
+    runner = ExecutorchRunner(model, list(example_inputs(config, batch).values()), threads)
+    made_for = json.loads(runner.session.metadata.get("batch", "null"))
+    if made_for != batch:
+        raise EdgeDiTError(f"{model} was exported for batch {made_for}; a runner of batch {batch} is asked for. Export it for this batch.")
+    return runner
+
+
+RUNNERS = {"onnxruntime": onnx_runner, "executorch": executorch_runner}  # by the runtime's name

@@ -1,9 +1,9 @@
 """LatencyTable: what a genotype costs in the runtime that ships, from one measurement a distinct layer shape.
 
-Every layer shape of a search space, the embedders and the output layer are lowered to ONNX once. A single layer alone is dominated by
-call overhead and meets warmer caches than it does inside a network, so the lowered parts are joined into networks of equal
-layers at two depths ([`DEPTHS`]), all of them timed interleaved, and a network's time is fitted as `trunk + Σ layers`. Whole networks
-of mixed shapes run in the same rounds; the table keeps how well it predicts them (`prediction`).
+A single layer alone is dominated by call overhead and meets warmer caches than it does inside a network, so networks of equal layers at
+two depths ([`DEPTHS`]) are timed, all interleaved, and a network's time is fitted as `trunk + Σ layers`. Whole networks of mixed shapes
+run in the same rounds; the table keeps how well it predicts them (`prediction`). For ONNX Runtime every layer shape, the embedders and the
+output layer are lowered once and the networks joined from them; for ExecuTorch every network is lowered as a whole.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
 
 FORMAT = 1
+PRECISIONS = {"onnxruntime": ("fp32", "int8"), "executorch": ("fp32", "int8", "int4")}  # of each runtime
 DEPTHS = (2, 6)  # layers of the fitted networks
 TRUNK_KEYS = ("sample_size", "patch_size", "in_channels", "hidden_size", "num_classes", "learn_sigma")
 Shape = tuple[int, int, float]
@@ -92,31 +93,35 @@ class LatencyTable:
             space: its search space.
             batch: images a forward.
             threads: intra-op threads of the runtime.
-            runtime: `"onnxruntime"`.
-            precision: `"fp32"` or `"int8"`.
+            runtime: a key of [`PRECISIONS`].
+            precision: one that the runtime has.
             repeats: timed rounds; medians count.
             check: whole networks that are timed in the same rounds; default [`check_genotypes`].
             max_seconds: end early, after at least 5 rounds, once the timed calls took this long.
             progress: called after every round with (rounds done, rounds asked for).
         """
         from ..latency.protocol import environment, measure, paired_medians
-        from ..latency.runners import onnx_runner
+        from ..latency.runners import RUNNERS
 
-        if runtime != "onnxruntime" or precision not in ("fp32", "int8"):
-            raise EdgeDiTError(
-                f"A table of {runtime}-{precision} is asked for; onnxruntime-fp32 and onnxruntime-int8 exist."
-            )
+        if precision not in PRECISIONS.get(runtime, ()):
+            existing = ", ".join(f"{name}-{kind}" for name, kinds in PRECISIONS.items() for kind in kinds)
+            raise EdgeDiTError(f"A table of {runtime}-{precision} is asked for; what exists is {existing}.")
         if batch < 1:
             raise EdgeDiTError(f"batch is {batch}; it must be at least 1.")
         check = check_genotypes(space) if check is None else list(check)
-        parts = LoweredParts(config, {space.option_shape(option) for option in OPTIONS})
-        networks = {(shape, depth): [shape] * depth for shape in parts.shapes for depth in DEPTHS}
+        all_shapes = sorted({space.option_shape(option) for option in OPTIONS}, reverse=True)
+        parts = LoweredParts(config, all_shapes) if runtime == "onnxruntime" else None
+        networks = {(shape, depth): [shape] * depth for shape in all_shapes for depth in DEPTHS}
         networks.update({genotype.hash: [layer.shape for layer in genotype.layers] for genotype in check})
         with tempfile.TemporaryDirectory() as folder:
             runners = {}
             for number, (key, shapes) in enumerate(networks.items()):
-                file = parts.network(shapes, precision, Path(folder, f"{number}.onnx"))
-                runners[key] = onnx_runner(file, config, batch, threads)
+                if parts is not None:
+                    file = parts.network(shapes, precision, Path(folder, f"{number}.onnx"))
+                else:
+                    layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(shapes)]
+                    file = export_network({**config, "layers": layers}, runtime, precision, batch, Path(folder, str(number)))
+                runners[key] = RUNNERS[runtime](file, config, batch, threads)
         timings = measure(runners, repeats=repeats, max_seconds=max_seconds, progress=progress)
         times = paired_medians(timings)
         trunk_ms, blocks, residual = _fit({key: times[key] for key in networks if isinstance(key, tuple)})
@@ -140,7 +145,7 @@ class LatencyTable:
                         "ms": blocks[shape],
                         "networks": {str(depth): timings[shape, depth].to_dict() for depth in DEPTHS},
                     }
-                    for shape in parts.shapes
+                    for shape in all_shapes
                 ],
                 "fit_residual": residual,
                 "repeats": rounds,
@@ -200,9 +205,8 @@ class LatencyTable:
             `{"mean", "max", "drift", "networks": [{"genotype", "code", "predicted_ms", "measured_ms", "relative_error"}]}`; errors are
             |predicted − measured| / measured.
         """
-        from ..export.onnx import export_onnx, quantize_int8
         from ..latency.protocol import measure, paired_medians
-        from ..latency.runners import onnx_runner
+        from ..latency.runners import RUNNERS
 
         self.check_config(config)
         genotypes = [genotypes] if isinstance(genotypes, Genotype) else list(genotypes)
@@ -211,10 +215,9 @@ class LatencyTable:
         runners = {}
         with tempfile.TemporaryDirectory() as folder:
             for genotype in {g.hash: g for g in [original, *genotypes]}.values():
-                file = export_onnx(random_model({**config, "layers": genotype.to_layers()}), Path(folder, "fp32.onnx"))
-                if self.precision == "int8":
-                    file = quantize_int8(file, Path(folder, "int8.onnx"))
-                runners[genotype.hash] = onnx_runner(file, config, self.batch, self.threads)
+                network = {**config, "layers": genotype.to_layers()}
+                file = export_network(network, self.runtime, self.precision, self.batch, Path(folder, genotype.hash))
+                runners[genotype.hash] = RUNNERS[self.runtime](file, config, self.batch, self.threads)
         times = paired_medians(measure(runners, repeats=repeats))
         drift = times[original.hash] / self.latency_ms(original)
         entries = [
@@ -286,23 +289,37 @@ def random_model(config: Mapping[str, Any], seed: int = 0) -> EdgeDiTTransformer
     return model.eval()
 
 
+def export_network(config: Mapping[str, Any], runtime: str, precision: str, batch: int, path: Path) -> Path:
+    """Export a whole network of random weights as the export stage does; returns the file, `path` with the format's ending."""
+    model = random_model(config)
+    if runtime == "executorch":
+        from ..export.executorch import export_executorch
+
+        path = path.with_suffix(".pte")
+        export_executorch(model, path, precision, batch)
+        return path
+    from ..export.onnx import export_onnx, quantize_int8
+
+    file = export_onnx(model, path.with_suffix(".onnx"))
+    return quantize_int8(file, path.with_suffix(".int8.onnx")) if precision == "int8" else file
+
+
 class LoweredParts:
     """Embedders, output layer and one layer of each shape, each lowered to ONNX once; [`~LoweredParts.network`] joins them.
 
     Args:
         config: the teacher's model config.
-        shapes: layer shapes (attention_dim, num_heads, mlp_ratio).
+        shapes: distinct layer shapes (attention_dim, num_heads, mlp_ratio).
     """
 
-    def __init__(self, config: Mapping[str, Any], shapes: set[Shape]):
+    def __init__(self, config: Mapping[str, Any], shapes: Sequence[Shape]):
         import torch
 
         from ..export.onnx import DEFAULT_OPSET, lower
         from ..export.wrappers import BlockWrapper, EmbedWrapper, UnembedWrapper
         from ..latency.runners import example_inputs
 
-        self.shapes = sorted(shapes, reverse=True)
-        layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(self.shapes)]
+        layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(shapes)]
         model = random_model({**config, "layers": layers})
         inputs = tuple(example_inputs(config, 2).values())
         with torch.no_grad():
@@ -311,7 +328,7 @@ class LoweredParts:
         self.unembed = lower(UnembedWrapper(model), middle, dynamic=True, opset=DEFAULT_OPSET)
         self.blocks = {
             shape: lower(BlockWrapper(block), middle, dynamic=True, opset=DEFAULT_OPSET)
-            for shape, block in zip(self.shapes, model.blocks)
+            for shape, block in zip(shapes, model.blocks)
         }
 
     def network(self, shapes: Sequence[Shape], precision: str, path: Path) -> Path:
