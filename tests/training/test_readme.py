@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 BIN = Path(sys.executable).parent
 
@@ -91,6 +93,15 @@ def test_export_and_load_back(recipes, clone):
         "print(type(p.transformer).__name__, p(class_labels=3, num_inference_steps=2).images[0].size)"
     )
     assert "OnnxEdgeDiTTransformer2DModel (8, 8)" in shell(recipes, [sys.executable, "-c", code], clone)
+
+
+def test_convert_an_original_checkpoint(recipes, tmp_path):
+    oracle = load_file(recipes.root / "tests" / "models" / "oracles" / "dit.safetensors")
+    weights = {key.removeprefix("weights."): value for key, value in oracle.items() if key.startswith("weights.")}
+    command = shlex.split(find(recipes, "edgedit convert"))
+    torch.save(weights, tmp_path / command[2])
+    printed = shell(recipes, [*command, "--heads", "4"], tmp_path)  # a small one: its width is not one of the paper's
+    assert "2 layers of width 48" in printed and (tmp_path / command[3] / "model_index.json").is_file()
 
 
 def test_two_process_commands_start(recipes, clone):
