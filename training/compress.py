@@ -38,16 +38,19 @@ STAGES = {
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
+    stages = {stage: run_stage for stage, run_stage in STAGES.items() if config.student.genotype is None or stage not in ("latency", "search")}
     started, expected, correction = time.monotonic(), {row.stage: row.seconds for row in estimate(config)}, 1.0
-    for number, stage in enumerate(STAGES, 1):
-        left = correction * sum(list(expected.values())[number - 1 :])
-        STAGE_LABEL.set(f"[{number}/{len(STAGES)}, about {left / 60:.0f} min left in all] ")
+    for number, stage in enumerate(stages, 1):
+        left = correction * sum(expected[later] for later in list(stages)[number - 1 :])
+        STAGE_LABEL.set(f"[{number}/{len(stages)}, about {left / 60:.0f} min left in all] ")
         stage_started = time.monotonic()
-        STAGES[stage](config, accelerator)
+        stages[stage](config, accelerator)
         accelerator.wait_for_everyone()
         if (took := time.monotonic() - stage_started) > 10:  # what the machine does is a better guide than the estimate before the start
             correction = took / max(1.0, expected[stage])
-    if accelerator.is_main_process:
+    if config.student.genotype is not None:
+        accelerator.print(f"{config.folder('evaluate')} holds the figures; a report needs a search, which student.genotype replaces")
+    elif accelerator.is_main_process:
         report = write_report(config.output_dir)
         figures = read_json(config.folder("report.json"), "the report")
         write_card(config.folder("student-tuned"), figures, repo_id=config.card.repo_id, license=config.card.license)

@@ -12,7 +12,6 @@ Writes <output_dir>/bank (one safetensors file a proxy, index.json).
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -26,31 +25,22 @@ from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.distill.proxy_group import Features, Proxy, ProxyGroup, held_out_losses, start_blocks, train_step
 from edgedit_hf.distill.schedule import PROCESS_BYTES, Group, MemoryModel, depth_of, pairs_of, plan_bank, wanted_proxies
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.genotype import Genotype, LayerSpec
-from edgedit_hf.launch import check_fits_data, learning_rate_at, load_teacher, load_training_set, recipe_main, search_space_of, set_learning_rate
-from edgedit_hf.models.transformer_edgedit import PRESETS
+from edgedit_hf.genotype import LayerSpec
+from edgedit_hf.launch import (
+    check_fits_data,
+    learning_rate_at,
+    load_teacher,
+    load_training_set,
+    read_genotype,
+    recipe_main,
+    search_space_of,
+    set_learning_rate,
+)
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState, weights_hash
 
 CLASS_DROPOUT = 0.1  # features are distilled with and without a class, as guidance will need both
 TRAIN_STREAM, CALIBRATION_STREAM, TEST_STREAM = 0, 2, 3
-
-
-def read_genotypes(names: list[str] | None) -> list[Genotype] | None:
-    """The genotypes that `bank.only` names: presets, or JSON files."""
-    if names is None:
-        return None
-    genotypes = []
-    for name in names:
-        if name in PRESETS and "layers" in PRESETS[name]:
-            genotypes.append(Genotype.from_layers(PRESETS[name]["layers"], PRESETS[name]["hidden_size"]))
-            continue
-        try:
-            genotypes.append(Genotype.from_json(Path(name).read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError) as error:
-            students = ", ".join(preset for preset, sizes in PRESETS.items() if "layers" in sizes)
-            raise EdgeDiTError(f"bank.only names {name!r}, which is neither a student preset ({students}) nor a genotype file: {error}") from None
-    return genotypes
 
 
 def features_at(teacher, dataset, rows: int, seed: int, step: int, stream: int, device, precision: str, depth: int) -> Features:
@@ -72,7 +62,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     teacher = load_teacher(config).transformer.eval().requires_grad_(False)
     check_fits_data(teacher.config, dataset)
     space = search_space_of(config, teacher.config)
-    wanted = wanted_proxies(space, read_genotypes(options.only))
+    wanted = wanted_proxies(space, [read_genotype(name, "bank.only") for name in options.only] if options.only is not None else None)
     memory = MemoryModel(
         space,
         dict(teacher.config),
@@ -150,9 +140,10 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
     def combine(members: Group) -> None:
         """Replace the trained single reductions on the device by the "both" that are put together from them."""
-        singles, group.proxies = group.proxies, {}
+        singles = {key: proxy.block for key, proxy in group.proxies.items()}
+        group.clear()
         for layer in (layer for layer in members.layers if space.option_of(layer) == "both"):
-            parts = [singles[bank.key(space.layer(layer.source, name))].block for name in ("attention", "mlp")]
+            parts = [singles[bank.key(space.layer(layer.source, name))] for name in ("attention", "mlp")]
             group.proxies[bank.key(layer)] = new_proxy(layer, combine_blocks(*parts))
 
     group = ProxyGroup(new_proxy)
@@ -175,6 +166,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         if local == options.steps + both_steps:
             write()
             group.clear()
+            group.starts = {}
         elif group.proxies:
             first, steps = (0, options.steps) if local < options.steps else (options.steps, both_steps)
             rate = learning_rate_at(local - first, options.learning_rate, options.warmup_steps, steps, 0.02)

@@ -93,7 +93,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     options = config.evaluate
     folders = {name: config.folder(name) for name, _ in MODELS}
     folders["teacher"] = teacher_path(config)
-    present = [(name, stage) for name, stage in MODELS if name == "teacher" or (folders[name] / "model_index.json").exists()]
+    judged = [(name, stage) for name, stage in MODELS if options.exports or stage != "exported"]
+    present = [(name, stage) for name, stage in judged if name == "teacher" or (folders[name] / "model_index.json").exists()]
     state = RunState(
         config.folder("evaluate"),
         "evaluate",

@@ -6,11 +6,10 @@ Writes <output_dir>/student-tuned, and (tune.teacher_more_steps) teacher-more-st
 The student learns the diffusion objective plus `tune.output_kd` times the distance to the teacher's output.
 """
 
-import copy
-
 from accelerate import Accelerator
 from train_teacher import train_denoiser
 
+from edgedit_hf import EdgeDiTTransformer2DModel
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.launch import check_fits_data, load_pipeline, load_teacher, load_training_set, recipe_main, with_transformer
@@ -21,16 +20,21 @@ from edgedit_hf.run_state import RunState, weights_hash
 def run(config: RunConfig, accelerator: Accelerator) -> None:
     options = config.tune
     dataset, _ = load_training_set(config, accelerator)
-    teacher = load_teacher(config)
     student = load_pipeline(config.folder("student"), "stage student (training/select_student.py)")
-    starts = {"student-tuned": student.transformer}
-    if options.random_proxies:
+    # At the size of DiT-XL/2 the teacher is 2.7 GB a process, which most fine-tuning has no use for.
+    teacher = load_teacher(config).transformer if options.output_kd or options.random_proxies or options.teacher_more_steps else None
+
+    def random_student() -> EdgeDiTTransformer2DModel:
         genotype = Genotype.from_layers(student.transformer.config.layers, student.transformer.config.hidden_size)
-        bank = ProxyBank(config.folder("bank"), teacher.transformer)
-        starts["student-random-proxies"] = bank.assemble(genotype, random_seed=config.seed)
+        return ProxyBank(config.folder("bank"), teacher).assemble(genotype, random_seed=config.seed)
+
+    starts = {"student-tuned": lambda: student.transformer}
+    if options.random_proxies:
+        starts["student-random-proxies"] = random_student
     if options.teacher_more_steps:
-        starts["teacher-more-steps"] = copy.deepcopy(teacher.transformer)
-    for name, model in starts.items():
+        starts["teacher-more-steps"] = lambda: teacher  # last: it changes the teacher itself, not a copy
+    for name, start in starts.items():
+        model = start()
         check_fits_data(model.config, dataset)
         state = RunState(
             config.folder(name),
@@ -47,10 +51,10 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             continue
         # The teacher's distance to itself starts at zero and would only hold it back: it trains on the data alone.
         kd = 0.0 if name == "teacher-more-steps" else options.output_kd
-        model = train_denoiser(model, dataset, options, state, accelerator, teacher.transformer if kd else None, kd, num_workers=config.data.num_workers)
+        model = train_denoiser(model, dataset, options, state, accelerator, teacher if kd else None, kd, num_workers=config.data.num_workers).cpu()
         if accelerator.is_main_process:
             with state.publish() as folder:
-                with_transformer(teacher, model.cpu()).save_pretrained(folder)
+                with_transformer(student, model).save_pretrained(folder)
         state.finish()
 
 

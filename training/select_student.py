@@ -1,22 +1,28 @@
 """Stage 5: choose a point of the front (by budget, or the knee point) and assemble its student from the bank.
 
-    accelerate launch training/select_student.py --config training/recipes/digits.yaml
+    accelerate launch training/select_student.py --config training/recipes/digits.yaml [--override student.genotype=EdgeDiT-1]
 
-Writes <output_dir>/student, a pipeline folder, with choice.json. `edgedit select` picks another point later.
+Writes <output_dir>/student, a pipeline folder, with choice.json. `edgedit select` picks another point later. A given genotype needs no
+search.
 """
 
 import dataclasses
 
 from accelerate import Accelerator
 
-from edgedit_hf.launch import recipe_main
+from edgedit_hf.distill.proxy_bank import ProxyBank
+from edgedit_hf.launch import load_teacher, read_genotype, recipe_main
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState, file_sha256, read_json
-from edgedit_hf.search.selection import select
+from edgedit_hf.search.selection import select, write_student
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
+        return
+    limits = dataclasses.asdict(config.student)
+    if limits.pop("genotype") is not None:
+        build(config)
         return
     front = config.folder("search", "front.json")
     read_json(front, "stage search (training/search_architecture.py)")
@@ -24,7 +30,23 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     if state.finished:
         return
     for _ in state.steps():
-        select(config.output_dir, **dataclasses.asdict(config.student), output=state.folder)
+        select(config.output_dir, **limits, output=state.folder)
+    state.finish()
+
+
+def build(config: RunConfig) -> None:
+    """Assemble the genotype that the recipe gives."""
+    name, index = config.student.genotype, config.folder("bank", "index.json")
+    genotype = read_genotype(name, "student.genotype")
+    read_json(index, "stage bank (training/distill_proxies.py)")
+    inputs = {"bank": file_sha256(index), "genotype": genotype.hash}
+    state = RunState(config.folder("student"), "student", config.section("student"), 1, inputs=inputs)
+    if state.finished:
+        return
+    teacher = load_teacher(config)
+    bank = ProxyBank(config.folder("bank"), teacher.transformer)
+    for _ in state.steps():
+        write_student(teacher, bank, genotype, state.folder, {"reason": f"student.genotype is {name}"})
     state.finish()
 
 

@@ -44,7 +44,7 @@ def train_denoiser(
     classes, channels = model.config.num_classes, model.config.in_channels
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    model.train()
+    model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(model.parameters(), decay=options.ema_decay, foreach=True)
@@ -103,6 +103,7 @@ def train_denoiser(
     ema.copy_to(model.parameters())
     if options.gradient_checkpointing:
         model.disable_gradient_checkpointing()
+    accelerator.free_memory()  # it keeps every optimiser that it prepared: 8 bytes a weight of each model of the run
     return model.eval()
 
 

@@ -18,8 +18,9 @@ from diffusers.utils import logging as diffusers_logging
 from .data import ImageDataset, LatentDataset, cache_latents, load_images, open_latents
 from .diffusion import make_scheduler
 from .errors import EdgeDiTError
+from .genotype import Genotype
 from .models.checkpoints import load_original, locate
-from .models.transformer_edgedit import EdgeDiTTransformer2DModel
+from .models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from .pipelines.pipeline_edgedit import EdgeDiTPipeline
 from .recipes import RunConfig, load_config
 from .run_state import Interrupted, close_progress, read_json
@@ -253,6 +254,17 @@ def search_space_of(config: RunConfig, model_config: Any) -> SearchSpace:
     return SearchSpace.for_config(
         model_config, reduced_mlp_ratio=bank.reduced_mlp_ratio, reduced_attention_dim=bank.reduced_attention_dim
     )
+
+
+def read_genotype(name: str, key: str) -> Genotype:
+    """The genotype that a recipe's `key` names: a student preset such as `EdgeDiT-1`, or a JSON file."""
+    if name in PRESETS and "layers" in PRESETS[name]:
+        return Genotype.from_layers(PRESETS[name]["layers"], PRESETS[name]["hidden_size"])
+    try:
+        return Genotype.from_json(Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        students = ", ".join(preset for preset, sizes in PRESETS.items() if "layers" in sizes)
+        raise EdgeDiTError(f"{key} names {name!r}, which is neither a student preset ({students}) nor a genotype file: {error}") from None
 
 
 def load_teacher(config: RunConfig) -> EdgeDiTPipeline:

@@ -152,6 +152,7 @@ class EvaluateConfig:
     batch_size: int = _key(250, "images a sampling batch", minimum=1)
     extractor: str = _key("classifier", "features of the Fréchet distance: classifier (trained on the data) or inception", ("classifier", "inception"))
     extractor_steps: int = _key(300, "training steps of the classifier", minimum=1)
+    exports: bool = _key(True, "judge the exported networks too; their runtimes use the CPU alone")
     grid: int = _key(8, "rows of the sample grids", minimum=1)
     latency_batch_size: int = _key(32, "images a forward when whole models are timed", minimum=1)
     latency_repeats: int = _key(30, "measurements a model; the median counts", minimum=3)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..distill.proxy_bank import ProxyBank
+from ..genotype import Genotype
 from ..launch import load_pipeline, with_transformer
+from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 from ..run_state import atomic_write_json, publish_into, read_json
 from .pareto import choose
 
@@ -51,18 +54,26 @@ def select(
     path = whole["path"] or run_dir / "teacher"
     teacher = load_pipeline(path, "stage teacher (training/train_teacher.py)")
     bank = ProxyBank(run_dir / "bank", teacher.transformer)
-    genotype = bank.space.from_code(entry["code"])
-    student = bank.assemble(genotype)
-    choice = {
-        "genotype": genotype.to_layers(),
-        "genotype_hash": genotype.hash,
-        "code": list(bank.space.code(genotype)),
+    facts = {
         "reason": reason,
         "predicted_latency_ms": entry["latency_ms"],
         "teacher_latency_ms": whole["latency_ms"],
         "distance": entry["distance"],
     }
-    with publish_into(run_dir / "student" if output is None else output) as folder:
+    return write_student(teacher, bank, bank.space.from_code(entry["code"]), run_dir / "student" if output is None else output, facts)
+
+
+def write_student(
+    teacher: EdgeDiTPipeline, bank: ProxyBank, genotype: Genotype, output: str | os.PathLike, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Assemble a genotype's student and write it as a pipeline folder with `choice.json`: its genotype, and `facts` about the choice.
+
+    Returns:
+        what `choice.json` holds.
+    """
+    student = bank.assemble(genotype)
+    choice = {"genotype": genotype.to_layers(), "genotype_hash": genotype.hash, "code": list(bank.space.code(genotype)), **facts}
+    with publish_into(output) as folder:
         with_transformer(teacher, student).save_pretrained(folder)
         atomic_write_json(folder / "choice.json", choice)
     return choice
