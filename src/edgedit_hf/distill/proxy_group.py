@@ -6,6 +6,7 @@ late layers change a large hidden state by little, and that little would drown i
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import resource
 import sys
@@ -194,8 +195,9 @@ class ProxyGroup:
         self.peaks: dict[int, int] = {}  # most bytes held, by group
 
     def clear(self) -> None:
-        """Let go of a group whose files are written."""
-        self.proxies, self.starts = {}, {}
+        """Let go of the proxies, whose files are written."""
+        self.proxies = {}
+        gc.collect()  # an optimiser is part of a reference cycle: its states would stay until the collector happens to run
 
     @property
     def depth(self) -> int:
