@@ -44,7 +44,7 @@ def test_sections_and_folders(load):
     config = load("output_dir: runs/x")
     assert config.section("search", "export") == {
         "search": dataclasses.asdict(config.search),
-        "export": {"dtypes": ["fp32", "int8"], "threads": 2},
+        "export": {"dtypes": ["fp32", "int8"], "executorch": [], "threads": 2},
     }
     assert str(config.folder("evaluate", "grid.png")) == "runs/x/evaluate/grid.png"
 
@@ -81,7 +81,9 @@ def test_sections_and_folders(load):
         ("teacher: {hidden_size: 30, num_heads: 3}", "teacher.hidden_size 30 is not a multiple of 4"),
         ("teacher: {prediction_type: flow_prediction, learn_sigma: true}", "learn_sigma needs teacher.prediction_type epsilon"),
         ("search: {initial: 9, evaluations: 8}", "search.initial 9 exceeds search.evaluations 8"),
-        ("export: {dtypes: [fp32, int3]}", "export.dtypes holds 'int3'; it may hold fp32 and int8"),
+        ("export: {dtypes: [fp32, int3]}", "export.dtypes holds 'int3'; it may hold fp32, int8"),
+        ("export: {executorch: [int3]}", "export.executorch holds 'int3'; it may hold fp32, int8, int4"),
+        ("latency: {precision: int4}", "latency.precision int4 needs latency.runtime executorch"),
         ("a: [", "is not YAML"),
         ("? [a, b]\n: 3", "is not YAML"),
     ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -127,9 +128,18 @@ def require_executorch() -> None:
 
 def _executorch() -> ModuleType:
     require_executorch()
-    from executorch.extension.pybindings import portable_lib
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the import itself says that it is experimental
+        from executorch.extension.pybindings import portable_lib
 
     return portable_lib
+
+
+def _load_program(path: Path) -> Any:
+    _executorch()
+    from executorch.runtime import Runtime
+
+    return Runtime.get().load_program(path)
 
 
 _sessions: weakref.WeakSet[ExecutorchSession] = weakref.WeakSet()
@@ -155,8 +165,8 @@ class ExecutorchSession:
 
     Args:
         path: the file.
-        threads: threads of every run (`None`: the pool as it is). The pool is one for the process: a run with other threads than the
-            last one's makes it anew, so do not alternate.
+        threads: threads of every run (`None`: the pool as it is). The pool is one for the process: when another session asks for another
+            number, this one loads its network again from `path` at its next run, so do not alternate.
 
     Raises:
         EdgeDiTError: ExecuTorch is not installed, or refuses the file.
@@ -164,10 +174,10 @@ class ExecutorchSession:
 
     def __init__(self, path: str | Path, threads: int | None = None):
         self.path, self.threads = Path(path), threads
-        if threads is not None and threads < 1:
-            raise EdgeDiTError(f"threads is {threads}; ExecuTorch needs at least 1.")
+        if threads is not None:
+            set_executorch_threads(threads)
         self._method: Any = None
-        self._program = self._load(lambda: _runtime().load_program(self.path))
+        self._program = self._load(lambda: _load_program(self.path))
         names = [name for name in self._program.method_names if name.startswith(CONSTANT_PREFIX)]
         self.metadata: dict[str, str] = {
             name.removeprefix(CONSTANT_PREFIX): self._load(lambda name=name: self._program.load_method(name).execute([])[0]) for name in names
@@ -190,16 +200,9 @@ class ExecutorchSession:
             set_executorch_threads(self.threads)
         if self._method is None:
             if self._program is None:
-                self._program = self._load(lambda: _runtime().load_program(self.path))
+                self._program = self._load(lambda: _load_program(self.path))
             self._method = self._load(lambda: self._program.load_method("forward"))
         return self._method.execute(inputs)[0]
-
-
-def _runtime() -> Any:
-    require_executorch()
-    from executorch.runtime import Runtime
-
-    return Runtime.get()
 
 
 class ExecutorchRunner:
