@@ -551,6 +551,29 @@ def test_a_table_that_does_not_fit_is_refused(make_transformer):
         model(*inputs(), visible=torch.zeros(3, 4, dtype=torch.long))
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_fused_gelu_gives_the_same_output_and_steps_aside_where_it_must(make_transformer, dtype, tolerance):
+    model = make_transformer().to(dtype)
+    x, t, y = inputs()
+    arguments = x.to(dtype), t, y
+    expected = output(model, *arguments)
+    model.fuse_gelu()
+    calls = []
+    for block in model.blocks:
+        block.mlp.act.register_forward_hook(lambda *_: calls.append(1))
+    assert (output(model, *arguments) - expected).norm() <= tolerance * expected.norm() and not calls
+    model(*arguments).sample.float().sum().backward()
+    assert len(calls) == 4
+    model.add_adapter(LoraConfig(r=2, target_modules=["proj_in"], init_lora_weights=False))
+    adapted = output(model, *arguments)
+    assert len(calls) == 8 and (adapted - expected).norm() > 10 * tolerance * expected.norm()
+    model.unload_lora()
+    exported = torch.export.export(model, arguments)
+    assert not any("mkldnn" in str(node.target) for node in exported.graph.nodes)
+    model.fuse_gelu(False)
+    assert torch.equal(output(model, *arguments), expected)
+
+
 # -------------------------------------------------------------------- what DiT's relatives have
 
 
