@@ -1,0 +1,31 @@
+"""DiT's relatives export too: SiT's time, MDTv2's long skips and position biases, against the outputs of the original code."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from edgedit_hf import load_original
+from edgedit_hf.export.executorch import export_executorch
+from edgedit_hf.export.onnx import export_onnx
+from edgedit_hf.latency.runners import ExecutorchSession, OnnxRunner
+
+ORACLES = Path(__file__).parents[1] / "models" / "oracles"
+
+
+@pytest.mark.parametrize("name", ["sit", "mdtv2"])
+def test_an_artefact_computes_what_the_original_computed(name, tmp_path):
+    tensors = load_file(ORACLES / f"{name}.safetensors")
+    torch.save({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}, tmp_path / f"{name}.pt")
+    model = load_original(tmp_path / f"{name}.pt", num_attention_heads=4)
+    x, t, y, expected = (tensors[f"call0.{key}"] for key in ("x", "t", "y", "out"))
+    if name == "sit":
+        t, expected = 1000 * (1 - t), -expected
+    inputs = {"sample": x, "timestep": t.float(), "class_labels": y}
+    onnx = export_onnx(model, tmp_path / "model.onnx")
+    found = torch.from_numpy(OnnxRunner(onnx, {key: value.numpy() for key, value in inputs.items()}, threads=1)()[0])
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    export_executorch(model, tmp_path / "model.pte", batch=len(x))
+    found = ExecutorchSession(tmp_path / "model.pte", threads=1).run(tuple(inputs.values()))
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
