@@ -5,22 +5,41 @@ Shapes: x, output, target `(B, N, D)`: the proxy's input (the teacher's hidden s
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..errors import EdgeDiTError
 
 OUTLIER_SIGMA = 5.0
+FAR_LOSS = 0.1  # normalised loss from which on a proxy trains at the full rate
 
 
-def ordinary_updates(x: torch.Tensor, target: torch.Tensor, sigmas: float = OUTLIER_SIGMA) -> torch.Tensor:
+def ordinary_updates(x: torch.Tensor, target: torch.Tensor, sigmas: float = OUTLIER_SIGMA, eps: float = 0.0) -> torch.Tensor:
     """Mask `(B, N, D)` of the elements whose teacher update lies within `sigmas` standard deviations of the mean update.
 
     A few massive activations otherwise own the loss (TinyFusion, arXiv:2412.01199, masks at 2σ of the hidden state; here the
-    residual update is masked, which has far lighter tails, hence 5).
+    residual update is masked, which has far lighter tails, hence 5). Mean and deviation are taken twice, the second time without what
+    the first found massive, which would hide smaller outliers behind a few huge ones. A residual stream may also be massive where the update
+    is not: elements whose rounding at the relative precision `eps` alone may exceed a standard deviation are left out too.
     """
-    update = target - x
-    centred = update - update.mean()
-    return centred.abs() <= sigmas * centred.pow(2).mean().sqrt()
+    update = target.float() - x.float()
+    mask = torch.ones_like(update, dtype=torch.bool)
+    for _ in range(2):
+        count = mask.sum()
+        mean = (update * mask).sum() / count
+        deviation = ((update - mean).square() * mask).sum().div(count).sqrt()
+        mask = (update - mean).abs() <= sigmas * deviation
+    return mask & (torch.maximum(target.float().abs(), x.float().abs()) * (0.5 * eps) <= deviation) if eps else mask
+
+
+def rate_scale(start_loss: float) -> float:
+    """Share of the peak learning rate for a proxy whose normalised loss at its start is `start_loss`: √(loss / 0.1), at most 1.
+
+    A step of Adam has the length of the learning rate however small the gradient is; near its optimum a proxy would first walk away. The
+    distance still to go is about the root of a quadratic loss, and steps are best in proportion to it.
+    """
+    return min(1.0, math.sqrt(start_loss / FAR_LOSS))
 
 
 def feature_loss(output: torch.Tensor, target: torch.Tensor, x: torch.Tensor, kind: str = "normalised") -> torch.Tensor:
@@ -39,6 +58,8 @@ def feature_loss(output: torch.Tensor, target: torch.Tensor, x: torch.Tensor, ki
         return error.mean()
     if kind != "normalised":
         raise EdgeDiTError(f"The feature loss is {kind!r}; it must be 'normalised' or 'plain'.")
-    mask = ordinary_updates(x.float(), target.float())
+    # Below single precision, rounding counts; a proxy's own update is added to x in the coarsest of the three.
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (output, target, x))
+    mask = ordinary_updates(x, target, eps=eps)
     energy = ((target.float() - x.float()).pow(2) * mask).sum().clamp_min(torch.finfo(torch.float32).tiny)
     return (error * mask).sum() / energy
