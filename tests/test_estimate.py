@@ -1,14 +1,19 @@
 """The estimates of a dry run: they know the sizes of what a run writes, and scale as its work does."""
 
+import dataclasses
+import json
+import re
+
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.estimate import estimate, print_estimate
+from edgedit_hf.estimate import Machine, estimate, print_estimate
 from edgedit_hf.launch import new_pipeline
 from edgedit_hf.recipes import RunConfig, load_config
-from edgedit_hf.search_space import SearchSpace
+from edgedit_hf.search_space import SearchSpace, model_cost
 
 STAGES = ["teacher", "bank", "latency", "search", "student", "tune", "export", "evaluate"]
 SMALL = "teacher={hidden_size: 32, num_layers: 4, num_heads: 2}"
@@ -56,38 +61,176 @@ def test_sizes_are_those_of_the_files(configured, make_transformer, tmp_path):
     assert rows["bank"].disk == pytest.approx(written, rel=0.1)
 
 
+# One FLOP a nanosecond, updates for nothing: times are FLOPs.
+COUNTING = Machine("counting", 1, 1e9, 1e9, 1e9, 1e30)
+UNBOUNDED = "student={max_parameters_ratio: null, max_flops_ratio: null}"
+
+
+def counted(config: RunConfig, processes: int = 1) -> dict:
+    return {row.stage: row for row in estimate(config, dataclasses.replace(COUNTING, processes=processes))}
+
+
 def test_times_scale_with_the_work(configured):
-    # Within one estimate, so that both rates are the same measurement.
     def ratio(*overrides: str, of: str, to: str) -> float:
-        rows = by_stage(configured("tune.teacher_more_steps=false", "tune.output_kd=0", "latency.repeats=3", *overrides))
+        rows = counted(configured("tune.teacher_more_steps=false", "tune.output_kd=0", UNBOUNDED, *overrides))
         return rows[of].seconds / rows[to].seconds
 
     assert ratio("teacher.steps=600", "tune.steps=300", of="teacher", to="tune") == pytest.approx(2)
     assert ratio("teacher.batch_size=64", "tune.batch_size=256", "teacher.steps=500", of="teacher", to="tune") == pytest.approx(1 / 4)
     assert ratio("tune.teacher_more_steps=true", "tune.steps=500", "teacher.steps=500", of="tune", to="teacher") == pytest.approx(2)
     assert ratio("tune.output_kd=1", "tune.steps=600", "teacher.steps=800", of="tune", to="teacher") == pytest.approx(1)
+    assert ratio("teacher.gradient_checkpointing=true", "teacher.steps=500", of="teacher", to="tune") == pytest.approx(4 / 3)
+    assert ratio("student.max_flops_ratio=0.5", "teacher.steps=500", of="tune", to="teacher") == pytest.approx(1 / 2, rel=1e-4)
     # A bank's step costs a teacher forward and three forwards of every proxy.
-    bank = ("bank.steps=100", "bank.both_steps=0", "teacher.steps=100")
+    bank = ("bank.steps=1000", "bank.both_steps=0", "bank.init=copy", "bank.calibration_samples=1", "teacher.steps=1000")
     large = ratio(*bank, "bank.batch_size=128", of="bank", to="teacher")
-    assert large == pytest.approx(2 * ratio(*bank, "bank.batch_size=64", of="bank", to="teacher")) and 1 < large < 20
+    assert large == pytest.approx(2 * ratio(*bank, "bank.batch_size=64", of="bank", to="teacher"), rel=0.01) and 1 < large < 20
+
+
+def test_a_training_step_costs_three_forwards_of_its_batch(configured, make_transformer):
+    rows = counted(configured("teacher.steps=10", "teacher.batch_size=32"))
+    assert rows["teacher"].seconds == pytest.approx(10 * 32 * 3 * model_cost(make_transformer().config).flops / 1e9)
+
+
+def test_processes_share_training_and_nothing_else(configured):
+    config = configured("bank.init=copy", "bank.calibration_samples=1")
+    one, two = counted(config), counted(config, processes=2)
+    assert (two["teacher"].processes, two["bank"].processes, two["tune"].processes) == (2, 2, 2)
+    for stage in ("teacher", "tune"):
+        assert two[stage].seconds == pytest.approx(one[stage].seconds / 2)
+    # The second rank runs the whole prefix, the first its half.
+    assert one["bank"].seconds / 2 < two["bank"].seconds < 0.6 * one["bank"].seconds and two["bank"].memory < one["bank"].memory
+    for stage in ("latency", "search", "student", "export", "evaluate"):
+        assert two[stage].seconds == one[stage].seconds and two[stage].processes == 1
+
+
+def test_what_training_keeps_is_what_autograd_saves(configured, make_transformer):
+    model = make_transformer(hidden_size=64, num_layers=3, num_attention_heads=2).train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(torch.randn(256, 1, 8, 8), torch.full((256,), 5.0), torch.zeros(256, dtype=torch.long)).sample
+    assert output.requires_grad
+    kept = sum(storage.nbytes() for storage in saved.values())
+    rows = {
+        batch: counted(configured("teacher={hidden_size: 64, num_layers: 3, num_heads: 2}", f"teacher.batch_size={batch}"))["teacher"].memory
+        for batch in (256, 512)
+    }
+    assert rows[512] - rows[256] == pytest.approx(kept, rel=0.1)
+
+
+def test_micro_batches_and_checkpointing_save_memory(configured):
+    def held(*overrides: str, processes: int = 1) -> float:
+        return counted(configured("teacher.batch_size=16384", *overrides), processes)["teacher"].memory
+
+    whole = held()
+    pieces = held("teacher.gradient_accumulation=4")
+    assert pieces == pytest.approx(held(processes=4), rel=0.01) and pieces < 0.5 * whole
+    assert held("teacher.gradient_checkpointing=true") < 0.6 * whole
+
+
+def test_the_bank_keeps_to_its_budget_in_groups(configured):
+    wide = "teacher={hidden_size: 256, num_layers: 8, num_heads: 4}"
+    config = configured(wide, "bank.calibration_samples=8")
+    whole = counted(config)["bank"]
+    budget = 0.8 + 0.6 * (whole.memory / 1e9 - 0.8)
+    grouped = counted(configured(wide, "bank.calibration_samples=8", f"bank.memory_budget_gb={budget}"))["bank"]
+    assert grouped.memory <= 1e9 * budget < whole.memory and grouped.seconds > whole.seconds
+    states = counted(configured(wide, "bank.calibration_samples=8", "bank.optimizer=adamw8bit"))["bank"]
+    assert states.memory < whole.memory and states.disk == whole.disk
 
 
 def test_a_teacher_that_is_brought_along_costs_nothing(configured, make_transformer, tmp_path):
-    new_pipeline(make_transformer(), None, [str(i) for i in range(10)], RunConfig()).save_pretrained(tmp_path / "given")
-    rows = by_stage(configured(f"teacher.path={tmp_path / 'given'}"))
+    new_pipeline(make_transformer(num_layers=6), None, [str(i) for i in range(10)], RunConfig()).save_pretrained(tmp_path / "given")
+    rows = counted(configured(f"teacher.path={tmp_path / 'given'}", "teacher.num_layers=2"))
     assert rows["teacher"].seconds == 0 and rows["bank"].seconds > 0
+    assert rows["bank"].disk == counted(configured("teacher.num_layers=6"))["bank"].disk
+
+
+def test_a_given_genotype_needs_no_search(configured, make_transformer, tmp_path):
+    space = SearchSpace.for_config(make_transformer().config)
+    (tmp_path / "genotype.json").write_text(space.from_code((19, 19)).to_json())
+    rows = counted(configured(f"student.genotype={tmp_path / 'genotype.json'}"))
+    assert rows["latency"].seconds == rows["search"].seconds == 0
+    layers = space.from_code((19, 19)).to_layers()
+    assert rows["student"].disk == 4 * model_cost({**make_transformer().config, "layers": layers}).weights
+
+
+def test_latents_are_counted_with_the_vae_that_makes_them(configured, tmp_path):
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    small = AutoencoderKL(in_channels=1, out_channels=1, **blocks, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4)
+    small.save_pretrained(tmp_path / "vae")
+    row = counted(configured(f"data.vae={tmp_path / 'vae'}", "data.resolution=16", "teacher.steps=1"))["teacher"]
+    convolution = 2 * 16 * 16 * 8 * 9  # the first of the encoder, one channel to eight, 3 × 3
+    assert row.before > 1438 * convolution / 1e9 and row.seconds > row.before
+    assert counted(configured())["teacher"].before == 0
+
+
+PAPER = """
+import resource, sys
+from edgedit_hf.estimate import print_estimate
+from edgedit_hf.recipes import load_config
+print_estimate(load_config(sys.argv[1], ["output_dir=" + sys.argv[2]]))
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_the_paper_recipe_is_estimated_without_anything_of_its_own(repository, run_python, tmp_path):
+    recipe = repository / "training" / "recipes" / "imagenet256-edgedit1.yaml"
+    lines = run_python(PAPER, recipe, tmp_path / "run").splitlines()
+    assert "1 × A100:" in lines[0] and "8 × A100:" in lines[0]
+    assert [line.split()[0] for line in lines[1:10]] == [*STAGES, "all"]
+    devices = {line.split()[0]: re.findall(r"\b(?:cpu|[18] GPUs?)(?= )", line) for line in lines[1:9]}
+    assert devices["tune"] == devices["bank"] == ["1 GPU", "8 GPUs"] and devices["search"] == devices["evaluate"] == ["1 GPU", "1 GPU"]
+    assert devices["latency"] == devices["export"] == ["cpu", "cpu"]
+    assert all(float(held) < 80 for held in re.findall(r"([\d.]+) GB", lines[9])[2:])  # both GPU columns fit
+    said = [line for line in lines if line.startswith("Assumed: ")]
+    assert [next(word for word in ("data.source", "VAE", "teacher.path") if word in line) for line in said] == ["data.source", "VAE", "teacher.path"]
+    assert int(lines[-1].split()[1]) < 1800  # MB; the teacher alone would be 2,700
+    assert not (tmp_path / "run").exists()
+
+
+MEASURED = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("peak", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_a_real_run_needs_what_was_estimated(configured, repository, run_python, tmp_path):
+    overrides = (
+        *("teacher={hidden_size: 256, num_layers: 8, num_heads: 4, steps: 30, batch_size: 128}", "tune={steps: 30, batch_size: 128}"),
+        *("bank={steps: 12, both_steps: 6, batch_size: 64}", f"output_dir={tmp_path / 'run'}"),
+    )
+    rows = by_stage(configured(*overrides))
+    arguments = [part for override in ("threads=1", *overrides) for part in ("--override", override)]
+    for script, stage in (("train_teacher", "teacher"), ("distill_proxies", "bank")):
+        printed = run_python(MEASURED, repository / "training" / f"{script}.py", "--config", tmp_path / "recipe.yaml", *arguments)
+        record = json.loads((tmp_path / "run" / stage / "stage.json").read_text())
+        peak = int(printed.split()[-1]) if stage == "teacher" else 1e9 * max(group["peak_gb"] for group in record["ranks"][0])
+        assert peak / 1.5 < rows[stage].memory < 1.5 * peak, stage
+        assert record["seconds"] / 2.5 < rows[stage].seconds < 2.5 * record["seconds"], stage  # 1.5 where nothing else runs
 
 
 def test_what_cannot_run_is_said_before_anything_runs(configured):
     with pytest.raises(EdgeDiTError, match=r"\(1, 8, 8\).*patch_size 3"):
         estimate(configured("teacher.patch_size=3"))
-    with pytest.raises(EdgeDiTError, match="There is no pipeline|cannot be loaded"):
-        estimate(configured("teacher.path=/no/such/folder"))
+    with pytest.raises(EdgeDiTError, match="The folder '/no/such/folder' does not exist"):
+        estimate(configured("data.source=/no/such/folder", "data.resolution=8"))
 
 
 def test_the_table_has_a_line_a_stage_and_their_sum(configured, capsys):
     print_estimate(configured())
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["stage", "time", "memory", "disk"]
+    assert lines[0].split() == "stage here: time memory disk 1 × A100: time memory 8 × A100: time memory".split()
     assert [line.split()[0] for line in lines[1:10]] == [*STAGES, "all"]
     assert "with 1 threads; nothing was written" in lines[10] and len(lines) == 11

@@ -21,8 +21,8 @@ ORDER = [
     "models",
     "schedulers",
     "pipelines",
-    ("launch", "estimate"),  # the recipes' command line, and its --dry-run
     "distill",
+    ("launch", "estimate"),  # the recipes' command line, and its --dry-run
     "elastic",
     "metrics",
     "latency",

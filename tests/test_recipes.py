@@ -35,9 +35,24 @@ def test_defaults_are_not_shared_between_runs(load):
     assert load("").export.dtypes == ["fp32", "int8"]
 
 
-@pytest.mark.parametrize("name", ["debug.yaml", "digits.yaml"])
+@pytest.mark.parametrize("name", ["debug.yaml", "digits.yaml", "imagenet256-edgedit1.yaml"])
 def test_the_shipped_recipes_are_valid(repository, name):
     assert load_config(repository / "training" / "recipes" / name) != RunConfig()
+
+
+def test_the_paper_recipe_gives_and_explains_every_key_of_its_stages(repository):
+    path = repository / "training" / "recipes" / "imagenet256-edgedit1.yaml"
+    values, lines = yaml.safe_load(path.read_text()), path.read_text().splitlines()
+    config = load_config(path)
+    for entry in dataclasses.fields(config):
+        section = getattr(config, entry.name)
+        keys = [entry.name] if not dataclasses.is_dataclass(section) else [key.name for key in dataclasses.fields(section)]
+        if dataclasses.is_dataclass(section):
+            assert set(keys) == set(values[entry.name]), entry.name
+        for key in keys:
+            assert any(line.strip().startswith(f"{key}: ") and "  # " in line for line in lines), key
+    assert (config.tune.steps, config.evaluate.samples, config.teacher.steps) == (100_000, 50_000, 400_000)
+    assert (config.teacher.hidden_size, config.teacher.num_layers, config.bank.reduced_attention_dim, config.bank.only) == (1152, 28, 512, None)
 
 
 def test_sections_and_folders(load):

@@ -5,6 +5,7 @@
 Writes <output_dir>/evaluate: reference.json, latency.json, and a JSON, a PNG and the images (safetensors) of each model.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -41,6 +42,9 @@ MODELS = (
     ("exported/executorch-int8", "exported"),
     ("exported/executorch-int4", "exported"),
 )
+
+
+CHUNK = 2000  # images that are held as floats at a time: 1.6 GB of 256 × 256 pixels
 
 
 def measure_latencies(pipelines: dict, config: RunConfig) -> dict:
@@ -87,6 +91,37 @@ def bytes_by_precision(transformer, cost: Cost) -> dict[str, int]:
     return {transformer.config.precision: sum(weight_bytes(transformer.path).values())}
 
 
+def judge(pipeline, config: RunConfig, extractor, classifier, accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+    """A model's images as bytes `(n, C, H, W)`, their features `(n, D)`, and how many show their class (`None` without labels or classifier).
+
+    A torch model runs on the accelerator's device meanwhile. Its images are in the launch's precision, unless exports, which have a
+    precision of their own, are compared with them.
+    """
+    options = config.evaluate
+    eager = isinstance(pipeline.transformer, torch.nn.Module)
+    if eager:
+        pipeline.to(accelerator.device)
+    images, features, agreeing = [], [], []
+    for start in range(0, options.samples, CHUNK):
+        with nullcontext() if options.exports else accelerator.autocast():
+            samples, labels = generate(
+                pipeline,
+                min(CHUNK, options.samples - start),
+                first=start,
+                seed=config.seed,
+                steps=options.sampling_steps,
+                guidance_scale=options.guidance_scale,
+                batch_size=options.batch_size,
+            )
+        features.append(extractor.features(samples))
+        images.append(((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+        if classifier is not None and labels is not None:
+            agreeing.append(len(samples) * class_agreement(classifier, samples, labels))
+    if eager:
+        pipeline.to("cpu")
+    return torch.cat(images), torch.cat(features), sum(agreeing) / options.samples if agreeing else None
+
+
 def run(config: RunConfig, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
@@ -108,7 +143,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         return
     pipelines = {name: load_pipeline(folders[name], "an earlier stage") for name, _ in present}
     images = load_run_images(config)
-    extractor, real = load_reference(config, images)
+    extractor, real = load_reference(config, images, accelerator.device)
     classifier = describe_reference(config, images, extractor, real)
     metric = f"fid[{extractor.name},n={options.samples}]"
     if not (state.folder / "latency.json").exists():
@@ -122,15 +157,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     for index in state.steps():
         name, stage = present[index]
         pipeline = pipelines[name]
-        samples, labels = generate(
-            pipeline,
-            options.samples,
-            seed=config.seed,
-            steps=options.sampling_steps,
-            guidance_scale=options.guidance_scale,
-            batch_size=options.batch_size,
-        )
-        features = extractor.features(samples)
+        bytes_of, features, agreement = judge(pipeline, config, extractor, classifier, accelerator)
         precision, recall = precision_recall(real, features)
         distance = frechet_distance(features, real)
         model = pipeline.transformer.config
@@ -155,9 +182,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "guidance_scale": options.guidance_scale,
             "grid": f"evaluate/{file(name, '.png').name}",
         }
-        if classifier is not None and labels is not None:
-            result["class_agreement"] = class_agreement(classifier, samples, labels)
-        bytes_of = ((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        if agreement is not None:
+            result["class_agreement"] = agreement
         save_file({"images": bytes_of}, file(name, ".safetensors"))
         if stage == "exported":
             # Against the same images from PyTorch in fp32: what lowering and quantising changed. None: not one 8-bit value.

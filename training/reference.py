@@ -14,11 +14,11 @@ REAL_IMAGES = 50_000  # more add nothing to the distance's precision at the samp
 CHUNK = 1000
 
 
-def load_reference(config: RunConfig, images: ImageDataset):
-    """(extractor, features of the real training images `[N, D]`)."""
+def load_reference(config: RunConfig, images: ImageDataset, device: torch.device):
+    """(extractor, features of the real training images `[N, D]`); `device`: where Inception runs."""
     folder = config.folder("evaluate", "extractor")
     if config.evaluate.extractor == "inception":
-        extractor = InceptionExtractor()
+        extractor = InceptionExtractor(device)
     elif folder.exists():
         extractor = FeatureExtractor.load(folder)
     else:

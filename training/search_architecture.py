@@ -26,11 +26,11 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
     options = config.search
-    pipeline = load_teacher(config)
+    pipeline = load_teacher(config).to(accelerator.device)
     teacher_config = dict(pipeline.transformer.config)
     bank = ProxyBank(config.folder("bank"), pipeline.transformer)
     table = LatencyTable.from_json(config.folder("latency", "table.json"))
-    extractor, real = load_reference(config, load_run_images(config))
+    extractor, real = load_reference(config, load_run_images(config), accelerator.device)
     state = RunState(
         config.folder("search"),
         "search",
@@ -56,6 +56,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         steps=options.sampling_steps,
         guidance_scale=options.guidance_scale,
         seed=config.seed,
+        batch_size=min(options.samples, config.evaluate.batch_size),
+        autocast=accelerator.autocast,
     )
 
     def evaluate(genotype: Genotype) -> tuple[tuple[float, float], dict]:

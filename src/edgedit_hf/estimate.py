@@ -1,133 +1,434 @@
-"""What a run will cost, a stage, before anything runs: closed-form FLOPs over the rate this machine reaches in a second of measuring."""
+"""What a run will cost, a stage, before anything runs: closed-form FLOPs and bytes, here and on one and eight GPUs.
+
+Nothing of the run's size is allocated, and nothing outside this machine is asked: what is not here yet (a teacher to be converted, a data
+set or an autoencoder of the Hub) is replaced by an assumption that is printed.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
+from torch.utils.flop_counter import FlopCounterMode
 
-from .launch import load_run_images, load_teacher, load_vae, new_teacher, search_space_of
+from .distill.schedule import PROCESS_BYTES, MemoryModel, pairs_of, plan_bank, prefix_cost, wanted_proxies
+from .errors import EdgeDiTError
+from .genotype import LayerSpec
+from .launch import load_run_images, new_teacher, read_genotype, search_space_of
 from .models.transformer_edgedit import EdgeDiTTransformer2DModel
-from .recipes import RunConfig
-from .search_space import layer_cost, model_cost
+from .recipes import OptimisationConfig, RunConfig
+from .search_space import BYTES, OPTIONS, Cost, SearchSpace, layer_cost, model_cost, trunk_cost
 
-BASE_MEMORY = 0.9e9  # interpreter with torch, diffusers, botorch, onnxruntime
-TRAIN_FORWARDS = 3  # a training step costs about three forwards
-TABLE_ROUND_NETWORKS = 12  # networks timed in a round of the latency table
-LOWERING_SECONDS = 3.0  # a layer of a network, in ExecuTorch
-EXPORTED_SHARE = {"fp32": 1.0, "int8": 0.27, "int4": 0.17}  # of the weights in fp32
+LIBRARIES = 0.15e9  # what botorch and ONNX Runtime add to a process
+BACKWARD = 2  # a backward costs two forwards
+UPDATE_BYTES = 40  # moved a weight and step: AdamW reads four values and writes three, the moving average reads two and writes one
+TABLE_ROUND_NETWORKS = 12  # networks timed in a round of the latency table, as FLOPs of as many teachers
+TABLE_DEPTHS = (2, 6)  # the table's networks: two depths of every shape, and three whole ones, together twice the teacher
+CHUNK = 2000  # images that stage evaluate holds as floats at a time
+CG_ITERATIONS = 30  # of a closed-form refit, with two products of 2·M·F·D FLOPs each
+JUDGED = 7  # times that every proxy sees the held-out images: three starts and four points of its curve
+SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}  # assumed where the VAE is not here
+SD_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+IMAGENET = {"classes": 1000, "images": 1_281_167}  # assumed where the data set is not here
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What estimates are for: processes of one machine, one device each.
+
+    Args:
+        flops: FLOPs a second that a process reaches in matrix products of the launch's precision. fp32_flops: in float32.
+        conv_flops: in the VAE's convolutions, which run in float32 (TF32 on a GPU).
+        update_bytes: bytes a second that an optimiser's update moves.
+        gpu: whether `memory` of the estimates is a GPU's; stages that need none run on the host's CPU as `host` says.
+    """
+
+    name: str
+    processes: int
+    flops: float
+    fp32_flops: float
+    conv_flops: float
+    update_bytes: float
+    gpu: bool = False
+    host: Machine | None = None
+
+
+def gpus(count: int, host: Machine) -> Machine:
+    """A100-SXM4-80GB in bf16: 312, 156 and 19.5 TFLOP/s in bf16, TF32 and fp32 at peak, 2.04 TB/s (NVIDIA's data sheet). Assumed reached:
+    40 % of the first two, 80 % of the others; transfers between GPUs are taken to hide behind the backward pass."""
+    return Machine(f"{count} × A100", count, 0.4 * 312e12, 0.8 * 19.5e12, 0.4 * 156e12, 0.8 * 2.04e12, gpu=True, host=host)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cost of one stage: seconds, peak bytes of memory a process, bytes on disk when it is finished."""
+    """Cost of one stage: seconds, peak bytes of memory a process (of its GPU, where it has one), bytes on disk when it is finished.
+
+    `device`: where the work is done, by how many processes; stages without a data-parallel loop use the main process alone.
+    `before`: seconds of these that pass before a first training step (latents, starts of proxies).
+    """
 
     stage: str
     seconds: float
     memory: float
     disk: float
+    device: str = "cpu"
+    processes: int = 1
+    before: float = 0.0
 
 
-def _forward_rate(model: EdgeDiTTransformer2DModel, batch: int) -> float:
-    """FLOPs a second of this model's forward here (median of a few, about a second in all)."""
-    config = model.config
-    size = config.sample_size
-    x, t = torch.randn(batch, config.in_channels, size, size), torch.full((batch,), 500.0)
-    labels = torch.zeros(batch, dtype=torch.long) if config.num_classes else None
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(7):
-            start = time.perf_counter()
-            model(x, t, labels)
-            seconds.append(time.perf_counter() - start)
-            if sum(seconds) > 2 and len(seconds) > 2:
-                break
-    return batch * model_cost(config).flops / sorted(seconds)[len(seconds) // 2]
+# -------------------------------------------------------------------- what the run is made of
 
 
-def estimate(config: RunConfig) -> list[Estimate]:
-    """Estimates of all stages of a run, in order. Times are for one process; they assume that nothing else runs."""
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    teacher, bank, search, tune, judged = config.teacher, config.bank, config.search, config.tune, config.evaluate
-    if teacher.path is not None:
-        model = load_teacher(config).transformer
-    else:
+@dataclass
+class Workload:
+    """Sizes of a run: the teacher's config, its data, and what had to be assumed."""
+
+    model: dict[str, Any]
+    images: int
+    pixels: int  # values of an image
+    encode_flops: float = 0.0  # of the VAE, an image
+    decode_flops: float = 0.0
+    assumed: list[str] = field(default_factory=list)
+
+
+def _vae_of(path: str, assumed: list[str]) -> AutoencoderKL | Any:
+    """The autoencoder on the meta device, or one like Stable Diffusion's if it is not on this machine."""
+    from diffusers import AutoencoderTiny
+
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    with torch.device("meta"):
+        try:
+            values = AutoencoderKL.load_config(path, local_files_only=True)
+            return classes[values["_class_name"]].from_config(values)
+        except (OSError, KeyError):
+            assumed.append(f"the VAE {path} is not here: taken to be like Stable Diffusion's (factor 8, 4 channels)")
+            return AutoencoderKL(**SD_VAE, **SD_BLOCKS)
+
+
+def _flops(call) -> float:
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        call()
+    return float(counter.get_total_flops())
+
+
+def workload(config: RunConfig) -> Workload:
+    """Sizes of a run, from what is on this machine; nothing is downloaded and no teacher loaded.
+
+    Raises:
+        EdgeDiTError: local data cannot be used, the teacher's sizes do not fit the data, or `teacher.path` is not EdgeDiT's.
+    """
+    assumed: list[str] = []
+    data, source = config.data, Path(config.data.source).expanduser()
+    of_hub = data.source.partition(":")[0].count("/") == 1 and not data.source.startswith((".", "/", "~")) and not source.exists()
+    if not of_hub or data.resolution is None:
         images = load_run_images(config)
-        channels, size = images.shape[0], images.shape[1]
-        if config.data.vae is not None:
-            vae = load_vae(config.data.vae)
-            channels, size = vae.config.latent_channels, size // 2 ** (len(vae.config.block_out_channels) - 1)
-        model = new_teacher(config, (channels, size, size), images.num_classes)
-    cost = model_cost(model.config)
-    space = search_space_of(config, model.config)
-    tokens = (model.config.sample_size // model.config.patch_size) ** 2
-    rate = _forward_rate(model.eval(), min(64, judged.batch_size))
-    proxies = [(space.option_of(layer), layer_cost(space.hidden_size, layer.shape, tokens)) for layer in space.proxies()]
-    proxy_weights = sum(c.weights for _, c in proxies)
-    weights = 4.0 * cost.weights
+        count, shape, classes = len(images), images.shape, images.num_classes
+    else:
+        count, classes = IMAGENET["images"], IMAGENET["classes"]
+        shape = (data.channels or 3, data.resolution, data.resolution)
+        assumed.append(f"data.source {data.source} is not here: taken to hold {count:,} images of {classes} classes, as ImageNet does")
+    pixels, encode, decode = shape[0] * shape[1] * shape[2], 0.0, 0.0
+    if data.vae is not None:
+        vae = _vae_of(data.vae, assumed)
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        latent = (vae.config.latent_channels, shape[1] // factor, shape[2] // factor)
+        encode = _flops(lambda: vae.encode(torch.empty(1, *shape)))
+        decode = _flops(lambda: vae.decode(torch.empty(1, *latent)))
+        shape = latent
+    with torch.device("meta"):
+        model = _given_teacher(config.teacher.path, assumed)
+        if model is None:
+            model = new_teacher(config, shape, classes)
+    return Workload(dict(model.config), count, pixels, encode, decode, assumed)
 
-    def activations(batch: int, flops_share: float = 1.0) -> float:
-        # About 34 bytes a token and channel a layer in fp32 training without checkpointing: what autograd keeps of a DiT block.
-        return batch * tokens * space.hidden_size * space.num_layers * 34 * 4 * flops_share
 
-    def training(steps: int, batch: int) -> float:
-        return TRAIN_FORWARDS * steps * batch * cost.flops / rate
+def _given_teacher(path: str | None, assumed: list[str]) -> EdgeDiTTransformer2DModel | None:
+    """The teacher that is brought along, on the meta device; `None`: it is not here (or none is), the recipe's sizes count."""
+    if path is None:
+        return None
+    try:
+        values = EdgeDiTTransformer2DModel.load_config(path, subfolder="transformer", local_files_only=True)
+    except (OSError, ValueError):
+        assumed.append(f"teacher.path {path} is not here: taken to have the sizes in the recipe's section teacher")
+        return None
+    if values.get("_class_name") != EdgeDiTTransformer2DModel.__name__:
+        raise EdgeDiTError(f"teacher.path {path} holds a {values.get('_class_name')}; convert it first: edgedit convert {path} OUT")
+    return EdgeDiTTransformer2DModel.from_config(values)
 
-    def sampling(images: int, steps: int, guidance: float) -> float:
-        doubled = 2 if guidance > 1 and model.config.num_classes else 1
-        return images * steps * doubled * cost.flops / rate
 
-    runs = 1 + tune.teacher_more_steps + tune.random_proxies
-    single = TRAIN_FORWARDS * sum(c.flops for o, c in proxies if o != "both")
-    both = TRAIN_FORWARDS * sum(c.flops for o, c in proxies if o == "both")
-    bank_flops = bank.batch_size * (bank.steps * (single + cost.flops) + bank.both_steps * (both + cost.flops))
-    genotypes = search.evaluations + (search.evaluations - search.initial if search.random_baseline else 0)
-    exports = [*config.export.dtypes, *config.export.executorch]
-    lowering = LOWERING_SECONDS * model.config.num_layers  # of one network in ExecuTorch
-    models = 2 + tune.teacher_more_steps + tune.random_proxies + 1 + len(exports)
-    steps_of_table = TABLE_ROUND_NETWORKS * config.latency.repeats * 2 * config.latency.batch_size
-    kd = 4 / 3 if tune.output_kd else 1
-    exported = weights * sum(EXPORTED_SHARE[precision] for precision in exports)
-    seconds = {
-        "teacher": 0.0 if teacher.path else training(teacher.steps, teacher.batch_size),
-        "bank": bank_flops / rate,
-        "latency": 15 + steps_of_table * cost.flops / rate + (TABLE_ROUND_NETWORKS * lowering if config.latency.runtime == "executorch" else 0.0),
-        "search": 15 + search.evaluations + genotypes * sampling(search.samples, search.sampling_steps, search.guidance_scale),
-        "student": 1.0,
-        "tune": runs * training(tune.steps, tune.batch_size) * kd,
-        "export": 15.0 * len(exports) + len(config.export.executorch) * lowering,
-        "evaluate": 20 + 2 * len(config.export.executorch) * lowering + models * sampling(judged.samples, judged.sampling_steps, judged.guidance_scale),
-    }
-    memory = {
-        "teacher": 5 * weights + activations(teacher.batch_size),
-        "bank": weights + 16.0 * proxy_weights + activations(bank.batch_size, len(proxies) / space.num_layers),
-        "latency": 4 * weights,
-        "search": 3 * weights,
-        "student": 3 * weights,
-        "tune": 6 * weights + activations(tune.batch_size),
-        "export": 6 * weights,
-        "evaluate": models * weights,
-    }
-    disk = {
-        "teacher": 0.0 if teacher.path else weights,
-        "bank": 4.0 * proxy_weights,
-        "latency": 1e4,
-        "search": 1e5,
-        "student": weights,
-        "tune": runs * weights,
-        "export": exported,
-        "evaluate": judged.samples * models * 200.0,
-    }
-    return [Estimate(stage, seconds[stage], BASE_MEMORY + memory[stage], disk[stage]) for stage in seconds]
+# -------------------------------------------------------------------- this machine
+
+
+def here(config: RunConfig, model_config: dict[str, Any]) -> Machine:
+    """This machine, with rates measured in about a second each: a forward of the teacher's first layers, and an optimiser's update."""
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    layer = layer_cost(model_config["hidden_size"], SearchSpace.for_config(model_config).option_shape("original"), 1).weights
+    layers = model_config["layers"][: max(1, min(len(model_config["layers"]), int(5e7 / layer)))]
+    plain = {k: v for k, v in model_config.items() if not k.startswith("_")}
+    small = {**plain, "layers": layers, "num_layers": len(layers), "long_skips": None, "decoder_start": None, "side_layers": 0}
+    model = EdgeDiTTransformer2DModel(**small).eval()
+    flops = model_cost(model.config).flops
+    batch = max(1, min(64, config.evaluate.batch_size, int(4e10 / flops)))
+    size = model_config["sample_size"]
+    x, t = torch.randn(batch, model_config["in_channels"], size, size), torch.full((batch,), 500.0)
+    labels = torch.zeros(batch, dtype=torch.long) if model_config["num_classes"] else None
+    with torch.inference_mode():
+        rate = batch * flops / _median_seconds(lambda: model(x, t, labels))
+    weights = sum(p.numel() for p in model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    updates = UPDATE_BYTES * 0.7 * weights / _median_seconds(optimizer.step)  # without the moving average, it moves 28 of 40 bytes
+    return Machine("here", 1, rate, rate, rate, updates)
+
+
+def _median_seconds(call) -> float:
+    seconds = []
+    while len(seconds) < 7 and (len(seconds) < 3 or sum(seconds) < 1):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+# -------------------------------------------------------------------- the stages
+
+
+class _Estimator:
+    """Closed forms of every stage for one run and one machine."""
+
+    def __init__(self, config: RunConfig, work: Workload, machine: Machine) -> None:
+        self.config, self.work, self.machine = config, work, machine
+        self.host = machine.host or machine
+        self.space = search_space_of(config, work.model)
+        self.tokens = (work.model["sample_size"] // work.model["patch_size"]) ** 2
+        self.teacher = model_cost(work.model)
+        self.student = self._student()
+        self.base = 1e9 if machine.gpu else PROCESS_BYTES + LIBRARIES  # of a GPU: what CUDA and cuBLAS take
+        self.device = "gpu" if machine.gpu else "cpu"
+        self.bf16 = machine.gpu
+
+    def _student(self) -> Cost:
+        """The student's cost: the given genotype's, else the largest that the limits allow."""
+        given = self.config.student
+        if given.genotype is not None:
+            return model_cost({**self.work.model, "layers": read_genotype(given.genotype, "student.genotype").to_layers()})
+        weights = round(self.teacher.weights * min(1.0, given.max_parameters_ratio or 1.0))
+        flops = round(self.teacher.flops * min(1.0, given.max_flops_ratio or 1.0))
+        return Cost(weights, weights, flops // 2, flops)
+
+    def activations(self, batch: int, checkpointing: bool = False) -> float:
+        """Bytes that autograd keeps of all layers: 32 + 16·A/D + 8·(MLP ratio) a token and channel in fp32 (counted with saved-tensor
+        hooks), half as many in bf16; with checkpointing the input of every layer, and one layer."""
+        token = batch * self.tokens * self.space.hidden_size
+        layer = token * (48 + 8 * self.space.mlp_ratio) * (0.5 if self.bf16 else 1)
+        return layer + self.space.num_layers * 4 * token if checkpointing else self.space.num_layers * layer
+
+    def training(self, cost: Cost, options: OptimisationConfig) -> tuple[float, float]:
+        """Seconds and bytes a process. Data parallel: each of N processes holds everything and does an N-th of the batch."""
+        machine = self.machine
+        forwards = 1 + BACKWARD + options.gradient_checkpointing
+        step = forwards * options.batch_size * cost.flops / (machine.processes * machine.flops) + UPDATE_BYTES * cost.weights / machine.update_bytes
+        # Weights, gradients, two moments, moving average; buckets of the gradients' all-reduce; copies of the weights that autocast keeps.
+        held = cost.weights * (20 + (4 if machine.processes > 1 else 0) + (2 if self.bf16 else 0))
+        micro = -(-options.batch_size // (machine.processes * options.gradient_accumulation))
+        return options.steps * step, held + self.activations(micro, options.gradient_checkpointing)
+
+    def sampling(self, cost: Cost, images: int, steps: int, guidance: float) -> float:
+        """Seconds of one process, the VAE included."""
+        doubled = 2 if guidance > 1 and self.work.model["num_classes"] else 1
+        return images * (steps * doubled * cost.flops + self.work.decode_flops) / self.machine.flops
+
+    def judging(self, batch: int, networks: int, images: int) -> float:
+        """Bytes that sampling needs on its device; on the CPU the images that are floats lie there too, twice while they are joined."""
+        batch_bytes = batch * (2 * self.tokens * self.space.hidden_size * 4 * 8 + 4 * 16 * self.work.pixels * bool(self.work.decode_flops))
+        return self.base + 4 * networks * self.teacher.weights + batch_bytes + (0 if self.machine.gpu else 8 * images * self.work.pixels)
+
+    def latents(self) -> float:
+        """Seconds of caching the latents, which the main process does before the first stage that trains."""
+        return self.work.images * self.work.encode_flops / self.machine.conv_flops
+
+    # ---------------------------------------------------------------- one method a stage, in order
+
+    def stage_teacher(self) -> Estimate:
+        options = self.config.teacher
+        if options.path is not None:
+            return Estimate("teacher", 0.0, 0.0, 0.0, self.device)
+        seconds, held = self.training(self.teacher, options)
+        disk, before = 4.0 * self.teacher.weights, self.latents()
+        return Estimate("teacher", before + seconds, self.base + held, disk, self.device, self.machine.processes, before)
+
+    def stage_bank(self) -> Estimate:
+        options, machine, space = self.config.bank, self.machine, self.space
+        only = None if options.only is None else [read_genotype(name, "bank.only") for name in options.only]
+        wanted = wanted_proxies(space, only)
+        memory = MemoryModel(
+            space,
+            self.work.model,
+            tokens=self.tokens,
+            batch_size=options.batch_size,
+            calibration_samples=options.calibration_samples,
+            teacher_bytes=2 if self.bf16 else 4,
+            state_bytes=2 if options.optimizer == "adamw8bit" else 8,
+            closed_form=options.init == "closed_form",
+            process_bytes=0 if machine.gpu else PROCESS_BYTES,
+        )
+        budget = None if options.memory_budget_gb is None else 1e9 * options.memory_budget_gb
+        plans = plan_bank(wanted, memory, min(machine.processes, len(pairs_of(wanted))), budget)
+        # Ranks go through their groups in step with each other: the slowest group of every round counts.
+        rounds = list(zip_longest(*([self._group_seconds(group.layers) for group in plan] for plan in plans), fillvalue=(0.0, 0.0)))
+        before = sum(max(starts for starts, _ in group) for group in rounds) + (self.latents() if self.config.teacher.path is not None else 0.0)
+        seconds = before + sum(max(trained for _, trained in group) for group in rounds)
+        held = max(group.predicted_bytes for plan in plans for group in plan) + (self.base if machine.gpu else 0)
+        disk = 4.0 * memory.weights(wanted)
+        return Estimate("bank", seconds, held, disk, self.device, len(plans), before)
+
+    def _group_seconds(self, layers: tuple[LayerSpec, ...]) -> tuple[float, float]:
+        """Of a group: starts and held-out losses, and training."""
+        options, machine = self.config.bank, self.machine
+        pairs = pairs_of(layers)
+        depths = [max(layer.source[-1] for layer in pair) + 1 for pair in pairs]
+
+        def prefix(depth: int, batch: int) -> float:
+            return prefix_cost(self.space, depth, self.tokens, batch) / machine.flops
+
+        def step(some: Iterable[LayerSpec]) -> float:
+            costs = [layer_cost(self.space.hidden_size, layer.shape, self.tokens) for layer in some]
+            if not costs:
+                return 0.0
+            products = (1 + BACKWARD) * options.batch_size * sum(c.flops for c in costs) / machine.flops
+            return prefix(depths[-1], options.batch_size) + products + 28 * sum(c.weights for c in costs) / machine.update_bytes
+
+        both = [layer for layer in layers if self.space.option_of(layer) == "both"]
+        trained = options.steps * step(layer for layer in layers if self.space.option_of(layer) != "both") + options.both_steps * step(both)
+        count = options.calibration_samples
+        forwards = sum(layer_cost(self.space.hidden_size, layer.shape, self.tokens).flops for layer in layers)
+        judged = JUDGED * count * forwards / machine.flops + sum(2 * prefix(depth, count) for depth in depths) + JUDGED * prefix(depths[-1], count)
+        fitted = sum(map(self._fit_flops, layers)) / machine.fp32_flops if options.init == "closed_form" else 0.0
+        return judged + fitted, trained
+
+    def _fit_flops(self, layer: LayerSpec) -> float:
+        """A closed-form start: Gram matrices and conjugate gradients of attention outputs and MLP neurons, before and after selection."""
+        rows, width, merged = self.config.bank.calibration_samples * self.tokens, self.space.hidden_size, len(layer.source)
+        neurons, kept = merged * int(width * self.space.mlp_ratio), int(width * layer.mlp_ratio)
+        sizes = [kept]
+        if layer.attention_dim < width or merged > 1:
+            sizes.append(layer.attention_dim)
+        if merged > 1:
+            sizes += [neurons, merged * width]
+        selection = 2 * rows * neurons**2 + 4 * neurons**3 if kept < neurons else 0
+        return selection + sum(2 * rows * size**2 + CG_ITERATIONS * 4 * rows * size * width for size in sizes)
+
+    def stage_latency(self) -> Estimate:
+        options, space = self.config.latency, self.space
+        trunk = trunk_cost(self.work.model, self.tokens).weights
+        shapes = [layer_cost(space.hidden_size, space.option_shape(option), self.tokens).weights for option in OPTIONS]
+        networks = sum(trunk + depth * weights for weights in shapes for depth in TABLE_DEPTHS) + 2 * self.teacher.weights
+        seconds = 15 + TABLE_ROUND_NETWORKS * options.repeats * 2 * options.batch_size * self.teacher.flops / self.host.fp32_flops
+        held = PROCESS_BYTES + LIBRARIES + BYTES[options.precision] * networks + 8 * self.teacher.weights  # all are loaded, one is being lowered
+        return Estimate("latency", seconds, held, 1e4)
+
+    def stage_search(self) -> Estimate:
+        options = self.config.search
+        genotypes = options.evaluations + (options.evaluations - options.initial if options.random_baseline else 0)
+        one = self.sampling(self.teacher, options.samples, options.sampling_steps, options.guidance_scale) + 4 * self.teacher.weights / 5e8
+        batch = min(options.samples, self.config.evaluate.batch_size)
+        return Estimate("search", 15 + options.evaluations + genotypes * one, self.judging(batch, 2, options.samples), 1e5, self.device)
+
+    def stage_student(self) -> Estimate:
+        held = PROCESS_BYTES + LIBRARIES + 4 * (self.teacher.weights + self.student.weights)
+        return Estimate("student", 1.0 + 8 * self.teacher.weights / 5e8, held, 4.0 * self.student.weights)
+
+    def stage_tune(self) -> Estimate:
+        options = self.config.tune
+        runs = [self.student] * (1 + options.random_proxies) + [self.teacher] * options.teacher_more_steps
+        seconds, held = zip(*(self.training(cost, options) for cost in runs))
+        more = 0.0
+        if options.output_kd:  # a forward of the teacher for every step of a student
+            more = sum(s for s, cost in zip(seconds, runs) if cost is self.student) * self.teacher.flops / ((1 + BACKWARD) * self.student.flops)
+        keeps_teacher = options.output_kd or (not self.machine.gpu and (options.random_proxies or options.teacher_more_steps))
+        held = max(*held, held[0] + 4 * self.teacher.weights if keeps_teacher else 0)
+        disk = 4.0 * sum(cost.weights for cost in runs)
+        return Estimate("tune", sum(seconds) + more, self.base + held, disk, self.device, self.machine.processes)
+
+    def stage_export(self) -> Estimate:
+        options = self.config.export
+        count = len(options.dtypes) + len(options.executorch)
+        seconds = count * (15.0 + 200 * self.student.flops / self.host.fp32_flops + 16 * self.student.weights / 2e8)
+        disk = sum(BYTES[dtype] for dtype in (*options.dtypes, *options.executorch)) * self.student.weights
+        return Estimate("export", seconds, PROCESS_BYTES + LIBRARIES + 20 * self.student.weights, disk)
+
+    def stage_evaluate(self) -> Estimate:
+        options, tune = self.config.evaluate, self.config.tune
+        asked = options.samples, options.sampling_steps, options.guidance_scale
+        exports = (len(self.config.export.dtypes) + len(self.config.export.executorch)) * options.exports
+        teachers, students = 1 + tune.teacher_more_steps, 2 + tune.random_proxies
+        seconds = 20 + teachers * self.sampling(self.teacher, *asked) + students * self.sampling(self.student, *asked)
+        seconds += exports * self.sampling(self.student, *asked) * self.machine.flops / self.host.fp32_flops
+        runtimes = 3 + len(self.config.export.executorch)
+        seconds += runtimes * options.latency_repeats * options.latency_batch_size * (self.teacher.flops + self.student.flops) / self.host.fp32_flops
+        models = teachers + students + exports
+        networks = 1 if self.machine.gpu else models + runtimes
+        held = self.judging(options.batch_size, networks, min(options.samples, CHUNK))
+        return Estimate("evaluate", seconds, held, float(options.samples * models * self.work.pixels), self.device)
+
+    def all(self) -> list[Estimate]:
+        """Every stage, in order; without a search the stages that only serve it cost nothing."""
+        methods = ("teacher", "bank", "latency", "search", "student", "tune", "export", "evaluate")
+        found = [getattr(self, f"stage_{name}")() for name in methods]
+        if self.config.student.genotype is None:
+            return found
+        return [Estimate(e.stage, 0.0, 0.0, 0.0, e.device) if e.stage in ("latency", "search") else e for e in found]
+
+
+def estimate(config: RunConfig, machine: Machine | None = None) -> list[Estimate]:
+    """Estimates of all stages of a run, in order, on a machine (default: this one, one process). They assume that nothing else runs there."""
+    work = workload(config)
+    return _Estimator(config, work, machine or here(config, work.model)).all()
+
+
+# -------------------------------------------------------------------- the table
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 3600:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes}:{rest:02d} m"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} d"
 
 
 def print_estimate(config: RunConfig) -> None:
-    """Print the estimates as a table."""
-    rows = estimate(config)
-    print(f"{'stage':<10} {'time':>10} {'memory':>10} {'disk':>10}")
-    total = Estimate("all", sum(r.seconds for r in rows), max(r.memory for r in rows), sum(r.disk for r in rows))
-    for row in (*rows, total):
-        minutes, seconds = divmod(round(row.seconds), 60)
-        print(f"{row.stage:<10} {minutes:>6}:{seconds:02d} m {row.memory / 1e9:>7.2f} GB {row.disk / 1e6:>7.1f} MB")
-    print("Estimates: FLOPs over the rate measured just now with", torch.get_num_threads(), "threads; nothing was written.")
+    """Print the estimates as a table: here, on one GPU and on eight."""
+    work = workload(config)
+    local = here(config, work.model)
+    machines = (local, gpus(1, local), gpus(8, local))
+    tables = [_Estimator(config, work, machine).all() for machine in machines]
+    header = [f"{'stage':<9}"]
+    for machine in machines:
+        header.append(f"{machine.name + ':':>10} {'time':>8} {'memory':>9}" + (f" {'disk':>9}" if machine is local else ""))
+    print(" ".join(header))
+    for rows in zip(*tables):
+        cells = [f"{rows[0].stage:<9}"]
+        for machine, row in zip(machines, rows):
+            where = "" if not machine.gpu else row.device if row.device == "cpu" else f"{row.processes} GPU" + "s" * (row.processes > 1)
+            cells.append(f"{where:>10} {_duration(row.seconds):>8} {row.memory / 1e9:>6.2f} GB" + (f" {row.disk / 1e9:>6.2f} GB" if machine is local else ""))
+        print(" ".join(cells))
+    cells = [f"{'all':<9}"]
+    for machine, rows in zip(machines, tables):
+        memory = max(row.memory for row in rows if not machine.gpu or row.device == "gpu")
+        disk = f" {sum(row.disk for row in rows) / 1e9:>6.2f} GB" if machine is local else ""
+        cells.append(f"{'':>10} {_duration(sum(row.seconds for row in rows)):>8} {memory / 1e9:>6.2f} GB{disk}")
+    print(" ".join(cells))
+    print(
+        f"Closed-form FLOPs. here: {local.flops / 1e9:.0f} GFLOP/s, measured just now with {torch.get_num_threads()} threads; nothing was written. GPUs: A100 "
+        "80 GB in bf16 at 40 % of 312 TFLOP/s; stages on 1 GPU of 8 use the main process alone, those on the CPU run as they do here. "
+        "Memory: of a process, or of its GPU; disk: of results, checkpoints apart."
+    )
+    for line in work.assumed:
+        print(f"Assumed: {line}.")

@@ -28,6 +28,13 @@ def test_more_images_begin_with_the_same_ones_and_seeds_differ(pipeline):
     assert (other - few).abs().max() > 0.01
 
 
+def test_a_set_can_be_made_in_pieces(pipeline):
+    whole, labels = generate(pipeline, 12, seed=3, steps=2, batch_size=4)
+    pieces = [generate(pipeline, 4, first=first, seed=3, steps=2, batch_size=4) for first in (0, 4, 8)]
+    assert torch.equal(torch.cat([images for images, _ in pieces]), whole)
+    assert torch.equal(torch.cat([names for _, names in pieces]), labels)
+
+
 def test_unconditional(make_transformer):
     images, labels = generate(EdgeDiTPipeline(make_transformer(num_classes=0), make_scheduler("epsilon")), 3, steps=1)
     assert labels is None and len(images) == 3

@@ -15,6 +15,7 @@ def generate(
     pipeline: EdgeDiTPipeline,
     num_images: int,
     *,
+    first: int = 0,
     seed: int = 0,
     steps: int = 20,
     guidance_scale: float = 1.5,
@@ -24,7 +25,7 @@ def generate(
 
     Args:
         pipeline: any [`EdgeDiTPipeline`], torch or ONNX Runtime underneath.
-        num_images: how many.
+        num_images: how many. first: number of the first of them; a large set can be made in pieces.
         steps, guidance_scale: as the pipeline's call.
         batch_size: images at a time.
 
@@ -35,13 +36,13 @@ def generate(
     size = config["sample_size"]
     shape = (config["in_channels"], size, size)
     classes = config["num_classes"]
-    labels = torch.arange(num_images) % classes if classes else None
+    labels = torch.arange(first, first + num_images) % classes if classes else None
     pipeline.set_progress_bar_config(disable=True)
     images = []
-    for start in range(0, num_images, batch_size):
-        rows = range(start, min(start + batch_size, num_images))
+    for start in range(first, first + num_images, batch_size):
+        rows = range(start, min(start + batch_size, first + num_images))
         latents = draws(seed, 0, rows, shape, stream=EVALUATION_STREAM).noise
-        asked = {"batch_size": len(rows)} if labels is None else {"class_labels": labels[rows.start : rows.stop]}
+        asked = {"batch_size": len(rows)} if labels is None else {"class_labels": labels[rows.start - first : rows.stop - first]}
         batch = pipeline(
             **asked, latents=latents, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="pt"
         ).images

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from ..distill.proxy_bank import ProxyBank
@@ -22,7 +25,8 @@ class StudentQuality:
         pipeline: the teacher's pipeline; its scheduler and VAE generate.
         extractor: `.features(images) -> [n, D]`.
         real_features: `[N, D]`.
-        samples, steps, guidance_scale, seed: of the generated images.
+        samples, steps, guidance_scale, seed, batch_size: of the generated images, made where the pipeline's transformer is.
+        autocast: the precision that images are generated in, e.g. `accelerator.autocast`.
     """
 
     def __init__(
@@ -36,15 +40,20 @@ class StudentQuality:
         steps: int,
         guidance_scale: float,
         seed: int,
+        batch_size: int = 250,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.bank = bank
         self.pipeline = pipeline
         self.extractor = extractor
         self.real_features = real_features
-        self.sampling = {"num_images": samples, "steps": steps, "guidance_scale": guidance_scale, "seed": seed, "batch_size": samples}
+        self.sampling = {"num_images": samples, "steps": steps, "guidance_scale": guidance_scale, "seed": seed, "batch_size": batch_size}
+        self.autocast = autocast
 
     def __call__(self, genotype: Genotype) -> float:
         """The distance; deterministic for a bank, a seed and a thread count."""
         device = next(self.pipeline.transformer.parameters()).device
-        images, _ = generate(with_transformer(self.pipeline, self.bank.assemble(genotype).to(device)), **self.sampling)
+        student = with_transformer(self.pipeline, self.bank.assemble(genotype).to(device))
+        with self.autocast():
+            images, _ = generate(student, **self.sampling)
         return frechet_distance(self.extractor.features(images), self.real_features)
