@@ -39,7 +39,8 @@ STAGES = {
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
     stages = {stage: run_stage for stage, run_stage in STAGES.items() if config.student.genotype is None or stage not in ("latency", "search")}
-    started, expected, correction = time.monotonic(), {row.stage: row.seconds for row in estimate(config)}, 1.0
+    on_gpus = accelerator.num_processes if accelerator.device.type == "cuda" else 0
+    started, expected, correction = time.monotonic(), {row.stage: row.seconds for row in estimate(config, on_gpus=on_gpus)}, 1.0
     for number, stage in enumerate(stages, 1):
         left = correction * sum(expected[later] for later in list(stages)[number - 1 :])
         STAGE_LABEL.set(f"[{number}/{len(stages)}, about {left / 60:.0f} min left in all] ")

@@ -387,10 +387,15 @@ class _Estimator:
         return [Estimate(e.stage, 0.0, 0.0, 0.0, e.device) if e.stage in ("latency", "search") else e for e in found]
 
 
-def estimate(config: RunConfig, machine: Machine | None = None) -> list[Estimate]:
-    """Estimates of all stages of a run, in order, on a machine (default: this one, one process). They assume that nothing else runs there."""
+def estimate(config: RunConfig, machine: Machine | None = None, on_gpus: int = 0) -> list[Estimate]:
+    """Estimates of all stages of a run, in order. They assume that nothing else runs there.
+
+    Args:
+        machine: default: this one, one process; with `on_gpus`, as many GPUs in it, taken to be like [`gpus`].
+    """
     work = workload(config)
-    return _Estimator(config, work, machine or here(config, work.model)).all()
+    machine = machine or here(config, work.model)
+    return _Estimator(config, work, gpus(on_gpus, machine) if on_gpus else machine).all()
 
 
 # -------------------------------------------------------------------- the table
