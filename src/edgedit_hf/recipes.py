@@ -176,6 +176,21 @@ class CardConfig:
 
 
 @dataclass
+class SensitivityConfig:
+    """Optional study (training/sensitivity.py): what every single change of a layer costs, before and after a short tune."""
+
+    calibration_samples: int = _key(256, "images that starts are fitted to, and as many held-out ones to judge by", minimum=1)
+    steps: int = _key(100, "feature-distillation steps of every changed layer; 0 judges the closed-form starts alone", minimum=0)
+    batch_size: int = _key(32, "images a step; one teacher forward feeds all places of a change", minimum=1)
+    learning_rate: float = _key(1e-3, "peak learning rate of AdamW for proxies that start far off; nearer ones get less", minimum=0.0)
+    warmup_steps: int = _key(30, "linear warm-up", minimum=0)
+    samples: int = _key(64, "images a timestep that whole models are judged by", minimum=1)
+    timesteps: int = _key(5, "timesteps, evenly spaced, that whole models are judged at", minimum=1)
+    checkpoint_every: int = _key(100, "steps between checkpoints", minimum=1)
+    log_every: int = _key(20, "steps between lines of telemetry", minimum=1)
+
+
+@dataclass
 class RunConfig:
     """A whole run."""
 
@@ -192,6 +207,7 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     card: CardConfig = field(default_factory=CardConfig)
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
 
     def section(self, *names: str) -> dict[str, Any]:
         """Plain values of some sections, e.g. for a stage's `run.json`."""

@@ -132,6 +132,49 @@ def proxy_loss_plot(path: str | os.PathLike, entries: Mapping[str, Mapping[str, 
     _save(figure, path)
 
 
+def sensitivity_plot(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], num_layers: int) -> None:
+    """What single changes cost: a layer's own feature loss and the whole model's output error, by place; on the right, everywhere at once.
+
+    Args:
+        rows: of training/sensitivity.py's table: `change`, `layers` (lists of teacher layers), `layer_before`, `layer_after` (`None` for
+            the change everywhere), `model_before`, `model_after`.
+    """
+    names = list(dict.fromkeys(row["change"] for row in rows))
+    looks = dict(zip(names, zip((BLUE, "#56B4E9", GREEN, ORANGE, "#B8860B", RED, PURPLE), "osD^v<>")))
+    figure, _ = _figure(10.5, 4.4, axes=False)
+    layer_axes, model_axes, all_axes = figure.subplots(1, 3, width_ratios=(3, 3, 1.6))
+    for axes, quantity, label in ((layer_axes, "layer", "feature loss of the layer"), (model_axes, "model", "output error of the model")):
+        _style(axes)
+        for name in names:
+            places = [row for row in rows if row["change"] == name and row["layer_after"] is not None]
+            x = [(row["layers"][0][0] + row["layers"][0][-1]) / 2 for row in places]
+            colour, marker = looks[name]
+            axes.plot(x, [row[f"{quantity}_before"] for row in places], color=colour, linestyle=":", linewidth=1)
+            axes.plot(x, [row[f"{quantity}_after"] for row in places], color=colour, marker=marker, markersize=4, linewidth=1.6, label=name)
+        axes.set_yscale("log")
+        axes.set_xlim(-0.3, num_layers - 0.7)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("teacher layer (middle of merged ones)")
+        axes.set_ylabel(label)
+    _style(all_axes)
+    for place, name in enumerate(names):
+        colour, marker = looks[name]
+        for row in rows:
+            if row["change"] == name and row["layer_after"] is None:
+                all_axes.vlines(place, *sorted((row["model_before"], row["model_after"])), color=colour, linestyle=":", linewidth=1)
+                all_axes.scatter(place, row["model_before"], s=24, marker=marker, facecolor="white", edgecolor=colour)
+                all_axes.scatter(place, row["model_after"], s=24, marker=marker, color=colour)
+    all_axes.set_yscale("log")
+    all_axes.set_xticks([])
+    all_axes.set_xlim(-0.6, len(names) - 0.4)
+    all_axes.set_xlabel("everywhere at once")
+    all_axes.set_ylabel("output error of the model")
+    handles, labels = layer_axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9, **LEGEND)
+    figure.suptitle("dotted, hollow: closed-form start; solid: after the tune", fontsize=10, color=GREY)
+    _save(figure, path)
+
+
 def genotype_strip(path: str | os.PathLike, genotype: Genotype, space: SearchSpace) -> None:
     """The student's layers under the teacher's: one cell a layer, coloured by option, merged pairs drawn wide."""
     figure, axes = _figure(8.4, 2.1)

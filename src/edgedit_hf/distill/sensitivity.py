@@ -1,0 +1,103 @@
+"""Sensitivity of a teacher to single changes: which changes there are, a student with given blocks in place of layers, its output error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..errors import EdgeDiTError
+from ..genotype import Genotype, LayerSpec
+from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
+from ..search_space import can_merge
+
+MLP_RATIOS = (1.0, 2.0, 3.0)
+ATTENTION_SHARES = (4 / 9, 2 / 3)  # 512 and 768 of DiT-XL's 1152
+MERGES = (2, 3)
+
+
+def single_changes(config: Mapping) -> dict[str, list[LayerSpec]]:
+    """Every change at every place of the teacher with this model config, by name: narrower MLPs and attention, merged neighbours.
+
+    Attention widths are the multiples of 8·heads nearest to 4/9 and 2/3 of the hidden size; what would not be smaller than the teacher's
+    own is left out, as are merges across a long skip's end.
+    """
+    teacher = Genotype.from_layers(config["layers"], config["hidden_size"])
+    if len({layer.shape for layer in teacher.layers}) != 1 or teacher.merged:
+        raise EdgeDiTError(
+            f"The teacher has {len(teacher.merged)} merged layers and {len({layer.shape for layer in teacher.layers})} layer shapes; "
+            "the study needs an uncompressed teacher."
+        )
+    attention_dim, heads, ratio = teacher.layers[0].shape
+    singles = [layer.source for layer in teacher.layers]
+    changes = {
+        f"MLP ratio {new:g}": [LayerSpec(source, attention_dim, heads, new) for source in singles] for new in MLP_RATIOS if new < ratio
+    }
+    unit = 8 * heads
+    for width in sorted({max(1, round(share * teacher.hidden_size / unit)) * unit for share in ATTENTION_SHARES}):
+        if width < attention_dim:
+            changes[f"attention {width}"] = [LayerSpec(source, width, heads, ratio) for source in singles]
+    for length in MERGES:
+        runs = [tuple(range(first, first + length)) for first in range(len(singles) - length + 1)]
+        legal = [run for run in runs if all(can_merge(config, layer) for layer in run[:-1])]
+        if legal:
+            changes[f"merge {length} → 1"] = [LayerSpec(run, attention_dim, heads, ratio) for run in legal]
+    return changes
+
+
+def disjoint(layers: Iterable[LayerSpec]) -> list[LayerSpec]:
+    """As many of these layers, in order, as can stand in one student: none begins before the last one ended."""
+    chosen: list[LayerSpec] = []
+    for layer in layers:
+        if not chosen or layer.source[0] > chosen[-1].source[-1]:
+            chosen.append(layer)
+    return chosen
+
+
+def spliced_student(teacher: EdgeDiTTransformer2DModel, blocks: Sequence[tuple[LayerSpec, EdgeDiTBlock]]) -> EdgeDiTTransformer2DModel:
+    """The teacher with some layers replaced. It shares all other weights with the teacher, so it costs no memory; only run it.
+
+    Args:
+        blocks: what stands for which teacher layers, in order and disjoint.
+    """
+    by_first = {layer.source[0]: (layer, block) for layer, block in blocks}
+    replaced = {i for layer, _ in blocks for i in layer.source}
+    layers, modules = [], []
+    for index, own in enumerate(teacher.config.layers):
+        if index in by_first:
+            layer, block = by_first[index]
+            layers.append(layer.to_dict())
+            modules.append(block)
+        elif index not in replaced:
+            layers.append(own)
+            modules.append(teacher.blocks[index])
+    config = {k: v for k, v in teacher.config.items() if not k.startswith("_")}
+    with torch.device("meta"):
+        student = EdgeDiTTransformer2DModel(**{**config, "layers": layers})
+    for name, module in teacher.named_children():
+        setattr(student, name, module)
+    for name, parameter in teacher.named_parameters(recurse=False):
+        setattr(student, name, parameter)
+    for name, buffer in teacher.named_buffers(recurse=False):
+        setattr(student, name, buffer)
+    student.blocks = nn.ModuleList(modules)
+    return student.eval()
+
+
+@torch.no_grad()
+def relative_output_error(
+    student: EdgeDiTTransformer2DModel,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    labels: torch.Tensor | None,
+    reference: torch.Tensor,
+) -> torch.Tensor:
+    """‖ε_s − ε_t‖² / ‖ε_t‖² of each image, `(B,)`, over the prediction's channels (not a learned variance's).
+
+    Args:
+        noisy: `(B, C, H, W)`; timesteps: `(B,)`; labels: `(B,)` or `None`; reference: the teacher's output.
+    """
+    channels = noisy.shape[1]
+    output, reference = (t[:, :channels].float().flatten(1) for t in (student(noisy, timesteps, labels).sample, reference))
+    return (output - reference).square().sum(1) / reference.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)

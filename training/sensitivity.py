@@ -1,0 +1,188 @@
+"""Optional study: what does every single change of a layer cost? Nothing else in a run reads its results.
+
+    accelerate launch training/sensitivity.py --config training/recipes/digits.yaml
+
+For every place of the teacher: MLP ratio 1, 2, 3; two narrower attentions; two or three neighbours merged into one. Each change starts in
+closed form and is then tuned for a few steps on the teacher's features. Measured before and after: the layer's own normalised feature
+loss on held-out features, and the whole model's relative output error with that one change, and with the same change everywhere at once.
+Works change by change, one teacher forward a step for all its places. Needs the teacher alone; the main process does all the work.
+Writes <output_dir>/sensitivity: table.json, table.csv, table.md, plot.png.
+"""
+
+import csv
+import io
+import statistics
+
+import torch
+from accelerate import Accelerator
+from distill_proxies import CALIBRATION_STREAM, TEST_STREAM, TRAIN_STREAM, features_at
+
+from edgedit_hf.data import batch_indices
+from edgedit_hf.diffusion import Diffusion, draws
+from edgedit_hf.distill.closed_form import closed_form_block
+from edgedit_hf.distill.feature_loss import rate_scale
+from edgedit_hf.distill.proxy_group import Features, Proxy, ProxyGroup, held_out_losses, new_optimizer, train_step
+from edgedit_hf.distill.sensitivity import disjoint, relative_output_error, single_changes, spliced_student
+from edgedit_hf.genotype import LayerSpec
+from edgedit_hf.launch import check_fits_data, learning_rate_at, load_teacher, load_training_set, recipe_main, set_learning_rate
+from edgedit_hf.recipes import RunConfig
+from edgedit_hf.run_state import RunState, atomic_write_json, atomic_write_text, weights_hash
+from edgedit_hf.search.plots import sensitivity_plot
+from edgedit_hf.search_space import model_cost
+
+OUTPUT_STREAM = 4  # noise that whole models are judged on
+
+
+class Judge:
+    """Relative output error of a changed teacher at evenly spaced timesteps, on images and noise that are a function of the seed."""
+
+    def __init__(self, teacher, dataset, samples: int, count: int, batch_size: int, seed: int, device: torch.device) -> None:
+        self.teacher = teacher
+        self.timesteps = [round(1000 * (i + 0.5) / count) for i in range(count)]
+        diffusion = Diffusion.for_config(teacher.config)
+        self.batches = []
+        for index, t in enumerate(self.timesteps):
+            batch = dataset.batch(batch_indices(len(dataset), samples, seed + OUTPUT_STREAM, index))
+            noise = draws(seed, index, range(samples), batch["images"].shape[1:], stream=OUTPUT_STREAM).noise
+            times = torch.full((samples,), t)
+            noisy = diffusion.noisy(batch["images"], noise, times)
+            labels = batch["labels"] if teacher.config.num_classes else None
+            for rows in torch.arange(samples).split(batch_size):
+                inputs = [None if tensor is None else tensor[rows].to(device) for tensor in (noisy, times, labels)]
+                with torch.no_grad():
+                    self.batches.append((index, inputs, teacher(*inputs).sample))
+
+    def __call__(self, blocks: list[tuple[LayerSpec, torch.nn.Module]]) -> list[float]:
+        """Mean error at each timestep with these blocks in place of their teacher layers."""
+        student = spliced_student(self.teacher, blocks)
+        errors: list[list[torch.Tensor]] = [[] for _ in self.timesteps]
+        for index, inputs, reference in self.batches:
+            errors[index].append(relative_output_error(student, *inputs, reference))
+        return [float(torch.cat(found).double().mean()) for found in errors]
+
+
+def run(config: RunConfig, accelerator: Accelerator) -> None:
+    if not accelerator.is_main_process:
+        return
+    options, device = config.sensitivity, accelerator.device
+    dataset, _ = load_training_set(config, accelerator)
+    teacher = load_teacher(config).transformer.eval().requires_grad_(False).to(device)
+    check_fits_data(teacher.config, dataset)
+    changes = single_changes(teacher.config)
+    length = options.steps + 1  # the last one of a change measures
+    state = RunState(
+        config.folder("sensitivity"),
+        "sensitivity",
+        config.section("data", "sensitivity"),
+        len(changes) * length,
+        seed=config.seed,
+        inputs={"teacher": weights_hash(teacher.state_dict()), "data": dataset.fingerprint},
+        checkpoint_every=options.checkpoint_every,
+        log_every=options.log_every,
+    )
+    if state.finished:
+        return
+    judge = Judge(teacher, dataset, options.samples, options.timesteps, options.batch_size, config.seed, device)
+
+    def features_of(rows: int, step: int, stream: int) -> Features:
+        return features_at(teacher, dataset, rows, config.seed, step, stream, device, "no", len(teacher.blocks))
+
+    def batches(stream: int) -> list[Features]:
+        """Calibration or held-out features, in pieces of a training batch's size."""
+        rows = min(options.batch_size, options.calibration_samples)
+        return [features_of(rows, step, stream) for step in range(-(-options.calibration_samples // rows))]
+
+    test = batches(TEST_STREAM)
+
+    def new_proxy(layer: LayerSpec, block) -> Proxy:
+        block = (teacher.new_block(layer.to_dict()) if block is None else block).to(device).requires_grad_(True)
+        return Proxy(layer, block, new_optimizer("adamw", block.parameters(), options.learning_rate))
+
+    group = ProxyGroup(new_proxy)
+
+    def measure(name: str, when: str) -> None:
+        """Note the damage of every place of the change, and of all places at once, `when` ("before" or "after" the tune)."""
+        losses = held_out_losses(group.blocks(), test)
+        places = {key: [(proxy.layer, proxy.block)] for key, proxy in group.proxies.items()}
+        everywhere = disjoint(proxy.layer for proxy in group.proxies.values())
+        places[f"{name}: all"] = [(proxy.layer, proxy.block) for proxy in group.proxies.values() if proxy.layer in everywhere]
+        for key, blocks in places.items():
+            errors = judge(blocks)
+            row = group.written.setdefault(key, {"change": name, "layers": [list(layer.source) for layer, _ in blocks], **saved(teacher, blocks)})
+            row[f"layer_{when}"] = losses.get(key)
+            row[f"model_{when}"] = statistics.fmean(errors)
+            row[f"model_{when}_by_timestep"] = errors
+
+    state.track(group=group)
+    for step in state.steps():
+        number, local = divmod(step, length)
+        name = list(changes)[number]
+        if local == 0:
+            calibration = Features.cat(batches(CALIBRATION_STREAM))
+            for layer in changes[name]:
+                sources = [teacher.blocks[i] for i in layer.source]
+                x, conditioning = calibration.inputs[layer.source[0]], calibration.conditioning
+                block = closed_form_block(sources, x, conditioning, layer.attention_dim, layer.mlp_ratio)
+                group.proxies[f"{name}: {layer.source[0]}"] = new_proxy(layer, block)
+            del calibration
+            measure(name, "before")
+        if local == options.steps:
+            measure(name, "after")
+            group.clear()
+            continue
+        rate = learning_rate_at(local, options.learning_rate, options.warmup_steps, options.steps, 0.02)
+        for key, proxy in group.proxies.items():
+            set_learning_rate(proxy.optimizer, rate * rate_scale(group.written[key]["layer_before"]))
+        state.log(loss=train_step(group.proxies.values(), features_of(options.batch_size, local, TRAIN_STREAM), "normalised"))
+
+    rows = list(group.written.values())
+    hash_ = weights_hash(teacher.state_dict())
+    atomic_write_json(state.folder / "table.json", {"teacher_hash": hash_, "timesteps": judge.timesteps, "steps": options.steps, "rows": rows})
+    atomic_write_text(state.folder / "table.csv", as_csv(rows))
+    atomic_write_text(state.folder / "table.md", as_markdown(rows, options.steps))
+    sensitivity_plot(state.folder / "plot.png", rows, len(teacher.blocks))
+    print((state.folder / "table.md").read_text(encoding="utf-8"))
+    everywhere = {row["change"]: row["model_after"] for row in rows if row["layer_after"] is None}
+    state.finish(changes=len(changes), places=sum(map(len, changes.values())), model_error_everywhere=everywhere)
+
+
+def saved(teacher, blocks) -> dict[str, float]:
+    """Parameters and FLOPs of the changed model as shares of the teacher's."""
+    whole, changed = model_cost(teacher.config), model_cost(dict(spliced_student(teacher, blocks).config))
+    return {"parameters": changed.parameters / whole.parameters, "flops": changed.flops / whole.flops}
+
+
+def as_csv(rows: list[dict]) -> str:
+    """All rows; without the errors by timestep, which table.json holds."""
+    columns = ["change", "layers", "parameters", "flops", "layer_before", "layer_after", "model_before", "model_after"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**row, "layers": " ".join("+".join(map(str, source)) for source in row["layers"])})
+    return text.getvalue()
+
+
+def as_markdown(rows: list[dict], steps: int) -> str:
+    """One line a change: damage of a single place (median, worst) and of all places at once."""
+    lines = [
+        f"Damage at the closed-form start → after {steps} steps. Layer: normalised feature loss. Model: relative output error.",
+        "",
+        "| change | FLOPs everywhere | layer, median | layer, worst | model, median | model, worst | worst place | model, everywhere |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["change"] for row in rows):
+        *places, everywhere = [row for row in rows if row["change"] == name]
+
+        def pair(quantity: str, reduce, among=places) -> str:
+            return " → ".join(f"{reduce([row[f'{quantity}_{when}'] for row in among]):.3g}" for when in ("before", "after"))
+
+        worst = max(places, key=lambda row: row["model_after"])["layers"][0]
+        cells = [pair("layer", statistics.median), pair("layer", max), pair("model", statistics.median), pair("model", max)]
+        cells += ["–".join(map(str, sorted({worst[0], worst[-1]}))), pair("model", max, [everywhere])]
+        lines.append(f"| {name} | {everywhere['flops']:.0%} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    recipe_main(run, __doc__)
