@@ -97,7 +97,7 @@ def test_more_ranks_than_pairs_is_refused():
 
 def test_groups_are_contiguous_fit_and_are_as_few_as_can_be():
     pairs = pairs_of(XL.proxies())
-    memory = xl_memory()
+    memory = xl_memory(closed_form=False)
 
     def predict(layers):
         return memory.predict(layers, 28)
@@ -124,13 +124,16 @@ def test_a_budget_too_small_for_one_pair_quotes_both_numbers(budget):
 
 def test_every_lever_lowers_the_prediction():
     layers = pairs_of(XL.proxies())[0] + pairs_of(XL.proxies())[1]
-    usual = xl_memory().predict(layers, 28)
-    assert xl_memory(teacher_bytes=2).predict(layers, 28) < usual
-    assert xl_memory(state_bytes=2).predict(layers, 28) < usual
-    assert xl_memory(batch_size=4).predict(layers, 28) < usual
-    assert xl_memory().predict(layers, 4) < usual  # a rank of the first layers runs, and holds, the first layers alone
-    big = xl_memory(calibration_samples=1024)
-    assert xl_memory(calibration_samples=1024, closed_form=False).predict(layers, 28) < big.predict(layers, 28)
+
+    def predict(depth: int = 28, **changes) -> int:
+        return xl_memory(**{"closed_form": False, **changes}).predict(layers, depth)
+
+    assert predict(teacher_bytes=2) < predict()
+    assert predict(state_bytes=2) < predict()
+    assert predict(batch_size=4) < predict()
+    assert predict(depth=4) < predict()  # a rank of the first layers runs, and holds, these alone
+    assert predict(closed_form=True, calibration_samples=32) < predict(closed_form=True, calibration_samples=256)
+    assert predict(calibration_samples=256) < predict(closed_form=True, calibration_samples=256)
 
 
 def test_the_proxies_of_dit_xl_take_what_a_hand_count_says():

@@ -207,7 +207,7 @@ def error_of(result) -> str:
 @pytest.mark.parametrize("budget", ["0", "0.5"])
 def test_a_budget_too_small_for_a_pair_is_refused_before_anything_is_written(bank_of, teacher_run, tmp_path, budget):
     message = error_of(bank_of(teacher_run, tmp_path, arguments=["--memory-budget-gb", budget]))
-    assert f"bank.memory_budget_gb is {budget}. Raise it" in message and "layers 0–1 need 0.7" in message
+    assert f"bank.memory_budget_gb is {budget}. Raise it" in message and "layers 0–1 need 0.8" in message
     assert not (tmp_path / "bank").exists()
 
 

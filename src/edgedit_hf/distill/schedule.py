@@ -19,9 +19,10 @@ from ..search_space import SearchSpace, layer_cost, trunk_cost
 
 TRAIN_FORWARDS = 3  # forward and backward cost about three forwards
 UPDATE_FLOPS = 200  # an AdamW update moves 28 bytes a weight and computes little; that many FLOPs take as long
-PROCESS_BYTES = 750_000_000  # interpreter with torch, diffusers, accelerate and a small data set, resident before the teacher is loaded
+PROCESS_BYTES = 800_000_000  # interpreter with torch, diffusers, accelerate and a small data set, resident before the teacher is loaded
 ACTIVATION_BYTES = 160  # a token and channel that autograd keeps of one DiT block and its loss in fp32, temporaries of backward included
-CLOSED_FORM_BYTES = 24  # an MLP activation of the calibration set: in float32, and twice in float64 while it is fitted
+FIT_ROW_BYTES = 44  # a calibration token and MLP neuron while a merge, which pools two layers' neurons, is fitted in closed form (measured)
+FIT_MATRIX_BYTES = 170  # a pair of MLP neurons meanwhile: float64 Gram matrices of the pooled neurons, their factors and inverses (measured)
 
 
 def pairs_of(proxies: Iterable[LayerSpec]) -> list[tuple[LayerSpec, ...]]:
@@ -148,7 +149,8 @@ class MemoryModel:
         original = layer_cost(width, self.space.option_shape("original"), tokens).weights
         feature = 4 * tokens * width  # one tensor of one image: the residual stream stays in fp32
         held = self.process_bytes + self.teacher_bytes * self.teacher(depth) + (depth + 1) * self.batch_size * feature
-        fitting = CLOSED_FORM_BYTES * self.calibration_samples * tokens * int(width * self.space.mlp_ratio) if self.closed_form else 0
+        neurons = int(width * self.space.mlp_ratio)
+        fitting = (FIT_ROW_BYTES * self.calibration_samples * tokens + FIT_MATRIX_BYTES * neurons) * neurons if self.closed_form else 0
         start = 4 * self.weights(single) + 4 * 6 * original + 11 * self.calibration_samples * feature + fitting
         one = 6 * original + ACTIVATION_BYTES * self.batch_size * tokens * width
         train = (4 + self.state_bytes) * max(self.weights(single), self.weights(both)) + one
