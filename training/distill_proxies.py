@@ -21,6 +21,7 @@ from edgedit_hf.data import batch_indices
 from edgedit_hf.diffusion import Diffusion, draws, drop_labels
 from edgedit_hf.distill import proxy_group
 from edgedit_hf.distill.closed_form import combine_blocks
+from edgedit_hf.distill.feature_loss import rate_scale
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.distill.proxy_group import Features, Proxy, ProxyGroup, held_out_losses, start_blocks, train_step
 from edgedit_hf.distill.schedule import PROCESS_BYTES, Group, MemoryModel, depth_of, pairs_of, plan_bank, wanted_proxies
@@ -171,7 +172,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             first, steps = (0, options.steps) if local < options.steps else (options.steps, both_steps)
             rate = learning_rate_at(local - first, options.learning_rate, options.warmup_steps, steps, 0.02)
             for proxy in group.proxies.values():
-                set_learning_rate(proxy.optimizer, rate)
+                set_learning_rate(proxy.optimizer, rate * rate_scale(proxy.curve[0][1]))
             features = features_of(options.batch_size, step=local, stream=TRAIN_STREAM, depth=group.depth)
             state.log(loss=train_step(group.proxies.values(), features, options.loss, precision))
         group.peaks[number] = max(group.peaks.get(number, 0), proxy_group.peak_memory(device))
