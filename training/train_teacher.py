@@ -45,6 +45,9 @@ def train_denoiser(
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.train().requires_grad_(True)
+    if model.side_blocks:  # they serve masked inputs (MDT), which there are none of here; ranks would wait for their gradients
+        model.side_blocks.requires_grad_(False)
+        model.mask_token.requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(model.parameters(), decay=options.ema_decay, foreach=True)
