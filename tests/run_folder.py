@@ -41,8 +41,12 @@ def make_run(folder: Path, transformer, evaluated: bool = True) -> Path:
     entries = {}
     for layer in space.proxies():
         before = 10 ** rng.uniform(-2, 0)
-        losses = {"loss_before": before, "loss_after": before * rng.uniform(0.1, 0.9)}
-        entries[bank.key(layer)] = bank.write_proxy(layer, bank.new_block(layer), {**losses, "steps": 1, "seed": 5})
+        after = before * rng.uniform(0.1, 0.9)
+        losses = {"random": 1.1, "copied": 3 * before, "closed_form": before, "after": after}
+        if space.option_of(layer) == "both":
+            losses["combined"] = before
+        record = {"loss_before": before, "loss_after": after, "losses": losses, "curve": [[0, before], [1, after]], "steps": 1, "seed": 5}
+        entries[bank.key(layer)] = bank.write_proxy(layer, bank.new_block(layer), record)
     bank.write_index(entries)
 
     def evaluate(genotype) -> tuple[float, float]:

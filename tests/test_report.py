@@ -33,6 +33,9 @@ def test_report_json_holds_every_figure(run_dir, page):
     assert report["bank"]["proxies"] == 20 and report["genotype"]["num_teacher_layers"] == 4
     assert len(report["search"]["hypervolume"]) == len(report["search"]["random_hypervolume"]) == 10
     assert report["search"]["chosen"]["code"] in [entry["code"] for entry in report["search"]["front"]]
+    starts = report["bank"]["median_losses"]
+    assert set(starts) == {f"{merged}{option}" for merged in ("", "merged ") for option in ("original", "mlp", "attention", "both")} - {"original"}
+    assert set(starts["both"]) == {"random", "copied", "closed_form", "combined", "after"} and "combined" not in starts["mlp"]
     ratios = report["ratios"]
     assert ratios["against"]["teacher-more-steps"]["distance"][METRIC] == pytest.approx(1.7 / 1.6)
     assert ratios["against"]["teacher"]["distance"][METRIC] == pytest.approx(1.7 / 2.0)
@@ -77,6 +80,18 @@ def test_missing_and_damaged_files_name_their_stage(tmp_path, run_dir, file, sta
         build_report(folder)
     with pytest.raises(EdgeDiTError, match="is not a folder"):
         build_report(tmp_path / "nowhere")
+
+
+def test_a_bank_of_before_that_records_only_two_losses_is_reported_too(tmp_path, run_dir):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    index = json.loads((folder / "bank" / "index.json").read_text())
+    for entry in index["entries"].values():
+        del entry["losses"], entry["curve"]
+    (folder / "bank" / "index.json").write_text(json.dumps(index))
+    html = write_report(folder).read_text()
+    assert "The proxy blocks" in html and "copied weights" not in html
+    assert json.loads((folder / "report.json").read_text())["bank"]["median_losses"] == {}
+    assert "copied weights" in (run_dir / "report.html").read_text()
 
 
 def test_a_grid_outside_the_run_is_not_read(tmp_path, run_dir):

@@ -131,6 +131,11 @@ def _bank_summary(index: Mapping[str, Any]) -> dict[str, Any]:
             name: {when: statistics.median(e[f"loss_{when}"] for e in group) for when in ("before", "after")}
             for name, group in by_option.items()
         },
+        "median_losses": {
+            name: {start: statistics.median(e["losses"][start] for e in group) for start in sorted(set.intersection(*(set(e["losses"]) for e in group)))}
+            for name, group in by_option.items()
+            if all("losses" in e for e in group)  # older banks record none
+        },
         "entries": entries,
         "space": index["space"],
     }
@@ -292,8 +297,8 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
     add(
         "proxies",
         "The proxy blocks",
-        f"Feature loss of {report['bank']['proxies']} proxy blocks before and after distillation, grouped by kind.",
-        f"Each of the {report['bank']['proxies']} blocks was distilled on its own from the teacher's features.",
+        f"Feature loss of {report['bank']['proxies']} proxy blocks before and after distillation, grouped by kind, and of other starts.",
+        f"Each of the {report['bank']['proxies']} blocks was distilled on its own from the teacher's features. {_starts_in_words(report['bank'])}".strip(),
     )
     if report.get("curves"):
         series = {name: (curve["steps"], curve["values"]) for name, curve in report["curves"].items()}
@@ -305,6 +310,18 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
             "What distilling the blocks first is worth: the same genotype and steps from different starts.",
         )
     return figures
+
+
+def _starts_in_words(bank: Mapping[str, Any]) -> str:
+    """How the starts compare, e.g. "Median loss of narrow MLP: random 1.1, copied weights 0.29, …"."""
+    from .search.plots import OPTION_LABELS, PROXY_STARTS
+
+    parts = []
+    for name, losses in bank["median_losses"].items():
+        values = [f"{label} {losses[start]:.2g}" for start, (_, _, label) in PROXY_STARTS.items() if start in losses]
+        words = name.removesuffix(name.split()[-1]) + OPTION_LABELS[name.split()[-1]]
+        parts.append(f"{words}: {', '.join(values)}, distilled {losses['after']:.2g}")
+    return f"Median held-out losses, where 1 is a layer left out. {'; '.join(parts)}." if parts else ""
 
 
 # -------------------------------------------------------------------- pages

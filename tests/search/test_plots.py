@@ -42,6 +42,44 @@ def test_bank_and_genotype_figures(tmp_path, num_layers):
         plots.proxy_loss_plot(tmp_path / "proxies.png", {})
 
 
+def test_bank_figure_shows_every_start_that_is_known(tmp_path):
+    space = SearchSpace(28, 128, 4)
+    rng = np.random.default_rng(0)
+    older, newer = {}, {}
+    for i, layer in enumerate(space.proxies()):
+        after = 10 ** rng.uniform(-3, -2)
+        older[str(i)] = {"source": layer.source, "option": space.option_of(layer), "loss_before": 3 * after, "loss_after": after}
+        losses = {"random": 1 + 0.2 * rng.random(), "copied": 0.3 + 0.2 * rng.random(), "closed_form": 3 * after, "after": after}
+        if space.option_of(layer) == "both":
+            losses["combined"] = 2 * after
+        newer[str(i)] = {**older[str(i)], "losses": losses}
+    plots.proxy_loss_plot(tmp_path / "older.png", older)
+    plots.proxy_loss_plot(tmp_path / "newer.png", newer)
+    plots.proxy_loss_plot(tmp_path / "mixed.png", {**newer, "0": older["0"]})
+    grey = {}
+    for name in ("older", "newer", "mixed"):
+        pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).reshape(-1, 3)
+        wanted = tuple(int(plots.GREY[i : i + 2], 16) for i in (1, 3, 5))
+        grey[name] = int((pixels == wanted).all(1).sum())
+    assert grey["older"] == 0 < 100 < grey["mixed"] < grey["newer"]
+
+
+def test_sensitivity_figure(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for number, name in enumerate(["MLP ratio 1", "MLP ratio 2", "MLP ratio 3", "attention 512", "attention 768", "merge 2 → 1", "merge 3 → 1"]):
+        length = max(1, number - 3)
+        for first in range(28 - length + 1):
+            after = 10 ** rng.uniform(-4, -1)
+            values = {"layer_before": 2 * after, "layer_after": after, "model_before": after, "model_after": after / 2}
+            rows.append({"change": name, "layers": [list(range(first, first + length))], **values})
+        everywhere = {"layer_before": None, "layer_after": None, "model_before": 0.5, "model_after": 0.1}
+        rows.append({"change": name, "layers": [[i] for i in range(28)], **everywhere})
+    plots.sensitivity_plot(tmp_path / "plot.png", rows, 28)
+    picture = np.asarray(Image.open(tmp_path / "plot.png").convert("L"))
+    assert picture.shape[1] > 1000 and picture.std() > 5
+
+
 @pytest.mark.parametrize("count", [1, 4])
 def test_sample_grid_of_any_number_of_panels(tmp_path, count):
     wide, narrow = (plots.montage(np.random.default_rng(0).random((20, 8, 8, 3)), columns) for columns in (10, 2))

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
@@ -28,6 +29,13 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY, BLACK = "#0072B2 #E69F00 #009E73 #D55E00
 OPTION_COLOURS = dict(zip(OPTIONS, (BLUE, ORANGE, GREEN, PURPLE)))
 OPTION_LABELS = dict(zip(OPTIONS, ("original size", "narrow MLP", "narrow attention", "both narrow")))
 
+# Name in a bank's index → marker, whether it is a start that the bank itself made, words.
+PROXY_STARTS = {
+    "random": ("x", False, "random"),
+    "copied": ("+", False, "copied weights"),
+    "closed_form": ("o", True, "closed form"),
+    "combined": ("D", True, "of two trained proxies"),
+}
 LEGEND = {"columnspacing": 1.4, "handletextpad": 0.4}
 
 
@@ -92,10 +100,11 @@ def hypervolume_plot(path: str | os.PathLike, traces: Mapping[str, Sequence[floa
 
 
 def proxy_loss_plot(path: str | os.PathLike, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Loss of every proxy block before and after its distillation, grouped by what the block is.
+    """Loss of every proxy block before and after its distillation, grouped by what the block is, and what other starts would have had.
 
     Args:
-        entries: of a proxy bank's index: `source` (teacher layers), `option`, `loss_before`, `loss_after`.
+        entries: of a proxy bank's index: `source` (teacher layers), `option`, `loss_before`, `loss_after`, and, in newer banks, `losses`
+            (by name of [`PROXY_STARTS`]).
     """
     groups: dict[tuple[bool, str], list[Mapping[str, Any]]] = {}
     for entry in sorted(entries.values(), key=lambda e: (len(e["source"]), OPTIONS.index(e["option"]), e["source"])):
@@ -104,8 +113,9 @@ def proxy_loss_plot(path: str | os.PathLike, entries: Mapping[str, Mapping[str, 
         raise EdgeDiTError("The proxy bank has 0 entries; run the stage 'bank' first.")
     rows = [[key for key in groups if key[0] == merged] for merged in (False, True)]
     rows = [row for row in rows if row]
-    figure, _ = _figure(8.4, 1.2 + 2.5 * len(rows), axes=False)
+    figure, _ = _figure(9.4, 1.4 + 2.8 * len(rows), axes=False)
     axes_of = figure.subplots(len(rows), 1, sharey=True, squeeze=False)[:, 0]
+    shown = [name for name in PROXY_STARTS if any(name in e.get("losses", {}) for e in entries.values())]
     for axes, row in zip(axes_of, rows):
         _style(axes)
         start, ticks, names = 0, [], []
@@ -115,7 +125,14 @@ def proxy_loss_plot(path: str | os.PathLike, entries: Mapping[str, Mapping[str, 
             before, after = (np.array([e[f"loss_{when}"] for e in group], dtype=float) for when in ("before", "after"))
             colour = OPTION_COLOURS[option]
             axes.vlines(x, np.minimum(before, after), np.maximum(before, after), color=colour, alpha=0.5, linewidth=2)
-            axes.scatter(x, before, s=28, facecolor="white", edgecolor=colour, zorder=3)
+            for name in shown:
+                marker, own, _ = PROXY_STARTS[name]
+                points = [(place, e["losses"][name]) for place, e in zip(x, group) if name in e.get("losses", {})]
+                if points:
+                    look = {"facecolor": "white", "edgecolor": colour} if own else {"color": GREY}
+                    axes.scatter(*zip(*points), s=26, marker=marker, linewidth=1.2, zorder=3, **look)
+            if not any("losses" in e for e in group):
+                axes.scatter(x, before, s=28, facecolor="white", edgecolor=colour, zorder=3)
             axes.scatter(x, after, s=28, color=colour, zorder=4)
             every = -(-len(group) // ((16 if merged else 30) // len(row)))  # as many names as fit
             ticks += list(x[::every])
@@ -126,9 +143,16 @@ def proxy_loss_plot(path: str | os.PathLike, entries: Mapping[str, Mapping[str, 
         axes.set_xticks(ticks, names, fontsize=8)
         axes.set_xlim(-1, start - 1)
         axes.set_xlabel("merged pair of teacher layers" if row[0][0] else "teacher layer")
-        axes.set_ylabel("feature loss")
-    marks = [Patch(facecolor="white", edgecolor=BLACK, label="at the start"), Patch(color=BLACK, label="after distillation")]
-    figure.legend(handles=marks, loc="outside upper center", ncols=2, frameon=False)
+        axes.set_ylabel("feature loss (1: layer left out)" if shown else "feature loss")
+    marks = []
+    for name in shown:
+        marker, own, label = PROXY_STARTS[name]
+        look = {"markerfacecolor": "white", "markeredgecolor": BLACK} if own else {"color": GREY}
+        marks.append(Line2D([], [], linestyle="none", marker=marker, label=label, **look))
+    if not shown:
+        marks.append(Line2D([], [], linestyle="none", marker="o", markerfacecolor="white", markeredgecolor=BLACK, label="at the start"))
+    marks.append(Line2D([], [], linestyle="none", marker="o", color=BLACK, label="after distillation"))
+    figure.legend(handles=marks, loc="outside upper center", ncols=len(marks), frameon=False, **LEGEND)
     _save(figure, path)
 
 
