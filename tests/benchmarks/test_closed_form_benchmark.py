@@ -1,0 +1,29 @@
+"""The benchmark of the closed forms at a small size: what it prints holds together; that it is better throughout is for the real size."""
+
+import json
+import os
+import subprocess
+import sys
+
+
+def test_closed_form(repository, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    recipe = ["--config", repository / "training" / "recipes" / "debug.yaml", "--override", "threads=1"]
+
+    def run(*command) -> str:
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    run(repository / "training" / "train_teacher.py", *recipe, "--override", f"output_dir={tmp_path}")
+    arguments = ["--layers", "0,2", "--budget", "20", "--steps", "12", "--json"]
+    result = json.loads(run(repository / "benchmarks" / "closed_form.py", tmp_path, *recipe, *arguments).splitlines()[-1])
+    kinds = ["mlp", "attention", "both", "merged original", "merged mlp", "merged attention", "merged both"]
+    assert set(result["copied_ratio"]) == {f"{layer}/{kind}" for layer in (0, 2) for kind in kinds}
+    assert result["marks"] == [0, 10, 12] and set(result["random"]) == {f"{i}/{kind}" for i in (0, 2) for kind in ("mlp", "attention")}
+    for place, row in result["random"].items():
+        assert row["steps"] in (20, 40, 80, 160) and (row["gain"] < 0.01 or row["steps"] == 160)
+        assert row["closed_form"] == result["curves"]["closed form"][place][0] and row["ratio"] > 1
+    for place, ratio in result["copied_ratio"].items():
+        pairs = zip(result["curves"]["copied"][place], result["curves"]["closed form"][place])
+        assert ratio == min(copied / closed for copied, closed in pairs) > 1
