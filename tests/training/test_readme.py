@@ -87,12 +87,21 @@ def test_python_snippets(recipes, clone):
 
 
 def test_export_and_load_back(recipes, clone):
-    shell(recipes, shlex.split(find(recipes, "optimum-cli export")), clone)
+    shell(recipes, shlex.split(find(recipes, "--format onnx")), clone)
     code = (
         "import edgedit_hf; from diffusers import DiffusionPipeline; p = DiffusionPipeline.from_pretrained('exported');"
         "print(type(p.transformer).__name__, p(class_labels=3, num_inference_steps=2).images[0].size)"
     )
     assert "OnnxEdgeDiTTransformer2DModel (8, 8)" in shell(recipes, [sys.executable, "-c", code], clone)
+
+
+def test_export_to_executorch_and_load_back(recipes, clone):
+    shell(recipes, shlex.split(find(recipes, "--format executorch")), clone)
+    code = (
+        "import edgedit_hf; from diffusers import DiffusionPipeline; p = DiffusionPipeline.from_pretrained('exported-pte');"
+        "print(type(p.transformer).__name__, p(class_labels=3, num_inference_steps=2).images[0].size)"
+    )
+    assert "ExecutorchEdgeDiTTransformer2DModel (8, 8)" in shell(recipes, [sys.executable, "-c", code], clone)
 
 
 def test_convert_an_original_checkpoint(recipes, tmp_path):

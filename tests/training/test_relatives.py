@@ -48,8 +48,9 @@ def test_the_bank_of_a_masked_transformer_assembles_students(recipes, teacher, t
 
 @pytest.mark.slow
 def test_whole_loop_with_a_masked_transformer(recipes, teacher, tmp_path):
-    recipes.run("compress", tmp_path, *recipes.tiny, f"teacher.path={teacher}")
+    # Not int8: its gate is right to refuse a network of random weights.
+    recipes.run("compress", tmp_path, *recipes.tiny, f"teacher.path={teacher}", "export.dtypes=[fp32]")
     report = json.loads((tmp_path / "report.json").read_text())
-    assert {m["name"] for m in report["models"]} >= {"teacher", "student-tuned", "onnx-int8"}
+    assert {m["name"] for m in report["models"]} >= {"teacher", "student-tuned", "onnx-fp32"}
     tuned = DiffusionPipeline.from_pretrained(tmp_path / "student-tuned").transformer
     assert tuned.config.side_layers == 1 and tuned.mask_token is not None

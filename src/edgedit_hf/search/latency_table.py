@@ -88,6 +88,8 @@ class LatencyTable:
     ) -> LatencyTable:
         """Lower and measure the shapes of a space. Weights are random: latency does not depend on them.
 
+        Long skips (MDTv2) are not in the table: every genotype has the same ones, so they add the same to all.
+
         Args:
             config: the teacher's model config.
             space: its search space.
@@ -109,6 +111,7 @@ class LatencyTable:
         if batch < 1:
             raise EdgeDiTError(f"batch is {batch}; it must be at least 1.")
         check = check_genotypes(space) if check is None else list(check)
+        config = {**config, "long_skips": None, "decoder_start": None, "side_layers": 0}
         all_shapes = sorted({space.option_shape(option) for option in OPTIONS}, reverse=True)
         parts = LoweredParts(config, all_shapes) if runtime == "onnxruntime" else None
         networks = {(shape, depth): [shape] * depth for shape in all_shapes for depth in DEPTHS}
