@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from edgedit_hf.distill.feature_loss import OUTLIER_SIGMA, feature_loss, ordinary_updates, rate_scale
+from edgedit_hf.distill.feature_loss import CLIP_SIGMA, MASSIVE_SIGMA, feature_loss, ordinary_updates, rate_scale
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.models.transformer_edgedit import EdgeDiTBlock
 
@@ -51,12 +51,13 @@ def test_normalised_ignores_massive_updates():
 
 def test_the_mask_is_that_many_standard_deviations_of_the_update():
     x, target = features()
+    target[0, 0, :8] += 2.0  # a heavy tail, beyond five deviations
     update = target - x
-    for sigmas in (2.0, 3.0, OUTLIER_SIGMA):
-        first = update[(update - update.mean()).abs() <= sigmas * update.std(correction=0)]
-        expected = (update - first.mean()).abs() <= sigmas * first.std(correction=0)
-        assert torch.equal(ordinary_updates(x, target, sigmas), expected)
-    assert ordinary_updates(x, target).all()  # a normal distribution has nothing massive
+    rest = update[(update - update.mean()).abs() <= CLIP_SIGMA * update.std(correction=0)]
+    assert rest.numel() == update.numel() - 8
+    for sigmas in (2.0, 5.0, 10.0):
+        assert torch.equal(ordinary_updates(x, target, sigmas), (update - rest.mean()).abs() <= sigmas * rest.std(correction=0))
+    assert not ordinary_updates(x, target, 5.0).all() and ordinary_updates(x, target, MASSIVE_SIGMA).all()  # a tail is not massive
 
 
 def test_huge_outliers_do_not_hide_large_ones():
