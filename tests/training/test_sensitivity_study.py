@@ -49,6 +49,7 @@ def test_table_and_plot(recipes, study):
     assert text not in again.stdout
 
 
+@pytest.mark.slow
 def test_killed_and_rerun_equals_uninterrupted(recipes, study, tmp_path):
     folder, _ = study
     killed = tmp_path / "run"
@@ -59,6 +60,7 @@ def test_killed_and_rerun_equals_uninterrupted(recipes, study, tmp_path):
         assert (killed / "sensitivity" / name).read_bytes() == (folder / "sensitivity" / name).read_bytes(), f"killed after {delays} s"
 
 
+@pytest.mark.slow
 def test_starts_alone_can_be_judged(recipes, study, tmp_path):
     folder, _ = study
     shutil.copytree(folder / "teacher", tmp_path / "run" / "teacher")
