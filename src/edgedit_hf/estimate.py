@@ -330,16 +330,19 @@ class _Estimator:
         trunk = trunk_cost(self.work.model, self.tokens).weights
         shapes = [layer_cost(space.hidden_size, space.option_shape(option), self.tokens).weights for option in OPTIONS]
         networks = sum(trunk + depth * weights for weights in shapes for depth in TABLE_DEPTHS) + 2 * self.teacher.weights
-        seconds = 15 + TABLE_ROUND_NETWORKS * options.repeats * 2 * options.batch_size * self.teacher.flops / self.host.fp32_flops
+        seconds = 10 + TABLE_ROUND_NETWORKS * options.repeats * 2 * options.batch_size * self.teacher.flops / self.host.fp32_flops
         held = PROCESS_BYTES + LIBRARIES + BYTES[options.precision] * networks + 8 * self.teacher.weights  # all are loaded, one is being lowered
         return Estimate("latency", seconds, held, 1e4)
 
     def stage_search(self) -> Estimate:
         options = self.config.search
         genotypes = options.evaluations + (options.evaluations - options.initial if options.random_baseline else 0)
-        one = self.sampling(self.teacher, options.samples, options.sampling_steps, options.guidance_scale) + 4 * self.teacher.weights / 5e8
+        smallest = model_cost({**self.work.model, "layers": self.space.from_code([codes[-1] for codes in self.space.allowed]).to_layers()})
+        flops = (self.teacher.flops + smallest.flops) // 2  # of a genotype, on average
+        mean = Cost(self.teacher.parameters, self.teacher.weights, flops // 2, flops)
+        one = self.sampling(mean, options.samples, options.sampling_steps, options.guidance_scale) + 4 * self.teacher.weights / 5e8
         batch = min(options.samples, self.config.evaluate.batch_size)
-        return Estimate("search", 15 + options.evaluations + genotypes * one, self.judging(batch, 2, options.samples), 1e5, self.device)
+        return Estimate("search", 5 + 0.5 * options.evaluations + genotypes * one, self.judging(batch, 2, options.samples), 1e5, self.device)
 
     def stage_student(self) -> Estimate:
         held = PROCESS_BYTES + LIBRARIES + 4 * (self.teacher.weights + self.student.weights)
@@ -360,7 +363,7 @@ class _Estimator:
     def stage_export(self) -> Estimate:
         options = self.config.export
         count = len(options.dtypes) + len(options.executorch)
-        seconds = count * (15.0 + 200 * self.student.flops / self.host.fp32_flops + 16 * self.student.weights / 2e8)
+        seconds = count * (6.0 + 200 * self.student.flops / self.host.fp32_flops + 16 * self.student.weights / 2e8)
         disk = sum(BYTES[dtype] for dtype in (*options.dtypes, *options.executorch)) * self.student.weights
         return Estimate("export", seconds, PROCESS_BYTES + LIBRARIES + 20 * self.student.weights, disk)
 
@@ -369,7 +372,7 @@ class _Estimator:
         asked = options.samples, options.sampling_steps, options.guidance_scale
         exports = (len(self.config.export.dtypes) + len(self.config.export.executorch)) * options.exports
         teachers, students = 1 + tune.teacher_more_steps, 2 + tune.random_proxies
-        seconds = 20 + teachers * self.sampling(self.teacher, *asked) + students * self.sampling(self.student, *asked)
+        seconds = 10 + teachers * self.sampling(self.teacher, *asked) + students * self.sampling(self.student, *asked)
         seconds += exports * self.sampling(self.student, *asked) * self.machine.flops / self.host.fp32_flops
         runtimes = 3 + len(self.config.export.executorch)
         seconds += runtimes * options.latency_repeats * options.latency_batch_size * (self.teacher.flops + self.student.flops) / self.host.fp32_flops
