@@ -9,8 +9,7 @@ loss on held-out draws
  2. of random MLP and attention proxies after their full budget, with the closed form beside it, no step taken. The budget is --budget steps
     of the bank's schedule (warm-up, cosine), doubled once, from scratch, if the last tenth of the steps gained 1 % or more.
 --check fails unless the closed form, untrained, beats every random MLP and attention proxy after that (one that still gains: even if it gained
-as much ten times more), beats the copied start at every
-step count for every kind, and is never above where it started.
+as much ten times more), beats the copied start at every step count for every kind, and is never above where it started.
 """
 
 import argparse
