@@ -214,8 +214,9 @@ print("peak", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 @pytest.mark.slow
 def test_a_real_run_needs_what_was_estimated(configured, repository, run_python, tmp_path):
     overrides = (
-        *("teacher={hidden_size: 256, num_layers: 8, num_heads: 4, steps: 30, batch_size: 128}", "tune={steps: 30, batch_size: 128}"),
-        *("bank={steps: 12, both_steps: 6, batch_size: 64}", f"output_dir={tmp_path / 'run'}"),
+        "teacher={hidden_size: 256, num_layers: 8, num_heads: 4, steps: 12, batch_size: 64}",
+        "bank={steps: 6, both_steps: 3, batch_size: 32, calibration_samples: 64}",
+        f"output_dir={tmp_path / 'run'}",
     )
     rows = by_stage(configured(*overrides))
     arguments = [part for override in ("threads=1", *overrides) for part in ("--override", override)]

@@ -345,7 +345,7 @@ class _Estimator:
         return Estimate("search", 5 + 0.5 * options.evaluations + genotypes * one, self.judging(batch, 2, options.samples), 1e5, self.device)
 
     def stage_student(self) -> Estimate:
-        held = PROCESS_BYTES + LIBRARIES + 4 * (self.teacher.weights + self.student.weights)
+        held = PROCESS_BYTES + 4 * (self.teacher.weights + self.student.weights)
         return Estimate("student", 1.0 + 8 * self.teacher.weights / 5e8, held, 4.0 * self.student.weights)
 
     def stage_tune(self) -> Estimate:
