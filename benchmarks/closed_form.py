@@ -85,6 +85,7 @@ def main() -> None:
         for start, found in curves.items():
             print(f"{i:>5}  {option:<18}{start:<13}" + "".join(f"{loss:>10.5f}" for loss in found[i, option]), flush=True)
 
+    print()
     alone = {place: layer for place, layer in single.items() if place[1] != "both"}
     random = bench.plateaus(alone, arguments.budget)
     print("\n" + f"{'layer':>5}  {'kind':<16}{'random, half':>14}{'plateau':>10}{'steps':>8}{'last tenth':>12}{'closed form, 0 steps':>22}{'ratio':>8}")
@@ -176,6 +177,7 @@ class Bench:
             }
             for place, (half, before, last) in self.curves(blocks, budget, [budget // 2, budget * 9 // 10, budget]).items():
                 done[place] = {"half": half, "loss": last, "steps": budget, "gain": 1 - last / before}
+                print(f"random {place[1]} of layer {place[0]} after {budget} steps: {last:.5f}, {1 - last / before:.2%} in the last tenth", flush=True)
             budget *= 2
         return {place: done[place] for place in layers}
 
