@@ -3,6 +3,7 @@
     python benchmarks/named_students.py [--runtimes torch onnxruntime executorch] [--batch 1] [--run RUN] [--json] [--check]
 
 Every network is exported (ONNX Runtime, ExecuTorch) in a process of its own and then timed interleaved with the others of its runtime, fp32.
+In PyTorch it runs as in the pipeline, with its modulations computed beforehand.
 Latency does not depend on the weights, which are random; with --run, the folder of a run with an XL teacher and bank, the students are
 first assembled from the bank, saved, loaded and sampled, and these are the networks that are timed. The figures to compare with are the
 ratio of the FLOPs and the published speed-ups on phones. --check: at least 0.97 of the FLOP ratio in every runtime.
@@ -23,7 +24,7 @@ from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, Genotype
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.latency.protocol import environment, measure, paired_ratio
-from edgedit_hf.latency.runners import TorchRunner, executorch_runner, onnx_runner
+from edgedit_hf.latency.runners import example_inputs, executorch_runner, onnx_runner
 from edgedit_hf.launch import load_pipeline
 from edgedit_hf.search_space import model_cost
 
@@ -75,12 +76,24 @@ def export(name: str, runtime: str, batch: int, path: Path, folder: Path | None)
         export_executorch(model, path, batch=batch)
 
 
+def sampling_step(model: EdgeDiTTransformer2DModel, batch: int):
+    """A forward as the pipeline runs it: with the modulations computed before the first step."""
+    inputs = example_inputs(model.config, batch)
+    table = model.precompute_modulation(inputs["timestep"][:1], inputs["class_labels"])[0]
+
+    @torch.inference_mode()
+    def run():
+        return model(inputs["sample"], None, modulation=table).sample
+
+    return run
+
+
 def runners(arguments, runtime: str, scratch: Path, folder: Path | None) -> dict:
     """A callable a network."""
     found = {}
     for name in (TEACHER, *STUDENTS):
         if runtime == "torch":
-            found[name] = TorchRunner(network(name, folder), arguments.batch, arguments.threads)
+            found[name] = sampling_step(network(name, folder), arguments.batch)
             continue
         path = scratch / f"{name.replace('/', '-')}{SUFFIX[runtime]}"
         command = [sys.executable, __file__, "--export", name, runtime, str(path), "--batch", str(arguments.batch)]
