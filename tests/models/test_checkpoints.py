@@ -193,6 +193,12 @@ def test_of_a_training_checkpoint_the_average_is_taken_and_its_arguments_tell_th
         load_original(path, num_attention_heads=HEADS)
 
 
+def test_files_of_old_torch_versions_are_read(checkpoint):
+    path, weights = checkpoint("dit"), oracle("dit")[0]
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(load_original(path, num_attention_heads=HEADS).patch_embed.weight, weights["x_embedder.proj.weight"])
+
+
 def test_half_precision_and_prefixed_keys_are_read(tmp_path):
     weights = {f"module.{k}": v.half() for k, v in oracle("dit")[0].items()}
     save_file(weights, tmp_path / "DiT-tiny.safetensors")

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,7 +191,7 @@ def _read_tensors(path: Path) -> Any:
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # old files are no archives
     except pickle.UnpicklingError as error:
         raise EdgeDiTError(
             f"{path} holds more than tensors and is not opened ({' '.join(str(error).split())[:200]}); save its state_dict, best as safetensors."
