@@ -451,10 +451,8 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         conditioning = self.embed_condition(timesteps.repeat_interleave(count), labels)  # [T·K, D]
         table = conditioning.new_empty(len(conditioning), 6 * len(self.blocks) + 2, conditioning.shape[-1])
 
-        def fill(rows: slice, linear: nn.Linear, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
-            if weight is not None:
-                values = F.linear(conditioning, weight.to(device), bias.to(device))
-            elif linear.weight.is_meta:  # an offloading hook brings the weights
+        def fill(rows: slice, linear: nn.Linear) -> None:
+            if linear.weight.is_meta:  # an offloading hook brings the weights
                 values = linear(conditioning)
             else:
                 values = linear(conditioning.to(linear.weight.device)).to(device)
@@ -462,13 +460,12 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
 
         if self._modulation_file is None:
             for index, block in enumerate(self.blocks):
-                fill(slice(6 * index, 6 * index + 6), block.modulation, None, None)
+                fill(slice(6 * index, 6 * index + 6), block.modulation)
         else:
             with safe_open(self._modulation_file, framework="pt") as file:
                 for index in range(len(self.blocks)):
-                    stem = f"blocks.{index}.modulation."
-                    fill(slice(6 * index, 6 * index + 6), None, file.get_tensor(stem + "weight"), file.get_tensor(stem + "bias"))
-        fill(slice(6 * len(self.blocks), None), self.modulation_out, None, None)
+                    fill(slice(6 * index, 6 * index + 6), self._stored_modulation(file, index))
+        fill(slice(6 * len(self.blocks), None), self.modulation_out)
         return table.view(len(timesteps), count, *table.shape[1:])
 
     def modulation_steps(self, num_labels: int) -> int:
@@ -493,18 +490,22 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
             block.modulation = None
         self._modulation_file = os.fspath(path)
 
+    def _stored_modulation(self, file: Any, index: int) -> nn.Linear:
+        """The adaLN layer of a block, read from the open file of [`offload_modulation`] to where the model is."""
+        like = self.modulation_out.weight
+        with torch.device("meta"):
+            linear = nn.Linear(self.config.hidden_size, 6 * self.config.hidden_size)
+        state = {name: file.get_tensor(f"blocks.{index}.modulation.{name}").to(like.device) for name in ("weight", "bias")}
+        linear.load_state_dict(state, assign=True)
+        return linear.requires_grad_(like.requires_grad)
+
     def restore_modulation(self) -> None:
         """Undo [`offload_modulation`]; the file stays."""
         if self._modulation_file is None:
             return
-        hidden_size, like = self.config.hidden_size, self.modulation_out.weight
         with safe_open(self._modulation_file, framework="pt") as file:
             for index, block in enumerate(self.blocks):
-                with torch.device("meta"):
-                    linear = nn.Linear(hidden_size, 6 * hidden_size)
-                state = {name: file.get_tensor(f"blocks.{index}.modulation.{name}").to(like.device) for name in ("weight", "bias")}
-                linear.load_state_dict(state, assign=True)
-                block.modulation = linear.requires_grad_(like.requires_grad)
+                block.modulation = self._stored_modulation(file, index)
         self._modulation_file = None
 
     def fuse_gelu(self, fused: bool = True) -> None:
