@@ -86,22 +86,23 @@ def test_python_snippets(recipes, clone):
         shell(recipes, [sys.executable, "-c", code], clone)
 
 
-def test_export_and_load_back(recipes, clone):
-    shell(recipes, shlex.split(find(recipes, "--format onnx")), clone)
+def sampled_from(recipes, clone, folder: str) -> str:
+    """Load an exported folder in a fresh process, make an image, and return the transformer's class and the image's size."""
     code = (
-        "import edgedit_hf; from diffusers import DiffusionPipeline; p = DiffusionPipeline.from_pretrained('exported');"
+        f"import edgedit_hf; from diffusers import DiffusionPipeline; p = DiffusionPipeline.from_pretrained({folder!r});"
         "print(type(p.transformer).__name__, p(class_labels=3, num_inference_steps=2).images[0].size)"
     )
-    assert "OnnxEdgeDiTTransformer2DModel (8, 8)" in shell(recipes, [sys.executable, "-c", code], clone)
+    return shell(recipes, [sys.executable, "-c", code], clone)
+
+
+def test_export_and_load_back(recipes, clone):
+    shell(recipes, shlex.split(find(recipes, "--format onnx")), clone)
+    assert "OnnxEdgeDiTTransformer2DModel (8, 8)" in sampled_from(recipes, clone, "exported")
 
 
 def test_export_to_executorch_and_load_back(recipes, clone):
     shell(recipes, shlex.split(find(recipes, "--format executorch")), clone)
-    code = (
-        "import edgedit_hf; from diffusers import DiffusionPipeline; p = DiffusionPipeline.from_pretrained('exported-pte');"
-        "print(type(p.transformer).__name__, p(class_labels=3, num_inference_steps=2).images[0].size)"
-    )
-    assert "ExecutorchEdgeDiTTransformer2DModel (8, 8)" in shell(recipes, [sys.executable, "-c", code], clone)
+    assert "ExecutorchEdgeDiTTransformer2DModel (8, 8)" in sampled_from(recipes, clone, "exported-pte")
 
 
 def test_convert_an_original_checkpoint(recipes, tmp_path):
