@@ -44,7 +44,10 @@ def test_the_paper_recipe_gives_and_explains_every_key_of_its_stages(repository)
     path = repository / "training" / "recipes" / "imagenet256-edgedit1.yaml"
     values, lines = yaml.safe_load(path.read_text()), path.read_text().splitlines()
     config = load_config(path)
+    text_to_image = {"text", "elastic", "knowledge"}  # stages of the other family
     for entry in dataclasses.fields(config):
+        if entry.name in text_to_image:
+            continue
         section = getattr(config, entry.name)
         keys = [entry.name] if not dataclasses.is_dataclass(section) else [key.name for key in dataclasses.fields(section)]
         if dataclasses.is_dataclass(section):

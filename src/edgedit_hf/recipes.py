@@ -32,9 +32,11 @@ class DataConfig:
     source: str = _key("digits", "'digits' (scikit-learn's, offline), a folder (class folders or metadata.jsonl), or a `datasets` id")
     split: str = _key("train", "split of a `datasets` id to train on")
     resolution: int | None = _key(None, "resize and centre-crop to this many pixels; null keeps the size the images have", minimum=2)
+    buckets: list[str] | None = _key(None, "text-to-image: sizes (height x width: '128x128', '160x96') in place of resolution; an image goes to the nearest")
     channels: int | None = _key(None, "1 (grey) or 3 (RGB); null keeps what the first image has", (None, 1, 3))
     image_column: str | None = _key(None, "column that holds the images; null takes the first image column")
     label_column: str | None = _key(None, "column that holds the classes; null takes 'label' or the only class column")
+    caption_column: str | None = _key(None, "text-to-image: column that holds the captions; null takes 'text', 'caption', 'prompt' or 'description'")
     validation_fraction: float = _key(0.2, "share held out where the data set has no split of its own", minimum=0.0)
     vae: str | None = _key(None, "AutoencoderKL or AutoencoderTiny (folder or Hub id): work in its latents, cached once; null works in pixels")
     num_workers: int = _key(0, "worker processes of the data loader", minimum=0)
@@ -191,6 +193,28 @@ class SensitivityConfig:
 
 
 @dataclass
+class TextConfig:
+    """Text-to-image: the text encoders. Two small ones are trained on the captions, or others brought along."""
+
+    encoder: str | None = _key(None, "CLIP-type encoder with its tokenizer (folder or Hub id), used as it is; null trains one; 'none' goes without")
+    encoder_2: str | None = _key(None, "T5- or Gemma-type encoder with its tokenizer (folder or Hub id); null trains a T5-type; 'none' goes without")
+    vocabulary_size: int = _key(512, "tokens at most of each tokenizer; the 256 bytes and the special tokens are among them", minimum=260)
+    max_tokens: int = _key(32, "tokens that the CLIP-type encoder reads at a time", minimum=4)
+    hidden_size: int = _key(64, "width of both encoders", minimum=4)
+    num_layers: int = _key(2, "layers of each", minimum=1)
+    num_heads: int = _key(4, "attention heads of each", minimum=1)
+    mask_share: float = _key(0.3, "share of the tokens that the T5-type encoder has to guess", minimum=0.0)
+    temperature: float = _key(0.1, "of the contrast between captions and images", minimum=0.001)
+    steps: int = _key(400, "optimiser steps", minimum=1)
+    batch_size: int = _key(128, "captions a step, over all processes", minimum=2)
+    learning_rate: float = _key(2e-3, "peak learning rate of AdamW", minimum=0.0)
+    final_learning_rate: float = _key(0.05, "the cosine decay ends at this share of the peak", minimum=0.0)
+    warmup_steps: int = _key(20, "linear warm-up", minimum=0)
+    checkpoint_every: int = _key(200, "steps between checkpoints", minimum=1)
+    log_every: int = _key(20, "steps between lines of telemetry", minimum=1)
+
+
+@dataclass
 class RunConfig:
     """A whole run."""
 
@@ -208,6 +232,7 @@ class RunConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     card: CardConfig = field(default_factory=CardConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
+    text: TextConfig = field(default_factory=TextConfig)
 
     def section(self, *names: str) -> dict[str, Any]:
         """Plain values of some sections, e.g. for a stage's `run.json`."""
@@ -313,6 +338,10 @@ def _check(config: RunConfig, source: str) -> None:
             f"{source}: teacher.learn_sigma needs teacher.prediction_type epsilon, not {teacher.prediction_type}: "
             "flow matching has no variance to learn."
         )
+    if config.data.buckets is not None and config.data.resolution is not None:
+        raise EdgeDiTError(f"{source}: data.buckets and data.resolution {config.data.resolution} exclude each other; set one to null.")
+    if config.text.hidden_size % config.text.num_heads:
+        raise EdgeDiTError(f"{source}: text.hidden_size {config.text.hidden_size} is not a multiple of text.num_heads {config.text.num_heads}; change one.")
     if search.initial > search.evaluations:
         raise EdgeDiTError(f"{source}: search.initial {search.initial} exceeds search.evaluations {search.evaluations}.")
     for key, allowed in (("dtypes", ("fp32", "int8")), ("executorch", ("fp32", "int8", "int4"))):
