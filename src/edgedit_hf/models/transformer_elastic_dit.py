@@ -1,0 +1,842 @@
+"""Elastic DiT: a compact text-to-image diffusion transformer whose width can be chosen at run time. One self-contained file.
+
+After SnapGen++ (arXiv:2601.08303): three stages (Down, Middle, Up; one 2 × 2 down- and one up-sample between them), adaptive sparse
+self-attention in Down and Up, long skips in Middle (U-ViT, arXiv:2209.12152), adaLN-single and cross-attention to text (PixArt-α,
+arXiv:2310.00426), flow matching with the velocity ε − x0 as output. One set of weights holds several sub-networks: a narrower one uses the
+first rows and columns of every matrix (slimmable networks, arXiv:1812.08928); norms and modulation exist once a width; what depends on the
+text alone (its projection, keys and values of the cross-attention) is not sliced, so it is the same for all.
+
+What the paper leaves open and this file decides: the hidden size is 2304 with heads of 72 channels; keys and values of the self-attention
+have a quarter of the heads at every width, those of the cross-attention a fixed number, and query head i reads head i mod that number, so
+that a head keeps its partner in every width; keys are compressed before norm and rotation, which are then those of the compressed grid; the
+down-sample is a linear layer on 2 × 2 tokens, the up-sample a linear layer whose output is repeated 2 × 2 and added to Down's output.
+
+Shapes: B batch, C latent channels, H × W latent size, P patch size, N = (H/P)·(W/P) tokens (a quarter of that in Middle), D residual width of
+the active sub-network, h query heads, k key/value heads, d channels a head, T text tokens, E text width, L layers.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, BaseOutput
+from diffusers.utils.hub_utils import _add_variant, _get_checkpoint_shard_files, _get_model_file
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+FREQUENCIES = 256  # width of the sinusoidal timestep features (DiT)
+SUBNETS = {"tiny": 0.375, "small": 0.5, "full": 1.0}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # TinyCLIP (512) and Gemma 3 4B (2560), Qwen-Image's VAE (16 channels, 8 × 8 pixels a latent) at 1024 × 1024.
+    "elastic-dit-1.6b": {},
+    # 8 × 8 pixels, one channel: the embedded digits.
+    "elastic-dit-digits": {
+        "sample_size": 8,
+        "patch_size": 1,
+        "in_channels": 1,
+        "num_attention_heads": 16,
+        "attention_head_dim": 8,
+        "num_layers": [2, 4, 2],
+        "text_dims": [64, 64],
+        "text_width": 64,
+    },
+    "elastic-dit-debug": {
+        "sample_size": 8,
+        "patch_size": 1,
+        "in_channels": 1,
+        "num_attention_heads": 16,
+        "attention_head_dim": 4,
+        "num_layers": [1, 3, 1],
+        "text_dims": [16, 24],
+        "text_width": 32,
+        "num_text_key_value_heads": 2,
+        "attention_blocks": 8,
+    },
+}
+
+
+# -------------------------------------------------------------------- elastic layers
+
+
+class Active:
+    """The name of the active sub-network: one object that all layers of a net share, so that switching is one assignment."""
+
+    def __init__(self, name: str | None):
+        self.name = name
+
+
+class ElasticLinear(nn.Linear):
+    """A linear layer of which a sub-network uses the first rows and columns (a view, nothing is copied).
+
+    Args:
+        sizes: (outputs, inputs) of every sub-network.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, sizes: Mapping[str, tuple[int, int]], active: Active):
+        super().__init__(in_features, out_features, bias)
+        self.sizes, self.active = dict(sizes), active
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rows, columns = self.sizes[self.active.name]
+        if (rows, columns) == tuple(self.weight.shape):
+            return F.linear(hidden_states, self.weight, self.bias)
+        return F.linear(hidden_states, self.weight[:rows, :columns], None if self.bias is None else self.bias[:rows])
+
+
+class ElasticCompression(nn.Conv2d):
+    """Depthwise 2 × 2 convolution of stride 2 over a grid of tokens, of which a sub-network uses the first channels; starts as the mean."""
+
+    def __init__(self, channels: int, sizes: Mapping[str, int] | None, active: Active):
+        super().__init__(channels, channels, kernel_size=2, stride=2, groups=channels)
+        self.sizes, self.active = sizes, active
+
+    def forward(self, tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """`(B, N, c)` → `(B, N/4, c)`."""
+        channels = self.out_channels if self.sizes is None else self.sizes[self.active.name]
+        grid = tokens.transpose(1, 2).unflatten(2, (rows, columns))  # [B, c, rows, columns]
+        compressed = F.conv2d(grid, self.weight[:channels], self.bias[:channels], stride=2, groups=channels)
+        return compressed.flatten(2).transpose(1, 2)
+
+
+class PerWidth(nn.ModuleDict):
+    """A module of which every sub-network has one of its own, by name."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], active: Active):
+        super().__init__(modules)
+        self.active = active
+
+    def forward(self, *args: Any) -> Any:
+        return self[self.active.name](*args)
+
+
+class _Layers:
+    """Makes the layers of a net: elastic ones for a supernet (`subnets` given), plain ones for a stand-alone net."""
+
+    def __init__(self, subnets: Mapping[str, float] | None, active: Active):
+        self.subnets, self.active = subnets, active
+
+    def linear(self, inputs: int, outputs: int, bias: bool = True, slice_inputs: bool = True, slice_outputs: bool = True) -> nn.Linear:
+        if self.subnets is None:
+            return nn.Linear(inputs, outputs, bias)
+        sizes = {
+            name: (round(outputs * width) if slice_outputs else outputs, round(inputs * width) if slice_inputs else inputs)
+            for name, width in self.subnets.items()
+        }
+        return ElasticLinear(inputs, outputs, bias, sizes, self.active)
+
+    def compression(self, channels: int) -> ElasticCompression:
+        sizes = None if self.subnets is None else {name: round(channels * width) for name, width in self.subnets.items()}
+        return ElasticCompression(channels, sizes, self.active)
+
+    def per_width(self, make: Callable[[float], nn.Module]) -> nn.Module:
+        """`make(width)` gives the module of a sub-network that has this share of the full width."""
+        if self.subnets is None:
+            module = make(1.0)
+            module.is_per_width = True  # under another name in a supernet: see `_source_names`
+            return module
+        return PerWidth({name: make(width) for name, width in self.subnets.items()}, self.active)
+
+
+# -------------------------------------------------------------------- attention
+
+
+class Positions(NamedTuple):
+    """A grid of tokens: its size, and the rotations (cos, sin), each `(N, d/2)`, of its tokens and of its 2 × 2 compressed ones."""
+
+    rows: int
+    columns: int
+    rotation: tuple[torch.Tensor, torch.Tensor]
+    compressed: tuple[torch.Tensor, torch.Tensor] | None
+
+
+def rotation_table(rows: int, columns: int, stride: int, channels: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, each `(rows·columns, d/2)` float32, of axial 2-D rotary embeddings (RoPE) of a grid.
+
+    The first quarter of the angles encodes the row, the second the column. Coordinates are the centres of the tokens on the finest grid, of
+    which a token covers `stride` × `stride`, so that all stages and compressed keys share one coordinate system.
+    """
+    frequencies = theta ** (-torch.arange(channels // 4, dtype=torch.float32, device=device) / (channels // 4))
+    angles = []
+    for count in (rows, columns):
+        centres = (torch.arange(count, dtype=torch.float32, device=device) + 0.5) * stride - 0.5
+        angles.append(centres[:, None] * frequencies)  # [count, d/4]
+    by_row = angles[0][:, None].expand(-1, columns, -1)
+    by_column = angles[1][None].expand(rows, -1, -1)
+    table = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)  # [N, d/2]
+    return table.cos(), table.sin()
+
+
+def rotate(heads: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate `(B, N, h, d)`: channel i and channel i + d/2 turn by the i-th angle of their token."""
+    cos, sin = (table[:, None].to(heads.dtype) for table in rotation)  # [N, 1, d/2]
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def strip_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: int, radius: int) -> torch.Tensor:
+    """Blockwise neighbourhood attention (SnapGen++, eq. 2): the raster sequence is cut into `blocks` strips of ⌈N / blocks⌉ tokens (the last
+    may be shorter), and strip b attends to the strips b − radius … b + radius that exist.
+
+    Args:
+        query, key, value: `(B, h, N, d)`.
+    """
+    tokens = query.shape[2]
+    length = -(-tokens // blocks)
+    parts = []
+    for start in range(0, tokens, length):
+        window = slice(max(0, start - radius * length), min(tokens, start + (radius + 1) * length))
+        parts.append(F.scaled_dot_product_attention(query[:, :, start : start + length], key[:, :, window], value[:, :, window]))
+    return torch.cat(parts, dim=2)
+
+
+class ElasticSelfAttention(nn.Module):
+    """Grouped-query self-attention with normed, rotated queries and keys: full, or adaptive sparse (SnapGen++, eq. 1-3).
+
+    Sparse attention has two branches on the same queries, keys and values: a global one over keys and values compressed 2 × 2, and a local one
+    over strips ([`strip_attention`]). A gate in (0, 1), one a head and token, from the layer's input mixes them: g · global + (1 − g) · local.
+    """
+
+    def __init__(self, make: _Layers, dim: int, heads: int, kv_heads: int, head_dim: int, eps: float, sparse: bool, blocks: int, radius: int):
+        super().__init__()
+        self.head_dim, self.group, self.sparse, self.blocks, self.radius = head_dim, heads // kv_heads, sparse, blocks, radius
+        self.to_q = make.linear(dim, heads * head_dim)
+        self.to_k = make.linear(dim, kv_heads * head_dim)
+        self.to_v = make.linear(dim, kv_heads * head_dim)
+        self.to_out = make.linear(heads * head_dim, dim)
+        self.norm_q = make.per_width(lambda width: nn.LayerNorm(head_dim, eps=eps))
+        self.norm_k = make.per_width(lambda width: nn.LayerNorm(head_dim, eps=eps))
+        if sparse:
+            self.compress_k = make.compression(kv_heads * head_dim)
+            self.compress_v = make.compression(kv_heads * head_dim)
+            self.gate = make.linear(dim, heads)
+
+    def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.unflatten(-1, (-1, self.head_dim))  # [B, N, h, d]
+
+    def _keys_and_values(self, key: torch.Tensor, value: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Projections `(B, N, k·d)` → keys and values `(B, h, N, d)`."""
+        key = rotate(self.norm_k(self._heads(key)), rotation).transpose(1, 2)
+        value = self._heads(value).transpose(1, 2)
+        if self.group > 1:
+            key, value = (heads.repeat_interleave(self.group, dim=1) for heads in (key, value))
+        return key, value
+
+    def forward(self, hidden_states: torch.Tensor, positions: Positions) -> torch.Tensor:
+        """`(B, N, D)` → `(B, N, D)`."""
+        query = rotate(self.norm_q(self._heads(self.to_q(hidden_states))), positions.rotation).transpose(1, 2)  # [B, h, N, d]
+        key, value = self.to_k(hidden_states), self.to_v(hidden_states)  # [B, N, k·d]
+        keys, values = self._keys_and_values(key, value, positions.rotation)
+        if self.sparse:
+            local = strip_attention(query, keys, values, self.blocks, self.radius)
+            grid = positions.rows, positions.columns
+            keys, values = self._keys_and_values(self.compress_k(key, *grid), self.compress_v(value, *grid), positions.compressed)
+            everywhere = F.scaled_dot_product_attention(query, keys, values)
+            gate = self.gate(hidden_states).sigmoid().transpose(1, 2).unsqueeze(-1)  # [B, h, N, 1]
+            attention = torch.lerp(local, everywhere, gate)
+        else:
+            attention = F.scaled_dot_product_attention(query, keys, values)
+        return self.to_out(attention.transpose(1, 2).flatten(2))
+
+
+class ElasticCrossAttention(nn.Module):
+    """Attention to the text. Keys and values, of `kv_heads` heads, are the same for every sub-network; query head i reads head i mod kv_heads."""
+
+    def __init__(self, make: _Layers, dim: int, heads: int, kv_heads: int, head_dim: int, text_width: int, eps: float):
+        super().__init__()
+        self.head_dim, self.kv_heads = head_dim, kv_heads
+        self.to_q = make.linear(dim, heads * head_dim)
+        self.to_k = nn.Linear(text_width, kv_heads * head_dim)
+        self.to_v = nn.Linear(text_width, kv_heads * head_dim)
+        self.to_out = make.linear(heads * head_dim, dim)
+        self.norm_q = make.per_width(lambda width: nn.LayerNorm(head_dim, eps=eps))
+        self.norm_k = make.per_width(lambda width: nn.LayerNorm(head_dim, eps=eps))
+
+    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """`(B, N, D)`, `(B, T, E)`, mask `(B, 1, 1, T)` of the tokens that are there (`None`: all) → `(B, N, D)`."""
+        query = self.norm_q(self.to_q(hidden_states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)  # [B, h, N, d]
+        key = self.norm_k(self.to_k(text).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)  # [B, k, T, d]
+        value = self.to_v(text).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        group = query.shape[1] // self.kv_heads
+        key, value = (heads.repeat(1, group, 1, 1) for heads in (key, value))
+        attention = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.to_out(attention.transpose(1, 2).flatten(2))
+
+
+# -------------------------------------------------------------------- blocks
+
+
+class ElasticMLP(nn.Module):
+    """Two linear layers with tanh-GELU between: D → ratio·D → D."""
+
+    def __init__(self, make: _Layers, dim: int, inner: int):
+        super().__init__()
+        self.proj_in = make.linear(dim, inner)
+        self.proj_out = make.linear(inner, dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.proj_out(F.gelu(self.proj_in(hidden_states), approximate="tanh"))
+
+
+class LongSkip(nn.Module):
+    """A linear layer on [hidden states, skip] (U-ViT), as the sum of one on each, so that both can be sliced. Starts as the identity."""
+
+    def __init__(self, make: _Layers, dim: int):
+        super().__init__()
+        self.hidden = make.linear(dim, dim)
+        self.skip = make.linear(dim, dim, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        return self.hidden(hidden_states) + self.skip(skip)
+
+
+class Modulation(nn.Module):
+    """adaLN-single (PixArt-α): one timestep MLP and one projection for all layers, plus a learned table a layer."""
+
+    def __init__(self, dim: int, layers: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(FREQUENCIES, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+        self.projection = nn.Linear(dim, 6 * dim)
+        self.table = nn.Parameter(torch.zeros(layers, 6, dim))
+        self.table_out = nn.Parameter(torch.zeros(2, dim))
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Timesteps `(B,)` on the scale 0 … 1000 → `(B, 6L + 2, D)`: six rows a layer (shift, scale, gate of the attention and of the MLP), then
+        shift and scale of the output."""
+        half = FREQUENCIES // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+        angles = timestep.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)[None]
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        embedded = self.linear_2(F.silu(self.linear_1(features)))  # [B, D]
+        shared = self.projection(F.silu(embedded)).unflatten(-1, (1, 6, -1))  # [B, 1, 6, D]
+        layers = (shared + self.table).flatten(1, 2)  # [B, 6L, D]
+        return torch.cat([layers, embedded.unsqueeze(1) + self.table_out], dim=1)
+
+
+class ElasticDiTBlock(nn.Module):
+    """One layer: modulated self-attention, cross-attention to the text, modulated MLP; in late Middle layers a long skip before them."""
+
+    def __init__(
+        self,
+        make: _Layers,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        text_width: int,
+        text_kv_heads: int,
+        mlp_ratio: float,
+        eps: float,
+        sparse: bool = False,
+        blocks: int = 16,
+        radius: int = 1,
+        long_skip: bool = False,
+    ):
+        super().__init__()
+        self.eps = eps
+        self.long_skip = LongSkip(make, dim) if long_skip else None
+        self.attn = ElasticSelfAttention(make, dim, heads, kv_heads, head_dim, eps, sparse, blocks, radius)
+        self.cross_attn = ElasticCrossAttention(make, dim, heads, text_kv_heads, head_dim, text_width, eps)
+        self.mlp = ElasticMLP(make, dim, round(dim * mlp_ratio))
+
+    def _norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        text: torch.Tensor,
+        mask: torch.Tensor | None,
+        modulation: torch.Tensor,
+        positions: Positions,
+        skip: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: `(B, N, D)`. text: `(B, T, E)`. mask: `(B, 1, 1, T)` or `None`.
+            modulation: `(B, 6, D)`: shift, scale, gate of the attention, then of the MLP.
+            skip: `(B, N, D)` for a block with a long skip.
+        """
+        if self.long_skip is not None:
+            hidden_states = self.long_skip(hidden_states, skip)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.unsqueeze(2).unbind(1)  # each [B, 1, D]
+        attention = self.attn(torch.addcmul(shift_attn, self._norm(hidden_states), 1 + scale_attn), positions)
+        hidden_states = torch.addcmul(hidden_states, gate_attn, attention)
+        hidden_states = hidden_states + self.cross_attn(hidden_states, text, mask)
+        mlp = self.mlp(torch.addcmul(shift_mlp, self._norm(hidden_states), 1 + scale_mlp))
+        return torch.addcmul(hidden_states, gate_mlp, mlp)
+
+
+class TextEmbedder(nn.Module):
+    """Projects and concatenates the tokens of the text encoders. One learned token an encoder is always there, so that any of them, or all,
+    may be absent: an encoder whose tokens are all masked is the same as one that is not given."""
+
+    def __init__(self, dims: Sequence[int], width: int, eps: float):
+        super().__init__()
+        self.projections = nn.ModuleList([nn.Linear(dim, width) for dim in dims])
+        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=eps) for _ in dims])
+        self.tokens = nn.Parameter(torch.zeros(len(dims), width))
+
+    def forward(self, embeddings: Sequence[torch.Tensor | None], masks: Sequence[torch.Tensor | None], batch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One `(B, T_i, dim_i)` and one `(B, T_i)` (or `None`) an encoder → text `(B, T, E)`, and the mask `(B, 1, 1, T)` if any was given."""
+        parts = [self.tokens.expand(batch, -1, -1)]
+        present = [torch.ones(batch, len(self.projections), dtype=torch.bool, device=self.tokens.device)]
+        for projection, norm, embedding, mask in zip(self.projections, self.norms, embeddings, masks):
+            if embedding is None:
+                continue
+            parts.append(norm(projection(embedding.to(self.tokens.dtype))))
+            present.append(present[0].new_ones(embedding.shape[:2]) if mask is None else mask.bool())
+        masked = any(mask is not None and embedding is not None for mask, embedding in zip(masks, embeddings))
+        return torch.cat(parts, dim=1), torch.cat(present, dim=1)[:, None, None] if masked else None
+
+
+@dataclass
+class ElasticDiTOutput(BaseOutput):
+    """
+    Args:
+        sample (`torch.Tensor` of shape `(B, C, H, W)`): The velocity ε − x0.
+        features (`torch.Tensor` of shape `(B, N, D)`, *optional*): Tokens after the last layer.
+    """
+
+    sample: torch.Tensor
+    features: torch.Tensor | None = None
+
+
+class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    r"""
+    A text-to-image diffusion transformer in three stages, and a supernet of several widths of itself.
+
+    Args:
+        sample_size (`int`, defaults to 128): Height and width of the latent input it was made for; every other size works too.
+        patch_size (`int`, defaults to 2): Side of the square patches.
+        in_channels (`int`, defaults to 16): Channels of input and output.
+        num_attention_heads (`int`, defaults to 32): Query heads; the hidden size D is heads · `attention_head_dim`.
+        attention_head_dim (`int`, defaults to 72): Channels a head, a multiple of 4; the same in every sub-network.
+        num_key_value_heads (`int`, defaults to 8): Key/value heads of the self-attention (grouped-query attention).
+        num_layers (`list[int]`, defaults to `[6, 8, 10]`): Layers of the stages Down, Middle and Up.
+        mlp_ratios (`list[float]`, defaults to `[4.0, 3.0, 4.0]`): Their MLP ratios.
+        text_dims (`list[int]`, defaults to `[512, 2560]`): Width of the embeddings of every text encoder.
+        text_width (`int`, defaults to 1536): Width E that they are projected to.
+        num_text_key_value_heads (`int`, defaults to 4): Key/value heads of the cross-attention, the same in every sub-network.
+        attention_blocks (`int`, defaults to 16), attention_radius (`int`, defaults to 1): Strips of the local attention in Down and Up, and how
+            many neighbours on either side a strip sees.
+        subnets (`dict[str, float]`, *optional*): Name and width of every sub-network, as a share of the full width; one has 1.0. `None`: a
+            stand-alone net.
+        norm_eps (`float`, defaults to 1e-6): Epsilon of the layer norms.
+        rope_theta (`float`, defaults to 10000): Base of the rotary embedding's wavelengths.
+    """
+
+    _supports_gradient_checkpointing = True
+    _supports_group_offloading = True
+    _no_split_modules = ["ElasticDiTBlock"]
+    _repeated_blocks = ["ElasticDiTBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "modulation", "text_embedder", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 128,
+        patch_size: int = 2,
+        in_channels: int = 16,
+        num_attention_heads: int = 32,
+        attention_head_dim: int = 72,
+        num_key_value_heads: int = 8,
+        num_layers: Sequence[int] = (6, 8, 10),
+        mlp_ratios: Sequence[float] = (4.0, 3.0, 4.0),
+        text_dims: Sequence[int] = (512, 2560),
+        text_width: int = 1536,
+        num_text_key_value_heads: int = 4,
+        attention_blocks: int = 16,
+        attention_radius: int = 1,
+        subnets: Mapping[str, float] | None = SUBNETS,
+        norm_eps: float = 1e-6,
+        rope_theta: float = 10000.0,
+    ):
+        super().__init__()
+        self.register_to_config(
+            num_layers=list(num_layers), mlp_ratios=list(mlp_ratios), text_dims=list(text_dims), subnets=None if subnets is None else dict(subnets)
+        )
+        subnets = self.config.subnets
+        _check(self.config)
+        full = None if subnets is None else max(subnets, key=subnets.get)
+        self._active = Active(full)
+        self.gradient_checkpointing = False
+        make = _Layers(subnets, self._active)
+        dim = num_attention_heads * attention_head_dim
+
+        self.patch_embed = make.linear(patch_size * patch_size * in_channels, dim, slice_inputs=False)
+        self.text_embedder = TextEmbedder(text_dims, text_width, norm_eps)
+        depth = sum(num_layers)
+        self.modulation = make.per_width(lambda width: Modulation(round(dim * width), depth))
+
+        def block(stage: int, long_skip: bool = False) -> ElasticDiTBlock:
+            return ElasticDiTBlock(
+                make,
+                dim,
+                num_attention_heads,
+                num_key_value_heads,
+                attention_head_dim,
+                text_width,
+                num_text_key_value_heads,
+                mlp_ratios[stage],
+                norm_eps,
+                sparse=stage != 1,
+                blocks=attention_blocks,
+                radius=attention_radius,
+                long_skip=long_skip,
+            )
+
+        down, middle, up = num_layers
+        # U-ViT's symmetric pairs, the innermost of an even number left out: its skip would join a layer's output to itself.
+        self._num_skips = (middle - 1) // 2
+        self.down_blocks = nn.ModuleList([block(0) for _ in range(down)])
+        self.down_sample = make.linear(4 * dim, dim)
+        self.middle_blocks = nn.ModuleList([block(1, long_skip=index >= middle - self._num_skips) for index in range(middle)])
+        self.up_sample = make.linear(dim, dim)
+        self.up_blocks = nn.ModuleList([block(2) for _ in range(up)])
+        self.proj_out = make.linear(dim, patch_size * patch_size * in_channels, slice_outputs=False)
+        self._initialize_weights()
+
+    def _initialize_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, ElasticCompression):
+                nn.init.constant_(module.weight, 0.25)
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.normal_(module.linear_1.weight, std=0.02)
+                nn.init.normal_(module.linear_2.weight, std=0.02)
+                nn.init.zeros_(module.projection.weight)  # adaLN-zero: every layer starts as the identity
+            elif isinstance(module, ElasticCrossAttention):
+                nn.init.zeros_(module.to_out.weight)
+            elif isinstance(module, LongSkip):
+                nn.init.eye_(module.hidden.weight)
+                nn.init.zeros_(module.skip.weight)
+        nn.init.normal_(self.text_embedder.tokens, std=0.02)
+        nn.init.zeros_(self.proj_out.weight)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "ElasticDiTTransformer2DModel":
+        """A newly initialised model by name ([`PRESETS`]); `overrides` replace config values."""
+        if name not in PRESETS:
+            raise ValueError(f"There is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    # ---------------------------------------------------------------- sub-networks
+
+    @property
+    def hidden_size(self) -> int:
+        """Residual width of the full net."""
+        return self.config.num_attention_heads * self.config.attention_head_dim
+
+    @property
+    def subnet_names(self) -> list[str]:
+        """Names of the sub-networks, the narrowest first; the last is the full net. Empty for a stand-alone net."""
+        subnets = self.config.subnets or {}
+        return sorted(subnets, key=subnets.get)
+
+    @property
+    def active_subnet(self) -> str | None:
+        """Name of the active sub-network (`None` for a stand-alone net)."""
+        return self._active.name
+
+    def _known(self, name: str) -> str:
+        if self.config.subnets is None:
+            raise ValueError(f"The sub-network {name!r} was asked for, but this is a stand-alone net (subnets is None).")
+        if name not in self.config.subnets:
+            raise ValueError(f"There is no sub-network {name!r}; this net has {', '.join(self.subnet_names)}.")
+        return name
+
+    def set_active_subnet(self, name: str) -> None:
+        """Make the following forwards those of this sub-network. Takes no time and copies nothing: layers use views of the full weights."""
+        self._active.name = self._known(name)
+
+    def sample_active_subnet(self, generator: torch.Generator | None = None) -> str:
+        """Activate a sub-network drawn uniformly from all but the full net (which training runs in every step), and return its name."""
+        names = self.subnet_names[:-1]
+        if not names:
+            raise ValueError(f"There is no sub-network to draw: this net has {self.subnet_names or 'none'}.")
+        self.set_active_subnet(names[int(torch.randint(len(names), (), generator=generator))])
+        return self.active_subnet
+
+    def active_subnet_config(self) -> dict[str, Any]:
+        """Config of the stand-alone net that equals the active sub-network (what [`extract_subnet`] makes)."""
+        return _subnet_config(self.config, self.active_subnet)
+
+    def extract_subnet(self, name: str) -> "ElasticDiTTransformer2DModel":
+        """A stand-alone net whose output is that of the sub-network, with copies of its weights and no trace of the supernet."""
+        twin = self._empty_twin(self.config, self._known(name))
+        state, target = self.state_dict(), twin.state_dict()
+        if any(".base_layer." in key for key in state):
+            raise ValueError("The net's layers are wrapped for adapters; merge them with fuse_lora() and call unload_lora() first.")
+        twin.load_state_dict({key: state[source][_corner(target[key])].clone() for key, source in _source_names(twin, name).items()}, assign=True)
+        for (_, ours), source in zip(twin.named_parameters(), _source_names(twin, name).values()):
+            ours.requires_grad_(self.get_parameter(source).requires_grad)
+        return twin.train(self.training)
+
+    @classmethod
+    def _empty_twin(cls, config: Mapping[str, Any], name: str) -> "ElasticDiTTransformer2DModel":
+        with torch.device("meta"):
+            return cls(**_subnet_config(config, name))
+
+    # ---------------------------------------------------------------- forward
+
+    def _positions(self, rows: int, columns: int, stride: int, sparse: bool, device: torch.device) -> Positions:
+        arguments = self.config.attention_head_dim, self.config.rope_theta, device
+        compressed = rotation_table(rows // 2, columns // 2, 2 * stride, *arguments) if sparse else None
+        return Positions(rows, columns, rotation_table(rows, columns, stride, *arguments), compressed)
+
+    def precompute_modulation(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The modulations `(T, 6L + 2, D)` of the active sub-network at timesteps `(T,)`, for a whole schedule at once; `table[step]`, expanded to
+        the batch, is the `modulation` that [`forward`] takes."""
+        return self.modulation(timesteps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | None,
+        encoder_hidden_states: Sequence[torch.Tensor | None] | None = None,
+        encoder_attention_mask: Sequence[torch.Tensor | None] | None = None,
+        return_dict: bool = True,
+        return_features: bool = False,
+        modulation: torch.Tensor | None = None,
+    ) -> ElasticDiTOutput | tuple[torch.Tensor | None, ...]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, C, H, W)`): Noisy input; H and W multiples of 2 · `patch_size`.
+            timestep (`torch.Tensor` of shape `(B,)` or a scalar): Timestep 1000·σ on the scale 0 … 1000.
+            encoder_hidden_states: A `(B, T_i, text_dims[i])` for every text encoder, or `None` for one that is absent; `None`: no text.
+            encoder_attention_mask: A `(B, T_i)` for every text encoder that tells tokens from padding, or `None` where all are tokens.
+            return_features: Whether to return the tokens after the last layer too (for feature distillation).
+            modulation (`torch.Tensor` of shape `(B, 6L + 2, D)`, *optional*): A step of [`precompute_modulation`]; `timestep` is not used then.
+
+        Returns:
+            [`ElasticDiTOutput`], or a tuple of its values.
+        """
+        if self._active.name is not None and self._active.name != self.subnet_names[-1] and getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"Adapters have the full net's shapes, but the sub-network {self._active.name!r} is active; load them into extract_subnet("
+                f"{self._active.name!r}), or activate {self.subnet_names[-1]!r}."
+            )
+        batch, channels, height, width = hidden_states.shape
+        patch = self.config.patch_size
+        if channels != self.config.in_channels or height % (2 * patch) or width % (2 * patch):
+            raise ValueError(
+                f"The input has the shape {tuple(hidden_states.shape)}; it needs {self.config.in_channels} channels and a height and width that "
+                f"are multiples of {2 * patch} (patches of {patch}, down-sampled once)."
+            )
+        text, mask = self._embed_text(encoder_hidden_states, encoder_attention_mask, batch)
+        if modulation is None:
+            modulation = self.modulation(timestep.reshape(-1).expand(batch))
+        rows, columns = height // patch, width // patch
+        patches = hidden_states.view(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
+        tokens = self.patch_embed(patches.reshape(batch, rows * columns, patch * patch * channels))  # [B, N, D]
+
+        layer = 0
+
+        def run(block: ElasticDiTBlock, tokens: torch.Tensor, positions: Positions, skip: torch.Tensor | None = None) -> torch.Tensor:
+            nonlocal layer
+            arguments = tokens, text, mask, modulation[:, 6 * layer : 6 * layer + 6], positions, skip
+            layer += 1
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                return self._gradient_checkpointing_func(block, *arguments)
+            return block(*arguments)
+
+        fine = self._positions(rows, columns, 1, True, tokens.device)
+        coarse = self._positions(rows // 2, columns // 2, 2, False, tokens.device)
+        for block in self.down_blocks:
+            tokens = run(block, tokens, fine)
+        kept = tokens
+        # Channel by channel, so that a sub-network's inputs are the first ones of the linear layer: [B, N/4, D·4].
+        grouped = tokens.view(batch, rows // 2, 2, columns // 2, 2, -1).permute(0, 1, 3, 5, 2, 4)
+        tokens = self.down_sample(grouped.reshape(batch, rows * columns // 4, -1))
+        skips: list[torch.Tensor] = []
+        for index, block in enumerate(self.middle_blocks):
+            tokens = run(block, tokens, coarse, skips.pop() if block.long_skip is not None else None)
+            if index < self._num_skips:
+                skips.append(tokens)
+        coarse_tokens = self.up_sample(tokens).view(batch, rows // 2, 1, columns // 2, 1, -1)
+        tokens = kept + coarse_tokens.expand(-1, -1, 2, -1, 2, -1).reshape(kept.shape)
+        for block in self.up_blocks:
+            tokens = run(block, tokens, fine)
+
+        shift, scale = modulation[:, -2:].unsqueeze(2).unbind(1)  # each [B, 1, D]
+        normed = F.layer_norm(tokens, tokens.shape[-1:], eps=self.config.norm_eps)
+        sample = self.proj_out(torch.addcmul(shift, normed, 1 + scale)).view(batch, rows, columns, patch, patch, channels)
+        sample = sample.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width)
+        features = tokens if return_features else None
+        return ElasticDiTOutput(sample=sample, features=features) if return_dict else (sample, features)
+
+    def _embed_text(
+        self, embeddings: Sequence[torch.Tensor | None] | None, masks: Sequence[torch.Tensor | None] | None, batch: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        dims = self.config.text_dims
+        embeddings = [None] * len(dims) if embeddings is None else list(embeddings)
+        masks = [None] * len(dims) if masks is None else list(masks)
+        if len(embeddings) != len(dims) or len(masks) != len(dims):
+            raise ValueError(f"{len(embeddings)} text embeddings and {len(masks)} masks were given; this net has {len(dims)} text encoders.")
+        for index, (embedding, mask, dim) in enumerate(zip(embeddings, masks, dims)):
+            if embedding is None:
+                continue
+            if embedding.ndim != 3 or embedding.shape[0] != batch or embedding.shape[2] != dim:
+                raise ValueError(f"encoder_hidden_states[{index}] has the shape {tuple(embedding.shape)}; it must be ({batch}, tokens, {dim}).")
+            if mask is not None and mask.shape != embedding.shape[:2]:
+                raise ValueError(f"encoder_attention_mask[{index}] has the shape {tuple(mask.shape)}; it must be {tuple(embedding.shape[:2])}.")
+        return self.text_embedder(embeddings, masks, batch)
+
+    # ---------------------------------------------------------------- loading and saving
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, subnet: str | None = None, **kwargs):
+        """As in diffusers, but a missing or unexpected weight is an error, not a warning.
+
+        Args:
+            subnet (`str`, *optional*): Load this sub-network of a saved supernet as a stand-alone net; only its part of the weights is read.
+        """
+        return_info = kwargs.pop("output_loading_info", False)
+        if subnet is not None:
+            model = cls._subnet_from_pretrained(pretrained_model_name_or_path, subnet, **kwargs)
+            return (model, {}) if return_info else model
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        if missing or unexpected:
+            raise ValueError(
+                f"The weights in {pretrained_model_name_or_path} do not fit their config: {len(missing)} missing "
+                f"({', '.join(missing[:3]) or 'none'}), {len(unexpected)} unexpected ({', '.join(unexpected[:3]) or 'none'}). "
+                "Config and weights must come from the same model; save it again with save_pretrained."
+            )
+        return (model, info) if return_info else model
+
+    @classmethod
+    def _subnet_from_pretrained(cls, path, name: str, **kwargs) -> "ElasticDiTTransformer2DModel":
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
+        variant, kwargs_hub = kwargs.pop("variant", None), {}
+        for key in ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder"):
+            if key in kwargs:
+                kwargs_hub[key] = kwargs.pop(key)
+        for harmless in ("low_cpu_mem_usage", "use_safetensors"):
+            kwargs.pop(harmless, None)
+        if any(value is not None for value in kwargs.values()):
+            raise ValueError(f"subnet={name!r} cannot be combined with {', '.join(sorted(kwargs))}; extract the sub-network, save it, and load that.")
+        config = cls.load_config(path, **kwargs_hub)
+        subnets = config.get("subnets")
+        if not subnets or name not in subnets:
+            there = f"has the sub-networks {', '.join(subnets)}" if subnets else "is a stand-alone net"
+            raise ValueError(f"subnet={name!r} was asked for, but {path} {there}.")
+        twin = cls._empty_twin({key: value for key, value in config.items() if not key.startswith("_")}, name)
+        target, state = twin.state_dict(), {}
+        files = cls._weight_files(path, variant, kwargs_hub)
+        wanted = {source: key for key, source in _source_names(twin, name).items()}
+        try:
+            for file in files:
+                with safe_open(file, framework="pt") as tensors:
+                    for source in tensors.keys():
+                        if source in wanted:
+                            key = wanted[source]
+                            state[key] = tensors.get_slice(source)[_corner(target[key])].to(dtype)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"The weights of {path} cannot be read ({error}); download or save them again.") from error
+        absent = [key for key in target if key not in state or state[key].shape != target[key].shape]
+        if absent:
+            raise ValueError(f"The weights of {path} lack {len(absent)} tensors of the sub-network {name!r}, such as {absent[0]!r}; save the net again.")
+        twin.load_state_dict(state, assign=True)
+        twin.register_to_config(_name_or_path=str(path))
+        return twin.eval()
+
+    @staticmethod
+    def _weight_files(path, variant: str | None, hub: Mapping[str, Any]) -> list[str]:
+        try:
+            return [_get_model_file(path, weights_name=_add_variant(SAFETENSORS_WEIGHTS_NAME, variant), **hub)]
+        except OSError:
+            index = _get_model_file(path, weights_name=_add_variant(SAFE_WEIGHTS_INDEX_NAME, variant), **hub)
+            with open(index, encoding="utf-8") as file:
+                weight_map = json.load(file)["weight_map"]
+            options = {key: hub[key] for key in ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder") if key in hub}
+            return _get_checkpoint_shard_files(path, index, **options)[0] if weight_map else []
+
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines pass `variant` and others only if the signature names them
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in diffusers, but refuses while PEFT adapters are injected: their wrapped weights would reload as random ones."""
+        if any(".base_layer." in name for name in self.state_dict()):  # delete_adapters() leaves the wrappers behind
+            raise ValueError(
+                f"The model's layers are wrapped for the adapters {sorted(getattr(self, 'peft_config', {}))}; keep an adapter with "
+                "save_lora_adapter(), or merge it with fuse_lora(); then call unload_lora() and save the model."
+            )
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+# -------------------------------------------------------------------- sub-networks of configs and checkpoints
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Raise unless every sub-network of a config has whole heads and dimensions."""
+    heads, kv_heads, text_kv = config["num_attention_heads"], config["num_key_value_heads"], config["num_text_key_value_heads"]
+    if config["attention_head_dim"] % 4:
+        raise ValueError(f"attention_head_dim is {config['attention_head_dim']}; the rotary embedding needs a multiple of 4.")
+    if len(config["num_layers"]) != 3 or len(config["mlp_ratios"]) != 3:
+        raise ValueError(f"num_layers is {config['num_layers']} and mlp_ratios {config['mlp_ratios']}; give three values each: Down, Middle, Up.")
+    if min(config["num_layers"]) < 0 or config["attention_blocks"] < 1 or config["attention_radius"] < 0:
+        raise ValueError(
+            f"num_layers {config['num_layers']} and attention_radius {config['attention_radius']} must not be negative, attention_blocks "
+            f"{config['attention_blocks']} at least 1."
+        )
+    subnets = config["subnets"]
+    if subnets is not None:
+        if sorted(subnets.values())[-1:] != [1.0] or len(set(subnets.values())) != len(subnets) or min(subnets.values()) <= 0:
+            raise ValueError(f"subnets is {subnets}; widths must differ, lie in (0, 1], and one must be 1.0 (the full net).")
+        for name in subnets:
+            if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+                raise ValueError(f"A sub-network cannot be named {name!r}; use a plain word such as 'small'.")
+    for name, width in (subnets or {"this net": 1.0}).items():
+        narrow, narrow_kv = heads * width, kv_heads * width
+        if narrow % 1 or narrow_kv % 1:
+            raise ValueError(
+                f"At width {width} ({name}) the {heads} heads become {narrow:g} and the {kv_heads} key/value heads {narrow_kv:g}; choose counts and "
+                "widths that give whole numbers."
+            )
+        if narrow % narrow_kv or narrow % text_kv:
+            raise ValueError(
+                f"At width {width} ({name}) there are {narrow:g} query heads, which {narrow_kv:g} key/value heads and {text_kv} of the text must divide."
+            )
+        for ratio in config["mlp_ratios"]:
+            if round(heads * config["attention_head_dim"] * ratio) * width % 1:
+                raise ValueError(f"At width {width} ({name}) an MLP of ratio {ratio} has a fractional width; choose another ratio.")
+
+
+def _subnet_config(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """Config of the stand-alone twin of a sub-network (of the net itself if it is one already)."""
+    values = {key: value for key, value in config.items() if not key.startswith("_")}
+    if name is not None:
+        width = values["subnets"][name]
+        for key in ("num_attention_heads", "num_key_value_heads"):
+            values[key] = round(values[key] * width)
+        values["subnets"] = None
+    return values
+
+
+def _source_names(twin: nn.Module, name: str) -> dict[str, str]:
+    """For every tensor of a stand-alone twin, in order, the name of the supernet's tensor that it is a corner of."""
+    per_width = {prefix for prefix, module in twin.named_modules() if getattr(module, "is_per_width", False)}
+    names = {}
+    for key in twin.state_dict():
+        parts = key.split(".")
+        prefix = next((".".join(parts[:end]) for end in range(1, len(parts)) if ".".join(parts[:end]) in per_width), None)
+        names[key] = key if prefix is None else f"{prefix}.{name}{key[len(prefix) :]}"
+    return names
+
+
+def _corner(like: torch.Tensor) -> tuple[slice, ...]:
+    return tuple(slice(0, size) for size in like.shape)
