@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .errors import EdgeDiTError
-from .image_sources import HELD_OUT_NAMES, ArrayRows, image_column_of, image_rows, open_splits, read_labels
+from .image_sources import HELD_OUT_NAMES, ArrayRows, EncodedRows, image_column_of, image_rows, open_splits, read_labels
 from .run_state import atomic_folder, atomic_write_json, hash_json, read_json, weights_hash
 
 IN_MEMORY_BYTES = 256 * 1024**2  # sets below this size are decoded once and kept, as bytes (latents: as float32)
@@ -187,48 +187,86 @@ def load_images(
     Raises:
         EdgeDiTError: the source cannot be used; the message says why and what to do.
     """
-    if split not in ("train", "validation"):
-        raise EdgeDiTError(f"split is {split!r}; it must be 'train' or 'validation'.")
+    check_arguments(split, ("train", "validation"), resolution, channels, validation_fraction)
+    if source == "digits":
+        dataset, own_validation = load_digit_images(resolution, channels, labelled=label_column != ""), False
+    else:
+        splits, chosen, own_validation = open_source(source, split, data_split, label_column)
+        labels, names = read_labels(splits, data_split, chosen, label_column, source)
+        size = None if resolution is None else (resolution, resolution)
+        (rows,) = open_rows(splits, data_split, chosen, source, image_column, [size], channels)
+        dataset = ImageDataset(rows, labels, names, name=set_name(source))
+    if not own_validation:
+        dataset = dataset.subset(own_split(dataset.labels.numpy(), split, validation_fraction, seed, source))
+    dataset.batch([0])  # decodes a small set, and so finds its damaged images, now
+    return dataset
+
+
+def check_arguments(
+    split: str, splits: Sequence[str], resolution: int | None, channels: int | None, validation_fraction: float
+) -> None:
+    """Raise [`EdgeDiTError`] at the first argument of a loader that is out of its range."""
+    if split not in splits:
+        raise EdgeDiTError(f"split is {split!r}; it must be {' or '.join(map(repr, splits))}.")
     if resolution is not None and resolution < 1:
         raise EdgeDiTError(f"resolution is {resolution}; it must be at least 1.")
     if channels not in (None, 1, 3):
         raise EdgeDiTError(f"channels is {channels}; it must be 1 (grey) or 3 (colour).")
     if not 0 <= validation_fraction < 1:
         raise EdgeDiTError(f"validation_fraction is {validation_fraction}; it must be at least 0 and below 1.")
-    if source == "digits":
-        dataset, own_validation = _load_digits(resolution, channels, labelled=label_column != ""), False
-    else:
-        splits = open_splits(source, label_column)
-        if data_split not in splits:
-            raise EdgeDiTError(
-                f"{source!r} has no split {data_split!r}; it has {sorted(splits)}. Set data_split to one of them."
-            )
-        held_out = next((name for name in HELD_OUT_NAMES if name in splits and name != data_split), None)
-        own_validation = held_out is not None
-        chosen = held_out if own_validation and split == "validation" else data_split
-        image_column = image_column_of(splits[data_split], image_column, source)
-        labels, names = read_labels(splits, data_split, chosen, label_column, source)
-        rows = image_rows(splits[data_split], image_column, f"{data_split!r} of {source!r}", resolution, channels)
-        if chosen != data_split:
-            train_shape, channels = rows.shape, rows.shape[0]  # the training images decide
-            rows = image_rows(splits[chosen], image_column, f"{chosen!r} of {source!r}", resolution, channels)
-            if rows.shape != train_shape:
+
+
+def set_name(source: str) -> str:
+    """What a feature extractor trained on a source is named after."""
+    return re.sub(r"[^\w.-]+", "-", Path(source).name) or "images"
+
+
+def open_source(source: str, split: str, data_split: str, label_column: str | None) -> tuple[dict, str, bool]:
+    """All splits of a source, the one that `split` is read from, and whether the source has validation images itself."""
+    splits = open_splits(source, label_column)
+    if data_split not in splits:
+        raise EdgeDiTError(
+            f"{source!r} has no split {data_split!r}; it has {sorted(splits)}. Set data_split to one of them."
+        )
+    held_out = next((name for name in HELD_OUT_NAMES if name in splits and name != data_split), None)
+    chosen = held_out if held_out is not None and split == "validation" else data_split
+    return splits, chosen, held_out is not None
+
+
+def open_rows(
+    splits: dict,
+    data_split: str,
+    chosen: str,
+    source: str,
+    image_column: str | None,
+    sizes: Sequence[tuple[int, int] | None],
+    channels: int | None,
+) -> list[EncodedRows]:
+    """The images of the chosen split at every size; what is not given about their shape, the training images decide."""
+    image_column = image_column_of(splits[data_split], image_column, source)
+    name = f"{data_split!r} of {source!r}"
+    rows = [image_rows(splits[data_split], image_column, name, size, channels) for size in sizes]
+    if chosen != data_split:
+        shapes, name = [part.shape for part in rows], f"{chosen!r} of {source!r}"
+        rows = [image_rows(splits[chosen], image_column, name, size, shapes[0][0]) for size in sizes]
+        for part, shape in zip(rows, shapes):
+            if part.shape != shape:
                 raise EdgeDiTError(
-                    f"The images of {chosen!r} of {source!r} have shape {rows.shape}, those of {data_split!r} "
-                    f"{train_shape}; set resolution to bring all to one size."
+                    f"The images of {name} have shape {part.shape}, those of {data_split!r} {shape}; set resolution to "
+                    "bring all to one size."
                 )
-        name = re.sub(r"[^\w.-]+", "-", Path(source).name) or "images"
-        dataset = ImageDataset(rows, labels, names, name=name)
-    if not own_validation:
-        train, validation = stratified_split(dataset.labels.numpy(), validation_fraction, seed)
-        if split == "validation" and len(validation) == 0:
-            raise EdgeDiTError(
-                f"validation_fraction {validation_fraction} of the {len(dataset)} images of {source!r} leaves none to "
-                "validate on; raise it or add images (a class needs two to give one away)."
-            )
-        dataset = dataset.subset(train if split == "train" else validation)
-    dataset.batch([0])  # decodes a small set, and so finds its damaged images, now
-    return dataset
+    return rows
+
+
+def own_split(labels: np.ndarray, split: str, fraction: float, seed: int, source: str) -> np.ndarray:
+    """Sorted positions of "train" or "validation" in a set that has no validation images of its own."""
+    train, validation = stratified_split(labels, fraction, seed)
+    if split == "validation" and len(validation) == 0:
+        raise EdgeDiTError(
+            f"validation_fraction {fraction} of the {len(labels)} images of {source!r} leaves none to validate on; "
+            "raise it or add images (a class needs two to give one away)."
+        )
+    return train if split == "train" else validation
 
 
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -240,12 +278,13 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     for label in np.unique(labels) if fraction > 0 else ():
         members = np.flatnonzero(labels == label)
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        held_out.append(_generator(seed, int(label)).permutation(members)[:count])
+        held_out.append(stream_generator(seed, int(label)).permutation(members)[:count])
     validation = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *held_out]))
     return np.setdiff1d(np.arange(len(labels)), validation), validation
 
 
-def _load_digits(resolution: int | None, channels: int | None, labelled: bool) -> ImageDataset:
+def load_digit_images(resolution: int | None, channels: int | None, labelled: bool) -> ImageDataset:
+    """scikit-learn's digits, all 1,797 in their order."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -264,14 +303,14 @@ def _load_digits(resolution: int | None, channels: int | None, labelled: bool) -
 # ------------------------------------------------------------------ batches
 
 
-def _generator(seed: int, stream: int) -> np.random.Generator:
+def stream_generator(seed: int, stream: int) -> np.random.Generator:
     """Counter-based generator of its own for every (seed, stream)."""
     return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, stream % 2**64], dtype=np.uint64)))
 
 
-@functools.lru_cache(maxsize=4)  # neighbouring steps share an epoch's permutation
-def _epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    order = _generator(seed, epoch).permutation(num_samples)
+@functools.lru_cache(maxsize=16)  # neighbouring steps share an epoch's permutation, or a few
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    order = stream_generator(seed, epoch).permutation(num_samples)
     order.flags.writeable = False
     return order
 
@@ -288,25 +327,24 @@ def batch_indices(num_samples: int, batch_size: int, seed: int, step: int) -> np
         )
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // num_samples
-    orders = [_epoch_order(num_samples, seed, int(epoch)) for epoch in range(epochs[0], epochs[-1] + 1)]
+    orders = [epoch_order(num_samples, seed, int(epoch)) for epoch in range(epochs[0], epochs[-1] + 1)]
     return np.concatenate([order[positions[epochs == epochs[0] + i] % num_samples] for i, order in enumerate(orders)])
 
 
 class _Steps(Dataset):
     """Item `step` is one rank's whole batch of that step."""
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, seed: int, rows: np.ndarray) -> None:
+    def __init__(self, dataset: Dataset, indices_of: Callable[[int], np.ndarray], rows: np.ndarray) -> None:
         self._dataset = dataset
-        self._batch_size = batch_size
-        self._seed = seed
+        self._indices_of = indices_of
         self._rows = rows
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        return self._dataset.batch(batch_indices(len(self._dataset), self._batch_size, self._seed, step)[self._rows])
+        return self._dataset.batch(self._indices_of(step)[self._rows])
 
 
 def step_loader(
-    dataset: ImageDataset,
+    dataset: Dataset,
     batch_size: int,
     seed: int,
     start_step: int,
@@ -314,12 +352,14 @@ def step_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    indices_of: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[tuple[int, torch.Tensor, dict[str, torch.Tensor]]]:
     """One rank's part of the batches of steps `start_step` … `total_steps - 1`.
 
     Args:
         dataset: what `.batch(indices)` is asked of.
         batch_size: global batch, divided evenly between the ranks.
+        indices_of: positions of the global batch of a step; default [`batch_indices`].
 
     Yields:
         (step, rows, batch): rows are this rank's positions in the global batch, `[batch_size / world_size]` int64,
@@ -331,7 +371,7 @@ def step_loader(
     rows = np.arange(rank * share, (rank + 1) * share)
     steps = range(start_step, total_steps)
     loader = DataLoader(
-        _Steps(dataset, batch_size, seed, rows),
+        _Steps(dataset, indices_of or functools.partial(batch_indices, len(dataset), batch_size, seed), rows),
         batch_size=None,
         sampler=steps,
         num_workers=num_workers,

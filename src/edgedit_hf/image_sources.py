@@ -5,15 +5,17 @@ What is opened here is a set of rows: encoded images with a shape, decoded one a
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from .errors import EdgeDiTError
 
@@ -54,27 +56,33 @@ class ArrayRows:
 
 
 class EncodedRows:
-    """Images of a `datasets` table (one column, not decoded), decoded one by one to `[C, H, W]` uint8."""
+    """Images of a `datasets` table (one column, not decoded), decoded one by one to `[C, H, W]` uint8.
+
+    `size` (height, width) is what all are resized and centre-cropped to; default: they must have the first one's size.
+    """
 
     def __init__(
-        self, table: datasets.Dataset, column: str, name: str, resolution: int | None, channels: int | None
+        self, table: datasets.Dataset, column: str, name: str, size: tuple[int, int] | None, channels: int | None
     ) -> None:
+        if len(table) == 0:
+            raise EdgeDiTError(f"The split {name} is empty; give one with images.")
         self._table = table
         self._column = column
         self._name = name
-        self._resolution = resolution
+        self._size = size
         first = self._open(0)
         self._mode = {1: "L", 3: "RGB", None: "L" if first.mode in ("1", "L", "LA") else "RGB"}[channels]
         self._colour_is_error = channels is None and self._mode == "L"
-        self._size = first.size if resolution is None else None
-        width, height = first.size if resolution is None else (resolution, resolution)
-        self.shape = (len(self._mode), height, width)
+        self._first_size = (first.height, first.width)
+        self.shape = (len(self._mode), *(size or self._first_size))
 
     def __len__(self) -> int:
         return len(self._table)
 
-    def _where(self, index: int) -> str:
-        return self._table[int(index)][self._column]["path"] or f"image {index} of {self._name}"
+    def where(self, index: int) -> str:
+        """What messages call an image: its path, else its number."""
+        row = self._table[int(index)][self._column] or {}
+        return row.get("path") or f"image {index} of {self._name}"
 
     def encoded(self, index: int) -> bytes:
         row = self._table[int(index)][self._column]
@@ -89,43 +97,61 @@ class EncodedRows:
                 f"The image {row['path']} cannot be read ({error.strerror}); restore or remove it."
             ) from error
 
-    def _open(self, index: int) -> Image.Image:
+    @contextlib.contextmanager
+    def _decoding(self, index: int) -> Iterator[Image.Image]:
         encoded = self.encoded(index)
         try:
-            image = Image.open(io.BytesIO(encoded))
-            image.load()
-            image = ImageOps.exif_transpose(image)
+            yield Image.open(io.BytesIO(encoded))
         except Exception as error:  # decoders raise nearly anything on damaged bytes
             raise EdgeDiTError(
-                f"The image {self._where(index)} is corrupt or truncated ({error}); replace or remove it."
+                f"The image {self.where(index)} is corrupt or truncated ({error}); replace or remove it."
             ) from error
+
+    def _open(self, index: int) -> Image.Image:
+        with self._decoding(index) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
             raise EdgeDiTError(
-                f"The image {self._where(index)} has mode {image.mode}; only 8-bit images can be used, convert it."
+                f"The image {self.where(index)} has mode {image.mode}; only 8-bit images can be used, convert it."
             )
         return image
 
+    def stored_size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image before any resizing, upright; decodes its header alone."""
+        with self._decoding(index) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+
     def pixels(self, index: int) -> np.ndarray:
         image = self._open(index)
-        if self._size is not None and image.size != self._size:
+        if self._size is None and (image.height, image.width) != self._first_size:
             raise EdgeDiTError(
-                f"The image {self._where(index)} is {image.width}x{image.height}, but the first one is "
-                f"{self._size[0]}x{self._size[1]}; set resolution to bring all to one size."
+                f"The image {self.where(index)} is {image.width}x{image.height}, but the first one is "
+                f"{self._first_size[1]}x{self._first_size[0]}; set resolution to bring all to one size."
             )
         if self._colour_is_error and image.mode not in ("1", "L", "LA"):
             raise EdgeDiTError(
-                f"The image {self._where(index)} has colours (mode {image.mode}), but the first one is grey; set "
+                f"The image {self.where(index)} has colours (mode {image.mode}), but the first one is grey; set "
                 "channels to 1 or 3."
             )
         image = image.convert(self._mode)  # alpha is dropped
-        if self._resolution is not None and image.size != (self._resolution, self._resolution):
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side))
-            # Pillow's bicubic filter is antialiased when it shrinks.
-            image = image.resize((self._resolution, self._resolution), Image.Resampling.BICUBIC)
+        if self._size is not None and (image.height, image.width) != self._size:
+            image = cover(image, *self._size)
         array = np.asarray(image, dtype=np.uint8)
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def cover(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The largest part of this shape in the image's centre, resized to `height` x `width`."""
+    if image.width * height > image.height * width:
+        part = round(image.height * width / height), image.height
+    else:
+        part = image.width, round(image.width * height / width)
+    left, top = (image.width - part[0]) // 2, (image.height - part[1]) // 2
+    image = image.crop((left, top, left + part[0], top + part[1]))
+    # Pillow's bicubic filter is antialiased when it shrinks.
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 # ------------------------------------------------------------------ the `datasets` library
@@ -253,9 +279,9 @@ def image_column_of(table: datasets.Dataset, column: str | None, source: str) ->
 
 
 def image_rows(
-    table: datasets.Dataset, column: str, name: str, resolution: int | None, channels: int | None
+    table: datasets.Dataset, column: str, name: str, size: tuple[int, int] | None, channels: int | None
 ) -> EncodedRows:
-    """The images of a column; `name` is what messages call the table."""
+    """The images of a column; `name` is what messages call the table, `size` as in [`EncodedRows`]."""
     import datasets
 
     try:
@@ -265,7 +291,7 @@ def image_rows(
             f"The column {column!r} of split {name} does not hold images ({_first_line(error)}); set image_column to "
             "one that does."
         ) from error
-    return EncodedRows(encoded, column, name, resolution, channels)
+    return EncodedRows(encoded, column, name, size, channels)
 
 
 def read_labels(
