@@ -734,7 +734,7 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         config = cls.load_config(path, **kwargs_hub)
         subnets = config.get("subnets")
         if not subnets or name not in subnets:
-            there = f"has the sub-networks {', '.join(subnets)}" if subnets else "is a stand-alone net"
+            there = f"has the sub-networks {', '.join(sorted(subnets, key=subnets.get))}" if subnets else "is a stand-alone net"
             raise ValueError(f"subnet={name!r} was asked for, but {path} {there}.")
         twin = cls._empty_twin({key: value for key, value in config.items() if not key.startswith("_")}, name)
         target, state = twin.state_dict(), {}

@@ -1,0 +1,394 @@
+"""The elastic transformer: counts, sub-networks and their extraction, gradients, text, geometry, loading, bad input."""
+
+import json
+import math
+import statistics
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel, rotate, rotation_table
+
+DEBUG = "elastic-dit-debug"
+
+
+def make_net(seed: int = 0, **config) -> ElasticDiTTransformer2DModel:
+    """A tiny net whose every weight is random: a fresh one predicts zero."""
+    net = ElasticDiTTransformer2DModel.from_preset(DEBUG, **config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return net
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(2, 1, 8, 12, generator=generator)
+    text = [torch.randn(2, 5, 16, generator=generator), torch.randn(2, 7, 24, generator=generator)]
+    masks = [torch.tensor([[1, 1, 1, 0, 0], [1] * 5]), torch.tensor([[1] * 7, [1, 1, 0, 0, 0, 0, 0]])]
+    return {"hidden_states": sample, "timestep": torch.tensor([10.0, 700.0]), "encoder_hidden_states": text, "encoder_attention_mask": masks}
+
+
+@torch.no_grad()
+def run(net, inputs, **changes):
+    return net(**{**inputs, **changes}).sample
+
+
+# -------------------------------------------------------------------- counts
+
+
+def test_the_published_sizes_and_the_cost_of_being_elastic():
+    with torch.device("meta"):
+        net = ElasticDiTTransformer2DModel.from_preset("elastic-dit-1.6b")
+        counts = {}
+        for name in net.subnet_names:
+            net.set_active_subnet(name)
+            counts[name] = sum(p.numel() for p in ElasticDiTTransformer2DModel(**net.active_subnet_config()).parameters())
+    assert {name: round(count / 1e9, 1) for name, count in counts.items()} == {"tiny": 0.3, "small": 0.4, "full": 1.6}
+    total = sum(p.numel() for p in net.parameters())
+    assert 1 < total / counts["full"] <= 1.02 and round(total / 1e9, 1) == 1.6
+    assert [len(net.down_blocks), len(net.middle_blocks), len(net.up_blocks)] == [6, 8, 10]
+
+
+# -------------------------------------------------------------------- sub-networks
+
+
+def test_subnets_differ_and_their_extracted_twins_are_equal(inputs):
+    net = make_net()
+    outputs = {}
+    for name in net.subnet_names:
+        net.set_active_subnet(name)
+        outputs[name] = run(net, inputs)
+        twin = net.extract_subnet(name)
+        torch.testing.assert_close(run(twin, inputs), outputs[name], atol=1e-5, rtol=0)
+        assert dict(twin.config)["subnets"] is None and {**twin.config, **net.active_subnet_config()} == dict(twin.config)
+    for one, other in (("tiny", "small"), ("small", "full"), ("tiny", "full")):
+        assert (outputs[one] - outputs[other]).abs().max() > 0.1
+    net.set_active_subnet("tiny")
+    assert torch.equal(run(net, inputs), outputs["tiny"])  # switching leaves nothing behind
+
+
+def test_an_extracted_net_owns_its_weights_and_saves_as_an_ordinary_checkpoint(inputs, tmp_path):
+    net = make_net()
+    twin = net.extract_subnet("small")
+    before = run(twin, inputs)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert torch.equal(run(twin, inputs), before)
+    twin.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "diffusion_pytorch_model.safetensors").keys()
+    plain = ElasticDiTTransformer2DModel(**twin.config)
+    assert set(names) == set(plain.state_dict()) and not any(word in name for name in names for word in ("tiny", "small", "full"))
+    assert not any(word in (tmp_path / "config.json").read_text() for word in ("tiny", "small", "full", "0.375"))
+    assert {type(module).__name__ for module in twin.modules()}.isdisjoint({"ElasticLinear", "PerWidth"})
+    loaded = ElasticDiTTransformer2DModel.from_pretrained(tmp_path)
+    assert torch.equal(run(loaded, inputs), before) and loaded.active_subnet is None and loaded.subnet_names == []
+    assert loaded.active_subnet_config() == {k: v for k, v in loaded.config.items() if not k.startswith("_")}
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+def test_loading_a_subnet_reads_only_its_slice(inputs, tmp_path, monkeypatch, sharded):
+    net = make_net()
+    net.save_pretrained(tmp_path, max_shard_size="100KB" if sharded else "10GB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or not sharded
+    read = []
+
+    class Spy:
+        def __init__(self, *args, **kwargs):
+            self.file = safe_open(*args, **kwargs)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            del self.file
+
+        def keys(self):
+            return self.file.keys()
+
+        def get_slice(self, name):
+            part = self.file.get_slice(name)
+
+            class Part:
+                def __getitem__(self, index):
+                    tensor = part[index]
+                    read.append((name, tensor.numel()))
+                    return tensor
+
+            return Part()
+
+    monkeypatch.setattr("edgedit_hf.models.transformer_elastic_dit.safe_open", Spy)
+    loaded = ElasticDiTTransformer2DModel.from_pretrained(tmp_path, subnet="small")
+    twin = net.extract_subnet("small")
+    assert sum(count for _, count in read) == sum(p.numel() for p in twin.parameters()) < 0.4 * sum(p.numel() for p in net.parameters())
+    assert not any(".tiny." in name or ".full." in name for name, _ in read)
+    assert torch.equal(run(loaded, inputs), run(twin, inputs)) and not loaded.training
+    half = ElasticDiTTransformer2DModel.from_pretrained(tmp_path, subnet="tiny", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_a_supernet_survives_saving(inputs, tmp_path):
+    net = make_net()
+    net.save_pretrained(tmp_path)
+    loaded = ElasticDiTTransformer2DModel.from_pretrained(tmp_path)
+    for name in net.subnet_names:
+        net.set_active_subnet(name)
+        loaded.set_active_subnet(name)
+        assert torch.equal(run(loaded, inputs), run(net, inputs))
+
+
+def test_switching_is_instant_and_copies_nothing():
+    net = make_net()
+    pointers = [p.data_ptr() for p in net.parameters()]
+    seconds = []
+    for _ in range(50):
+        for name in net.subnet_names:
+            start = time.perf_counter()
+            net.set_active_subnet(name)
+            seconds.append(time.perf_counter() - start)
+    assert statistics.median(seconds) < 1e-3
+    assert [p.data_ptr() for p in net.parameters()] == pointers
+
+
+def test_sampling_is_uniform_over_all_but_the_full_net():
+    net = make_net(subnets={"a": 0.375, "b": 0.5, "c": 0.75, "d": 1.0})
+    generator = torch.Generator().manual_seed(0)
+    names = [net.sample_active_subnet(generator) for _ in range(300)]
+    assert names[-1] == net.active_subnet
+    counts = {name: names.count(name) for name in net.subnet_names}
+    assert counts.pop("d") == 0 and all(abs(count - 100) < 30 for count in counts.values())
+    again = torch.Generator().manual_seed(0)
+    assert [net.sample_active_subnet(again) for _ in range(20)] == names[:20]
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_a_subnets_loss_sends_no_gradient_outside_its_slice(inputs, name):
+    net = make_net()
+    net.set_active_subnet(name)
+    net(**inputs).sample.square().mean().backward()
+    twin = net.extract_subnet(name)
+    twin(**inputs).sample.square().mean().backward()
+    inside = dict(twin.named_parameters())
+    touched = 0
+    for key, parameter in net.named_parameters():
+        plain = key.replace(f".{name}.", ".")
+        if parameter.grad is None:
+            assert any(f".{other}." in f".{key}." for other in net.subnet_names if other != name), key
+            continue
+        expected = torch.zeros_like(parameter)
+        expected[tuple(slice(0, size) for size in inside[plain].shape)] = inside[plain].grad
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-4)
+        touched += inside[plain].grad.abs().sum().item() > 0
+    assert touched == len(inside)  # and every weight of the sub-network learns
+
+
+def test_a_fresh_net_is_zero_and_still_learns(inputs):
+    net = ElasticDiTTransformer2DModel.from_preset(DEBUG)
+    assert run(net, inputs).abs().max() == 0
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    target = torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(3))
+    losses = []
+    for _ in range(60):
+        loss = F.mse_loss(net(**inputs).sample, target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# -------------------------------------------------------------------- text
+
+
+def test_an_absent_encoder_is_one_that_is_masked(inputs):
+    net = make_net()
+    text, masks = inputs["encoder_hidden_states"], inputs["encoder_attention_mask"]
+    nothing = [torch.zeros_like(mask) for mask in masks]
+    for keep in ((0,), (1,), ()):
+        absent = run(net, inputs, encoder_hidden_states=[text[i] if i in keep else None for i in (0, 1)])
+        masked = run(net, inputs, encoder_attention_mask=[masks[i] if i in keep else nothing[i] for i in (0, 1)])
+        torch.testing.assert_close(masked, absent, atol=1e-5, rtol=1e-5)
+        assert torch.isfinite(absent).all() and (absent - run(net, inputs)).abs().max() > 1e-3
+    torch.testing.assert_close(run(net, inputs, encoder_hidden_states=None, encoder_attention_mask=None), absent, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_is_not_seen(inputs):
+    net = make_net()
+    text = [part.clone() for part in inputs["encoder_hidden_states"]]
+    text[0][0, 3:] = 100.0
+    torch.testing.assert_close(run(net, inputs, encoder_hidden_states=text), run(net, inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_text_keys_and_values_are_those_of_every_subnet(inputs):
+    net = make_net()
+    attention, seen = net.middle_blocks[0].cross_attn, {}
+    hook = attention.to_v.register_forward_hook(lambda module, args, output: seen.setdefault(net.active_subnet, output))
+    for name in net.subnet_names:
+        net.set_active_subnet(name)
+        run(net, inputs)
+    hook.remove()
+    assert torch.equal(seen["tiny"], seen["full"]) and torch.equal(seen["small"], seen["full"])
+
+
+# -------------------------------------------------------------------- geometry
+
+
+def test_rotary_scores_depend_on_relative_positions_alone():
+    cos, sin = rotation_table(6, 5, 1, 8, 100.0, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(1, 1, 1, 8, generator=generator), torch.randn(1, 1, 1, 8, generator=generator)
+    table = (cos, sin)
+    scores = (rotate(query.expand(1, 30, 1, 8), table)[0, :, 0] @ rotate(key.expand(1, 30, 1, 8), table)[0, :, 0].T).view(6, 5, 6, 5)
+    assert torch.allclose(scores[0, 0, 2, 1], scores[3, 2, 5, 3], atol=1e-5) and torch.allclose(scores[4, 4, 1, 0], scores[5, 4, 2, 0], atol=1e-5)
+    assert not torch.allclose(scores[0, 0, 2, 1], scores[0, 0, 1, 2], atol=1e-3)  # rows and columns are told apart
+    # A token of the coarse grid stands at the centre of the four that it covers: the mean of their angles.
+    fine = rotation_table(4, 4, 1, 8, 100.0, torch.device("cpu"))
+    coarse = rotation_table(2, 2, 2, 8, 100.0, torch.device("cpu"))
+    angle = [torch.atan2(sin, cos) for cos, sin in (fine, coarse)]
+    expected = angle[0].view(2, 2, 2, 2, 4).mean(dim=(1, 3)).view(4, 4)
+    assert torch.allclose(angle[1], expected, atol=1e-5) and math.isclose(angle[1][0, 0], 0.5, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (8, 8), (6, 16), (14, 2)], ids=str)
+def test_any_resolution_and_aspect_ratio(size, inputs):
+    net = make_net()
+    generator = torch.Generator().manual_seed(2)
+    sample = torch.randn(2, 1, *size, generator=generator)
+    output = net(**{**inputs, "hidden_states": sample}, return_features=True)
+    assert output.sample.shape == sample.shape and output.features.shape == (2, size[0] * size[1], net.hidden_size)
+    one = run(net, inputs, hidden_states=sample[:1], **{k: [t[:1] for t in inputs[k]] for k in ("encoder_hidden_states", "encoder_attention_mask")},
+              timestep=inputs["timestep"][:1])  # fmt: skip
+    torch.testing.assert_close(output.sample[:1], one, atol=1e-5, rtol=1e-4)
+
+
+def test_patches_come_back_to_their_places():
+    # With every layer the identity and the output layer undoing the input layer, the net returns its (normed) input: patches keep their places.
+    net = ElasticDiTTransformer2DModel.from_preset(DEBUG, patch_size=2, in_channels=3, subnets=None).eval()
+    with torch.no_grad():
+        torch.nn.init.zeros_(net.up_sample.weight)
+        torch.nn.init.eye_(net.patch_embed.weight)
+        torch.nn.init.eye_(net.proj_out.weight)
+    sample = torch.randn(1, 3, 8, 4, generator=torch.Generator().manual_seed(0))
+    patches = F.unfold(sample, 2, stride=2).view(1, 3, 4, 8)  # [B, C, P·P, N]
+    vectors = patches.permute(0, 3, 2, 1).reshape(1, 8, 12)
+    normed = F.layer_norm(F.pad(vectors, (0, net.hidden_size - 12)), (net.hidden_size,), eps=1e-6)[..., :12]
+    # modulation_out is the embedded timestep plus a table of zeros; with no MLP it is zero, so only the norm is left.
+    torch.nn.init.zeros_(net.modulation.linear_2.weight)
+    expected = F.fold(normed.view(1, 8, 4, 3).permute(0, 3, 2, 1).reshape(1, 12, 8), (8, 4), 2, stride=2)
+    with torch.no_grad():
+        torch.testing.assert_close(net(sample, torch.tensor([500.0])).sample, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_modulations_of_a_schedule_at_once(inputs):
+    net = make_net()
+    for name in net.subnet_names:
+        net.set_active_subnet(name)
+        table = net.precompute_modulation(inputs["timestep"])
+        assert torch.equal(run(net, inputs, timestep=None, modulation=table), run(net, inputs))
+
+
+def test_gradient_checkpointing_changes_nothing(inputs):
+    gradients = []
+    for checkpointing in (False, True):
+        net = make_net().train()
+        if checkpointing:
+            net.enable_gradient_checkpointing()
+        net.set_active_subnet("small")
+        net(**inputs).sample.square().mean().backward()
+        gradients.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-7, rtol=1e-5)
+
+
+# -------------------------------------------------------------------- adapters and bad input
+
+
+def test_adapters_serve_the_full_or_an_extracted_net(inputs, tmp_path):
+    from peft import LoraConfig
+
+    net = make_net()
+    before = run(net, inputs)
+    net.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    assert (run(net, inputs) - before).abs().max() > 1e-4
+    net.set_active_subnet("tiny")
+    with pytest.raises(ValueError, match=r"'tiny' is active.*extract_subnet"):
+        run(net, inputs)
+    with pytest.raises(ValueError, match="unload_lora"):
+        net.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="fuse_lora"):
+        net.extract_subnet("tiny")
+    net.unload_lora()
+    net.set_active_subnet("full")
+    assert torch.equal(run(net, inputs), before)
+    twin = net.extract_subnet("tiny")
+    twin.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    assert torch.isfinite(run(twin, inputs)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_states": torch.zeros(2, 1, 8, 7)}, r"\(2, 1, 8, 7\).*multiples of 2"),
+        ({"hidden_states": torch.zeros(2, 3, 8, 8)}, r"\(2, 3, 8, 8\).*needs 1 channels"),
+        ({"encoder_hidden_states": [torch.zeros(2, 5, 16)]}, "1 text embeddings.*2 text encoders"),
+        ({"encoder_hidden_states": [torch.zeros(2, 5, 17), None]}, r"\[0\].*\(2, 5, 17\).*\(2, tokens, 16\)"),
+        ({"encoder_attention_mask": [torch.ones(2, 4), None]}, r"mask\[0\].*\(2, 4\).*\(2, 5\)"),
+    ],
+    ids=["odd", "channels", "encoders", "width", "mask"],
+)
+def test_bad_forward_input_is_explained(inputs, change, message):
+    with pytest.raises(ValueError, match=message):
+        make_net()(**{**inputs, **change})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"subnets": {"s": 0.4, "full": 1.0}}, r"width 0.4 \(s\) the 16 heads become 6.4 and the 8 key/value heads 3.2"),
+        ({"subnets": {"s": 0.5}}, "one must be 1.0"),
+        ({"subnets": {"a.b": 0.5, "full": 1.0}}, "'a.b'"),
+        ({"subnets": {"keys": 0.5, "full": 1.0}}, "'keys'"),
+        ({"num_text_key_value_heads": 4}, "6 query heads, which 3 key/value heads and 4 of the text must divide"),
+        ({"attention_head_dim": 6}, "attention_head_dim is 6"),
+        ({"num_layers": [1, 2]}, r"\[1, 2\].*three values"),
+        ({"mlp_ratios": [4.0, 3.3, 4.0]}, "ratio 3.3"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_bad_configs_are_explained(config, message):
+    with pytest.raises(ValueError, match=message):
+        ElasticDiTTransformer2DModel.from_preset(DEBUG, **config)
+
+
+def test_unknown_names_are_explained(tmp_path):
+    net = make_net()
+    for call in (net.set_active_subnet, net.extract_subnet):
+        with pytest.raises(ValueError, match="'huge'; this net has tiny, small, full"):
+            call("huge")
+    twin = net.extract_subnet("tiny")
+    for call in (lambda: twin.set_active_subnet("tiny"), twin.sample_active_subnet):
+        with pytest.raises(ValueError, match="stand-alone|no sub-network"):
+            call()
+    with pytest.raises(ValueError, match="no preset 'elastic'.*elastic-dit-1.6b"):
+        ElasticDiTTransformer2DModel.from_preset("elastic")
+    net.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'huge'.*tiny, small, full"):
+        ElasticDiTTransformer2DModel.from_pretrained(tmp_path, subnet="huge")
+    with pytest.raises(ValueError, match="cannot be combined with device_map"):
+        ElasticDiTTransformer2DModel.from_pretrained(tmp_path, subnet="tiny", device_map="cpu")
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        ElasticDiTTransformer2DModel.from_pretrained(tmp_path, subnet="tiny")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "subnets": None}))
+    with pytest.raises(ValueError, match="is a stand-alone net"):
+        ElasticDiTTransformer2DModel.from_pretrained(tmp_path, subnet="tiny")
