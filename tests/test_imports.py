@@ -18,6 +18,7 @@ ORDER = [
     "diffusion",
     "image_sources",
     "data",
+    "captions",
     "models",
     "schedulers",
     "pipelines",

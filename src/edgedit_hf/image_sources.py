@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 TRAIN_NAMES = ("train", "training")
 HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "test", "testing")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+CAPTION_NAMES = ("text", "caption", "prompt", "description")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".zip", ".tar", ".csv", ".json", ".jsonl")
 
 
@@ -276,6 +277,19 @@ def image_column_of(table: datasets.Dataset, column: str | None, source: str) ->
             f"{source!r} has {wanted}; its columns are {table.column_names}. Set image_column to one with images."
         )
     return column or found[0]
+
+
+def caption_column_of(table: datasets.Dataset, column: str | None, source: str) -> str:
+    """The column of captions that was asked for, or the first usual one."""
+    texts = [name for name, feature in table.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")]
+    found = [name for name in CAPTION_NAMES if name in texts] if column is None else [column] if column in texts else []
+    if not found:
+        wanted = f"no column of captions ({', '.join(CAPTION_NAMES)})" if column is None else f"no column of texts {column!r}"
+        raise EdgeDiTError(
+            f"{source!r} has {wanted}; its columns are {table.column_names}, with texts {texts}. Set caption_column to "
+            "one with captions; a folder of images needs them in metadata.jsonl, as text beside file_name."
+        )
+    return found[0]
 
 
 def image_rows(
