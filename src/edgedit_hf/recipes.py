@@ -44,7 +44,7 @@ class DataConfig:
 
 @dataclass
 class OptimisationConfig:
-    """How a denoiser is trained, teacher and student alike."""
+    """How a denoiser is trained."""
 
     steps: int = _key(1000, "optimiser steps", minimum=1)
     batch_size: int = _key(128, "images a step, over all processes and accumulation", minimum=1)
@@ -53,7 +53,6 @@ class OptimisationConfig:
     warmup_steps: int = _key(50, "linear warm-up", minimum=0)
     weight_decay: float = _key(0.0, "weight decay of AdamW", minimum=0.0)
     max_grad_norm: float = _key(1.0, "gradient clipping; 0 clips nothing", minimum=0.0)
-    class_dropout: float = _key(0.1, "share of labels dropped, for classifier-free guidance", minimum=0.0)
     ema_decay: float = _key(0.995, "exponential moving average of the weights; the average is what is saved", minimum=0.0)
     gradient_accumulation: int = _key(1, "micro-batches a step", minimum=1)
     gradient_checkpointing: bool = _key(False, "recompute activations to save memory")
@@ -62,7 +61,14 @@ class OptimisationConfig:
 
 
 @dataclass
-class TeacherConfig(OptimisationConfig):
+class DenoiserConfig(OptimisationConfig):
+    """A class-conditional denoiser, teacher and student alike."""
+
+    class_dropout: float = _key(0.1, "share of labels dropped, for classifier-free guidance", minimum=0.0)
+
+
+@dataclass
+class TeacherConfig(DenoiserConfig):
     """The network that is compressed: trained here, or brought along with `path`."""
 
     path: str | None = _key(None, "a trained EdgeDiT pipeline (folder or Hub id) to compress; null trains one with the keys below")
@@ -134,7 +140,7 @@ class StudentConfig:
 
 
 @dataclass
-class TuneConfig(OptimisationConfig):
+class TuneConfig(DenoiserConfig):
     """Fine-tuning of the assembled student, and of the teacher for the same steps (the fair reference)."""
 
     steps: int = _key(500, "optimiser steps", minimum=1)
@@ -215,6 +221,28 @@ class TextConfig:
 
 
 @dataclass
+class ElasticConfig(OptimisationConfig):
+    """Text-to-image: the elastic supernet. Each step trains the full net and sub-networks of it on the same batch, noise and timesteps."""
+
+    model: str = _key("elastic-dit-digits", "a preset (elastic-dit-1.6b, -digits, -debug), or a JSON file with a model's config")
+    subnets: list[str] | None = _key(None, "sub-networks beside the full net and their shares of its width, e.g. [tiny=0.375, small=0.5]; null: the model's")
+    sampling: str = _key("one", "sub-networks of a step: one (drawn uniformly), or sandwich (the narrowest and one of the others)", ("one", "sandwich"))
+    distillation: float = _key(1.0, "weight of a sub-network's squared distance to the full net's velocity", minimum=0.0)
+    balance: str = _key("gradient_norm", "gradient_norm (equal norms of both networks on the weights they share) or none", ("gradient_norm", "none"))
+    balance_limit: float = _key(10.0, "a sub-network's gradient is scaled by at most this, and at least its inverse", minimum=1.0)
+    text_dropout: float = _key(0.3, "share of captions dropped, each text encoder on its own; without any is its square: for guidance", minimum=0.0)
+    validation_samples: int = _key(256, "held-out images that every width's loss is measured on; 0 measures none", minimum=0)
+    validate_every: int = _key(0, "steps between these measurements, of the averaged weights; 0: at the end only", minimum=0)
+
+    def widths(self) -> dict[str, float] | None:
+        """The sub-networks' shares of the full width, the full net included; `None`: the model's own."""
+        if self.subnets is None:
+            return None
+        pairs = [text.partition("=") for text in self.subnets]
+        return {**{name.strip(): float(width) for name, _, width in pairs}, "full": 1.0}
+
+
+@dataclass
 class RunConfig:
     """A whole run."""
 
@@ -233,6 +261,7 @@ class RunConfig:
     card: CardConfig = field(default_factory=CardConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
 
     def section(self, *names: str) -> dict[str, Any]:
         """Plain values of some sections, e.g. for a stage's `run.json`."""
@@ -342,6 +371,16 @@ def _check(config: RunConfig, source: str) -> None:
         raise EdgeDiTError(f"{source}: data.buckets and data.resolution {config.data.resolution} exclude each other; set one to null.")
     if config.text.hidden_size % config.text.num_heads:
         raise EdgeDiTError(f"{source}: text.hidden_size {config.text.hidden_size} is not a multiple of text.num_heads {config.text.num_heads}; change one.")
+    for text in config.elastic.subnets or ():
+        name, _, width = text.partition("=")
+        try:
+            usable = name.strip() not in ("", "full") and 0 < float(width) < 1
+        except ValueError:
+            usable = False
+        if not usable:
+            raise EdgeDiTError(f"{source}: elastic.subnets holds {text!r}; it may hold name=width with a width between 0 and 1, e.g. small=0.5.")
+    if config.elastic.subnets is not None and len(config.elastic.widths()) != len(config.elastic.subnets) + 1:
+        raise EdgeDiTError(f"{source}: elastic.subnets {config.elastic.subnets} holds a name twice; give every sub-network its own.")
     if search.initial > search.evaluations:
         raise EdgeDiTError(f"{source}: search.initial {search.initial} exceeds search.evaluations {search.evaluations}.")
     for key, allowed in (("dtypes", ("fp32", "int8")), ("executorch", ("fp32", "int8", "int4"))):

@@ -1,0 +1,49 @@
+"""What a step of supernet training draws besides noise: sub-networks and dropped texts, as functions of (seed, step, row) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+SUBNET_STREAM, TEXT_STREAM, VALIDATION_STREAM = 10, 11, 12  # tell these numbers from the noise of training (see `diffusion.draws`)
+
+
+def _generator(seed: int, stream: int, step: int, row: int = 0) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, row, step, 0]))
+
+
+def step_subnets(names: Sequence[str], seed: int, step: int, sampling: str = "one") -> list[str]:
+    """The sub-networks that a step trains beside the full net.
+
+    Args:
+        names: all of the supernet, the narrowest first, the full net last (none for a stand-alone net).
+        sampling: `"one"`, drawn uniformly from all but the full net (SnapGen++, section 3.2); or `"sandwich"`: the narrowest, and one
+            drawn from the others (Yu & Huang, arXiv:1903.05134).
+    """
+    narrow = list(names[:-1])
+    always, drawn = (narrow[:1], narrow[1:]) if sampling == "sandwich" else ([], narrow)
+    if not drawn:
+        return always
+    return [*always, drawn[int(_generator(seed, SUBNET_STREAM, step).integers(len(drawn)))]]
+
+
+def text_uniforms(seed: int, step: int, rows: Sequence[int], encoders: int) -> torch.Tensor:
+    """Uniform numbers `(B, encoders)` that decide which text encoder's tokens a row goes without.
+
+    Args:
+        rows: positions of the samples in the global batch.
+    """
+    numbers = [_generator(seed, TEXT_STREAM, step, int(row)).random(encoders) for row in rows]
+    return torch.from_numpy(np.stack(numbers)).float()
+
+
+def drop_texts(masks: Sequence[torch.Tensor], uniforms: torch.Tensor, probability: float) -> list[torch.Tensor]:
+    """The masks `(B, T_i)` with the tokens of dropped encoders taken out, each encoder on its own: all are absent in probability^encoders.
+
+    Args:
+        uniforms: of [`text_uniforms`], `(B, encoders)`.
+    """
+    kept = uniforms >= probability
+    return [mask.bool() & kept[:, i : i + 1].to(mask.device) for i, mask in enumerate(masks)]
