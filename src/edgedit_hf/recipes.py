@@ -243,6 +243,17 @@ class ElasticConfig(OptimisationConfig):
 
 
 @dataclass
+class KnowledgeConfig:
+    """Text-to-image: a large flow teacher that the full net of the supernet also learns from (the sub-networks learn from the full net)."""
+
+    teacher: str | None = _key(None, "a flow pipeline of diffusers or of ours on the same latents (folder or Hub id); null: learn from data alone")
+    output_weight: float = _key(1.0, "share of the timestep-aware scaling of its velocity's distance; 1 is SnapGen++, 0 leaves the data alone", minimum=0.0)
+    feature_weight: float = _key(1.0, "weight of the distance to its last layer's tokens", minimum=0.0)
+    guidance_scale: float = _key(1.0, "learn from its guided velocity; 1: unguided", minimum=0.0)
+    quantization: str = _key("none", "none, 8bit or 4bit (bitsandbytes, needs a GPU)", ("none", "8bit", "4bit"))
+
+
+@dataclass
 class RunConfig:
     """A whole run."""
 
@@ -262,6 +273,7 @@ class RunConfig:
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     text: TextConfig = field(default_factory=TextConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    knowledge: KnowledgeConfig = field(default_factory=KnowledgeConfig)
 
     def section(self, *names: str) -> dict[str, Any]:
         """Plain values of some sections, e.g. for a stage's `run.json`."""

@@ -14,6 +14,7 @@ features `(B, N, D)`; conditioning: text embeddings `(B, T, D)` and masks `(B, T
 
 from __future__ import annotations
 
+import functools
 import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import EdgeDiTError
+from ..run_state import hash_json, weights_hash
 
 QUANTIZATIONS = ("none", "8bit", "4bit")
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -130,6 +132,17 @@ class FlowTeacher:
         # In every family `norm_out` stands right behind the last layer, and Flux and AuraFlow have cut the text tokens off by then.
         self.transformer.norm_out.register_forward_pre_hook(lambda module, arguments: setattr(self, "features", arguments[0]))
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of its transformer's weights, and so of what it teaches."""
+        return weights_hash(self.transformer.state_dict())
+
+    @functools.cached_property
+    def text_fingerprint(self) -> str:
+        """Hash of what makes its conditioning; ask for it before the encoders are freed."""
+        parts = [part for name in TEXT_PARTS if (part := getattr(self.pipeline, name, None)) is not None]
+        return hash_json([type(self.pipeline).__name__, str(self.dtype), [weights_hash(part.state_dict()) for part in parts]])
+
     @property
     def latent_channels(self) -> int:
         """C."""
@@ -158,13 +171,11 @@ class FlowTeacher:
         """Conditioning of captions by the teacher's own text encoders, as its pipeline makes it; the same call as our pipeline's."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         parts = [part for name in TEXT_PARTS if (part := getattr(self.pipeline, name, None)) is not None]
-        if not parts and self._needs_encoders:
-            raise EdgeDiTError(f"The text encoders of the teacher {self.name} were freed; encode all captions before.")
+        if not parts:
+            raise EdgeDiTError(f"The teacher {self.name} has no text encoders (any more), so it cannot read captions.")
         for part in parts:
             part.to(self.device)
         return self._encode(prompts, {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length})
-
-    _needs_encoders = True
 
     def free_text_encoders(self) -> None:
         """Drop the text encoders: from here on conditioning comes from a cache."""
@@ -368,8 +379,6 @@ class Lumina2Teacher(FlowTeacher):
 class ElasticDiTTeacher(FlowTeacher):
     """A wider or better trained elastic net of ours, at full width. No text at all is its empty caption."""
 
-    _needs_encoders = False
-
     def _watch(self) -> None:
         if self.transformer.subnet_names:
             self.transformer.set_active_subnet(self.transformer.subnet_names[-1])
@@ -395,7 +404,8 @@ class ElasticDiTTeacher(FlowTeacher):
         return self._no_text(1)
 
     def _predict(self, x, sigma, condition, guidance):
-        output = self.transformer(x, sigma * 1000, condition.embeds, condition.masks, return_features=True)
+        embeds = [e if e.shape[1] else None for e in condition.embeds]  # an encoder that the teacher has not has no tokens in a text table
+        output = self.transformer(x, sigma * 1000, embeds, condition.masks, return_features=True)
         self.features = output.features
         return output.sample
 
