@@ -15,6 +15,8 @@ _NAMES = {
     "EdgeDiTError": ".errors",
     "EdgeDiTPipeline": ".pipelines.pipeline_edgedit",
     "EdgeDiTTransformer2DModel": ".models.transformer_edgedit",
+    "ElasticDiTPipeline": ".pipelines.pipeline_elastic_dit",
+    "ElasticDiTTransformer2DModel": ".models.transformer_elastic_dit",
     "ExecutorchEdgeDiTTransformer2DModel": ".export.runtime",
     "Genotype": ".genotype",
     "LayerSpec": ".genotype",

@@ -27,7 +27,7 @@ COMPONENTS = {
 }
 # Classes that diffusers looks up as its own attributes, by the name in `_class_name`. Not the exported models: diffusers asks every
 # library for every name in COMPONENTS, and would import their module to load any pipeline.
-CLASSES = ("EdgeDiTPipeline", "EdgeDiTTransformer2DModel")
+CLASSES = ("EdgeDiTPipeline", "EdgeDiTTransformer2DModel", "ElasticDiTPipeline", "ElasticDiTTransformer2DModel")
 
 
 def register() -> None:

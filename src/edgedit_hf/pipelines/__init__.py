@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["EdgeDiTPipeline"]
+__all__ = ["EdgeDiTPipeline", "ElasticDiTPipeline"]
 
 
 def __getattr__(name: str) -> Any:
@@ -10,4 +10,8 @@ def __getattr__(name: str) -> Any:
         from .pipeline_edgedit import EdgeDiTPipeline
 
         return EdgeDiTPipeline
+    if name == "ElasticDiTPipeline":
+        from .pipeline_elastic_dit import ElasticDiTPipeline
+
+        return ElasticDiTPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,603 @@
+"""ElasticDiTPipeline: prompts in, images out, at any width of the elastic transformer. One self-contained file: torch, diffusers, PIL.
+
+Works on latents with a VAE and directly on pixels without one, with one or both text encoders of the transformer or with prompt
+embeds alone, and with every diffusers scheduler for flow matching.
+
+Shapes: B images, C channels of the latents (of the pixels without a VAE), H × W their size, f the VAE's downsampling factor (1 without),
+T_i tokens of text encoder i and D_i their width.
+"""
+
+import contextlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import SanaLoraLoaderMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+
+logger = logging.get_logger(__name__)
+
+Text = tuple[list[torch.Tensor | None], list[torch.Tensor | None]]  # embeds [B, T_i, D_i] and masks [B, T_i], one entry an encoder
+PIL_CHANNELS = (1, 3, 4)  # modes L, RGB, RGBA
+
+
+# diffusers' LoRA loading is a mixin a model family; Sana's is the one that assumes nothing but a component named `transformer`.
+class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+    r"""
+    Text-to-image generation with an elastic diffusion transformer.
+
+    Args:
+        transformer ([`ElasticDiTTransformer2DModel`]): Predicts the velocity ε − x0 of noisy latents.
+        scheduler ([`SchedulerMixin`]): A diffusers scheduler for flow matching, such as [`FlowMatchEulerDiscreteScheduler`].
+        vae ([`AutoencoderKL`], [`AutoencoderTiny`], … *optional*): Decodes latents to images. `None`: the transformer works on pixels.
+        text_encoder, tokenizer (*optional*): The first text encoder, whose hidden size is `transformer.config.text_dims[0]`: a text model
+            of transformers. CLIP-type: the normed last hidden state, a prompt longer than its window in several windows. T5-type encoders
+            and decoders such as Gemma: the last hidden state of at most `max_sequence_length` tokens.
+        text_encoder_2, tokenizer_2 (*optional*): The same for `text_dims[1]`. A missing encoder is one whose text was dropped in training.
+        default_steps (`int`, defaults to 28): `num_inference_steps` of a call that gives none.
+        default_guidance_scale (`float`, defaults to 4.0): `guidance_scale` of a call that gives none.
+        max_sequence_length (`int`, defaults to 128): Tokens of a prompt, for text encoders that are not CLIP-type.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: ModelMixin | None = None,
+        text_encoder: torch.nn.Module | None = None,
+        tokenizer: Any = None,
+        text_encoder_2: torch.nn.Module | None = None,
+        tokenizer_2: Any = None,
+        default_steps: int = 28,
+        default_guidance_scale: float = 4.0,
+        max_sequence_length: int = 128,
+    ):
+        super().__init__()
+        self.register_modules(
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+        )
+        self.register_to_config(
+            default_steps=default_steps,
+            default_guidance_scale=default_guidance_scale,
+            max_sequence_length=max_sequence_length,
+        )
+        self._check_text_encoders()
+        self._check_vae()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *, subnet: str | None = None, **kwargs):
+        """As in diffusers, and with `subnet` the transformer is that sub-network alone: only its slice of the weights is read.
+
+        Raises:
+            ValueError: there is no such sub-network, or `transformer` is given too.
+        """
+        if subnet is None:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if "transformer" in kwargs:
+            raise ValueError(f"subnet={subnet!r} says which part of the saved transformer to load, so no transformer can be given.")
+        folder = os.fspath(pretrained_model_name_or_path)
+        if not os.path.isdir(folder):
+            folder = cls.download(folder, **kwargs)
+        named = ("variant", "low_cpu_mem_usage", "use_safetensors", "disable_mmap", "trust_remote_code")
+        given = {name: kwargs[name] for name in named if name in kwargs}
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        if isinstance(dtype, dict):
+            dtype = dtype.get("transformer", dtype.get("default"))
+        if dtype is not None:
+            given["torch_dtype"] = dtype
+        transformer = AutoModel.from_pretrained(str(folder), subfolder="transformer", subnet=subnet, **given)
+        return super().from_pretrained(pretrained_model_name_or_path, transformer=transformer, **kwargs)
+
+    # ---------------------------------------------------------------- components
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Side of the square of pixels that one latent stands for (1 without a VAE)."""
+        if self.vae is None:
+            return 1
+        if "block_out_channels" in self.vae.config:
+            return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        ratio = getattr(self.vae, "spatial_compression_ratio", None)
+        if ratio is None:
+            raise ValueError(f"The VAE, a {type(self.vae).__name__}, says nothing of how much it downsamples; use another one.")
+        return ratio
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the call in progress; a callback may change `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call in progress."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked, by `_interrupt`, to stop."""
+        return self._interrupt
+
+    def _encoders(self) -> list[tuple[str, Any, Any]]:
+        """(name, text encoder, tokenizer) of each width in the transformer's `text_dims`; `None` where there is none."""
+        encoders = [("text_encoder", self.text_encoder, self.tokenizer), ("text_encoder_2", self.text_encoder_2, self.tokenizer_2)]
+        if self.transformer is None:
+            return encoders
+        count = len(self.transformer.config.text_dims)
+        return (encoders + [(f"text_encoder_{i + 1}", None, None) for i in range(2, count)])[:count]
+
+    def _check_text_encoders(self) -> None:
+        pairs = [("text_encoder", self.text_encoder, "tokenizer", self.tokenizer)]
+        pairs.append(("text_encoder_2", self.text_encoder_2, "tokenizer_2", self.tokenizer_2))
+        dims = None if self.transformer is None else self.transformer.config.text_dims
+        for index, (name, encoder, tokenizer_name, tokenizer) in enumerate(pairs):
+            if (encoder is None) != (tokenizer is None):
+                there, missing = (name, tokenizer_name) if tokenizer is None else (tokenizer_name, name)
+                raise ValueError(f"There is a {there} without a {missing}; give both, or neither.")
+            if encoder is None:
+                continue
+            if dims is not None and index >= len(dims):
+                raise ValueError(f"There is a {name}, but the transformer takes the text of {len(dims)} (text_dims is {list(dims)}).")
+            width = getattr(encoder.config.get_text_config(), "hidden_size", None)
+            if dims is not None and width is not None and width != dims[index]:
+                raise ValueError(
+                    f"The hidden size of {name} is {width}, but the transformer takes {dims[index]} (text_dims[{index}]); "
+                    "use the text encoder that the transformer was trained with."
+                )
+            # Some tokenizers have a few added tokens that the text model does not know and prompts do not contain (Gemma 3).
+            _check_vocabulary(name, tokenizer.vocab_size, encoder)
+
+    def _check_vae(self) -> None:
+        if self.vae is None or self.transformer is None:
+            return
+        config, channels = self.vae.config, self.transformer.config.in_channels
+        latent_channels = config.get("latent_channels", config.get("z_dim"))
+        if latent_channels != channels:
+            raise ValueError(f"The VAE has {latent_channels} latent channels, but the transformer takes {channels}; use the one it was trained with.")
+        _ = self.vae_scale_factor
+
+    def check_scheduler(self) -> None:
+        """Raise a ValueError if the scheduler does not integrate velocities of flow matching."""
+        config, name = self.scheduler.config, type(self.scheduler).__name__
+        if name.startswith("FlowMatch") or (config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas")):
+            return
+        raise ValueError(
+            f"The transformer predicts 'flow_prediction', but {name} (prediction_type {config.get('prediction_type')!r}, use_flow_sigmas "
+            f"{config.get('use_flow_sigmas', False)}) does not integrate it; use one that does, such as FlowMatchEulerDiscreteScheduler."
+        )
+
+    def _vae(self) -> ModelMixin:
+        if self.vae is None:
+            raise ValueError("This pipeline has no VAE: its transformer works on pixels.")
+        return self.vae
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large images in tiles, with less memory (`pipeline.vae.enable_tiling()`)."""
+        self._vae().enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Undo [`enable_vae_tiling`]."""
+        self._vae().disable_tiling()
+
+    def enable_vae_slicing(self) -> None:
+        """Decode a batch image by image, with less memory (`pipeline.vae.enable_slicing()`)."""
+        self._vae().enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Undo [`enable_vae_slicing`]."""
+        self._vae().disable_slicing()
+
+    # ---------------------------------------------------------------- text
+
+    @torch.no_grad()
+    def encode_prompt(
+        self, prompt: str | Sequence[str], device: torch.device | str | None = None, max_sequence_length: int | None = None
+    ) -> Text:
+        """Hidden states of every text encoder.
+
+        Returns:
+            embeds `(B, T_i, D_i)` and masks `(B, T_i)` (bool, true where there is a token), one entry an encoder, `None` for a missing one.
+
+        Raises:
+            ValueError: the prompts are no strings, there is no text encoder, or a tokenizer does not belong to its encoder.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"The prompt is {prompt!r}; it must be a string or a non-empty list of strings.")
+        if self.text_encoder is None and self.text_encoder_2 is None:
+            raise ValueError("This pipeline has no text encoder, so it cannot read a prompt; give prompt_embeds.")
+        device = self._execution_device if device is None else device
+        limit = self.config.max_sequence_length if max_sequence_length is None else max_sequence_length
+        embeds, masks = [], []
+        for name, encoder, tokenizer in self._encoders():
+            states = mask = None
+            if encoder is not None:
+                windows = _windows(tokenizer, encoder.config.get_text_config(), prompts, limit)
+                _check_vocabulary(name, 1 + max(max(row, default=0) for rows in windows for row in rows), encoder)
+                states, mask = _encode(encoder, windows, tokenizer.pad_token_id or 0, device)
+            embeds.append(states)
+            masks.append(mask)
+        return embeds, masks
+
+    def _given_text(self, what: str, embeds: Any, masks: Any) -> Text:
+        """Embeds and masks that the caller gave, checked."""
+        dims = self.transformer.config.text_dims
+        embeds = [embeds] if torch.is_tensor(embeds) else list(embeds)
+        masks = [None] * len(embeds) if masks is None else [masks] if torch.is_tensor(masks) else list(masks)
+        if len(embeds) != len(dims) or len(masks) != len(dims):
+            raise ValueError(
+                f"{what}_embeds has {len(embeds)} entries and {what}_masks {len(masks)}; this transformer needs one (or None) for each of "
+                f"its {len(dims)} text encoders."
+            )
+        rows = {len(states) for states in embeds if states is not None}
+        if len(rows) > 1:
+            raise ValueError(f"{what}_embeds are of {sorted(rows)} prompts; every text encoder's must be of the same.")
+        for index, (states, mask) in enumerate(zip(embeds, masks)):
+            if states is None:
+                if mask is not None:
+                    raise ValueError(f"{what}_masks[{index}] is given without {what}_embeds[{index}]; give both, or neither.")
+                continue
+            if states.ndim != 3 or states.shape[-1] != dims[index]:
+                raise ValueError(
+                    f"{what}_embeds[{index}] has the shape {tuple(states.shape)}; the transformer needs (prompts, tokens, {dims[index]}) "
+                    f"(text_dims[{index}])."
+                )
+            if mask is None:
+                masks[index] = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+            elif mask.shape != states.shape[:2]:
+                raise ValueError(
+                    f"{what}_masks[{index}] has the shape {tuple(mask.shape)}; {what}_embeds[{index}] needs {tuple(states.shape[:2])}."
+                )
+        return embeds, masks
+
+    def _text(self, what: str, prompt: Any, embeds: Any, masks: Any, max_sequence_length: int | None) -> Text | None:
+        """Text of one branch of guidance from a prompt or from embeds; `None` if neither is given."""
+        if prompt is not None and embeds is not None:
+            raise ValueError(f"Both {what} and {what}_embeds are given; give one of them.")
+        if embeds is not None:
+            return self._given_text(what, embeds, masks)
+        if masks is not None:
+            raise ValueError(f"{what}_masks is given without {what}_embeds.")
+        return None if prompt is None else self.encode_prompt(prompt, max_sequence_length=max_sequence_length)
+
+    def _conditioning(self, branches: Sequence[Text], count: int) -> dict[str, Any]:
+        """Keyword arguments of the transformer for the branches of guidance below one another: rows `(len(branches) · count, …)`."""
+        embeds, masks = [], []
+        for index, width in enumerate(self.transformer.config.text_dims):
+            parts = [(branch[0][index], branch[1][index]) for branch in branches]
+            length = max((states.shape[1] for states, _ in parts if states is not None), default=0)
+            if length == 0:
+                embeds.append(None)
+                masks.append(None)
+                continue
+            device = self._execution_device
+            states = torch.zeros(len(parts), count, length, width, dtype=self.transformer.dtype, device=device)
+            mask = torch.zeros(len(parts), count, length, dtype=torch.bool, device=device)
+            for row, (part, valid) in enumerate(parts):
+                if part is not None:
+                    states[row, :, : part.shape[1]] = part.repeat_interleave(count // len(part), dim=0)
+                    mask[row, :, : part.shape[1]] = valid.repeat_interleave(count // len(part), dim=0)
+            embeds.append(states.flatten(0, 1))
+            masks.append(mask.flatten(0, 1))
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": masks}
+
+    # ---------------------------------------------------------------- checks
+
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        factor, native = self.vae_scale_factor, self.transformer.config.sample_size
+        unit = factor * 2 * self.transformer.config.patch_size  # the Middle stage halves the token grid
+        sizes = []
+        for name, pixels in (("height", height), ("width", width)):
+            pixels = native * factor if pixels is None else pixels
+            if pixels < 1 or pixels % unit:
+                raise ValueError(f"{name} is {pixels}; it must be a positive multiple of {unit} pixels.")
+            sizes.append(pixels // factor)
+        return sizes[0], sizes[1]
+
+    @contextlib.contextmanager
+    def _active_subnet(self, name: str | None) -> Iterator[None]:
+        """Within it the sub-network `name` is active (a ValueError if there is none), and afterwards the one that was before."""
+        if name is None:
+            yield
+            return
+        before = self.transformer.active_subnet
+        self.transformer.set_active_subnet(name)
+        try:
+            yield
+        finally:
+            self.transformer.set_active_subnet(before)
+
+    def prepare_latents(
+        self,
+        shape: tuple[int, int, int, int],
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Initial noise in float32, scaled as the scheduler wants it. `latents`: standard normal noise to start from instead."""
+        if isinstance(generator, (list, tuple)) and len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators were given for {shape[0]} images; give one, or one an image.")
+        device = self._execution_device
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents has the shape {tuple(latents.shape)}; these arguments need {shape}.")
+        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _set_timesteps(self, steps: int, tokens: int) -> torch.Tensor:
+        """Timesteps on the host, where schedulers index their tables by them: on a GPU every step would wait for the device otherwise."""
+        config, shift = self.scheduler.config, {}
+        if config.get("use_dynamic_shifting"):  # as in diffusers' Flux pipeline: linear in the number of tokens
+            slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+            shift["mu"] = config.base_shift + slope * (tokens - config.base_image_seq_len)
+        self.scheduler.set_timesteps(steps, device="cpu", **shift)
+        return self.scheduler.timesteps
+
+    # ---------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: Sequence[torch.Tensor | None] | None = None,
+        prompt_masks: Sequence[torch.Tensor | None] | None = None,
+        negative_prompt_embeds: Sequence[torch.Tensor | None] | None = None,
+        negative_prompt_masks: Sequence[torch.Tensor | None] | None = None,
+        subnet: str | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict], dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Generate images.
+
+        Args:
+            prompt: One prompt or a list.
+            negative_prompt: What guidance leads away from, one or one a prompt. Default: no text at all, as training drops it, which is
+                not the same as the empty prompt `""`.
+            height, width (`int`, *optional*): Size in pixels. Default: what the transformer was made for.
+            num_inference_steps (`int`, *optional*): Denoising steps. Default: the pipeline's `default_steps`.
+            guidance_scale (`float`, *optional*): Classifier-free guidance: uncond + scale · (cond − uncond), both in one batch.
+                1 or less: no guidance, half the work. Default: the pipeline's `default_guidance_scale`.
+            num_images_per_prompt: Images of every prompt.
+            generator: One `torch.Generator`, or one an image, which makes every image independent of the rest of its batch.
+            latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Standard normal noise to start from.
+            prompt_embeds, prompt_masks: What [`encode_prompt`] returns, instead of a prompt: one entry a text encoder, `None` for one
+                that is to be ignored. Without masks every token counts.
+            negative_prompt_embeds, negative_prompt_masks: The same instead of a negative prompt.
+            subnet (`str`, *optional*): The sub-network to run, for this call. Default: the transformer's active one.
+            output_type: `"pil"`, `"np"` (`(B, H·f, W·f, C)` in [0, 1]), `"pt"` (`(B, C, H·f, W·f)` in [0, 1]) or `"latent"`.
+            return_dict: Whether to return an [`ImagePipelineOutput`] or a tuple.
+            callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; may return changed tensors,
+                and set the pipeline's `_guidance_scale` or, to stop, `_interrupt`.
+            callback_on_step_end_tensor_inputs: What `tensors` holds; `"latents"` is what there is.
+            max_sequence_length (`int`, *optional*): Tokens of a prompt beyond which text encoders that are not CLIP-type cut it.
+
+        Raises:
+            ValueError: an argument does not fit the model; the message quotes both.
+        """
+        # 1. Check the arguments before any work is done
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        foreign = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if foreign:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs names {foreign}; the tensors are {self._callback_tensor_inputs}."
+            )
+        steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
+        for name, value in (("num_inference_steps", steps), ("num_images_per_prompt", num_images_per_prompt)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if prompt is None and prompt_embeds is None:
+            raise ValueError("Neither prompt nor prompt_embeds is given; give one of them.")
+        self.check_scheduler()
+        channels, patch = self.transformer.config.in_channels, self.transformer.config.patch_size
+        latent_height, latent_width = self._latent_size(height, width)
+
+        # 2. Text
+        with self._active_subnet(subnet):
+            self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+            self._interrupt = False
+            text = self._text("prompt", prompt, prompt_embeds, prompt_masks, max_sequence_length)
+            negative = self._text("negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_masks, max_sequence_length)
+            prompts = _rows(text) or 1
+            if negative is None:
+                negative = ([None] * len(text[0]), [None] * len(text[0]))
+            elif _rows(negative) not in (None, 1, prompts):
+                raise ValueError(f"There are {_rows(negative)} negative prompts for {prompts} prompts; give one, or one a prompt.")
+
+            # 3. Noise and timesteps
+            count = prompts * num_images_per_prompt
+            latents = self.prepare_latents((count, channels, latent_height, latent_width), generator, latents)
+            timesteps = self._set_timesteps(steps, (latent_height // patch) * (latent_width // patch))
+            self._num_timesteps = len(timesteps)
+            on_device = timesteps.to(latents.device)
+            step_kwargs = {"return_dict": False}
+            if "generator" in inspect.signature(self.scheduler.step).parameters:
+                step_kwargs["generator"] = generator
+
+            # 4. Denoise
+            conditioning: dict[bool, dict[str, Any]] = {}  # of a step with and without guidance; made once
+            with self.progress_bar(total=len(timesteps)) as progress_bar:
+                for index, timestep in enumerate(timesteps):
+                    if self._interrupt:
+                        break
+                    guided = self._guidance_scale > 1
+                    if guided not in conditioning:
+                        conditioning[guided] = self._conditioning([text, negative] if guided else [text], count)
+                    prediction = self._predict(latents, timestep, on_device[index], conditioning[guided], guided)
+                    latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs)[0]
+                    if callback_on_step_end is not None:
+                        tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                        returned = callback_on_step_end(self, index, timestep, tensors) or {}
+                        latents = returned.get("latents", latents)
+                    progress_bar.update()
+
+        # 5. Decode
+        images = latents if output_type == "latent" else self._postprocess(self.decode(latents), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _predict(
+        self, latents: torch.Tensor, timestep: torch.Tensor, on_device: torch.Tensor, conditioning: dict[str, Any], guided: bool
+    ) -> torch.Tensor:
+        """Velocity `(B, C, H, W)` in float32. `timestep`: the scheduler's, on the host; `on_device`: the same where the model is."""
+        sample = latents
+        if hasattr(self.scheduler, "scale_model_input"):
+            sample = self.scheduler.scale_model_input(sample, timestep)
+        sample = torch.cat([sample, sample]) if guided else sample  # [B or 2B, C, H, W]
+        rows = on_device.expand(len(sample))
+        velocity = self.transformer(sample.to(self.transformer.dtype), rows, **conditioning, return_dict=False)[0].float()
+        if guided:
+            conditional, unconditional = velocity.chunk(2)
+            velocity = unconditional + self._guidance_scale * (conditional - unconditional)
+        return velocity
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(B, C, H, W)` → images `(B, channels, H·f, W·f)` about [-1, 1], float32."""
+        if self.vae is None:
+            return latents
+        config = self.vae.config
+        scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+        if config.get("latents_mean") is not None:
+            shift = torch.tensor(config.latents_mean, device=latents.device).view(1, -1, 1, 1)
+            scale = scale / torch.tensor(config.latents_std, device=latents.device).view(1, -1, 1, 1)
+        latents = (latents / scale + shift).to(self.vae.dtype)
+        if "temperal_downsample" in config:  # a video VAE, such as Qwen-Image's: one frame
+            return self.vae.decode(latents.unsqueeze(2), return_dict=False)[0][:, :, 0].float()
+        return self.vae.decode(latents, return_dict=False)[0].float()
+
+    @staticmethod
+    def _postprocess(images: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
+        if output_type == "pil" and images.shape[1] not in PIL_CHANNELS:
+            raise ValueError(f"Images of {images.shape[1]} channels are no PIL images; use output_type 'np' or 'pt'.")
+        return VaeImageProcessor().postprocess(images, output_type)
+
+    # ---------------------------------------------------------------- saving
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, bundle_code: bool | None = None, **kwargs) -> None:
+        """As in diffusers, and with `bundle_code=True` the folder also holds the code.
+
+        Such a folder loads with `trust_remote_code=True` where this package is not installed (and needs that flag everywhere).
+
+        Args:
+            bundle_code: Default: `True` for a pipeline whose own code came from such a folder, so that saving it again keeps it
+                loadable, else `False`.
+
+        Raises:
+            ValueError: `push_to_hub=True` is given too: the upload would precede the code; use the method `push_to_hub`.
+        """
+        if bundle_code is None:
+            bundle_code = type(self).__module__.startswith("diffusers_modules.")
+        if bundle_code and kwargs.get("push_to_hub"):
+            raise ValueError("With bundle_code, save first and then upload: pipeline.push_to_hub(repo_id).")
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if not bundle_code:
+            return
+        model_class = type(getattr(self.transformer, "_orig_mod", self.transformer))  # torch.compile wraps the model
+        folder, own, source = Path(save_directory), Path(__file__), Path(inspect.getfile(model_class))
+        shutil.copyfile(own, folder / own.name)
+        shutil.copyfile(source, folder / "transformer" / source.name)
+        index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
+        index["_class_name"] = [own.stem, type(self).__name__]
+        index["transformer"] = [source.stem, model_class.__name__]
+        written = folder / f"{self.config_name}.tmp"
+        written.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(written, folder / self.config_name)
+
+
+def _rows(text: Text) -> int | None:
+    """Number of prompts; `None` if no encoder has text."""
+    return next((len(states) for states in text[0] if states is not None), None)
+
+
+def _check_vocabulary(name: str, needed: int, encoder: Any) -> None:
+    there = encoder.get_input_embeddings().num_embeddings
+    if needed > there:
+        raise ValueError(
+            f"The tokenizer of {name} has at least {needed} tokens, but the embedding of {name}, a {type(encoder).__name__}, has {there} "
+            "rows; they do not belong together. Use the tokenizer saved with the encoder."
+        )
+
+
+def _windows(tokenizer: Any, config: Any, prompts: Sequence[str], limit: int) -> list[list[list[int]]]:
+    """Token ids of every prompt, in as many windows as its encoder needs: CLIP-type several, each with start and end token; others one,
+    cut with a warning after `limit` tokens."""
+    longest = getattr(config, "max_position_embeddings", None) or limit
+    if str(config.model_type).startswith("clip"):
+        start, end = ([] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+        room = longest - len(start) - len(end)
+        whole = tokenizer(prompts, add_special_tokens=False, verbose=False).input_ids
+        return [[start + row[i : i + room] + end for i in range(0, max(len(row), 1), room)] for row in whole]
+    limit = min(limit, longest)
+    whole = tokenizer(prompts, verbose=False).input_ids
+    rows = tokenizer(prompts, truncation=True, max_length=limit).input_ids
+    for index, (row, kept) in enumerate(zip(whole, rows)):
+        if len(row) > len(kept):
+            lost = tokenizer.decode(row[len(kept) - 1 :], skip_special_tokens=True)
+            logger.warning(
+                f"Prompt {index} has {len(row)} tokens, but max_sequence_length is {limit}: its end is ignored, {lost[:80]!r}. "
+                "Raise max_sequence_length, or shorten the prompt."
+            )
+    return [[row] for row in rows]
+
+
+def _encode(
+    encoder: Any, windows: Sequence[Sequence[Sequence[int]]], padding: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden states `(B, T, D)` of the tokens of every prompt, its windows joined, zero behind them; and their mask `(B, T)`."""
+    flat = [row for rows in windows for row in rows]
+    lengths = [len(row) for row in flat]
+    width = max(1, *lengths)
+    ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in flat], device=device)  # [windows, tokens]
+    valid = torch.arange(width, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
+    accepted = inspect.signature(encoder.forward).parameters
+    extra = {"use_cache": False} if "use_cache" in accepted else {}
+    if "logits_to_keep" in accepted:  # a language model, whose output is logits
+        extra |= {"logits_to_keep": 1, "output_hidden_states": True}
+    output = encoder(input_ids=ids, attention_mask=valid.long(), **extra)
+    states = output.hidden_states[-1] if "logits_to_keep" in accepted else output.last_hidden_state
+
+    totals = [sum(map(len, rows)) for rows in windows]
+    embeds = states.new_zeros(len(windows), max(1, *totals), states.shape[-1])
+    mask = torch.arange(embeds.shape[1], device=device) < torch.tensor(totals, device=device).unsqueeze(1)
+    first = 0
+    for index, rows in enumerate(windows):
+        last = first + len(rows)
+        embeds[index, : totals[index]] = states[first:last][valid[first:last]]
+        first = last
+    return embeds, mask
