@@ -140,6 +140,18 @@ def lumina_2():
     return Lumina2Pipeline(transformer=transformer, scheduler=flow_scheduler(), vae=autoencoder(), text_encoder=gemma(), tokenizer=tokenizer())
 
 
+def elastic(vae=True, seed=0, **options):
+    from edgedit_hf import ElasticDiTPipeline, ElasticDiTTransformer2DModel
+
+    torch.manual_seed(seed)
+    sizes = {"in_channels": 4 if vae else 1, "text_dims": [16, 32], **options}
+    transformer = ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug", **sizes)
+    return ElasticDiTPipeline(
+        transformer=transformer, scheduler=flow_scheduler(), vae=autoencoder() if vae else None, text_encoder=clip(False), tokenizer=tokenizer(),
+        text_encoder_2=t5(), tokenizer_2=tokenizer(),
+    )  # fmt: skip
+
+
 MAKERS = {
     "StableDiffusion3Pipeline": stable_diffusion_3,
     "FluxPipeline": flux,
@@ -147,6 +159,7 @@ MAKERS = {
     "SanaPipeline": sana,
     "AuraFlowPipeline": aura_flow,
     "Lumina2Pipeline": lumina_2,
+    "ElasticDiTPipeline": elastic,
 }
 
 
