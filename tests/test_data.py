@@ -433,6 +433,21 @@ def test_latents_are_what_the_vae_says(tmp_path, colour_digits, kind, monkeypatc
         big.batch([150])
 
 
+def test_latents_of_the_vaes_of_sana_and_qwen_image(tmp_path, colour_digits):
+    from flow_pipelines import qwen_image, sana
+
+    few = colour_digits.subset(range(3))
+    images = few.batch(range(3))["images"]
+    for name, vae in (("sana", sana().vae.eval()), ("qwen", qwen_image().vae.eval())):
+        batch = cache_latents(few, vae, tmp_path / name, progress=False).batch(range(3))["images"]
+        with torch.no_grad():
+            if name == "sana":
+                wanted = vae.encode(images).latent * 0.4
+            else:  # as the pipeline undoes it: latents · std + mean
+                wanted = (vae.encode(images.unsqueeze(2)).latent_dist.mode()[:, :, 0] - 0.1) / 0.9
+        assert batch.shape == (3, 4, 8, 8) and torch.allclose(batch, wanted, atol=1e-5)
+
+
 def test_latent_cache_of_other_data_or_another_vae(tmp_path, colour_digits):
     few = colour_digits.subset(range(4))
     made = cache_latents(few, tiny_vae(), tmp_path, progress=False)

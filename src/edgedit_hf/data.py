@@ -473,10 +473,19 @@ def _shard_file(folder: Path, shard: int) -> Path:
 @torch.inference_mode()
 def _encode(vae: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Latents `[n, c, h, w]` float32 as a denoiser sees them: the posterior's mode, shifted and scaled by the config."""
-    encoded = vae.encode(images.to(vae.device, vae.dtype))
-    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    latents = ((latents - shift) * vae.config.scaling_factor).float().cpu().contiguous()
+    config, pixels = vae.config, images.to(vae.device, vae.dtype)
+    video = "temperal_downsample" in config  # Qwen-Image's: an image is a video of one frame
+    encoded = vae.encode(pixels.unsqueeze(2) if video else pixels)
+    if hasattr(encoded, "latent_dist"):
+        latents = encoded.latent_dist.mode()
+    else:  # AutoencoderTiny, AutoencoderDC
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    latents = latents[:, :, 0] if video else latents
+    shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
+    if video:  # normalised by channel
+        shift, std = (torch.tensor(config[name], device=latents.device).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+        scale = scale / std
+    latents = ((latents - shift) * scale).float().cpu().contiguous()
     size, latent_size = tuple(images.shape[-2:]), tuple(latents.shape[-2:])
     factor = size[0] // latent_size[0]
     if size != (factor * latent_size[0], factor * latent_size[1]) or factor & (factor - 1):
@@ -499,18 +508,18 @@ def cache_latents(
 
     Args:
         dataset: images `[C, H, W]` with the VAE's number of channels.
-        vae: an `AutoencoderKL` or `AutoencoderTiny`, on the device and in the precision to encode with.
+        vae: an autoencoder that [`launch.load_vae`] knows, on the device and in the precision to encode with.
         folder: of the cache; one of other images or of another VAE is an error.
         batch_size: images encoded at a time.
         progress: show a progress bar on a terminal.
     """
     folder = Path(folder)
-    if dataset.shape[0] != vae.config.in_channels:
-        raise EdgeDiTError(
-            f"The images have {dataset.shape[0]} channels, but the VAE takes {vae.config.in_channels}; "
-            f"set channels to {vae.config.in_channels}."
-        )
-    factors = [vae.config.scaling_factor, getattr(vae.config, "shift_factor", None)]
+    channels = vae.config.get("in_channels") or vae.config["input_channels"]
+    if dataset.shape[0] != channels:
+        raise EdgeDiTError(f"The images have {dataset.shape[0]} channels, but the VAE takes {channels}; set channels to {channels}.")
+    factors = [vae.config.get("scaling_factor"), vae.config.get("shift_factor")]
+    if "temperal_downsample" in vae.config:
+        factors += [vae.config["latents_mean"], vae.config["latents_std"]]
     made_from = {
         "dataset": dataset.fingerprint,
         "vae": hash_json([type(vae).__name__, weights_hash(vae.state_dict()), factors]),
