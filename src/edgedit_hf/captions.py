@@ -7,6 +7,7 @@ Shapes: N images, C channels, H height, W width, T tokens, D width of a text enc
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
 import re
@@ -504,13 +505,15 @@ def _read_text_index(folder: Path) -> dict:
 
 
 def encoders_hash(pipeline: Any, max_sequence_length: int | None = None) -> str:
-    """Hash of what a pipeline's text encoders make of a prompt: weights, settings, tokenizers, the length prompts are cut to."""
-    content: list[Any] = [max_sequence_length]
+    """Hash of what a pipeline's text encoders make of a prompt: weights, tokenizers, the length that prompts are cut to."""
+    content: list[Any] = [max_sequence_length or pipeline.config.get("max_sequence_length")]
     for suffix in ("", "_2"):
         encoder, tokenizer = (getattr(pipeline, f"{part}{suffix}", None) for part in ("text_encoder", "tokenizer"))
         if encoder is not None:
-            settings = {"backend": tokenizer.backend_tokenizer.to_str(), "special": tokenizer.special_tokens_map, "length": tokenizer.model_max_length}
-            content.append([suffix, type(encoder).__name__, weights_hash(encoder.state_dict()), str(encoder.dtype), hash_json(repr(settings))])
+            rules = json.loads(tokenizer.backend_tokenizer.to_str())
+            rules = {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}  # set by every call
+            facts = [type(encoder).__name__, weights_hash(encoder.state_dict()), str(encoder.dtype), tokenizer.model_max_length]
+            content.append([suffix, *facts, hash_json(rules), {name: str(token) for name, token in tokenizer.special_tokens_map.items()}])
     return hash_json(content)
 
 

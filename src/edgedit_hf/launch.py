@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers.utils import logging as diffusers_logging
 
+from .captions import CaptionedDataset, cache_captioned_latents, load_captioned, open_captioned_latents
 from .data import ImageDataset, LatentDataset, cache_latents, load_images, open_latents
 from .diffusion import make_scheduler
 from .errors import EdgeDiTError
@@ -137,6 +138,98 @@ def load_training_set(config: RunConfig, accelerator: Any) -> tuple[ImageDataset
         cache_latents(images, vae.to(accelerator.device), folder)
     accelerator.wait_for_everyone()
     return open_latents(folder), vae.cpu()
+
+
+def load_run_captions(config: RunConfig, split: str = "train") -> CaptionedDataset:
+    """The run's captioned images; `split` as of [`captions.load_captioned`]."""
+    data = config.data
+    return load_captioned(
+        data.source,
+        split,
+        resolution=data.resolution,
+        channels=data.channels,
+        image_column=data.image_column,
+        caption_column=data.caption_column,
+        validation_fraction=data.validation_fraction,
+        seed=config.seed,
+        data_split=data.split,
+        buckets=data.buckets or (),
+    )
+
+
+def load_captioned_set(config: RunConfig, accelerator: Any, split: str = "train") -> tuple[CaptionedDataset, torch.nn.Module | None]:
+    """Captioned images, or their cached latents, and the VAE, if any. The main process writes the cache."""
+    images = load_run_captions(config, split)
+    if config.data.vae is None:
+        return images, None
+    vae = load_vae(config.data.vae)
+    folder = config.folder("captioned-latents", split)
+    if accelerator.is_main_process:
+        cache_captioned_latents(images, vae.to(accelerator.device), folder)
+    accelerator.wait_for_everyone()
+    return open_captioned_latents(images, folder), vae.cpu()
+
+
+# -------------------------------------------------------------------- text encoders
+
+
+TEXT_MODELS = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
+"""Classes of text encoders by their config's model_type; Gemma's have an AutoModel each."""
+
+
+def load_text_encoder(path: str | Path) -> tuple[Any, Any]:
+    """A text encoder of transformers (CLIP-, T5- or Gemma-type) and its tokenizer, from a folder or Hub id.
+
+    The tokenizer is looked for beside the weights, or, of a local `…/text_encoder`, in `…/tokenizer` next to it, as pipelines have it.
+    """
+    import transformers
+
+    source = str(path)
+    folder = Path(source)
+    if not folder.is_dir() and (isinstance(path, Path) or source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise EdgeDiTError(f"There is no text encoder in {source}: the folder does not exist; give a folder or a Hub id (organisation/name).")
+    beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
+    tokenizer_source = str(beside) if beside.is_dir() and not list(folder.glob("tokenizer*")) else source
+    try:
+        kind = transformers.AutoConfig.from_pretrained(source).model_type
+        if kind not in TEXT_MODELS and not kind.startswith("gemma"):
+            raise EdgeDiTError(f"The text encoder {source} is a {kind!r}; it must be one of {', '.join(TEXT_MODELS)}, or a Gemma.")
+        loader = getattr(transformers, TEXT_MODELS.get(kind, "AutoModel"))
+        encoder, info = loader.from_pretrained(source, dtype="auto", output_loading_info=True)
+    except EdgeDiTError:
+        raise
+    except Exception as error:  # transformers, huggingface_hub and safetensors each have their own
+        raise EdgeDiTError(f"The text encoder {source} cannot be loaded: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        raise EdgeDiTError(
+            f"The weights of the text encoder {source} lack {len(info['missing_keys'])} that its config asks for, such as "
+            f"{sorted(info['missing_keys'])[0]!r}; give an encoder whose config and weights belong together."
+        )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_source)
+    except Exception as error:
+        raise EdgeDiTError(f"The tokenizer of the text encoder {source} cannot be loaded: {_first_line(error)}") from error
+    rows = encoder.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise EdgeDiTError(
+            f"The tokenizer in {tokenizer_source} has {len(tokenizer)} tokens, but the text encoder {source} embeds only {rows}; give the "
+            "tokenizer that the encoder was trained with."
+        )
+    return encoder.eval().requires_grad_(False), tokenizer
+
+
+def load_text(config: RunConfig) -> tuple[Any, Any, Any, Any]:
+    """(text_encoder, tokenizer, text_encoder_2, tokenizer_2) of the run: its own, or those that `text` names; None for 'none'."""
+    given = {"": config.text.encoder, "_2": config.text.encoder_2}
+    if set(given.values()) == {"none"}:
+        raise EdgeDiTError("text.encoder and text.encoder_2 are both 'none'; captions need one, set the other to null or to an encoder.")
+    found: list[Any] = []
+    for suffix, path in given.items():
+        own = config.folder("text", f"text_encoder{suffix}")
+        if path is None and not own.is_dir():
+            raise EdgeDiTError(f"There is no text encoder in {own}; it is written by stage text (training/train_text_encoders.py), run that first.")
+        found += (None, None) if path == "none" else load_text_encoder(own if path is None else path)
+    return tuple(found)
 
 
 # -------------------------------------------------------------------- pipelines
