@@ -3,12 +3,16 @@
 import pytest
 import torch
 
-from edgedit_hf import EdgeDiTPipeline
+from edgedit_hf import EdgeDiTPipeline, ElasticDiTPipeline, ElasticDiTTransformer2DModel
 
 LOAD = """
 def generate(pipeline, latents):
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(["cat", "dog"], latents=latents, num_inference_steps=3, output_type="pt").images
+    if hasattr(pipeline, "get_label_ids"):
+        what = {"class_labels": ["cat", "dog"]}
+    else:
+        what = {"prompt_embeds": [latents.new_ones(2, 3, 16), None]}
+    return pipeline(**what, latents=latents, num_inference_steps=3, output_type="pt").images
 """
 
 PACKAGE_FIRST = LOAD + """
@@ -99,32 +103,46 @@ assert "edgedit_hf" not in sys.modules
 """
 
 
+def both_families(script: str) -> pytest.MarkDecorator:
+    """The test for each of the two families, with the script that names the classes of that one."""
+    return pytest.mark.parametrize(
+        "saved, script", [(family, script.replace("EdgeDiT", family)) for family in ("EdgeDiT", "ElasticDiT")], indirect=["saved"]
+    )
+
+
 @pytest.fixture
-def saved(make_transformer, tmp_path):
-    """A pipeline folder, the same with bundled code, and in both what it must generate."""
-    from diffusers import DDIMScheduler
+def saved(request, make_transformer, tmp_path):
+    """A pipeline folder, the same with bundled code, and in both what it must generate; `request.param` names the family."""
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
     from safetensors.torch import save_file
 
-    pipeline = EdgeDiTPipeline(make_transformer(num_classes=2), DDIMScheduler(), id2label={0: "cat", 1: "dog"})
-    pipeline.set_progress_bar_config(disable=True)
+    if getattr(request, "param", "EdgeDiT") == "EdgeDiT":
+        pipeline = EdgeDiTPipeline(make_transformer(num_classes=2), DDIMScheduler(), id2label={0: "cat", 1: "dog"})
+    else:
+        net = ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug")
+        torch.nn.init.normal_(net.proj_out.weight, generator=torch.Generator().manual_seed(0))  # a fresh net predicts zero
+        pipeline = ElasticDiTPipeline(net, FlowMatchEulerDiscreteScheduler())
     plain, bundle = tmp_path / "plain", tmp_path / "bundle"
     pipeline.save_pretrained(plain)
     pipeline.save_pretrained(bundle, bundle_code=True)
     latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the children run on one thread, and must reproduce this to the bit
-    images = pipeline(["cat", "dog"], latents=latents, num_inference_steps=3, output_type="pt").images
+    generate = {}
+    exec(LOAD, generate)
+    images = generate["generate"](pipeline, latents)
     torch.set_num_threads(threads)
     for folder in (plain, bundle):
         save_file({"latents": latents, "images": images}, folder / "expected.safetensors")
     return plain, bundle
 
 
-def test_package_first(saved, make_hub_cache, run_python):
+@both_families(PACKAGE_FIRST)
+def test_package_first(saved, script, make_hub_cache, run_python):
     plain, _ = saved
     make_hub_cache(plain, "acme/unlisted", listing=False)
     cache = make_hub_cache(plain, "acme/listed")
-    run_python(PACKAGE_FIRST, plain, env={"HF_HUB_CACHE": str(cache)})
+    run_python(script, plain, env={"HF_HUB_CACHE": str(cache)})
 
 
 def test_diffusers_first_and_a_real_download(saved, make_hub_server, run_python, tmp_path):
@@ -133,9 +151,10 @@ def test_diffusers_first_and_a_real_download(saved, make_hub_server, run_python,
     assert '"edgedit_hf",\n    "EdgeDiTTransformer2DModel"' in (tmp_path / "again" / "model_index.json").read_text()
 
 
-def test_bundled_code_without_the_package(saved, make_hub_cache, make_hub_server, run_python, tmp_path):
+@both_families(WITHOUT_THE_PACKAGE)
+def test_bundled_code_without_the_package(saved, script, make_hub_cache, make_hub_server, run_python, tmp_path):
     plain, bundle = saved
     # Without a file list: with one, diffusers 0.42 asks the Hub for the commit of remote code even where it is offline.
     cache = make_hub_cache(bundle, "acme/cached", listing=False)
     env = make_hub_server({"acme/bundled": bundle})
-    run_python(WITHOUT_THE_PACKAGE, bundle, tmp_path / "again", plain, cache, env=env)
+    run_python(script, bundle, tmp_path / "again", plain, cache, env=env)
