@@ -211,7 +211,7 @@ class TextConfig:
     num_heads: int = _key(4, "attention heads of each", minimum=1)
     mask_share: float = _key(0.3, "share of the tokens that the T5-type encoder has to guess", minimum=0.0)
     temperature: float = _key(0.1, "of the contrast between captions and images", minimum=0.001)
-    steps: int = _key(400, "optimiser steps", minimum=1)
+    steps: int = _key(300, "optimiser steps", minimum=1)
     batch_size: int = _key(128, "captions a step, over all processes", minimum=2)
     learning_rate: float = _key(2e-3, "peak learning rate of AdamW", minimum=0.0)
     final_learning_rate: float = _key(0.05, "the cosine decay ends at this share of the peak", minimum=0.0)
