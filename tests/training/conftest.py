@@ -2,6 +2,7 @@
 
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -37,22 +38,38 @@ class Recipes:
         options = [part for value in values for part in ("--override", value)]
         return [str(TRAINING / f"{name}.py"), "--config", str(TRAINING / "recipes" / config), *options]
 
-    def run(self, name: str, output: Path, *overrides: str, launcher: list[str] | None = None, check: bool = True, timeout: int = 600):
-        command = [*(launcher or [sys.executable]), *self.arguments(name, output, *overrides)]
+    def run(
+        self,
+        name: str,
+        output: Path,
+        *overrides: str,
+        launcher: list[str] | None = None,
+        check: bool = True,
+        timeout: int = 600,
+        config: str = "debug.yaml",
+    ):
+        command = [*(launcher or [sys.executable]), *self.arguments(name, output, *overrides, config=config)]
         result = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=timeout)
         if check:
             assert result.returncode == 0, f"{name} ended with {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
         return result
 
-    def start(self, name: str, output: Path, *overrides: str) -> subprocess.Popen:
-        command = [sys.executable, *self.arguments(name, output, *overrides)]
+    def run_here(self, name: str, output: Path, *overrides: str, config: str = "debug.yaml") -> None:
+        """Run in this process, which spares the imports; bad input ends with `SystemExit`."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", self.arguments(name, output, *overrides, config=config))
+            patch.syspath_prepend(str(TRAINING))
+            runpy.run_path(str(TRAINING / f"{name}.py"), run_name="__main__")
+
+    def start(self, name: str, output: Path, *overrides: str, config: str = "debug.yaml") -> subprocess.Popen:
+        command = [sys.executable, *self.arguments(name, output, *overrides, config=config)]
         return subprocess.Popen(command, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
-    def run_with_kills(self, name: str, output: Path, marker: Path, seconds: float, *overrides: str, kills: int = 1) -> list[float]:
+    def run_with_kills(self, name: str, output: Path, marker: Path, seconds: float, *overrides: str, kills: int = 1, config: str = "debug.yaml") -> list[float]:
         """Run, SIGKILL the whole process group at a random moment of the `seconds` after `marker` appears, run again to the end."""
         delays = []
         for _ in range(kills):
-            process = self.start(name, output, *overrides)
+            process = self.start(name, output, *overrides, config=config)
             deadline = time.monotonic() + 120
             while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -60,7 +77,7 @@ class Recipes:
             time.sleep(delays[-1])
             with_suppressed_kill(process)
             process.communicate()
-        self.run(name, output, *overrides)
+        self.run(name, output, *overrides, config=config)
         return delays
 
 
@@ -74,6 +91,21 @@ def with_suppressed_kill(process: subprocess.Popen) -> None:
 @pytest.fixture(scope="session")
 def recipes() -> Recipes:
     return Recipes()
+
+
+@pytest.fixture
+def fail(recipes, capsys):
+    """Run a recipe in this process; it must end with exit code 2 and one line, which is returned."""
+
+    def run(name: str, output: Path, *overrides: str, config: str = "debug.yaml") -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            recipes.run_here(name, output, *overrides, config=config)
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert ended.value.code == 2 and len(errors) == 1, errors
+        return errors[0]
+
+    return run
 
 
 def files_of(folder: Path, *suffixes: str) -> dict[str, bytes]:

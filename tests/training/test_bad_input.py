@@ -1,9 +1,7 @@
 """Bad input ends in one clear line on stderr and exit code 2, quotes what was found, says what to do, and loses nothing."""
 
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +16,6 @@ def finished(recipes, tmp_path_factory):
     recipes.run("train_teacher", folder)
     recipes.run("distill_proxies", folder)
     return folder
-
-
-@pytest.fixture
-def fail(recipes, capsys, monkeypatch):
-    """Run a recipe in this process; it must end with exit code 2 and one line, which is returned."""
-
-    def run(name: str, output: Path, *overrides: str) -> str:
-        monkeypatch.setattr(sys, "argv", recipes.arguments(name, output, *overrides))
-        monkeypatch.syspath_prepend(str(recipes.root / "training"))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(recipes.root / "training" / f"{name}.py"), run_name="__main__")
-        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert ended.value.code == 2 and len(errors) == 1, errors
-        return errors[0]
-
-    return run
 
 
 def image_folder(path: Path, size: int = 8, count: int = 6) -> Path:

@@ -1,0 +1,90 @@
+"""What a run of the elastic family is made of: the untrained supernet of its recipe, its pipeline, its encoded captions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..captions import TextTable, text_table
+from ..diffusion import make_scheduler
+from ..errors import EdgeDiTError
+from ..launch import load_text
+from ..models.transformer_elastic_dit import PRESETS, ElasticDiTTransformer2DModel
+from ..pipelines.pipeline_elastic_dit import ElasticDiTPipeline
+from ..recipes import RunConfig
+from ..run_state import read_json
+
+
+def load_text_table(config: RunConfig, accelerator: Any, pipeline: ElasticDiTPipeline, captions: Sequence[str], split: str = "train") -> TextTable:
+    """What the run's text encoders made of the captions of a split. The main process writes the cache."""
+    folder = config.folder("text-embeddings", split)
+    if accelerator.is_main_process:
+        pipeline.to(accelerator.device)
+        try:
+            text_table(pipeline, captions, folder)
+        except EdgeDiTError:
+            raise
+        except ValueError as error:  # a tokenizer that does not belong to its encoder
+            raise EdgeDiTError(f"The captions cannot be encoded: {error}") from error
+        pipeline.to("cpu")
+    accelerator.wait_for_everyone()
+    return TextTable(folder, captions)
+
+
+def new_elastic(config: RunConfig, shapes: Sequence[Sequence[int]], text_dims: Sequence[int]) -> ElasticDiTTransformer2DModel:
+    """The untrained supernet of a recipe (a stand-alone net if its config has no sub-networks).
+
+    Args:
+        shapes: `(C, H, W)` of every bucket of the data.
+        text_dims: width of every text encoder; for one that is absent (0) the model keeps its own.
+
+    Raises:
+        EdgeDiTError: there is no such model, its sub-networks have fractions of heads, or the data does not fit it.
+    """
+    name, widths = config.elastic.model, config.elastic.widths()
+    values = PRESETS.get(name)
+    if values is None:
+        if not Path(name).is_file():
+            raise EdgeDiTError(f"elastic.model is {name!r}, which is neither a preset ({', '.join(PRESETS)}) nor a JSON file.")
+        values = {key: value for key, value in read_json(name, "save_config").items() if not key.startswith("_")}
+    defaults = dict(inspect.signature(ElasticDiTTransformer2DModel.__init__).parameters)
+    own_dims, patch = values.get("text_dims", defaults["text_dims"].default), values.get("patch_size", defaults["patch_size"].default)
+    for _, height, width in shapes:
+        if height % (2 * patch) or width % (2 * patch):
+            raise EdgeDiTError(
+                f"The data has size {height}x{width} (height x width), but {name} needs multiples of {2 * patch}: patches of {patch}, down-sampled "
+                "once. Set data.resolution or data.buckets to such sizes."
+            )
+    if len(own_dims) != len(text_dims):
+        raise EdgeDiTError(f"elastic.model {name} reads {len(own_dims)} text encoders, but there are {len(text_dims)}; give it as many text_dims.")
+    values = {**values, **({} if widths is None else {"subnets": widths})}
+    given = {
+        "sample_size": max(max(shape[1:]) for shape in shapes),
+        "in_channels": shapes[0][0],
+        "text_dims": [dim or own for dim, own in zip(text_dims, own_dims)],
+    }
+    try:
+        return ElasticDiTTransformer2DModel(**{**values, **given})
+    except (TypeError, ValueError) as error:
+        raise EdgeDiTError(f"elastic.model {name} with the sub-networks {values.get('subnets', 'of its own')} cannot be made: {error}") from error
+
+
+def new_elastic_pipeline(config: RunConfig, transformer: ElasticDiTTransformer2DModel | None, vae: Any = None) -> ElasticDiTPipeline:
+    """A pipeline around a newly trained supernet and the run's text encoders; without a transformer it encodes prompts."""
+    text_encoder, tokenizer, text_encoder_2, tokenizer_2 = load_text(config)
+    try:
+        return ElasticDiTPipeline(
+            transformer=transformer,
+            scheduler=make_scheduler("flow_prediction"),
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            default_steps=config.evaluate.sampling_steps,
+            default_guidance_scale=config.evaluate.guidance_scale,
+        )
+    except ValueError as error:
+        raise EdgeDiTError(f"The text encoders cannot be used: {error}") from error

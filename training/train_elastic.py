@@ -1,0 +1,191 @@
+"""Stage elastic: train the elastic text-to-image supernet, all widths in one set of weights.
+
+    accelerate launch training/train_elastic.py --config training/recipes/digits-t2i.yaml [--override elastic.steps=2000]
+
+Each step runs the full net and one sampled sub-network (or two: elastic.sampling sandwich) on the same batch, noise and timesteps: flow loss
+on each, plus the sub-network's distance to the full net's velocity; their gradients are balanced where they share weights (elastic/losses.py).
+Writes <output_dir>/elastic, a pipeline folder with the averaged (EMA) supernet and the text encoders of stage text; the validation loss of
+every width is in its stage.json. Interrupted or killed, run it again: it continues from the last checkpoint to the same final weights.
+
+Memory for W weights: 4 bytes each for weights, moving average, two moments, and one gradient for every network of a step (full and sampled).
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from diffusers.training_utils import EMAModel
+
+from edgedit_hf.captions import CaptionedDataset, TextTable, caption_loader
+from edgedit_hf.diffusion import Diffusion, draws
+from edgedit_hf.elastic.losses import balance_scale, combine_gradients, distillation_loss, take_gradients, validation_losses
+from edgedit_hf.elastic.sampling import drop_texts, step_subnets, text_uniforms
+from edgedit_hf.elastic.setup import load_text_table, new_elastic, new_elastic_pipeline
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.launch import learning_rate_at, load_captioned_set, recipe_main, set_learning_rate
+from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
+from edgedit_hf.recipes import ElasticConfig, RunConfig
+from edgedit_hf.run_state import RunState
+
+
+class MicroBatch(NamedTuple):
+    """What every network of a step sees, on its device."""
+
+    x0: torch.Tensor  # (B, C, H, W)
+    noise: torch.Tensor
+    t: torch.Tensor  # (B,)
+    noisy: torch.Tensor
+    text: list[torch.Tensor | None]  # (B, T_i, D_i) an encoder
+    masks: list[torch.Tensor | None]  # (B, T_i)
+
+
+def micro_batches(batch: dict, texts: TextTable, rows: list[int], step: int, seed: int, options: ElasticConfig, device) -> list[MicroBatch]:
+    """A rank's part of a step's batch with noise, timesteps and dropped texts, in `gradient_accumulation` pieces."""
+    diffusion, count = Diffusion("flow_prediction"), options.gradient_accumulation
+    drawn = draws(seed, step, rows, batch["images"].shape[1:])
+    text, masks = texts.batch(batch["rows"])
+    masks = drop_texts(masks, text_uniforms(seed, step, rows, len(masks)), options.text_dropout)
+    t = diffusion.timesteps(drawn.time)
+    tensors = batch["images"], drawn.noise, t, diffusion.noisy(batch["images"], drawn.noise, t)
+
+    def pieces(tensor: torch.Tensor | None) -> list[torch.Tensor | None]:
+        return [None] * count if tensor is None else list(tensor.to(device).chunk(count))
+
+    by_tensor = [*map(pieces, tensors), *([list(part) for part in zip(*map(pieces, parts))] for parts in (text, masks))]
+    return [MicroBatch(*values) for values in zip(*by_tensor)]
+
+
+def train_supernet(
+    model: ElasticDiTTransformer2DModel,
+    dataset: CaptionedDataset,
+    texts: TextTable,
+    options: ElasticConfig,
+    run: RunState,
+    accelerator: Accelerator,
+    validate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
+    num_workers: int = 0,
+) -> tuple[ElasticDiTTransformer2DModel, dict[str, float]]:
+    """The training loop; returns the model with its averaged weights, and the validation losses of its widths.
+
+    A stand-alone net (no sub-networks) trains as one network does: that is the reference that a supernet is compared with.
+    """
+    share = accelerator.num_processes * options.gradient_accumulation
+    if options.batch_size % share:
+        raise EdgeDiTError(f"batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change one.")
+    diffusion, names = Diffusion("flow_prediction"), model.subnet_names
+    full = names[-1] if names else "full"
+    if options.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    model.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # norms and modulation of the other widths
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    ema = EMAModel(model.parameters(), decay=options.ema_decay, foreach=True)
+    ema.to(accelerator.device)
+
+    tracked = {"model": model, "optimizer": optimizer, "ema": ema}
+    if accelerator.scaler is not None:
+        tracked["scaler"] = accelerator.scaler
+    start = run.track(**tracked)
+    ema.to(accelerator.device)
+    batches = caption_loader(
+        dataset,
+        options.batch_size,
+        run.seed,
+        start,
+        run.total_steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=num_workers,
+    )
+    for step, (_, rows, batch) in zip(run.steps(), batches):
+        rate = learning_rate_at(step, options.learning_rate, options.warmup_steps, run.total_steps, options.final_learning_rate)
+        set_learning_rate(optimizer, rate)
+        pieces = micro_batches(batch, texts, rows.tolist(), step, run.seed, options, accelerator.device)
+        sampled = step_subnets(names, run.seed, step, options.sampling)
+        targets, gradients = [], []  # the full net's velocities, a micro-batch each; gradients of every network
+        for name in (full, *sampled):
+            if names:
+                model.set_active_subnet(name)
+            for index, piece in enumerate(pieces):
+                # Gradients of all but the last micro-batch stay on their rank.
+                with nullcontext() if index == len(pieces) - 1 else accelerator.no_sync(wrapped):
+                    with accelerator.autocast():
+                        velocity = wrapped(piece.noisy, piece.t, piece.text, piece.masks).sample
+                    loss = diffusion.loss(velocity, piece.x0, piece.noise, piece.t).mean()
+                    total = loss
+                    if name == full:
+                        targets.append(velocity.detach())
+                    else:
+                        distance = distillation_loss(velocity, targets[index]).mean()
+                        total = total + options.distillation * distance
+                        run.log(**{f"distance_{name}": distance})
+                    accelerator.backward(total / len(pieces))
+                run.log(**{f"loss_{name}": loss})
+            gradients.append(take_gradients(model.parameters()))
+        of_full, *of_subs = gradients
+        scales = [balance_scale(of_full, of_sub, options.balance_limit) if options.balance == "gradient_norm" else 1.0 for of_sub in of_subs]
+        for parameter, gradient in zip(model.parameters(), combine_gradients(of_full, of_subs, scales)):
+            parameter.grad = gradient
+        run.log(**{f"balance_{name}": scale for name, scale in zip(sampled, scales)})
+        if options.max_grad_norm:
+            accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+        if validate is not None and options.validate_every and (step + 1) % options.validate_every == 0:
+            ema.store(model.parameters())
+            ema.copy_to(model.parameters())
+            run.log(**{f"validation_{name}": loss for name, loss in validate(wrapped).items()})
+            ema.restore(model.parameters())
+
+    ema.copy_to(model.parameters())
+    if names:
+        model.set_active_subnet(full)
+    losses = {} if validate is None else validate(wrapped)
+    if options.gradient_checkpointing:
+        model.disable_gradient_checkpointing()
+    accelerator.free_memory()
+    return model.eval(), losses
+
+
+def run(config: RunConfig, accelerator: Accelerator) -> None:
+    options = config.elastic
+    dataset, vae = load_captioned_set(config, accelerator)
+    encoders = new_elastic_pipeline(config, None)
+    texts = load_text_table(config, accelerator, encoders, dataset.captions)
+    torch.manual_seed(config.seed)
+    model = new_elastic(config, dataset.shapes, texts.dims)
+    state = RunState(
+        config.folder("elastic"),
+        "elastic",
+        config.section("data", "elastic"),
+        options.steps,
+        seed=config.seed,
+        inputs={"data": dataset.fingerprint, "text": texts.fingerprint},
+        accelerator=accelerator,
+        checkpoint_every=options.checkpoint_every,
+        log_every=options.log_every,
+    )
+    if state.finished:
+        return
+    validate = None
+    if options.validation_samples:
+        held_out, _ = load_captioned_set(config, accelerator, "validation")
+        held_out_texts = load_text_table(config, accelerator, encoders, held_out.captions, "validation")
+
+        def validate(network: torch.nn.Module) -> dict[str, float]:
+            return validation_losses(network, model, held_out, held_out_texts, options.validation_samples, options.batch_size, config.seed, accelerator)
+
+    model, losses = train_supernet(model, dataset, texts, options, state, accelerator, validate, config.data.num_workers)
+    if accelerator.is_main_process:
+        with state.publish() as folder:
+            new_elastic_pipeline(config, model.cpu(), vae).save_pretrained(folder)
+    drawn = [name for step in range(options.steps) for name in step_subnets(model.subnet_names, config.seed, step, options.sampling)]
+    state.finish(validation=losses, sampled={name: drawn.count(name) for name in model.subnet_names[:-1]})
+
+
+if __name__ == "__main__":
+    recipe_main(run, __doc__)
