@@ -245,7 +245,7 @@ def test_rotary_scores_depend_on_relative_positions_alone():
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 1, 1, 8, generator=generator), torch.randn(1, 1, 1, 8, generator=generator)
     table = (cos, sin)
-    scores = (rotate(query.expand(1, 30, 1, 8), table)[0, :, 0] @ rotate(key.expand(1, 30, 1, 8), table)[0, :, 0].T).view(6, 5, 6, 5)
+    scores = (rotate(query.expand(1, 1, 30, 8), table)[0, 0] @ rotate(key.expand(1, 1, 30, 8), table)[0, 0].T).view(6, 5, 6, 5)
     assert torch.allclose(scores[0, 0, 2, 1], scores[3, 2, 5, 3], atol=1e-5) and torch.allclose(scores[4, 4, 1, 0], scores[5, 4, 2, 0], atol=1e-5)
     assert not torch.allclose(scores[0, 0, 2, 1], scores[0, 0, 1, 2], atol=1e-3)  # rows and columns are told apart
     # A token of the coarse grid stands at the centre of the four that it covers: the mean of their angles.

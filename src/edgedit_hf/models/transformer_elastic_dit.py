@@ -48,6 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_layers": [2, 4, 2],
         "text_dims": [64, 64],
         "text_width": 64,
+        "num_text_key_value_heads": 2,
     },
     "elastic-dit-debug": {
         "sample_size": 8,
@@ -100,11 +101,14 @@ class ElasticCompression(nn.Conv2d):
         self.sizes, self.active = sizes, active
 
     def forward(self, tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """`(B, N, c)` → `(B, N/4, c)`."""
+        """`(B, N, c)` → `(B, N/4, c)`, as a weighted sum of the four tokens of a window: a convolution would want the channels first."""
         channels = self.out_channels if self.sizes is None else self.sizes[self.active.name]
-        grid = tokens.transpose(1, 2).unflatten(2, (rows, columns))  # [B, c, rows, columns]
-        compressed = F.conv2d(grid, self.weight[:channels], self.bias[:channels], stride=2, groups=channels)
-        return compressed.flatten(2).transpose(1, 2)
+        windows = tokens.unflatten(1, (rows // 2, 2, columns // 2, 2))  # [B, rows/2, 2, columns/2, 2, c]
+        compressed = self.bias[:channels]
+        for row in range(2):
+            for column in range(2):
+                compressed = torch.addcmul(compressed, windows[:, :, row, :, column], self.weight[:channels, 0, row, column])
+        return compressed.flatten(1, 2)
 
 
 class PerWidth(nn.ModuleDict):
@@ -176,26 +180,55 @@ def rotation_table(rows: int, columns: int, stride: int, channels: int, theta: f
 
 
 def rotate(heads: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotate `(B, N, h, d)`: channel i and channel i + d/2 turn by the i-th angle of their token."""
-    cos, sin = (table[:, None].to(heads.dtype) for table in rotation)  # [N, 1, d/2]
+    """Rotate `(B, h, N, d)`: channel i and channel i + d/2 turn by the i-th angle of their token."""
+    cos, sin = (table.to(heads.dtype) for table in rotation)  # [N, d/2]
     first, second = heads.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Softmax attention of queries `(B, h, N, d)` to keys and values `(B, k, M, d)`: `(B, h, N, d)`. Query head i reads head ⌊i · k / h⌋."""
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+
+
 def strip_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: int, radius: int) -> torch.Tensor:
-    """Blockwise neighbourhood attention (SnapGen++, eq. 2): the raster sequence is cut into `blocks` strips of ⌈N / blocks⌉ tokens (the last
-    may be shorter), and strip b attends to the strips b − radius … b + radius that exist.
+    """Blockwise neighbourhood attention (SnapGen++, eq. 2): the raster sequence is cut into strips of ⌈N / blocks⌉ tokens (the last may be
+    shorter), and strip b attends to the strips b − radius … b + radius that exist.
+
+    A loop over the strips, whose keys and values are views: gathering the neighbourhoods into one batch was slower than full attention.
 
     Args:
-        query, key, value: `(B, h, N, d)`.
+        query: `(B, h, N, d)`. key, value: `(B, k, N, d)`; contiguous ones are the fastest.
     """
     tokens = query.shape[2]
     length = -(-tokens // blocks)
     parts = []
     for start in range(0, tokens, length):
         window = slice(max(0, start - radius * length), min(tokens, start + (radius + 1) * length))
-        parts.append(F.scaled_dot_product_attention(query[:, :, start : start + length], key[:, :, window], value[:, :, window]))
+        parts.append(attend(query[:, :, start : start + length], key[:, :, window], value[:, :, window]))
     return torch.cat(parts, dim=2)
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    compressed_key: torch.Tensor,
+    compressed_value: torch.Tensor,
+    gate: torch.Tensor,
+    blocks: int,
+    radius: int,
+) -> torch.Tensor:
+    """Adaptive sparse self-attention (SnapGen++, eq. 1-3): g · global + (1 − g) · local.
+
+    Args:
+        query: `(B, h, N, d)`. key, value: `(B, k, N, d)`, for the local branch ([`strip_attention`]).
+        compressed_key, compressed_value: `(B, k, N/4, d)`, for the global branch, in which every query attends to all of them.
+        gate: g in (0, 1), `(B, h, N, 1)`.
+    """
+    near = strip_attention(query, key, value, blocks, radius)
+    everywhere = attend(query, compressed_key, compressed_value)
+    return torch.addcmul(near, gate, everywhere - near)  # lerp would be exported with a branch
 
 
 class ElasticSelfAttention(nn.Module):
@@ -207,7 +240,7 @@ class ElasticSelfAttention(nn.Module):
 
     def __init__(self, make: _Layers, dim: int, heads: int, kv_heads: int, head_dim: int, eps: float, sparse: bool, blocks: int, radius: int):
         super().__init__()
-        self.head_dim, self.group, self.sparse, self.blocks, self.radius = head_dim, heads // kv_heads, sparse, blocks, radius
+        self.head_dim, self.sparse, self.blocks, self.radius = head_dim, sparse, blocks, radius
         self.to_q = make.linear(dim, heads * head_dim)
         self.to_k = make.linear(dim, kv_heads * head_dim)
         self.to_v = make.linear(dim, kv_heads * head_dim)
@@ -220,30 +253,24 @@ class ElasticSelfAttention(nn.Module):
             self.gate = make.linear(dim, heads)
 
     def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.unflatten(-1, (-1, self.head_dim))  # [B, N, h, d]
+        return tokens.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, h, N, d]
 
     def _keys_and_values(self, key: torch.Tensor, value: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Projections `(B, N, k·d)` → keys and values `(B, h, N, d)`."""
-        key = rotate(self.norm_k(self._heads(key)), rotation).transpose(1, 2)
-        value = self._heads(value).transpose(1, 2)
-        if self.group > 1:
-            key, value = (heads.repeat_interleave(self.group, dim=1) for heads in (key, value))
-        return key, value
+        """Projections `(B, N, k·d)` → keys and values `(B, k, N, d)`, contiguous (the norm of the keys makes them so)."""
+        return rotate(self.norm_k(self._heads(key)), rotation), self._heads(value).contiguous()
 
     def forward(self, hidden_states: torch.Tensor, positions: Positions) -> torch.Tensor:
         """`(B, N, D)` → `(B, N, D)`."""
-        query = rotate(self.norm_q(self._heads(self.to_q(hidden_states))), positions.rotation).transpose(1, 2)  # [B, h, N, d]
+        query = rotate(self.norm_q(self._heads(self.to_q(hidden_states))), positions.rotation)  # [B, h, N, d]
         key, value = self.to_k(hidden_states), self.to_v(hidden_states)  # [B, N, k·d]
         keys, values = self._keys_and_values(key, value, positions.rotation)
         if self.sparse:
-            local = strip_attention(query, keys, values, self.blocks, self.radius)
             grid = positions.rows, positions.columns
-            keys, values = self._keys_and_values(self.compress_k(key, *grid), self.compress_v(value, *grid), positions.compressed)
-            everywhere = F.scaled_dot_product_attention(query, keys, values)
+            compressed = self._keys_and_values(self.compress_k(key, *grid), self.compress_v(value, *grid), positions.compressed)
             gate = self.gate(hidden_states).sigmoid().transpose(1, 2).unsqueeze(-1)  # [B, h, N, 1]
-            attention = torch.lerp(local, everywhere, gate)
+            attention = sparse_attention(query, keys, values, *compressed, gate, self.blocks, self.radius)
         else:
-            attention = F.scaled_dot_product_attention(query, keys, values)
+            attention = attend(query, keys, values)
         return self.to_out(attention.transpose(1, 2).flatten(2))
 
 
