@@ -76,6 +76,27 @@ def test_info_counts_what_a_saved_model_holds(make_transformer, tmp_path, capsys
     assert len({json.dumps(facts) for facts in found.values()}) == 1
 
 
+def test_info_of_an_elastic_net_has_a_line_a_subnet(tmp_path, capsys):
+    from edgedit_hf import ElasticDiTTransformer2DModel
+
+    assert main(["info", "elastic-dit-1.6b"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    for name, size in (("tiny", "0.3 B"), ("small", "0.4 B"), ("full", "1.6 B")):
+        assert f" {size} = " in lines[name] and "GFLOPs" in lines[name]
+    net = ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug")
+    net.save_pretrained(tmp_path / "net")
+    net.extract_subnet("small").save_pretrained(tmp_path / "small")
+    facts = {}
+    for name in ("elastic-dit-debug", tmp_path / "net", tmp_path / "small"):
+        assert main(["info", str(name), "--json"]) == 0
+        facts[name] = json.loads(capsys.readouterr().out)
+        assert facts[name].pop("name") == str(name)
+    assert facts["elastic-dit-debug"] == facts[tmp_path / "net"] and facts[tmp_path / "small"].pop("subnets") == {}
+    small = facts[tmp_path / "net"]["subnets"].pop("small")
+    assert small.pop("width") == 0.5 and small == {key: facts[tmp_path / "small"][key] for key in small}
+    assert facts[tmp_path / "net"]["parameters"] == sum(parameter.numel() for parameter in net.parameters())
+
+
 def test_init_prints_a_recipe_with_every_key_commented(tmp_path, capsys):
     from edgedit_hf.recipes import load_config
 
@@ -127,6 +148,11 @@ def _incomplete_config(folder: Path) -> list[str]:
     return ["info", str(folder)]
 
 
+def _incomplete_elastic_config(folder: Path) -> list[str]:
+    (folder / "config.json").write_text('{"_class_name": "ElasticDiTTransformer2DModel", "num_layers": [1, 1, 1]}')
+    return ["info", str(folder)]
+
+
 def _copy_onto_a_file(folder: Path) -> list[str]:
     (folder / "file").write_text("")
     return ["recipes", "copy", str(folder / "file")]
@@ -141,6 +167,7 @@ def _copy_onto_a_file(folder: Path) -> list[str]:
         (_foreign_model, ["UNet2DModel", "EdgeDiTTransformer2DModel"]),
         (_damaged_config, ["config.json", "not JSON"]),
         (_incomplete_config, ["not an EdgeDiT's"]),
+        (_incomplete_elastic_config, ["not an elastic net's", "subnets"]),
         (_copy_onto_a_file, ["file", "folder"]),
         (lambda folder: ["select", str(folder), "--max-latency-ms", "80"], [str]),
         (lambda folder: ["report", str(folder)], [str]),

@@ -363,3 +363,61 @@ def model_cost(config: Mapping, height: int | None = None, width: int | None = N
     for layer in Genotype.from_layers(config["layers"], config["hidden_size"]).layers:
         total += layer_cost(config["hidden_size"], layer.shape, tokens)
     return total
+
+
+# -------------------------------------------------------------------- elastic text-to-image nets
+
+TEXT_TOKENS = 128  # tokens of every text encoder that costs are stated for
+
+
+def _elastic_parts(config: Mapping, subnet: str | None, height: int, width: int, text_tokens: int) -> tuple[Cost, int]:
+    """Cost of a sub-network as a stand-alone net, and how many of its weights a supernet holds once a width (modulation, norms of heads)."""
+    share = 1.0 if subnet is None else config["subnets"][subnet]
+    heads, kv_heads, channels = round(config["num_attention_heads"] * share), round(config["num_key_value_heads"] * share), config["attention_head_dim"]
+    d, kv, text_kv = heads * channels, kv_heads * channels, config["num_text_key_value_heads"] * channels
+    patch, e, frequencies = config["patch_size"], config["text_width"], 256
+    pixels = patch * patch * config["in_channels"]
+    fine = (height // patch) * (width // patch)
+    depth, encoders = sum(config["num_layers"]), len(config["text_dims"])
+    text = encoders * (text_tokens + 1)  # each encoder has a learned token of its own
+    strip = -(-fine // config["attention_blocks"])
+    reach = config["attention_radius"] * strip
+
+    modulation = frequencies * d + d + d * d + d + 6 * d * d + 6 * d + (6 * depth + 2) * d
+    head_norms = 8 * channels
+    weights = pixels * d + d + sum(dim * e + e + 2 * e for dim in config["text_dims"]) + encoders * e + modulation
+    weights += 4 * d * d + d + d * d + d + d * pixels + pixels  # down- and up-sample, output
+    macs = 2 * fine * pixels * d + text_tokens * e * sum(config["text_dims"]) + frequencies * d + 7 * d * d + fine // 4 * 5 * d * d
+    extras = 4 * encoders * text_tokens * e + 2 * d + 4 * fine * d
+    for stage, (layers, ratio) in enumerate(zip(config["num_layers"], config["mlp_ratios"])):
+        n, mlp = (fine // 4 if stage == 1 else fine), round(d * ratio)
+        layer = 4 * (d * d + d) + 2 * (d * kv + kv) + 2 * (e * text_kv + text_kv) + head_norms + 2 * d * mlp + mlp + d
+        products = n * (4 * d * d + 2 * d * kv + 2 * d * mlp) + 2 * text * e * text_kv + 2 * n * text * d
+        others = 4 * (4 * n * d + n * kv + text * text_kv) + n * mlp
+        if stage == 1:
+            products += 2 * n * n * d
+            skips = (layers - 1) // 2 if layers else 0
+            weights += skips * (2 * d * d + d)
+            macs += skips * n * 2 * d * d
+        else:  # two branches, each over part of the keys, and the gate between them
+            layer += 2 * (4 * kv + kv) + d * heads + heads
+            seen = sum((min(n, s + strip) - s) * (min(n, s + strip + reach) - max(0, s - reach)) for s in range(0, n, strip))
+            products += 2 * d * (n * (n // 4) + seen) + n * d * heads
+            others += 4 * n * kv + 4 * (n // 4) * kv + n * heads  # compression, norm of the compressed keys, gate
+        weights, macs, extras = weights + layers * layer, macs + layers * products, extras + layers * others
+    return Cost(weights, weights, macs, 2 * macs + extras), modulation + depth * head_norms
+
+
+def elastic_cost(
+    config: Mapping, subnet: str | None = None, height: int | None = None, width: int | None = None, text_tokens: int = TEXT_TOKENS
+) -> Cost:
+    """Cost of one forward of an elastic net's sub-network (default: the full net) on one image, as the stand-alone net that it is when
+    extracted; `text_tokens` of every text encoder, and `height` × `width` latents (default the config's `sample_size`)."""
+    return _elastic_parts(config, subnet, height or config["sample_size"], width or config["sample_size"], text_tokens)[0]
+
+
+def elastic_weights(config: Mapping) -> int:
+    """Learned weights of a whole elastic net: those of the full net, and what each other sub-network has of its own."""
+    size, subnets = config["sample_size"], config.get("subnets") or {}
+    own = sum(_elastic_parts(config, name, size, size, 0)[1] for name, share in subnets.items() if share != 1)
+    return elastic_cost(config).weights + own

@@ -13,13 +13,14 @@ from typing import Any
 from ..errors import EdgeDiTError
 
 CONFIG, INDEX = "config.json", "model_index.json"
-CLASSES = ("EdgeDiTTransformer2DModel", "OnnxEdgeDiTTransformer2DModel")
+ELASTIC = "ElasticDiTTransformer2DModel"
+CLASSES = ("EdgeDiTTransformer2DModel", "OnnxEdgeDiTTransformer2DModel", ELASTIC)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the command to the `edgedit` parser."""
     parser = subparsers.add_parser("info", help="count a model's parameters, FLOPs and bytes")
-    parser.add_argument("model", metavar="NAME_OR_PATH", help="a preset (DiT-XL/2, EdgeDiT-1, …), a pipeline or model folder, or a Hub id")
+    parser.add_argument("model", metavar="NAME_OR_PATH", help="a preset (DiT-XL/2, EdgeDiT-1, elastic-dit-1.6b, …), a pipeline or model folder, or a Hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -31,14 +32,28 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(facts, indent=2))
         return
     channels, height, width = facts["input"]
-    sizes = ", ".join(f"{precision} {_short(count)}B" for precision, count in facts["bytes"].items())
-    print(f"{facts['name']}  (one input of {height} x {width} x {channels}, {facts['tokens']} tokens)")
-    print(f"  parameters  {_short(facts['parameters'])}  (learned: {_short(facts['weights'])})")
+    elastic = "text_tokens" in facts
+    text = f", {facts['text_tokens']} text tokens an encoder" if elastic else ""
+    print(f"{facts['name']}  (one input of {height} x {width} x {channels}, {facts['tokens']} tokens{text})")
+    learned = "" if elastic else f"  (learned: {_short(facts['weights'])})"
+    print(f"  parameters  {_short(facts['parameters'])}{learned}")
     print(f"  compute     {_short(facts['flops'])}FLOPs  ({_short(facts['macs'])}MACs)")
-    print(f"  weights     {sizes}")
+    print(f"  weights     {_sizes(facts)}")
+    if elastic:
+        print(f"  layers      {' / '.join(map(str, facts['layers']))} (Down / Middle / Up)")
+        for name, subnet in facts["subnets"].items():
+            count = subnet["parameters"]
+            rounded = f"{count / 1e9:.1f} B = " if count >= 1e8 else ""
+            share, size = f"{subnet['width']:g} of the width", f"bf16 {_short(subnet['bytes']['bf16'])}B"
+            print(f"  {name:10}  {rounded}{_short(count).strip()} parameters ({share}), {_short(subnet['flops'])}FLOPs, {size}")
+        return
     merged = f", merged {facts['merged']}" if facts["merged"] else ""
     print(f"  layers      {facts['layers']} of {facts['teacher_layers']} teacher layers{merged}")
     print(f"  genotype    {facts['genotype']}")
+
+
+def _sizes(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{precision} {_short(count)}B" for precision, count in facts["bytes"].items())
 
 
 def _short(count: int) -> str:
@@ -53,28 +68,50 @@ def describe(name: str) -> dict[str, Any]:
     """The figures of a preset or a saved model.
 
     Returns:
-        `parameters` (with the fixed position embedding, as published), `weights` (learned ones), `macs` and `flops` of one forward
-        of one image, `bytes` of the weights at each precision, `layers`, `teacher_layers`, `merged`, `genotype` (its hash), `input`
-        (channels, height, width), `tokens`, `name`.
+        `parameters`, `macs` and `flops` of one forward of one image, `bytes` of the weights at each precision, `layers`, `input` (channels,
+        height, width), `tokens`, `name`. Of an EdgeDiT, whose `parameters` include the fixed position embedding, as published: `weights`
+        (learned ones), `teacher_layers`, `merged`, `genotype` (its hash). Of an elastic net, whose `macs` and `flops` are the full net's:
+        `text_tokens` an encoder, and `subnets` (`width`, `parameters`, `macs`, `flops`, `bytes` of each as a net of its own).
 
     Raises:
-        EdgeDiTError: there is no such preset or model, or its config is not an EdgeDiT's.
+        EdgeDiTError: there is no such preset or model, or its config is not one of this package's.
     """
+    config = _folder_config(Path(name)) or _preset_config(name) or _hub_config(name)
+    elastic = config["_class_name"] == ELASTIC
+    try:
+        facts = _elastic_facts(config) if elastic else _edgedit_facts(config)
+        shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+    except (KeyError, TypeError) as error:
+        kind = "an elastic net's" if elastic else "an EdgeDiT's"
+        raise EdgeDiTError(f"The config of {name} is not {kind}: {type(error).__name__} {error}.") from None
+    return {"name": name, **facts, "input": shape, "tokens": (shape[1] // config["patch_size"]) ** 2}
+
+
+def _elastic_facts(config: dict[str, Any]) -> dict[str, Any]:
+    from ..search_space import BYTES, TEXT_TOKENS, elastic_cost, elastic_weights
+
+    def figures(parameters: int, cost: Any) -> dict[str, Any]:
+        sizes = {precision: int(parameters * size) for precision, size in BYTES.items()}
+        return {"parameters": parameters, "macs": cost.macs, "flops": cost.flops, "bytes": sizes}
+
+    subnets = {}
+    for subnet, width in sorted((config["subnets"] or {}).items(), key=lambda item: item[1]):
+        cost = elastic_cost(config, subnet)
+        subnets[subnet] = {"width": width, **figures(cost.parameters, cost)}
+    whole = figures(elastic_weights(config), elastic_cost(config))
+    return {**whole, "layers": config["num_layers"], "text_tokens": TEXT_TOKENS, "subnets": subnets}
+
+
+def _edgedit_facts(config: dict[str, Any]) -> dict[str, Any]:
     from ..genotype import Genotype
     from ..search_space import BYTES, model_cost
 
-    config = _folder_config(Path(name)) or _preset_config(name) or _hub_config(name)
-    try:
-        if config.get("layers") is None:
-            sizes = (config["num_layers"], config["hidden_size"], config["num_attention_heads"], config["mlp_ratio"])
-            config["layers"] = Genotype.original(*sizes).to_layers()
-        cost = model_cost(config)
-        genotype = Genotype.from_layers(config["layers"], config["hidden_size"])
-        shape = (config["in_channels"], config["sample_size"], config["sample_size"])
-    except (KeyError, TypeError) as error:
-        raise EdgeDiTError(f"The config of {name} is not an EdgeDiT's: {type(error).__name__} {error}.") from None
+    if config.get("layers") is None:
+        sizes = (config["num_layers"], config["hidden_size"], config["num_attention_heads"], config["mlp_ratio"])
+        config["layers"] = Genotype.original(*sizes).to_layers()
+    cost = model_cost(config)
+    genotype = Genotype.from_layers(config["layers"], config["hidden_size"])
     return {
-        "name": name,
         "parameters": cost.parameters,
         "weights": cost.weights,
         "macs": cost.macs,
@@ -84,19 +121,25 @@ def describe(name: str) -> dict[str, Any]:
         "teacher_layers": genotype.num_teacher_layers,
         "merged": [list(pair) for pair in genotype.merged],
         "genotype": genotype.hash,
-        "input": shape,
-        "tokens": (shape[1] // config["patch_size"]) ** 2,
     }
+
+
+def _presets() -> dict[str, tuple[type, dict[str, Any]]]:
+    """Model class and config values of every preset, by name."""
+    from ..models import transformer_edgedit, transformer_elastic_dit
+
+    edgedit = {name: (transformer_edgedit.EdgeDiTTransformer2DModel, values) for name, values in transformer_edgedit.PRESETS.items()}
+    elastic = {name: (transformer_elastic_dit.ElasticDiTTransformer2DModel, values) for name, values in transformer_elastic_dit.PRESETS.items()}
+    return edgedit | elastic
 
 
 def _preset_config(name: str) -> dict[str, Any] | None:
     """The full config of a preset, without building the network; `None` if there is none of this name."""
-    from ..models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
-
-    if name not in PRESETS:
+    if name not in _presets():
         return None
-    parameters = inspect.signature(EdgeDiTTransformer2DModel.__init__).parameters
-    return {key: value.default for key, value in parameters.items() if key != "self"} | PRESETS[name]
+    model, values = _presets()[name]
+    parameters = inspect.signature(model.__init__).parameters
+    return {key: value.default for key, value in parameters.items() if key != "self"} | values | {"_class_name": model.__name__}
 
 
 def _folder_config(folder: Path) -> dict[str, Any] | None:
@@ -116,8 +159,6 @@ def _hub_config(name: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    from ..models.transformer_edgedit import PRESETS
-
     if name.count("/") == 1:
         for filename in (f"transformer/{CONFIG}", CONFIG):
             try:
@@ -126,8 +167,8 @@ def _hub_config(name: str) -> dict[str, Any]:
                 continue
             except (HFValidationError, HfHubHTTPError, OSError):
                 break
-    near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
-    hint = f"near it: {', '.join(near)}" if near else f"presets: {', '.join(PRESETS)}"
+    near = difflib.get_close_matches(name, _presets(), n=3, cutoff=0.4)
+    hint = f"near it: {', '.join(near)}" if near else f"presets: {', '.join(_presets())}"
     if Path(name).is_file():
         hint = f"if it is a DiT, SiT or MDT checkpoint, convert it first: edgedit convert {name} OUT"
     raise EdgeDiTError(f"{name!r} is neither a folder, nor a preset, nor a model in reach on the Hub; {hint}.")
@@ -139,5 +180,5 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path, "save_pretrained")
     kind = config.get("_class_name") if isinstance(config, Mapping) else type(config).__name__
     if kind not in CLASSES:
-        raise EdgeDiTError(f"{path} describes a {kind}; edgedit info counts {' and '.join(CLASSES)}.")
+        raise EdgeDiTError(f"{path} describes a {kind}; edgedit info counts {', '.join(CLASSES)}.")
     return dict(config)
