@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel, rotate, rotation_table
+from edgedit_hf.models.transformer_elastic_dit import PRESETS, ElasticDiTTransformer2DModel, rotate, rotation_table
 
 DEBUG = "elastic-dit-debug"
 
@@ -54,6 +54,13 @@ def test_the_published_sizes_and_the_cost_of_being_elastic():
     total = sum(p.numel() for p in net.parameters())
     assert 1 < total / counts["full"] <= 1.02 and round(total / 1e9, 1) == 1.6
     assert [len(net.down_blocks), len(net.middle_blocks), len(net.up_blocks)] == [6, 8, 10]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_sound(name):
+    with torch.device("meta"):
+        net = ElasticDiTTransformer2DModel.from_preset(name)
+    assert net.subnet_names == ["tiny", "small", "full"] == [*net.subnet_names[:-1], net.active_subnet]
 
 
 # -------------------------------------------------------------------- sub-networks

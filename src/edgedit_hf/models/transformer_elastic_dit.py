@@ -41,14 +41,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     # 8 × 8 pixels, one channel: the embedded digits.
     "elastic-dit-digits": {
         "sample_size": 8,
-        "patch_size": 1,
+        "patch_size": 2,
         "in_channels": 1,
-        "num_attention_heads": 16,
-        "attention_head_dim": 8,
-        "num_layers": [2, 4, 2],
+        "num_attention_heads": 8,
+        "attention_head_dim": 16,
+        "num_layers": [2, 2, 2],
         "text_dims": [64, 64],
         "text_width": 64,
-        "num_text_key_value_heads": 2,
+        "num_text_key_value_heads": 1,
+        "attention_blocks": 4,
     },
     "elastic-dit-debug": {
         "sample_size": 8,
