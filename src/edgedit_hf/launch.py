@@ -183,6 +183,7 @@ def load_text_encoder(path: str | Path) -> tuple[Any, Any]:
     The tokenizer is looked for beside the weights, or, of a local `…/text_encoder`, in `…/tokenizer` next to it, as pipelines have it.
     """
     import transformers
+    from transformers.utils import cached_file
 
     source = str(path)
     folder = Path(source)
@@ -205,6 +206,10 @@ def load_text_encoder(path: str | Path) -> tuple[Any, Any]:
             f"The weights of the text encoder {source} lack {len(info['missing_keys'])} that its config asks for, such as "
             f"{sorted(info['missing_keys'])[0]!r}; give an encoder whose config and weights belong together."
         )
+    # Without these transformers would make a tokenizer that knows no words.
+    files = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+    if not any(cached_file(tokenizer_source, name, _raise_exceptions_for_missing_entries=False) for name in files):
+        raise EdgeDiTError(f"The text encoder {source} has no tokenizer beside it (none of {', '.join(files)}); put the one there that it was trained with.")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_source)
     except Exception as error:
