@@ -4,6 +4,7 @@
 
 Each step runs the full net and one sampled sub-network (or two: elastic.sampling sandwich) on the same batch, noise and timesteps: flow loss
 on each, plus the sub-network's distance to the full net's velocity; their gradients are balanced where they share weights (elastic/losses.py).
+With --teacher PATH_OR_ID (knowledge.teacher) the full net also learns from a large flow pipeline on the same latents (distill/knowledge.py).
 Writes <output_dir>/elastic, a pipeline folder with the averaged (EMA) supernet and the text encoders of stage text; the validation loss of
 every width is in its stage.json. Interrupted or killed, run it again: it continues from the last checkpoint to the same final weights.
 
@@ -19,7 +20,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
 
 from edgedit_hf.captions import CaptionedDataset, TextTable, caption_loader
-from edgedit_hf.diffusion import Diffusion, draws
+from edgedit_hf.diffusion import TRAIN_TIMESTEPS, Diffusion, draws
+from edgedit_hf.elastic.knowledge import Knowledge, load_knowledge
 from edgedit_hf.elastic.losses import balance_scale, combine_gradients, distillation_loss, take_gradients, validation_losses
 from edgedit_hf.elastic.sampling import drop_texts, step_subnets, text_uniforms
 from edgedit_hf.elastic.setup import load_text_table, new_elastic, new_elastic_pipeline
@@ -39,6 +41,12 @@ class MicroBatch(NamedTuple):
     noisy: torch.Tensor
     text: list[torch.Tensor | None]  # (B, T_i, D_i) an encoder
     masks: list[torch.Tensor | None]  # (B, T_i)
+    rows: torch.Tensor  # (B,) of the data set
+
+    @property
+    def without_text(self) -> torch.Tensor:
+        """(B,) bool: rows whose every text was dropped."""
+        return ~torch.stack([mask.any(1) for mask in self.masks if mask is not None]).any(0)
 
 
 def micro_batches(batch: dict, texts: TextTable, rows: list[int], step: int, seed: int, options: ElasticConfig, device) -> list[MicroBatch]:
@@ -53,7 +61,7 @@ def micro_batches(batch: dict, texts: TextTable, rows: list[int], step: int, see
     def pieces(tensor: torch.Tensor | None) -> list[torch.Tensor | None]:
         return [None] * count if tensor is None else list(tensor.to(device).chunk(count))
 
-    by_tensor = [*map(pieces, tensors), *([list(part) for part in zip(*map(pieces, parts))] for parts in (text, masks))]
+    by_tensor = [*map(pieces, tensors), *([list(part) for part in zip(*map(pieces, parts))] for parts in (text, masks)), pieces(batch["rows"])]
     return [MicroBatch(*values) for values in zip(*by_tensor)]
 
 
@@ -66,10 +74,12 @@ def train_supernet(
     accelerator: Accelerator,
     validate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
     num_workers: int = 0,
+    knowledge: Knowledge | None = None,
 ) -> tuple[ElasticDiTTransformer2DModel, dict[str, float]]:
     """The training loop; returns the model with its averaged weights, and the validation losses of its widths.
 
     A stand-alone net (no sub-networks) trains as one network does: that is the reference that a supernet is compared with.
+    With `knowledge` the full net learns from a teacher too.
     """
     share = accelerator.num_processes * options.gradient_accumulation
     if options.batch_size % share:
@@ -79,7 +89,8 @@ def train_supernet(
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+    projection = [] if knowledge is None else list(knowledge.projector.parameters())
+    optimizer = torch.optim.AdamW([*model.parameters(), *projection], lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
     accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # norms and modulation of the other widths
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(model.parameters(), decay=options.ema_decay, foreach=True)
@@ -88,6 +99,8 @@ def train_supernet(
     tracked = {"model": model, "optimizer": optimizer, "ema": ema}
     if accelerator.scaler is not None:
         tracked["scaler"] = accelerator.scaler
+    if knowledge is not None:
+        tracked["projector"] = knowledge.projector
     start = run.track(**tracked)
     ema.to(accelerator.device)
     batches = caption_loader(
@@ -113,11 +126,17 @@ def train_supernet(
                 # Gradients of all but the last micro-batch stay on their rank.
                 with nullcontext() if index == len(pieces) - 1 else accelerator.no_sync(wrapped):
                     with accelerator.autocast():
-                        velocity = wrapped(piece.noisy, piece.t, piece.text, piece.masks).sample
-                    loss = diffusion.loss(velocity, piece.x0, piece.noise, piece.t).mean()
-                    total = loss
+                        output = wrapped(piece.noisy, piece.t, piece.text, piece.masks, return_features=name == full and knowledge is not None)
+                    velocity = output.sample
+                    flow = diffusion.loss(velocity, piece.x0, piece.noise, piece.t)
+                    loss = total = flow.mean()
                     if name == full:
                         targets.append(velocity.detach())
+                        if knowledge is not None:
+                            sigma = piece.t / TRAIN_TIMESTEPS
+                            taught, distances = knowledge.loss(flow, velocity, output.features, piece.noisy, sigma, piece.rows, piece.without_text)
+                            total = taught.mean()
+                            run.log(**distances)
                     else:
                         distance = distillation_loss(velocity, targets[index]).mean()
                         total = total + options.distillation * distance
@@ -130,6 +149,8 @@ def train_supernet(
         for parameter, gradient in zip(model.parameters(), combine_gradients(of_full, of_subs, scales)):
             parameter.grad = gradient
         run.log(**{f"balance_{name}": scale for name, scale in zip(sampled, scales)})
+        for parameter in projection:  # outside of the wrapped network, whose gradients are means over the ranks already
+            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
         if options.max_grad_norm:
             accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
         optimizer.step()
@@ -158,13 +179,17 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     texts = load_text_table(config, accelerator, encoders, dataset.captions)
     torch.manual_seed(config.seed)
     model = new_elastic(config, dataset.shapes, texts.dims)
+    knowledge = load_knowledge(config, accelerator, model, dataset.captions, vae)
+    inputs = {"data": dataset.fingerprint, "text": texts.fingerprint}
+    if knowledge is not None:
+        inputs["teacher"] = knowledge.teacher.fingerprint
     state = RunState(
         config.folder("elastic"),
         "elastic",
-        config.section("data", "elastic"),
+        config.section("data", "elastic", "knowledge"),
         options.steps,
         seed=config.seed,
-        inputs={"data": dataset.fingerprint, "text": texts.fingerprint},
+        inputs=inputs,
         accelerator=accelerator,
         checkpoint_every=options.checkpoint_every,
         log_every=options.log_every,
@@ -179,7 +204,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         def validate(network: torch.nn.Module) -> dict[str, float]:
             return validation_losses(network, model, held_out, held_out_texts, options.validation_samples, options.batch_size, config.seed, accelerator)
 
-    model, losses = train_supernet(model, dataset, texts, options, state, accelerator, validate, config.data.num_workers)
+    model, losses = train_supernet(model, dataset, texts, options, state, accelerator, validate, config.data.num_workers, knowledge)
     if accelerator.is_main_process:
         with state.publish() as folder:
             new_elastic_pipeline(config, model.cpu(), vae).save_pretrained(folder)
@@ -188,4 +213,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__)
+    recipe_main(run, __doc__, {"--teacher": "knowledge.teacher"})

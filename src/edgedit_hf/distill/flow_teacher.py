@@ -144,6 +144,11 @@ class FlowTeacher:
         return hash_json([type(self.pipeline).__name__, str(self.dtype), [weights_hash(part.state_dict()) for part in parts]])
 
     @property
+    def config(self) -> Any:
+        """The pipeline's."""
+        return self.pipeline.config
+
+    @property
     def latent_channels(self) -> int:
         """C."""
         return self.transformer.config.in_channels
