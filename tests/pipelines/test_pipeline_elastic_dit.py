@@ -46,6 +46,11 @@ def make_encoder(kind: str, width: int):
     decoder = {**size, **layers, "head_dim": width // 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}
     if kind == "gemma3":
         return transformers.Gemma3TextModel(transformers.Gemma3TextConfig(**decoder)).eval(), make_tokenizer("<s>", None)
+    if kind == "qwen3":
+        return transformers.Qwen3Model(transformers.Qwen3Config(**decoder)).eval(), make_tokenizer("<s>", None)
+    if kind == "t5gemma":
+        config = transformers.T5GemmaConfig(encoder=dict(decoder), decoder=dict(decoder), is_encoder_decoder=False)
+        return transformers.T5GemmaEncoderModel(config).eval(), make_tokenizer("<s>", None)
     if kind == "gemma2-lm":
         return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**decoder)).eval(), make_tokenizer("<s>", None)
     return transformers.Gemma2Model(transformers.Gemma2Config(**decoder)).eval(), make_tokenizer("<s>", None)
@@ -110,7 +115,7 @@ def test_a_prompt_longer_than_clips_window_is_read_in_windows(shared):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["t5", "gemma2", "gemma3", "gemma2-lm"])
+@pytest.mark.parametrize("kind", ["t5", "gemma2", "gemma3", "gemma2-lm", "t5gemma", "qwen3"])
 def test_other_encoders_read_a_prompt_as_transformers_does(kind, caplog):
     pipeline = make_pipeline(None, kind)
     prompts = ["a photo of a thin slanted three", "two"]
@@ -300,6 +305,20 @@ def test_dynamic_shifting_follows_the_number_of_tokens(shared):
         sigmas.append(pipeline.scheduler.sigmas[1].item())
     assert sigmas == sorted(set(sigmas))
     assert sigmas[1] == pytest.approx(np.exp(0.5) / (np.exp(0.5) + 1 / 0.66734 - 1), abs=1e-3)  # 256 tokens: base_shift
+
+
+def test_offloading_changes_nothing(shared):
+    from accelerate import cpu_offload
+
+    expected = sample(shared, "a thick two", subnet="small")
+    pipeline = make_pipeline()
+    for component in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
+        cpu_offload(component, "cpu")  # weights are on the meta device but while a layer runs
+    assert next(pipeline.transformer.parameters()).is_meta
+    assert torch.equal(sample(pipeline, "a thick two", subnet="small"), expected)
+    pipeline = make_pipeline()
+    pipeline.enable_group_offload(onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    assert torch.equal(sample(pipeline, "a thick two", subnet="small"), expected)
 
 
 # -------------------------------------------------------------------- callbacks
@@ -579,6 +598,8 @@ def test_bundled_code_loads_with_trust_and_saves_again(shared, saved, tmp_path):
             loaded.save_pretrained(second)  # its code came from a folder, so the code goes along
     with pytest.raises(ValueError, match="save first"):
         loaded.save_pretrained(tmp_path / "third", push_to_hub=True)
+    with pytest.raises(ValueError, match="PointNet may not be self-contained"):
+        make_pipeline(None, None, PointNet.from_preset("elastic-dit-debug")).save_pretrained(tmp_path / "fourth", bundle_code=True)
 
 
 # -------------------------------------------------------------------- LoRA
@@ -605,6 +626,7 @@ def test_lora_changes_the_full_net_and_saves_and_loads(tmp_path):
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     torch.testing.assert_close(sample(pipeline, "one"), changed, rtol=1e-3, atol=1e-3)
+    assert sample(pipeline, "one", subnet="tiny").isfinite().all()  # without adapters every width runs again
 
 
 def test_lora_on_an_extracted_subnet():

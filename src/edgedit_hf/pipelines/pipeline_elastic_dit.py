@@ -519,16 +519,19 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 loadable, else `False`.
 
         Raises:
-            ValueError: `push_to_hub=True` is given too: the upload would precede the code; use the method `push_to_hub`.
+            ValueError: the code cannot be bundled: the transformer is another class, or `push_to_hub=True` is given too (the upload would
+                precede the code; use the method `push_to_hub`).
         """
         if bundle_code is None:
             bundle_code = type(self).__module__.startswith("diffusers_modules.")
+        model_class = type(getattr(self.transformer, "_orig_mod", self.transformer))  # torch.compile wraps the model
+        if bundle_code and model_class.__name__ != "ElasticDiTTransformer2DModel":
+            raise ValueError(f"The code of {model_class.__name__} may not be self-contained, so it cannot be bundled; save without bundle_code.")
         if bundle_code and kwargs.get("push_to_hub"):
             raise ValueError("With bundle_code, save first and then upload: pipeline.push_to_hub(repo_id).")
         super().save_pretrained(save_directory, *args, **kwargs)
         if not bundle_code:
             return
-        model_class = type(getattr(self.transformer, "_orig_mod", self.transformer))  # torch.compile wraps the model
         folder, own, source = Path(save_directory), Path(__file__), Path(inspect.getfile(model_class))
         shutil.copyfile(own, folder / own.name)
         shutil.copyfile(source, folder / "transformer" / source.name)
