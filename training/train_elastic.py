@@ -89,8 +89,9 @@ def train_supernet(
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.train().requires_grad_(True)
-    projection = [] if knowledge is None else list(knowledge.projector.parameters())
-    optimizer = torch.optim.AdamW([*model.parameters(), *projection], lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+    projection = [] if knowledge is None else knowledge.parameters()
+    groups = [{"params": list(part)} for part in (model.parameters(), projection) if part]  # one of its own: it is not sharded
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
     accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # norms and modulation of the other widths
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(model.parameters(), decay=options.ema_decay, foreach=True)

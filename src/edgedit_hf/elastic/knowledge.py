@@ -34,6 +34,10 @@ class Knowledge:
         self.teacher, self.texts, self.projector, self.patch_size = teacher, texts, projector, patch_size
         self.output_weight, self.feature_weight = output_weight, feature_weight
 
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What is trained beside the student: the projector's weights, where features count."""
+        return list(self.projector.parameters()) if self.feature_weight else []
+
     def loss(
         self,
         task: torch.Tensor,
