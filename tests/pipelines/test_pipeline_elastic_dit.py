@@ -381,6 +381,7 @@ def test_a_callback_may_end_guidance(shared):
         ({"prompt": "one", "width": 0}, ["width is 0"]),
         ({"prompt": "one", "num_images_per_prompt": 0}, ["num_images_per_prompt is 0"]),
         ({"prompt": "one", "num_inference_steps": 0}, ["num_inference_steps is 0"]),
+        ({"prompt": "one", "max_sequence_length": 0}, ["max_sequence_length is 0"]),
         ({"prompt": "one", "output_type": "jpg"}, ["'jpg'", "'pil'"]),
         ({"prompt": ["one", "two"], "latents": torch.zeros(1, 1, 8, 8)}, ["(1, 1, 8, 8)", "(2, 1, 8, 8)"]),
         ({"prompt": ["one", "two"], "generator": [torch.Generator()]}, ["1 generators", "2 images"]),

@@ -89,7 +89,8 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *, subnet: str | None = None, **kwargs):
-        """As in diffusers, and with `subnet` the transformer is that sub-network alone: only its slice of the weights is read.
+        """As in diffusers, and with `subnet` the transformer is that sub-network alone: only its slice of the weights is read. (The base
+        class's `DiffusionPipeline.from_pretrained` knows no `subnet`: it warns, and loads the whole net.)
 
         Raises:
             ValueError: there is no such sub-network, or `transformer` is given too.
@@ -230,6 +231,8 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             raise ValueError("This pipeline has no text encoder, so it cannot read a prompt; give prompt_embeds.")
         device = self._execution_device if device is None else device
         limit = self.config.max_sequence_length if max_sequence_length is None else max_sequence_length
+        if limit < 1:
+            raise ValueError(f"max_sequence_length is {limit}; it must be at least 1.")
         embeds, masks = [], []
         for name, encoder, tokenizer in self._encoders():
             states = mask = None
