@@ -90,10 +90,11 @@ def train_supernet(
         model.enable_gradient_checkpointing()
     model.train().requires_grad_(True)
     projection = [] if knowledge is None else knowledge.parameters()
-    groups = [{"params": list(part)} for part in (model.parameters(), projection) if part]  # one of its own: it is not sharded
-    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
     accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # norms and modulation of the other widths
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if projection:  # no part of the network that is wrapped, nor sharded with it
+        optimizer.add_param_group({"params": projection})
     ema = EMAModel(model.parameters(), decay=options.ema_decay, foreach=True)
     ema.to(accelerator.device)
 
