@@ -14,6 +14,7 @@ from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import Diffusion
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.launch import (
+    TEXT_TO_IMAGE_VAES,
     check_fits_data,
     learning_rate_at,
     load_pipeline,
@@ -301,6 +302,16 @@ def test_an_autoencoder_that_cannot_be_used_is_one_clear_error(make_transformer,
 
 
 # -------------------------------------------------------------------- learning rates
+
+
+def test_vaes_of_text_to_image(tmp_path):
+    from flow_pipelines import qwen_image, sana
+
+    for kind, vae in (("AutoencoderDC", sana().vae), ("AutoencoderKLQwenImage", qwen_image().vae)):
+        vae.save_pretrained(tmp_path / kind)
+        assert type(load_vae(str(tmp_path / kind), kinds=TEXT_TO_IMAGE_VAES)).__name__ == kind
+        with pytest.raises(EdgeDiTError, match=f"is a {kind}; it must be one of AutoencoderKL, AutoencoderTiny"):
+            load_vae(str(tmp_path / kind))
 
 
 def test_the_learning_rate_warms_up_and_decays_to_its_final_share():

@@ -105,16 +105,20 @@ def load_run_images(config: RunConfig, split: str = "train") -> ImageDataset:
     )
 
 
-def load_vae(path: str, use_safetensors: bool | None = True) -> torch.nn.Module:
-    """An AutoencoderKL or AutoencoderTiny from a folder or Hub id (`use_safetensors`: as in diffusers)."""
-    from diffusers import AutoencoderKL, AutoencoderTiny
+VAES = ("AutoencoderKL", "AutoencoderTiny")
+TEXT_TO_IMAGE_VAES = (*VAES, "AutoencoderDC", "AutoencoderKLQwenImage")
+"""Autoencoders that EdgeDiT, and that the elastic family works with."""
 
-    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+
+def load_vae(path: str, use_safetensors: bool | None = True, kinds: Sequence[str] = VAES) -> torch.nn.Module:
+    """An autoencoder of diffusers, of one of these classes, from a folder or Hub id (`use_safetensors`: as in diffusers)."""
+    import diffusers
+
     try:
-        name = AutoencoderKL.load_config(path).get("_class_name")
-        if name not in classes:
-            raise EdgeDiTError(f"The VAE {path!r} is a {name}; it must be one of {', '.join(classes)}.")
-        vae, info = classes[name].from_pretrained(path, use_safetensors=use_safetensors, output_loading_info=True)
+        name = diffusers.AutoencoderKL.load_config(path).get("_class_name")
+        if name not in kinds:
+            raise EdgeDiTError(f"The VAE {path!r} is a {name}; it must be one of {', '.join(kinds)}.")
+        vae, info = getattr(diffusers, name).from_pretrained(path, use_safetensors=use_safetensors, output_loading_info=True)
     except (OSError, ValueError) as error:
         if isinstance(error, EdgeDiTError):
             raise
@@ -162,7 +166,7 @@ def load_captioned_set(config: RunConfig, accelerator: Any, split: str = "train"
     images = load_run_captions(config, split)
     if config.data.vae is None:
         return images, None
-    vae = load_vae(config.data.vae)
+    vae = load_vae(config.data.vae, kinds=TEXT_TO_IMAGE_VAES)
     folder = config.folder("captioned-latents", split)
     if accelerator.is_main_process:
         cache_captioned_latents(images, vae.to(accelerator.device), folder)
