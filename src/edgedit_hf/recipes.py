@@ -38,7 +38,7 @@ class DataConfig:
     label_column: str | None = _key(None, "column that holds the classes; null takes 'label' or the only class column")
     caption_column: str | None = _key(None, "text-to-image: column that holds the captions; null takes 'text', 'caption', 'prompt' or 'description'")
     validation_fraction: float = _key(0.2, "share held out where the data set has no split of its own", minimum=0.0)
-    vae: str | None = _key(None, "AutoencoderKL or AutoencoderTiny (folder or Hub id): work in its latents, cached once; null works in pixels")
+    vae: str | None = _key(None, "AutoencoderKL or -Tiny, text-to-image also -DC or -KLQwenImage (folder or Hub id): work in its cached latents; null: pixels")
     num_workers: int = _key(0, "worker processes of the data loader", minimum=0)
 
 
