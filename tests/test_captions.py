@@ -295,12 +295,6 @@ def test_empty_buckets_are_left_out(pictures):
     assert dataset.shapes == [(3, 32, 32), (3, 16, 48), (3, 48, 16)]
 
 
-def test_sides_that_a_model_cannot_take(bucketed):
-    bucketed.check_sides(16, "the model")
-    with pytest.raises(EdgeDiTError, match="size 16x48 .* the model needs multiples of 32"):
-        bucketed.check_sides(32, "the model")
-
-
 # ------------------------------------------------------------------ batches
 
 
@@ -417,6 +411,15 @@ def test_text_table_gives_each_row_its_caption(small_shards, monkeypatch, tmp_pa
         torch.testing.assert_close(embeds[1][row][masks[1][row]], states[0])
     assert embeds[1][1, 2:].abs().max() == 0
     assert TextTable(tmp_path / "texts", CAPTIONS).fingerprint == table.fingerprint
+
+
+def test_text_table_of_an_encoder_without_masks(tmp_path):
+    texts = Texts()
+    encode = texts.encode_prompt
+    texts.encode_prompt = lambda prompts, **options: (encode(prompts, **options)[0], [None, None])
+    table = text_table(texts, ["a cat", "black dog"], tmp_path / "texts")
+    _, masks = table.batch([0, 1])
+    assert table.lengths == [0, 2] and masks[1].all()
 
 
 def test_text_table_continues_where_it_was_killed(small_shards, tmp_path):

@@ -251,15 +251,6 @@ class CaptionedDataset(Dataset):
             raise EdgeDiTError(f"A batch needs images of one size, but these are of {[self.shapes[b] for b in buckets]}; ask for one bucket's.")
         return {"images": self.parts[buckets[0]].batch(self._place[rows].numpy())["images"], "rows": rows}
 
-    def check_sides(self, multiple: int, needed_by: str) -> None:
-        """Raise unless every height and width is a multiple; `needed_by` says of what."""
-        for _, height, width in self.shapes:
-            if height % multiple or width % multiple:
-                raise EdgeDiTError(
-                    f"The data has size {height}x{width} (height x width), but {needed_by} needs multiples of {multiple}; "
-                    "set data.resolution or data.buckets to such sizes."
-                )
-
 
 def parse_buckets(sizes: Sequence[str]) -> list[tuple[int, int]]:
     """`["160x96"]` to `[(160, 96)]`: height, width."""
@@ -277,7 +268,7 @@ def parse_buckets(sizes: Sequence[str]) -> list[tuple[int, int]]:
 def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> int:
     """The bucket whose aspect ratio is nearest to the image's, by |log ratio|.
 
-    Of several with that aspect ratio it is the largest that the image fills without being enlarged, or else the smallest.
+    Of several that are as near it is the largest that the image fills without being enlarged, or else the smallest.
     """
     distance = [abs(math.log(width * h / (height * w))) for h, w in buckets]
     near = [b for b in range(len(buckets)) if distance[b] <= min(distance) + 1e-9]
@@ -547,6 +538,7 @@ def text_table(
 
     def encode(texts: list[str]) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
         embeds, masks = pipeline.encode_prompt(texts, **options)
+        masks = [tokens.new_ones(tokens.shape[:2]) if mask is None and tokens is not None else mask for tokens, mask in zip(embeds, masks)]
         return [None if tokens is None else (tokens.cpu(), mask.bool().cpu()) for tokens, mask in zip(embeds, masks)]
 
     if (folder / "index.json").exists():
