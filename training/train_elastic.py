@@ -181,7 +181,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     texts = load_text_table(config, accelerator, encoders, dataset.captions)
     torch.manual_seed(config.seed)
     model = new_elastic(config, dataset.shapes, texts.dims)
-    knowledge = load_knowledge(config, accelerator, model, dataset.captions, vae)
+    knowledge = load_knowledge(config, accelerator, model, dataset, vae)
     inputs = {"data": dataset.fingerprint, "text": texts.fingerprint}
     if knowledge is not None:
         inputs["teacher"] = knowledge.teacher.fingerprint

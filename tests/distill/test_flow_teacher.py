@@ -119,6 +119,28 @@ def test_flux_takes_guidance_as_an_embedding(folders):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline"])
+def test_four_bit_weights_change_little(name):
+    """NF4 layers of bitsandbytes, put in by hand: diffusers does so on a GPU alone, the arithmetic also runs here."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    teacher = FAMILIES[name](MAKERS[name](), torch.device("cpu"), torch.float32)
+    x, sigma, conditioning = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), teacher.encode_prompt(PROMPTS)
+    exact = teacher.velocity(x, sigma, conditioning)
+    for parent in list(teacher.transformer.transformer_blocks.modules()):
+        for key, layer in list(parent.named_children()):
+            if isinstance(layer, torch.nn.Linear):
+                small = bnb.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=torch.float32, quant_type="nf4")
+                small.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+                small.bias = layer.bias
+                setattr(parent, key, small.to("cpu"))
+    quantised = teacher.velocity(x, sigma, conditioning)
+    error = (quantised - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.3, error
+    assert teacher.features.shape[-1] == teacher.feature_dim
+
+
 def test_packing_is_the_pipelines():
     from diffusers import FluxPipeline
 

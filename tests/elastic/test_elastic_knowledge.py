@@ -1,5 +1,7 @@
 """A teacher beside a student: loaded from a folder, its captions cached, and the student drawn to it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,7 +13,10 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.recipes import RunConfig
 
-CAPTIONS = ["one", "a thin two", "one", "three"]
+
+def captioned(*shapes):
+    """What of a data set is needed here: the captions and sizes of its rows."""
+    return SimpleNamespace(captions=["one", "a thin two", "one", "three"], shapes=list(shapes) or [(1, 8, 8)])
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def test_the_full_net_comes_nearer_to_its_teacher(config, tmp_path, make):
     pixels = teacher.vae is None
     teacher.save_pretrained(tmp_path / "teacher")
     model = student(in_channels=1 if pixels else 4)
-    knowledge = load_knowledge(config, Accelerator(cpu=True), model, CAPTIONS, None if pixels else autoencoder())
+    knowledge = load_knowledge(config, Accelerator(cpu=True), model, captioned((model.config.in_channels, 8, 8)), None if pixels else autoencoder())
     diffusion, generator = Diffusion("flow_prediction"), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam([*model.parameters(), *knowledge.projector.parameters()], lr=3e-3)
     x0, noise = (torch.randn(4, model.config.in_channels, 8, 8, generator=generator) for _ in range(2))
@@ -52,25 +57,32 @@ def test_the_full_net_comes_nearer_to_its_teacher(config, tmp_path, make):
 
 def test_captions_are_read_once_and_the_encoders_let_go(config, tmp_path):
     randomise(elastic(vae=False)).save_pretrained(tmp_path / "teacher")
-    first = load_knowledge(config, Accelerator(cpu=True), student(), CAPTIONS, None)
+    first = load_knowledge(config, Accelerator(cpu=True), student(), captioned(), None)
     assert first.teacher.pipeline.text_encoder is None
     shards = sorted((tmp_path / "run").rglob("text.safetensors"))
     stamps = [shard.stat().st_mtime_ns for shard in shards]
-    again = load_knowledge(config, Accelerator(cpu=True), student(), CAPTIONS, None)
+    again = load_knowledge(config, Accelerator(cpu=True), student(), captioned(), None)
     assert [shard.stat().st_mtime_ns for shard in shards] == stamps and len(stamps) == 1
     assert all(torch.equal(a, b) for a, b in zip(first.projector.parameters(), again.projector.parameters()))
     for ours, theirs in zip(first.texts.batch([0, 1]), again.texts.batch([0, 1])):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
     # Another teacher's text gets a folder of its own.
     elastic(vae=False, seed=1).save_pretrained(tmp_path / "teacher")
-    load_knowledge(config, Accelerator(cpu=True), student(), CAPTIONS, None)
+    load_knowledge(config, Accelerator(cpu=True), student(), captioned(), None)
     assert len(sorted((tmp_path / "run").rglob("text.safetensors"))) == 2
 
 
 def test_a_teacher_on_other_latents_is_refused(config, tmp_path):
     elastic(vae=True).save_pretrained(tmp_path / "teacher")
     with pytest.raises(EdgeDiTError, match="another latent space: channels is 4 there and 1 for the student"):
-        load_knowledge(config, Accelerator(cpu=True), student(), CAPTIONS, None)
+        load_knowledge(config, Accelerator(cpu=True), student(), captioned(), None)
+
+
+def test_sizes_that_the_teacher_does_not_take_are_refused(config, tmp_path):
+    elastic(vae=False).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(EdgeDiTError, match=r"does not take latents of shape \(1, 8, 7\): .*data.buckets") as error:
+        load_knowledge(config, Accelerator(cpu=True), student(), captioned((1, 8, 8), (1, 8, 7)), None)
+    assert "\n" not in str(error.value)
 
 
 def test_without_a_teacher_there_is_nothing_to_load(config):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,6 +170,18 @@ class FlowTeacher:
                     f"{remedy} or give another teacher."
                 )
 
+    def check_shapes(self, shapes: Iterable[Sequence[int]]) -> None:
+        """Raise unless the teacher takes latents of these shapes `(C, H, W)`: it is tried, on one each."""
+        half = torch.full((1,), 0.5)
+        for shape in shapes:
+            try:
+                self.velocity(torch.zeros(1, *shape), half, self._null)
+            except (ValueError, RuntimeError) as error:
+                raise EdgeDiTError(
+                    f"The teacher {self.name} does not take latents of shape {tuple(shape)}: {' '.join(str(error).split())}; "
+                    "change data.resolution or data.buckets, or give another teacher."
+                ) from error
+
     # ---------------------------------------------------------------- text
 
     @torch.no_grad()
@@ -219,7 +232,7 @@ class FlowTeacher:
             unconditional: `(B,)` bool: rows that see the empty caption instead, unguided (the student's dropped text).
         """
         if not self._placed:
-            self.transformer.to(self.device)  # a quantised one is there already
+            self.transformer.to(self.device)
             self._placed = True
         x, sigma = x_t.to(self.device, self.dtype), sigma.to(self.device, torch.float32)
         condition = self._condition(conditioning, unconditional, len(x))
@@ -353,7 +366,7 @@ class AuraFlowTeacher(FlowTeacher):
         return _all_there(self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=self.device, **options)[0])
 
     def _predict(self, x, sigma, condition, guidance):
-        return self.transformer(x, encoder_hidden_states=condition.embeds[0], timestep=sigma.to(x.dtype), return_dict=False)[0]
+        return self.transformer(x, encoder_hidden_states=condition.embeds[0], timestep=sigma, return_dict=False)[0]
 
 
 class Lumina2Teacher(FlowTeacher):

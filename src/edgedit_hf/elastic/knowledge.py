@@ -6,12 +6,11 @@ it is distilled from in the same step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..captions import TextTable, text_table
+from ..captions import CaptionedDataset, TextTable, text_table
 from ..distill.flow_teacher import FlowTeacher
 from ..distill.knowledge import FeatureProjector, feature_distance, grid_of, knowledge_loss
 from ..distill.output_loss import output_loss
@@ -66,17 +65,17 @@ class Knowledge:
         return knowledge_loss(task, sigma, output, feature, self.output_weight, self.feature_weight), distances
 
 
-def load_knowledge(config: RunConfig, accelerator: Any, model: ElasticDiTTransformer2DModel, captions: Sequence[str], vae: Any) -> Knowledge | None:
+def load_knowledge(config: RunConfig, accelerator: Any, model: ElasticDiTTransformer2DModel, dataset: CaptionedDataset, vae: Any) -> Knowledge | None:
     """The teacher that `knowledge.teacher` names, with what its text encoders made of the captions; `None` if there is none.
 
     Every process holds the teacher, in bfloat16 on a GPU and in float32 on the CPU. The main process encodes the captions into
     <output_dir>/knowledge; the text encoders are freed then.
 
     Args:
-        captions: of the training set's rows. vae: that the student's latents are of, `None` on pixels.
+        dataset: the training set. vae: that the student's latents are of, `None` on pixels.
 
     Raises:
-        EdgeDiTError: the teacher cannot be used (see [`FlowTeacher.load`]), or its latent space is another one.
+        EdgeDiTError: the teacher cannot be used (see [`FlowTeacher.load`]), or its latent space is another one or does not hold the data's sizes.
     """
     options = config.knowledge
     if options.teacher is None:
@@ -86,11 +85,12 @@ def load_knowledge(config: RunConfig, accelerator: Any, model: ElasticDiTTransfo
     teacher.check_latents(vae, model.config.in_channels)
     folder = config.folder("knowledge", f"text-{teacher.text_fingerprint}")
     if accelerator.is_main_process:
-        text_table(teacher, captions, folder)
+        text_table(teacher, dataset.captions, folder)
     accelerator.wait_for_everyone()
     teacher.free_text_encoders()
+    teacher.check_shapes(dataset.shapes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         projector = FeatureProjector(model.hidden_size, teacher.feature_dim).to(accelerator.device)
-    texts = TextTable(folder, captions)
+    texts = TextTable(folder, dataset.captions)
     return Knowledge(teacher, texts, projector, model.config.patch_size, options.output_weight, options.feature_weight)
