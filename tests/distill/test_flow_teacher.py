@@ -119,6 +119,20 @@ def test_flux_takes_guidance_as_an_embedding(folders):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_bfloat16_as_on_a_gpu(name, tmp_path):
+    torch.manual_seed(0)
+    MAKERS[name]().save_pretrained(tmp_path)
+    x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8])
+    exact, half = (FlowTeacher.load(tmp_path, dtype=dtype, guidance_scale=1.5) for dtype in (torch.float32, torch.bfloat16))
+    assert half.transformer.dtype == torch.bfloat16
+    wanted = exact.velocity(x, sigma, exact.encode_prompt(PROMPTS))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as in a step of mixed precision: the teacher keeps its own
+        velocity = half.velocity(x, sigma, half.encode_prompt(PROMPTS))
+    assert velocity.dtype == torch.float32 and half.features.dtype == torch.bfloat16
+    assert (velocity - wanted).norm() <= 0.05 * wanted.norm()
+
+
 @pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline"])
 def test_four_bit_weights_change_little(name):
     """NF4 layers of bitsandbytes, put in by hand: diffusers does so on a GPU alone, the arithmetic also runs here."""
