@@ -32,6 +32,7 @@ ORDER = [
     "search",
     "hub",
     "report",
+    "elastic_report",
     "registration",
     "commands",
     "optimum_register",

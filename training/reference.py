@@ -14,8 +14,8 @@ REAL_IMAGES = 50_000  # more add nothing to the distance's precision at the samp
 CHUNK = 1000
 
 
-def load_reference(config: RunConfig, images: ImageDataset, device: torch.device):
-    """(extractor, features of the real training images `[N, D]`); `device`: where Inception runs."""
+def load_reference(config: RunConfig, images: ImageDataset, device: torch.device, held_out: ImageDataset | None = None):
+    """(extractor, features of the real training images `[N, D]`); `device`: where Inception runs; `held_out`: default the run's own."""
     folder = config.folder("evaluate", "extractor")
     if config.evaluate.extractor == "inception":
         extractor = InceptionExtractor(device)
@@ -23,7 +23,7 @@ def load_reference(config: RunConfig, images: ImageDataset, device: torch.device
         extractor = FeatureExtractor.load(folder)
     else:
         pretext = "labels" if images.num_classes else "rotation"
-        held_out = load_run_images(config, "validation")
+        held_out = held_out or load_run_images(config, "validation")
         extractor = train_classifier(images, config.seed, config.evaluate.extractor_steps, pretext, validation=held_out)
         extractor.save(folder)
     return extractor, real_features(extractor, images)
@@ -36,9 +36,9 @@ def real_features(extractor, images: ImageDataset) -> torch.Tensor:
     return torch.cat([extractor.features(images.batch(piece)["images"]) for piece in pieces])
 
 
-def describe_reference(config: RunConfig, images: ImageDataset, extractor, real: torch.Tensor):
+def describe_reference(config: RunConfig, images: ImageDataset, extractor, real: torch.Tensor, held_out: ImageDataset | None = None):
     """Write `evaluate/reference.json` (accuracies, the distance of held-out real images); returns the independent classifier."""
-    held_out = load_run_images(config, "validation")
+    held_out = held_out or load_run_images(config, "validation")
     others = real_features(extractor, held_out)
     classifier = train_independent_classifier(images, validation=held_out) if images.num_classes else None
     atomic_write_json(

@@ -248,13 +248,14 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_code: bool = False) -> EdgeDiTPipeline:
-    """An EdgeDiT pipeline in float32 from a folder or Hub id; whatever is wrong with it is one [`EdgeDiTError`].
+def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_code: bool = False, kind: str = "EdgeDiTPipeline") -> Any:
+    """A pipeline of this package in float32 from a folder or Hub id; whatever is wrong with it is one [`EdgeDiTError`].
 
     Args:
         path: a folder (always so if a `Path`) or a Hub id.
         made_by: the stage that writes it, named if nothing is there.
         trust_remote_code: whether code in the pipeline's repository may run.
+        kind: class that it must be of.
     """
     from diffusers import DiffusionPipeline
 
@@ -270,9 +271,9 @@ def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_
     except Exception as error:  # diffusers, huggingface_hub and safetensors each have their own, without a common base
         raise EdgeDiTError(f"The pipeline {source} cannot be loaded: {' '.join(str(error).split())}") from error
     # By name: a class that came as code with the pipeline is another object.
-    if type(pipeline).__name__ != "EdgeDiTPipeline":
+    if type(pipeline).__name__ != kind:
         remedy = f"; convert it first: edgedit convert {source} OUT" if type(pipeline).__name__ == "DiTPipeline" else ""
-        raise EdgeDiTError(f"{source} holds a {type(pipeline).__name__}; an EdgeDiTPipeline is needed{remedy}.")
+        raise EdgeDiTError(f"{source} holds a {type(pipeline).__name__}; an {kind} is needed{remedy}.")
     return pipeline
 
 

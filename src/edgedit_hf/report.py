@@ -58,8 +58,8 @@ def _build(run_dir: Path) -> dict[str, Any]:
     state = read_json(run_dir / "search" / "state.json", STAGES["search"])
     front = read_json(run_dir / "search" / "front.json", STAGES["search"])
     choice = read_json(run_dir / "student" / "choice.json", STAGES["student"])
-    settings = (_optional(run_dir / "search" / "merge.json") or state)["settings"]  # merge.json: first of two stages
-    stages = {name: stage for name in STAGE_ORDER if (stage := _optional(run_dir / name / "stage.json"))}
+    settings = (optional_json(run_dir / "search" / "merge.json") or state)["settings"]  # merge.json: first of two stages
+    stages = {name: stage for name in STAGE_ORDER if (stage := optional_json(run_dir / name / "stage.json"))}
     models = _models(run_dir)
     report = {
         "format": FORMAT,
@@ -79,17 +79,17 @@ def _build(run_dir: Path) -> dict[str, Any]:
         "bank": _bank_summary(index),
         "genotype": _genotype(choice, SearchSpace(**index["space"])),
         "ratios": _ratios(models),
-        "reproduce": _reproduce(run_dir, settings["seed"], stages),
+        "reproduce": reproduce(run_dir, settings["seed"], stages, "compress.py"),
     }
     optional = {
-        "reference": _optional(run_dir / "evaluate" / "reference.json"),
+        "reference": optional_json(run_dir / "evaluate" / "reference.json"),
         "latency": _latency(run_dir),
         "exported": {
-            folder.name: {name: _optional(folder / f"{name}.json") for name in ("verify", "bench")}
+            folder.name: {name: optional_json(folder / f"{name}.json") for name in ("verify", "bench")}
             for folder in sorted((run_dir / "exported").glob("*-*"))
             if (folder / "verify.json").exists()
         },
-        "curves": _optional(run_dir / "evaluate" / "curves.json"),
+        "curves": optional_json(run_dir / "evaluate" / "curves.json"),
     }
     report.update({key: value for key, value in optional.items() if value})
     if "search" in stages and "reference" in report:
@@ -101,18 +101,19 @@ def _build(run_dir: Path) -> dict[str, Any]:
     return report
 
 
-def _optional(path: Path) -> Any:
+def optional_json(path: Path) -> Any:
+    """What a stage wrote there, or `None`."""
     return read_json(path, "an earlier stage") if path.exists() else None
 
 
 def _points(run_dir: Path, *names: str) -> list[list[float]]:
     """[distance, latency_ms] of everything that the named searches evaluated."""
-    states = [state for name in names if (state := _optional(run_dir / "search" / name))]
+    states = [state for name in names if (state := optional_json(run_dir / "search" / name))]
     return [[point["distance"], point["latency_ms"]] for state in states for point in state["told"]]
 
 
 def _models(run_dir: Path) -> list[dict[str, Any]]:
-    found = [_optional(path) for path in sorted((run_dir / "evaluate").glob("*.json"))]
+    found = [optional_json(path) for path in sorted((run_dir / "evaluate").glob("*.json"))]
     models = {m["name"]: m for m in found if isinstance(m, dict) and {"name", "stage", "metrics"} <= set(m)}
     return [models.pop(name) for name in MODEL_LABELS if name in models] + list(models.values())
 
@@ -156,9 +157,9 @@ def _genotype(choice: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
 
 def _latency(run_dir: Path) -> dict[str, Any]:
     """How whole networks were timed, and how well the table had predicted such networks."""
-    measured = _optional(run_dir / "evaluate" / "latency.json") or {}
+    measured = optional_json(run_dir / "evaluate" / "latency.json") or {}
     kept = {key: measured[key] for key in ("batch_size", "threads", "environment", "speedup") if key in measured}
-    table = _optional(run_dir / "latency" / "table.json")
+    table = optional_json(run_dir / "latency" / "table.json")
     if table:
         kept["table"] = {key: table[key] for key in ("runtime", "precision", "batch", "threads", "hash", "prediction") if key in table}
     return kept
@@ -202,8 +203,8 @@ def _quotients(numerators: Mapping[str, float], denominators: Mapping[str, float
     return {key: value / denominators[key] for key, value in numerators.items() if denominators.get(key)}
 
 
-def _reproduce(run_dir: Path, seed: int, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The recipe that the stages say they ran with, and the command that runs it again."""
+def reproduce(run_dir: Path, seed: int, stages: Mapping[str, Mapping[str, Any]], recipe: str) -> dict[str, Any]:
+    """The settings that the stages say they ran with, and the command that runs them again (`recipe`: a file of training/)."""
     import yaml
 
     sections = [field.name for field in dataclasses.fields(RunConfig)]
@@ -211,7 +212,7 @@ def _reproduce(run_dir: Path, seed: int, stages: Mapping[str, Mapping[str, Any]]
     config = {"output_dir": f"runs/{run_dir.resolve().name}-again", "seed": seed, **{key: used[key] for key in sections if key in used}}
     return {
         "command": "edgedit recipes copy training\n"
-        "accelerate launch --config_file training/accelerate/cpu.yaml training/compress.py --config run.yaml",
+        f"accelerate launch --config_file training/accelerate/cpu.yaml training/{recipe} --config run.yaml",
         "config": config,
         "yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
     }
@@ -338,21 +339,21 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     figures = draw_figures(run_dir, report)
     atomic_write_json(run_dir / "report.json", report)
     atomic_write_text(run_dir / "report" / "run.yaml", report["reproduce"]["yaml"])
-    atomic_write_text(run_dir / "report.html", render_html(report, figures, run_dir / "report"))
+    atomic_write_text(run_dir / "report.html", render_html("report.html.jinja", report, figures, headlines(report), run_dir / "report"))
     return run_dir / "report.html"
 
 
-def render_html(report: Mapping[str, Any], figures: Sequence[Figure], folder: Path) -> str:
-    """The page, with the figures of `folder` embedded."""
+def render_html(page: str, report: Mapping[str, Any], figures: Sequence[Figure], headlines: Sequence[tuple[str, str]], folder: Path) -> str:
+    """A page of hub_cards/ with the figures of `folder` embedded; `headlines`: (figure, what it is) for its top."""
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(template), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"scaled": scaled, "metric_label": metric_label, "latency_label": latency_label}
     header, rows = comparison_table(report["models"])
     pictures = [(f, base64.b64encode((folder / f.file).read_bytes()).decode("ascii")) for f in figures]
-    return environment.from_string(template("report.html.jinja")).render(
-        report=report, header=header, rows=rows, headlines=headlines(report), pictures=pictures
-    )
+    return environment.get_template(page).render(report=report, header=header, rows=rows, headlines=headlines, pictures=pictures)
 
 
 def headlines(report: Mapping[str, Any]) -> list[tuple[str, str]]:

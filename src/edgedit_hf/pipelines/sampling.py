@@ -1,11 +1,14 @@
-"""Reproducible sets of generated images: image i depends on (seed, i) alone, whatever the batch size."""
+"""Reproducible sets of generated images: image i depends on (seed, i), and its caption, alone, whatever the batch size."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from ..diffusion import draws
 from .pipeline_edgedit import EdgeDiTPipeline
+from .pipeline_elastic_dit import ElasticDiTPipeline
 
 EVALUATION_STREAM = 1  # keeps the noise of evaluation apart from that of training
 
@@ -48,3 +51,34 @@ def generate(
         ).images
         images.append(batch.float().cpu() * 2 - 1)
     return torch.cat(images), labels
+
+
+@torch.no_grad()
+def generate_from_captions(
+    pipeline: ElasticDiTPipeline,
+    captions: Sequence[str],
+    *,
+    subnet: str | None = None,
+    seed: int = 0,
+    steps: int = 20,
+    guidance_scale: float = 2.0,
+    batch_size: int = 250,
+) -> torch.Tensor:
+    """An image of every caption, `(len(captions), C, H, W)` float32 in [-1, 1]; a sub-network's and another's start from the same noise.
+
+    Args:
+        pipeline: text to image. subnet: as its call. steps, guidance_scale: as its call.
+        batch_size: images at a time.
+    """
+    config = pipeline.transformer.config
+    shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for start in range(0, len(captions), batch_size):
+        rows = range(start, min(start + batch_size, len(captions)))
+        latents = draws(seed, 0, rows, shape, stream=EVALUATION_STREAM).noise
+        prompts = [captions[row] for row in rows]
+        asked = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "subnet": subnet}
+        batch = pipeline(prompts, latents=latents, output_type="pt", **asked).images
+        images.append(batch.float().cpu() * 2 - 1)
+    return torch.cat(images)

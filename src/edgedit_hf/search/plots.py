@@ -6,6 +6,7 @@ Colours are Okabe and Ito's, which stay apart for colour-blind readers; every se
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,29 @@ def sample_grid(path: str | os.PathLike, panels: Mapping[str, np.ndarray]) -> No
     for axes, (label, picture) in zip(axes_of, panels.items()):
         axes.imshow(picture, interpolation="nearest")
         axes.set_title(label, fontsize=11)
+    _save(figure, path)
+
+
+def caption_grid(path: str | os.PathLike, captions: Sequence[str], rows: Mapping[str, np.ndarray]) -> None:
+    """Generated images under the captions that they are of, one labelled row a model.
+
+    Args:
+        rows: label → images of shape (len(captions), height, width, 1 or 3), uint8.
+    """
+    count = len(captions)
+    if not count or not rows or any(len(images) != count for images in rows.values()):
+        raise EdgeDiTError(f"There are {count} captions and rows of {[len(images) for images in rows.values()]} images; give as many of each.")
+    figure, _ = _figure(10.0, 0.75 + len(rows) * 10.0 / (count + 0.7), axes=False)
+    axes_of = figure.subplots(len(rows), count, squeeze=False)
+    for (label, images), of_row in zip(rows.items(), axes_of):
+        of_row[0].set_ylabel(label, fontsize=11)
+        for axes, image in zip(of_row, images):
+            axes.imshow(np.broadcast_to(image, (*image.shape[:2], 3)), interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+    for axes, caption in zip(axes_of[0], captions):
+        axes.set_title(textwrap.fill(caption, 15), fontsize=7)
     _save(figure, path)
 
 

@@ -1,0 +1,144 @@
+"""The report of a text-to-image run: `report.json`, the PNGs, and `report.html`. As [`report`], it measures nothing and reads what the stages wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .captions import STYLES, is_held_out, parse_caption
+from .errors import EdgeDiTError
+from .hub import metric_label
+from .report import FORMAT, Figure, optional_json, render_html, reproduce
+from .run_state import atomic_write_json, atomic_write_text, read_json
+
+STAGES = {"text": "stage text (training/train_text_encoders.py)", "elastic": "stage elastic (training/train_elastic.py)"}
+JUDGED_BY = "stage evaluate (training/evaluate_elastic.py)"
+
+
+def build_elastic_report(run_dir: str | os.PathLike) -> dict[str, Any]:
+    """Everything that a text-to-image run measured, as `report.json` holds it.
+
+    Returns:
+        `models` (the sub-networks, the narrowest first; see evaluate/<name>.json), `sampled` (how often each was drawn), `text` (what the
+        encoders learned), `versions`, `seed`, `seconds` per stage, `reproduce`, and `reference`, `latency`.
+
+    Raises:
+        EdgeDiTError: a needed file is missing (the stage that writes it is named) or damaged.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise EdgeDiTError(f"{run_dir} is not a folder; give the output_dir of a run.")
+    trained = read_json(run_dir / "elastic" / "stage.json", STAGES["elastic"])
+    judged = read_json(run_dir / "evaluate" / "stage.json", JUDGED_BY)
+    stages = {"text": optional_json(run_dir / "text" / "stage.json"), "elastic": trained, "evaluate": judged}
+    stages = {name: stage for name, stage in stages.items() if stage}
+    try:
+        models = [read_json(run_dir / "evaluate" / f"{name}.json", JUDGED_BY) for name in judged["config"]["subnets"]]
+        report = {
+            "format": FORMAT,
+            "name": run_dir.resolve().name,
+            "models": sorted(models, key=lambda model: model["parameters"]),
+            "sampled": trained["sampled"],
+            "elastic_steps": trained["steps"],
+            "versions": {name: version for stage in stages.values() for name, version in stage["versions"].items()},
+            "seed": trained["seed"],
+            "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+            "reproduce": reproduce(run_dir, trained["seed"], stages, "text_to_image.py"),
+            "reference": read_json(run_dir / "evaluate" / "reference.json", JUDGED_BY),
+            "latency": read_json(run_dir / "evaluate" / "latency.json", JUDGED_BY),
+        }
+        if "text" in stages:
+            report["text"] = stages["text"]["learned"]
+        return report
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EdgeDiTError(f"A file below {run_dir} does not hold what its stage writes ({error!r}); run that stage again.") from error
+
+
+def training_curves(run_dir: Path, report: Mapping[str, Any]) -> dict[str, tuple[list[int], list[float]]]:
+    """Flow loss of every sub-network against the supernet's steps, from the telemetry; means over a fiftieth of the run."""
+    lines = [json.loads(line) for line in (run_dir / "elastic" / "telemetry.jsonl").read_text(encoding="utf-8").splitlines()]
+    bin_size, curves = max(1, report["elastic_steps"] // 50), {}
+    for name in (model["name"] for model in report["models"]):
+        bins: dict[int, list[float]] = {}
+        for line in lines:
+            if f"loss_{name}" in line:
+                bins.setdefault(-(-line["step"] // bin_size), []).append(line[f"loss_{name}"])
+        if bins:
+            curves[name] = ([number * bin_size for number in bins], [sum(values) / len(values) for values in bins.values()])
+    return curves
+
+
+def draw_elastic_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
+    """Write the PNGs below `run_dir/report` and describe them."""
+    from safetensors.numpy import load_file
+
+    from .search import plots
+
+    folder, captions = run_dir / "report", read_json(run_dir / "evaluate" / "captions.json", JUDGED_BY)
+    names = [model["name"] for model in report["models"]]
+    images = {name: load_file(run_dir / "evaluate" / f"{name}.safetensors") for name in names}
+    rows = ", ".join(names)
+    wanted = [("samples", "captions", "Samples", "A column is one caption and one noise, a row one width of the same supernet.")]
+    if "held_out" in captions:
+        text = "No training image was of such a digit in such a style; digit and style were seen apart."
+        wanted.append(("held-out", "held_out", "Combinations that training never saw", text))
+    figures = []
+    for file, key, title, text in wanted:
+        shown = spread(captions[key], captions["shown"]) if key == "held_out" else list(range(captions["shown"]))
+        prompts = [captions[key][index] for index in shown]
+        plots.caption_grid(folder / f"{file}.png", prompts, {name: images[name][key][shown].transpose(0, 2, 3, 1) for name in names})
+        figures.append(Figure(f"{file}.png", title, f"Generated images, a row each of {rows}, for the captions: {'; '.join(prompts)}.", text))
+    curves = training_curves(run_dir, report)
+    if curves:
+        plots.curve_plot(folder / "curves.png", curves, ylabel="flow loss", xlabel="steps of the supernet")
+        ends = ", ".join(f"{name} {values[-1]:.3g}" for name, (_, values) in curves.items())
+        drawn = " and ".join(f"{name} {count:,} times" for name, count in report["sampled"].items())
+        text = f"Every step trained the full net and a drawn sub-network: {drawn} of {report['elastic_steps']:,} steps."
+        figures.append(Figure("curves.png", "Training", f"Flow loss of every width against steps; in the end: {ends}.", text))
+    return figures
+
+
+def spread(captions: list[str], count: int) -> list[int]:
+    """Positions of `count` captions, as different as they come: first of each caption's digit and style in turn."""
+    kinds: dict[Any, list[int]] = {}
+    for caption in dict.fromkeys(captions):
+        said = parse_caption(caption)
+        kind = (said["digit"], *(word for style in STYLES if (word := said[style]) and is_held_out(said["digit"], {style: word})))
+        kinds.setdefault(kind, []).append(captions.index(caption))
+    turns = max(map(len, kinds.values()))
+    order = [places[turn] for turn in range(turns) for places in kinds.values() if turn < len(places)]
+    return sorted(order[:count], key=lambda index: parse_caption(captions[index])["digit"] or 0)
+
+
+def headlines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(figure, what it is) for the top of the page."""
+    narrowest, widest = report["models"][0], report["models"][-1]
+    lines = [(f"{len(report['models'])}", "widths in one set of weights")]
+    lines.append((f"{narrowest['parameters'] / widest['parameters']:.0%}", f"of the full net's parameters in {narrowest['name']}"))
+    if "class_agreement" in narrowest:
+        worst = min(report["models"], key=lambda model: model["class_agreement"])
+        lines.append((f"{worst['class_agreement']:.1%}", f"of digits as the caption says, at the least ({worst['name']})"))
+        unseen = min(report["models"], key=lambda model: model["held_out"]["class_agreement"])
+        lines.append((f"{unseen['held_out']['class_agreement']:.1%}", f"in combinations never trained ({unseen['name']})"))
+    key = next(iter(narrowest["metrics"]))
+    lines += [(f"{model['metrics'][key]:.3g}", f"{metric_label(key)}, {model['name']}") for model in (narrowest, widest)]
+    return lines
+
+
+def write_elastic_report(run_dir: str | os.PathLike) -> Path:
+    """Write `report.json`, the PNGs and `run.yaml` below `report/`, and the self-contained `report.html` of a text-to-image run.
+
+    Returns:
+        Path of the HTML file.
+    """
+    run_dir = Path(run_dir)
+    report = build_elastic_report(run_dir)
+    figures = draw_elastic_figures(run_dir, report)
+    atomic_write_json(run_dir / "report.json", report)
+    atomic_write_text(run_dir / "report" / "run.yaml", report["reproduce"]["yaml"])
+    page = render_html("report-elastic.html.jinja", report, figures, headlines(report), run_dir / "report")
+    atomic_write_text(run_dir / "report.html", page)
+    return run_dir / "report.html"

@@ -1,0 +1,144 @@
+"""Stage evaluate of text to image: judge every sub-network alike, on the same captions from the same noise.
+
+    accelerate launch training/evaluate_elastic.py --config training/recipes/digits-t2i.yaml
+
+Writes <output_dir>/evaluate: reference.json, captions.json, latency.json, and a JSON and the images (safetensors) of each sub-network: Fréchet
+distance, cost, measured latency, and, of the embedded digits, how many show the digit and the style that their caption says, also for
+combinations that training never saw.
+"""
+
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from reference import describe_reference, load_reference
+from safetensors.torch import save_file
+
+from edgedit_hf.captions import STYLES, CaptionedDataset, parse_caption, style_words
+from edgedit_hf.latency.protocol import environment, measure
+from edgedit_hf.launch import load_pipeline, load_run_captions, load_run_images, recipe_main
+from edgedit_hf.metrics.features import IndependentClassifier
+from edgedit_hf.metrics.generative import frechet_distance
+from edgedit_hf.pipelines.pipeline_elastic_dit import ElasticDiTPipeline
+from edgedit_hf.pipelines.sampling import generate_from_captions
+from edgedit_hf.recipes import RunConfig
+from edgedit_hf.run_state import RunState, atomic_write_json, file_sha256, read_json
+from edgedit_hf.search_space import BYTES, elastic_cost
+
+SHOWN = 10  # captions at the head of the list, whose images the report shows: of digits one each
+
+
+def judged_captions(held_out: CaptionedDataset, count: int) -> list[str]:
+    """`count` captions of held-out images, again from the first where there are fewer; the digits' begin with one of each that has a style."""
+    captions = held_out.captions
+    if held_out.label_names:
+        telling = sorted(range(len(captions)), key=lambda row: -sum(parse_caption(captions[row])[style] is not None for style in STYLES))
+        first = [next(row for row in telling if held_out.labels[row] == digit) for digit in range(len(held_out.label_names))]
+        captions = [captions[row] for row in first] + [caption for row, caption in enumerate(captions) if row not in first]
+    return [captions[i % len(captions)] for i in range(count)]
+
+
+def agreement(images: torch.Tensor, captions: list[str], classifier: IndependentClassifier) -> dict[str, float]:
+    """Shares of generated digits that are what their caption says: the digit (`class_agreement`), and each style, where one is said."""
+    said = [parse_caption(caption) for caption in captions]
+    digits = torch.tensor([one["digit"] for one in said])
+    found = style_words(images, digits)
+    shares = {"class_agreement": float((classifier.predict(images) == digits).double().mean())}
+    for style in STYLES:
+        asked = [row for row, one in enumerate(said) if one[style] is not None]
+        if asked:
+            shares[style] = sum(found[row][style] == said[row][style] for row in asked) / len(asked)
+    return shares
+
+
+def measure_latencies(pipeline: ElasticDiTPipeline, config: RunConfig) -> dict:
+    """Median milliseconds of a forward of every sub-network as a stand-alone net in torch, timed in turns."""
+    options, model, threads = config.evaluate, pipeline.transformer, torch.get_num_threads()
+    text, masks = pipeline.encode_prompt(judged_captions(load_run_captions(config, "validation"), options.latency_batch_size))
+    count, size = options.latency_batch_size, model.config.sample_size
+    inputs = torch.randn(count, model.config.in_channels, size, size), torch.linspace(1, 999, count), text, masks
+    runners = {name: partial(model.extract_subnet(name).eval(), *inputs) for name in model.subnet_names}
+    with torch.inference_mode():
+        timings = measure(runners, repeats=options.latency_repeats)
+    return {
+        "latency_ms": {name: {"torch-fp32": timing.median_ms} for name, timing in timings.items()},
+        "batch_size": count,
+        "threads": threads,
+        "environment": environment(threads),
+    }
+
+
+def run(config: RunConfig, accelerator: Accelerator) -> None:
+    if not accelerator.is_main_process:
+        return
+    options = config.evaluate
+    made_by = "stage elastic (training/train_elastic.py)"
+    trained = read_json(config.folder("elastic", "stage.json"), made_by)
+    pipeline = load_pipeline(config.folder("elastic"), made_by, kind="ElasticDiTPipeline")
+    names = pipeline.transformer.subnet_names
+    state = RunState(
+        config.folder("evaluate"),
+        "evaluate",
+        {**config.section("data", "evaluate"), "subnets": names},
+        len(names),
+        seed=config.seed,
+        inputs={"elastic": file_sha256(config.folder("elastic", "stage.json"))},
+        log_every=1,
+        unit="model",
+    )
+    if state.finished:
+        return
+    captioned, held_out = load_run_captions(config), load_run_captions(config, "validation")
+    if captioned.label_names:
+        images, others = load_run_images(config), None
+    else:  # of several sizes those of the first are what generated images are compared with
+        images, others = captioned.parts[0], held_out.parts[0]
+    extractor, real = load_reference(config, images, accelerator.device, others)
+    classifier = describe_reference(config, images, extractor, real, others)
+    sets = {"captions": judged_captions(held_out, options.samples)}
+    if captioned.label_names:
+        unseen = load_run_captions(config, "held_out")
+        sets["held_out"] = [unseen.captions[i % len(unseen)] for i in range(max(SHOWN, options.samples // 4))]
+    atomic_write_json(state.folder / "captions.json", {**sets, "shown": min(SHOWN, options.samples)})
+    if not (state.folder / "latency.json").exists():
+        atomic_write_json(state.folder / "latency.json", measure_latencies(pipeline, config))
+    latency = read_json(state.folder / "latency.json", "this stage")["latency_ms"]
+
+    pipeline.to(accelerator.device)
+    metric = f"fid[{extractor.name},n={options.samples}]"
+    sampling = {"steps": options.sampling_steps, "guidance_scale": options.guidance_scale}
+    state.continue_at(next((i for i, name in enumerate(names) if not (state.folder / f"{name}.json").exists()), len(names)))
+    for index in state.steps():
+        name = names[index]
+        cost = elastic_cost(pipeline.transformer.config, name)
+        made = {
+            key: generate_from_captions(pipeline, captions, subnet=name, seed=config.seed, batch_size=options.batch_size, **sampling)
+            for key, captions in sets.items()
+        }
+        distance = frechet_distance(extractor.features(made["captions"]), real)
+        result = {
+            "name": name,
+            "stage": "subnet",
+            "path": str(config.folder("elastic")),
+            "parameters": cost.parameters,
+            "flops": cost.flops,
+            "bytes": {precision: cost.bytes(precision) for precision in BYTES},
+            "latency_ms": latency[name],
+            "metrics": {metric: distance, "validation_loss": trained["validation"].get(name)},
+            "num_samples": options.samples,
+            **sampling,
+        }
+        if classifier is not None:
+            shares = {key: agreement(images, sets[key], classifier) for key, images in made.items()}
+            result["class_agreement"] = shares["captions"].pop("class_agreement")
+            result["style_agreement"] = shares["captions"]
+            result["held_out"] = {"num_samples": len(sets["held_out"]), **shares["held_out"]}
+            state.log(agreement=result["class_agreement"])
+        save_file({key: ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) for key, images in made.items()}, state.folder / f"{name}.safetensors")
+        atomic_write_json(state.folder / f"{name}.json", result)
+        state.log(distance=distance)
+    state.finish()
+
+
+if __name__ == "__main__":
+    recipe_main(run, __doc__)

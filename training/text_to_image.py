@@ -1,0 +1,35 @@
+"""Text to image, the whole loop from one YAML: text encoders → elastic supernet → evaluation of every sub-network → report.
+
+    accelerate launch training/text_to_image.py --config training/recipes/digits-t2i.yaml [--override key=value] [--dry-run]
+
+All stages run in this process; each can be run alone with the same YAML (train_text_encoders.py, train_elastic.py, evaluate_elastic.py).
+Finished stages are skipped, interrupted ones continue.
+"""
+
+import time
+
+import evaluate_elastic
+import train_elastic
+import train_text_encoders
+from accelerate import Accelerator
+
+from edgedit_hf.elastic_report import write_elastic_report
+from edgedit_hf.launch import recipe_main
+from edgedit_hf.recipes import RunConfig
+from edgedit_hf.run_state import STAGE_LABEL
+
+STAGES = (train_text_encoders.run, train_elastic.run, evaluate_elastic.run)
+
+
+def run(config: RunConfig, accelerator: Accelerator) -> None:
+    started = time.monotonic()
+    for number, run_stage in enumerate(STAGES, 1):
+        STAGE_LABEL.set(f"[{number}/{len(STAGES)}] ")
+        run_stage(config, accelerator)
+        accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print(f"{write_elastic_report(config.output_dir)} (this process: {(time.monotonic() - started) / 60:.1f} min)")
+
+
+if __name__ == "__main__":
+    recipe_main(run, __doc__, {"--teacher": "knowledge.teacher"})
