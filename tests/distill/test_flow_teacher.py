@@ -5,7 +5,7 @@ import torch
 from diffusers import DiffusionPipeline
 from flow_pipelines import MAKERS, flux, randomise
 
-from edgedit_hf.distill.flow_teacher import FAMILIES, FlowTeacher, _pack, _unpack, latent_space, transformer_bytes
+from edgedit_hf.distill.flow_teacher import FAMILIES, FlowTeacher, _pack, _unpack, check_latents, latent_space, transformer_bytes
 from edgedit_hf.errors import EdgeDiTError
 
 PROMPTS = ["a cat", "seven thin dogs"]
@@ -169,8 +169,8 @@ def test_packing_is_the_pipelines():
 def test_another_latent_space_is_an_error_with_both_values(folders):
     from flow_pipelines import autoencoder
 
-    teacher = FlowTeacher.load(folders("StableDiffusion3Pipeline"))
-    teacher.check_latents(autoencoder(), 4)
+    folder = folders("StableDiffusion3Pipeline")
+    check_latents(folder, autoencoder(), 4)
     for vae, words in (
         (autoencoder(channels=8), ("channels is 4 there and 8",)),
         (autoencoder(scaling_factor=0.7), ("scaling_factor is 0.5 there and 0.7",)),
@@ -178,14 +178,29 @@ def test_another_latent_space_is_an_error_with_both_values(folders):
         (None, ("downsampling is 2 there and 1", "without a VAE")),
     ):
         with pytest.raises(EdgeDiTError, match="another latent space") as error:
-            teacher.check_latents(vae, 4)
+            check_latents(folder, vae, 4)
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
-def test_latent_spaces_of_the_families_vaes(folders):
-    assert latent_space(DiffusionPipeline.from_pretrained(folders("SanaPipeline")).vae, 4)[:4] == (4, 2, 0.4, 0.0)
-    space = FlowTeacher.load(folders("QwenImagePipeline")).space
-    assert space.latents_std == (0.9,) * 4 and space[:2] == (4, 2)
+def test_teachers_on_pixels(tmp_path):
+    from flow_pipelines import elastic
+
+    elastic(vae=False).save_pretrained(tmp_path)
+    check_latents(tmp_path, None, 1)
+    with pytest.raises(EdgeDiTError, match="channels is 1 there and 3"):
+        check_latents(tmp_path, None, 3)
+
+
+@pytest.mark.parametrize("name", ["SanaPipeline", "QwenImagePipeline"])
+def test_latent_spaces_of_other_families(folders, name):
+    vae = MAKERS[name]().vae
+    check_latents(folders(name), vae, 4)
+    space = latent_space(vae.config, 4)
+    assert space[:3] == ((4, 2, 0.4) if name == "SanaPipeline" else (4, 2, 1.0))
+    if name == "QwenImagePipeline":
+        vae.register_to_config(latents_std=[0.9, 0.9, 0.9, 0.8])
+        with pytest.raises(EdgeDiTError, match=r"latents_std is \(0.9, 0.9, 0.9, 0.9\) there and \(0.9, 0.9, 0.9, 0.8\)"):
+            check_latents(folders(name), vae, 4)
 
 
 # -------------------------------------------------------------------- bad input

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,11 +52,10 @@ class LatentSpace(NamedTuple):
     latents_std: tuple[float, ...] | None = None
 
 
-def latent_space(vae: Any, channels: int) -> LatentSpace:
-    """The latent space of a VAE of diffusers, or of pixels (`vae=None`) with so many channels."""
-    if vae is None:
+def latent_space(config: Mapping[str, Any] | None, channels: int) -> LatentSpace:
+    """The latent space of a VAE of diffusers by its config, or of pixels (`None`) with so many channels."""
+    if config is None:
         return LatentSpace(channels, 1)
-    config = vae.config
     mean, std = (tuple(config[name]) if config.get(name) else None for name in ("latents_mean", "latents_std"))
     if config.get("temperal_downsample") is not None:  # Qwen-Image's: normalised by channel
         return LatentSpace(config["z_dim"], 2 ** len(config["temperal_downsample"]), latents_mean=mean, latents_std=std)
@@ -88,8 +87,6 @@ class FlowTeacher:
         self.pipeline, self.device, self.dtype, self.guidance_scale, self.name = pipeline, torch.device(device), dtype, guidance_scale, name
         self.transformer = pipeline.transformer.eval().requires_grad_(False)
         self.features: torch.Tensor | None = None
-        self.space = latent_space(pipeline.vae, self.latent_channels)
-        pipeline.vae = None  # its config was all that is needed of it
         self._placed = False
         self._null = self._encode_null().to(self.device, dtype)
         self._watch()
@@ -120,7 +117,7 @@ class FlowTeacher:
 
         check_quantization(quantization)
         family = FAMILIES[teacher_family(path_or_id)]
-        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "vae": None}  # [`check_latents`] reads its config
         if quantization != "none":
             options["quantization_config"] = _quantization_config(quantization, dtype)
         try:
@@ -158,17 +155,6 @@ class FlowTeacher:
     def feature_dim(self) -> int:
         """D."""
         return self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
-
-    def check_latents(self, vae: Any, channels: int) -> None:
-        """Raise unless a student on the latents of this VAE (`None`: on pixels of so many channels) sees the same latent space."""
-        student = latent_space(vae, channels)
-        for field, theirs, ours in zip(LatentSpace._fields, self.space, student):
-            if theirs != ours:
-                remedy = "take a teacher without a VAE" if vae is None else "set data.vae to the teacher's VAE (its folder vae)"
-                raise EdgeDiTError(
-                    f"The teacher {self.name} has another latent space: {field} is {_short(theirs)} there and {_short(ours)} for the student; "
-                    f"{remedy} or give another teacher."
-                )
 
     def check_shapes(self, shapes: Iterable[Sequence[int]]) -> None:
         """Raise unless the teacher takes latents of these shapes `(C, H, W)`: it is tried, on one each."""
@@ -488,6 +474,28 @@ def teacher_family(path_or_id: str | Path) -> str:
             "give a flow-matching checkpoint (FlowMatchEulerDiscreteScheduler, or prediction_type 'flow_prediction')."
         )
     return name
+
+
+def check_latents(path_or_id: str | Path, vae: Any, channels: int) -> None:
+    """Raise unless a teacher sees the latent space of a student on the latents of this VAE (`None`: on pixels of so many channels).
+
+    Two autoencoders with the same config but other weights are not told apart.
+    """
+    from diffusers import AutoencoderKL, DiffusionPipeline
+
+    source = str(path_or_id)
+    if (DiffusionPipeline.load_config(source).get("vae") or [None])[0] is None:
+        config, own = None, AutoencoderKL.load_config(source, subfolder="transformer")["in_channels"]
+    else:
+        config, own = AutoencoderKL.load_config(source, subfolder="vae"), channels
+    theirs, ours = latent_space(config, own), latent_space(None if vae is None else vae.config, channels)
+    for field, value, wanted in zip(LatentSpace._fields, theirs, ours):
+        if value != wanted:
+            remedy = "take a teacher without a VAE" if vae is None else "set data.vae to the teacher's VAE (its folder vae)"
+            raise EdgeDiTError(
+                f"The teacher {source} has another latent space: {field} is {_short(value)} there and {_short(wanted)} for the student; "
+                f"{remedy} or give another teacher."
+            )
 
 
 def transformer_bytes(path_or_id: str | Path, quantization: str = "none", bytes_a_weight: int = 2) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..captions import CaptionedDataset, TextTable, text_table
-from ..distill.flow_teacher import FlowTeacher
+from ..distill.flow_teacher import FlowTeacher, check_latents, check_quantization, teacher_family
 from ..distill.knowledge import FeatureProjector, feature_distance, grid_of, knowledge_loss
 from ..distill.output_loss import output_loss
 from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
@@ -80,9 +80,11 @@ def load_knowledge(config: RunConfig, accelerator: Any, model: ElasticDiTTransfo
     options = config.knowledge
     if options.teacher is None:
         return None
+    check_quantization(options.quantization)
+    teacher_family(options.teacher)
+    check_latents(options.teacher, vae, model.config.in_channels)
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
     teacher = FlowTeacher.load(options.teacher, options.quantization, accelerator.device, dtype, options.guidance_scale)
-    teacher.check_latents(vae, model.config.in_channels)
     folder = config.folder("knowledge", f"text-{teacher.text_fingerprint}")
     if accelerator.is_main_process:
         text_table(teacher, dataset.captions, folder)
