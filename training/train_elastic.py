@@ -8,7 +8,8 @@ With --teacher PATH_OR_ID (knowledge.teacher) the full net also learns from a la
 Writes <output_dir>/elastic, a pipeline folder with the averaged (EMA) supernet and the text encoders of stage text; the validation loss of
 every width is in its stage.json. Interrupted or killed, run it again: it continues from the last checkpoint to the same final weights.
 
-Memory for W weights: 4 bytes each for weights, moving average, two moments, and one gradient for every network of a step (full and sampled).
+Memory for W weights: 4 bytes each for weights, moving average, two moments, and one gradient for every network of a step (full and sampled):
+24·W with one sub-network a step. training/accelerate/fsdp.yaml shards all of it between GPUs (FSDP2); such a run continues on as many.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from edgedit_hf.elastic.knowledge import Knowledge, load_knowledge
 from edgedit_hf.elastic.losses import balance_scale, combine_gradients, distillation_loss, take_gradients, validation_losses
 from edgedit_hf.elastic.sampling import drop_texts, step_subnets, text_uniforms
 from edgedit_hf.elastic.setup import load_text_table, new_elastic, new_elastic_pipeline
+from edgedit_hf.elastic.sharding import ShardedAverage, ShardedModel, ShardedOptimizer, whole
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.launch import learning_rate_at, load_captioned_set, recipe_main, set_learning_rate
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
@@ -95,7 +97,7 @@ def train_supernet(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if projection:  # no part of the network that is wrapped, nor sharded with it
         optimizer.add_param_group({"params": projection})
-    ema = EMAModel(model.parameters(), decay=options.ema_decay, foreach=True)
+    ema = EMAModel(model.parameters(), decay=options.ema_decay, foreach=not accelerator.is_fsdp2)  # sharded tensors have no foreach copy
     ema.to(accelerator.device)
 
     tracked = {"model": model, "optimizer": optimizer, "ema": ema}
@@ -103,6 +105,9 @@ def train_supernet(
         tracked["scaler"] = accelerator.scaler
     if knowledge is not None:
         tracked["projector"] = knowledge.projector
+    if accelerator.is_fsdp2:
+        parts = ShardedOptimizer(optimizer, [*model.parameters(), *projection])
+        tracked |= {"model": ShardedModel(model), "optimizer": parts, "ema": ShardedAverage(ema)}
     start = run.track(**tracked)
     ema.to(accelerator.device)
     batches = caption_loader(
@@ -170,6 +175,7 @@ def train_supernet(
     losses = {} if validate is None else validate(wrapped)
     if options.gradient_checkpointing:
         model.disable_gradient_checkpointing()
+    model = whole(model, accelerator)
     accelerator.free_memory()
     return model.eval(), losses
 
@@ -195,6 +201,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         accelerator=accelerator,
         checkpoint_every=options.checkpoint_every,
         log_every=options.log_every,
+        sharded=accelerator.is_fsdp2,
     )
     if state.finished:
         return

@@ -1,0 +1,70 @@
+"""FSDP2 on two gloo ranks: the recipe trains to what one process trains to, and continues from sharded checkpoints."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+# accelerate offers FSDP on accelerators alone; PyTorch has it on the CPU too.
+SHARDED = """
+import os
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from edgedit_hf import launch
+from edgedit_hf.run_state import RunState
+
+def make_accelerator(config, make=launch.make_accelerator):
+    accelerator = make(config)
+    wrapped = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["ElasticDiTBlock"]}
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False, **wrapped)
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    for state in (AcceleratorState, PartialState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    assert accelerator.is_fsdp2
+    return accelerator
+
+launch.make_accelerator = make_accelerator
+if os.environ.get("DIE_AT"):
+    def checkpoint(self, whole=RunState.checkpoint):
+        whole(self)
+        if self.step == int(os.environ["DIE_AT"]):
+            os._exit(9)
+    RunState.checkpoint = checkpoint
+import train_elastic
+launch.recipe_main(train_elastic.run, "")
+"""
+
+
+@pytest.mark.slow
+def test_sharded_training_equals_one_process_and_continues(repository, tmp_path):
+    training = repository / "training"
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    python, torchrun = [sys.executable], [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+
+    def run(command: list, folder: Path, killed: bool = False, **env: str) -> None:
+        values = (f"output_dir={folder}", "threads=1", "elastic.steps=4", "elastic.sampling=sandwich", "elastic.checkpoint_every=2")
+        options = [part for value in values for part in ("--override", value)]
+        command = [*command, "--config", training / "recipes" / "debug-t2i.yaml", *options]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True, timeout=300)
+        assert (done.returncode != 0) == killed, done.stderr[-4000:]
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    run([*python, training / "train_text_encoders.py"], one)
+    shutil.copytree(one / "text", two / "text")
+    run([*python, training / "train_elastic.py"], one)
+    sharded = [*torchrun, tmp_path / "sharded.py", training]
+    run(sharded, two, killed=True, DIE_AT="2")
+    assert sorted(path.name for path in (two / "elastic" / "checkpoints" / "step-000000002").glob("*.safetensors")), "no sharded checkpoint"
+    run(sharded, two)
+    a, b = (load_file(folder / "elastic" / "transformer" / "diffusion_pytorch_model.safetensors") for folder in (one, two))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
