@@ -248,8 +248,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         clip = CLIPTextModel(CLIPTextConfig(**sizes, **positions, **special))
     if options.encoder_2 is None:
         tokenizers["t5"] = train_tokenizer(dataset.captions, options.vocabulary_size, "t5", T5_TOKENS)
-        sizes = {"d_model": width, "d_kv": width // heads, "d_ff": 4 * width, "num_layers": layers, "num_heads": heads}
-        kind = {"feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "pad_token_id": 0, "eos_token_id": tokenizers["t5"].eos_token_id}
+        sizes = {"d_model": width, "d_kv": width // heads, "d_ff": 2 * width, "num_layers": layers, "num_heads": heads}
+        kind = {"feed_forward_proj": "gated-silu", "dropout_rate": 0.0, "pad_token_id": 0, "eos_token_id": tokenizers["t5"].eos_token_id}
         t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizers["t5"]), **sizes, **kind))
     limits = {"clip": options.max_tokens, "t5": T5_TOKENS}
     tokens = {kind: tokenize(tokenizer, dataset.captions, limits[kind]) for kind, tokenizer in tokenizers.items()}

@@ -30,13 +30,19 @@ from .search_space import SearchSpace
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
-def recipe_main(run: Callable[[RunConfig, Any], None], doc: str | None, flags: Mapping[str, str] = MappingProxyType({})) -> None:
+def recipe_main(
+    run: Callable[[RunConfig, Any], None],
+    doc: str | None,
+    flags: Mapping[str, str] = MappingProxyType({}),
+    dry_run: Callable[[RunConfig], None] | None = None,
+) -> None:
     """Command line of a recipe: `--config FILE [--override section.key=value …] [--dry-run]`.
 
     Bad input ends with one line on stderr and exit code 2, Ctrl-C (after saving) with 130.
 
     Args:
         flags: further options of the recipe and the keys that they set, e.g. `{"--memory-budget-gb": "bank.memory_budget_gb"}`.
+        dry_run: prints what the run will cost; default [`estimate.print_estimate`], of the stages of EdgeDiT.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="recipe, e.g. training/recipes/digits.yaml")
@@ -54,7 +60,7 @@ def recipe_main(run: Callable[[RunConfig, Any], None], doc: str | None, flags: M
         if arguments.dry_run:
             from .estimate import print_estimate
 
-            print_estimate(config)
+            (dry_run or print_estimate)(config)
             return
         run(config, make_accelerator(config))
     except EdgeDiTError as error:
@@ -229,6 +235,9 @@ def load_text_encoder(path: str | Path) -> tuple[Any, Any]:
 
 def load_text(config: RunConfig) -> tuple[Any, Any, Any, Any]:
     """(text_encoder, tokenizer, text_encoder_2, tokenizer_2) of the run: its own, or those that `text` names; None for 'none'."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # as diffusers' in `recipe_main`
     given = {"": config.text.encoder, "_2": config.text.encoder_2}
     if set(given.values()) == {"none"}:
         raise EdgeDiTError("text.encoder and text.encoder_2 are both 'none'; captions need one, set the other to null or to an encoder.")
