@@ -1,4 +1,5 @@
 # make demo   installs, then compresses a small diffusion transformer on the embedded digits: runs/demo/report.html
+# make demo-t2i   installs, then trains an elastic text-to-image supernet on captioned digits: runs/demo-t2i/report.html
 # make test   installs, then runs the quick tests
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: install demo test test-slow clean
+.PHONY: install demo demo-t2i test test-slow clean
 
 install: $(INSTALLED)
 
@@ -30,6 +31,10 @@ $(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt
 demo: install
 	$(OFFLINE) $(BIN)/accelerate launch --config_file training/accelerate/cpu.yaml training/compress.py \
 		--config training/recipes/digits.yaml
+
+demo-t2i: install
+	$(OFFLINE) $(BIN)/accelerate launch --config_file training/accelerate/cpu.yaml training/text_to_image.py \
+		--config training/recipes/digits-t2i.yaml
 
 test: install
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
