@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from flow_pipelines import autoencoder, elastic, flux, randomise
 
 from edgedit_hf.diffusion import Diffusion
-from edgedit_hf.elastic.knowledge import load_knowledge
+from edgedit_hf.elastic.knowledge import load_knowledge, teacher_note
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.recipes import RunConfig
@@ -89,3 +89,12 @@ def test_sizes_that_the_teacher_does_not_take_are_refused(config, tmp_path):
 def test_without_a_teacher_there_is_nothing_to_load(config):
     config.knowledge.teacher = None
     assert load_knowledge(config, None, None, [], None) is None
+
+
+def test_the_memory_of_a_teacher_is_told_without_loading_it(config, tmp_path):
+    assert "is not here" in teacher_note(config)[0]
+    elastic(vae=False).save_pretrained(tmp_path / "teacher")
+    next((tmp_path / "teacher" / "transformer").glob("*.safetensors")).unlink()
+    assert "on top, 0.00 GB on the CPU" in teacher_note(config)[0]
+    config.knowledge.teacher = None
+    assert teacher_note(config) == []

@@ -499,20 +499,20 @@ def check_latents(path_or_id: str | Path, vae: Any, channels: int) -> None:
 
 
 def transformer_bytes(path_or_id: str | Path, quantization: str = "none", bytes_a_weight: int = 2) -> int:
-    """Bytes that a teacher's transformer takes, from its config alone: `bytes_a_weight` a parameter, or of linear layers 1 (8 bit) or 0.5 with a
-    float32 scale a block of 64 (NF4)."""
+    """Bytes of a teacher's transformer, from its config on this machine: `bytes_a_weight` a parameter, or of the weights of linear layers 1
+    (8 bit), or 0.5 and a float32 scale for every 64 (NF4).
+
+    Raises:
+        OSError: the teacher is not here.
+    """
     import diffusers
-    from diffusers import DiffusionPipeline
 
     from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 
-    index = DiffusionPipeline.load_config(str(path_or_id))
-    known = {"ElasticDiTTransformer2DModel": ElasticDiTTransformer2DModel}
-    name = index["transformer"][1]
-    kind = known.get(name) or getattr(diffusers, name)
+    name = diffusers.DiffusionPipeline.load_config(str(path_or_id), local_files_only=True)["transformer"][1]
+    kind = {"ElasticDiTTransformer2DModel": ElasticDiTTransformer2DModel}.get(name) or getattr(diffusers, name)
     with torch.device("meta"):
-        model = kind.from_config(kind.load_config(str(path_or_id), subfolder="transformer"))
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    rest = sum(p.numel() for p in model.parameters()) - linear
-    a_linear = {"none": bytes_a_weight, "8bit": 1, "4bit": 0.5 + 4 / 64}[quantization]
-    return int(rest * bytes_a_weight + linear * a_linear)
+        model = kind.from_config(kind.load_config(str(path_or_id), subfolder="transformer", local_files_only=True))
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    rest = sum(parameter.numel() for parameter in model.parameters()) - linear
+    return int(rest * bytes_a_weight + linear * {"none": bytes_a_weight, "8bit": 1, "4bit": 0.5 + 4 / 64}[quantization])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..captions import CaptionedDataset, TextTable, text_table
-from ..distill.flow_teacher import FlowTeacher, check_latents, check_quantization, teacher_family
+from ..distill.flow_teacher import FlowTeacher, check_latents, check_quantization, teacher_family, transformer_bytes
 from ..distill.knowledge import FeatureProjector, feature_distance, grid_of, knowledge_loss
 from ..distill.output_loss import output_loss
 from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
@@ -96,3 +96,19 @@ def load_knowledge(config: RunConfig, accelerator: Any, model: ElasticDiTTransfo
         projector = FeatureProjector(model.hidden_size, teacher.feature_dim).to(accelerator.device)
     texts = TextTable(folder, dataset.captions)
     return Knowledge(teacher, texts, projector, model.config.patch_size, options.output_weight, options.feature_weight)
+
+
+def teacher_note(config: RunConfig) -> list[str]:
+    """What the teacher adds to the memory of training, in a line for the estimate; none without a teacher. Nothing is downloaded."""
+    options = config.knowledge
+    if options.teacher is None:
+        return []
+    try:
+        on_gpu, on_cpu = transformer_bytes(options.teacher, options.quantization), transformer_bytes(options.teacher, bytes_a_weight=4)
+    except OSError:
+        return [f"the teacher {options.teacher} is not here: its memory is not counted"]
+    precision = "bf16" if options.quantization == "none" else options.quantization
+    return [
+        f"the teacher's weights come on top, {on_cpu / 1e9:.2f} GB on the CPU and {on_gpu / 1e9:.2f} GB on a GPU ({precision}) a process, and before "
+        "them its text encoders"
+    ]
