@@ -256,7 +256,7 @@ class ElasticSelfAttention(nn.Module):
     def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, h, N, d]
 
-    def _keys_and_values(self, key: torch.Tensor, value: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_and_values(self, key: torch.Tensor, value: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Projections `(B, N, k·d)` → keys and values `(B, k, N, d)`, contiguous (the norm of the keys makes them so)."""
         return rotate(self.norm_k(self._heads(key)), rotation), self._heads(value).contiguous()
 
@@ -264,10 +264,10 @@ class ElasticSelfAttention(nn.Module):
         """`(B, N, D)` → `(B, N, D)`."""
         query = rotate(self.norm_q(self._heads(self.to_q(hidden_states))), positions.rotation)  # [B, h, N, d]
         key, value = self.to_k(hidden_states), self.to_v(hidden_states)  # [B, N, k·d]
-        keys, values = self._keys_and_values(key, value, positions.rotation)
+        keys, values = self.keys_and_values(key, value, positions.rotation)
         if self.sparse:
             grid = positions.rows, positions.columns
-            compressed = self._keys_and_values(self.compress_k(key, *grid), self.compress_v(value, *grid), positions.compressed)
+            compressed = self.keys_and_values(self.compress_k(key, *grid), self.compress_v(value, *grid), positions.compressed)
             gate = self.gate(hidden_states).sigmoid().transpose(1, 2).unsqueeze(-1)  # [B, h, N, 1]
             attention = sparse_attention(query, keys, values, *compressed, gate, self.blocks, self.radius)
         else:
