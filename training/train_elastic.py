@@ -22,6 +22,7 @@ from diffusers.training_utils import EMAModel
 
 from edgedit_hf.captions import CaptionedDataset, TextTable, caption_loader
 from edgedit_hf.diffusion import TRAIN_TIMESTEPS, Diffusion, draws
+from edgedit_hf.elastic.estimate import print_elastic_estimate
 from edgedit_hf.elastic.knowledge import Knowledge, load_knowledge
 from edgedit_hf.elastic.losses import balance_scale, combine_gradients, distillation_loss, take_gradients, validation_losses
 from edgedit_hf.elastic.sampling import drop_texts, step_subnets, text_uniforms
@@ -222,4 +223,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, {"--teacher": "knowledge.teacher"})
+    recipe_main(run, __doc__, {"--teacher": "knowledge.teacher"}, dry_run=print_elastic_estimate)

@@ -7,7 +7,7 @@ set or an autoencoder of the Hub) is replaced by an assumption that is printed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -97,7 +97,7 @@ class Workload:
     assumed: list[str] = field(default_factory=list)
 
 
-def _vae_of(path: str, assumed: list[str]) -> AutoencoderKL | Any:
+def meta_vae(path: str, assumed: list[str]) -> AutoencoderKL | Any:
     """The autoencoder on the meta device, or one like Stable Diffusion's if it is not on this machine."""
     from diffusers import AutoencoderTiny
 
@@ -135,7 +135,7 @@ def workload(config: RunConfig) -> Workload:
         assumed.append(f"data.source {data.source} is not here: taken to hold {count:,} images of {classes} classes, as ImageNet does")
     pixels, encode, decode = shape[0] * shape[1] * shape[2], 0.0, 0.0
     if data.vae is not None:
-        vae = _vae_of(data.vae, assumed)
+        vae = meta_vae(data.vae, assumed)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         latent = (vae.config.latent_channels, shape[1] // factor, shape[2] // factor)
         encode = _flops(lambda: vae.encode(torch.empty(1, *shape)))
@@ -179,16 +179,16 @@ def here(config: RunConfig, model_config: dict[str, Any]) -> Machine:
     x, t = torch.randn(batch, model_config["in_channels"], size, size), torch.full((batch,), 500.0)
     labels = torch.zeros(batch, dtype=torch.long) if model_config["num_classes"] else None
     with torch.inference_mode():
-        rate = batch * flops / _median_seconds(lambda: model(x, t, labels))
+        rate = batch * flops / median_seconds(lambda: model(x, t, labels))
     weights = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    updates = UPDATE_BYTES * 0.7 * weights / _median_seconds(optimizer.step)  # without the moving average, it moves 28 of 40 bytes
+    updates = UPDATE_BYTES * 0.7 * weights / median_seconds(optimizer.step)  # without the moving average, it moves 28 of 40 bytes
     return Machine("here", 1, rate, rate, rate, updates)
 
 
-def _median_seconds(call) -> float:
+def median_seconds(call) -> float:
     seconds = []
     while len(seconds) < 7 and (len(seconds) < 3 or sum(seconds) < 1):
         start = time.perf_counter()
@@ -416,7 +416,12 @@ def print_estimate(config: RunConfig) -> None:
     work = workload(config)
     local = here(config, work.model)
     machines = (local, gpus(1, local), gpus(8, local))
-    tables = [_Estimator(config, work, machine).all() for machine in machines]
+    print_table(machines, [_Estimator(config, work, machine).all() for machine in machines], work.assumed)
+
+
+def print_table(machines: Sequence[Machine], tables: Sequence[list[Estimate]], assumed: Iterable[str]) -> None:
+    """Print the stages' estimates, one table a machine; the first is this one."""
+    local = machines[0]
     header = [f"{'stage':<9}"]
     for machine in machines:
         header.append(f"{machine.name + ':':>10} {'time':>8} {'memory':>9}" + (f" {'disk':>9}" if machine is local else ""))
@@ -438,5 +443,5 @@ def print_estimate(config: RunConfig) -> None:
         "80 GB in bf16 at 40 % of 312 TFLOP/s; stages on 1 GPU of 8 use the main process alone, those on the CPU run as they do here. "
         "Memory: of a process, or of its GPU; disk: of results, checkpoints apart."
     )
-    for line in work.assumed:
+    for line in assumed:
         print(f"Assumed: {line}.")
