@@ -36,16 +36,18 @@ def shell(recipes, command: list[str], cwd: Path, expect: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def clone(recipes, tmp_path_factory):
-    """A folder that looks like the clone (README's paths are relative to it) with a finished debug run as `runs/demo`."""
+    """A folder that looks like the clone (README's paths are relative to it) with finished debug runs as `runs/demo` and `runs/demo-t2i`."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "training").symlink_to(recipes.root / "training")
     shell(recipes, shlex.split(find(recipes, "compress.py --config training/recipes/debug.yaml")), folder)
     (folder / "runs" / "debug").rename(folder / "runs" / "demo")
+    shell(recipes, shlex.split(find(recipes, "text_to_image.py --config training/recipes/debug-t2i.yaml")), folder)
+    (folder / "runs" / "debug-t2i").rename(folder / "runs" / "demo-t2i")
     return folder
 
 
 def find(recipes, part: str) -> str:
-    found = [command for command in commands(recipes) if part in command]
+    found = [command for command in commands(recipes) if part == command] or [command for command in commands(recipes) if part in command]
     assert len(found) == 1, f"README has {len(found)} commands with {part!r}"
     return found[0]
 
@@ -59,10 +61,12 @@ def test_every_command_has_a_test_here(recipes):
 
 
 def test_make_targets(recipes):
-    for target in (find(recipes, "make demo"), find(recipes, "make test")):
+    for target in (find(recipes, "make demo"), find(recipes, "make demo-t2i"), find(recipes, "make test")):
         assert shell(recipes, [*shlex.split(target), "-n"], recipes.root)
     demo = shell(recipes, ["make", "-n", "demo"], recipes.root)
     assert "training/compress.py" in demo and "training/recipes/digits.yaml" in demo and "HF_HUB_OFFLINE=1" in demo
+    demo = shell(recipes, ["make", "-n", "demo-t2i"], recipes.root)
+    assert "training/text_to_image.py" in demo and "training/recipes/digits-t2i.yaml" in demo and "HF_HUB_OFFLINE=1" in demo
 
 
 def test_dry_run_prints_a_line_a_stage(recipes, clone):
@@ -84,6 +88,7 @@ def test_python_snippets(recipes, clone):
     assert len(snippets) >= 2
     for code in snippets:
         shell(recipes, [sys.executable, "-c", code], clone)
+    assert (clone / "runs" / "demo-t2i" / "report.html").is_file() and (clone / "small" / "transformer" / "config.json").is_file()
 
 
 def sampled_from(recipes, clone, folder: str) -> str:
