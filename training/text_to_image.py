@@ -13,6 +13,7 @@ import train_elastic
 import train_text_encoders
 from accelerate import Accelerator
 
+from edgedit_hf.elastic.estimate import print_elastic_estimate
 from edgedit_hf.elastic_report import write_elastic_report
 from edgedit_hf.launch import recipe_main
 from edgedit_hf.recipes import RunConfig
@@ -32,4 +33,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, {"--teacher": "knowledge.teacher"})
+    recipe_main(run, __doc__, {"--teacher": "knowledge.teacher"}, dry_run=print_elastic_estimate)
