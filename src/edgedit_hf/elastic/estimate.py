@@ -16,6 +16,7 @@ from ..launch import load_run_captions
 from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from ..recipes import RunConfig
 from ..search_space import TEXT_TOKENS, elastic_cost, elastic_weights
+from .knowledge import teacher_note
 from .setup import new_elastic
 
 BALANCE_BYTES = 32  # moved a weight, step and sub-network: both gradients are read three times, the sum is written twice
@@ -115,9 +116,10 @@ def elastic_estimate(config: RunConfig, machine: Machine | None = None) -> tuple
 
 
 def print_elastic_estimate(config: RunConfig) -> None:
-    """Print the estimate of stage elastic: here, on one GPU and on eight (the text encoders and a teacher are small beside it, or given)."""
+    """Print the estimate of stage elastic: here, on one GPU and on eight."""
     row, local, assumed = elastic_estimate(config)
     machines = (local, gpus(1, local), gpus(8, local))
     others = [elastic_estimate(config, machine)[0] for machine in machines[1:]]
-    assumed.append("text encoders and teacher apart; on 8 GPUs every one holds all weights, with training/accelerate/fsdp.yaml an eighth of them")
+    assumed += teacher_note(config)
+    assumed.append("text encoders apart; on 8 GPUs every one holds all weights, with training/accelerate/fsdp.yaml an eighth of them")
     print_table(machines, [[row], *([other] for other in others)], assumed)
