@@ -14,7 +14,7 @@ from edgedit_hf.run_state import read_json
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 OPTIONS = {"config": "debug-t2i.yaml"}
-MORE = ("elastic.steps=30", "elastic.learning_rate=3e-3", "elastic.log_every=5", "elastic.checkpoint_every=10")
+MORE = ("elastic.steps=20", "elastic.learning_rate=3e-3", "elastic.log_every=5", "elastic.checkpoint_every=10")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def encoders(tmp_path_factory):
 def teacher(recipes, encoders, tmp_path_factory):
     """A supernet that learned from data alone, to teach another one."""
     folder = tmp_path_factory.mktemp("teacher")
-    recipes.run_here("train_elastic", folder, *encoders, *MORE, "elastic.steps=60", **OPTIONS)
+    recipes.run_here("train_elastic", folder, *encoders, *MORE, "elastic.steps=40", **OPTIONS)
     return f"knowledge.teacher={folder / 'elastic'}"
 
 
@@ -54,7 +54,7 @@ def telemetry(folder: Path) -> list[dict]:
 
 def test_the_distances_to_the_teacher_fall(whole):
     lines = telemetry(whole)
-    assert lines[-1]["output_kd"] < 0.5 * lines[0]["output_kd"] and lines[-1]["feature_kd"] < 0.9 * lines[0]["feature_kd"]
+    assert lines[-1]["output_kd"] < 0.7 * lines[0]["output_kd"] and lines[-1]["feature_kd"] < 0.9 * lines[0]["feature_kd"]
     # The projector is no part of what is published.
     assert not any("projector" in name for name in weights(whole))
     assert read_json(whole / "elastic" / "stage.json", "")["config"]["knowledge"]["output_weight"] == 1.0
