@@ -8,9 +8,9 @@ that of the sub-network "tiny" of `elastic-dit-1.6b`. SnapGen++'s steps (arXiv:2
 - PixArt: diffusers' PixArtTransformer2DModel of that depth and width: what one would use instead (MLP ratio 4, a key/value head a query head).
 - A: all 24 layers at full resolution, of this package's blocks: full attention, one key/value head, MLP ratio 3, no skips. (It is the class with
   the stages 0/0/24, so it has their down- and up-sample too, half a percent of its FLOPs.)
-- B: three stages of 6/8/10 layers, of which Middle works on a quarter of the tokens.
+- B: three stages of 4/12/8 layers, of which Middle works on a quarter of the tokens.
 - C: B with adaptive sparse self-attention in Down and Up.
-- D: as shipped: long skips in Middle, a key/value head for four query heads, MLP ratio 4 in Down and Up.
+- D: as shipped: 6/8/10 layers, long skips in Middle, a key/value head for four query heads, MLP ratio 4 in Down and Up.
 
 Each is exported in a process of its own, which also profiles one run by operator; then all are timed interleaved. A speedup over A is split into
 the ratio of the FLOPs (of all matrix products) and that of the rates at which they are done, which is what softmax, memory traffic and
@@ -80,7 +80,7 @@ def denoiser(variant: str, heads: int, latents: int) -> nn.Module:
     if variant == "D":
         model = ElasticDiTTransformer2DModel(**common, num_key_value_heads=max(1, heads // 4))
     else:
-        layers = [0, 0, DEPTH] if variant == "A" else [6, 8, 10]
+        layers = [0, 0, DEPTH] if variant == "A" else [4, 12, 8]
         model = ElasticDiTTransformer2DModel(**common, num_key_value_heads=1, num_layers=layers, mlp_ratios=[3.0, 3.0, 3.0])
         for block in model.middle_blocks:
             block.long_skip = None
@@ -150,7 +150,7 @@ def table(rows: dict[str, dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=int, default=12, help="width in heads of 72 channels: 12, 16 and 32 are tiny, small and full")
+    parser.add_argument("--heads", type=int, default=12, help="width in heads of 72 channels, a multiple of 4: 12, 16 and 32 are tiny, small and full")
     parser.add_argument("--latents", type=int, default=128, help="latents a side")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
