@@ -1,6 +1,6 @@
 """What elasticity costs: one supernet against its three networks trained apart, on the captioned digits.
 
-    python benchmarks/elastic.py [--steps 800] [--batch-size 32] [--threads 2] [--json] [--check]
+    python benchmarks/elastic.py [--steps 2400] [--batch-size 32] [--threads 2] [--json] [--check]
 
 The supernet trains for some steps by training/train_elastic.py: the full net in every step, one narrower network drawn in each. Each of the
 three networks is then trained alone for as many steps by the same recipe (data, noise, schedule, learning rate), which is more than the narrow
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "training" / "recipes" / "digits-t2i.yaml", help="the recipe of all four networks")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of the recipe, e.g. elastic.distillation=0.5")
     parser.add_argument("--model", default="elastic-dit-digits", help="preset of the supernet")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--validation-samples", type=int, default=320)
     parser.add_argument("--repeats", type=int, default=20, help="rounds of the forwards")
