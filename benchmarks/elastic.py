@@ -1,12 +1,12 @@
 """What elasticity costs: one supernet against its three networks trained apart, on the captioned digits.
 
-    python benchmarks/elastic.py [--steps 2400] [--batch-size 32] [--threads 2] [--json] [--check]
+    python benchmarks/elastic.py [--steps 1500] [--batch-size 32] [--threads 2] [--json] [--check]
 
 The supernet trains for some steps by training/train_elastic.py: the full net in every step, one narrower network drawn in each. Each of the
 three networks is then trained alone for as many steps by the same recipe (data, noise, schedule, learning rate), which is more than the narrow
 ones were drawn. Printed: validation losses (flow loss of the averaged weights on held-out images at the same noise and timesteps), seconds of
 training (validation apart), the time of a switch, and the forward of an active sub-network against that of its extracted twin (paired rounds
-within one process). SnapGen++ has 0.5093 elastic against 0.5090 alone for its 0.4 B network on ImageNet.
+within one process; small batches show the price of slicing, a few µs a layer). SnapGen++ has 0.5093 elastic against 0.5090 alone for its 0.4 B network on ImageNet.
 
 --check fails unless every width's loss is at most 1.02 times that of the network alone, the supernet trains in at most 0.92 times the three
 networks' time, a switch takes less than 1 ms, and an active sub-network's forward at most 1.05 times its twin's.
@@ -95,10 +95,11 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "training" / "recipes" / "digits-t2i.yaml", help="the recipe of all four networks")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of the recipe, e.g. elastic.distillation=0.5")
     parser.add_argument("--model", default="elastic-dit-digits", help="preset of the supernet")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--validation-samples", type=int, default=320)
-    parser.add_argument("--repeats", type=int, default=20, help="rounds of the forwards")
+    parser.add_argument("--forward-batch", type=int, default=64, help="images of the timed forwards")
+    parser.add_argument("--repeats", type=int, default=60, help="rounds of the forwards")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="folder of the four runs, which a second call continues; default: a temporary one")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
@@ -120,7 +121,7 @@ def main() -> None:
             parameters[name] = sum(p.numel() for p in model.extract_subnet(name).parameters())
     ratios = {name: supernet["validation"][name] / run["validation"]["full"] for name, run in alone.items()}
     time_ratio = supernet["seconds"] / sum(run["seconds"] for run in alone.values())
-    switch, forward = switch_ms(model), forwards(model, arguments.batch_size, arguments.repeats)
+    switch, forward = switch_ms(model), forwards(model, arguments.forward_batch, arguments.repeats)
     drawn = {**supernet["sampled"], model.subnet_names[-1]: arguments.steps}
     print(f"{arguments.model}, {arguments.steps} steps of {arguments.batch_size} captioned digits, {arguments.threads} threads")
     print(f"{'network':<9}{'parameters':>12}{'steps in supernet':>19}{'steps alone':>13}{'loss in supernet':>18}{'loss alone':>12}{'ratio':>8}{'forward':>9}")
