@@ -6,7 +6,8 @@ The supernet trains for some steps by training/train_elastic.py: the full net in
 three networks is then trained alone for as many steps by the same recipe (data, noise, schedule, learning rate), which is more than the narrow
 ones were drawn. Printed: validation losses (flow loss of the averaged weights on held-out images at the same noise and timesteps), seconds of
 training (validation apart), the time of a switch, and the forward of an active sub-network against that of its extracted twin (paired rounds
-within one process; small batches show the price of slicing, a few µs a layer). SnapGen++ has 0.5093 elastic against 0.5090 alone for its 0.4 B network on ImageNet.
+within one process; at small batches the price of slicing shows, a few µs a layer). SnapGen++ has 0.5093 elastic against 0.5090 alone for its
+0.4 B network on ImageNet.
 
 --check fails unless every width's loss is at most 1.02 times that of the network alone, the supernet trains in at most 0.92 times the three
 networks' time, a switch takes less than 1 ms, and an active sub-network's forward at most 1.05 times its twin's.
