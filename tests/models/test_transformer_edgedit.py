@@ -503,7 +503,7 @@ def test_precomputed_modulations_give_the_same_output(make_transformer, name):
     for step, timestep in enumerate(timesteps):
         expected = model(x, timestep, labels).sample
         found = model(x, None, modulation=table[step]).sample
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+        torch.testing.assert_close(found, expected, rtol=0, atol=3e-6 * expected.abs().max().item())  # other shapes, other rounding
     unconditional = make_transformer(num_classes=0)
     step = unconditional.precompute_modulation(timesteps)[1].expand(2, -1, -1)
     torch.testing.assert_close(unconditional(x, None, modulation=step).sample, unconditional(x, timesteps[1]).sample, rtol=0, atol=1e-5)

@@ -112,9 +112,8 @@ def test_unknown_recipe_key(fail, tmp_path):
     assert "learning_rat" in message and "learning_rate" in message
 
 
-def test_missing_recipe(fail, recipes, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "arguments", lambda name, output: [name, "--config", str(tmp_path / "no.yaml")])
-    assert "no.yaml" in fail("train_teacher", tmp_path)
+def test_missing_recipe(fail, tmp_path):
+    assert "no.yaml" in fail("train_teacher", tmp_path, config=str(tmp_path / "no.yaml"))
 
 
 def test_unwritable_output(fail, tmp_path):
