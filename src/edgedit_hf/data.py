@@ -310,6 +310,7 @@ def stream_generator(seed: int, stream: int) -> np.random.Generator:
 
 @functools.lru_cache(maxsize=16)  # neighbouring steps share an epoch's permutation, or a few
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation `[num_samples]` int64 of an epoch; read-only, as calls share it."""
     order = stream_generator(seed, epoch).permutation(num_samples)
     order.flags.writeable = False
     return order
