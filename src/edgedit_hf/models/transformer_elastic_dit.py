@@ -295,6 +295,7 @@ class ElasticCrossAttention(nn.Module):
         value = self.to_v(text).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         group = query.shape[1] // self.kv_heads
         key, value = (heads.repeat(1, group, 1, 1) for heads in (key, value))
+        mask = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)  # ONNX Runtime wants a row a query
         attention = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.to_out(attention.transpose(1, 2).flatten(2))
 
@@ -666,9 +667,26 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"The input has the shape {tuple(hidden_states.shape)}; it needs {self.config.in_channels} channels and a height and width that "
                 f"are multiples of {2 * patch} (patches of {patch}, down-sampled once)."
             )
-        text, mask = self._embed_text(encoder_hidden_states, encoder_attention_mask, batch)
+        text, mask = self.embed_text(encoder_hidden_states, encoder_attention_mask, batch)
         if modulation is None:
             modulation = self.modulation(timestep.reshape(-1).expand(batch))
+        sample, tokens = self.denoise(hidden_states, modulation, text, mask)
+        features = tokens if return_features else None
+        return ElasticDiTOutput(sample=sample, features=features) if return_dict else (sample, features)
+
+    def denoise(
+        self, hidden_states: torch.Tensor, modulation: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The network between its conditions and its output: what a step computes once [`embed_text`] and [`precompute_modulation`] are done.
+
+        Args:
+            hidden_states: `(B, C, H, W)`. modulation: `(B, 6L + 2, D)`. text: `(B, T, E)`. mask: `(B, 1, 1, T)` or `None`.
+
+        Returns:
+            The velocity `(B, C, H, W)` and the tokens `(B, N, D)` after the last layer.
+        """
+        batch, channels, height, width = hidden_states.shape
+        patch = self.config.patch_size
         rows, columns = height // patch, width // patch
         patches = hidden_states.view(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
         tokens = self.patch_embed(patches.reshape(batch, rows * columns, patch * patch * channels))  # [B, N, D]
@@ -704,13 +722,12 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         shift, scale = modulation[:, -2:].unsqueeze(2).unbind(1)  # each [B, 1, D]
         normed = F.layer_norm(tokens, tokens.shape[-1:], eps=self.config.norm_eps)
         sample = self.proj_out(torch.addcmul(shift, normed, 1 + scale)).view(batch, rows, columns, patch, patch, channels)
-        sample = sample.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width)
-        features = tokens if return_features else None
-        return ElasticDiTOutput(sample=sample, features=features) if return_dict else (sample, features)
+        return sample.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width), tokens
 
-    def _embed_text(
+    def embed_text(
         self, embeddings: Sequence[torch.Tensor | None] | None, masks: Sequence[torch.Tensor | None] | None, batch: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Text `(B, T, E)` and its mask `(B, 1, 1, T)` (`None` where all tokens count) of what [`forward`] takes for every text encoder."""
         dims = self.config.text_dims
         embeddings = [None] * len(dims) if embeddings is None else list(embeddings)
         masks = [None] * len(dims) if masks is None else list(masks)
