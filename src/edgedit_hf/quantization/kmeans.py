@@ -1,7 +1,8 @@
 """One-dimensional k-means of many groups of values at once: the palettes of palettised weights.
 
 On sorted values the clusters are runs, so that with prefix sums an iteration of Lloyd's algorithm costs one binary search a boundary, however
-many values there are. Lloyd's algorithm finds a local optimum; three starts are tried and the best kept for every group.
+many values there are. Lloyd's algorithm finds a local optimum, so the start matters: for few clusters the best runs of a few hundred small
+cells, by dynamic programming; for many the density of the levels of an optimal quantiser.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import torch
 
 from ..errors import EdgeDiTError
 
-_CHUNK = 1 << 22  # values at a time: bounds the memory of the float64 prefix sums
+_CHUNK, _GROUPS = 1 << 21, 64  # values and groups at a time: bounds the memory of the prefix sums and of the dynamic programme
+_CELLS = 128  # of the dynamic programme at most, twice: by count and by level density
+_FEW = 32  # clusters up to which it gives the start
 
 
 class _Sorted:
@@ -32,27 +35,46 @@ class _Sorted:
         return ends, mass, first, error
 
 
-def _starts(values: torch.Tensor, clusters: int) -> list[torch.Tensor]:
-    """Centres to start from, each float64 `(G, K)`, for sorted values `(G, n)`: of equal count, of equal width, and by density^⅓ (the
-    density of an optimal quantiser with many levels: Panter & Dite, 1951)."""
-    places = (torch.arange(clusters, dtype=torch.float64, device=values.device) + 0.5) / clusters
-    cells = max(1, min(values.shape[-1] - 1, 16 * clusters))
-    edges = values[:, torch.linspace(0, values.shape[-1] - 1, cells + 1, device=values.device).round().long()].double()
-    low, high = edges[:, :1], edges[:, -1:]
-    widths = edges.diff(dim=-1)
-    # A cell of width d and a fixed count has density ∝ 1/d, and so takes a share d · (1/d)^⅓ of the levels.
-    share = torch.nn.functional.pad(widths.pow(2 / 3).cumsum(-1), (1, 0))
-    wanted = places * share[:, -1:]
-    cell = (torch.searchsorted(share, wanted) - 1).clamp(0, cells - 1)
-    begin, end = share.gather(-1, cell), share.gather(-1, cell + 1)
-    inside = (wanted - begin) / (end - begin).clamp(min=torch.finfo(torch.float64).tiny)
-    dense = edges.gather(-1, cell) + inside * widths.gather(-1, cell)
-    counts = values[:, (places * values.shape[-1]).long()].double()
-    return [dense, counts, low + places * (high - low)]
+def _level_density(values: torch.Tensor) -> torch.Tensor:
+    """For sorted values `(G, n)`, the share of an optimal quantiser's levels that lies below each, `(G, n)` from 0 to 1: with many levels their
+    density is that of the values to the power ⅓ (Panter & Dite, 1951); a gap d between neighbours has the density ∝ 1/d."""
+    share = torch.nn.functional.pad(values.double().diff(dim=-1).pow(2 / 3).cumsum(-1), (1, 0))
+    return share / share[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def _lloyd(data: _Sorted, centres: torch.Tensor, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lloyd's iterations to convergence: centres `(G, K)`, none without values where there are enough distinct ones, and the error `(G,)`."""
+def _dense_start(values: torch.Tensor, share: torch.Tensor, clusters: int) -> torch.Tensor:
+    """Centres `(G, K)` of the density of an optimal quantiser's levels."""
+    wanted = (torch.arange(clusters, dtype=torch.float64, device=values.device) + 0.5).div(clusters).expand(len(values), -1).contiguous()
+    above = torch.searchsorted(share, wanted).clamp(max=values.shape[1] - 1)
+    return (values.gather(-1, above).double() + values.gather(-1, (above - 1).clamp(min=0)).double()) / 2
+
+
+def _best_runs(data: _Sorted, share: torch.Tensor, clusters: int) -> torch.Tensor:
+    """Centres `(G, K)` of the K runs of cells with the least error."""
+    groups, count = data.values.shape
+    cells = min(_CELLS, max(64, count // 16))
+    even = torch.linspace(0, 1, cells + 1, dtype=torch.float64, device=share.device).expand(groups, -1).contiguous()
+    cuts = torch.cat([(even * count).long(), torch.searchsorted(share, even[:, 1:-1].contiguous())], dim=1).sort(dim=1).values  # [G, C]
+    mass, first, second = (prefix.gather(-1, cuts) for prefix in data.sums)
+    run = [part.unsqueeze(1) - part.unsqueeze(2) for part in (mass, first, second)]  # [G, from, to]
+    cost = (run[2] - run[1] ** 2 / run[0].clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=0).float()
+    cost += torch.full(cost.shape[1:], torch.inf, device=cost.device).tril(-1)
+    least, begins = cost[:, 0], []
+    for _ in range(clusters - 1):
+        least, begin = (least.unsqueeze(2) + cost).min(dim=1)
+        begins.append(begin)
+    place = torch.full((groups, 1), cuts.shape[1] - 1, device=cuts.device)
+    ends = [place]
+    for begin in reversed(begins):
+        ends.insert(0, begin.gather(-1, ends[0]))
+    ends = torch.cat(ends, dim=1)  # [G, K]
+    mass, first = (torch.diff(part.gather(-1, ends), dim=-1, prepend=part[:, :1]) for part in (mass, first))
+    at_end = data.values.gather(-1, (cuts.gather(-1, ends) - 1).clamp(min=0)).double()
+    return torch.where(mass > 0, first / mass, at_end).sort(dim=-1).values
+
+
+def _lloyd(data: _Sorted, centres: torch.Tensor, iterations: int) -> torch.Tensor:
+    """Lloyd's iterations to convergence: centres `(G, K)`, none without values where there are enough distinct ones."""
     for _ in range(iterations):
         ends, mass, first, error = data.clusters(centres)
         moved = torch.where(mass > 0, first / mass, centres)
@@ -65,19 +87,17 @@ def _lloyd(data: _Sorted, centres: torch.Tensor, iterations: int) -> tuple[torch
         if torch.equal(moved, centres):
             break
         centres = moved
-    return centres, data.clusters(centres)[3].sum(dim=-1)
+    return centres
 
 
-def kmeans_1d(
-    values: torch.Tensor, clusters: int, weights: torch.Tensor | None = None, iterations: int = 200
-) -> tuple[torch.Tensor, torch.Tensor]:
+def kmeans_1d(values: torch.Tensor, clusters: int, weights: torch.Tensor | None = None, iterations: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
     """k-means of every row of `values`, minimising Σ weight · (value − centre)².
 
     Args:
         values: `(G, n)`, finite.
         clusters: K, 2 … 256.
         weights: not negative, `(G, n)` or broadcast to it; `None`: all equal.
-        iterations: at most so many of Lloyd's algorithm, from each of three starts.
+        iterations: at most so many of Lloyd's algorithm.
 
     Returns:
         Centres, float32 `(G, K)`, ascending (with fewer than K distinct values some are equal), and for every value the index of the nearest
@@ -87,18 +107,15 @@ def kmeans_1d(
         raise EdgeDiTError(f"kmeans_1d got values of shape {tuple(values.shape)} and {clusters} clusters; give (groups, n ≥ 1) and 2 … 256.")
     if not torch.isfinite(values).all():
         raise EdgeDiTError(f"{int((~torch.isfinite(values)).sum())} of the {values.numel()} values to cluster are not finite.")
-    found = []
-    for rows in range(0, len(values), max(1, _CHUNK // values.shape[1])):
-        chunk = values[rows : rows + max(1, _CHUNK // values.shape[1])].float()
+    found, step = [], max(1, min(_GROUPS, _CHUNK // values.shape[1]))
+    for rows in range(0, len(values), step):
+        chunk = values[rows : rows + step].float()
         share = None if weights is None else weights.expand_as(values)[rows : rows + len(chunk)]
         shift = chunk.mean(dim=-1, keepdim=True)  # small numbers keep the differences of the prefix sums exact
         data = _Sorted(chunk - shift, share)
-        best, least = None, None
-        for start in _starts(data.values, clusters):
-            centres, error = _lloyd(data, start, iterations)
-            better = error < least if best is not None else torch.ones_like(error, dtype=torch.bool)
-            best = centres if best is None else torch.where(better[:, None], centres, best)
-            least = error if least is None else torch.where(better, error, least)
+        density = _level_density(data.values)
+        start = _best_runs(data, density, clusters) if clusters <= _FEW else _dense_start(data.values, density, clusters)
+        best = _lloyd(data, start, iterations)
         found.append((best + shift.double()).float())
     centres = torch.cat(found)
     return centres, nearest(values, centres)
