@@ -19,12 +19,12 @@ from edgedit_hf.export import onnx as lowering
 from edgedit_hf.export import verify
 from edgedit_hf.export.onnx import (
     export_onnx,
-    gemm_to_matmul,
     initializer_bytes,
     quantize_int8,
     read_metadata,
     save_onnx,
 )
+from edgedit_hf.export.onnx_lowbit import MIN_QUANTIZED_ELEMENTS, gemm_to_matmul
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.latency.runners import example_inputs, onnx_runner
@@ -207,7 +207,7 @@ def test_int8_shrinks_every_linear_layer(make_transformer, tmp_path):
     linear = [
         m
         for m in model.modules()
-        if isinstance(m, torch.nn.Linear) and m.weight.numel() >= lowering.MIN_QUANTIZED_ELEMENTS
+        if isinstance(m, torch.nn.Linear) and m.weight.numel() >= MIN_QUANTIZED_ELEMENTS
     ]
     assert int8_elements >= sum(m.weight.numel() for m in linear)
     with pytest.raises(EdgeDiTError, match="is int8 already"):

@@ -1,33 +1,39 @@
-"""Lowering to ONNX: `export_onnx` (fp32, torch's dynamo exporter) and `quantize_int8` (dynamic int8 of every linear layer).
+"""Lowering to ONNX by torch's dynamo exporter: `lower_onnx` writes a part of a pipeline at any precision, `export_onnx` and `quantize_int8` a
+denoiser in fp32 and dynamic int8.
 
-The files describe themselves: `metadata_props` holds the genotype, the model config, the weights' hash, the precision and the batch.
+The files describe themselves: `metadata_props` holds what the caller says of them, such as genotype, config, weights' hash, precision, versions.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import inspect
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, numpy_helper
 
 from ..errors import EdgeDiTError
+from ..run_state import explain_write_errors
+from .onnx_lowbit import dynamic_int8, half_precision, linear_nodes, static_int8, weight_only
+from .parts import Part
 from .wrappers import DenoiserWrapper, check_batch, check_model, describe, onnx_attention, quiet
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
+    from ..quantization.activations import ActivationScales
+    from ..quantization.weights import AffineWeight
 
 ATTENTION_OPSET = 23  # the first with an Attention operator: fewer nodes, and faster than its decomposed form
 DEFAULT_OPSET = ATTENTION_OPSET
 EXTERNAL_DATA_BYTES = 1_500_000_000  # above this the weights go to model.onnx.data: one protobuf file ends at 2 GB
-MIN_QUANTIZED_ELEMENTS = 1024  # smaller matrices stay fp32: their scales and extra operators cost more than they save
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 
 # -------------------------------------------------------------------- fp32
@@ -62,24 +68,82 @@ def export_onnx(
     return save_onnx(proto, path)
 
 
-def lower(wrapper: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: bool, opset: int) -> onnx.ModelProto:
-    """Trace a wrapper (its `input_names` and `output_names` name the tensors) into an ONNX model.
+def lower_onnx(
+    part: Part,
+    path: str | os.PathLike,
+    precision: str,
+    facts: Mapping[str, str],
+    *,
+    opset: int = DEFAULT_OPSET,
+    open_sizes: Collection[str] = ("batch",),
+    scales: ActivationScales | None = None,
+    given: Mapping[str, AffineWeight] | None = None,
+    keep_8bit: Collection[str] = (),
+    layers: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Write a part as an ONNX file.
+
+    Args:
+        part: what to write.
+        path: the .onnx file; weights above [`EXTERNAL_DATA_BYTES`] go to `<path>.data` beside it.
+        precision: one of [`PRECISIONS`]. A part without large linear layers stays fp32 in int8 and int4.
+        facts: text for the file's metadata.
+        opset: ONNX operator set, 18 or later.
+        open_sizes: names of sizes (values of `part.dynamic`) that stay open; all others are those of the examples.
+        scales: static int8 with these activations' scales; default: dynamic int8.
+        given: int4: weights to use as they are. keep_8bit: int4: layers that get 8 bits.
+        layers: the module whose layer names `scales`, `given` and `keep_8bit` use; default: the part's.
+
+    Returns:
+        precision (what the file is), and where it applies activations, linear_layers (number by bits), fp32_islands.
+    """
+    path = Path(path)
+    if precision not in PRECISIONS:
+        raise EdgeDiTError(f"precision is {precision!r}; ONNX files exist as {', '.join(PRECISIONS)}.")
+    module, layers, said = part.module, part.module if layers is None else layers, {"precision": precision}
+    if precision == "fp16":
+        module, said["fp32_islands"] = half_precision(module, part.inputs)
+    dynamic = {name: {axis: size for axis, size in axes.items() if size in open_sizes} for name, axes in part.dynamic.items()}
+    proto = lower(module, tuple(part.inputs.values()), dynamic, opset, names=(list(part.inputs), list(part.outputs)))
+    if precision in ("int8", "int4") and not linear_nodes(proto):
+        said["precision"] = "fp32"
+    elif precision == "int8" and scales is None:
+        proto, said["activations"] = dynamic_int8(proto, weights_size(proto) > EXTERNAL_DATA_BYTES), "dynamic"
+    elif precision == "int8":
+        said["linear_layers"] = {"static int8": static_int8(proto, scales, layers)}
+        said["activations"] = f"static, {scales.num_buckets} buckets of timesteps" if scales.num_buckets > 1 else "static"
+    elif precision == "int4":
+        said["linear_layers"] = weight_only(proto, layers, given, frozenset(keep_8bit))
+    write_metadata(proto, **{**facts, "precision": said["precision"]})
+    with explain_write_errors(path):
+        save_onnx(proto, path)
+    return said
+
+
+def lower(
+    wrapper: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    dynamic: bool | Mapping[str, Mapping[int, str]],
+    opset: int,
+    names: tuple[list[str], list[str]] | None = None,
+) -> onnx.ModelProto:
+    """Trace a module into an ONNX model.
 
     Args:
         wrapper: module with positional tensor inputs.
-        inputs: example inputs; the first dimension of each is the batch.
-        dynamic: whether the batch stays open.
+        inputs: example inputs.
+        dynamic: whether the first dimension of each stays open, as one batch; or input → axis → name of a size that stays open.
         opset: ONNX operator set.
+        names: names of the inputs and outputs; default: the module's `input_names` and `output_names`.
     """
     if not 18 <= opset <= onnx.defs.onnx_opset_version():
         raise EdgeDiTError(
             f"opset is {opset}; it must be from 18 to {onnx.defs.onnx_opset_version()} with this onnx version."
         )
+    input_names, output_names = (wrapper.input_names[: len(inputs)], wrapper.output_names) if names is None else names
+    if isinstance(dynamic, bool):
+        dynamic = {name: {0: "batch"} for name in input_names} if dynamic else {}
     training = wrapper.training
-    dynamic_shapes = None
-    if dynamic:
-        names = torch.export.Dim("batch", min=1)
-        dynamic_shapes = tuple({0: names} for _ in inputs)
     attention = onnx_attention(wrapper) if opset >= ATTENTION_OPSET else contextlib.nullcontext()
     wrapper.eval()
     try:
@@ -89,9 +153,9 @@ def lower(wrapper: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: bool, o
                 inputs,
                 dynamo=True,
                 opset_version=opset,
-                input_names=wrapper.input_names[: len(inputs)],
-                output_names=wrapper.output_names,
-                dynamic_shapes=dynamic_shapes,
+                input_names=input_names,
+                output_names=output_names,
+                dynamic_shapes=_dynamic_shapes(wrapper, input_names, dynamic),
                 verbose=False,
             )
     finally:
@@ -108,6 +172,26 @@ def lower(wrapper: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: bool, o
     proto.graph.ClearField("value_info")
     del proto.graph.metadata_props[:]
     return proto
+
+
+def _dynamic_shapes(wrapper: nn.Module, names: list[str], dynamic: Mapping[str, Mapping[int, str]]) -> tuple | None:
+    """`dynamic` as torch.export wants it: nested like the parameters of `forward`, of which the last may be variadic."""
+    if not any(dynamic.values()):
+        return None
+    sizes: dict[str, Any] = {}
+
+    def dimension(size: str) -> Any:
+        # Heights and widths are multiples of a patch (or more): the exporter finds out of how many. Other sizes are free, and named.
+        if size.endswith(("height", "width")):
+            return torch.export.Dim.DYNAMIC
+        return sizes.setdefault(size, torch.export.Dim(size, min=1))
+
+    shapes = [{axis: dimension(size) for axis, size in dynamic.get(name, {}).items()} for name in names]
+    parameters = list(inspect.signature(wrapper.forward).parameters.values())
+    if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL:
+        fixed = len(parameters) - 1
+        return (*shapes[:fixed], tuple(shapes[fixed:]))
+    return tuple(shapes)
 
 
 def write_metadata(proto: onnx.ModelProto, **values: str) -> None:
@@ -134,11 +218,16 @@ def initializer_bytes(path: str | os.PathLike) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
+def weights_size(proto: onnx.ModelProto) -> int:
+    """Bytes of the weights in a model."""
+    return sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+
+
 def save_onnx(proto: onnx.ModelProto, path: str | os.PathLike) -> Path:
     """Write a model; big weights go to `<path>.data`, which must stay beside the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    size = weights_size(proto)
     data = path.with_name(path.name + ".data")
     data.unlink(missing_ok=True)  # onnx appends to an existing data file
     external = size > EXTERNAL_DATA_BYTES
@@ -150,91 +239,19 @@ def save_onnx(proto: onnx.ModelProto, path: str | os.PathLike) -> Path:
 
 
 def quantize_int8(source: str | os.PathLike, target: str | os.PathLike) -> Path:
-    """Dynamic int8: weights of all linear layers signed per output channel, activations unsigned per tensor at run time.
-
-    The adaLN layers and embedders act on `(B, D)` and lower to Gemm, which ONNX Runtime's dynamic quantiser skips; they are rewritten
-    to MatMul + Add first (they are a third of a DiT's weights). What stays fp32: biases, the position table, the label
-    table (a look-up, no arithmetic), the patch convolution (`patch_size² · channels` inputs: ConvInteger costs more than it saves) and
-    matrices below [`MIN_QUANTIZED_ELEMENTS`].
+    """Dynamic int8 ([`onnx_lowbit.dynamic_int8`]) of a file of [`export_onnx`].
 
     Args:
-        source: fp32 file of [`export_onnx`].
+        source: fp32 file.
         target: file to write.
 
     Returns:
         `target`.
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
     proto = onnx.load(str(source))
     precision = {e.key: e.value for e in proto.metadata_props}.get("edgedit.precision", "fp32")
     if precision != "fp32":
         raise EdgeDiTError(f"{source} is {precision} already; quantise the fp32 file it was made from.")
-    gemm_to_matmul(proto)
-    weights = {t.name: tuple(t.dims) for t in proto.graph.initializer if t.data_type == TensorProto.FLOAT}
-    chosen = []
-    for node in proto.graph.node:
-        if node.op_type == "MatMul" and len(weights.get(node.input[1], ())) == 2:
-            rows, columns = weights[node.input[1]]
-            if rows * columns >= MIN_QUANTIZED_ELEMENTS:
-                chosen.append(node.name)
-    if not chosen:
-        raise EdgeDiTError(
-            f"{source} holds no linear layer to quantise (matrices of {MIN_QUANTIZED_ELEMENTS} elements or more)."
-        )
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    external = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > EXTERNAL_DATA_BYTES
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # the quantiser logs its advice to the root logger
-    try:
-        quantize_dynamic(
-            proto,
-            str(target),
-            op_types_to_quantize=["MatMul"],  # "Attention" would be taken for com.microsoft's
-            nodes_to_quantize=chosen,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=external,
-        )
-    finally:
-        root.setLevel(level)
-    quantized = onnx.load(str(target))
-    del quantized.metadata_props[:]
-    quantized.metadata_props.extend(proto.metadata_props)
+    quantized = dynamic_int8(proto, weights_size(proto) > EXTERNAL_DATA_BYTES)
     write_metadata(quantized, precision="int8")
     return save_onnx(quantized, target)
-
-
-def gemm_to_matmul(proto: onnx.ModelProto) -> None:
-    """Rewrite every Gemm with a constant second input as MatMul + Add, in place (the transposed weight is stored)."""
-    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
-    uses: dict[str, int] = {}
-    for node in proto.graph.node:
-        for name in node.input:
-            uses[name] = uses.get(name, 0) + 1
-    nodes = []
-    for node in proto.graph.node:
-        options = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        plain = options.get("alpha", 1.0) == 1.0 and options.get("beta", 1.0) == 1.0 and not options.get("transA", 0)
-        if node.op_type != "Gemm" or not plain or node.input[1] not in weights:
-            nodes.append(node)
-            continue
-        source, weight, *bias = node.input
-        if options.get("transB", 0):
-            array = np.ascontiguousarray(numpy_helper.to_array(weights[weight]).T)
-            if uses[weight] == 1:
-                weights[weight].CopyFrom(numpy_helper.from_array(array, weight))
-            else:
-                weight = f"{weight}.transposed"
-                if weight not in weights:
-                    weights[weight] = numpy_helper.from_array(array, weight)
-                    proto.graph.initializer.append(weights[weight])
-        name = node.name or node.output[0]
-        product = f"{node.output[0]}.product" if bias else node.output[0]
-        nodes.append(onnx.helper.make_node("MatMul", [source, weight], [product], name=f"{name}.matmul"))
-        if bias:
-            nodes.append(onnx.helper.make_node("Add", [product, bias[0]], [node.output[0]], name=f"{name}.add"))
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
