@@ -14,9 +14,10 @@ from edgedit_hf import EdgeDiTPipeline, ExecutorchEdgeDiTTransformer2DModel, Onn
 from edgedit_hf.commands.export import EdgeDiTExportCommand
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.export.executorch import GROUP, export_executorch, quantize_linears
+from edgedit_hf.export.executorch import GROUP, export_executorch, form_of, quantize_linears
+from edgedit_hf.export.parts import edgedit_parts
 from edgedit_hf.export.pipeline import export_pipeline
-from edgedit_hf.export.xnnpack import XnnpackGELU, XnnpackLayerNorm, xnnpack_form
+from edgedit_hf.export.xnnpack import XnnpackGELU, XnnpackLayerNorm
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.latency.protocol import measure
 from edgedit_hf.latency.runners import TorchRunner, example_inputs, executorch_runner
@@ -81,14 +82,15 @@ def int4(pipeline, tmp_path_factory):
 def test_the_rewritten_network_is_the_model(make_transformer, config):
     model = make_transformer(**config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    form = xnnpack_form(model)
-    inputs = tuple(example_inputs(model.config, 3).values())
-    with torch.no_grad():
-        assert relative_error(form(*inputs).sample, model(*inputs).sample) < 1e-5
+    sizes = [(8, 8)] if config.get("learned_position") else [(8, 8), (8, 12)]
+    for size, split in ((size, split) for size in sizes for split in (False, True)):
+        for part in edgedit_parts(model, size, 3, split):
+            form = form_of(part)
+            with torch.no_grad():
+                assert relative_error(form(*part.inputs.values()), part.run()[part.outputs[0]]) < 1e-5
     quantize_linears(form, "8da8w")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    shared = {tensor.data_ptr() for tensor in model.parameters()}
-    assert form.patch_embed.weight.data_ptr() in shared and type(model.blocks[0].attn.to_qkv.weight) is nn.Parameter
+    assert type(model.blocks[0].attn.to_qkv.weight) is nn.Parameter
 
 
 def test_norm_and_gelu_are_torchs():
@@ -98,10 +100,11 @@ def test_norm_and_gelu_are_torchs():
 
 
 def test_every_linear_layer_is_quantised_as_far_as_the_scheme_reaches(pipeline):
-    form = xnnpack_form(pipeline.transformer)
+    (part,) = edgedit_parts(pipeline.transformer, (8, 8), 1, split=False)
+    form = form_of(part)
     linears = [layer for layer in form.modules() if isinstance(layer, nn.Linear)]
     odd = sum(layer.in_features % GROUP > 0 for layer in linears)
-    assert odd >= 1 and quantize_linears(form, "8da4w") == {"8da4w": len(linears) - odd, "8da8w": odd}
+    assert odd >= 1 and quantize_linears(form, "8da4w")["linear_layers"] == {"8da4w": len(linears) - odd, "8da8w": odd}
     assert all(type(layer.weight).__name__ == "IntxUnpackedToInt8Tensor" for layer in linears)
     assert {str(layer.weight.target_dtype) for layer in linears if layer.in_features % GROUP == 0} == {"torch.int4"}
 

@@ -118,6 +118,8 @@ def onnx_runner(model: str | Path, config: Mapping, batch: int, threads: int) ->
 # -------------------------------------------------------------------- ExecuTorch
 
 CONSTANT_PREFIX = "edgedit_"  # of the constant methods by which a .pte file describes itself
+# Numbers of types in .pte files (executorch/runtime/core/portable_type/scalar_type.h).
+_SCALAR_TYPES = {torch.uint8: 0, torch.int8: 1, torch.int32: 3, torch.int64: 4, torch.float16: 5, torch.float32: 6, torch.bool: 11}
 
 
 def require_executorch() -> None:
@@ -177,6 +179,7 @@ class ExecutorchSession:
         if threads is not None:
             set_executorch_threads(threads)
         self._method: Any = None
+        self._expected: list[tuple[tuple[int, ...], int | None]] = []
         self._program = self._load(lambda: _load_program(self.path))
         names = [name for name in self._program.method_names if name.startswith(CONSTANT_PREFIX)]
         self.metadata: dict[str, str] = {
@@ -194,15 +197,31 @@ class ExecutorchSession:
         """Drop the loaded network; the next run loads it again."""
         self._method = self._program = None
 
-    def run(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The network's output for contiguous inputs of the exported shapes."""
+    def outputs(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All outputs of the network for inputs of the exported shapes and types.
+
+        Raises:
+            EdgeDiTError: the file cannot be loaded, or the number, a shape or a type of the inputs is another.
+        """
         if self.threads is not None:
             set_executorch_threads(self.threads)
         if self._method is None:
             if self._program is None:
                 self._program = self._load(lambda: _load_program(self.path))
             self._method = self._load(lambda: self._program.load_method("forward"))
-        return self._method.execute(inputs)[0]
+            meta = self._method.metadata
+            self._expected = [(tuple(info.sizes()), info.dtype()) for info in map(meta.input_tensor_meta, range(meta.num_inputs()))]
+        given = [(tuple(tensor.shape), _SCALAR_TYPES.get(tensor.dtype)) for tensor in inputs]
+        if given != self._expected:
+            found = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in inputs)
+            names = {code: str(dtype).removeprefix("torch.") for dtype, code in _SCALAR_TYPES.items()}
+            wanted = ", ".join(f"{names.get(code, code)} {shape}" for shape, code in self._expected)
+            raise EdgeDiTError(f"The inputs are {found}, but {self.path} was exported for {wanted}; give these, or export it again for other sizes.")
+        return list(self._method.execute([tensor.contiguous() for tensor in inputs]))
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The first of the [`outputs`]."""
+        return self.outputs(inputs)[0]
 
 
 class ExecutorchRunner:
