@@ -28,6 +28,11 @@ from torch import nn
 
 FREQUENCIES = 256  # width of the sinusoidal timestep features (DiT)
 
+NO_BITSANDBYTES = (
+    "bitsandbytes works with a GPU only, as diffusers calls it. On CPUs quantise with edgedit_hf's own schemes: "
+    'quantization_config=EdgeDiTQuantizationConfig(default={"scheme": "nf4"}), or {"scheme": "affine", "bits": 8}, from edgedit_hf.'
+)
+
 _DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
@@ -164,8 +169,9 @@ class EdgeDiTMLP(nn.Module):
         self.fused = False
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # Asked for, and neither traced, differentiated nor under an adapter, whose wrapper would be passed over.
-        plain = type(self.proj_in) is nn.Linear and hidden_states.device.type == "cpu" and not torch.is_grad_enabled()
+        # Asked for, and neither traced, differentiated, quantised nor under an adapter, whose wrapper would be passed over.
+        plain = type(self.proj_in) is nn.Linear and type(self.proj_in.weight) is nn.Parameter
+        plain = plain and hidden_states.device.type == "cpu" and not torch.is_grad_enabled()
         if self.fused and plain and not torch.compiler.is_compiling():
             weight, bias = self.proj_in.weight, self.proj_in.bias
             return self.proj_out(torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, "gelu", [], "tanh"))
@@ -452,10 +458,10 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         table = conditioning.new_empty(len(conditioning), 6 * len(self.blocks) + 2, conditioning.shape[-1])
 
         def fill(rows: slice, linear: nn.Linear) -> None:
-            if linear.weight.is_meta:  # an offloading hook brings the weights
+            if linear.bias.is_meta:  # an offloading hook brings the weights
                 values = linear(conditioning)
             else:
-                values = linear(conditioning.to(linear.weight.device)).to(device)
+                values = linear(conditioning.to(linear.bias.device)).to(device)
             table[:, rows] = values.unflatten(-1, (-1, table.shape[-1]))
 
         if self._modulation_file is None:
@@ -482,7 +488,7 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         state = {k: v.detach().cpu().contiguous() for k, v in self.blocks.state_dict(prefix="blocks.").items() if ".modulation." in k}
         expected = 2 * len(self.blocks)
         if len(state) != expected:
-            raise ValueError(f"The modulation layers hold {len(state)} tensors, not {expected}: unload their adapters first.")
+            raise ValueError(f"The modulation layers hold {len(state)} tensors, not {expected}: unload their adapters, or dequantise them, first.")
         aside = f"{os.fspath(path)}.tmp-{os.getpid()}"
         save_file(state, aside)
         os.replace(aside, path)
@@ -492,7 +498,7 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
 
     def _stored_modulation(self, file: Any, index: int) -> nn.Linear:
         """The adaLN layer of a block, read from the open file of [`offload_modulation`] to where the model is."""
-        like = self.modulation_out.weight
+        like = self.modulation_out.bias
         with torch.device("meta"):
             linear = nn.Linear(self.config.hidden_size, 6 * self.config.hidden_size)
         state = {name: file.get_tensor(f"blocks.{index}.modulation.{name}").to(like.device) for name in ("weight", "bias")}
@@ -638,9 +644,19 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As in diffusers, but a missing or unexpected weight is an error, not a warning."""
+        """As in diffusers, but a missing or unexpected weight is an error, not a warning. A quantised model stays packed, unless
+        `quantization_config=EdgeDiTQuantizationConfig(dequantize=True)` is given."""
         return_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        quantization = kwargs.get("quantization_config")
+        unpack = getattr(quantization, "quant_method", None) == "edgedit" and quantization.dequantize
+        if unpack:
+            del kwargs["quantization_config"]  # diffusers would prefer the one in config.json
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        except RuntimeError as error:
+            if "No GPU found" not in str(error):
+                raise
+            raise ValueError(NO_BITSANDBYTES) from error
         missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
         if missing or unexpected:
             raise ValueError(
@@ -648,7 +664,15 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
                 f"({', '.join(missing[:3]) or 'none'}), {len(unexpected)} unexpected ({', '.join(unexpected[:3]) or 'none'}). "
                 "The config's `layers` and the weights must come from the same model; save it again with save_pretrained."
             )
+        if unpack:
+            model.dequantize()
         return (model, info) if return_info else model
+
+    def fuse_lora(self, *args, **kwargs):
+        """As in diffusers, but refuses where weights are unpacked at every use: what is added to them would be lost."""
+        if getattr(self, "quantization_method", None) == "edgedit":
+            raise ValueError("The model is quantised, so adapters cannot be merged into its weights; call dequantize() first, or keep them apart.")
+        return super().fuse_lora(*args, **kwargs)
 
     @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines pass `variant` and others only if the signature names them
     def save_pretrained(self, save_directory, *args, **kwargs):

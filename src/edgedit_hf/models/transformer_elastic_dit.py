@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 FREQUENCIES = 256  # width of the sinusoidal timestep features (DiT)
+NO_BITSANDBYTES = (
+    "bitsandbytes works with a GPU only, as diffusers calls it. On CPUs quantise with edgedit_hf's own schemes: "
+    'quantization_config=EdgeDiTQuantizationConfig(default={"scheme": "nf4"}), or {"scheme": "affine", "bits": 8}, from edgedit_hf.'
+)
 SUBNETS = {"tiny": 0.375, "small": 0.5, "full": 1.0}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -89,9 +94,10 @@ class ElasticLinear(nn.Linear):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         rows, columns = self.sizes[self.active.name]
-        if (rows, columns) == tuple(self.weight.shape):
-            return F.linear(hidden_states, self.weight, self.bias)
-        return F.linear(hidden_states, self.weight[:rows, :columns], None if self.bias is None else self.bias[:rows])
+        weight = self.weight  # asked for once: a quantised layer unpacks it
+        if (rows, columns) == tuple(weight.shape):
+            return F.linear(hidden_states, weight, self.bias)
+        return F.linear(hidden_states, weight[:rows, :columns], None if self.bias is None else self.bias[:rows])
 
 
 class ElasticCompression(nn.Conv2d):
@@ -105,10 +111,10 @@ class ElasticCompression(nn.Conv2d):
         """`(B, N, c)` → `(B, N/4, c)`, as a weighted sum of the four tokens of a window: a convolution would want the channels first."""
         channels = self.out_channels if self.sizes is None else self.sizes[self.active.name]
         windows = tokens.unflatten(1, (rows // 2, 2, columns // 2, 2))  # [B, rows/2, 2, columns/2, 2, c]
-        compressed = self.bias[:channels]
+        compressed, weight = self.bias[:channels], self.weight
         for row in range(2):
             for column in range(2):
-                compressed = torch.addcmul(compressed, windows[:, :, row, :, column], self.weight[:channels, 0, row, column])
+                compressed = torch.addcmul(compressed, windows[:, :, row, :, column], weight[:channels, 0, row, column])
         return compressed.flatten(1, 2)
 
 
@@ -608,12 +614,16 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def extract_subnet(self, name: str) -> "ElasticDiTTransformer2DModel":
         """A stand-alone net whose output is that of the sub-network, with copies of its weights and no trace of the supernet."""
         twin = self._empty_twin(self.config, self._known(name))
-        state, target = self.state_dict(), twin.state_dict()
-        if any(".base_layer." in key for key in state):
+        target, sources = twin.state_dict(), _source_names(twin, name)
+        if any(".base_layer." in key for key in self.state_dict()):
             raise ValueError("The net's layers are wrapped for adapters; merge them with fuse_lora() and call unload_lora() first.")
-        twin.load_state_dict({key: state[source][_corner(target[key])].clone() for key, source in _source_names(twin, name).items()}, assign=True)
-        for (_, ours), source in zip(twin.named_parameters(), _source_names(twin, name).values()):
-            ours.requires_grad_(self.get_parameter(source).requires_grad)
+        state, trained = {}, {}
+        for key, source in sources.items():
+            tensor = attrgetter(source)(self)  # not a parameter if it was unpacked, from a quantised layer: the twin's never are
+            state[key], trained[key] = tensor.detach()[_corner(target[key])].clone(), tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+        twin.load_state_dict(state, assign=True)
+        for key, ours in twin.named_parameters():
+            ours.requires_grad_(trained[key])
         return twin.train(self.training)
 
     @classmethod
@@ -746,16 +756,27 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subnet: str | None = None, **kwargs):
-        """As in diffusers, but a missing or unexpected weight is an error, not a warning.
+        """As in diffusers, but a missing or unexpected weight is an error, not a warning. A quantised net stays packed, unless
+        `quantization_config=EdgeDiTQuantizationConfig(dequantize=True)` is given.
 
         Args:
-            subnet (`str`, *optional*): Load this sub-network of a saved supernet as a stand-alone net; only its part of the weights is read.
+            subnet (`str`, *optional*): Load this sub-network of a saved supernet as a stand-alone net; only its part of the weights is read
+                (of a quantised one all, packed; the stand-alone net is not quantised).
         """
         return_info = kwargs.pop("output_loading_info", False)
         if subnet is not None:
             model = cls._subnet_from_pretrained(pretrained_model_name_or_path, subnet, **kwargs)
             return (model, {}) if return_info else model
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        quantization = kwargs.get("quantization_config")
+        unpack = getattr(quantization, "quant_method", None) == "edgedit" and quantization.dequantize
+        if unpack:
+            del kwargs["quantization_config"]  # diffusers would prefer the one in config.json
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        except RuntimeError as error:
+            if "No GPU found" not in str(error):
+                raise
+            raise ValueError(NO_BITSANDBYTES) from error
         missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
         if missing or unexpected:
             raise ValueError(
@@ -763,6 +784,8 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"({', '.join(missing[:3]) or 'none'}), {len(unexpected)} unexpected ({', '.join(unexpected[:3]) or 'none'}). "
                 "Config and weights must come from the same model; save it again with save_pretrained."
             )
+        if unpack:
+            model.dequantize()
         return (model, info) if return_info else model
 
     @classmethod
@@ -781,6 +804,10 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if not subnets or name not in subnets:
             there = f"has the sub-networks {', '.join(sorted(subnets, key=subnets.get))}" if subnets else "is a stand-alone net"
             raise ValueError(f"subnet={name!r} was asked for, but {path} {there}.")
+        if config.get("quantization_config"):
+            twin = cls.from_pretrained(path, torch_dtype=dtype, variant=variant, **kwargs_hub).extract_subnet(name)
+            twin.register_to_config(_name_or_path=str(path))
+            return twin.eval()
         twin = cls._empty_twin({key: value for key, value in config.items() if not key.startswith("_")}, name)
         target, state = twin.state_dict(), {}
         files = cls._weight_files(path, variant, kwargs_hub)
@@ -811,6 +838,12 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 weight_map = json.load(file)["weight_map"]
             options = {key: hub[key] for key in ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder") if key in hub}
             return _get_checkpoint_shard_files(path, index, **options)[0] if weight_map else []
+
+    def fuse_lora(self, *args, **kwargs):
+        """As in diffusers, but refuses where weights are unpacked at every use: what is added to them would be lost."""
+        if getattr(self, "quantization_method", None) == "edgedit":
+            raise ValueError("The model is quantised, so adapters cannot be merged into its weights; call dequantize() first, or keep them apart.")
+        return super().fuse_lora(*args, **kwargs)
 
     @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines pass `variant` and others only if the signature names them
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -863,7 +896,7 @@ def _check(config: Mapping[str, Any]) -> None:
 
 def _subnet_config(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
     """Config of the stand-alone twin of a sub-network (of the net itself if it is one already)."""
-    values = {key: value for key, value in config.items() if not key.startswith("_")}
+    values = {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
     if name is not None:
         width = values["subnets"][name]
         for key in ("num_attention_heads", "num_key_value_heads"):

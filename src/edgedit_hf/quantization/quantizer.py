@@ -43,6 +43,8 @@ class EdgeDiTQuantizationConfig(QuantizationConfigMixin):
         self.layers = {name: complete_spec(spec) for name, spec in (layers or {}).items()}
         self.default = None if default is None else complete_spec(default)
         self.dequantize = dequantize
+        if dequantize and (layers or default):
+            raise EdgeDiTError("dequantize=True and specs of layers were given; a checkpoint is either unpacked or quantised.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in config.json."""
@@ -99,6 +101,7 @@ class EdgeDiTQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: nn.Module) -> nn.Module:
         dequantize_layers(model)
         forget_quantization(model)
+        del model.quantization_method
         return model
 
     @property
