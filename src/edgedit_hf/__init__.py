@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "EdgeDiTError": ".errors",
     "EdgeDiTPipeline": ".pipelines.pipeline_edgedit",
+    "EdgeDiTQuantizationConfig": ".quantization.quantizer",
     "EdgeDiTTransformer2DModel": ".models.transformer_edgedit",
     "ElasticDiTPipeline": ".pipelines.pipeline_elastic_dit",
     "ElasticDiTTransformer2DModel": ".models.transformer_elastic_dit",
@@ -23,14 +24,16 @@ _NAMES = {
     "OnnxEdgeDiTTransformer2DModel": ".export.runtime",
     "ProxyBank": ".distill.proxy_bank",
     "SearchSpace": ".search_space",
+    "dequantize_model": ".quantization.layers",
     "load_original": ".models.checkpoints",
     "model_cost": ".search_space",
+    "quantize_model": ".quantization.quantize",
     # diffusers looks these up in the library that model_index.json names, to see how a component is loaded.
     "ConfigMixin": "diffusers",
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
 }
-_MODULES = ("data", "diffusion", "distill", "export", "latency", "metrics", "models", "pipelines", "recipes", "report", "search")
+_MODULES = ("data", "diffusion", "distill", "export", "latency", "metrics", "models", "pipelines", "quantization", "recipes", "report", "search")
 
 __all__ = [*_NAMES, *_MODULES, "__version__"]
 
