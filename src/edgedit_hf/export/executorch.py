@@ -35,6 +35,7 @@ from .parts import (
 from .wrappers import DenoiserWrapper, check_batch, check_model, describe, quiet
 from .xnnpack import FormLinear, edgedit_form
 from .xnnpack_elastic import elastic_form
+from .xnnpack_encoders import encoder_form
 
 if TYPE_CHECKING:
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
@@ -89,7 +90,7 @@ def lower_executorch(
     Args:
         part: see [`~edgedit_hf.export.parts.Part`].
         path: the file; written aside and renamed.
-        precision: a key of [`SCHEMES`]. It is that of the linear layers; everything else computes in float32.
+        precision: a key of [`SCHEMES`]. It is that of the linear layers; everything else computes in float32, and so does a whole VAE.
         facts: text that the file returns from its methods `edgedit_<key>`.
         keep_8bit: for `int4`: names of the model's layers that are 8da8w instead.
         affine: for `int4`: layer → symmetric 4-bit weights in groups of [`GROUP`], whose integers are used as they are. XNNPACK keeps the scales
@@ -107,8 +108,9 @@ def lower_executorch(
     _check_precision(precision)
     inputs = tuple(part.inputs.values())
     form = form_of(part)
-    layers = quantize_linears(form, SCHEMES[precision], keep_8bit, affine or {})
-    facts = {**(facts or {}), "scheme": SCHEMES[precision]}
+    scheme = "fp32" if part.component == "vae" else SCHEMES[precision]  # its convolutions have no dynamic quantisation
+    layers = quantize_linears(form, scheme, keep_8bit, affine or {})
+    facts = {**(facts or {}), "scheme": scheme}
     try:
         delegation = lower(form, inputs, path, facts)
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
@@ -116,7 +118,7 @@ def lower_executorch(
         raise EdgeDiTError(f"ExecuTorch cannot lower the {part.name} of the {part.component} ({type(part.module).__name__}): {reason}") from error
     if profile_runs:
         delegation |= profile(path, inputs, profile_runs)
-    return {"backend": "xnnpack", "scheme": SCHEMES[precision], **layers, "bytes": Path(path).stat().st_size, "delegation": delegation}
+    return {"backend": "xnnpack", "scheme": scheme, **layers, "bytes": Path(path).stat().st_size, "delegation": delegation}
 
 
 def _check_precision(precision: str) -> None:
@@ -131,7 +133,7 @@ def form_of(part: Part) -> nn.Module:
         return edgedit_form(part.module, inputs)
     if isinstance(part.module, (ElasticDenoiserWrapper, ModulatedElasticDenoiserWrapper, ElasticConditionerWrapper, TextConditionerWrapper)):
         return elastic_form(part.module, inputs)
-    return part.module
+    return encoder_form(part.module, inputs)
 
 
 # -------------------------------------------------------------------- weights

@@ -197,7 +197,7 @@ class ExecutorchSession:
         """Drop the loaded network; the next run loads it again."""
         self._method = self._program = None
 
-    def outputs(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def run_all(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """All outputs of the network for inputs of the exported shapes and types.
 
         Raises:
@@ -220,8 +220,8 @@ class ExecutorchSession:
         return list(self._method.execute([tensor.contiguous() for tensor in inputs]))
 
     def run(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The first of the [`outputs`]."""
-        return self.outputs(inputs)[0]
+        """The first output of [`run_all`]."""
+        return self.run_all(inputs)[0]
 
 
 class ExecutorchRunner:
