@@ -35,7 +35,7 @@ def test_defaults_are_not_shared_between_runs(load):
     assert load("").export.dtypes == ["fp32", "int8"]
 
 
-@pytest.mark.parametrize("name", ["debug.yaml", "digits.yaml", "imagenet256-edgedit1.yaml"])
+@pytest.mark.parametrize("name", ["debug.yaml", "debug-quantize.yaml", "digits.yaml", "imagenet256-edgedit1.yaml"])
 def test_the_shipped_recipes_are_valid(repository, name):
     assert load_config(repository / "training" / "recipes" / name) != RunConfig()
 
@@ -102,6 +102,8 @@ def test_sections_and_folders(load):
         ("export: {dtypes: [fp32, int3]}", "export.dtypes holds 'int3'; it may hold fp32, int8"),
         ("export: {executorch: [int3]}", "export.executorch holds 'int3'; it may hold fp32, int8, int4"),
         ("latency: {precision: int4}", "latency.precision int4 needs latency.runtime executorch"),
+        ("quantize: {budget_bits: 3.9}", "quantize.budget_bits is 3.9; it must be at least 4"),
+        ("quantize: {budget_bits: 8.5}", "quantize.budget_bits is 8.5; it must be at most 8"),
         ("a: [", "is not YAML"),
         ("? [a, b]\n: 3", "is not YAML"),
     ],

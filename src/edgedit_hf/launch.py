@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import os
 import sys
@@ -257,14 +258,14 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_code: bool = False, kind: str = "EdgeDiTPipeline") -> Any:
+def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_code: bool = False, kind: str | Sequence[str] = "EdgeDiTPipeline") -> Any:
     """A pipeline of this package in float32 from a folder or Hub id; whatever is wrong with it is one [`EdgeDiTError`].
 
     Args:
         path: a folder (always so if a `Path`) or a Hub id.
         made_by: the stage that writes it, named if nothing is there.
         trust_remote_code: whether code in the pipeline's repository may run.
-        kind: class that it must be of.
+        kind: class that it must be of, or several.
     """
     from diffusers import DiffusionPipeline
 
@@ -280,9 +281,10 @@ def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_
     except Exception as error:  # diffusers, huggingface_hub and safetensors each have their own, without a common base
         raise EdgeDiTError(f"The pipeline {source} cannot be loaded: {' '.join(str(error).split())}") from error
     # By name: a class that came as code with the pipeline is another object.
-    if type(pipeline).__name__ != kind:
+    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
+    if type(pipeline).__name__ not in kinds:
         remedy = f"; convert it first: edgedit convert {source} OUT" if type(pipeline).__name__ == "DiTPipeline" else ""
-        raise EdgeDiTError(f"{source} holds a {type(pipeline).__name__}; an {kind} is needed{remedy}.")
+        raise EdgeDiTError(f"{source} holds a {type(pipeline).__name__}; an {' or '.join(kinds)} is needed{remedy}.")
     return pipeline
 
 
@@ -409,14 +411,19 @@ def new_pipeline(transformer: Any, vae: Any, label_names: Sequence[str], config:
     )
 
 
-def with_transformer(pipeline: EdgeDiTPipeline, transformer: Any) -> EdgeDiTPipeline:
-    """The same pipeline (VAE, labels, defaults) around another transformer, with a scheduler of its own: a scheduler has state."""
+def with_components(pipeline: Any, **components: Any) -> Any:
+    """The same pipeline (labels, defaults, all other components) around other components, with a scheduler of its own: a scheduler has state."""
+    names = inspect.signature(type(pipeline).__init__).parameters
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    names = ("id2label", "default_steps", "default_guidance_scale", "guidance_channels")
-    defaults = {name: pipeline.config[name] for name in names}
-    other = EdgeDiTPipeline(transformer=transformer, scheduler=scheduler, vae=pipeline.vae, **defaults)
+    kept = {name: pipeline.components[name] if name in pipeline.components else pipeline.config[name] for name in names if name != "self"}
+    other = type(pipeline)(**{**kept, "scheduler": scheduler, **components})
     other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
     return other
+
+
+def with_transformer(pipeline: Any, transformer: Any) -> Any:
+    """[`with_components`] with another transformer."""
+    return with_components(pipeline, transformer=transformer)
 
 
 # -------------------------------------------------------------------- optimisation

@@ -254,6 +254,29 @@ class KnowledgeConfig:
 
 
 @dataclass
+class QuantizeConfig(OptimisationConfig):
+    """Low-bit weights (training/quantize.py): sensitivity of the layers, allocation of bits, self-distillation. Needs a pipeline, no data."""
+
+    path: str | None = _key(None, "the pipeline to quantise (folder or Hub id); null: the run's student-tuned, or else its elastic")
+    subnet: str | None = _key(None, "of a supernet: quantise this sub-network alone, as a stand-alone net; null: the supernet, tuned at every width")
+    scheme: str = _key("palette", "palette (k-means; SnapGen++, Core ML) or affine (symmetric groups; ONNX Runtime, ExecuTorch)", ("palette", "affine"))
+    budget_bits: float = _key(4.3, "stored bits a weight on average (indices, palettes, scales), from 4 to 8", minimum=4.0)
+    rows_per_palette: int | None = _key(None, "output rows that share a 4-bit palette, 0: all; null: the allocation chooses for every layer", minimum=0)
+    group_size: int = _key(64, "inputs that share a scale (affine)", minimum=1)
+    compensate: bool = _key(True, "round with error compensation (GPTQ); false rounds to the nearest")
+    prompts: str | None = _key(None, "text to image: file with a prompt a line, to calibrate and tune with; null: the captions of `data`")
+    calibration_images: int = _key(64, "images that are sampled to calibrate, and as many to judge by", minimum=1)
+    sampling_steps: int | None = _key(None, "denoising steps of all images sampled here; null: the pipeline's default", minimum=1)
+    guidance_scale: float | None = _key(None, "their guidance; null: the pipeline's default", minimum=0.0)
+    timesteps: int = _key(8, "timesteps, evenly spread, that the sensitivity of layers is measured at", minimum=1)
+    samples: int = _key(1024, "samples of the unquantised network that self-distillation adds noise to", minimum=1)
+    sampling_batch_size: int = _key(64, "images a sampling batch", minimum=1)
+    dropout: float = _key(0.3, "share of labels or texts dropped in self-distillation, for classifier-free guidance", minimum=0.0)
+    steps: int = _key(1000, "steps of self-distillation; 0: none", minimum=0)
+    batch_size: int = _key(64, "noisy samples a step, over all processes and accumulation", minimum=1)
+
+
+@dataclass
 class RunConfig:
     """A whole run."""
 
@@ -274,6 +297,7 @@ class RunConfig:
     text: TextConfig = field(default_factory=TextConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
     knowledge: KnowledgeConfig = field(default_factory=KnowledgeConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
     def section(self, *names: str) -> dict[str, Any]:
         """Plain values of some sections, e.g. for a stage's `run.json`."""
@@ -399,6 +423,8 @@ def _check(config: RunConfig, source: str) -> None:
         for dtype in getattr(config.export, key):
             if dtype not in allowed:
                 raise EdgeDiTError(f"{source}: export.{key} holds {dtype!r}; it may hold {', '.join(allowed)}.")
+    if not config.quantize.budget_bits <= 8:
+        raise EdgeDiTError(f"{source}: quantize.budget_bits is {config.quantize.budget_bits:g}; it must be at most 8, the widest form of a layer.")
     if config.latency.runtime == "onnxruntime" and config.latency.precision == "int4":
         raise EdgeDiTError(f"{source}: latency.precision int4 needs latency.runtime executorch; ONNX Runtime has fp32 and int8.")
 

@@ -10,7 +10,7 @@ from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.quantization.calibration import record, replay
-from edgedit_hf.quantization.sensitivity import Candidate, allocate, replaced_weight_error
+from edgedit_hf.quantization.sensitivity import Candidate, allocate, candidate_specs, replaced_weight_error
 
 
 def problem(seed: int, layers: int, options: int):
@@ -78,3 +78,20 @@ def test_the_error_of_one_other_weight_is_that_of_the_output(make_transformer):
     outputs = [replay(model, call) for call in calls]
     expected = {call.timestep: float((a - b).pow(2).mean()) for call, a, b in zip(calls, outputs, references)}
     assert error.mse == pytest.approx([expected[t] for t in error.timesteps], rel=1e-5) and error.timesteps == tuple(sorted(expected))
+
+
+def test_candidates_are_forms_that_fit_their_layer():
+    from edgedit_hf.quantization.weights import spec_bits
+
+    specs = candidate_specs((384, 128))
+    assert [(spec["bits"], spec["rows_per_palette"]) for spec in specs] == [(4, 0), (4, 8), (4, 32), (8, 0)]
+    for shape in ((384, 128), (1152, 4608), (96, 1152), (300, 200), (7, 2000)):
+        for spec in candidate_specs(shape)[:-1]:
+            assert shape[0] % (spec["rows_per_palette"] or shape[0]) == 0, "Core ML wants palettes of equally many rows"
+            share = spec_bits(spec, shape) / (shape[0] * shape[1])
+            assert 4 < share < 4.35, (shape, spec, share)
+    assert candidate_specs((32, 1, 2, 2))[-1] is None and candidate_specs((64, 64))[-1] is not None
+    assert [spec["rows_per_palette"] for spec in candidate_specs((384, 128), rows_per_palette=16)] == [16, 0]
+    assert candidate_specs((384, 128), "affine", group_size=32) == [
+        {"scheme": "affine", "bits": bits, "group_size": 32, "symmetric": True} for bits in (4, 8)
+    ]

@@ -7,6 +7,7 @@ true stored bits (indices, palettes, scales) stay within the budget, and the sum
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,10 @@ from torch import nn
 
 from ..errors import EdgeDiTError
 from .calibration import ModelCall, OutputError, output_error
+from .weights import matrix_shape
 
+PALETTE_SHARES = (0.05, 0.2)  # bits a weight that 4-bit palettes may add, for the candidates between one palette a layer and many
+SMALL_LAYER = 4096  # weights below which a layer may stay as it is: its palettes would be as large as itself
 SCALE = 1e4  # the budget in the solver's units, where its absolute tolerances are far below one bit
 
 
@@ -55,6 +59,29 @@ class Allocation:
     def plan(self) -> dict[str, Mapping[str, Any]]:
         """The spec of every layer that is quantised."""
         return {name: candidate.spec for name, candidate in self.chosen.items() if candidate.spec is not None}
+
+
+def candidate_specs(shape: Sequence[int], scheme: str = "palette", rows_per_palette: int | None = None, group_size: int = 64) -> list[dict[str, Any] | None]:
+    """The forms that a weight of this shape may take: 4 bit and 8 bit; of a small layer also as it is (`None`).
+
+    Args:
+        scheme: `"palette"` or `"affine"` (symmetric).
+        rows_per_palette: output rows that share a 4-bit palette, 0: all; `None`: several choices, from one palette to about 0.2 bits a weight
+            for palettes. The counts divide the rows, as Core ML wants it.
+        group_size: inputs that share a scale (affine).
+    """
+    rows, columns = matrix_shape(tuple(shape))
+    if scheme == "affine":
+        specs: list[dict[str, Any] | None] = [{"scheme": scheme, "bits": bits, "group_size": group_size, "symmetric": True} for bits in (4, 8)]
+    else:
+        runs = {rows_per_palette}
+        if rows_per_palette is None:
+            wanted = [16 * 16 / (columns * share) for share in PALETTE_SHARES]  # 16 entries of 16 bits
+            # The largest power of two that divides the rows and is not above what is wanted by more than a half.
+            runs = {0, *(max(2**k for k in range(rows.bit_length()) if rows % 2**k == 0 and (k == 0 or 2**k <= 1.5 * most)) for most in wanted)} - {rows}
+        specs = [{"scheme": scheme, "bits": 4, "rows_per_palette": run} for run in sorted(runs)]
+        specs.append({"scheme": scheme, "bits": 8, "rows_per_palette": 0})
+    return [*specs, None] if math.prod(shape) < SMALL_LAYER else specs
 
 
 @torch.no_grad()

@@ -1,0 +1,311 @@
+"""Stage quantize: about four bits a weight, from a pipeline folder alone (EdgeDiT or elastic); no data is needed.
+
+    accelerate launch training/quantize.py --config training/recipes/digits.yaml [--override quantize.path=PATH_OR_ID]
+
+ 1. Calibrate: sample with the pipeline, guidance on, and record what its network and every layer see.
+ 2. Sensitivity: quantise one layer at a time, in every form it may take, and measure the error of the network's output.
+ 3. Allocate: the forms whose summed error is least within quantize.budget_bits; quantise. That is <output_dir>/quantized-untuned.
+ 4. Self-distil: tune biases, norms and modulation, with the weights frozen, to the unquantised network's output on its own samples, noised.
+
+Writes <output_dir>/quantized, a pipeline folder that DiffusionPipeline.from_pretrained loads, with quantization.json: the form and bits of every
+layer, bytes, and the output's signal-to-noise ratio by timestep before and after step 4. Interrupted or killed, run it again: it continues.
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+
+from edgedit_hf.captions import TextTable, text_table
+from edgedit_hf.diffusion import Diffusion
+from edgedit_hf.distill.output_loss import output_loss
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.launch import learning_rate_at, load_pipeline, load_run_captions, recipe_main, set_learning_rate
+from edgedit_hf.quantization.calibration import CHECK_STREAM, moment_batches, output_error, record, replay, second_moments, spread
+from edgedit_hf.quantization.gptq import quantize_compensated
+from edgedit_hf.quantization.layers import dequantize_model, quantizable_layers, quantized_weights, set_quantized_weight
+from edgedit_hf.quantization.quantize import quantize_weight
+from edgedit_hf.quantization.quantizer import mark_quantized
+from edgedit_hf.quantization.self_distillation import POOL_STREAM, SamplePool, TunedState, step_draws, step_subnet, tuned_parameters
+from edgedit_hf.quantization.sensitivity import Candidate, allocate, candidate_specs, replaced_weight_error
+from edgedit_hf.recipes import RunConfig
+from edgedit_hf.run_state import Facts, RunState, atomic_write_json, file_sha256, hash_json, read_json, weights_hash
+
+KINDS = ("EdgeDiTPipeline", "ElasticDiTPipeline")
+RECORD, SAMPLES = "quantization.json", "samples.safetensors"
+
+
+def load_source(config: RunConfig):
+    """The pipeline to quantise."""
+    options = config.quantize
+    path = options.path or next((config.folder(name) for name in ("student-tuned", "elastic") if config.folder(name).exists()), None)
+    if path is None:
+        raise EdgeDiTError(f"There is nothing to quantise: {config.output_dir} has neither student-tuned nor elastic, and quantize.path is null; set it.")
+    pipeline = load_pipeline(path, kind=KINDS)
+    if quantized_weights(pipeline.transformer):
+        raise EdgeDiTError(f"{path} is quantised already ({len(quantized_weights(pipeline.transformer))} layers); give the pipeline that it was made from.")
+    if options.subnet is not None:
+        try:
+            pipeline.register_modules(transformer=pipeline.transformer.extract_subnet(options.subnet).eval())
+        except (AttributeError, ValueError) as error:
+            raise EdgeDiTError(f"quantize.subnet is {options.subnet!r}, but {path} has no such sub-network: {error}") from error
+    return pipeline
+
+
+def widths_of(pipeline) -> list[str | None]:
+    """The sub-networks of a supernet, the full net last; `[None]` for any other network."""
+    return list(getattr(pipeline.transformer, "subnet_names", [])) or [None]
+
+
+def load_prompts(config: RunConfig, pipeline) -> list[str] | None:
+    """Prompts of text to image, each once."""
+    if "text_dims" not in pipeline.transformer.config:
+        return None
+    path = config.quantize.prompts
+    if path is None:
+        return list(dict.fromkeys(load_run_captions(config).captions))
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EdgeDiTError(f"quantize.prompts {path} cannot be read ({error}); give a text file with a prompt a line.") from error
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise EdgeDiTError(f"quantize.prompts {path} has no prompt; write one a line.")
+    return prompts
+
+
+class Judge:
+    """The network's error on noise that nothing was fitted to, at every timestep of the sampling loop, a width each."""
+
+    def __init__(self, pipeline, images: int, **sampling) -> None:
+        self.calls = {width: record(pipeline, images, stream=CHECK_STREAM, subnet=width, **sampling).calls for width in widths_of(pipeline)}
+        self.references = {width: [replay(pipeline.transformer, call) for call in calls] for width, calls in self.calls.items()}
+
+    def __call__(self, model) -> dict[str, dict]:
+        """Errors as plain values, by width."""
+        return {width or "full": output_error(model, calls, self.references[width]).to_dict() for width, calls in self.calls.items()}
+
+
+def quantize_layers(config: RunConfig, accelerator: Accelerator) -> None:
+    """Steps 1 to 3, on the main process."""
+    options = config.quantize
+    pipeline = load_source(config)
+    model, widths, prompts = pipeline.transformer.eval().requires_grad_(False), widths_of(pipeline), load_prompts(config, pipeline)
+    layers = quantizable_layers(model)
+    names = list(layers)
+    state = RunState(
+        config.folder("quantized-untuned"),
+        "quantize",
+        {"quantize": what_decides(config)},
+        len(names),
+        seed=config.seed,
+        inputs={"pipeline": weights_hash(model.state_dict()), "prompts": hash_json(prompts)},
+        checkpoint_every=options.checkpoint_every,
+        log_every=1,
+        unit="layer",
+    )
+    if state.finished:
+        return
+    pipeline.to(accelerator.device)
+    sampling = sampling_options(config, prompts)
+    calls = [call for width in widths for call in record(pipeline, options.calibration_images, subnet=width, **sampling).calls]
+    judged = [call for width in widths for call in spread([call for call in calls if call.subnet == width], options.timesteps)]
+    references = [replay(model, call) for call in judged]
+    batches = moment_batches(model, names) if options.compensate else [names]
+
+    def quantized(name: str, spec: dict, moments: dict[str, torch.Tensor]):
+        weight = layers[name].weight
+        return quantize_compensated(weight, spec, moments[name]) if options.compensate else quantize_weight(weight, spec)
+
+    def moments_of(batch: list[str]) -> dict[str, torch.Tensor]:
+        return second_moments(model, calls, batch) if options.compensate else {}
+
+    measured, moments = Facts(), {}
+    state.track(measured=measured)
+    for step in state.steps():
+        name = names[step]
+        if options.compensate and name not in moments:
+            moments = moments_of(next(batch for batch in batches if name in batch))
+        rows, weight = [], layers[name].weight
+        for spec in candidate_specs(weight.shape, options.scheme, options.rows_per_palette, options.group_size):
+            if spec is None:
+                rows.append({"spec": None, "num_bits": 8 * weight.element_size() * weight.numel(), "mse": 0.0, "sqnr_db": None})
+                continue
+            made = quantized(name, spec, moments)
+            error = replaced_weight_error(model, name, made.dequantize(), judged, references).to_dict()
+            rows.append({"spec": spec, "num_bits": made.num_bits, "mse": error["mse"], "sqnr_db": error["sqnr_db"]})
+        measured[name] = rows
+        state.log(mse=rows[0]["mse"])
+
+    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    candidates = {name: [Candidate(row["spec"], row["num_bits"], row["mse"]) for row in measured[name]] for name in names}
+    chosen = allocate(candidates, sizes, options.budget_bits)
+    judge = Judge(pipeline, options.calibration_images, **sampling)
+    samples = {}
+    if options.steps:
+        pool = record(pipeline, options.samples, stream=POOL_STREAM, subnet=widths[-1], keep_calls=False, **sampling)
+        samples = {"latents": pool.latents} | ({"labels": pool.labels} if isinstance(pool.labels, torch.Tensor) else {})
+    weights = {}
+    for batch in batches:  # all from the unquantised network, whose inputs the moments are of
+        moments = moments_of(batch)
+        weights |= {name: quantized(name, chosen.plan[name], moments) for name in batch if name in chosen.plan}
+    for name, weight in weights.items():
+        set_quantized_weight(layers[name], weight)
+    mark_quantized(model)
+    error = judge(model)
+    by_layer = {
+        name: {"spec": choice.spec, "weights": sizes[name], "num_bits": choice.num_bits, "mse": choice.error, "candidates": measured[name]}
+        for name, choice in chosen.chosen.items()
+    }
+    allocation = {"budget_bits": options.budget_bits, "average_bits": chosen.average_bits, "summed_mse": chosen.error, "summed_mse_bound": chosen.bound}
+    with state.publish() as folder:
+        pipeline.to("cpu").save_pretrained(folder)
+        atomic_write_json(folder / RECORD, {**allocation, "bytes": weight_bytes(folder), "error": {"untuned": error}, "layers": by_layer})
+        if samples:
+            save_file(samples, folder / SAMPLES)
+    state.finish(average_bits=chosen.average_bits)
+
+
+def what_decides(config: RunConfig) -> dict:
+    """The keys that steps 1 to 3 depend on: those of the self-distillation's loop may change without making them anew."""
+    loop = "steps batch_size learning_rate final_learning_rate warmup_steps weight_decay max_grad_norm ema_decay gradient_accumulation".split()
+    loop += ["gradient_checkpointing", "checkpoint_every", "log_every", "dropout"]
+    values = config.section("quantize")["quantize"]
+    return {key: value for key, value in values.items() if key not in loop} | {"tuned": values["steps"] > 0}
+
+
+def sampling_options(config: RunConfig, prompts: list[str] | None) -> dict:
+    """How every image of this stage is sampled."""
+    options = config.quantize
+    sampling = {"steps": options.sampling_steps, "guidance_scale": options.guidance_scale, "batch_size": options.sampling_batch_size}
+    return {**sampling, "seed": config.seed, "prompts": prompts}
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the transformer's files in a pipeline folder."""
+    return sum(path.stat().st_size for path in (folder / "transformer").glob("*.safetensors"))
+
+
+def load_texts(config: RunConfig, pipeline, prompts: list[str] | None, accelerator: Accelerator) -> TextTable | None:
+    """What the pipeline's text encoders make of the prompts. The main process writes the cache."""
+    if prompts is None:
+        return None
+    folder = config.folder("text-embeddings", "quantize")
+    if accelerator.is_main_process:
+        text_table(pipeline.to(accelerator.device), prompts, folder)
+        pipeline.to("cpu")
+    accelerator.wait_for_everyone()
+    return TextTable(folder, prompts)
+
+
+def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
+    """Step 4: tune what is not quantised, on every process."""
+    options, start = config.quantize, config.folder("quantized-untuned")
+    made_by = "this stage's first part"
+    state = RunState(
+        config.folder("quantized"),
+        "self-distil",
+        config.section("quantize"),
+        options.steps,
+        seed=config.seed,
+        inputs={"untuned": file_sha256(start / "stage.json")},
+        accelerator=accelerator,
+        checkpoint_every=options.checkpoint_every,
+        log_every=options.log_every,
+    )
+    if state.finished:
+        return
+    source, model = load_source(config), load_pipeline(start, made_by, kind=KINDS).transformer
+    prompts, frozen = load_prompts(config, source), list(quantized_weights(model))
+    teacher = source.transformer.to(accelerator.device).eval().requires_grad_(False)
+    dequantize_model(model)  # unpacked once for the loop; the packed weights are read again for the result
+    tuned = tuned_parameters(model.train().requires_grad_(False), frozen)
+    for parameter in tuned.values():
+        parameter.requires_grad_(True)
+    if options.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    parameters, names = list(tuned.values()), getattr(model, "subnet_names", [])
+    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # norms and modulation of the other widths
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    ema = EMAModel(parameters, decay=options.ema_decay, foreach=True)
+    ema.to(accelerator.device)
+    tracked = {"tuned": TunedState(tuned), "optimizer": optimizer, "ema": ema}
+    if accelerator.scaler is not None:
+        tracked["scaler"] = accelerator.scaler
+    state.track(**tracked)
+    ema.to(accelerator.device)
+    if options.steps:
+        made = load_file(start / SAMPLES)
+        pool = SamplePool(made["latents"], made.get("labels"), load_texts(config, source, prompts, accelerator))
+        teacher.to(accelerator.device)
+    diffusion = Diffusion("flow_prediction" if names or prompts else model.config["prediction_type"])
+    classes, channels = model.config.get("num_classes", 0), model.config["in_channels"]
+    per_piece = options.batch_size // (accelerator.num_processes * options.gradient_accumulation)
+    for step in state.steps():
+        rate = learning_rate_at(step, options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate)
+        set_learning_rate(optimizer, rate)
+        width = step_subnet(names, config.seed, step)
+        if width is not None:
+            model.set_active_subnet(width)
+            teacher.set_active_subnet(width)
+        for index in range(options.gradient_accumulation):
+            first = (accelerator.process_index * options.gradient_accumulation + index) * per_piece
+            drawn = step_draws(config.seed, step, range(first, first + per_piece), pool.latents.shape[1:], len(pool.latents))
+            condition = {name: on_device(value, accelerator.device) for name, value in pool.condition(drawn, options.dropout, classes).items()}
+            t = diffusion.timesteps(drawn.time)
+            noisy, t = diffusion.noisy(pool.latents[drawn.samples], drawn.noise, t).to(accelerator.device), t.to(accelerator.device)
+            with nullcontext() if index == options.gradient_accumulation - 1 else accelerator.no_sync(wrapped):
+                with accelerator.autocast():
+                    with torch.no_grad():
+                        reference = teacher(noisy, t, **condition).sample
+                    output = wrapped(noisy, t, **condition).sample
+                loss = output_loss(output, reference, channels).mean()
+                accelerator.backward(loss / options.gradient_accumulation)
+            state.log(loss=loss)
+        if options.max_grad_norm:
+            accelerator.clip_grad_norm_(parameters, options.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(parameters)
+    if options.steps:
+        ema.copy_to(parameters)
+    if accelerator.is_main_process:
+        found = read_json(start / RECORD, made_by)
+        packed = load_pipeline(start, made_by, kind=KINDS)
+        TunedState(tuned_parameters(packed.transformer, frozen)).load_state_dict(TunedState(tuned).state_dict())
+        judge = Judge(source.to(accelerator.device), options.calibration_images, **sampling_options(config, prompts))
+        found["error"]["tuned"] = judge(packed.transformer.to(accelerator.device).eval())
+        with state.publish() as folder:
+            packed.to("cpu").save_pretrained(folder)
+            atomic_write_json(folder / RECORD, {**found, "bytes": weight_bytes(folder), "tuned_parameters": sum(p.numel() for p in parameters)})
+        for width, error in found["error"]["tuned"].items():
+            before = found["error"]["untuned"][width]["sqnr_db"]
+            print(f"{width}: {found['average_bits']:.2f} bits, output {before:.1f} dB → {error['sqnr_db']:.1f} dB above the quantisation error")
+    accelerator.free_memory()
+    state.finish(average_bits=read_json(start / RECORD, made_by)["average_bits"])
+
+
+def on_device(value, device: torch.device):
+    """A tensor, or a list of tensors and `None`, on a device."""
+    if isinstance(value, list):
+        return [None if part is None else part.to(device) for part in value]
+    return value.to(device)
+
+
+def run(config: RunConfig, accelerator: Accelerator) -> None:
+    options = config.quantize
+    share = accelerator.num_processes * options.gradient_accumulation
+    if options.batch_size % share:
+        raise EdgeDiTError(f"batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change one.")
+    if accelerator.is_main_process:
+        quantize_layers(config, accelerator)
+    accelerator.wait_for_everyone()
+    self_distil(config, accelerator)
+
+
+if __name__ == "__main__":
+    recipe_main(run, __doc__)
