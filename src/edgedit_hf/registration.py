@@ -27,8 +27,7 @@ METHODS = ["save_pretrained", "from_pretrained"]
 COMPONENTS = {
     "ModelMixin": METHODS,
     "SchedulerMixin": METHODS,
-    "OnnxEdgeDiTTransformer2DModel": METHODS,
-    "ExecutorchEdgeDiTTransformer2DModel": METHODS,
+    "ExportedComponent": METHODS,
 }
 # Classes that diffusers looks up as its own attributes, by the name in `_class_name`. Not the exported models: diffusers asks every
 # library for every name in COMPONENTS, and would import their module to load any pipeline.

@@ -1,6 +1,5 @@
 """Export to ONNX: the artefact computes what the model computes, says what it is, loads back, and a failed gate leaves nothing."""
 
-import inspect
 import json
 import re
 from argparse import ArgumentParser
@@ -11,7 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, OnnxEdgeDiTTransformer2DModel
+from edgedit_hf import EdgeDiTPipeline, OnnxEdgeDiTTransformer2DModel
 from edgedit_hf.commands.export import EdgeDiTExportCommand
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
@@ -28,6 +27,7 @@ from edgedit_hf.export.onnx_lowbit import MIN_QUANTIZED_ELEMENTS, gemm_to_matmul
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.latency.runners import example_inputs, onnx_runner
+from edgedit_hf.launch import with_components
 from edgedit_hf.search_space import SearchSpace
 
 
@@ -119,7 +119,7 @@ def test_reports(pipeline, fp32, int8):
             report["relative_error"] == max(s["relative_error"] for s in report["per_timestep"]) <= report["tolerance"]
         )
         bench = json.loads((path / "bench.json").read_text())
-        runners = {"torch-fp32", "onnxruntime-fp32"} | ({"onnxruntime-int8"} if precision == "int8" else set())
+        runners = {"torch-fp32", f"onnxruntime-{precision}"}
         for entry in bench["latency"]:
             assert set(entry["timings"]) == runners
             assert set(entry["speedup"]) == runners - {f"onnxruntime-{precision}"}
@@ -303,7 +303,7 @@ def test_gates_quote_the_error_and_the_tolerance(fp32):
 def test_the_comparison_sees_a_wrong_artefact(pipeline, fp32, make_transformer):
     other = quiet(EdgeDiTPipeline(make_transformer(seed=1), pipeline.scheduler, default_steps=2))
     artefact = OnnxEdgeDiTTransformer2DModel.from_pretrained(fp32, subfolder="transformer")
-    found = verify.compare(other, artefact, num_images=2)
+    found = verify.compare(other, with_components(other, transformer=artefact), num_images=2)
     assert found["finite"] and found["relative_error"] > 0.1 and found["steps"] == 2
     assert not other.transformer._forward_hooks
 
@@ -322,13 +322,11 @@ def test_what_is_in_the_way_stays(pipeline, fp32, tmp_path):
 # -------------------------------------------------------------------- the component
 
 
-def test_the_component_has_the_models_config():
-    of = {
-        c: set(inspect.signature(c.__init__).parameters)
-        for c in (EdgeDiTTransformer2DModel, OnnxEdgeDiTTransformer2DModel)
-    }
-    assert of[OnnxEdgeDiTTransformer2DModel] - of[EdgeDiTTransformer2DModel] == {"precision", "batch"}
-    assert of[EdgeDiTTransformer2DModel] <= of[OnnxEdgeDiTTransformer2DModel]
+def test_the_component_has_the_models_config(pipeline, fp32):
+    artefact = OnnxEdgeDiTTransformer2DModel.from_pretrained(fp32 / "transformer")
+    of_model = {key: value for key, value in pipeline.transformer.config.items() if not key.startswith("_")}
+    assert set(artefact.config) - set(of_model) == {"precision", "batch", "split", "size"}
+    assert {key: artefact.config[key] for key in of_model} == of_model
 
 
 def test_component_calls(pipeline, fp32):
@@ -337,7 +335,7 @@ def test_component_calls(pipeline, fp32):
     sample, timestep, labels = example_inputs(pipeline.transformer.config, 2).values()
     before = artefact(sample, timestep, labels).sample
     artefact.set_threads(2)
-    assert artefact.session.get_session_options().intra_op_num_threads == 2
+    assert artefact.sessions["denoiser"].session.get_session_options().intra_op_num_threads == 2
     assert torch.allclose(artefact(sample, timestep, labels).sample, before, atol=1e-5)
     assert artefact(sample.bfloat16(), timestep, labels).sample.dtype == torch.bfloat16
     for arguments, message in (
@@ -365,7 +363,7 @@ def test_component_files_that_do_not_fit(fp32, tmp_path):
     with pytest.raises(EdgeDiTError, match="cannot load.*Export it again"):
         OnnxEdgeDiTTransformer2DModel.from_pretrained(tmp_path)
     with pytest.raises(EdgeDiTError, match="no .onnx file"):
-        OnnxEdgeDiTTransformer2DModel.from_config(config).set_threads(1)
+        OnnxEdgeDiTTransformer2DModel(**config).set_threads(1)
 
 
 def test_saving_the_loaded_pipeline_keeps_it_whole(fp32, tmp_path):
@@ -432,7 +430,8 @@ def test_from_the_hub_and_from_its_cache(
         *needed,
         "transformer/onnx/model.onnx",
         "transformer/onnx/model.onnx.data",
-        "vae/diffusion_pytorch_model.safetensors",
+        "vae/onnx/decoder.onnx",
+        "vae/onnx/decoder.onnx.data",
     ]:
         assert repr(name) in onnx_files
     for name in [*needed, "transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"]:
@@ -453,8 +452,8 @@ def test_an_incomplete_cache_is_noticed(fp32, make_hub_cache):
 
 def test_command_errors_end_in_one_line(tmp_path, capsys):
     for options, message in (
-        (("--format", "coreml"), "--format is 'coreml'; what exists now is onnx and executorch"),
-        (("--dtype", "int4"), "--dtype is 'int4'; the format onnx exists as fp32, int8"),
+        (("--format", "tflite"), "--format is 'tflite'; the formats are onnx, executorch, coreml"),
+        (("--dtype", "fp16", "--format", "executorch"), "--dtype is 'fp16'; the format executorch exists as fp32, int8, int4"),
         ((), "There is no pipeline in"),
     ):
         with pytest.raises(SystemExit) as stop:

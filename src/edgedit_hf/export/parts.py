@@ -319,19 +319,16 @@ def latent_size(pipeline: Any, resolution: tuple[int, int] | None) -> tuple[int,
     return size
 
 
-def pipeline_parts(
-    pipeline: Any, *, split: bool = False, resolution: tuple[int, int] | None = None, batch: int = 2, images: int = 1
-) -> list[Part]:
+def pipeline_parts(pipeline: Any, *, split: bool = False, size: tuple[int, int] | None = None, batch: int = 2, images: int = 1) -> list[Part]:
     """Every part that a pipeline needs, in the order in which an image passes them; the encoder of a VAE, which it does not need, last.
 
     Args:
         pipeline: an [`EdgeDiTPipeline`] or an [`ElasticDiTPipeline`] with plain float32 weights; a supernet gives its active sub-network.
         split: whether the transformer's conditioner is a part of its own.
-        resolution: height and width in pixels; default: what the transformer was made for.
+        size: H, W of the latents ([`latent_size`]); default: what the transformer was made for.
         batch: B of the denoiser's examples. images: of the VAE's and the text encoders'.
     """
-    model, size = pipeline.transformer, latent_size(pipeline, resolution)
-    parts = []
+    model, size, parts = pipeline.transformer, size or latent_size(pipeline, None), []
     if is_elastic(pipeline):
         if model.active_subnet is not None:
             model = model.extract_subnet(model.active_subnet)

@@ -1,28 +1,55 @@
-"""`export_pipeline`: a pipeline whose denoiser is an artefact, lowered, verified, timed and written as one folder; the same for every format."""
+"""`export_pipeline`: every network of a pipeline lowered, verified, timed and written as one folder; the same for every format and both families."""
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import EdgeDiTError
 from ..genotype import Genotype
-from ..launch import load_pipeline, with_transformer
-from ..run_state import atomic_folder, atomic_write_json
+from ..latency.protocol import environment
+from ..launch import load_pipeline, with_components
+from ..quantization.layers import dequantize_model, quantized_weights
+from ..quantization.weights import AffineWeight
+from ..run_state import atomic_folder, atomic_write_json, versions, weights_hash
 from . import verify
-from .executorch import DEFAULT_BATCH, SCHEMES, export_executorch
-from .runtime import ExecutorchEdgeDiTTransformer2DModel, ExportedTransformer, OnnxEdgeDiTTransformer2DModel
-from .wrappers import check_batch, plain_config
+from .executorch import DEFAULT_BATCH, SCHEMES, lower_executorch
+from .parts import Part, is_elastic, latent_size, pipeline_parts, text_lengths
+from .runtime import COMPONENTS, SUFFIXES, open_session, stem
+from .wrappers import check_batch, check_model, plain_config
 
-if TYPE_CHECKING:
-    from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
-    from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
+Resolution = tuple[int, int] | str | None
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an export asks of its format, beside the precision.
+
+    Args:
+        opset: ONNX operator set.
+        open_sizes: sizes that stay open.
+        scales: static int8 activations ([`ActivationScales`]) of the denoiser's layers; default: dynamic.
+        given: low-bit weights to use as they are, by layer. keep_8bit: layers that a 4-bit export gives 8 bits.
+        layers: the module whose layer names these use.
+        quantized: Core ML: the packed weights of a quantised model, by layer.
+    """
+
+    opset: int | None = None
+    open_sizes: tuple[str, ...] = ()
+    scales: Any = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    keep_8bit: tuple[str, ...] = ()
+    layers: nn.Module | None = None
+    quantized: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -30,59 +57,73 @@ class Format:
     """One artefact format.
 
     Args:
-        runtime: key of `latency.runners.RUNNERS`.
-        component: class that loads the artefact back.
         schemes: precision → what it means here, a key of `verify.TOLERANCE`.
-        default_batch: batch of an export that states none.
-        dynamic: whether the batch may stay open.
-        lower: `(model, target, folder, precision, batch, opset)` writes the artefact to `target`; `folder` is for what it is made from.
-            Returns the files to time (precision → path, the artefact last) and facts for bench.json.
+        default_batch: rows of a forward of an export that states none.
+        dynamic: whether sizes may stay open.
+        lower: `(part, path, precision, facts, options)` writes a part; returns facts for bench.json.
     """
 
-    runtime: str
-    component: type[ExportedTransformer]
     schemes: Mapping[str, str]
     default_batch: str | int
     dynamic: bool
-    lower: Callable[[EdgeDiTTransformer2DModel, Path, Path, str, str | int, int | None], tuple[dict[str, Path], dict]]
+    lower: Callable[[Part, Path, str, Mapping[str, str], Options], dict]
 
 
-def _lower_onnx(
-    model: EdgeDiTTransformer2DModel, target: Path, folder: Path, precision: str, batch: str | int, opset: int | None
-) -> tuple[dict[str, Path], dict]:
-    from .onnx import DEFAULT_OPSET, export_onnx, quantize_int8
+def _lower_onnx(part: Part, path: Path, precision: str, facts: Mapping[str, str], options: Options) -> dict:
+    from .onnx import DEFAULT_OPSET, lower_onnx
 
-    opset = DEFAULT_OPSET if opset is None else opset
-    if precision == "fp32":
-        return {"fp32": export_onnx(model, target, batch, opset)}, {}
-    source = export_onnx(model, folder / "fp32.onnx", batch, opset)
-    return {"fp32": source, "int8": quantize_int8(source, target)}, {}
+    return lower_onnx(
+        part,
+        path,
+        precision,
+        facts,
+        opset=DEFAULT_OPSET if options.opset is None else options.opset,
+        open_sizes=options.open_sizes,
+        scales=options.scales if part.name == "denoiser" else None,
+        given=options.given,
+        keep_8bit=options.keep_8bit,
+        layers=options.layers,
+    )
 
 
-def _lower_executorch(
-    model: EdgeDiTTransformer2DModel, target: Path, folder: Path, precision: str, batch: str | int, opset: int | None
-) -> tuple[dict[str, Path], dict]:
-    if opset is not None:
-        raise EdgeDiTError(f"opset is {opset}; operator sets belong to ONNX. Leave it out for ExecuTorch.")
-    facts = export_executorch(model, target, precision, batch)
-    return {precision: target}, facts
+def _lower_executorch(part: Part, path: Path, precision: str, facts: Mapping[str, str], options: Options) -> dict:
+    in_transformer = part.component == "transformer"
+    given = {name: weight for name, weight in options.given.items() if isinstance(weight, AffineWeight)} if in_transformer else None
+    return lower_executorch(part, path, precision, facts, keep_8bit=options.keep_8bit if in_transformer else (), affine=given)
+
+
+def _lower_coreml(part: Part, path: Path, precision: str, facts: Mapping[str, str], options: Options) -> dict:
+    from .coreml import lower_coreml
+
+    quantized = options.quantized if part.component == "transformer" else {}
+    return lower_coreml(part, path, "fp16" if quantized else precision, facts, quantized=quantized or None)
 
 
 FORMATS = {
-    "onnx": Format("onnxruntime", OnnxEdgeDiTTransformer2DModel, {"fp32": "fp32", "int8": "int8"}, "dynamic", True, _lower_onnx),
-    "executorch": Format("executorch", ExecutorchEdgeDiTTransformer2DModel, SCHEMES, DEFAULT_BATCH, False, _lower_executorch),
+    "onnx": Format({name: name for name in ("fp32", "fp16", "int8", "int4")}, "dynamic", True, _lower_onnx),
+    "executorch": Format(SCHEMES, DEFAULT_BATCH, False, _lower_executorch),
+    "coreml": Format({name: name for name in ("fp32", "fp16", "int8", "int4")}, DEFAULT_BATCH, False, _lower_coreml),
 }
+ACTIVATIONS = ("dynamic", "static", "by-timestep")
+WEIGHTS = ("nearest", "gptq")
 
 
 def export_pipeline(
-    pipeline: EdgeDiTPipeline | str | os.PathLike,
+    pipeline: Any,
     output: str | os.PathLike,
     *,
     format: str = "onnx",
     dtype: str = "fp32",
     batch: str | int | None = None,
+    split_conditioner: bool = False,
+    subnet: str | None = None,
+    resolution: Resolution = None,
     opset: int | None = None,
     tolerance: float | None = None,
+    min_psnr_db: float | None = None,
+    activations: str = "dynamic",
+    weights: str = "nearest",
+    prompts: Sequence[str] | None = None,
     seed: int = 0,
     threads: int = 2,
     bench_batches: Sequence[int] = (2, 8),
@@ -91,20 +132,29 @@ def export_pipeline(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Export a pipeline: lower its denoiser, verify it, time it, and write a pipeline folder around the artefact.
+    """Export a pipeline: lower every network of it, verify and time the result, and write a pipeline folder around the artefacts.
 
-    The folder holds model_index.json, scheduler/, transformer/config.json, transformer/onnx/model.onnx or
-    transformer/executorch/model.pte, the VAE if there is one (as safetensors), verify.json and bench.json. It appears at once and
+    The folder holds model_index.json, scheduler/, tokenizers, and of every component config.json and the artefacts (`<component>/<format>/…`);
+    verify.json, bench.json, for ExecuTorch delegation.json, and the port contract ([`contract.write_contract`]). It appears at once and
     complete, or, if a gate fails, not at all.
 
     Args:
-        pipeline: an [`EdgeDiTPipeline`], a pipeline folder or a Hub id.
+        pipeline: an [`EdgeDiTPipeline`] or [`ElasticDiTPipeline`], a pipeline folder or a Hub id.
         output: folder to write.
-        format: `"onnx"` or `"executorch"`.
-        dtype: `"fp32"` or `"int8"`; in ExecuTorch also `"int4"`.
-        batch: `"dynamic"` (ONNX's default), or the batch of a forward (ExecuTorch's default is 2); guidance makes it twice the images.
+        format: `"onnx"`, `"executorch"` or `"coreml"`.
+        dtype: `"fp32"`, `"int8"` or `"int4"`, for ONNX and Core ML also `"fp16"`. Convolutions of a VAE stay at 16 bits or more.
+        batch: `"dynamic"` (ONNX's default), or the rows of a forward (default 2); guidance makes two an image.
+        split_conditioner: write adaLN, a third of a DiT's weights, as an artefact of its own, which a schedule needs once.
+        subnet: of an elastic supernet: which one (default: the active one, the full net).
+        resolution: (height, width) in pixels; `"dynamic"` for an ONNX file of an EdgeDiT that takes any; default: what it was made for.
         opset: ONNX operator set, 18 or later.
         tolerance: largest relative error of a forward; default as in `verify.TOLERANCE`.
+        min_psnr_db: least ratio of the images of the whole loop; default as in `verify.MIN_PSNR_DB`. In int4, layers get 8 bits, the most sensitive
+            first, until it is reached.
+        activations: of ONNX in int8: `"dynamic"`, `"static"` (calibrated on the pipeline's own samples) or `"by-timestep"` (a scale a bucket
+            of timesteps).
+        weights: of int4: `"nearest"`, or `"gptq"` (error-compensating, calibrated in the same way). A model that is quantised already keeps its own.
+        prompts: of text to image: what is sampled to calibrate and to verify.
         seed: seed of the comparison's images.
         threads: threads of the comparison and the timing.
         bench_batches: batches that are timed (a fixed `batch` is timed alone).
@@ -117,55 +167,316 @@ def export_pipeline(
         `output`.
 
     Raises:
-        EdgeDiTError: the pipeline cannot be loaded or is an export already, `output` is in the way, or a gate fails (the message
-            has the measured error and the tolerance; nothing is written).
+        EdgeDiTError: the pipeline cannot be loaded or is an export already, `output` is in the way, options do not fit the pipeline or the format,
+            or a gate fails (the message has the measured error and the tolerance; nothing is written).
     """
     if format not in FORMATS:
-        raise EdgeDiTError(f"format is {format!r}; the formats are {' and '.join(FORMATS)}.")
+        raise EdgeDiTError(f"format is {format!r}; the formats are {', '.join(FORMATS)}.")
     target = FORMATS[format]
     batch = check_batch(target.default_batch if batch is None else batch, target.dynamic)
     if dtype not in target.schemes:
         raise EdgeDiTError(f"dtype is {dtype!r}; the format {format} exists as {', '.join(target.schemes)}.")
+    _check_options(format, dtype, opset, activations, weights, resolution)
     output = Path(output)
     check_output(output, overwrite)
     source = str(pipeline) if isinstance(pipeline, (str, os.PathLike)) else None
     if source is not None:
-        pipeline = load_pipeline(pipeline, trust_remote_code=trust_remote_code)
-    model = pipeline.transformer
-    if not isinstance(model, torch.nn.Module):
-        raise EdgeDiTError(f"The transformer is a {type(model).__name__}, an export already; give the pipeline that it was made from.")
-    config = plain_config(model)
+        pipeline = load_pipeline(pipeline, trust_remote_code=trust_remote_code, kind=("EdgeDiTPipeline", "ElasticDiTPipeline"))
+    if not isinstance(pipeline.transformer, nn.Module):
+        raise EdgeDiTError(f"The transformer is a {type(pipeline.transformer).__name__}, an export already; give the pipeline that it was made from.")
+    pipeline, subnet = _with_subnet(pipeline, subnet)
+    plain, packed = _plain(pipeline)
+    open_size = resolution == "dynamic"
+    if open_size and is_elastic(pipeline):
+        raise EdgeDiTError("The resolution is 'dynamic', but an elastic DiT cuts its tokens into strips of a fixed number; export it once a resolution.")
+    size = latent_size(plain, None if open_size else resolution)
+    job = _Job(plain, target, format, dtype, batch, split_conditioner, subnet, None if open_size else size)
+    parts = pipeline_parts(plain, split=split_conditioner, size=_other(size, plain) if open_size else size, batch=job.rows, images=job.images)
+    options = Options(opset=opset, open_sizes=job.open_sizes, quantized=packed, layers=plain.transformer)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with atomic_folder(output) as folder, TemporaryDirectory(dir=folder) as scratch:
-            transformer = folder / "transformer"
-            target.component(**config, precision=dtype, batch=batch).save_config(transformer)
-            files, facts = target.lower(model, transformer / target.component.MODEL_FILE, Path(scratch), dtype, batch, opset)
-            artefact = target.component.from_pretrained(transformer, num_threads=threads)
-            found = verify.compare(pipeline, artefact, seed=seed, num_images=num_images)
-            source_of = {
-                "source": source,
-                "genotype": Genotype.from_layers(config["layers"], config["hidden_size"]).hash,
-                "weights": artefact.metadata["weights"],
-            }
-            atomic_write_json(folder / "verify.json", {**verify.check(found, target.schemes[dtype], tolerance), **source_of})
+        with atomic_folder(output) as folder:
+            facts = {"source": source, **job.identity()}
+            if format == "coreml":
+                said = job.write(folder, parts, options)
+                atomic_write_json(folder / "verify.json", {"precision": dtype, "passed": None, "not_run": NOT_RUN, **facts})
+                atomic_write_json(folder / "bench.json", {"parts": said, "environment": environment(threads), **facts})
+                return output
+            if packed and dtype in ("int8", "int4"):
+                options = replace(options, given=packed)
+            options = _calibrated(plain, options, format, dtype, activations, weights, seed, prompts)
+            if options.scales is not None and options.scales.num_buckets > 1:
+                parts = [with_timestep(part) for part in parts]
+            asked = {"seed": seed, "num_images": num_images, "prompts": prompts}
+            said, verified, exported = job.write_verified(folder, parts, options, pipeline, asked, tolerance, min_psnr_db, threads)
+            atomic_write_json(folder / "verify.json", {**verified, **facts})
             batches = bench_batches if batch == "dynamic" else [batch]
-            cost = verify.benchmark(model, files, batches, threads, bench_repeats, runtime=target.runtime)
-            atomic_write_json(folder / "bench.json", {**cost, **facts, **source_of})
-            with_transformer(pipeline, artefact).save_pretrained(folder)
+            atomic_write_json(folder / "bench.json", {**job.cost(folder, parts, said, batches, threads, bench_repeats), **facts})
+            exported.save_pretrained(folder)
     finally:
         torch.set_num_threads(before)
     return output
 
 
+NOT_RUN = "Core ML runs on Apple's systems only: the packages were converted and inspected, not run."
+
+
+def _check_options(
+    format: str, dtype: str, opset: int | None, activations: str, weights: str, resolution: Resolution
+) -> None:
+    """Raise unless the options exist and go together."""
+    if opset is not None and format != "onnx":
+        raise EdgeDiTError(f"opset is {opset}; operator sets belong to ONNX. Leave it out for {format}.")
+    if activations not in ACTIVATIONS:
+        raise EdgeDiTError(f"activations is {activations!r}; it may be {', '.join(ACTIVATIONS)}.")
+    if activations != "dynamic" and (format, dtype) != ("onnx", "int8"):
+        raise EdgeDiTError(f"activations is {activations!r}, but the export is {format} {dtype}; calibrated activations are for onnx int8.")
+    if weights not in WEIGHTS:
+        raise EdgeDiTError(f"weights is {weights!r}; it may be {', '.join(WEIGHTS)}.")
+    if weights != "nearest" and (dtype != "int4" or format == "coreml"):
+        raise EdgeDiTError(f"weights is {weights!r}, but the export is {format} {dtype}; compensated rounding is for onnx and executorch int4.")
+    if resolution == "dynamic" and format != "onnx":
+        raise EdgeDiTError(f"The resolution is 'dynamic', but {format} files are made for one size; give HxW, or export to onnx.")
+
+
+def _with_subnet(pipeline: Any, subnet: str | None) -> tuple[Any, str | None]:
+    """The pipeline around one stand-alone network, and the name of the sub-network it was."""
+    if not is_elastic(pipeline):
+        if subnet is not None:
+            raise EdgeDiTError(f"subnet is {subnet!r}, but the pipeline's network is not elastic; leave it out.")
+        return pipeline, None
+    model = pipeline.transformer
+    if model.active_subnet is None:
+        if subnet is not None:
+            raise EdgeDiTError(f"subnet is {subnet!r}, but the pipeline's network is a stand-alone net; leave it out.")
+        return pipeline, None
+    if subnet is not None and subnet not in model.subnet_names:
+        raise EdgeDiTError(f"subnet is {subnet!r}; this net has {', '.join(model.subnet_names)}.")
+    name = subnet or model.active_subnet
+    return with_components(pipeline, transformer=model.extract_subnet(name)), name
+
+
+def _plain(pipeline: Any) -> tuple[Any, dict[str, Any]]:
+    """The pipeline with plain float32 weights, and the packed weights of a quantised transformer by layer."""
+    packed = quantized_weights(pipeline.transformer)
+    if packed:
+        model = copy.deepcopy(pipeline.transformer)
+        dequantize_model(model, torch.float32)
+        pipeline = with_components(pipeline, transformer=model)
+    check_model(pipeline.transformer)
+    return pipeline, packed
+
+
+def _other(size: tuple[int, int], pipeline: Any) -> tuple[int, int]:
+    """A size of latents that the network was not made for: an example of it keeps the exporter from fixing the native positions."""
+    patch = pipeline.transformer.config.patch_size
+    return size[0] + 2 * patch, size[1] + 4 * patch
+
+
+def _calibrated(
+    pipeline: Any, options: Options, format: str, dtype: str, activations: str, weights: str, seed: int, prompts: Sequence[str] | None
+) -> Options:
+    """The options with what is measured on the pipeline's own samples: activation scales, or compensated 4-bit weights."""
+    if activations == "dynamic" and weights == "nearest":
+        return options
+    from ..quantization.activations import activation_scales
+    from ..quantization.calibration import input_ranges, record, second_moments
+    from ..quantization.gptq import gptq
+
+    model = pipeline.transformer
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name not in options.given]
+    calls = record(pipeline, CALIBRATION_IMAGES, seed=seed, prompts=list(prompts or verify.PROMPTS)).calls
+    if activations != "dynamic":
+        timesteps, ranges = input_ranges(model, calls, layers)
+        used = {name: bounds for name, bounds in ranges.items() if torch.isfinite(bounds).all()}  # side blocks are never called
+        buckets = min(BUCKETS, len(timesteps)) if activations == "by-timestep" else 1
+        return replace(options, scales=activation_scales(timesteps, used, buckets))
+    given = dict(options.given)
+    for name in layers:  # one at a time: the moments of all layers of a large network would not fit
+        if model.get_submodule(name).weight.numel() >= MIN_COMPENSATED:
+            moments = second_moments(model, calls, [name])[name]
+            given[name] = gptq(model.get_submodule(name).weight, moments, 4, GROUP, symmetric=True)
+    return replace(options, given=given)
+
+
+CALIBRATION_IMAGES = 16
+BUCKETS = 8  # of timesteps, each with activation scales of its own
+GROUP = 32  # inputs that share a scale in 4 bits, in both runtimes
+MIN_COMPENSATED = 1024  # weights of a layer below which it is not quantised
+
+
+class TimedDenoiser(nn.Module):
+    """A denoiser that is also given the timestep, which it does not need: the file chooses its activation scales by it."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.module(*inputs[:-1])
+
+
+def with_timestep(part: Part) -> Part:
+    """A split denoiser with the further input `timestep`; other parts as they are."""
+    if part.name != "denoiser" or "timestep" in part.inputs:
+        return part
+    rows = len(part.inputs["sample"])
+    inputs = {**part.inputs, "timestep": torch.full((rows,), 500.0)}
+    return replace(part, module=TimedDenoiser(part.module).eval(), inputs=inputs, dynamic={**part.dynamic, "timestep": {0: "batch"}})
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One export: what its steps share."""
+
+    pipeline: Any  # with plain weights
+    target: Format
+    format: str
+    dtype: str
+    batch: str | int
+    split: bool
+    subnet: str | None
+    size: tuple[int, int] | None  # of the latents; `None`: any
+
+    @property
+    def rows(self) -> int:
+        """Rows of the denoiser's examples: torch.export would freeze an open batch of 0 or 1."""
+        return 2 if self.batch == "dynamic" else int(self.batch)
+
+    @property
+    def images(self) -> int:
+        """Images of the VAE's and prompts of the text encoders' examples."""
+        return 2 if self.batch == "dynamic" else 1
+
+    @property
+    def open_sizes(self) -> tuple[str, ...]:
+        """Sizes that stay open."""
+        if self.batch != "dynamic":
+            return ()
+        sizes = ("batch", "tokens", *(f"tokens_{index}" for index in range(len(self.pipeline.transformer.config.get("text_dims") or ()))))
+        if self.size is None:
+            sizes += ("height", "width", *(f"{name}_{side}" for name in ("latents", "image") for side in ("height", "width")))
+        return sizes
+
+    def identity(self) -> dict[str, Any]:
+        """What is exported: the weights' hash and, of an EdgeDiT, the genotype's."""
+        config = plain_config(self.pipeline.transformer)
+        said: dict[str, Any] = {"weights": weights_hash(self.pipeline.transformer.state_dict())}
+        if "layers" in config:
+            said["genotype"] = Genotype.from_layers(config["layers"], config["hidden_size"]).hash
+        if self.subnet is not None:
+            said["subnet"] = self.subnet
+        return said
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """config.json of every component that becomes an artefact."""
+        pipeline, export = self.pipeline, {"precision": self.dtype, "batch": self.batch}
+        model = {**plain_config(pipeline.transformer), **export, "split": self.split, "size": None if self.size is None else list(self.size)}
+        if is_elastic(pipeline):
+            model |= {"subnet": self.subnet, "text_tokens": None if self.batch == "dynamic" else text_lengths(pipeline)}
+        configs = {"transformer": model}
+        images = {"precision": self.dtype, "batch": "dynamic" if self.batch == "dynamic" else self.images}
+        if pipeline.vae is not None:
+            configs["vae"] = {**plain_config(pipeline.vae), **images, "size": model["size"]}
+        if is_elastic(pipeline):
+            for name, tokens in zip(TEXT_ENCODERS, text_lengths(pipeline)):
+                encoder = getattr(pipeline, name)
+                if encoder is not None:
+                    vocabulary = encoder.get_input_embeddings().num_embeddings
+                    added = {**images, "tokens": None if self.batch == "dynamic" else tokens, "vocabulary": vocabulary}
+                    configs[name] = {**json.loads(encoder.config.to_json_string(use_diff=False)), "edgedit_export": added}
+        return configs
+
+    def facts(self, component: str) -> dict[str, str]:
+        """What the files of a component say about themselves, as text."""
+        module = getattr(self.pipeline, component)
+        config = json.loads(module.config.to_json_string()) if component in TEXT_ENCODERS else plain_config(module)
+        said = {
+            "config": json.dumps(config, sort_keys=True),
+            "weights": weights_hash(module.state_dict()),
+            "precision": self.dtype,
+            "batch": str(self.batch),
+            "versions": json.dumps(versions()),
+        }
+        if "layers" in config and "hidden_size" in config and component == "transformer":
+            said["genotype"] = Genotype.from_layers(config["layers"], config["hidden_size"]).to_json()
+        if self.subnet is not None and component == "transformer":
+            said["subnet"] = self.subnet
+        return said
+
+    def file(self, part: Part) -> str:
+        """Where a part's artefact stands within the export."""
+        return f"{part.component}/{self.format}/{stem(part.name)}{SUFFIXES[self.format]}"
+
+    def write(self, folder: Path, parts: Sequence[Part], options: Options) -> dict[str, dict]:
+        """Lower every part. Returns what each lowering says, by the artefact's file."""
+        facts = {component: self.facts(component) for component in {part.component for part in parts}}
+        said = {}
+        for part in parts:
+            path = folder / self.file(part)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            said[self.file(part)] = self.target.lower(part, path, self.dtype, {**facts[part.component], "part": part.name}, options)
+        return said
+
+    def load(self, folder: Path, threads: int) -> Any:
+        """The pipeline around the artefacts in `folder`."""
+        loaded = {}
+        for component, config in self.configs().items():
+            kind = "vae" if component == "vae" else "text_encoder" if component in TEXT_ENCODERS else "elastic" if is_elastic(self.pipeline) else "edgedit"
+            cls = COMPONENTS[self.format, kind]
+            cls(**config).save_config(folder / component)
+            loaded[component] = cls.from_pretrained(folder / component, num_threads=threads)
+        return with_components(self.pipeline, **loaded)
+
+    def write_verified(
+        self,
+        folder: Path,
+        parts: Sequence[Part],
+        options: Options,
+        eager: Any,
+        asked: Mapping[str, Any],
+        tolerance: float | None,
+        min_psnr_db: float | None,
+        threads: int,
+    ) -> tuple[dict, dict, Any]:
+        """Lower, load back and compare. Returns what the lowerings say, what verify.json holds, and the exported pipeline."""
+        said = self.write(folder, parts, options)
+        exported = self.load(folder, threads)
+        scheme = self.target.schemes[self.dtype]
+        found = verify.check(verify.compare(eager, exported, **asked), scheme, tolerance, min_psnr_db)
+        checked = {}
+        for part in parts:
+            if part.name == "denoiser":
+                continue
+            file = self.file(part)
+            precision = self.target.schemes.get(said[file].get("precision", self.dtype), scheme)
+            session = open_session(folder / file, self.format, threads)
+            checked[file] = verify.check_part(part, precision, verify.compare_part(part, session))
+        return said, {**found, "parts": checked}, exported
+
+    def cost(self, folder: Path, parts: Sequence[Part], said: Mapping[str, dict], batches: Sequence[int], threads: int, repeats: int) -> dict:
+        """What bench.json holds: the denoiser's cost, and under `parts` that of every other artefact."""
+        found: dict[str, Any] = {}
+        others = {}
+        for part in parts:
+            file = self.file(part)
+            rows = batches if part.component == "transformer" else [self.images]
+            measured = verify.benchmark(part, {self.dtype: folder / file}, self.format, rows, threads, repeats)
+            if part.name == "denoiser":
+                found = {**measured, **said[file]}
+            else:
+                others[file] = {**measured, **said[file]}
+        return {**found, "parts": others}
+
+
 def check_output(output: Path, overwrite: bool) -> None:
-    """An existing folder is replaced only if asked for, and only if it is a pipeline folder (or empty)."""
+    """An existing folder is replaced only if asked for, and only if it is a pipeline folder, an export, or empty."""
     if not output.exists():
         return
     if output.is_dir() and not any(output.iterdir()):
         return
-    if not (output / "model_index.json").is_file():
+    if not any((output / name).is_file() for name in ("model_index.json", "contract.json")):
         raise EdgeDiTError(f"{output} exists and is not a pipeline folder; it is left as it is. Choose another output.")
     if not overwrite:
         raise EdgeDiTError(f"{output} holds a pipeline already; choose another output, or allow overwriting it (--overwrite).")

@@ -1,8 +1,8 @@
-"""Exported denoisers as components of a diffusers pipeline: OnnxEdgeDiTTransformer2DModel, run by ONNX Runtime, and
-ExecutorchEdgeDiTTransformer2DModel, run by ExecuTorch.
+"""Exported parts as components of a diffusers pipeline: denoisers, VAEs and text encoders that ONNX Runtime or ExecuTorch runs.
 
-A component folder holds `config.json` (the denoiser's config plus `precision` and `batch`) and the artefact: `onnx/model.onnx` (with
-`onnx/model.onnx.data` if the weights are big) or `executorch/model.pte`. Importing this module loads neither runtime; opening a file does.
+A component folder holds `config.json` and a folder named after the format with the artefacts: `onnx/model.onnx` (with `onnx/model.onnx.data` if the
+weights are big) or `executorch/model.pte`; a split denoiser has `conditioner` files beside it, a VAE `decoder` and `encoder`. Importing this module
+loads neither runtime; opening a file does.
 """
 
 from __future__ import annotations
@@ -10,88 +10,126 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import BaseOutput
 
 from ..errors import EdgeDiTError
-from ..genotype import Genotype
 from ..latency.runners import ExecutorchSession, session_options
+from .parts import MODULATED
 
-if TYPE_CHECKING:
-    import onnxruntime
+STEMS = {"denoiser": "model", "text_encoder": "model"}  # file names of parts that are not named after the part
+CACHED_MODULATIONS = 64  # timesteps whose modulations an elastic denoiser keeps
 
 
-class ExportedTransformer(ConfigMixin):
-    r"""
-    A denoiser in a runtime with the call signature of [`EdgeDiTTransformer2DModel`]: what the components of all runtimes share.
+def stem(part: str) -> str:
+    """File name, without suffix, of a part by its name."""
+    return STEMS.get(part, part)
 
-    Inputs may be on any device and of any float type: they are brought to the CPU as float32, and the prediction goes back to the
-    device and type of the input. `device` and `dtype` are those of the runtime: CPU, float32.
 
-    A runtime's class states its files and implements `_open`, `_run` and `_description`.
+# -------------------------------------------------------------------- runtimes
+
+
+class OnnxSession:
+    """An .onnx file in ONNX Runtime.
 
     Args:
-        sample_size, patch_size, in_channels, hidden_size, num_layers, num_attention_heads, mlp_ratio, num_classes, learn_sigma,
-            prediction_type, norm_eps, layers and the fields after it: as in [`EdgeDiTTransformer2DModel`].
-        precision (`str`, defaults to `"fp32"`): `"fp32"`, `"int8"` or `"int4"`.
-        batch (`str` or `int`, defaults to `"dynamic"`): `"dynamic"`, or the batch of the file; calls then take multiples of it.
+        path: the file.
+        threads: intra-op threads (`None`: ONNX Runtime's choice).
+        provider: execution provider.
+
+    Raises:
+        EdgeDiTError: the provider does not exist, or ONNX Runtime refuses the file.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None, provider: str = "CPUExecutionProvider"):
+        import onnxruntime
+
+        available = onnxruntime.get_available_providers()
+        if provider not in available:
+            raise EdgeDiTError(f"The provider {provider!r} is not in this onnxruntime; it offers {', '.join(available)}.")
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), session_options(threads), providers=[provider])
+        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+            raise EdgeDiTError(f"ONNX Runtime cannot load {path}: {error}. Export it again.") from error
+        self.inputs = {value.name for value in self.session.get_inputs()}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the file says about itself, as text."""
+        entries = self.session.get_modelmeta().custom_metadata_map
+        return {key.removeprefix("edgedit."): value for key, value in entries.items() if key.startswith("edgedit.")}
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs for contiguous inputs on the CPU, by name; what the file does not take is left out. ONNX Runtime reads the tensors' own memory,
+        and the outputs are its own: nothing is copied."""
+        values = {name: value.numpy() for name, value in inputs.items() if name in self.inputs}
+        return [torch.from_numpy(value) for value in self.session.run(None, values)]
+
+
+class PteSession:
+    """A .pte file in ExecuTorch ([`ExecutorchSession`]), called like [`OnnxSession`]; `inputs` are in the order of the file's."""
+
+    def __init__(self, path: Path, threads: int | None = None):
+        self.session = ExecutorchSession(path, threads)
+        self.metadata = dict(self.session.metadata)
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs for contiguous inputs on the CPU."""
+        return self.session.run_all(list(inputs.values()))
+
+
+SUFFIXES = {"onnx": ".onnx", "executorch": ".pte", "coreml": ".mlpackage"}
+SESSIONS = {"onnx": OnnxSession, "executorch": PteSession}
+
+
+def open_session(file: str | os.PathLike, format: str, threads: int | None = None, **options: Any) -> OnnxSession | PteSession:
+    """Open an artefact.
+
+    Args:
+        file: the file. format: `"onnx"` or `"executorch"`. threads: of the runtime. options: of the runtime.
+    """
+    return SESSIONS[format](Path(file), threads, **options)
+
+
+# -------------------------------------------------------------------- components
+
+
+class ExportedComponent:
+    r"""
+    A component that a runtime computes: what all of them share.
+
+    Inputs may be on any device and of any float type: they are brought to the CPU as float32, and outputs go back to the device and type of the
+    input. `device` and `dtype` are those of the runtime: CPU, float32. A subclass names its format and parts.
+
+    Args:
+        config: what `config.json` holds: the config of the component that was exported, `precision` and `batch` (`"dynamic"`, or the batch of the
+            files; calls then take multiples of it).
     """
 
     FORMAT: str  # as in `optimum-cli export edgedit --format`
-    MODEL_FILE: str  # the artefact, within the component's folder
-    BESIDE: tuple[str, ...] = ()  # files that may stand beside it
+    PARTS: tuple[str, ...]  # the first must be there
 
     config_name = "config.json"
 
-    @register_to_config
-    def __init__(
-        self,
-        sample_size: int = 32,
-        patch_size: int = 2,
-        in_channels: int = 4,
-        hidden_size: int = 1152,
-        num_layers: int = 28,
-        num_attention_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        num_classes: int = 1000,
-        learn_sigma: bool = True,
-        prediction_type: str = "epsilon",
-        norm_eps: float = 1e-6,
-        layers: list[dict[str, Any]] | None = None,
-        mlp_norm_eps: float | None = None,
-        frequency_shift: float = 0.0,
-        timestep_scale: float = 1.0,
-        timestep_offset: float = 0.0,
-        learned_position: bool = False,
-        position_bias: bool = False,
-        long_skips: list[list[int]] | None = None,
-        decoder_start: int | None = None,
-        side_layers: int = 0,
-        precision: str = "fp32",
-        batch: str | int = "dynamic",
-    ):
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.path: Path | None = None
+    def __init__(self, **config: Any):
+        self.export = FrozenDict(config)
+        self.config: Any = self.export
+        self.folder: Path | None = None
         self.num_threads: int | None = None
-        self._open_options: dict[str, Any] = {}
+        self.sessions: dict[str, OnnxSession | PteSession] = {}
+        self._options: dict[str, Any] = {}
 
-    # ---------------------------------------------------------------- what a runtime implements
-
-    def _open(self, **options: Any) -> None:
-        """Open `self.path` for `self.num_threads`."""
-        raise NotImplementedError
-
-    def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """One forward of contiguous inputs on the CPU, by name and in the order of the signature."""
-        raise NotImplementedError
-
-    def _description(self) -> dict[str, str]:
-        """What the file says about itself, as text."""
-        raise NotImplementedError
+    @classmethod
+    def part_file(cls, part: str) -> str:
+        """Where an artefact stands within the component's folder."""
+        return f"{cls.FORMAT}/{stem(part)}{SUFFIXES[cls.FORMAT]}"
 
     # ---------------------------------------------------------------- loading and saving
 
@@ -107,7 +145,7 @@ class ExportedTransformer(ConfigMixin):
         local_files_only: bool = False,
         **options: Any,
     ):
-        """Open an exported denoiser.
+        """Open an exported component.
 
         Args:
             pretrained_model_name_or_path: component folder, pipeline folder or Hub id.
@@ -128,7 +166,7 @@ class ExportedTransformer(ConfigMixin):
             root = Path(
                 snapshot_download(
                     str(pretrained_model_name_or_path),
-                    allow_patterns=[f"{within}{cls.config_name}", f"{within}{Path(cls.MODEL_FILE).parent}/*"],
+                    allow_patterns=[f"{within}{cls.config_name}", f"{within}{cls.FORMAT}/*"],
                     cache_dir=cache_dir,
                     revision=revision,
                     token=token,
@@ -136,52 +174,73 @@ class ExportedTransformer(ConfigMixin):
                 )
             )
         folder = root / subfolder if subfolder else root
-        path = folder / cls.MODEL_FILE
-        if not path.is_file() or not (folder / cls.config_name).is_file():
+        needed = cls.part_file(cls.PARTS[0])
+        if not (folder / needed).is_file() or not (folder / cls.config_name).is_file():
+            name = folder.name if subfolder is None else subfolder
             raise EdgeDiTError(
-                f"{folder} does not hold {cls.config_name} and {cls.MODEL_FILE}; give the transformer folder of an exported pipeline "
-                f"(optimum-cli export edgedit … --format {cls.FORMAT}), or the pipeline's folder with subfolder='transformer'."
+                f"{folder} does not hold {cls.config_name} and {needed}; give the component's folder of an exported pipeline "
+                f"(optimum-cli export edgedit … --format {cls.FORMAT}), or the pipeline's folder with subfolder={name!r}."
             )
-        model = cls.from_config(cls.load_config(folder))
-        model.path, model.num_threads, model._open_options = path, num_threads, options
-        model._open(**options)
-        model._check_genotype()
-        return model
+        component = cls(**cls._read_config(folder))
+        component.folder, component.num_threads, component._options = folder, num_threads, options
+        component._open()
+        component._check()
+        return component
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write the component folder: config.json and a copy of the artefact."""
+    @classmethod
+    def _read_config(cls, folder: Path) -> dict[str, Any]:
+        try:
+            values = json.loads((folder / cls.config_name).read_text(encoding="utf-8"))
+            return {key: value for key, value in values.items() if not key.startswith("_")}
+        except (ValueError, AttributeError) as error:
+            raise EdgeDiTError(f"{folder / cls.config_name} is not the config of a component ({error}); export it again.") from error
+
+    def save_config(self, save_directory: str | os.PathLike) -> None:
+        """Write `config.json`."""
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
+        values = {"_class_name": type(self).__name__, **self.config}
+        (target / self.config_name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write the component folder: config.json and a copy of the artefacts."""
+        target = Path(save_directory)
         self.save_config(target)
-        source = self._loaded_path()
-        folder = (target / self.MODEL_FILE).parent
-        if folder.resolve() != source.parent.resolve():
-            folder.mkdir(exist_ok=True)
-            for name in (source.name, *self.BESIDE):
-                if (source.parent / name).is_file():
-                    shutil.copyfile(source.parent / name, folder / name)
+        source = self._loaded_folder() / self.FORMAT
+        if (target / self.FORMAT).resolve() != source.resolve():
+            shutil.copytree(source, target / self.FORMAT, dirs_exist_ok=True)
 
     def set_threads(self, num_threads: int | None) -> None:
-        """Open the file anew for this many threads (`None`: the runtime's choice)."""
-        self._loaded_path()
+        """Open the files anew for this many threads (`None`: the runtime's choice)."""
+        self._loaded_folder()
         self.num_threads = num_threads
-        self._open(**self._open_options)
+        self._open()
 
-    def _loaded_path(self) -> Path:
-        if self.path is None:
-            raise EdgeDiTError(f"This component has a config but no {Path(self.MODEL_FILE).suffix} file; make it with from_pretrained().")
-        return self.path
+    def _open(self) -> None:
+        files = {part: self.folder / self.part_file(part) for part in self.PARTS}
+        self.sessions = {part: open_session(file, self.FORMAT, self.num_threads, **self._options) for part, file in files.items() if file.is_file()}
 
-    def _check_genotype(self) -> None:
-        genotype = self._description().get("genotype")
-        if genotype is None:
-            raise EdgeDiTError(f"{self.path} has no edgedit genotype in its metadata; it was not written by this package's export.")
-        inside, beside = Genotype.from_json(genotype), Genotype.from_layers(self.config.layers, self.config.hidden_size)
-        if inside != beside:
-            raise EdgeDiTError(
-                f"{self.path} holds the genotype {inside.hash}, but its config.json describes {beside.hash}; the two files do not "
-                "belong together: export again."
-            )
+    def _loaded_folder(self) -> Path:
+        if self.folder is None:
+            raise EdgeDiTError(f"This component has a config but no {SUFFIXES[self.FORMAT]} file; make it with from_pretrained().")
+        return self.folder
+
+    def _check(self) -> None:
+        """Config and artefacts must describe one network."""
+        weights = set()
+        for part, session in self.sessions.items():
+            file, said = self.folder / self.part_file(part), session.metadata
+            if "config" not in said:
+                raise EdgeDiTError(f"{file} has no edgedit config in its metadata; it was not written by this package's export.")
+            for key, value in json.loads(said["config"]).items():
+                if key in self.config and self.config[key] != value:
+                    raise EdgeDiTError(
+                        f"{file} was made from a network with {key} {value!r}, but its config.json says {self.config[key]!r}; the two files do not "
+                        "belong together: export again."
+                    )
+            weights.add(said.get("weights"))
+        if len(weights) > 1:
+            raise EdgeDiTError(f"The files in {self.folder} were made from the weights {sorted(map(str, weights))}; they do not belong together: export again.")
 
     # ---------------------------------------------------------------- use
 
@@ -196,11 +255,111 @@ class ExportedTransformer(ConfigMixin):
         return torch.float32
 
     @property
+    def path(self) -> Path:
+        """The first artefact's file."""
+        return self._loaded_folder() / self.part_file(self.PARTS[0])
+
+    @property
     def metadata(self) -> dict[str, Any]:
-        """What the file says about itself: genotype, config, weights' hash, precision, batch, versions."""
-        self._loaded_path()
-        found = self._description()
+        """What the first artefact says about itself: config, weights' hash, precision, batch, versions, and a denoiser's genotype."""
+        self._loaded_folder()
+        found = self.sessions[self.PARTS[0]].metadata
         return {key: json.loads(value) if value.startswith(("{", "[")) else value for key, value in found.items()}
+
+    def run(self, part: str, inputs: Mapping[str, torch.Tensor], pad: bool = False) -> list[torch.Tensor]:
+        """One artefact's outputs for inputs with as many rows each, on the CPU; a file of fixed batch runs as often as it takes.
+
+        Args:
+            pad: whether rows that do not fill a fixed batch are repeated to fill it (and their outputs dropped).
+
+        Raises:
+            EdgeDiTError: the rows are no multiple of the batch.
+        """
+        self._loaded_folder()
+        if part not in self.sessions:
+            raise EdgeDiTError(f"{self.folder} has no {self.part_file(part)}; export the pipeline again with the component it belongs to.")
+        values = {}
+        for name, value in inputs.items():
+            value = value.detach().to("cpu")
+            values[name] = (value.float() if value.is_floating_point() else value).contiguous()
+        rows = len(next(iter(values.values())))
+        batch = self.export["batch"]
+        step = rows if batch == "dynamic" else batch
+        missing = -rows % step if step else 0
+        if rows == 0 or (missing and not pad):
+            raise EdgeDiTError(
+                f"The batch is {rows}, but this artefact was exported for batch {batch} and takes multiples of it (guidance "
+                "doubles the images' number); export it for a batch that divides this one (--batch)."
+            )
+        if missing:
+            values = {name: torch.cat([value, value[-1:].expand(missing, *value.shape[1:])]) for name, value in values.items()}
+        session = self.sessions[part]
+        parts = [session.run({name: value[i : i + step] for name, value in values.items()}) for i in range(0, rows + missing, step)]
+        return [torch.cat(outputs)[:rows] if len(parts) > 1 or missing else outputs[0] for outputs in zip(*parts)]
+
+
+class ExportedTransformer(ExportedComponent):
+    """A denoiser: what both families share. Beside the exported config, `split` says whether the conditioner is a file of its own, and `size` holds
+    height and width of the latents (`None`: any)."""
+
+    PARTS = ("denoiser", "conditioner")
+
+    @property
+    def split(self) -> bool:
+        """Whether the modulations come from an artefact of their own."""
+        return bool(self.config.get("split"))
+
+    def _check_sample(self, hidden_states: torch.Tensor) -> None:
+        self._loaded_folder()
+        channels, size = self.config.in_channels, self.config.get("size")
+        height, width = size if size else hidden_states.shape[-2:]
+        if tuple(hidden_states.shape[1:]) != (channels, height, width):
+            expected = f"(batch, {channels}, {height if size else 'height'}, {width if size else 'width'})"
+            raise EdgeDiTError(f"The input has shape {tuple(hidden_states.shape)}; this artefact takes {expected}.")
+
+    def _output(self, like: torch.Tensor, prediction: torch.Tensor, return_dict: bool) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        sample = prediction.to(like.device, like.dtype)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+class ExportedEdgeDiT(ExportedTransformer):
+    r"""
+    An EdgeDiT denoiser in a runtime with the call signature of [`EdgeDiTTransformer2DModel`].
+
+    A split one has [`precompute_modulation`] as the model has, and so a pipeline computes the modulations of a whole schedule before it samples.
+    """
+
+    def _open(self) -> None:
+        super()._open()
+        if self.split:  # pipelines ask whether there is such a method
+            self.precompute_modulation = self._precompute_modulation
+
+    def _precompute_modulation(self, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """The modulations `(T, K, 6L + 2, D)` of timesteps `(T,)` and labels `(K,)`, as [`EdgeDiTTransformer2DModel.precompute_modulation`]."""
+        count = 1 if class_labels is None else len(class_labels)
+        labels = None if class_labels is None else class_labels.repeat(len(timesteps))
+        table = self._condition(timesteps.repeat_interleave(count), labels)
+        return table.view(len(timesteps), count, *table.shape[1:])
+
+    def modulation_steps(self, num_labels: int) -> int:
+        """Timesteps whose table of modulations is as large as the weights that make it, at least one."""
+        return max(1, self.config.hidden_size // num_labels)
+
+    def _condition(self, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        inputs = {"timestep": timestep.float()}
+        return self.run("conditioner", inputs if labels is None else {**inputs, "class_labels": labels.long()}, pad=True)[0]
+
+    def _labels(self, class_labels: torch.Tensor | None) -> torch.Tensor | None:
+        classes = self.config.num_classes
+        if (class_labels is None) != (classes == 0):
+            given = "no class_labels were given" if class_labels is None else "class_labels were given"
+            raise EdgeDiTError(f"The artefact has num_classes={classes}, but {given}.")
+        if class_labels is None:
+            return None
+        labels = class_labels.to("cpu", torch.int64)
+        if not (0 <= int(labels.min()) and int(labels.max()) <= classes):
+            raise EdgeDiTError(f"class_labels span {int(labels.min())} … {int(labels.max())}; they must be from 0 to {classes}.")
+        return labels
 
     def __call__(
         self,
@@ -208,6 +367,7 @@ class ExportedTransformer(ConfigMixin):
         timestep: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
+        modulation: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
         Args:
@@ -215,86 +375,271 @@ class ExportedTransformer(ConfigMixin):
             timestep (`torch.Tensor` of shape `(batch,)` or a scalar): Timestep on the scale 0 … 1000.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Classes; `num_classes` means "no class".
             return_dict (`bool`, defaults to `True`): Whether to return a [`Transformer2DModelOutput`].
+            modulation (`torch.Tensor` of shape `(batch, 6 * layers + 2, hidden_size)`, *optional*): For a split denoiser: a step of the table of
+                `precompute_modulation`.
 
         Returns:
             The prediction, of shape `(batch, out_channels, height, width)`.
         """
-        self._loaded_path()
-        batch, size = hidden_states.shape[0], self.config.sample_size
-        expected = (self.config.in_channels, size, size)
-        if tuple(hidden_states.shape[1:]) != expected:
-            raise EdgeDiTError(
-                f"The input has shape {tuple(hidden_states.shape)}; this artefact takes (batch, {', '.join(map(str, expected))})."
-            )
-        step = batch if self.config.batch == "dynamic" else self.config.batch
-        if batch == 0 or batch % step:
-            raise EdgeDiTError(
-                f"The batch is {batch}, but this artefact was exported for batch {self.config.batch} and takes multiples of it (guidance "
-                "doubles the images' number); export it for a batch that divides this one (--batch)."
-            )
-        if (class_labels is None) != (self.config.num_classes == 0):
-            given = "no class_labels were given" if class_labels is None else "class_labels were given"
-            raise EdgeDiTError(f"The artefact has num_classes={self.config.num_classes}, but {given}.")
-        inputs = {
-            "sample": hidden_states.detach().to("cpu", torch.float32).contiguous(),
-            "timestep": torch.as_tensor(timestep).to("cpu", torch.float32).expand(batch).contiguous(),
-        }
-        if class_labels is not None:
-            labels = class_labels.to("cpu", torch.int64)
-            if not (0 <= int(labels.min()) and int(labels.max()) <= self.config.num_classes):
-                raise EdgeDiTError(
-                    f"class_labels span {int(labels.min())} … {int(labels.max())}; they must be from 0 to {self.config.num_classes}."
-                )
-            inputs["class_labels"] = labels.contiguous()
-        parts = [self._run({name: value[i : i + step] for name, value in inputs.items()}) for i in range(0, batch, step)]
-        sample = torch.cat(parts).to(hidden_states.device, hidden_states.dtype)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        self._check_sample(hidden_states)
+        inputs = {"sample": hidden_states}
+        times = torch.as_tensor(timestep).to("cpu", torch.float32).expand(len(hidden_states))
+        labels = self._labels(class_labels)
+        if self.split:
+            inputs[MODULATED] = self._condition(times, labels) if modulation is None else modulation
+            if self.FORMAT == "onnx":
+                inputs["timestep"] = times  # a file with activation scales by timestep asks for it
+        else:
+            inputs |= {"timestep": times} if labels is None else {"timestep": times, "class_labels": labels}
+        return self._output(hidden_states, self.run("denoiser", inputs)[0], return_dict)
 
     forward = __call__
 
 
-class OnnxEdgeDiTTransformer2DModel(ExportedTransformer):
-    """A denoiser in ONNX Runtime; see [`ExportedTransformer`]. Load it with [`~ExportedTransformer.from_pretrained`]."""
+class ExportedElasticDiT(ExportedTransformer):
+    r"""
+    An elastic text-to-image denoiser in a runtime with the call signature of [`ElasticDiTTransformer2DModel`]: one sub-network, whose name is in the
+    config's `subnet`. `text_tokens` holds the tokens of every text encoder that the artefact takes (`None`: any number); shorter texts are padded.
+
+    A split one keeps what its conditioners gave: the modulations of a timestep, and the text of a call.
+    """
+
+    PARTS = ("denoiser", "conditioner", "text_conditioner")
+
+    def __init__(self, **config: Any):
+        super().__init__(**config)
+        self._modulations: dict[float, torch.Tensor] = {}
+        self._text: tuple[tuple[Any, ...], dict[str, torch.Tensor]] = ((), {})
+
+    @property
+    def active_subnet(self) -> str | None:
+        """The exported sub-network (`None`: a stand-alone net)."""
+        return self.config.get("subnet")
+
+    def set_active_subnet(self, name: str) -> None:
+        """There is but one."""
+        if name != self.active_subnet:
+            raise EdgeDiTError(f"The sub-network {name!r} was asked for, but this artefact holds {self.active_subnet or 'a stand-alone net'}; export that one.")
+
+    def _texts(self, embeds: Sequence[torch.Tensor | None] | None, masks: Sequence[torch.Tensor | None] | None, rows: int) -> dict[str, torch.Tensor]:
+        """text_0, mask_0, … of the artefact; an absent encoder is one whose tokens are all masked."""
+        dims, lengths = self.config.text_dims, self.config.get("text_tokens") or [None] * len(self.config.text_dims)
+        embeds = [None] * len(dims) if embeds is None else list(embeds)
+        masks = [None] * len(dims) if masks is None else list(masks)
+        if len(embeds) != len(dims) or len(masks) != len(dims):
+            raise EdgeDiTError(f"{len(embeds)} text embeddings and {len(masks)} masks were given; this net has {len(dims)} text encoders.")
+        values = {}
+        for index, (states, mask, width, length) in enumerate(zip(embeds, masks, dims, lengths)):
+            there = 0 if states is None else states.shape[1]
+            if states is not None and (states.ndim != 3 or states.shape[0] != rows or states.shape[2] != width):
+                raise EdgeDiTError(f"encoder_hidden_states[{index}] has the shape {tuple(states.shape)}; it must be ({rows}, tokens, {width}).")
+            if length is not None and there > length:
+                raise EdgeDiTError(
+                    f"encoder_hidden_states[{index}] has {there} tokens, but this artefact was exported for {length}; shorten the prompt, or export the "
+                    "pipeline with a larger max_sequence_length."
+                )
+            tokens = max(1, there) if length is None else length
+            text, valid = torch.zeros(rows, tokens, width), torch.zeros(rows, tokens)
+            if states is not None:
+                text[:, :there] = states.to("cpu", torch.float32)
+                valid[:, :there] = 1.0 if mask is None else mask.to("cpu", torch.float32)
+            values |= {f"text_{index}": text, f"mask_{index}": valid}
+        return values
+
+    def _modulation(self, times: torch.Tensor) -> torch.Tensor:
+        """Modulations `(rows, 6L + 2, D)` of timesteps `(rows,)`; each timestep is computed once."""
+        unique, place = torch.unique(times, return_inverse=True)
+        unknown = [time for time in unique.tolist() if time not in self._modulations]
+        if unknown:
+            if len(self._modulations) + len(unknown) > CACHED_MODULATIONS:
+                self._modulations.clear()
+                unknown = unique.tolist()
+            found = self.run("conditioner", {"timestep": torch.tensor(unknown)}, pad=True)[0]
+            self._modulations.update(zip(unknown, found))
+        return torch.stack([self._modulations[time] for time in unique.tolist()])[place]
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: Sequence[torch.Tensor | None] | None = None,
+        encoder_attention_mask: Sequence[torch.Tensor | None] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, C, H, W)`): Noisy input, of the exported size.
+            timestep (`torch.Tensor` of shape `(B,)` or a scalar): Timestep 1000·σ on the scale 0 … 1000.
+            encoder_hidden_states, encoder_attention_mask: As for [`ElasticDiTTransformer2DModel`].
+
+        Returns:
+            The velocity ε − x0, `(B, C, H, W)`.
+        """
+        self._check_sample(hidden_states)
+        rows = len(hidden_states)
+        times = torch.as_tensor(timestep).to("cpu", torch.float32).reshape(-1).expand(rows)
+        inputs = {"sample": hidden_states}
+        if self.split:
+            key = (rows, *(encoder_hidden_states or ()), *(encoder_attention_mask or ()))
+            if len(key) != len(self._text[0]) or any(a is not b for a, b in zip(key[1:], self._text[0][1:])) or key[0] != self._text[0][0]:
+                text = self.run("text_conditioner", self._texts(encoder_hidden_states, encoder_attention_mask, rows))
+                self._text = key, dict(zip(("text", "text_mask"), text))
+            inputs |= {MODULATED: self._modulation(times), **self._text[1]}
+            if self.FORMAT == "onnx":
+                inputs["timestep"] = times  # a file with activation scales by timestep asks for it
+        else:
+            inputs |= {"timestep": times, **self._texts(encoder_hidden_states, encoder_attention_mask, rows)}
+        return self._output(hidden_states, self.run("denoiser", inputs)[0], return_dict)
+
+    forward = __call__
+
+
+@dataclass
+class AutoencoderOutput(BaseOutput):
+    """
+    Args:
+        sample (`torch.Tensor`): Images `(B, channels, H·f, W·f)`, or latents `(B, C, H, W)`.
+    """
+
+    sample: torch.Tensor
+
+
+class ExportedAutoencoder(ExportedComponent):
+    """A VAE in a runtime: `decode` and `encode`. Its config is the VAE's; `size` holds height and width of the latents (`None`: any)."""
+
+    PARTS = ("decoder", "encoder")
+
+    def _run(self, part: str, name: str, values: torch.Tensor) -> torch.Tensor:
+        frame = values[:, :, 0] if values.ndim == 5 else values  # a video VAE's callers have one frame
+        (result,) = self.run(part, {name: frame}, pad=True)
+        result = result.to(values.device, values.dtype)
+        return result.unsqueeze(2) if values.ndim == 5 else result
+
+    def decode(self, latents: torch.Tensor, return_dict: bool = True) -> AutoencoderOutput | tuple[torch.Tensor]:
+        """Latents `(B, C, H, W)`, scaled and shifted back, → images about [-1, 1]."""
+        size = self.config.get("size")
+        if size and tuple(latents.shape[-2:]) != tuple(size):
+            raise EdgeDiTError(f"The latents are {latents.shape[-2]} × {latents.shape[-1]}; this decoder was exported for {size[0]} × {size[1]}.")
+        sample = self._run("decoder", "latents", latents)
+        return AutoencoderOutput(sample=sample) if return_dict else (sample,)
+
+    def encode(self, images: torch.Tensor, return_dict: bool = True) -> AutoencoderOutput | tuple[torch.Tensor]:
+        """Images in [-1, 1] → latents, the mode of the posterior, before scale and shift."""
+        sample = self._run("encoder", "image", images)
+        return AutoencoderOutput(sample=sample) if return_dict else (sample,)
+
+
+@dataclass
+class TextEncoderOutput(BaseOutput):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(B, T, E)`): Hidden states of the tokens.
+    """
+
+    last_hidden_state: torch.Tensor
+
+
+class ExportedTextEncoder(ExportedComponent):
+    """A text encoder in a runtime. Its config is that of transformers; what the export adds stands in its field `edgedit_export`."""
+
+    PARTS = ("text_encoder",)
+
+    def __init__(self, **config: Any):
+        from transformers import AutoConfig
+
+        super().__init__(**config["edgedit_export"])
+        values = dict(config)
+        self.config = AutoConfig.for_model(values.pop("model_type"), **values)
+
+    def save_config(self, save_directory: str | os.PathLike) -> None:
+        """Write `config.json`."""
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / self.config_name).write_text(json.dumps(self.config.to_dict(), indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+
+    def _check(self) -> None:
+        """The file must say that it is a text encoder of this package's export."""
+        if "config" not in self.sessions["text_encoder"].metadata:
+            raise EdgeDiTError(f"{self.folder / self.part_file('text_encoder')} was not written by this package's export.")
+
+    def get_input_embeddings(self) -> Any:
+        """Only `num_embeddings`, the size of the vocabulary."""
+        return FrozenDict(num_embeddings=self.export["vocabulary"])
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> TextEncoderOutput:
+        """Tokens `(B, T)` and which of them count `(B, T)` → hidden states `(B, T, E)`."""
+        tokens = input_ids.shape[1]
+        length = self.export["tokens"]
+        if length is not None and tokens > length:
+            raise EdgeDiTError(f"The prompt has {tokens} tokens, but this text encoder was exported for {length}; shorten it.")
+        ids, mask = input_ids.cpu(), attention_mask.cpu().float()
+        if length is not None:
+            ids = torch.nn.functional.pad(ids, (0, length - tokens))
+            mask = torch.nn.functional.pad(mask, (0, length - tokens))
+        (states,) = self.run("text_encoder", {"input_ids": ids, "attention_mask": mask}, pad=True)
+        return TextEncoderOutput(last_hidden_state=states[:, :tokens].to(input_ids.device))
+
+    __call__ = forward
+
+
+class OnnxEdgeDiTTransformer2DModel(ExportedEdgeDiT):
+    """An EdgeDiT denoiser in ONNX Runtime; see [`ExportedEdgeDiT`]. Load it with [`~ExportedComponent.from_pretrained`]."""
 
     FORMAT = "onnx"
-    MODEL_FILE = "onnx/model.onnx"
-    BESIDE = ("model.onnx.data",)
-
-    def _open(self, provider: str = "CPUExecutionProvider") -> None:
-        import onnxruntime
-
-        available = onnxruntime.get_available_providers()
-        if provider not in available:
-            raise EdgeDiTError(f"The provider {provider!r} is not in this onnxruntime; it offers {', '.join(available)}.")
-        options = session_options(self.num_threads)
-        try:
-            self.session: onnxruntime.InferenceSession = onnxruntime.InferenceSession(str(self.path), options, providers=[provider])
-        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-            raise EdgeDiTError(f"ONNX Runtime cannot load {self.path}: {error}. Export it again.") from error
-
-    def _description(self) -> dict[str, str]:
-        entries = self.session.get_modelmeta().custom_metadata_map
-        return {key.removeprefix("edgedit."): value for key, value in entries.items() if key.startswith("edgedit.")}
-
-    def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        (prediction,) = self.session.run(None, {name: value.numpy() for name, value in inputs.items()})
-        return torch.from_numpy(prediction)
 
 
-class ExecutorchEdgeDiTTransformer2DModel(ExportedTransformer):
-    """A denoiser in ExecuTorch; see [`ExportedTransformer`]. Load it with [`~ExportedTransformer.from_pretrained`].
+class ExecutorchEdgeDiTTransformer2DModel(ExportedEdgeDiT):
+    """An EdgeDiT denoiser in ExecuTorch; see [`ExportedEdgeDiT`].
 
     `num_threads` is the size of ExecuTorch's thread pool, which the whole process shares: setting it here sets it for every such component.
     """
 
     FORMAT = "executorch"
-    MODEL_FILE = "executorch/model.pte"
 
-    def _open(self) -> None:
-        self.session = ExecutorchSession(self.path, self.num_threads)
 
-    def _description(self) -> dict[str, str]:
-        return dict(self.session.metadata)
+class OnnxElasticDiTTransformer2DModel(ExportedElasticDiT):
+    """An elastic denoiser in ONNX Runtime; see [`ExportedElasticDiT`]."""
 
-    def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.session.run(list(inputs.values()))
+    FORMAT = "onnx"
+
+
+class ExecutorchElasticDiTTransformer2DModel(ExportedElasticDiT):
+    """An elastic denoiser in ExecuTorch; see [`ExportedElasticDiT`]."""
+
+    FORMAT = "executorch"
+
+
+class OnnxAutoencoder(ExportedAutoencoder):
+    """A VAE in ONNX Runtime; see [`ExportedAutoencoder`]."""
+
+    FORMAT = "onnx"
+
+
+class ExecutorchAutoencoder(ExportedAutoencoder):
+    """A VAE in ExecuTorch; see [`ExportedAutoencoder`]."""
+
+    FORMAT = "executorch"
+
+
+class OnnxTextEncoder(ExportedTextEncoder):
+    """A text encoder in ONNX Runtime; see [`ExportedTextEncoder`]."""
+
+    FORMAT = "onnx"
+
+
+class ExecutorchTextEncoder(ExportedTextEncoder):
+    """A text encoder in ExecuTorch; see [`ExportedTextEncoder`]."""
+
+    FORMAT = "executorch"
+
+
+COMPONENTS: dict[tuple[str, str], type[ExportedComponent]] = {  # (format, kind) → class
+    ("onnx", "edgedit"): OnnxEdgeDiTTransformer2DModel,
+    ("onnx", "elastic"): OnnxElasticDiTTransformer2DModel,
+    ("onnx", "vae"): OnnxAutoencoder,
+    ("onnx", "text_encoder"): OnnxTextEncoder,
+    ("executorch", "edgedit"): ExecutorchEdgeDiTTransformer2DModel,
+    ("executorch", "elastic"): ExecutorchElasticDiTTransformer2DModel,
+    ("executorch", "vae"): ExecutorchAutoencoder,
+    ("executorch", "text_encoder"): ExecutorchTextEncoder,
+}

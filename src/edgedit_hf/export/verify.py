@@ -4,76 +4,106 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from ..errors import EdgeDiTError
+from ..latency.footprint import footprint
 from ..latency.protocol import environment, measure, paired_ratio
-from ..latency.runners import RUNNERS, TorchRunner
-from ..launch import with_transformer
+from ..launch import with_components
 from ..metrics.generative import psnr
-from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 from .onnx import initializer_bytes
-
-if TYPE_CHECKING:
-    from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
-    from .runtime import ExportedTransformer
+from .parts import Part, is_elastic, text_lengths
+from .runtime import open_session
 
 # ‖artefact − eager‖ / ‖eager‖ of one forward, the worst over all sampling timesteps. fp32 differs by the order of additions only.
 # Quantised networks are worst at the last, nearly clean timesteps, where trained models on digits lie between 0.010 and 0.021 in int8
 # (images at 44 to 54 dB), between 0.009 and 0.015 in 8da8w (43 to 48 dB), and between 0.08 and 0.13 in 8da4w (25 to 27 dB).
-TOLERANCE = {"fp32": 1e-3, "int8": 5e-2, "8da8w": 5e-2, "8da4w": 3e-1}
+TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "int8": 5e-2, "int4": 3e-1, "8da8w": 5e-2, "8da4w": 3e-1}
 # Peak signal-to-noise ratio of the images after the full loop, where the forwards' errors have added up.
-MIN_PSNR_DB = {"fp32": 50.0, "int8": 25.0, "8da8w": 25.0, "8da4w": 15.0}
+MIN_PSNR_DB = {"fp32": 50.0, "fp16": 40.0, "int8": 25.0, "int4": 25.0, "8da8w": 25.0, "8da4w": 25.0}
+
+PROMPTS = (
+    "a photo of a cat sitting on a chair",
+    "a red bicycle leaning against a brick wall",
+    "a watercolour painting of mountains at sunrise",
+    "two people walking on a beach",
+    "a bowl of fruit on a wooden table",
+    "a small house in a snowy forest",
+    "a portrait of an old man with a hat",
+    "a blue car parked on a city street",
+)
 
 
-def compare(
-    pipeline: EdgeDiTPipeline, artefact: ExportedTransformer, seed: int = 0, num_images: int = 8
-) -> dict:
-    """Sample with the eager pipeline and with the artefact from the same seeds, at the pipeline's default steps and guidance.
+# -------------------------------------------------------------------- accuracy
 
-    At every sampling timestep both networks get the eager run's input; afterwards both run their own loop to the images.
+
+def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """‖found − reference‖ / ‖reference‖ (0 for two zero tensors)."""
+    error, norm = torch.linalg.vector_norm(found.float() - reference.float()), torch.linalg.vector_norm(reference.float())
+    return float(error / norm) if norm > 0 else (0.0 if error == 0 else math.inf)
+
+
+def sampling_arguments(pipeline: Any, num_images: int, prompts: Sequence[str] | None = None) -> dict[str, Any]:
+    """Arguments of a pipeline's call for so many images: balanced classes, or prompts in turn (random embeddings for a pipeline without encoders)."""
+    config = pipeline.transformer.config
+    if not is_elastic(pipeline):
+        return {"class_labels": [i % config.num_classes for i in range(num_images)]} if config.num_classes else {"batch_size": num_images}
+    if pipeline.text_encoder is not None or pipeline.text_encoder_2 is not None:
+        texts = list(prompts or PROMPTS)
+        return {"prompt": [texts[i % len(texts)] for i in range(num_images)]}
+    generator = torch.Generator().manual_seed(0)
+    lengths = text_lengths(pipeline)
+    return {"prompt_embeds": [torch.randn(num_images, length, width, generator=generator) for length, width in zip(lengths, config.text_dims)]}
+
+
+def compare(pipeline: Any, exported: Any, seed: int = 0, num_images: int = 8, prompts: Sequence[str] | None = None) -> dict:
+    """Sample with the eager pipeline and with the exported one from the same seeds, at the pipeline's default steps and guidance.
+
+    At every sampling timestep both denoisers get the eager run's input; afterwards both pipelines run their own loop to the images.
 
     Args:
         pipeline: the eager pipeline.
-        artefact: the exported denoiser.
+        exported: the same with exported components.
         seed: image i starts from the noise of seed + i.
         num_images: images, rounded up to what an artefact of fixed batch takes.
+        prompts: of text to image.
 
     Returns:
         relative_error (the worst timestep's), worst_timestep, per_timestep, psnr_db (`None` if all images are equal), finite, and how
         it was measured (seed, images, steps, guidance_scale).
     """
-    eager = with_transformer(pipeline, pipeline.transformer)
-    exported = with_transformer(pipeline, artefact)
+    artefact = exported.transformer
+    eager = with_components(pipeline)
     for pipe in (eager, exported):
         pipe.set_progress_bar_config(disable=True)
-    classes = artefact.config.num_classes
-    guidance = pipeline.config.default_guidance_scale if classes else 1.0
+    guidance = pipeline.config.default_guidance_scale
+    if not is_elastic(pipeline) and not artefact.config.num_classes:
+        guidance = 1.0
     if artefact.config.batch != "dynamic":
         step = artefact.config.batch
         if guidance > 1:  # doubles the batch
             step //= math.gcd(step, 2)
         num_images = step * math.ceil(num_images / step)
-    images_of = {"class_labels": [i % classes for i in range(num_images)]} if classes else {"batch_size": num_images}
+    asked = sampling_arguments(pipeline, num_images, prompts)
+    size = artefact.config.get("size")
+    if size:
+        asked |= {"height": size[0] * pipeline.vae_scale_factor, "width": size[1] * pipeline.vae_scale_factor}
     steps: list[dict[str, float]] = []
 
-    def compare_forward(module, inputs, output) -> None:
-        reference = output[0].float()
-        error = torch.linalg.vector_norm(artefact(*inputs, return_dict=False)[0] - reference)
-        norm = torch.linalg.vector_norm(reference)
-        relative = float(error / norm) if norm > 0 else (0.0 if error == 0 else math.inf)
-        steps.append({"timestep": float(inputs[1].flatten()[0]), "relative_error": relative})
+    def compare_forward(module, inputs, named, output) -> None:
+        named = {key: value for key, value in named.items() if key not in ("return_dict", MODULATION)}
+        found = artefact(*inputs, **named, return_dict=False)[0]
+        steps.append({"timestep": float(inputs[1].flatten()[0]), "relative_error": relative_error(found, output[0])})
 
-    def sample(pipe: EdgeDiTPipeline):
+    def sample(pipe: Any) -> Any:
         generators = [torch.Generator().manual_seed(seed + i) for i in range(num_images)]
-        return pipe(**images_of, guidance_scale=guidance, generator=generators, output_type="np").images
+        return pipe(**asked, guidance_scale=guidance, generator=generators, output_type="np").images
 
-    handle = pipeline.transformer.register_forward_hook(compare_forward)
+    handle = pipeline.transformer.register_forward_hook(compare_forward, with_kwargs=True)
     try:
         reference_images = sample(eager)
     finally:
@@ -95,18 +125,39 @@ def compare(
     }
 
 
-def check(found: Mapping, precision: str, tolerance: float | None = None) -> dict:
+MODULATION = "modulation"  # computed by the pipeline for a model that can; an artefact has its own conditioner
+
+
+def compare_part(part: Part, session: Any) -> float:
+    """Relative error of an artefact against its eager part for the part's example inputs, the worst output's.
+
+    Positions of a text encoder whose token is masked do not count: nobody reads them.
+    """
+    expected = part.run()
+    found = session.run({name: value.contiguous() for name, value in part.inputs.items()})
+    mask = part.inputs.get("attention_mask")
+    errors = []
+    for value, reference in zip(found, expected.values()):
+        if mask is not None:
+            value, reference = value * mask.unsqueeze(-1), reference * mask.unsqueeze(-1)
+        errors.append(relative_error(value, reference))
+    return max(errors)
+
+
+def check(found: Mapping, precision: str, tolerance: float | None = None, min_psnr_db: float | None = None) -> dict:
     """The gate: what verify.json holds if it passes.
 
     Args:
         found: what [`compare`] returned.
         precision: a key of [`TOLERANCE`].
         tolerance: largest relative error of a forward; default [`TOLERANCE`].
+        min_psnr_db: least ratio of the images; default [`MIN_PSNR_DB`].
 
     Raises:
-        EdgeDiTError: NaN or infinite values, a relative error above the tolerance, or images below [`MIN_PSNR_DB`].
+        EdgeDiTError: NaN or infinite values, a relative error above the tolerance, or images below `min_psnr_db`.
     """
     tolerance = TOLERANCE[precision] if tolerance is None else tolerance
+    least = MIN_PSNR_DB[precision] if min_psnr_db is None else min_psnr_db
     if not found["finite"]:
         raise EdgeDiTError(
             f"The {precision} export gives NaN or infinite values (worst at timestep {found['worst_timestep']:g}); nothing was written. "
@@ -118,55 +169,107 @@ def check(found: Mapping, precision: str, tolerance: float | None = None) -> dic
             f"{found['worst_timestep']:g}; the tolerance is {tolerance:g}. Nothing was written. Raise the tolerance only if the images "
             "still satisfy you, or export at a higher precision."
         )
-    if found["psnr_db"] is not None and found["psnr_db"] < MIN_PSNR_DB[precision]:
+    if found["psnr_db"] is not None and found["psnr_db"] < least:
         raise EdgeDiTError(
             f"The images of the {precision} export reach {found['psnr_db']:.1f} dB against the model's after {found['steps']} steps; "
-            f"the gate is {MIN_PSNR_DB[precision]:g} dB. Nothing was written. Export at a higher precision."
+            f"the gate is {least:g} dB. Nothing was written. Export at a higher precision."
         )
     return {
         "precision": precision,
         "tolerance": tolerance,
-        "min_psnr_db": MIN_PSNR_DB[precision],
+        "min_psnr_db": least,
         "passed": True,
         **found,
     }
 
 
+def check_part(part: Part, precision: str, error: float, tolerance: float | None = None) -> dict:
+    """The gate of a part beside the denoiser: what verify.json holds of it if it passes.
+
+    Raises:
+        EdgeDiTError: the error is not finite or above the tolerance.
+    """
+    tolerance = TOLERANCE[precision] if tolerance is None else tolerance
+    if not error <= tolerance:
+        raise EdgeDiTError(
+            f"The {precision} export of the {part.name} of {part.component} differs from the model by a relative error of {error:.3g}; the tolerance is "
+            f"{tolerance:g}. Nothing was written. Export at a higher precision."
+        )
+    return {"precision": precision, "relative_error": error, "tolerance": tolerance}
+
+
+# -------------------------------------------------------------------- cost
+
+
+class _EagerPart:
+    """One eager forward of a part for [`measure`]."""
+
+    def __init__(self, part: Part, threads: int):
+        self.part, self.threads = part, threads
+
+    def __call__(self) -> object:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with torch.inference_mode():
+                return self.part.module(*self.part.inputs.values())
+        finally:
+            torch.set_num_threads(before)
+
+
+class _Artefact:
+    """One run of an artefact for [`measure`]."""
+
+    def __init__(self, file: Path, format: str, inputs: Mapping[str, torch.Tensor], threads: int):
+        self.threads, self.inputs = threads, {name: value.contiguous() for name, value in inputs.items()}
+        self.session = open_session(file, format, threads)
+
+    def __call__(self) -> object:
+        return self.session.run(self.inputs)
+
+
+def with_rows(part: Part, rows: int) -> Part:
+    """The part with examples of another batch: rows are repeated."""
+    inputs = {}
+    for name, value in part.inputs.items():
+        inputs[name] = value.repeat(math.ceil(rows / len(value)), *[1] * (value.ndim - 1))[:rows].contiguous()
+    return Part(part.component, part.name, part.module, inputs, part.outputs, part.dynamic)
+
+
 def benchmark(
-    model: EdgeDiTTransformer2DModel,
+    part: Part,
     files: Mapping[str, str | os.PathLike],
+    format: str,
     batches: Sequence[int],
     threads: int,
     repeats: int = 20,
     max_seconds: float = 120.0,
-    runtime: str = "onnxruntime",
 ) -> dict:
-    """What the artefacts cost beside the eager model: latency interleaved in one run a batch, bytes, and time to load.
+    """What an artefact costs beside the eager part: latency interleaved in one run a batch, bytes, time to load and memory.
 
     Args:
-        model: the eager fp32 denoiser.
-        files: precision → artefact; the last one is what the result is about.
-        batches: images a forward.
+        part: the eager fp32 part.
+        files: precision → artefact; the last one is what the result is about, others are for comparison.
+        format: key of `runtime.SESSIONS`.
+        batches: rows a forward.
         threads: intra-op threads of every runtime.
         repeats: timed rounds a batch (fewer, at least 5, once a batch took `max_seconds`).
         max_seconds: see repeats.
-        runtime: key of `latency.runners.RUNNERS`.
 
     Returns:
         file_bytes, initializer_bytes (of the weights in the file; also by type where the format tells), initializer_bytes_fp32 (of the
-        model's), load_seconds (first run included), latency (one entry a batch: a timing a runner
-        and `speedup` over each other runner, paired by rounds) and the environment.
+        part's), load_seconds (first run included), resident_bytes, peak_bytes, latency (one entry a batch: a timing a runner
+        and `speedup` over each other runner, paired by rounds).
     """
     *_, precision = files
+    runtime = {"onnx": "onnxruntime"}.get(format, format)
     shipped = f"{runtime}-{precision}"
-    latency, load_seconds = [], math.nan
+    latency = []
     for batch in batches:
-        runners = {"torch-fp32": TorchRunner(model, batch, threads)}
+        example = with_rows(part, batch)
+        runners: dict[str, Any] = {"torch-fp32": _EagerPart(example, threads)}
         for name, file in files.items():
-            start = time.perf_counter()
-            runner = runners[f"{runtime}-{name}"] = RUNNERS[runtime](file, model.config, batch, threads)
-            runner()
-            load_seconds = time.perf_counter() - start
+            runners[f"{runtime}-{name}"] = _Artefact(Path(file), format, example.inputs, threads)
         timings = measure(runners, repeats=repeats, max_seconds=max_seconds)
         latency.append(
             {
@@ -177,7 +280,9 @@ def benchmark(
         )
     file = Path(files[precision])
     bytes_of = weight_bytes(file)
-    total, fp32 = sum(bytes_of.values()), 4 * sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    total = sum(bytes_of.values())
+    tensors = {id(tensor): tensor for tensor in (*part.module.parameters(), *part.module.buffers())}
+    fp32 = 4 * sum(tensor.numel() for tensor in tensors.values())
     return {
         "precision": precision,
         "file_bytes": sum(p.stat().st_size for p in (file, file.with_name(file.name + ".data")) if p.exists()),
@@ -185,7 +290,7 @@ def benchmark(
         "initializer_bytes_by_type": bytes_of,
         "initializer_bytes_fp32": fp32,
         "initializer_shrink": fp32 / total,
-        "load_seconds": load_seconds,
+        **footprint(file, format, with_rows(part, batches[0]).inputs, threads),
         "latency": latency,
         "environment": environment(threads),
     }

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.autoencoders import AutoencoderKL, AutoencoderTiny
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -58,7 +57,7 @@ class EdgeDiTPipeline(DiffusionPipeline):
         self,
         transformer: ModelMixin | ConfigMixin,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | AutoencoderTiny | None = None,
+        vae: ModelMixin | None = None,
         id2label: dict[str, str] | None = None,
         default_steps: int = 50,
         default_guidance_scale: float = 4.0,
@@ -168,13 +167,13 @@ class EdgeDiTPipeline(DiffusionPipeline):
         return learned and type(self.scheduler).__name__ in ("DDPMScheduler", "DDPMParallelScheduler")
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        factor, patch = self.vae_scale_factor, self.transformer.config.patch_size
-        native = self.transformer.config.sample_size
+        config, factor = self.transformer.config, self.vae_scale_factor
+        native = config.get("size") or (config.sample_size, config.sample_size)  # an exported transformer may be made for another size
         sizes = []
-        for name, pixels in (("height", height), ("width", width)):
-            pixels = native * factor if pixels is None else pixels
-            if pixels < 1 or pixels % (factor * patch):
-                raise ValueError(f"{name} is {pixels}; it must be a positive multiple of {factor * patch} pixels.")
+        for name, pixels, latents in (("height", height, native[0]), ("width", width, native[1])):
+            pixels = latents * factor if pixels is None else pixels
+            if pixels < 1 or pixels % (factor * config.patch_size):
+                raise ValueError(f"{name} is {pixels}; it must be a positive multiple of {factor * config.patch_size} pixels.")
             sizes.append(pixels // factor)
         return sizes[0], sizes[1]
 

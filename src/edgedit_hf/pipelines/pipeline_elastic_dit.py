@@ -55,6 +55,8 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
     _callback_tensor_inputs = ["latents"]
+    # Only the .onnx files of a repository without safetensors in transformer/ are meant: with this, downloads do not skip them.
+    _is_onnx = True
 
     def __init__(
         self,
@@ -309,11 +311,12 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     # ---------------------------------------------------------------- checks
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        factor, native = self.vae_scale_factor, self.transformer.config.sample_size
-        unit = factor * 2 * self.transformer.config.patch_size  # the Middle stage halves the token grid
+        config, factor = self.transformer.config, self.vae_scale_factor
+        native = config.get("size") or (config.sample_size, config.sample_size)  # an exported transformer may be made for another size
+        unit = factor * 2 * config.patch_size  # the Middle stage halves the token grid
         sizes = []
-        for name, pixels in (("height", height), ("width", width)):
-            pixels = native * factor if pixels is None else pixels
+        for name, pixels, latents in (("height", height, native[0]), ("width", width, native[1])):
+            pixels = latents * factor if pixels is None else pixels
             if pixels < 1 or pixels % unit:
                 raise ValueError(f"{name} is {pixels}; it must be a positive multiple of {unit} pixels.")
             sizes.append(pixels // factor)
