@@ -16,7 +16,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from ..errors import EdgeDiTError
-from .weights import QuantizedWeight, complete_spec, from_tensors, layout
+from .weights import SCHEMES, QuantizedWeight, complete_spec, from_tensors, layout
 
 PREFIX = "weight_"  # of the names of the packed tensors
 
@@ -24,7 +24,8 @@ PREFIX = "weight_"  # of the names of the packed tensors
 class QuantizedLayer:
     """What a layer with a quantised weight has before its own class."""
 
-    weight_spec: dict[str, Any]
+    weight_spec: dict[str, Any]  # complete, with the shape
+    weight_tensors: tuple[str, ...]  # names of the packed tensors, without the prefix
     weight_dtype: torch.dtype  # what the weight is unpacked to: the type of the parameters beside it
 
     @property
@@ -35,7 +36,7 @@ class QuantizedLayer:
 
     def _apply(self, fn, *args, **kwargs):
         # `.to(dtype)` and the like: palettes and scales keep their type, which another cannot hold without loss; what they unpack to changes.
-        before = {name: self._buffers[name] for name in _tensor_names(self)}
+        before = {PREFIX + name: self._buffers[PREFIX + name] for name in self.weight_tensors}
         super()._apply(fn, *args, **kwargs)
         for name, tensor in before.items():
             if self._buffers[name].dtype != tensor.dtype:
@@ -47,10 +48,6 @@ class QuantizedLayer:
 @functools.cache
 def _quantized_class(plain: type[nn.Module]) -> type[nn.Module]:
     return type(f"Quantized{plain.__name__}", (QuantizedLayer, plain), {"__doc__": plain.__doc__, "plain_class": plain})
-
-
-def _tensor_names(module: nn.Module) -> list[str]:
-    return [PREFIX + name for name in layout(module.weight_spec, tuple(module.weight_spec["shape"]))]
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -67,7 +64,7 @@ def get_quantized_weight(module: nn.Module) -> QuantizedWeight | None:
     """The quantised weight of a layer (its own tensors, not copies); `None` if it is not quantised."""
     if not isinstance(module, QuantizedLayer):
         return None
-    return from_tensors(module.weight_spec, {name.removeprefix(PREFIX): module._buffers[name] for name in _tensor_names(module)})
+    return SCHEMES[module.weight_spec["scheme"]].from_tensors(module.weight_spec, {name: module._buffers[PREFIX + name] for name in module.weight_tensors})
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
@@ -82,10 +79,10 @@ def set_quantized_weight(module: nn.Module, quantized: QuantizedWeight) -> None:
     if not isinstance(module, (nn.Linear, nn.Conv2d)):
         raise EdgeDiTError(f"A {type(module).__name__} cannot be quantised; linear and 2-D convolutional layers can.")
     spec = complete_spec(quantized.spec(), tuple(module.weight.shape))
-    parameter = module._parameters.pop("weight")
-    module.weight_spec, module.weight_dtype = spec, parameter.dtype
+    parameter, tensors = module._parameters.pop("weight"), quantized.tensors()
+    module.weight_spec, module.weight_tensors, module.weight_dtype = spec, tuple(tensors), parameter.dtype
     module.__class__ = _quantized_class(type(module))
-    for name, tensor in quantized.tensors().items():
+    for name, tensor in tensors.items():
         module.register_buffer(PREFIX + name, tensor.to(parameter.device))
 
 
@@ -99,10 +96,10 @@ def set_empty_weight(module: nn.Module, spec: Mapping[str, Any]) -> None:
 def dequantize_layer(module: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Undo [`set_quantized_weight`]: the unpacked weight becomes the layer's parameter again, of type `dtype` (default: what it unpacks to)."""
     weight = get_quantized_weight(module).dequantize(dtype or module.weight_dtype)
-    for name in _tensor_names(module):
-        del module._buffers[name]
+    for name in module.weight_tensors:
+        del module._buffers[PREFIX + name]
     module.__class__ = module.plain_class
-    del module.weight_spec, module.weight_dtype
+    del module.weight_spec, module.weight_tensors, module.weight_dtype
     others = dict(module._parameters)
     module._parameters.clear()
     module._parameters.update(weight=nn.Parameter(weight), **others)  # the weight comes first, as in a new layer

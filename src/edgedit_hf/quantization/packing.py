@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from ..errors import EdgeDiTError
@@ -44,11 +42,10 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return lookup(packed, torch.arange(1 << bits, dtype=torch.uint8, device=packed.device)[None], bits, count)
 
 
-@functools.cache
-def _codes(bits: int) -> torch.Tensor:
+def _codes(bits: int, device: torch.device) -> torch.Tensor:
     """The values that each byte holds: int64 `(256, 8 / bits)`."""
-    shifts = torch.arange(0, 8, bits)
-    return (torch.arange(256)[:, None] >> shifts) & ((1 << bits) - 1)
+    shifts = torch.arange(0, 8, bits, device=device)
+    return (torch.arange(256, device=device)[:, None] >> shifts) & ((1 << bits) - 1)
 
 
 def lookup(packed: torch.Tensor, tables: torch.Tensor, bits: int, count: int, table_of_row: torch.Tensor | None = None) -> torch.Tensor:
@@ -63,7 +60,7 @@ def lookup(packed: torch.Tensor, tables: torch.Tensor, bits: int, count: int, ta
         Values of the tables' dtype, `(R, count)`; beside them, only an int32 index a byte is in memory.
     """
     per_byte = 8 // bits
-    table = tables if bits == 8 else tables[:, _codes(bits).to(tables.device)]  # [T, 256, values a byte]
+    table = tables if bits == 8 else tables[:, _codes(bits, tables.device)]  # [T, 256, values a byte]
     table = table.reshape(-1, per_byte).contiguous()
     word = _WORDS[min(8, per_byte * table.element_size())]  # what one byte stands for, moved as one integer where it fits
     index = packed.to(torch.int32)

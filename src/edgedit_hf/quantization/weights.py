@@ -147,10 +147,10 @@ class AffineWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight that is meant, of shape `shape`."""
         rows, columns = matrix_shape(self.shape)
-        levels = torch.arange(1 << self.bits, dtype=torch.float32, device=self.values.device)[None]
-        if self.zero_point is None:
-            levels = levels - (1 << (self.bits - 1))
-        weight = lookup(self.values, levels, self.bits, columns)  # [O, n], of exact small integers
+        middle = 1 << (self.bits - 1) if self.zero_point is None else 0
+        levels = torch.arange(-middle, (1 << self.bits) - middle, dtype=torch.float32, device=self.values.device)[None]
+        # [O, n], exact small integers; whole bytes need no table.
+        weight = self.values.float() - middle if self.bits == 8 else lookup(self.values, levels, self.bits, columns)
         group = self.group_size or columns
         if columns % group:
             weight = torch.nn.functional.pad(weight, (0, -columns % group))
