@@ -7,6 +7,7 @@ import torch
 from ..errors import EdgeDiTError
 
 BITS = (1, 2, 4, 8)
+_CHUNK = 1 << 18  # bytes that are unpacked at a time: their index stays in the cache
 # Integer types by size in bytes: several packed values are copied as one of them.
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -57,16 +58,21 @@ def lookup(packed: torch.Tensor, tables: torch.Tensor, bits: int, count: int, ta
         table_of_row: int32 `(R,)`, the table that a row uses; `None`: all use the only one.
 
     Returns:
-        Values of the tables' dtype, `(R, count)`; beside them, only an int32 index a byte is in memory.
+        Values of the tables' dtype, `(R, count)`; beside them there is only a small index in memory.
     """
     per_byte = 8 // bits
     table = tables if bits == 8 else tables[:, _codes(bits, tables.device)]  # [T, 256, values a byte]
     table = table.reshape(-1, per_byte).contiguous()
-    word = _WORDS[min(8, per_byte * table.element_size())]  # what one byte stands for, moved as one integer where it fits
-    index = packed.to(torch.int32)
-    if table_of_row is not None:
-        index += 256 * table_of_row[:, None]
-    words = table.view(word)
-    found = (words.squeeze(-1) if words.shape[-1] == 1 else words).index_select(0, index.flatten())
-    values = found.view(-1, words.shape[-1]).view(tables.dtype)  # [bytes, values a byte]
-    return values.view(*packed.shape[:-1], -1)[..., :count]
+    words = table.view(_WORDS[min(8, per_byte * table.element_size())])  # what one byte stands for, moved as one integer where it fits
+    if words.shape[-1] == 1:
+        words = words.squeeze(-1)
+    rows = packed.reshape(-1, packed.shape[-1])
+    found = words.new_empty(rows.numel(), *words.shape[1:])
+    step = max(1, _CHUNK // max(1, rows.shape[1]))
+    for first in range(0, len(rows), step):
+        index = rows[first : first + step].to(torch.int32)
+        if table_of_row is not None:
+            index += 256 * table_of_row[first : first + step, None]
+        start = first * rows.shape[1]
+        torch.index_select(words, 0, index.view(-1), out=found[start : start + index.numel()])
+    return found.view(rows.numel(), -1).view(tables.dtype).view(*packed.shape[:-1], -1)[..., :count]

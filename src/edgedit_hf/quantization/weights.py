@@ -150,11 +150,9 @@ class AffineWeight:
         middle = 1 << (self.bits - 1) if self.zero_point is None else 0
         levels = torch.arange(-middle, (1 << self.bits) - middle, dtype=torch.float32, device=self.values.device)[None]
         # [O, n], exact small integers; whole bytes need no table.
-        weight = self.values.float() - middle if self.bits == 8 else lookup(self.values, levels, self.bits, columns)
+        weight = self.values.float().sub_(middle) if self.bits == 8 else lookup(self.values, levels, self.bits, columns)
         group = self.group_size or columns
-        if columns % group:
-            weight = torch.nn.functional.pad(weight, (0, -columns % group))
-        weight = weight.view(rows, -1, group)
+        weight = _padded(weight, group).view(rows, -1, group)
         if self.zero_point is not None:
             weight -= lookup(self.zero_point, levels, self.bits, weight.shape[1]).unsqueeze(-1)
         weight *= self.scale.float().unsqueeze(-1)
@@ -205,9 +203,15 @@ class NF4Weight:
         """The weight that is meant, of shape `shape`."""
         count = math.prod(self.shape)
         codes = torch.tensor([NF4_CODES], device=self.values.device)
-        weight = torch.nn.functional.pad(lookup(self.values, codes, 4, count), (0, -count % self.block)).view(-1, self.block)
+        weight = _padded(lookup(self.values, codes, 4, count), self.block).view(-1, self.block)
         weight *= self.absmax.float()[:, None]
         return weight.view(-1)[:count].reshape(self.shape).to(dtype)
+
+
+def _padded(tensor: torch.Tensor, group: int) -> torch.Tensor:
+    """The tensor with zeros up to whole groups of its last dimension; itself, contiguous, where there is nothing to add."""
+    missing = -tensor.shape[-1] % group
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor.contiguous()
 
 
 QuantizedWeight = PaletteWeight | AffineWeight | NF4Weight
