@@ -1,0 +1,275 @@
+#!/usr/bin/env python3
+"""One image from an export, with numpy and the export's runtime alone: all that an app has to do, in the order in which it has to do it.
+
+    python sample_min.py [--seed N | --reference] [--label N | --token-ids FILE | --prompt TEXT] [--output image.png] [--check]
+
+It stands beside contract.json, whose numbers it uses, and imports nothing but the standard library, numpy and the runtime: onnxruntime, executorch
+(whose Python binding takes torch tensors only, so torch wraps and unwraps numpy arrays there and does nothing else) or, on a Mac, coremltools.
+--prompt needs the package `tokenizers` besides. The noise of --seed is numpy's own; it is not that of the same seed in torch. --reference starts from
+the noise in reference.safetensors; --check repeats everything in that file and exits with 1 if an error is above contract.json's tolerance.
+"""
+
+import argparse
+import json
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+# -------------------------------------------------------------------- files
+
+
+def read_safetensors(path):
+    """Tensors by name: 8 bytes with the header's length, the header (JSON), the data."""
+    data = Path(path).read_bytes()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    types = {"F32": "<f4", "I64": "<i8", "I32": "<i4", "U8": "u1"}
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        tensors[name] = np.frombuffer(data[start + first : start + last], types[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+def write_png(path, image):
+    """uint8 (H, W, channels) of 1 (grey), 3 (RGB) or 4 (RGBA) channels."""
+    height, width, channels = image.shape
+    if channels not in (1, 3, 4):
+        sys.exit(f"An image of {channels} channels is no PNG; the array is what sample() returns.")
+    rows = b"".join(b"\0" + row.tobytes() for row in image)
+    size = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = [(b"IHDR", size), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    body = b"".join(struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks)
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+# -------------------------------------------------------------------- the runtime
+
+
+def open_file(path, kind, inputs, outputs):
+    """A function from arrays to arrays, in the order of `inputs` and `outputs`."""
+    if kind == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return lambda arrays: session.run(outputs, dict(zip(inputs, arrays)))
+    if kind == "executorch":
+        import torch  # the binding takes nothing else; an app passes its own buffers
+        from executorch.runtime import Runtime
+
+        program = Runtime.get().load_program(str(path))
+        method = program.load_method("forward")
+        return lambda arrays: [np.array(value.numpy()) for value in method.execute([torch.from_numpy(array) for array in arrays])]
+    import coremltools  # predicts on a Mac only
+
+    model = coremltools.models.MLModel(str(path))
+
+    def predict(arrays):
+        found = model.predict(dict(zip(inputs, arrays)))
+        return [found[name] for name in outputs]
+
+    return predict
+
+
+class Artefacts:
+    """The files of an export, opened when first used. `artefacts(key, name=array, …)` → outputs by name, for any number of rows.
+
+    opener: `key → function from arrays to arrays`. trace: a dictionary that gets inputs and outputs of every file's first run.
+    """
+
+    def __init__(self, contract, opener, trace=None):
+        self.entries, self.opener, self.trace, self.open = contract["artefacts"], opener, trace, {}
+
+    def __call__(self, key, **rows):
+        entry = self.entries[key]
+        if key not in self.open:
+            self.open[key] = self.opener(key)
+        arrays = [np.ascontiguousarray(rows[tensor["name"]], tensor["dtype"]) for tensor in entry["inputs"]]
+        count, batch = len(arrays[0]), entry["inputs"][0]["shape"][0]
+        batch = count if isinstance(batch, str) else batch  # a name stands for an open size
+        parts = []
+        for start in range(0, count, batch):  # a fixed batch: as many runs as it takes, the last one filled up with copies of the last row
+            chosen = np.minimum(np.arange(start, start + batch), count - 1)
+            given = [array[chosen] for array in arrays]
+            parts.append(self.open[key](given))
+            if self.trace is not None and start == 0:
+                for tensors, values, where in ((entry["inputs"], given, "inputs"), (entry["outputs"], parts[0], "outputs")):
+                    for tensor, value in zip(tensors, values):
+                        self.trace.setdefault(f"{key}.{where}.{tensor['name']}", value)
+        return {tensor["name"]: np.concatenate(values)[:count] for tensor, values in zip(entry["outputs"], zip(*parts))}
+
+
+# -------------------------------------------------------------------- text
+
+
+def tokenize(folder, encoder, prompt):
+    """The windows of token ids that a text encoder gets: several for a long prompt of a CLIP-type encoder, else one, which is cut."""
+    rule = encoder["tokenizer"]
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        sys.exit("--prompt needs the package `tokenizers` (pip install tokenizers); or give --token-ids.")
+    if rule["file"] is None:
+        sys.exit("This export's tokenizer has no tokenizer.json; give --token-ids.")
+    tokenizer = Tokenizer.from_file(str(Path(folder, rule["file"])))
+    tokenizer.no_padding()
+    if rule["rule"] == "cut":
+        tokenizer.enable_truncation(rule["max_tokens"])
+        return [tokenizer.encode(prompt).ids]
+    tokenizer.no_truncation()
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    start, end = ([] if token is None else [token] for token in (rule["bos_token_id"], rule["eos_token_id"]))
+    room = rule["max_tokens"] - len(start) - len(end)
+    return [start + ids[i : i + room] + end for i in range(0, max(len(ids), 1), room)]
+
+
+def encode_text(contract, artefacts, windows):
+    """(states (1, T, E), mask (1, T)) of every text encoder. windows: for every encoder a list of lists of token ids, `None` for no text."""
+    texts = []
+    for encoder, rows in zip(contract["text"]["encoders"], windows):
+        length, width = encoder["tokens"], encoder["width"]
+        valid = np.zeros((0, width), np.float32)
+        if encoder["artefact"] is not None and rows is not None:
+            longest = max(length, *map(len, rows))
+            ids = np.array([[*row, *[encoder["tokenizer"]["pad_token_id"]] * (longest - len(row))] for row in rows])
+            mask = np.array([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows])
+            if (longest > length or sum(map(len, rows)) > length) and not encoder["open"]:
+                sys.exit(f"The prompt has {sum(map(len, rows))} tokens for {encoder['artefact']}; this export takes {length} at most.")
+            states = artefacts(encoder["artefact"], input_ids=ids, attention_mask=mask)["last_hidden_state"]
+            valid = states[mask > 0]  # the windows' tokens one after the other, without padding
+        length = max(length, len(valid))
+        texts.append((np.zeros((1, length, width), np.float32), np.zeros((1, length), np.float32)))
+        texts[-1][0][0, : len(valid)], texts[-1][1][0, : len(valid)] = valid, 1
+    return texts
+
+
+# -------------------------------------------------------------------- sampling
+
+
+def conditioning(contract, artefacts, label=None, windows=None):
+    """The denoiser's (or conditioners') inputs that say what to draw. First row: that; second row, with guidance: nothing."""
+    if contract["labels"] is not None:
+        return {"class_labels": np.append(label, contract["labels"]["null"])[: contract["guidance"]["rows"]]}
+    inputs = {}
+    for index, (states, mask) in enumerate(encode_text(contract, artefacts, windows) if contract["text"] else ()):
+        for name, value in ((f"text_{index}", states), (f"mask_{index}", mask)):
+            inputs[name] = np.concatenate([value, np.zeros_like(value)])[: contract["guidance"]["rows"]]
+    return inputs
+
+
+def sample(contract, artefacts, noise, condition, record=None):
+    """uint8 image (H, W, channels) from standard normal noise (1, C, H, W). record: a dictionary that gets what happens on the way."""
+    record = {} if record is None else record
+    guidance, steps = contract["guidance"], contract["schedule"]["steps"]
+    rows, channels = guidance["rows"], noise.shape[1]
+    inputs = [{"timestep": np.full(rows, step["timestep"]), **condition} for step in steps]
+    if contract["split"]:  # once an image: afterwards the conditioners can be closed
+        texts = artefacts("text_conditioner", **condition) if contract["text"] else {}
+        inputs = [{**given, **artefacts("conditioner", **given), **texts} for given in inputs]
+    x, m = [noise * contract["schedule"]["init_noise_sigma"]], []
+    for index, step in enumerate(steps):
+        scaled = np.repeat(x[index] * step["input_scale"], rows, axis=0)
+        prediction = artefacts("denoiser", sample=scaled, **inputs[index])["prediction"][:, :channels]  # a learned variance is left out
+        if rows == 2:
+            conditional, unconditional = prediction[:1], prediction[1:]
+            prediction = unconditional + guidance["scale"] * (conditional - unconditional)
+            if guidance["channels"] is not None:
+                prediction[:, guidance["channels"] :] = conditional[:, guidance["channels"] :]
+        m.append(prediction)
+        x.append(sum(a * x[j] for j, a in step["x"]) + sum(b * m[j] for j, b in step["m"]))
+        if index == 0:
+            record["step.guided"], record["step.sample"] = m[0], x[1]
+    record["loop.latents"] = image = x[-1]
+    if "decoder" in contract["artefacts"]:
+        scale = {name: np.float32(contract["latents"][name]).reshape(1, -1, 1, 1) for name in ("multiply", "add")}
+        image = artefacts("decoder", latents=image * scale["multiply"] + scale["add"])["image"]
+    record["loop.decoded"] = image
+    image = np.round(np.clip(image / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
+    record["loop.image"] = image = np.ascontiguousarray(image[0].transpose(1, 2, 0))
+    return image
+
+
+# -------------------------------------------------------------------- the reference
+
+
+def reference_windows(contract, reference):
+    """Token ids of the reference prompt, without padding."""
+    encoders = contract["text"]["encoders"] if contract["text"] else []
+    masks = [reference.get(f"mask_{index}") for index in range(len(encoders))]
+    return [None if m is None else [r[v > 0].tolist() for r, v in zip(reference[f"ids_{i}"], m)] for i, m in enumerate(masks)]
+
+
+def check(contract, artefacts, reference):
+    """Print the error of every file and of the loop; whether all are within the tolerance."""
+    passed = []
+
+    def compare(name, found, tolerance):
+        expected = reference[name].astype(np.float64)
+        error = float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-12))
+        passed.append(error <= tolerance)  # NaN fails too
+        print(f"{'ok  ' if passed[-1] else 'FAIL'}  {name:45s} relative error {error:.2e} (tolerance {tolerance:.0e})")
+
+    for key, entry in contract["artefacts"].items():
+        found = artefacts(key, **{tensor["name"]: reference[f"{key}.inputs.{tensor['name']}"] for tensor in entry["inputs"]})
+        for name, value in found.items():
+            compare(f"{key}.outputs.{name}", value, entry["tolerance"])
+    condition = conditioning(contract, artefacts, reference.get("label"), reference_windows(contract, reference))
+    record = {}
+    image = sample(contract, artefacts, reference["noise"], condition, record)
+    for name in ("step.guided", "step.sample", "loop.latents"):
+        compare(name, record[name], contract["reference"]["tolerance"])
+    squared = np.mean((image.astype(np.float64) - reference["loop.image"]) ** 2)
+    psnr, wanted = float(10 * np.log10(255**2 / max(squared, 1e-10))), contract["reference"]["image_psnr"]
+    passed.append(psnr >= wanted)
+    print(f"{'ok  ' if passed[-1] else 'FAIL'}  {'loop.image':45s} PSNR {psnr:.1f} dB (wanted {wanted})")
+    return all(passed)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="One image from this export, with numpy and its runtime alone.")
+    noise = parser.add_mutually_exclusive_group()
+    noise.add_argument("--seed", type=int, default=0, help="of numpy's generator")
+    noise.add_argument("--reference", action="store_true", help="the stored noise, and the stored label or prompt if none is given")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--label", type=int, help="class number")
+    what.add_argument("--token-ids", help="JSON file: for every text encoder its windows of token ids, as [[[1, 5, 2]], [[7, 2]]]")
+    what.add_argument("--prompt", help="text; needs the package tokenizers")
+    parser.add_argument("--output", default="image.png")
+    parser.add_argument("--check", action="store_true", help="compare with reference.safetensors instead")
+    args = parser.parse_args()
+    folder = Path(__file__).resolve().parent
+    contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
+
+    def opener(key):
+        entry = contract["artefacts"][key]
+        names = [[tensor["name"] for tensor in entry[side]] for side in ("inputs", "outputs")]
+        return open_file(folder / entry["file"], contract["format"], *names)
+
+    artefacts, labels, text = Artefacts(contract, opener), contract["labels"], contract["text"]
+    reference = read_safetensors(folder / contract["reference"]["file"])
+    if args.check:
+        sys.exit(0 if check(contract, artefacts, reference) else 1)
+    label, windows = reference.get("label"), reference_windows(contract, reference)
+    if args.label is not None:
+        label = args.label
+        if not 0 <= label < (labels["count"] if labels else 0):
+            sys.exit(f"--label is {label}, but " + (f"the classes are 0 … {labels['count'] - 1}." if labels else "this model takes no labels."))
+    if text is None and (args.token_ids or args.prompt is not None):
+        sys.exit("This model takes no text.")
+    if args.token_ids:
+        windows = json.loads(Path(args.token_ids).read_text(encoding="utf-8"))
+    elif args.prompt is not None:
+        windows = [tokenize(folder, encoder, args.prompt) if encoder["artefact"] else None for encoder in text["encoders"]]
+    start = reference["noise"]
+    if not args.reference:
+        start = np.random.default_rng(args.seed).standard_normal(start.shape, dtype=np.float32)
+    write_png(args.output, sample(contract, artefacts, start, conditioning(contract, artefacts, label, windows)))
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()
