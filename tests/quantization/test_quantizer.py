@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from diffusers import BitsAndBytesConfig, DDIMScheduler, DiffusionPipeline, PipelineQuantizationConfig, TorchAoConfig
+from diffusers import BitsAndBytesConfig, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PipelineQuantizationConfig, TorchAoConfig
 from safetensors.torch import load_file, save_file
 
 from edgedit_hf import (
     EdgeDiTPipeline,
     EdgeDiTQuantizationConfig,
     EdgeDiTTransformer2DModel,
+    ElasticDiTPipeline,
     ElasticDiTTransformer2DModel,
     dequantize_model,
     quantize_model,
@@ -165,6 +166,14 @@ def test_a_quantised_pipeline_is_saved_loaded_and_samples(saved, pipeline_folder
     loaded = DiffusionPipeline.from_pretrained(pipeline_folder / "quantized")
     assert type(loaded) is EdgeDiTPipeline and quantized_weights(loaded.transformer)
     assert torch.equal(sample(loaded), sample(EdgeDiTPipeline(saved["edgedit"][1], DDIMScheduler())))
+
+
+def test_code_is_not_bundled_with_weights_that_it_cannot_read(saved, tmp_path):
+    pipelines = EdgeDiTPipeline(saved["edgedit"][1], DDIMScheduler()), ElasticDiTPipeline(saved["elastic"][1], FlowMatchEulerDiscreteScheduler())
+    for pipeline in pipelines:
+        with pytest.raises(ValueError, match="Only the package edgedit_hf can load quantised weights"):
+            pipeline.save_pretrained(tmp_path / "bundle", bundle_code=True)
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_pipeline_is_quantised_or_unpacked_while_loading(pipeline_folder):

@@ -412,6 +412,8 @@ class EdgeDiTPipeline(DiffusionPipeline):
                     f"The code of {model_class.__name__} is not self-contained, so it cannot be bundled; "
                     "save without bundle_code, for use with the package installed."
                 )
+            if getattr(self.transformer, "quantization_method", None) == "edgedit":
+                raise ValueError("Only the package edgedit_hf can load quantised weights; call transformer.dequantize(), or save without bundle_code.")
             if kwargs.get("push_to_hub"):
                 raise ValueError("With bundle_code, save first and then upload: pipeline.push_to_hub(repo_id).")
         super().save_pretrained(save_directory, *args, **kwargs)

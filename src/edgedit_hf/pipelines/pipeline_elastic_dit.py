@@ -533,6 +533,8 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         model_class = type(getattr(self.transformer, "_orig_mod", self.transformer))  # torch.compile wraps the model
         if bundle_code and model_class.__name__ != "ElasticDiTTransformer2DModel":
             raise ValueError(f"The code of {model_class.__name__} may not be self-contained, so it cannot be bundled; save without bundle_code.")
+        if bundle_code and getattr(self.transformer, "quantization_method", None) == "edgedit":
+            raise ValueError("Only the package edgedit_hf can load quantised weights; call transformer.dequantize(), or save without bundle_code.")
         if bundle_code and kwargs.get("push_to_hub"):
             raise ValueError("With bundle_code, save first and then upload: pipeline.push_to_hub(repo_id).")
         super().save_pretrained(save_directory, *args, **kwargs)
