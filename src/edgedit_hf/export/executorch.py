@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 SCHEMES = {"fp32": "fp32", "int8": "8da8w", "int4": "8da4w"}  # precision → scheme of the linear layers
 GROUP = 32  # inputs that share a scale in 4 bits: XNNPACK's smallest
+SHRINKS = tuple(0.72 + 0.03 * step for step in range(11))  # 0.72 … 1.02
+TINY = 1e-30  # least scale: of a group of zeros
 DEFAULT_BATCH = 2  # one image with guidance
 SHARE_METHOD = (
     "Median over the runs of 1 - (time in delegate calls) / (time of Method::execute), both from ExecuTorch's event tracer (ETDump) in the "
@@ -93,16 +95,15 @@ def lower_executorch(
         precision: a key of [`SCHEMES`]. It is that of the linear layers; everything else computes in float32, and so does a whole VAE.
         facts: text that the file returns from its methods `edgedit_<key>`.
         keep_8bit: for `int4`: names of the model's layers that are 8da8w instead.
-        affine: for `int4`: layer → symmetric 4-bit weights in groups of [`GROUP`], whose integers are used as they are. XNNPACK keeps the scales
-            as bfloat16.
+        affine: layer → weights that were rounded before: a symmetric grid of 4 bits in groups of a multiple of [`GROUP`], or of 8 bits a row, is used
+            with its integers as they are (XNNPACK keeps scales of groups as bfloat16). Other grids are rounded again.
         profile_runs: forwards that are timed to find the share of what the backend did not take; 0: none.
 
     Returns:
-        backend, scheme, linear_layers (their number a scheme), kept_8bit and given (names of the layers), bytes, delegation ([`lower`],
-        [`profile`]).
+        backend, scheme, what [`quantize_linears`] returns, bytes, delegation ([`lower`], [`profile`]).
 
     Raises:
-        EdgeDiTError: ExecuTorch is not installed, the part cannot be lowered, a name is not one of its layers, or given weights do not fit.
+        EdgeDiTError: ExecuTorch is not installed, the part cannot be lowered, or given weights have another shape.
     """
     require_executorch()
     _check_precision(precision)
@@ -150,57 +151,86 @@ def quantize_linears(
         keep_8bit, affine: see [`lower_executorch`]; names that the form does not have belong to other parts of the model.
 
     Returns:
-        linear_layers: number of linear layers of each scheme; kept_8bit, given: names of the model's layers that the arguments named.
+        linear_layers: number of linear layers of each scheme; kept_8bit: layers of the model that have 8 bits because they were named; given: those
+        whose given integers were taken; rounded_again: those whose given weights have no such grid, so that what they stand for was rounded.
     """
-    linears = [layer for layer in form.modules() if isinstance(layer, FormLinear)]
-    schemes, kept, given = [], set(), set()
-    for layer in linears:
-        name, chosen = layer.source.name, scheme
-        if scheme == "8da4w" and layer.in_features % GROUP:
-            chosen = "8da8w"
-        elif scheme == "8da4w" and name in keep_8bit:
-            chosen = "8da8w"
-            kept.add(name)
-        elif scheme == "8da4w" and affine and name in affine:
-            given.add(name)
-        if chosen != "fp32":
-            quantize_linear(layer, chosen, affine[name] if name in given else None)
+    schemes, kept, given, rounded = [], set(), set(), set()
+    for layer in form.modules():
+        if not isinstance(layer, FormLinear):
+            continue
+        name, chosen = layer.source.name, linear_scheme(scheme, layer.in_features, layer.source.name in keep_8bit)
         schemes.append(chosen)
-    return {"linear_layers": dict(sorted(Counter(schemes).items())), "kept_8bit": sorted(kept), "given": sorted(given)}
+        if chosen == "fp32":
+            continue
+        weight = None
+        if affine and name in affine:
+            weight = given_weight(layer, chosen, affine[name])
+            (rounded if weight is None else given).add(name)
+        if scheme == "8da4w" and name in keep_8bit and layer.in_features % GROUP == 0:
+            kept.add(name)
+        layer.weight = nn.Parameter(quantized_weight(layer.weight.detach(), chosen) if weight is None else weight, requires_grad=False)
+    names = {"kept_8bit": kept, "given": given, "rounded_again": rounded}
+    return {"linear_layers": dict(sorted(Counter(schemes).items())), **{key: sorted(value) for key, value in names.items()}}
 
 
-def quantize_linear(layer: FormLinear, scheme: str, given: AffineWeight | None = None) -> None:
-    """Quantise a layer in place.
+def linear_scheme(scheme: str, inputs: int, keep_8bit: bool = False) -> str:
+    """The scheme that a linear layer with so many inputs really gets."""
+    return "8da8w" if scheme == "8da4w" and (keep_8bit or inputs % GROUP) else scheme
 
-    Args:
-        scheme: `"8da8w"` or `"8da4w"`.
-        given: for 8da4w: the weights of the model's layer that this one is made from.
+
+def quantized_weight(weight: torch.Tensor, scheme: str) -> torch.Tensor:
+    """A float weight `(O, n)` as torchao's tensor of an `"8da8w"` or `"8da4w"` layer, which eager linear layers understand too.
+
+    In 4 bits the scale of a group is the one of [`SHRINKS`] times its largest value that rounds the group with the least squared error, kept as
+    bfloat16, which is what XNNPACK has: about 1 dB better than the largest value itself.
+    """
+    if scheme == "8da8w":
+        scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=TINY)
+        return _tensor((weight / scale).round().clamp(-127, 127), scale, 8)
+    groups = weight.unflatten(1, (-1, GROUP))
+    largest = torch.maximum(groups.amax(-1) / 7, groups.amin(-1) / -8).clamp(min=TINY)
+    best, scale = torch.full_like(largest, torch.inf), largest
+    for shrink in SHRINKS:
+        tried = (shrink * largest).bfloat16().float()
+        spread = tried.unsqueeze(-1)
+        error = ((groups / spread).round_().clamp_(-8, 7).mul_(spread) - groups).square_().sum(-1)
+        scale = torch.where(error < best, tried, scale)
+        best = torch.minimum(error, best)
+    return _tensor((groups / scale.unsqueeze(-1)).round().clamp(-8, 7).flatten(1), scale, 4)
+
+
+def given_weight(layer: FormLinear, scheme: str, given: AffineWeight) -> torch.Tensor | None:
+    """Given integers as torchao's tensor of a form's layer; `None` if the scheme has no such grid (it wants a symmetric one, of 4 bits in groups of a
+    multiple of [`GROUP`], or of 8 bits a row).
 
     Raises:
-        EdgeDiTError: the given weights are of another shape, width, or kind of grid.
+        EdgeDiTError: the shape is not that of the model's layer.
     """
+    rows, columns = layer.weight.shape
+    first, end = layer.source.rows or (0, given.shape[0])
+    if tuple(given.shape[1:]) != (columns,) or end > given.shape[0] or end - first != rows:
+        raise EdgeDiTError(
+            f"The given weights of {layer.source.name} have the shape {tuple(given.shape)}; rows {first} to {end} of {columns} inputs are needed."
+        )
+    bits, group = (8, columns) if scheme == "8da8w" else (4, GROUP)
+    size = given.group_size or columns
+    if given.bits != bits or given.zero_point is not None or size % group:
+        return None
+    values = unpack(given.values[first:end], bits, columns).to(torch.int16) - (1 << (bits - 1))
+    scale = given.scale[first:end].float().repeat_interleave(size // group, dim=1)[:, : columns // group] * layer.source.factor
+    return _tensor(values, scale, bits)
+
+
+def _tensor(values: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Integers `(O, n)` with scales `(O, G)`, for activations of 8 bits a token."""
     with quiet():
         from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
             IntxUnpackedToInt8Tensor,
             IntxUnpackedToInt8TensorActivationQuantization,
         )
     per_token = IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN
-    rows, columns = layer.weight.shape
-    dtype, block = (torch.int8, (1, columns)) if scheme == "8da8w" else (torch.int4, (1, GROUP))
-    if given is None:
-        weight = IntxUnpackedToInt8Tensor.from_hp(layer.weight.detach(), block, dtype, activation_quantization=per_token)
-    else:
-        if given.bits != 4 or given.group_size != GROUP or given.zero_point is not None:
-            raise EdgeDiTError(
-                f"The given weights of {layer.source.name} are {given.spec()}; ExecuTorch takes symmetric ones of 4 bits in groups of {GROUP}."
-            )
-        first, end = layer.source.rows or (0, given.shape[0])
-        if given.shape[1:] != (columns,) or end > given.shape[0] or end - first != rows:
-            raise EdgeDiTError(f"The given weights of {layer.source.name} have the shape {given.shape}; the layer's rows {first} to {end} of {columns} inputs.")
-        values = (unpack(given.values[first:end], 4, columns).to(torch.int16) - 8).to(torch.int8)
-        scale = given.scale[first:end].float() * layer.source.factor
-        weight = IntxUnpackedToInt8Tensor(values, scale, torch.zeros_like(scale, dtype=torch.int8), dtype, block, torch.float32, per_token)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+    block, zero = (1, values.shape[1] // scale.shape[1]), torch.zeros_like(scale, dtype=torch.int8)
+    return IntxUnpackedToInt8Tensor(values.to(torch.int8), scale, zero, getattr(torch, f"int{bits}"), block, torch.float32, per_token)
 
 
 # -------------------------------------------------------------------- lowering
