@@ -137,6 +137,8 @@ def test_quantising_while_loading(saved, family, tmp_path):
     loaded.save_pretrained(tmp_path)
     assert torch.equal(run(type(plain).from_pretrained(tmp_path)), run(loaded))
     assert "EdgeDiTQuantizationConfig" in repr(config)
+    with pytest.raises(ValueError, match="is quantised already .edgedit.; load it without"):
+        type(plain).from_pretrained(tmp_path, quantization_config=config)
 
 
 @pytest.mark.parametrize("subnet", ["tiny", "full"])

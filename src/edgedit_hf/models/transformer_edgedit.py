@@ -666,6 +666,8 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
             )
         if unpack:
             model.dequantize()
+        elif quantization is not None and model.hf_quantizer.pre_quantized:
+            raise ValueError(f"{pretrained_model_name_or_path} is quantised already ({model.quantization_method}); load it without quantization_config.")
         return (model, info) if return_info else model
 
     def fuse_lora(self, *args, **kwargs):

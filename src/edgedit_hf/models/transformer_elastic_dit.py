@@ -786,6 +786,8 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             )
         if unpack:
             model.dequantize()
+        elif quantization is not None and model.hf_quantizer.pre_quantized:
+            raise ValueError(f"{pretrained_model_name_or_path} is quantised already ({model.quantization_method}); load it without quantization_config.")
         return (model, info) if return_info else model
 
     @classmethod

@@ -96,7 +96,7 @@ class EdgeDiTQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         names = quantizable_layers(model) if config.default is not None else ()
         quantize_model(model, {**{name: config.default for name in names}, **config.layers})
-        self.quantization_config, self.pre_quantized = model.hf_quantizer.quantization_config, True
+        self.quantization_config = model.hf_quantizer.quantization_config
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         dequantize_layers(model)
