@@ -211,8 +211,7 @@ def _imported(node) -> list[str]:
 # -------------------------------------------------------------------- the loop against the pipelines
 
 
-@pytest.mark.parametrize("batch, open_sizes", [(1, ()), (2, ()), (3, ()), (2, ("batch",))])
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("batch, open_sizes, split", [(1, (), False), (2, (), True), (3, (), True), (2, ("batch",), False)])
 def test_any_batch_makes_the_same_image(make_transformer, tmp_path, batch, open_sizes, split):
     pipeline = edgedit(make_transformer)
     contract, artefacts = contract_of(tmp_path, pipeline, split=split, batch=batch, open_sizes=open_sizes, label=7)
