@@ -620,6 +620,8 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         state, trained = {}, {}
         for key, source in sources.items():
             tensor = attrgetter(source)(self)  # not a parameter if it was unpacked, from a quantised layer: the twin's never are
+            if type(tensor) not in (nn.Parameter, torch.Tensor):
+                tensor = tensor.dequantize()  # torchao's
             state[key], trained[key] = tensor.detach()[_corner(target[key])].clone(), tensor.requires_grad or not isinstance(tensor, nn.Parameter)
         twin.load_state_dict(state, assign=True)
         for key, ours in twin.named_parameters():
