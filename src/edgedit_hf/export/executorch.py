@@ -22,6 +22,7 @@ from ..latency.runners import CONSTANT_PREFIX, require_executorch
 from ..quantization.packing import unpack
 from ..quantization.weights import AffineWeight
 from ..run_state import explain_write_errors
+from .executorch_backends import NOT_RUN, check_backend, edge_program
 from .parts import (
     ConditionerWrapper,
     ElasticConditionerWrapper,
@@ -85,6 +86,7 @@ def lower_executorch(
     *,
     keep_8bit: Collection[str] = (),
     affine: Mapping[str, AffineWeight] | None = None,
+    backend: str = "xnnpack",
     profile_runs: int = 5,
 ) -> dict:
     """Write a part of a pipeline as a `.pte` file for the sizes of its example inputs.
@@ -97,29 +99,32 @@ def lower_executorch(
         keep_8bit: for `int4`: names of the model's layers that are 8da8w instead.
         affine: layer → weights that were rounded before: a symmetric grid of 4 bits in groups of a multiple of [`GROUP`], or of 8 bits a row, is used
             with its integers as they are (XNNPACK keeps scales of groups as bfloat16). Other grids are rounded again.
+        backend: `"xnnpack"`; `"coreml"` or `"qnn"` (fp32 alone, lowered but not run; see [`executorch_backends`]).
         profile_runs: forwards that are timed to find the share of what the backend did not take; 0: none.
 
     Returns:
-        backend, scheme, what [`quantize_linears`] returns, bytes, delegation ([`lower`], [`profile`]).
+        backend, scheme, not_run (a sentence, where the file cannot run here), what [`quantize_linears`] returns, bytes, delegation ([`lower`],
+        [`profile`]).
 
     Raises:
-        EdgeDiTError: ExecuTorch is not installed, the part cannot be lowered, or given weights have another shape.
+        EdgeDiTError: ExecuTorch or a backend's SDK is not installed, the part cannot be lowered, or given weights have another shape.
     """
     require_executorch()
     _check_precision(precision)
+    check_backend(backend, precision)
     inputs = tuple(part.inputs.values())
-    form = form_of(part)
+    form = form_of(part) if backend == "xnnpack" else part.module
     scheme = "fp32" if part.component == "vae" else SCHEMES[precision]  # its convolutions have no dynamic quantisation
     layers = quantize_linears(form, scheme, keep_8bit, affine or {})
     facts = {**(facts or {}), "scheme": scheme}
     try:
-        delegation = lower(form, inputs, path, facts)
+        delegation = lower(form, inputs, path, facts, backend)
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise EdgeDiTError(f"ExecuTorch cannot lower the {part.name} of the {part.component} ({type(part.module).__name__}): {reason}") from error
-    if profile_runs:
+    if profile_runs and NOT_RUN[backend] is None:
         delegation |= profile(path, inputs, profile_runs)
-    return {"backend": "xnnpack", "scheme": scheme, **layers, "bytes": Path(path).stat().st_size, "delegation": delegation}
+    return {"backend": backend, "scheme": scheme, "not_run": NOT_RUN[backend], **layers, "bytes": Path(path).stat().st_size, "delegation": delegation}
 
 
 def _check_precision(precision: str) -> None:
@@ -236,31 +241,22 @@ def _tensor(values: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tenso
 # -------------------------------------------------------------------- lowering
 
 
-def lower(form: nn.Module, inputs: Sequence[torch.Tensor], path: str | os.PathLike, facts: Mapping[str, str]) -> dict:
-    """Trace a module, give XNNPACK all it takes, write the rest as ExecuTorch's portable operators.
+def lower(form: nn.Module, inputs: Sequence[torch.Tensor], path: str | os.PathLike, facts: Mapping[str, str], backend: str = "xnnpack") -> dict:
+    """Trace a module, give the backend all it takes, write the rest as ExecuTorch's portable operators.
 
     Args:
         form: module with positional tensor inputs, in eval mode.
         inputs: example inputs; their shapes become the file's.
-        path: the `.pte` file.
+        path: the `.pte` file; written aside and renamed.
         facts: text that the file returns from its methods `edgedit_<key>`.
 
     Returns:
-        subgraphs (pieces that XNNPACK runs), delegated (operators in them), portable (operator → number outside them).
+        subgraphs (pieces that the backend runs), delegated (operators in them), portable (operator → number outside them).
     """
     with quiet():
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.devtools.backend_debug import get_delegation_info
-        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-        with torch.no_grad():
-            program = torch.export.export(form, tuple(inputs), strict=False)
-        edge = to_edge_transform_and_lower(
-            program,
-            partitioner=[XnnpackPartitioner()],
-            compile_config=EdgeCompileConfig(_check_ir_validity=False),
-            constant_methods={f"{CONSTANT_PREFIX}{key}": value for key, value in facts.items()},
-        )
+        edge = edge_program(backend, form, inputs, {f"{CONSTANT_PREFIX}{key}": value for key, value in facts.items()})
         info = get_delegation_info(edge.exported_program().graph_module)
         lowered = edge.to_executorch()
     path = Path(path)

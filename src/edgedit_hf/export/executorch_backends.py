@@ -1,0 +1,90 @@
+"""ExecuTorch's backends for an export: XNNPACK (every CPU), Core ML (Apple), QNN (Qualcomm's NPU). Each gives an edge program that ExecuTorch writes.
+
+Core ML's delegate is lowered wherever `coremltools` is installed, but runs on Apple's devices alone. QNN needs Qualcomm's SDK, which is not on PyPI: this
+module never downloads it, and its path has not been run by us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import EdgeDiTError
+
+NOT_RUN = {
+    "xnnpack": None,
+    "coreml": "The file was lowered, but not run: Core ML's delegate runs on Apple's devices only.",
+    "qnn": "The file was lowered, but not run: QNN's delegate runs on Qualcomm's devices only.",
+}
+QNN_CHIPSET = "SM8650"  # Snapdragon 8 Gen 3
+
+
+def check_backend(backend: str, precision: str) -> None:
+    """Raise an [`EdgeDiTError`] unless the backend exists, its SDK is there, and it takes the precision."""
+    if backend not in NOT_RUN:
+        raise EdgeDiTError(f"backend is {backend!r}; the backends of ExecuTorch here are {', '.join(NOT_RUN)}.")
+    if backend != "xnnpack" and precision != "fp32":
+        raise EdgeDiTError(
+            f"precision is {precision!r}; through ExecuTorch's {backend} delegate only fp32 is exported (it computes in 16 bits there). For small "
+            "Core ML weights use the format coreml."
+        )
+    if backend == "coreml" and importlib.util.find_spec("coremltools") is None:
+        raise EdgeDiTError("The backend coreml needs coremltools, which is not installed; install it with: pip install 'edgedit_hf[coreml]'")
+    if backend == "qnn" and not os.path.isdir(os.environ.get("QNN_SDK_ROOT", "")):
+        raise EdgeDiTError(
+            f"The backend qnn needs Qualcomm's AI Engine Direct SDK, but QNN_SDK_ROOT is {os.environ.get('QNN_SDK_ROOT', '')!r}, not a folder; install the "
+            "SDK from Qualcomm's site and set QNN_SDK_ROOT to it."
+        )
+
+
+def edge_program(backend: str, form: nn.Module, inputs: Sequence[torch.Tensor], constants: Mapping[str, Any]) -> Any:
+    """Trace a module and give the backend what it takes: ExecuTorch's `EdgeProgramManager`.
+
+    Args:
+        backend: see [`check_backend`].
+        form: module with positional tensor inputs, in eval mode. inputs: examples; their shapes become the program's.
+        constants: constant methods of the program, by name.
+    """
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    inputs = tuple(inputs)
+    if backend == "qnn":
+        return _qnn_program(form, inputs, constants)
+    with torch.no_grad():
+        program = torch.export.export(form, inputs, strict=False)
+    if backend == "coreml":
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # progress bars of every pass
+            return to_edge_transform_and_lower(program, partitioner=[_coreml_partitioner()], constant_methods=dict(constants))
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    config = EdgeCompileConfig(_check_ir_validity=False)  # it does not know torchao's quantised operators
+    return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config, constant_methods=dict(constants))
+
+
+def _coreml_partitioner() -> Any:
+    import coremltools as ct
+    from executorch.backends.apple.coreml.compiler import CoreMLBackend
+    from executorch.backends.apple.coreml.partition import CoreMLPartitioner
+
+    specs = CoreMLBackend.generate_compile_specs(compute_precision=ct.precision.FLOAT16, minimum_deployment_target=ct.target.iOS18)
+    return CoreMLPartitioner(compile_specs=specs)
+
+
+def _qnn_program(form: nn.Module, inputs: tuple[torch.Tensor, ...], constants: Mapping[str, Any]) -> Any:
+    from executorch.backends.qualcomm.serialization.qc_schema import QcomChipset
+    from executorch.backends.qualcomm.utils.utils import (
+        generate_htp_compiler_spec,
+        generate_qnn_executorch_compiler_spec,
+        to_edge_transform_and_lower_to_qnn,
+    )
+
+    options = generate_htp_compiler_spec(use_fp16=True)
+    spec = generate_qnn_executorch_compiler_spec(soc_model=QcomChipset[QNN_CHIPSET], backend_options=options)
+    return to_edge_transform_and_lower_to_qnn(form, inputs, spec, constant_methods=dict(constants))
