@@ -4,7 +4,7 @@
     python sample_min.py [--seed N | --reference] [--label N | --token-ids FILE | --prompt TEXT] [--output image.png] [--check]
 
 It stands beside contract.json, whose numbers it uses, and imports nothing but the standard library, numpy and the runtime: onnxruntime, executorch
-(whose Python binding takes torch tensors only, so torch wraps and unwraps numpy arrays there and does nothing else) or, on a Mac, coremltools.
+(whose Python binding takes torch tensors only, so torch wraps and unwraps numpy arrays there and does nothing else) or, on a Mac and not run, coremltools.
 --prompt needs the package `tokenizers` besides. The noise of --seed is numpy's own; it is not that of the same seed in torch. --reference starts from
 the noise in reference.safetensors; --check repeats everything in that file and exits with 1 if an error is above contract.json's tolerance.
 """
@@ -64,7 +64,7 @@ def open_file(path, kind, inputs, outputs):
         program = Runtime.get().load_program(str(path))
         method = program.load_method("forward")
         return lambda arrays: [np.array(value.numpy()) for value in method.execute([torch.from_numpy(array) for array in arrays])]
-    import coremltools  # predicts on a Mac only
+    import coremltools  # predicts on a Mac only: this branch has not been run
 
     model = coremltools.models.MLModel(str(path))
 
