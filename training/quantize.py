@@ -19,74 +19,32 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from edgedit_hf.captions import TextTable, text_table
 from edgedit_hf.diffusion import Diffusion
 from edgedit_hf.distill.output_loss import output_loss
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.launch import learning_rate_at, load_pipeline, load_run_captions, recipe_main, set_learning_rate
-from edgedit_hf.quantization.calibration import CHECK_STREAM, moment_batches, output_error, record, replay, second_moments, spread
+from edgedit_hf.launch import learning_rate_at, load_pipeline, recipe_main, set_learning_rate
+from edgedit_hf.quantization.calibration import moment_batches, record, replay, second_moments, spread
 from edgedit_hf.quantization.gptq import quantize_compensated
 from edgedit_hf.quantization.layers import dequantize_model, quantizable_layers, quantized_weights, set_quantized_weight
 from edgedit_hf.quantization.quantize import quantize_weight
 from edgedit_hf.quantization.quantizer import mark_quantized
 from edgedit_hf.quantization.self_distillation import POOL_STREAM, SamplePool, TunedState, step_draws, step_subnet, tuned_parameters
 from edgedit_hf.quantization.sensitivity import Candidate, allocate, candidate_specs, replaced_weight_error
+from edgedit_hf.quantization.setup import (
+    KINDS,
+    Judge,
+    load_prompts,
+    load_source,
+    load_texts,
+    print_quantization_estimate,
+    sampling_options,
+    widths_of,
+)
+from edgedit_hf.quantization.weights import spec_bits
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import Facts, RunState, atomic_write_json, file_sha256, hash_json, read_json, weights_hash
 
-KINDS = ("EdgeDiTPipeline", "ElasticDiTPipeline")
 RECORD, SAMPLES = "quantization.json", "samples.safetensors"
-
-
-def load_source(config: RunConfig):
-    """The pipeline to quantise."""
-    options = config.quantize
-    path = options.path or next((config.folder(name) for name in ("student-tuned", "elastic") if config.folder(name).exists()), None)
-    if path is None:
-        raise EdgeDiTError(f"There is nothing to quantise: {config.output_dir} has neither student-tuned nor elastic, and quantize.path is null; set it.")
-    pipeline = load_pipeline(path, kind=KINDS)
-    if quantized_weights(pipeline.transformer):
-        raise EdgeDiTError(f"{path} is quantised already ({len(quantized_weights(pipeline.transformer))} layers); give the pipeline that it was made from.")
-    if options.subnet is not None:
-        try:
-            pipeline.register_modules(transformer=pipeline.transformer.extract_subnet(options.subnet).eval())
-        except (AttributeError, ValueError) as error:
-            raise EdgeDiTError(f"quantize.subnet is {options.subnet!r}, but {path} has no such sub-network: {error}") from error
-    return pipeline
-
-
-def widths_of(pipeline) -> list[str | None]:
-    """The sub-networks of a supernet, the full net last; `[None]` for any other network."""
-    return list(getattr(pipeline.transformer, "subnet_names", [])) or [None]
-
-
-def load_prompts(config: RunConfig, pipeline) -> list[str] | None:
-    """Prompts of text to image, each once."""
-    if "text_dims" not in pipeline.transformer.config:
-        return None
-    path = config.quantize.prompts
-    if path is None:
-        return list(dict.fromkeys(load_run_captions(config).captions))
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EdgeDiTError(f"quantize.prompts {path} cannot be read ({error}); give a text file with a prompt a line.") from error
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
-        raise EdgeDiTError(f"quantize.prompts {path} has no prompt; write one a line.")
-    return prompts
-
-
-class Judge:
-    """The network's error on noise that nothing was fitted to, at every timestep of the sampling loop, a width each."""
-
-    def __init__(self, pipeline, images: int, **sampling) -> None:
-        self.calls = {width: record(pipeline, images, stream=CHECK_STREAM, subnet=width, **sampling).calls for width in widths_of(pipeline)}
-        self.references = {width: [replay(pipeline.transformer, call) for call in calls] for width, calls in self.calls.items()}
-
-    def __call__(self, model) -> dict[str, dict]:
-        """Errors as plain values, by width."""
-        return {width or "full": output_error(model, calls, self.references[width]).to_dict() for width, calls in self.calls.items()}
 
 
 def quantize_layers(config: RunConfig, accelerator: Accelerator) -> None:
@@ -112,9 +70,18 @@ def quantize_layers(config: RunConfig, accelerator: Accelerator) -> None:
     pipeline.to(accelerator.device)
     sampling = sampling_options(config, prompts)
     calls = [call for width in widths for call in record(pipeline, options.calibration_images, subnet=width, **sampling).calls]
-    judged = [call for width in widths for call in spread([call for call in calls if call.subnet == width], options.timesteps)]
+    judged = [call for width in widths for call in spread(record(pipeline, options.sensitivity_images, subnet=width, **sampling).calls, options.timesteps)]
     references = [replay(model, call) for call in judged]
     batches = moment_batches(model, names) if options.compensate else [names]
+    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    specs = {name: candidate_specs(layer.weight.shape, options.scheme, options.rows_per_palette, options.group_size) for name, layer in layers.items()}
+
+    def stored(name: str, spec: dict | None) -> int:
+        weight = layers[name].weight
+        return 8 * weight.element_size() * weight.numel() if spec is None else spec_bits(spec, tuple(weight.shape))
+
+    # Fails now, not after hours, if even the smallest forms exceed the budget.
+    allocate({name: [Candidate(spec, stored(name, spec), 0.0) for spec in forms] for name, forms in specs.items()}, sizes, options.budget_bits)
 
     def quantized(name: str, spec: dict, moments: dict[str, torch.Tensor]):
         weight = layers[name].weight
@@ -129,18 +96,15 @@ def quantize_layers(config: RunConfig, accelerator: Accelerator) -> None:
         name = names[step]
         if options.compensate and name not in moments:
             moments = moments_of(next(batch for batch in batches if name in batch))
-        rows, weight = [], layers[name].weight
-        for spec in candidate_specs(weight.shape, options.scheme, options.rows_per_palette, options.group_size):
-            if spec is None:
-                rows.append({"spec": None, "num_bits": 8 * weight.element_size() * weight.numel(), "mse": 0.0, "sqnr_db": None})
-                continue
-            made = quantized(name, spec, moments)
-            error = replaced_weight_error(model, name, made.dequantize(), judged, references).to_dict()
-            rows.append({"spec": spec, "num_bits": made.num_bits, "mse": error["mse"], "sqnr_db": error["sqnr_db"]})
+        rows = []
+        for spec in specs[name]:
+            error = {"mse": 0.0, "sqnr_db": None}  # of a layer that stays as it is
+            if spec is not None:
+                error = replaced_weight_error(model, name, quantized(name, spec, moments).dequantize(), judged, references).to_dict()
+            rows.append({"spec": spec, "num_bits": stored(name, spec), "mse": error["mse"], "sqnr_db": error["sqnr_db"]})
         measured[name] = rows
         state.log(mse=rows[0]["mse"])
 
-    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
     candidates = {name: [Candidate(row["spec"], row["num_bits"], row["mse"]) for row in measured[name]] for name in names}
     chosen = allocate(candidates, sizes, options.budget_bits)
     judge = Judge(pipeline, options.calibration_images, **sampling)
@@ -177,28 +141,9 @@ def what_decides(config: RunConfig) -> dict:
     return {key: value for key, value in values.items() if key not in loop} | {"tuned": values["steps"] > 0}
 
 
-def sampling_options(config: RunConfig, prompts: list[str] | None) -> dict:
-    """How every image of this stage is sampled."""
-    options = config.quantize
-    sampling = {"steps": options.sampling_steps, "guidance_scale": options.guidance_scale, "batch_size": options.sampling_batch_size}
-    return {**sampling, "seed": config.seed, "prompts": prompts}
-
-
 def weight_bytes(folder: Path) -> int:
     """Bytes of the transformer's files in a pipeline folder."""
     return sum(path.stat().st_size for path in (folder / "transformer").glob("*.safetensors"))
-
-
-def load_texts(config: RunConfig, pipeline, prompts: list[str] | None, accelerator: Accelerator) -> TextTable | None:
-    """What the pipeline's text encoders make of the prompts. The main process writes the cache."""
-    if prompts is None:
-        return None
-    folder = config.folder("text-embeddings", "quantize")
-    if accelerator.is_main_process:
-        text_table(pipeline.to(accelerator.device), prompts, folder)
-        pipeline.to("cpu")
-    accelerator.wait_for_everyone()
-    return TextTable(folder, prompts)
 
 
 def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
@@ -283,8 +228,9 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
             packed.to("cpu").save_pretrained(folder)
             atomic_write_json(folder / RECORD, {**found, "bytes": weight_bytes(folder), "tuned_parameters": sum(p.numel() for p in parameters)})
         for width, error in found["error"]["tuned"].items():
-            before = found["error"]["untuned"][width]["sqnr_db"]
-            print(f"{width}: {found['average_bits']:.2f} bits, output {before:.1f} dB → {error['sqnr_db']:.1f} dB above the quantisation error")
+            before, after = found["error"]["untuned"][width]["sqnr_db"], error["sqnr_db"]
+            advice = "" if after >= before else f"; {start} is the better one: lower quantize.learning_rate or give more steps"
+            print(f"{width}: {found['average_bits']:.2f} bits, output {before:.1f} dB → {after:.1f} dB above the quantisation error{advice}")
     accelerator.free_memory()
     state.finish(average_bits=read_json(start / RECORD, made_by)["average_bits"])
 
@@ -308,4 +254,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__)
+    recipe_main(run, __doc__, dry_run=print_quantization_estimate)

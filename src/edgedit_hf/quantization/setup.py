@@ -1,0 +1,130 @@
+"""What a run of quantisation works with: the pipeline, prompts and their embeddings, how it samples, what judges it, and what it will cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..captions import TextTable, text_table
+from ..errors import EdgeDiTError
+from ..launch import load_pipeline, load_run_captions
+from ..recipes import RunConfig
+from .calibration import CHECK_STREAM, output_error, record, replay
+from .layers import quantizable_layers, quantized_weights
+from .sensitivity import candidate_specs
+
+KINDS = ("EdgeDiTPipeline", "ElasticDiTPipeline")
+
+
+def load_source(config: RunConfig) -> Any:
+    """The pipeline to quantise, or its sub-network `quantize.subnet`.
+
+    Raises:
+        EdgeDiTError: there is none, it is quantised already, or it has no such sub-network.
+    """
+    options = config.quantize
+    path = options.path or next((config.folder(name) for name in ("student-tuned", "elastic") if config.folder(name).exists()), None)
+    if path is None:
+        raise EdgeDiTError(f"There is nothing to quantise: {config.output_dir} has neither student-tuned nor elastic, and quantize.path is null; set it.")
+    pipeline = load_pipeline(path, kind=KINDS)
+    packed = quantized_weights(pipeline.transformer)
+    if packed:
+        raise EdgeDiTError(f"{path} is quantised already ({len(packed)} layers); give the pipeline that it was made from.")
+    if options.subnet is not None:
+        try:
+            pipeline.register_modules(transformer=pipeline.transformer.extract_subnet(options.subnet).eval())
+        except (AttributeError, ValueError) as error:
+            raise EdgeDiTError(f"quantize.subnet is {options.subnet!r}, but {path} has no such sub-network: {error}") from error
+    return pipeline
+
+
+def widths_of(pipeline: Any) -> list[str | None]:
+    """The sub-networks of a supernet, the full net last; `[None]` for any other network."""
+    return list(getattr(pipeline.transformer, "subnet_names", [])) or [None]
+
+
+def load_prompts(config: RunConfig, pipeline: Any) -> list[str] | None:
+    """Prompts of text to image, each once: of `quantize.prompts`, or the captions of the data. `None` for a class-conditional pipeline."""
+    if "text_dims" not in pipeline.transformer.config:
+        return None
+    path = config.quantize.prompts
+    if path is None:
+        return list(dict.fromkeys(load_run_captions(config).captions))
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EdgeDiTError(f"quantize.prompts {path} cannot be read ({error}); give a text file with a prompt a line.") from error
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise EdgeDiTError(f"quantize.prompts {path} has no prompt; write one a line.")
+    return prompts
+
+
+def load_texts(config: RunConfig, pipeline: Any, prompts: Sequence[str] | None, accelerator: Any) -> TextTable | None:
+    """What the pipeline's text encoders make of the prompts. The main process writes the cache."""
+    if prompts is None:
+        return None
+    folder = config.folder("text-embeddings", "quantize")
+    if accelerator.is_main_process:
+        text_table(pipeline.to(accelerator.device), prompts, folder)
+        pipeline.to("cpu")
+    accelerator.wait_for_everyone()
+    return TextTable(folder, prompts)
+
+
+def sampling_options(config: RunConfig, prompts: Sequence[str] | None) -> dict[str, Any]:
+    """How every image of a run is sampled: arguments of [`calibration.record`]."""
+    options = config.quantize
+    sampling = {"steps": options.sampling_steps, "guidance_scale": options.guidance_scale, "batch_size": options.sampling_batch_size}
+    return {**sampling, "seed": config.seed, "prompts": prompts}
+
+
+class Judge:
+    """The error of a network's output at every timestep of the sampling loop, a width each, on noise that nothing was fitted to.
+
+    Args:
+        pipeline: with the reference network, whose loop is recorded.
+        images: how many. sampling: further arguments of [`calibration.record`].
+    """
+
+    def __init__(self, pipeline: Any, images: int, **sampling: Any) -> None:
+        self.calls = {width: record(pipeline, images, stream=CHECK_STREAM, subnet=width, **sampling).calls for width in widths_of(pipeline)}
+        self.references = {width: [replay(pipeline.transformer, call) for call in calls] for width, calls in self.calls.items()}
+
+    def __call__(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """[`OutputError.to_dict`] by width (`full` for a network that has one)."""
+        return {width or "full": output_error(model, calls, self.references[width]).to_dict() for width, calls in self.calls.items()}
+
+
+def print_quantization_estimate(config: RunConfig) -> None:
+    """Print what a run will take on this machine: forwards, counted, times the seconds of one, measured."""
+    options, pipeline = config.quantize, load_source(config)
+    model, widths, prompts = pipeline.transformer.eval(), widths_of(pipeline), load_prompts(config, pipeline)
+    layers = quantizable_layers(model)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    images = options.sampling_batch_size
+    call = record(pipeline, min(images, 8), **{**sampling_options(config, prompts), "steps": 1}).calls[0]
+    started = time.monotonic()
+    replay(model, call)
+    row_seconds = (time.monotonic() - started) / len(call.inputs["hidden_states"])
+    steps, guided = options.sampling_steps or pipeline.config.default_steps, len(call.inputs["hidden_states"]) // min(images, 8)
+    forms = sum(spec is not None for layer in layers.values() for spec in candidate_specs(layer.weight.shape, options.scheme, options.rows_per_palette))
+    # Two recordings are replayed about three times: moments twice, judging before and after.
+    sampled = (5 * len(widths) * options.calibration_images + bool(options.steps) * options.samples) * steps * guided
+    rows = {
+        "calibrate, judge": sampled,
+        "sensitivity": forms * len(widths) * options.sensitivity_images * min(options.timesteps, steps) * guided,
+        "self-distillation": 4 * options.steps * options.batch_size,
+    }
+    weights, total = sum(layer.weight.numel() for layer in layers.values()), sum(parameter.numel() for parameter in model.parameters())
+    for name, count in rows.items():
+        print(f"{name:<20} {count:>12,} images through the network, about {count * row_seconds / 60:>8.1f} min")
+    size = (weights * options.budget_bits / 8 + 4 * (total - weights)) / 1e9
+    print(f"result: about {size:.4f} GB for {total / 1e6:.1f} M parameters; memory: {8 * total / 1e9:.2f} GB for two networks in fp32, and their activations")
+    print(f"{len(layers)} layers in {forms} forms; {1e3 * row_seconds:.1f} ms an image and forward, measured just now with {torch.get_num_threads()} threads")
