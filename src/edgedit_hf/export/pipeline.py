@@ -21,10 +21,12 @@ from ..quantization.layers import dequantize_model, quantized_weights
 from ..quantization.weights import AffineWeight
 from ..run_state import atomic_folder, atomic_write_json, versions, weights_hash
 from . import verify
+from .contract import Artefact, write_contract
 from .executorch import DEFAULT_BATCH, SCHEMES, lower_executorch
 from .mixed import GROUP, MIN_ELEMENTS, choose_8bit, four_bit_weights
 from .parts import Part, is_elastic, latent_size, pipeline_parts, text_lengths
 from .runtime import COMPONENTS, SUFFIXES, open_session, stem
+from .schedule import NotLinearError
 from .wrappers import check_batch, check_model, plain_config
 
 Resolution = tuple[int, int] | str | None
@@ -194,6 +196,7 @@ def export_pipeline(
     job = _Job(plain, target, format, dtype, batch, split_conditioner, subnet, None if open_size else size)
     parts = pipeline_parts(plain, split=split_conditioner, size=_other(size, plain) if open_size else size, batch=job.rows, images=job.images)
     options = Options(opset=opset, open_sizes=job.open_sizes, quantized=packed, layers=plain.transformer)
+    asked = {"seed": seed, "num_images": num_images, "prompts": prompts}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -201,20 +204,24 @@ def export_pipeline(
             facts = {"source": source, **job.identity()}
             if format == "coreml":
                 said = job.write(folder, parts, options)
+                save_without_networks(plain, folder)
+                facts |= job.contract(folder, parts, said, options, asked, threads)
                 atomic_write_json(folder / "verify.json", {"precision": dtype, "passed": None, "not_run": NOT_RUN, **facts})
                 atomic_write_json(folder / "bench.json", {"parts": said, "environment": environment(threads), **facts})
                 return output
             if packed and dtype in ("int8", "int4"):
                 options = replace(options, given=packed)
             options = _calibrated(plain, options, format, dtype, activations, weights, seed, prompts)
-            if options.scales is not None and options.scales.num_buckets > 1:
-                parts = [with_timestep(part) for part in parts]
-            asked = {"seed": seed, "num_images": num_images, "prompts": prompts}
             said, verified, exported = job.write_verified(folder, parts, options, pipeline, asked, tolerance, min_psnr_db, threads)
+            exported.save_pretrained(folder)
+            facts |= job.contract(folder, parts, said, options, asked, threads)
             atomic_write_json(folder / "verify.json", {**verified, **facts})
             batches = bench_batches if batch == "dynamic" else [batch]
-            atomic_write_json(folder / "bench.json", {**job.cost(folder, parts, said, batches, threads, bench_repeats), **facts})
-            exported.save_pretrained(folder)
+            cost = job.cost(folder, parts, said, options, batches, threads, bench_repeats)
+            atomic_write_json(folder / "bench.json", {**cost, **facts})
+            delegation = {file: entry["delegation"] for file, entry in said.items() if "delegation" in entry}
+            if delegation:
+                atomic_write_json(folder / "delegation.json", delegation)
     finally:
         torch.set_num_threads(before)
     return output
@@ -306,24 +313,11 @@ EIGHT_BIT_ATTEMPTS = 3
 BUCKETS = 8  # of timesteps, each with activation scales of its own
 
 
-class TimedDenoiser(nn.Module):
-    """A denoiser that is also given the timestep, which it does not need: the file chooses its activation scales by it."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return self.module(*inputs[:-1])
-
-
-def with_timestep(part: Part) -> Part:
-    """A split denoiser with the further input `timestep`; other parts as they are."""
-    if part.name != "denoiser" or "timestep" in part.inputs:
-        return part
-    rows = len(part.inputs["sample"])
-    inputs = {**part.inputs, "timestep": torch.full((rows,), 500.0)}
-    return replace(part, module=TimedDenoiser(part.module).eval(), inputs=inputs, dynamic={**part.dynamic, "timestep": {0: "batch"}})
+def extra_inputs(part: Part, options: Options) -> dict[str, torch.Tensor]:
+    """Examples of what a file takes beside the part's own inputs: a split denoiser with activation scales by timestep is told the timestep."""
+    if part.name != "denoiser" or "timestep" in part.inputs or options.scales is None or options.scales.num_buckets == 1:
+        return {}
+    return {"timestep": torch.full((len(part.inputs["sample"]),), 500.0)}
 
 
 @dataclass(frozen=True)
@@ -471,19 +465,63 @@ class _Job:
             checked[file] = verify.check_part(part, precision, verify.compare_part(part, session))
         return said, {**found, "parts": checked}, exported
 
-    def cost(self, folder: Path, parts: Sequence[Part], said: Mapping[str, dict], batches: Sequence[int], threads: int, repeats: int) -> dict:
+    def contract(
+        self, folder: Path, parts: Sequence[Part], said: Mapping[str, dict], options: Options, asked: Mapping[str, Any], threads: int
+    ) -> dict[str, str]:
+        """Write the port contract. Returns nothing, or why there is none: a scheduler that adds noise is not numbers alone."""
+        sessions: dict[str, Any] = {}
+
+        def run(artefact: Artefact, inputs: Mapping[str, Any]) -> dict[str, Any]:
+            if artefact.file not in sessions:
+                sessions[artefact.file] = open_session(folder / artefact.file, self.format, threads)
+            found = sessions[artefact.file].run({name: torch.from_numpy(value) for name, value in inputs.items()})
+            return dict(zip(artefact.part.outputs, (value.numpy() for value in found)))
+
+        artefacts = []
+        for part in parts:
+            entry = said[self.file(part)]
+            precision = "fp32" if entry.get("scheme") == "fp32" else entry.get("precision", self.dtype)
+            artefacts.append(Artefact(part, self.file(part), precision, options.open_sizes, extra_inputs(part, options)))
+        prompts = asked["prompts"]
+        try:
+            write_contract(
+                folder,
+                self.pipeline,
+                artefacts,
+                format=self.format,
+                precision=self.dtype,
+                split=self.split,
+                seed=asked["seed"],
+                prompt=prompts[0] if prompts else verify.PROMPTS[0],
+                run=None if self.format == "coreml" else run,
+            )
+        except NotLinearError as error:
+            return {"contract": f"none was written: {error}"}
+        return {}
+
+    def cost(
+        self, folder: Path, parts: Sequence[Part], said: Mapping[str, dict], options: Options, batches: Sequence[int], threads: int, repeats: int
+    ) -> dict:
         """What bench.json holds: the denoiser's cost, and under `parts` that of every other artefact."""
         found: dict[str, Any] = {}
         others = {}
         for part in parts:
             file = self.file(part)
             rows = batches if part.component == "transformer" else [self.images]
-            measured = verify.benchmark(part, {self.dtype: folder / file}, self.format, rows, threads, repeats)
+            measured = verify.benchmark(part, {self.dtype: folder / file}, self.format, rows, threads, repeats, extra=extra_inputs(part, options))
             if part.name == "denoiser":
                 found = {**measured, **said[file]}
             else:
                 others[file] = {**measured, **said[file]}
         return {**found, "parts": others}
+
+
+def save_without_networks(pipeline: Any, folder: Path) -> None:
+    """The parts of a pipeline's folder that are no networks: scheduler and tokenizers."""
+    for name in ("scheduler", "tokenizer", "tokenizer_2"):
+        component = pipeline.components.get(name)
+        if component is not None:
+            component.save_pretrained(folder / name)
 
 
 def check_output(output: Path, overwrite: bool) -> None:

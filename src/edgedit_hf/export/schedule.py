@@ -110,11 +110,16 @@ class Schedule:
         }
 
 
+class NotLinearError(EdgeDiTError):
+    """A scheduler is more than coefficients."""
+
+
+
 def linear_schedule(scheduler: SchedulerMixin) -> Schedule:
     """The coefficients of a scheduler whose timesteps are set; it is left as it is.
 
     Raises:
-        EdgeDiTError: the scheduler adds noise, or clips or thresholds, or cannot be run on its own.
+        NotLinearError: the scheduler adds noise, or clips or thresholds, or cannot be run on its own.
     """
     name, count = type(scheduler).__name__, len(scheduler.timesteps)
     basis = torch.eye(2 * count, dtype=torch.float64).view(2 * count, 1, 1, 1, 2 * count)
@@ -149,7 +154,7 @@ def _step_through(
             scaled.append(scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample)
             outputs.append(scheduler.step(prediction, timestep, sample, **options)[0].double())
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise EdgeDiTError(
+        raise NotLinearError(
             f"{type(scheduler).__name__} does not step through its timesteps on its own ({error}); use DDIMScheduler, or "
             "FlowMatchEulerDiscreteScheduler for flow matching."
         ) from error
@@ -176,7 +181,7 @@ def _check(scheduler: SchedulerMixin, schedule: Schedule) -> None:
         return
     zeros = [torch.zeros(1, 1, SIDE, SIDE, dtype=torch.float64)] * len(schedule.steps)
     noisy = any(bool(output.any()) for output in _step_through(scheduler, zeros, zeros)[0])
-    raise EdgeDiTError(
+    raise NotLinearError(
         f"{type(scheduler).__name__} is not linear in samples and predictions (off by {worst:.0e} of them, {TOLERANCE:.0e} is allowed): "
         f"{_reason(scheduler, noisy)}."
     )

@@ -204,15 +204,15 @@ def check_part(part: Part, precision: str, error: float, tolerance: float | None
 class _EagerPart:
     """One eager forward of a part for [`measure`]."""
 
-    def __init__(self, part: Part, threads: int):
-        self.part, self.threads = part, threads
+    def __init__(self, module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], threads: int):
+        self.module, self.inputs, self.threads = module, tuple(inputs.values()), threads
 
     def __call__(self) -> object:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
             with torch.inference_mode():
-                return self.part.module(*self.part.inputs.values())
+                return self.module(*self.inputs)
         finally:
             torch.set_num_threads(before)
 
@@ -228,12 +228,9 @@ class _Artefact:
         return self.session.run(self.inputs)
 
 
-def with_rows(part: Part, rows: int) -> Part:
-    """The part with examples of another batch: rows are repeated."""
-    inputs = {}
-    for name, value in part.inputs.items():
-        inputs[name] = value.repeat(math.ceil(rows / len(value)), *[1] * (value.ndim - 1))[:rows].contiguous()
-    return Part(part.component, part.name, part.module, inputs, part.outputs, part.dynamic)
+def with_rows(inputs: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    """Examples of another batch: rows are repeated."""
+    return {name: value.repeat(math.ceil(rows / len(value)), *[1] * (value.ndim - 1))[:rows].contiguous() for name, value in inputs.items()}
 
 
 def benchmark(
@@ -244,6 +241,7 @@ def benchmark(
     threads: int,
     repeats: int = 20,
     max_seconds: float = 120.0,
+    extra: Mapping[str, torch.Tensor] | None = None,
 ) -> dict:
     """What an artefact costs beside the eager part: latency interleaved in one run a batch, bytes, time to load and memory.
 
@@ -255,6 +253,7 @@ def benchmark(
         threads: intra-op threads of every runtime.
         repeats: timed rounds a batch (fewer, at least 5, once a batch took `max_seconds`).
         max_seconds: see repeats.
+        extra: examples of inputs that the artefact has beside the part's.
 
     Returns:
         file_bytes, initializer_bytes (of the weights in the file; also by type where the format tells), initializer_bytes_fp32 (of the
@@ -262,14 +261,14 @@ def benchmark(
         and `speedup` over each other runner, paired by rounds).
     """
     *_, precision = files
+    examples = {**part.inputs, **(extra or {})}
     runtime = {"onnx": "onnxruntime"}.get(format, format)
     shipped = f"{runtime}-{precision}"
     latency = []
     for batch in batches:
-        example = with_rows(part, batch)
-        runners: dict[str, Any] = {"torch-fp32": _EagerPart(example, threads)}
+        runners: dict[str, Any] = {"torch-fp32": _EagerPart(part.module, with_rows(part.inputs, batch), threads)}
         for name, file in files.items():
-            runners[f"{runtime}-{name}"] = _Artefact(Path(file), format, example.inputs, threads)
+            runners[f"{runtime}-{name}"] = _Artefact(Path(file), format, with_rows(examples, batch), threads)
         timings = measure(runners, repeats=repeats, max_seconds=max_seconds)
         latency.append(
             {
@@ -290,7 +289,7 @@ def benchmark(
         "initializer_bytes_by_type": bytes_of,
         "initializer_bytes_fp32": fp32,
         "initializer_shrink": fp32 / total,
-        **footprint(file, format, with_rows(part, batches[0]).inputs, threads),
+        **footprint(file, format, with_rows(examples, batches[0]), threads),
         "latency": latency,
         "environment": environment(threads),
     }
