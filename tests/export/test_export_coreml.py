@@ -274,22 +274,25 @@ def test_every_part_computes_what_it_computed(family, make_transformer, tmp_path
 
 
 @pytest.mark.slow
-def test_coremltools_quantises_linear_layers_and_convolutions(make_transformer, tmp_path):
+def test_linear_layers_and_convolutions_are_quantised(make_transformer, tmp_path):
     model = make_transformer(num_layers=1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)
     (part,) = edgedit_parts(model, (8, 8), 2, split=False)
-    large = sum(layer.weight.numel() for layer in quantizable_layers(model).values() if layer.weight.numel() > 1024)
+    large = {name: layer.weight.numel() for name, layer in quantizable_layers(model).items() if layer.weight.numel() >= 1024}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     sizes = {}
     for precision, kind, bits, tolerance in (("int8", "grids of 8 bits", 8, 3e-2), ("int4", "palettes of 4 bits", 4, 4e-1)):
         path = tmp_path / f"{precision}.mlpackage"
         report = lower_coreml(part, path, precision, {})
-        assert report["compute_precision"] == "fp16" and 0.8 * large < report["weights"][kind]["elements"] <= 1.1 * large
+        assert report["compute_precision"] == "fp16" and report["weights"][kind]["elements"] == sum(large.values())
+        assert len(report["mapped"]) == len(large) and report["dense"] == []
         assert report["weights"][kind]["bytes"] < 1.2 * report["weights"][kind]["elements"] * bits / 8
         assert max(errors_of(path, part)) < tolerance
         sizes[precision] = report["bytes"]
     assert sizes["int4"] < sizes["int8"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.slow

@@ -3,9 +3,9 @@
 coremltools runs on Linux as far as this module needs it: it converts, writes and reads packages; only Apple's systems run them. What a package
 computes can be checked everywhere with [`.mil.run_package`], an interpreter of its program.
 
-Precisions: `fp32` and `fp16` compute in that type. `int8` (linear, a scale an output channel) and `int4` (palettes of 16 entries, one for
-[`ROWS_PER_PALETTE`] output channels) store the weights of linear layers and convolutions so, by coremltools' own quantisation, and compute in fp16.
-A model that [`edgedit_hf.quantization`] has quantised keeps its palettes and grids: they are written as Core ML's own, entry by entry.
+Precisions: `fp32` and `fp16` compute in that type. `int8` (a scale an output channel) and `int4` (palettes of 16 entries, one for 16 output channels)
+store the weights of linear layers and convolutions so, rounded to the nearest, and compute in fp16. A model that [`edgedit_hf.quantization`] has
+quantised keeps its palettes and grids. Either way they are written as Core ML's own, entry by entry.
 
 All packages need iOS 18 / macOS 15: palettes of a group of channels, 4-bit grids with a scale a block, and attention as one operator came with them.
 In fp16, what half precision cannot hold stays fp32: the angles of the timestep features (999 in steps of 0.5), and squares and their means in norms
@@ -15,6 +15,7 @@ that are not one operator (group norm, RMS norm).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -27,22 +28,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..errors import EdgeDiTError
+from ..quantization.layers import quantizable_layers
 from ..quantization.packing import unpack
+from ..quantization.quantize import quantize_weight
 from ..quantization.weights import AffineWeight, PaletteWeight, QuantizedWeight, matrix_shape
 from ..run_state import atomic_folder, explain_write_errors
 from .coreml_form import coreml_program
-from .parts import Part
+from .parts import Part, share
 from .wrappers import quiet
 
 if TYPE_CHECKING:
     from coremltools.converters.mil import Operation, Program, Var
-    from coremltools.models import MLModel
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 TARGET = "iOS18"
-ROWS_PER_PALETTE = 16
+SPECS = {
+    "int8": {"scheme": "affine", "bits": 8, "group_size": 0, "symmetric": True},
+    "int4": {"scheme": "palette", "bits": 4, "rows_per_palette": 16},
+}
 MIN_QUANTIZED_ELEMENTS = 1024  # smaller matrices stay fp16: their scales and palettes cost more than they save
 METADATA_PREFIX = "edgedit."
 # Statistics of norms: squares overflow half precision above 255, and a mean of many loses digits.
@@ -85,7 +91,7 @@ def lower_coreml(
         dynamic: open shapes; there are none here, so `True` is an error.
 
     Returns:
-        What [`read_package`] says, `precision`, `compute_precision`, and with `quantized` the layers `mapped` and those in the part that are
+        What [`read_package`] says, `precision`, `compute_precision`, and with quantised weights the layers `mapped` and those in the part that are
         `dense`, because the graph needed their values.
 
     Raises:
@@ -100,13 +106,14 @@ def lower_coreml(
     with silent(), explain_write_errors(path):
         import coremltools as ct
 
+        if precision in SPECS:
+            part, quantized = _quantize(part, SPECS[precision])
         program = _convert(part, compute)
         if quantized:
             report["mapped"] = write_native(program, quantized)
             report["dense"] = _dense(part, quantized, report["mapped"])
         once = ct.PassPipeline.EMPTY  # the program has been through all passes already
         model = ct.convert(program, convert_to="mlprogram", minimum_deployment_target=ct.target[TARGET], pass_pipeline=once, skip_model_load=True)
-        model = _quantize(model, precision)
         model.user_defined_metadata.update({f"{METADATA_PREFIX}{key}": str(value) for key, value in facts.items()})
         with atomic_folder(path) as folder:
             # coremltools insists on the suffix, which the folder aside does not have.
@@ -172,22 +179,19 @@ def _becomes_angle(operation: Operation) -> bool:
     return bool(followers) and all(_becomes_angle(follower) for follower in followers)
 
 
-def _quantize(model: MLModel, precision: str) -> MLModel:
-    """coremltools' own quantisation of the weights of linear layers and convolutions (those of 1024 elements or more)."""
-    if precision not in ("int8", "int4"):
-        return model
-    import coremltools.optimize.coreml as cto
+def _quantize(part: Part, spec: Mapping[str, Any]) -> tuple[Part, dict[str, QuantizedWeight]]:
+    """The part with every linear layer and convolution of [`MIN_QUANTIZED_ELEMENTS`] or more rounded to a spec, and the weights by layer.
 
-    if precision == "int8":
-        config = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", granularity="per_channel", weight_threshold=MIN_QUANTIZED_ELEMENTS)
-        quantize = cto.linear_quantize_weights
-    else:
-        config = cto.OpPalettizerConfig(
-            mode="kmeans", nbits=4, granularity="per_grouped_channel", group_size=ROWS_PER_PALETTE, channel_axis=0, weight_threshold=MIN_QUANTIZED_ELEMENTS
-        )
-        quantize = cto.palettize_weights
-    # By operator, so that position tables and embeddings keep their precision.
-    return quantize(model, cto.OptimizationConfig(op_type_configs={"linear": config, "conv": config}))
+    By our own quantisation: the one in coremltools took seven times as long to find palettes, and leaves layers as they are whose rows are no multiple
+    of a palette's.
+    """
+    module = share(part.module)
+    weights = {}
+    for name, layer in quantizable_layers(module).items():
+        if layer.weight.numel() >= MIN_QUANTIZED_ELEMENTS:
+            weights[name] = quantize_weight(layer.weight, spec)
+            layer.weight = nn.Parameter(weights[name].dequantize(), requires_grad=False)
+    return dataclasses.replace(part, module=module), weights
 
 
 # -------------------------------------------------------------------- our palettes and grids as Core ML's
