@@ -63,7 +63,8 @@ class XnnpackCompression(nn.Module):
     def __init__(self, layer: ElasticCompression, rows: int, columns: int):
         super().__init__()
         self.grid = rows // 2, 2, columns // 2, 2
-        self.register_buffer("weights", layer.weight.detach().flatten(1).t().contiguous(), persistent=False)  # [4, c]
+        for place, weight in enumerate(layer.weight.detach().flatten(1).unbind(1)):  # each [c]
+            self.register_buffer(f"weight_{place}", weight.contiguous(), persistent=False)
         self.register_buffer("bias", layer.bias.detach(), persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,7 @@ class XnnpackCompression(nn.Module):
         for row in range(2):
             for column in range(2):
                 part = windows[:, :, row : row + 1, :, column : column + 1]
-                compressed = compressed + part * self.weights[2 * row + column]
+                compressed = compressed + part * getattr(self, f"weight_{2 * row + column}")
         return compressed.reshape(batch, count // 4, channels)
 
 
