@@ -35,10 +35,10 @@ def preset_config(preset: str):
         return EdgeDiTTransformer2DModel.from_preset(preset).config
 
 
-def random_transformer(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> EdgeDiTTransformer2DModel:
-    """This package's transformer of a preset's size with every weight random, as diffusers' class would compute it."""
+def random_transformer(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0, **config) -> EdgeDiTTransformer2DModel:
+    """This package's transformer of a preset's size (but for `config`) with every weight random, as diffusers' class would compute it."""
     with init_empty_weights():
-        model = EdgeDiTTransformer2DModel.from_preset(preset, **DIFFUSERS_NUMERICS)
+        model = EdgeDiTTransformer2DModel.from_preset(preset, **DIFFUSERS_NUMERICS, **config)
     return _fill(model, dtype, device, seed)
 
 

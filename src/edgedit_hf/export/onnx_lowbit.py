@@ -213,9 +213,32 @@ def static_int8(proto: onnx.ModelProto, scales: ActivationScales, module: nn.Mod
     _rewrite(proto, make)
     if not count:
         raise EdgeDiTError("None of the calibrated layers is in this network; calibrate the network that is exported.")
+    _subtract_biases(proto)
     if many:
         _find_bucket(proto, scales.edges)
     return count
+
+
+def _subtract_biases(proto: onnx.ModelProto) -> None:
+    """Turn every `product + bias` with a constant bias into `product - (-bias)`.
+
+    ONNX Runtime makes a Gemm of a MatMul and an Add before it looks for quantised products, and then computes in float32, four times slower.
+    """
+    products = {node.output[0] for node in proto.graph.node if node.op_type == "MatMul"}
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    negated = {}
+    for node in proto.graph.node:
+        if node.op_type != "Add":
+            continue
+        product, bias = node.input if node.input[0] in products else reversed(node.input)
+        if product in products and bias in tensors:
+            negated[f"{bias}.negated"] = numpy_helper.from_array(-numpy_helper.to_array(tensors[bias]), f"{bias}.negated")
+            node.op_type = "Sub"
+            node.input[:] = [product, f"{bias}.negated"]
+    used = {name for node in proto.graph.node for name in node.input}
+    kept = [tensor for name, tensor in tensors.items() if name in used]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend([*kept, *negated.values()])
 
 
 BUCKET = "edgedit.bucket"  # the tensor that holds the index of the timestep's bucket
@@ -269,7 +292,7 @@ def weight_only(
         layer = names.get(node.name, node.name)
         weight = (given or {}).get(layer)
         if weight is None:
-            weight = quantize_affine(torch.from_numpy(np.array(matrix.T)), 8 if layer in keep_8bit else 4, GROUP, symmetric=True)
+            weight = quantize_affine(torch.from_numpy(np.ascontiguousarray(matrix.T)), 8 if layer in keep_8bit else 4, GROUP, symmetric=True)
         counts[f"{weight.bits} bit"] = counts.get(f"{weight.bits} bit", 0) + 1
         return _matmul_nbits(node, weight, f"{layer}.{node.name}")
 

@@ -74,5 +74,5 @@ def lookup(packed: torch.Tensor, tables: torch.Tensor, bits: int, count: int, ta
         if table_of_row is not None:
             index += 256 * table_of_row[first : first + step, None]
         start = first * rows.shape[1]
-        torch.index_select(words, 0, index.view(-1), out=found[start : start + index.numel()])
+        torch.index_select(words, 0, index.reshape(-1), out=found[start : start + index.numel()])
     return found.view(rows.numel(), -1).view(tables.dtype).view(*packed.shape[:-1], -1)[..., :count]
