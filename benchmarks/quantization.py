@@ -3,9 +3,9 @@
     python benchmarks/quantization.py [--model PIPELINE] [--config FILE] [--samples 2000] [--images FILE.png] [--json] [--check]
 
 Without --model the teacher of the recipe is trained first. Rows: fp32; fp16 weights; int8 (a scale an output row); NF4 (blocks of 64, float16
-absmax); RTN-4 (round to nearest, symmetric, groups of 64); GPTQ-4 (the same grids, error-compensating rounding); k-means 4.3 by
-training/quantize.py: 4 or 8 bits by sensitivity within 4.3 stored bits a weight, rounded to the nearest (SnapGen++'s recipe), with compensation,
-and that with self-distillation. Every layer's weight is quantised, the first and the last too. Columns: stored bits a weight of these layers,
+absmax); RTN-4 (round to nearest, symmetric, groups of 64); GPTQ-4 (the same grids, error-compensating rounding); and by training/quantize.py,
+4 or 8 bits by sensitivity within 4.3 stored bits a weight: RTN 4.3 (groups of 64), k-means 4.3 rounded to the nearest (SnapGen++'s recipe) and with
+compensation, and that with self-distillation. Every layer's weight is quantised, the first and the last too. Columns: stored bits a weight of these layers,
 bytes of the whole network's file, signal to quantisation noise of its output along the sampling loop with guidance (over all timesteps, and at
 the first, middle and last), on noise that nothing was fitted to; the Fréchet distance in a digit classifier's features to the real images, and
 its ratio to fp32's; PSNR of the images against fp32's from the same noise; milliseconds of a forward in PyTorch, weights unpacked in every forward.
@@ -54,7 +54,7 @@ from edgedit_hf.search.plots import montage, sample_grid  # noqa: E402
 
 BUDGET, REQUIRED_DISTANCE = 4.3, 1.05
 RTN = {"scheme": "affine", "bits": 4, "group_size": 64, "symmetric": True}
-BEST, PLAIN = "k-means 4.3 + self-distillation", "k-means 4.3, nearest"
+BEST = "k-means 4.3 + self-distillation"
 BUCKETS = (1, 2, 4)
 
 
@@ -150,10 +150,12 @@ def main() -> None:
         pipeline = load_pipeline(source)
         sampling = {"steps": config.evaluate.sampling_steps, "guidance_scale": config.evaluate.guidance_scale}
         loop = [f"quantize.path={source}", f"quantize.sampling_steps={sampling['steps']}", f"quantize.guidance_scale={sampling['guidance_scale']}"]
-        for name, more in {"nearest": ["quantize.compensate=false", "quantize.steps=0"], "compensated": []}.items():
+        nearest = ["quantize.compensate=false", "quantize.steps=0"]
+        for name, more in {"groups": ["quantize.scheme=affine", *nearest], "nearest": nearest, "compensated": []}.items():
             quantize.run(config_of(name, *loop, *more), accelerator)
         made = folder / "compensated"
-        runs = {PLAIN: folder / "nearest" / "quantized", "k-means 4.3": made / "quantized-untuned", BEST: made / "quantized"}
+        runs = {"RTN 4.3": folder / "groups" / "quantized", "k-means 4.3, nearest": folder / "nearest" / "quantized"}
+        runs |= {"k-means 4.3": made / "quantized-untuned", BEST: made / "quantized"}
         images, beside = load_run_images(config), Path(source).parent / "evaluate" / "extractor"
         if beside.is_dir():  # of the run that the pipeline is from
             extractor = FeatureExtractor.load(beside)

@@ -11,7 +11,8 @@ import pytest
 @pytest.mark.slow
 def test_every_form_of_a_network_that_it_trains_itself(repository, tmp_path):
     recipe = repository / "training" / "recipes" / "debug.yaml"
-    small = "quantize.calibration_images=4 quantize.sensitivity_images=2 quantize.timesteps=2 quantize.samples=8 quantize.steps=4 quantize.batch_size=8"
+    small = "teacher.hidden_size=128 teacher.num_layers=2 teacher.num_heads=4 quantize.calibration_images=4 quantize.sensitivity_images=2"
+    small += " quantize.timesteps=2 quantize.samples=8 quantize.steps=4 quantize.batch_size=8"
     overrides = [part for override in small.split() for part in ("--override", override)]
     command = [sys.executable, repository / "benchmarks" / "quantization.py", "--json", "--config", recipe, *overrides]
     options = ["--samples", "32", "--latency-batch", "2", "--repeats", "2", "--threads", "1", "--images", tmp_path / "forms.png"]
@@ -20,7 +21,8 @@ def test_every_form_of_a_network_that_it_trains_itself(repository, tmp_path):
     *table, last = done.stdout.strip().splitlines()
     result = json.loads(last)
     rows = result["rows"]
-    names = ["fp32", "fp16 weights", "int8", "NF4", "RTN-4", "GPTQ-4", "k-means 4.3, nearest", "k-means 4.3", "k-means 4.3 + self-distillation"]
+    names = ["fp32", "fp16 weights", "int8", "NF4", "RTN-4", "GPTQ-4", "RTN 4.3"]
+    names += ["k-means 4.3, nearest", "k-means 4.3", "k-means 4.3 + self-distillation"]
     assert list(rows) == names and all(any(line.startswith(f"{name} ") for line in table) for name in names)
     assert (rows["fp32"]["bits"], rows["fp16 weights"]["bits"], rows["fp32"]["error"]["sqnr_db"], rows["fp32"]["frechet_ratio"]) == (32, 16, None, 1)
     assert all(4 < rows[name]["bits"] <= 4.3 for name in names[6:]) and 8 < rows["int8"]["bits"] < 9
