@@ -128,7 +128,7 @@ def test_what_cannot_be_exported_is_an_error(pipeline, make_transformer, tmp_pat
         export_executorch(adapted, tmp_path / "model.pte")
     with pytest.raises(EdgeDiTError, match="opset is 20; operator sets belong to ONNX"):
         export_pipeline(pipeline, tmp_path / "out", format="executorch", opset=20)
-    with pytest.raises(EdgeDiTError, match="format is 'tflite'; the formats are onnx and executorch"):
+    with pytest.raises(EdgeDiTError, match="format is 'tflite'; the formats are onnx, executorch, coreml"):
         export_pipeline(pipeline, tmp_path / "out", format="tflite")
     assert list(tmp_path.iterdir()) == []
 
@@ -263,7 +263,7 @@ def test_files_that_do_not_fit(fp32, tmp_path):
     with pytest.raises(EdgeDiTError, match="do not belong together"):
         ExecutorchEdgeDiTTransformer2DModel.from_pretrained(tmp_path)
     with pytest.raises(EdgeDiTError, match="no .pte file"):
-        ExecutorchEdgeDiTTransformer2DModel.from_config(config).set_threads(1)
+        ExecutorchEdgeDiTTransformer2DModel(**config).set_threads(1)
 
 
 def test_from_a_hub_cache(fp32, make_hub_cache):

@@ -94,7 +94,7 @@ def encoder_parts():
         vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2
     )
     t5 = T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
-    parts = [*vae_parts(full, (4, 6), 2, 4, 2), *vae_parts(tiny, (4, 6), 2, 4, 2)]
+    parts = [*vae_parts(full, (4, 6), 2, 4, 1), *vae_parts(tiny, (4, 6), 2, 4, 2)]
     for name, encoder in (("text_encoder", CLIPTextModel(clip)), ("text_encoder_2", T5EncoderModel(t5))):
         parts.append(text_encoder_part(name, encoder.eval(), 9, 2))
     return parts

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import nn
 
-from .parts import TextEncoderWrapper, share
+from ..errors import EdgeDiTError
+from .parts import EncoderWrapper, TextEncoderWrapper, share
 from .xnnpack import FormLinear, XnnpackGELU, XnnpackLayerNorm, refuse_adapters
 
 ATTENTION = "edgedit_xnnpack"  # the name under which transformers finds [`attend`]
@@ -118,6 +120,17 @@ class VaeAttention:
         return (output + hidden_states if attn.residual_connection else output) / attn.rescale_output_factor
 
 
+class XnnpackVaeEncoder(nn.Module):
+    """[`EncoderWrapper`] of an [`AutoencoderKL`]: the mode is a slice, not a portable operator's chunk."""
+
+    def __init__(self, vae: nn.Module):
+        super().__init__()
+        self.vae, self.channels = vae, vae.config.latent_channels
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.vae._encode(image)[:, : self.channels]
+
+
 def _replacement(name: str, module: nn.Module) -> nn.Module | None:
     kind = type(module).__name__
     if type(module) is nn.Linear:
@@ -176,4 +189,8 @@ def encoder_form(module: nn.Module, inputs: Sequence[torch.Tensor]) -> nn.Module
     for part in form.vae.modules():
         if type(part).__name__ == "Attention" and part.group_norm is not None and part.spatial_norm is None:
             part.set_processor(VaeAttention())
+    if isinstance(form, EncoderWrapper) and type(form.vae) is AutoencoderKL:
+        if len(inputs[0]) > 1:  # the file runs, and its latents are wrong
+            raise EdgeDiTError(f"ExecuTorch computes this VAE's encoder wrongly for a batch of {len(inputs[0])}; export it for a batch of 1.")
+        form = XnnpackVaeEncoder(form.vae)
     return form.eval()
