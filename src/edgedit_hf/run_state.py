@@ -88,7 +88,7 @@ def explain_write_errors(path: str | os.PathLike) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
         if number in (errno.ENOSPC, errno.EDQUOT):
             raise EdgeDiTError(f"No space left on the disk of {path}; free some and run the same command again, it continues.") from error
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG):
             raise EdgeDiTError(f"Cannot write {path} ({os.strerror(number)}); choose a folder you may write to.") from error
         raise
 

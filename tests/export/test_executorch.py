@@ -184,7 +184,10 @@ def test_reports(pipeline, fp32, int4):
             "aten_unsqueeze_copy_default",
             "dim_order_ops__to_dim_order_copy_default",
         }
-        assert sorted(p.name for p in path.iterdir()) == ["bench.json", "model_index.json", "scheduler", "transformer", "verify.json"]
+        contract = ["PORTING.md", "bench.json", "contract.json", "delegation.json", "model_index.json", "reference.safetensors", "sample_min.py"]
+        assert sorted(p.name for p in path.iterdir()) == [*contract, "scheduler", "transformer", "verify.json"]
+        share = json.loads((path / "delegation.json").read_text())["transformer/executorch/model.pte"]
+        assert share["portable"] == bench["delegation"]["portable"] and 0 <= share["portable_share"] <= 0.1
         assert json.loads((path / "transformer/config.json").read_text())["batch"] == batch
     assert json.loads((fp32 / "bench.json").read_text())["file_bytes"] > 1.5 * bench["file_bytes"]
 

@@ -125,13 +125,8 @@ def test_reports(pipeline, fp32, int8):
             assert set(entry["speedup"]) == runners - {f"onnxruntime-{precision}"}
             assert all(t["median_ms"] > 0 and t["threads"] == 1 for t in entry["timings"].values())
         assert bench["file_bytes"] == (path / "transformer/onnx/model.onnx").stat().st_size > bench["initializer_bytes"]
-        assert sorted(p.name for p in path.iterdir()) == [
-            "bench.json",
-            "model_index.json",
-            "scheduler",
-            "transformer",
-            "verify.json",
-        ]
+        contract = ["PORTING.md", "bench.json", "contract.json", "model_index.json", "reference.safetensors", "sample_min.py"]
+        assert sorted(p.name for p in path.iterdir()) == [*contract, "scheduler", "transformer", "verify.json"]
     assert [entry["batch"] for entry in bench["latency"]] == [2, 8]
 
 

@@ -1,15 +1,14 @@
 """Which layers of a 4-bit export need 8 bits, so that its images stay as good as was asked.
 
-The network's layers are ranked by what the output loses when each alone is quantised ([`sensitivity.replaced_weight_error`]), a bit spent; then
-whole images are sampled with the weights of both widths simulated, and the shortest beginning of the ranking that reaches the goal is found by
-bisection.
+The network's layers are ranked by what the output loses when each alone is quantised, a weight; then whole images are sampled with the layers of
+both widths simulated, and the shortest beginning of the ranking that reaches the goal is found by bisection. A simulation is what the runtime makes
+of a layer: [`nearest_form`] of ONNX Runtime's MatMulNBits, [`xnnpack_weights`] of XNNPACK, which also rounds activations to 8 bits a token.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,66 +18,100 @@ from ..errors import EdgeDiTError
 from ..launch import with_transformer
 from ..metrics.generative import psnr
 from ..quantization.affine import quantize_affine
-from ..quantization.calibration import record, replay
-from ..quantization.sensitivity import replaced_weight_error
+from ..quantization.calibration import output_error, record, replay, spread
 from ..quantization.weights import AffineWeight
+from .executorch import given_weight, linear_scheme, quantized_weight
+from .onnx_lowbit import GROUP, MIN_QUANTIZED_ELEMENTS
+from .parts import share
 from .verify import PROMPTS, sampling_arguments
+from .xnnpack import FormLinear
 
-GROUP = 32  # inputs that share a scale in 4 bits, in every runtime
-MIN_ELEMENTS = 1024  # smaller layers are not quantised
-RANKING_CALLS = 6  # forwards, spread over the timesteps, that the ranking is measured at
+TIMESTEPS = 4  # that the ranking is measured at
+Form = Callable[[str, nn.Linear, int], torch.Tensor]  # (name, the layer, 4 or 8 bits) → the weight that simulates it
 
 
-def four_bit_weights(model: nn.Module, given: Mapping[str, Any]) -> dict[str, AffineWeight]:
-    """The 4-bit form of every linear layer that an export quantises: the given one, or the nearest symmetric grid in groups of [`GROUP`]."""
-    weights = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and layer.weight.numel() >= MIN_ELEMENTS:
-            found = given.get(name)
-            weights[name] = found if isinstance(found, AffineWeight) else quantize_affine(layer.weight.detach(), 4, GROUP, symmetric=True)
-    return weights
+def quantized_linears(model: nn.Module, smallest: int = MIN_QUANTIZED_ELEMENTS) -> dict[str, nn.Linear]:
+    """The linear layers of at least so many weights, by name; side blocks serve training only."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and not name.startswith("side_blocks.")}
+    return {name: layer for name, layer in layers.items() if layer.weight.numel() >= smallest}
+
+
+def nearest_form(given: Mapping[str, Any]) -> Form:
+    """Layers in ONNX Runtime: the given 4-bit weights or the nearest ones in groups of [`GROUP`]; or 8 bits."""
+
+    def form(name: str, layer: nn.Linear, bits: int) -> torch.Tensor:
+        if bits == 4 and isinstance(given.get(name), AffineWeight):
+            return given[name].dequantize()
+        return quantize_affine(layer.weight.detach(), bits, GROUP, symmetric=True).dequantize()
+
+    return form
+
+
+def xnnpack_weights(given: Mapping[str, Any]) -> Form:
+    """Layers in XNNPACK: 8da4w with the given weights where it has such a grid, or 8da8w; activations are rounded too."""
+
+    def form(name: str, layer: nn.Linear, bits: int) -> torch.Tensor:
+        scheme = linear_scheme("8da4w", layer.in_features, keep_8bit=bits == 8)
+        kept = given.get(name) if bits == 4 else None
+        weight = given_weight(FormLinear(layer, name), scheme, kept) if isinstance(kept, AffineWeight) else None
+        return quantized_weight(layer.weight.detach(), scheme) if weight is None else weight
+
+    return form
 
 
 @torch.no_grad()
 def choose_8bit(
-    pipeline: Any, weights: Mapping[str, AffineWeight], goal_db: float, *, seed: int = 0, images: int = 4, prompts: Sequence[str] | None = None
+    pipeline: Any,
+    form: Form,
+    goal_db: float,
+    *,
+    smallest: int = MIN_QUANTIZED_ELEMENTS,
+    seed: int = 0,
+    images: int = 4,
+    prompts: Sequence[str] | None = None,
 ) -> list[str]:
     """Names of the layers that need 8 bits, in the network's order; none if 4 bits reach the goal everywhere.
 
     Args:
         pipeline: the eager pipeline, plain float32 weights.
-        weights: [`four_bit_weights`].
+        form: what the runtime makes of a layer.
         goal_db: least peak signal-to-noise ratio of the images of the whole loop.
+        smallest: weights of a layer that the runtime quantises.
         seed: image i starts from the noise of seed + i. images: how many are compared. prompts: of text to image.
 
     Raises:
         EdgeDiTError: even 8 bits everywhere do not reach the goal.
     """
-    model = copy.deepcopy(pipeline.transformer)
+    model, layers = share(pipeline.transformer), quantized_linears(pipeline.transformer, smallest)
     simulated = with_transformer(pipeline, model)
-    original = {name: model.get_submodule(name).weight.detach().clone() for name in weights}
+    simulated.set_progress_bar_config(disable=True)
     asked = sampling_arguments(pipeline, images, prompts)
 
-    def sample() -> Any:
-        simulated.set_progress_bar_config(disable=True)
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(images)]
-        return simulated(**asked, generator=generators, output_type="np").images
+    def put(name: str, weight: torch.Tensor) -> None:
+        model.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
 
     def quality(kept: set[str]) -> float:
-        for name, weight in weights.items():
-            if name in kept:
-                value = quantize_affine(original[name], 8, GROUP, symmetric=True).dequantize()
-            else:
-                value = weight.dequantize()
-            model.get_submodule(name).weight.copy_(value)
+        for name, layer in layers.items():
+            put(name, form(name, layer, 8 if name in kept else 4))
         return psnr(sample(), reference, data_range=1.0)
+
+    def sample() -> Any:
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(images)]
+        return simulated(**asked, generator=generators, output_type="np").images
 
     reference = sample()
     if quality(set()) >= goal_db:
         return []
-    for name, value in original.items():
-        model.get_submodule(name).weight.copy_(value)
-    ranking = _ranking(simulated, weights, seed, prompts)
+    for name, layer in layers.items():
+        put(name, layer.weight.detach())
+    calls = spread(record(simulated, min(images, 4), seed=seed, prompts=list(prompts or PROMPTS)).calls, TIMESTEPS)
+    references = [replay(model, call) for call in calls]
+    errors = {}
+    for name, layer in layers.items():
+        put(name, form(name, layer, 4))
+        errors[name] = output_error(model, calls, references).mean_mse / math.prod(layer.weight.shape)
+        put(name, layer.weight.detach())
+    ranking = sorted(errors, key=errors.get, reverse=True)
     low, high = 0, len(ranking)  # 8 bits for the first `low` do not reach the goal; for the first `high` they do
     best = quality(set(ranking))
     if best < goal_db:
@@ -87,17 +120,4 @@ def choose_8bit(
         middle = (low + high) // 2
         low, high = (low, middle) if quality(set(ranking[:middle])) >= goal_db else (middle, high)
     kept = set(ranking[:high])
-    return [name for name in weights if name in kept]
-
-
-def _ranking(pipeline: Any, weights: Mapping[str, AffineWeight], seed: int, prompts: Sequence[str] | None) -> list[str]:
-    """The layers, the one with the largest squared error a weight first."""
-    model = pipeline.transformer
-    calls = record(pipeline, 2, seed=seed, prompts=list(prompts or PROMPTS)).calls
-    calls = calls[:: max(1, math.ceil(len(calls) / RANKING_CALLS))]
-    references = [replay(model, call) for call in calls]
-    errors = {}
-    for name, weight in weights.items():
-        error = replaced_weight_error(model, name, weight.dequantize(), calls, references)
-        errors[name] = error.mean_mse / math.prod(weight.shape)
-    return sorted(errors, key=errors.get, reverse=True)
+    return [name for name in layers if name in kept]

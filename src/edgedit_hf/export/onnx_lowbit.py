@@ -23,10 +23,10 @@ from torch import nn
 from ..errors import EdgeDiTError
 from ..quantization.affine import quantize_affine
 from ..quantization.packing import unpack
+from ..quantization.weights import AffineWeight
 
 if TYPE_CHECKING:
     from ..quantization.activations import ActivationScales
-    from ..quantization.weights import AffineWeight
 
 MIN_QUANTIZED_ELEMENTS = 1024  # smaller matrices stay fp32: their scales and extra operators cost more than they save
 GROUP = 32  # inputs that share a scale in 4 bits
@@ -278,8 +278,8 @@ def weight_only(
 
     Args:
         module: the network that was traced.
-        given: integers to use as they are, by the names of `module`'s layers (4 or 8 bits, groups of a power of two from 16 on, or one a row where
-            that is one); other layers are rounded to the nearest.
+        given: integers to use as they are, by the names of `module`'s layers (4 or 8 bits, groups of a power of two from 16 on, or one a row); other
+            layers are rounded to the nearest.
         keep_8bit: layers that get 8 bits.
 
     Returns:
@@ -291,7 +291,7 @@ def weight_only(
     def make(node: onnx.NodeProto, matrix: np.ndarray) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
         layer = names.get(node.name, node.name)
         weight = (given or {}).get(layer)
-        if weight is None:
+        if not isinstance(weight, AffineWeight):  # no palette is a grid: what it stands for is rounded again
             weight = quantize_affine(torch.from_numpy(np.ascontiguousarray(matrix.T)), 8 if layer in keep_8bit else 4, GROUP, symmetric=True)
         counts[f"{weight.bits} bit"] = counts.get(f"{weight.bits} bit", 0) + 1
         return _matmul_nbits(node, weight, f"{layer}.{node.name}")

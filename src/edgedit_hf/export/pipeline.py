@@ -24,7 +24,8 @@ from ..run_state import atomic_folder, atomic_write_json, versions, weights_hash
 from . import verify
 from .contract import Artefact, write_contract
 from .executorch import DEFAULT_BATCH, SCHEMES, lower_executorch
-from .mixed import GROUP, MIN_ELEMENTS, choose_8bit, four_bit_weights
+from .mixed import Form, choose_8bit, nearest_form, quantized_linears, xnnpack_weights
+from .onnx_lowbit import GROUP, MIN_QUANTIZED_ELEMENTS
 from .parts import Part, is_elastic, latent_size, pipeline_parts, text_lengths
 from .runtime import COMPONENTS, SUFFIXES, open_session, stem
 from .schedule import NotLinearError
@@ -65,12 +66,15 @@ class Format:
         default_batch: rows of a forward of an export that states none.
         dynamic: whether sizes may stay open.
         lower: `(part, path, precision, facts, options)` writes a part; returns facts for bench.json.
+        four_bits: what its runtime makes of a layer in 4 bits, given the low-bit weights to use as they are. smallest: weights of a layer that it quantises.
     """
 
     schemes: Mapping[str, str]
     default_batch: str | int
     dynamic: bool
     lower: Callable[[Part, Path, str, Mapping[str, str], Options], dict]
+    four_bits: Callable[[Mapping[str, Any]], Form] | None = None
+    smallest: int = MIN_QUANTIZED_ELEMENTS
 
 
 def _lower_onnx(part: Part, path: Path, precision: str, facts: Mapping[str, str], options: Options) -> dict:
@@ -104,8 +108,8 @@ def _lower_coreml(part: Part, path: Path, precision: str, facts: Mapping[str, st
 
 
 FORMATS = {
-    "onnx": Format({name: name for name in ("fp32", "fp16", "int8", "int4")}, "dynamic", True, _lower_onnx),
-    "executorch": Format(SCHEMES, DEFAULT_BATCH, False, _lower_executorch),
+    "onnx": Format({name: name for name in ("fp32", "fp16", "int8", "int4")}, "dynamic", True, _lower_onnx, nearest_form),
+    "executorch": Format(SCHEMES, DEFAULT_BATCH, False, _lower_executorch, xnnpack_weights, 1),
     "coreml": Format({name: name for name in ("fp32", "fp16", "int8", "int4")}, DEFAULT_BATCH, False, _lower_coreml),
 }
 ACTIVATIONS = ("dynamic", "static", "by-timestep")
@@ -298,18 +302,18 @@ def _calibrated(
     from ..quantization.gptq import gptq
 
     model = pipeline.transformer
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name not in options.given]
+    layers = [name for name in quantized_linears(model) if name not in options.given]
     calls = record(pipeline, CALIBRATION_IMAGES, seed=seed, prompts=list(prompts or verify.PROMPTS)).calls
     if activations != "dynamic":
-        timesteps, ranges = input_ranges(model, calls, layers)
+        # The first layer sees the sample itself, where one value (a background's) may fill half of it: its rounding error would be the same everywhere.
+        timesteps, ranges = input_ranges(model, calls, [name for name in layers if name != "patch_embed"])
         used = {name: bounds for name, bounds in ranges.items() if torch.isfinite(bounds).all()}  # side blocks are never called
         buckets = min(BUCKETS, len(timesteps)) if activations == "by-timestep" else 1
         return replace(options, scales=activation_scales(timesteps, used, buckets))
     given = dict(options.given)
     for name in layers:  # one at a time: the moments of all layers of a large network would not fit
-        if model.get_submodule(name).weight.numel() >= MIN_ELEMENTS:
-            moments = second_moments(model, calls, [name])[name]
-            given[name] = gptq(model.get_submodule(name).weight, moments, 4, GROUP, symmetric=True)
+        moments = second_moments(model, calls, [name])[name]
+        given[name] = gptq(model.get_submodule(name).weight, moments, 4, GROUP, symmetric=True)
     return replace(options, given=given)
 
 
@@ -442,23 +446,21 @@ class _Job:
         """Lower, load back and compare. Returns what the lowerings say, what verify.json holds, and the exported pipeline."""
         scheme = self.target.schemes[self.dtype]
         least = verify.MIN_PSNR_DB[scheme] if min_psnr_db is None else min_psnr_db
-        weights, goal = None, least
-        if self.dtype == "int4":
-            weights = four_bit_weights(self.pipeline.transformer, options.given)
+        goal = least
         for _ in range(EIGHT_BIT_ATTEMPTS):
-            if weights is not None:
-                kept = choose_8bit(self.pipeline, weights, goal, seed=asked["seed"], prompts=asked["prompts"])
-                given = {name: weight for name, weight in options.given.items() if name not in kept}
-                options = replace(options, keep_8bit=tuple(kept), given=given)
-            said = self.write(folder, parts, options)
+            if self.dtype == "int4":
+                form = self.target.four_bits(options.given)
+                kept = choose_8bit(self.pipeline, form, goal, smallest=self.target.smallest, seed=asked["seed"], prompts=asked["prompts"])
+                options = replace(options, keep_8bit=tuple(kept))
+            given = {name: weight for name, weight in options.given.items() if name not in options.keep_8bit}
+            said = self.write(folder, parts, replace(options, given=given))
             exported = self.load(folder, threads)
             found = verify.compare(eager, exported, **asked)
-            if weights is None or not found["finite"] or found["psnr_db"] is None or found["psnr_db"] >= least:
+            if self.dtype != "int4" or not found["finite"] or found["psnr_db"] is None or found["psnr_db"] >= least:
                 break
-            # Activations are rounded too, which the choice does not simulate: ask for as much more as is missing.
-            goal += least - found["psnr_db"] + 0.5
+            goal += least - found["psnr_db"] + 0.5  # kernels round a little differently than the simulation: ask for more
         found = verify.check(found, scheme, tolerance, min_psnr_db)
-        if weights is not None:
+        if self.dtype == "int4":
             found["layers_of_8_bits"] = list(options.keep_8bit)
         checked = {}
         for part in parts:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import BaseOutput
 
@@ -101,7 +101,7 @@ def open_session(file: str | os.PathLike, format: str, threads: int | None = Non
 # -------------------------------------------------------------------- components
 
 
-class ExportedComponent:
+class ExportedComponent(ConfigMixin):
     r"""
     A component that a runtime computes: what all of them share.
 
@@ -119,8 +119,7 @@ class ExportedComponent:
     config_name = "config.json"
 
     def __init__(self, **config: Any):
-        self.export = FrozenDict(config)
-        self.config: Any = self.export
+        self.export = self._internal_dict = FrozenDict(config)
         self.folder: Path | None = None
         self.num_threads: int | None = None
         self.sessions: dict[str, OnnxSession | PteSession] = {}
@@ -549,7 +548,12 @@ class ExportedTextEncoder(ExportedComponent):
 
         super().__init__(**config["edgedit_export"])
         values = dict(config)
-        self.config = AutoConfig.for_model(values.pop("model_type"), **values)
+        self._text_config = AutoConfig.for_model(values.pop("model_type"), **values)
+
+    @property
+    def config(self) -> Any:
+        """The text encoder's own config."""
+        return self._text_config
 
     def save_config(self, save_directory: str | os.PathLike) -> None:
         """Write `config.json`."""

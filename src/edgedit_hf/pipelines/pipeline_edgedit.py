@@ -57,7 +57,7 @@ class EdgeDiTPipeline(DiffusionPipeline):
         self,
         transformer: ModelMixin | ConfigMixin,
         scheduler: SchedulerMixin,
-        vae: ModelMixin | None = None,
+        vae: ModelMixin | ConfigMixin | None = None,
         id2label: dict[str, str] | None = None,
         default_steps: int = 50,
         default_guidance_scale: float = 4.0,

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from diffusers import AutoModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -60,12 +61,12 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     def __init__(
         self,
-        transformer: ModelMixin,
+        transformer: ModelMixin | ConfigMixin,
         scheduler: SchedulerMixin,
-        vae: ModelMixin | None = None,
-        text_encoder: torch.nn.Module | None = None,
+        vae: ModelMixin | ConfigMixin | None = None,
+        text_encoder: torch.nn.Module | ConfigMixin | None = None,
         tokenizer: Any = None,
-        text_encoder_2: torch.nn.Module | None = None,
+        text_encoder_2: torch.nn.Module | ConfigMixin | None = None,
         tokenizer_2: Any = None,
         default_steps: int = 28,
         default_guidance_scale: float = 4.0,
