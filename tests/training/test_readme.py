@@ -110,6 +110,30 @@ def test_export_to_executorch_and_load_back(recipes, clone):
     assert "ExecutorchEdgeDiTTransformer2DModel (8, 8)" in sampled_from(recipes, clone, "exported-pte")
 
 
+def test_what_an_app_author_ports(recipes, clone):
+    """After the export above: the loop in numpy, against its reference."""
+    if not (clone / "exported").is_dir():
+        shell(recipes, shlex.split(find(recipes, "--format onnx")), clone)
+    assert "ok" in shell(recipes, shlex.split(find(recipes, "sample_min.py --check")), clone)
+    shell(recipes, shlex.split(find(recipes, "sample_min.py --reference")), clone)
+    assert Image.open(clone / "three.png").size == (8, 8)
+
+
+@pytest.mark.slow
+def test_export_of_text_to_image(recipes, clone):
+    shell(recipes, shlex.split(find(recipes, "--subnet small --split-conditioner")), clone)
+    code = (
+        "import edgedit_hf; from diffusers import DiffusionPipeline; p = DiffusionPipeline.from_pretrained('exported-t2i');"
+        "print(type(p.text_encoder_2).__name__, p('a thick seven', num_inference_steps=2).images[0].size)"
+    )
+    assert "OnnxTextEncoder (8, 8)" in shell(recipes, [sys.executable, "-c", code], clone)
+
+
+def test_quantise(recipes, clone):
+    shell(recipes, shlex.split(find(recipes, "training/quantize.py")), clone)
+    assert (clone / "runs" / "debug-quantize" / "quantized" / "quantization.json").is_file()
+
+
 def test_convert_an_original_checkpoint(recipes, tmp_path):
     oracle = load_file(recipes.root / "tests" / "models" / "oracles" / "dit.safetensors")
     weights = {key.removeprefix("weights."): value for key, value in oracle.items() if key.startswith("weights.")}

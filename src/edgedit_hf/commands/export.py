@@ -53,6 +53,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--weights", default="nearest", help="of int4: nearest, or gptq (error-compensating, calibrated on the pipeline's own samples) (default nearest)"
     )
     parser.add_argument(
+        "--backend",
+        default="xnnpack",
+        help="of executorch: xnnpack, or coreml or qnn where their SDKs are installed; files of those two are not run (default xnnpack)",
+    )
+    parser.add_argument(
         "--tolerance",
         type=float,
         help="largest relative error of a forward, over all sampling timesteps (default 1e-3 for fp32, 1e-2 for fp16, 5e-2 for int8, 3e-1 for int4)",
@@ -134,6 +139,7 @@ def run_export(args: Any) -> None:
         min_psnr_db=args.min_psnr,
         activations=args.activations,
         weights=args.weights,
+        backend=args.backend,
         prompts=prompts,
         num_images=args.images,
         seed=args.seed,
@@ -142,8 +148,8 @@ def run_export(args: Any) -> None:
         trust_remote_code=args.trust_remote_code,
     )
     print(summary(read_json(folder / "verify.json", "the export"), read_json(folder / "bench.json", "the export")))
-    if args.format == "coreml":
-        print(f"Wrote {folder}; PORTING.md in it says how to run it on a Mac or an iPhone.")
+    if args.format == "coreml" or args.backend != "xnnpack":
+        print(f"Wrote {folder}; PORTING.md in it says how to run it on a device.")
     else:
         print(f"Wrote {folder}; load it with: import edgedit_hf; DiffusionPipeline.from_pretrained({str(folder)!r})")
 

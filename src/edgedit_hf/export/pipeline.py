@@ -24,6 +24,8 @@ from ..run_state import atomic_folder, atomic_write_json, versions, weights_hash
 from . import verify
 from .contract import Artefact, write_contract
 from .executorch import DEFAULT_BATCH, SCHEMES, lower_executorch
+from .executorch_backends import NOT_RUN as BACKEND_NOT_RUN
+from .executorch_backends import check_backend
 from .mixed import Form, choose_8bit, nearest_form, quantized_linears, xnnpack_weights
 from .onnx_lowbit import GROUP, MIN_QUANTIZED_ELEMENTS
 from .parts import Part, is_elastic, latent_size, pipeline_parts, text_lengths
@@ -46,6 +48,7 @@ class Options:
         given: low-bit weights to use as they are, by layer. keep_8bit: layers that a 4-bit export gives 8 bits.
         layers: the module whose layer names these use.
         quantized: Core ML: the packed weights of a quantised model, by layer.
+        backend: ExecuTorch: who computes, `"xnnpack"`, `"coreml"` or `"qnn"`.
     """
 
     opset: int | None = None
@@ -55,6 +58,7 @@ class Options:
     keep_8bit: tuple[str, ...] = ()
     layers: nn.Module | None = None
     quantized: Mapping[str, Any] = field(default_factory=dict)
+    backend: str = "xnnpack"
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ def _lower_onnx(part: Part, path: Path, precision: str, facts: Mapping[str, str]
 def _lower_executorch(part: Part, path: Path, precision: str, facts: Mapping[str, str], options: Options) -> dict:
     in_transformer = part.component == "transformer"
     given = {name: weight for name, weight in options.given.items() if isinstance(weight, AffineWeight)} if in_transformer else None
-    return lower_executorch(part, path, precision, facts, keep_8bit=options.keep_8bit if in_transformer else (), affine=given)
+    kept = options.keep_8bit if in_transformer else ()
+    return lower_executorch(part, path, precision, facts, keep_8bit=kept, affine=given, backend=options.backend)
 
 
 def _lower_coreml(part: Part, path: Path, precision: str, facts: Mapping[str, str], options: Options) -> dict:
@@ -131,6 +136,7 @@ def export_pipeline(
     min_psnr_db: float | None = None,
     activations: str = "dynamic",
     weights: str = "nearest",
+    backend: str = "xnnpack",
     prompts: Sequence[str] | None = None,
     seed: int = 0,
     threads: int = 2,
@@ -162,6 +168,7 @@ def export_pipeline(
         activations: of ONNX in int8: `"dynamic"`, `"static"` (calibrated on the pipeline's own samples) or `"by-timestep"` (a scale a bucket
             of timesteps).
         weights: of int4: `"nearest"`, or `"gptq"` (error-compensating, calibrated in the same way). A model that is quantised already keeps its own.
+        backend: of ExecuTorch: `"xnnpack"`, or `"coreml"` or `"qnn"` where their SDKs are installed; the files of those two cannot be run here.
         prompts: of text to image: what is sampled to calibrate and to verify.
         seed: seed of the comparison's images.
         threads: threads of the comparison and the timing.
@@ -184,7 +191,7 @@ def export_pipeline(
     batch = check_batch(target.default_batch if batch is None else batch, target.dynamic)
     if dtype not in target.schemes:
         raise EdgeDiTError(f"dtype is {dtype!r}; the format {format} exists as {', '.join(target.schemes)}.")
-    _check_options(format, dtype, opset, activations, weights, resolution)
+    _check_options(format, dtype, opset, activations, weights, resolution, backend)
     output = Path(output)
     check_output(output, overwrite)
     source = str(pipeline) if isinstance(pipeline, (str, os.PathLike)) else None
@@ -207,12 +214,13 @@ def export_pipeline(
     try:
         with atomic_folder(output) as folder:
             facts = {"source": source, **job.identity()}
-            if format == "coreml":
+            if format == "coreml" or backend != "xnnpack":
                 said = job.write(folder, parts, options)
                 save_without_networks(plain, folder)
-                facts |= job.contract(folder, parts, said, options, asked, threads)
-                checked = job.interpreted(folder, parts, said, tolerance)
-                atomic_write_json(folder / "verify.json", {"precision": dtype, "passed": None, "parts": checked, "not_run": NOT_RUN, **facts})
+                facts |= job.contract(folder, parts, said, options, asked, None)
+                checked = job.interpreted(folder, parts, said, tolerance) if format == "coreml" else {}
+                reason = NOT_RUN if format == "coreml" else BACKEND_NOT_RUN[backend]
+                atomic_write_json(folder / "verify.json", {"precision": dtype, "passed": None, "parts": checked, "not_run": reason, **facts})
                 atomic_write_json(folder / "bench.json", {"parts": said, "environment": environment(threads), **facts})
                 return output
             if packed and dtype in ("int8", "int4"):
@@ -240,9 +248,13 @@ NOT_RUN = (
 
 
 def _check_options(
-    format: str, dtype: str, opset: int | None, activations: str, weights: str, resolution: Resolution
+    format: str, dtype: str, opset: int | None, activations: str, weights: str, resolution: Resolution, backend: str
 ) -> None:
     """Raise unless the options exist and go together."""
+    if backend != "xnnpack":
+        if format != "executorch":
+            raise EdgeDiTError(f"backend is {backend!r}; backends belong to ExecuTorch. Leave it out for {format}.")
+        check_backend(backend, dtype)
     if opset is not None and format != "onnx":
         raise EdgeDiTError(f"opset is {opset}; operator sets belong to ONNX. Leave it out for {format}.")
     if activations not in ACTIVATIONS:
@@ -486,9 +498,10 @@ class _Job:
         return checked
 
     def contract(
-        self, folder: Path, parts: Sequence[Part], said: Mapping[str, dict], options: Options, asked: Mapping[str, Any], threads: int
+        self, folder: Path, parts: Sequence[Part], said: Mapping[str, dict], options: Options, asked: Mapping[str, Any], threads: int | None
     ) -> dict[str, str]:
-        """Write the port contract. Returns nothing, or why there is none: a scheduler that adds noise is not numbers alone."""
+        """Write the port contract, with the artefacts' own outputs as its reference (`threads` of their runtime) or, where they cannot be run
+        (`None`), the eager network's. Returns nothing, or why there is none: a scheduler that adds noise is not numbers alone."""
         sessions: dict[str, Any] = {}
 
         def run(artefact: Artefact, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -513,7 +526,7 @@ class _Job:
                 split=self.split,
                 seed=asked["seed"],
                 prompt=prompts[0] if prompts else verify.PROMPTS[0],
-                run=None if self.format == "coreml" else run,
+                run=None if threads is None else run,
             )
         except NotLinearError as error:
             return {"contract": f"none was written: {error}"}
