@@ -252,6 +252,40 @@ def test_text_to_image_splits_and_loads_back(tmp_path, caplog):
     assert torch.allclose(images_of(again, prompt_embeds=embeds, prompt_masks=masks), expected, atol=1e-4)
 
 
+SAMPLES_FROM_THE_HUB = """
+import sys
+import torch
+import edgedit_hf
+from diffusers import DiffusionPipeline
+
+expected = torch.load(sys.argv[1], weights_only=True)
+for name, kind in (("acme/exported", sys.argv[2]), ("acme/torch", "")):
+    pipeline = DiffusionPipeline.from_pretrained(name)
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline.transformer).__name__ == f"{kind}ElasticDiTTransformer2DModel"
+    assert type(pipeline.text_encoder_2).__name__ == (f"{kind}TextEncoder" if kind else "T5EncoderModel")
+    images = pipeline(["a 3", "a"], generator=torch.Generator().manual_seed(1), output_type="pt").images
+    assert torch.allclose(images, expected, atol=2e-3), (images - expected).abs().max()
+print("same")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format, split, kind", [("onnx", False, "Onnx"), ("executorch", True, "Executorch")])
+def test_prompts_to_images_from_the_hub(format, split, kind, make_hub_server, run_python, tmp_path):
+    """Text encoders, denoiser and VAE in the runtime, through a download: what diffusers' filter leaves out would be missing."""
+    from test_contract import elastic, tiny_vae
+
+    pipeline = elastic(vae=tiny_vae(1))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path / "torch")
+    options = {"threads": 1, "bench_batches": (2,), "bench_repeats": 2, "num_images": 2}
+    export_pipeline(tmp_path / "torch", tmp_path / "exported", format=format, split_conditioner=split, **options)
+    torch.save(images_of(pipeline, ["a 3", "a"]), tmp_path / "expected.pt")
+    env = make_hub_server({"acme/exported": tmp_path / "exported", "acme/torch": tmp_path / "torch"})
+    assert run_python(SAMPLES_FROM_THE_HUB, tmp_path / "expected.pt", kind, env=env).strip().endswith("same")
+
+
 # -------------------------------------------------------------------- what is refused
 
 

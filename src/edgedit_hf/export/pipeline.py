@@ -109,7 +109,9 @@ def _lower_coreml(part: Part, path: Path, precision: str, facts: Mapping[str, st
     from .coreml import lower_coreml
 
     quantized = options.quantized if part.component == "transformer" else {}
-    return lower_coreml(part, path, "fp16" if quantized else precision, facts, quantized=quantized or None)
+    if quantized and precision != "fp32":
+        precision = "fp16"  # of all that is not packed already
+    return lower_coreml(part, path, precision, facts, quantized=quantized or None)
 
 
 FORMATS = {
@@ -207,7 +209,7 @@ def export_pipeline(
     size = latent_size(plain, None if open_size else resolution)
     job = _Job(plain, target, format, dtype, batch, split_conditioner, subnet, None if open_size else size)
     parts = pipeline_parts(plain, split=split_conditioner, size=_other(size, plain) if open_size else size, batch=job.rows, images=job.images)
-    options = Options(opset=opset, open_sizes=job.open_sizes, quantized=packed, layers=plain.transformer)
+    options = Options(opset=opset, open_sizes=job.open_sizes, quantized=packed, backend=backend, layers=plain.transformer)
     asked = {"seed": seed, "num_images": num_images, "prompts": prompts}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
