@@ -72,6 +72,7 @@ def elastic(first=True, second=True, vae=None, scheduler=None, channels=1) -> El
 
 
 def tiny_vae(channels=4):
+    torch.manual_seed(0)
     blocks = {f"{side}_block_out_channels": (8, 8) for side in ("encoder", "decoder")} | {f"num_{side}_blocks": (1, 1) for side in ("encoder", "decoder")}
     return diffusers.AutoencoderTiny(latent_channels=channels, scaling_factor=0.7, **blocks).eval()
 

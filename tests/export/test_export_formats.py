@@ -280,7 +280,7 @@ def test_prompts_to_images_from_the_hub(format, split, kind, make_hub_server, ru
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(tmp_path / "torch")
     options = {"threads": 1, "bench_batches": (2,), "bench_repeats": 2, "num_images": 2}
-    export_pipeline(tmp_path / "torch", tmp_path / "exported", format=format, split_conditioner=split, **options)
+    export_pipeline(tmp_path / "torch", tmp_path / "exported", format=format, split_conditioner=split, prompts=["a 3", "a"], **options)
     torch.save(images_of(pipeline, ["a 3", "a"]), tmp_path / "expected.pt")
     env = make_hub_server({"acme/exported": tmp_path / "exported", "acme/torch": tmp_path / "torch"})
     assert run_python(SAMPLES_FROM_THE_HUB, tmp_path / "expected.pt", kind, env=env).strip().endswith("same")
