@@ -158,7 +158,8 @@ def export_pipeline(
         pipeline: an [`EdgeDiTPipeline`] or [`ElasticDiTPipeline`], a pipeline folder or a Hub id.
         output: folder to write.
         format: `"onnx"`, `"executorch"` or `"coreml"`.
-        dtype: `"fp32"`, `"int8"` or `"int4"`, for ONNX and Core ML also `"fp16"`. Convolutions of a VAE stay at 16 bits or more.
+        dtype: `"fp32"`, `"int8"` or `"int4"`, for ONNX and Core ML also `"fp16"`. Convolutions of a VAE stay at 16 bits or more, and
+            text encoders have 8 bits in `"int4"`.
         batch: `"dynamic"` (ONNX's default), or the rows of a forward (default 2); guidance makes two an image.
         split_conditioner: write adaLN, a third of a DiT's weights, as an artefact of its own, which a schedule needs once.
         subnet: of an elastic supernet: which one (default: the active one, the full net).
@@ -422,6 +423,10 @@ class _Job:
             said["subnet"] = self.subnet
         return said
 
+    def precision(self, part: Part) -> str:
+        """The precision that is asked of a part: text encoders run once an image and steer all of it, so that they have 8 bits in int4."""
+        return "int8" if self.dtype == "int4" and part.component in TEXT_ENCODERS else self.dtype
+
     def file(self, part: Part) -> str:
         """Where a part's artefact stands within the export."""
         return f"{part.component}/{self.format}/{stem(part.name)}{SUFFIXES[self.format]}"
@@ -433,7 +438,8 @@ class _Job:
         for part in parts:
             path = folder / self.file(part)
             path.parent.mkdir(parents=True, exist_ok=True)
-            said[self.file(part)] = self.target.lower(part, path, self.dtype, {**facts[part.component], "part": part.name}, options)
+            precision = self.precision(part)
+            said[self.file(part)] = self.target.lower(part, path, precision, {**facts[part.component], "part": part.name}, options)
         return said
 
     def load(self, folder: Path, threads: int) -> Any:
@@ -481,7 +487,7 @@ class _Job:
             if part.name == "denoiser":
                 continue
             file = self.file(part)
-            precision = self.target.schemes.get(said[file].get("precision", self.dtype), scheme)
+            precision = self.target.schemes[said[file].get("precision", self.precision(part))]
             session = open_session(folder / file, self.format, threads)
             checked[file] = verify.check_part(part, precision, verify.compare_part(part, session))
         return said, {**found, "parts": checked}, exported
@@ -515,7 +521,7 @@ class _Job:
         artefacts = []
         for part in parts:
             entry = said[self.file(part)]
-            precision = "fp32" if entry.get("scheme") == "fp32" else entry.get("precision", self.dtype)
+            precision = "fp32" if entry.get("scheme") == "fp32" else entry.get("precision", self.precision(part))
             artefacts.append(Artefact(part, self.file(part), precision, options.open_sizes, extra_inputs(part, options)))
         prompts = asked["prompts"]
         try:
