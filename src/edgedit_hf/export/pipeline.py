@@ -211,6 +211,8 @@ def export_pipeline(
     job = _Job(plain, target, format, dtype, batch, split_conditioner, subnet, None if open_size else size)
     parts = pipeline_parts(plain, split=split_conditioner, size=_other(size, plain) if open_size else size, batch=job.rows, images=job.images)
     options = Options(opset=opset, open_sizes=job.open_sizes, quantized=packed, backend=backend, layers=plain.transformer)
+    if is_elastic(pipeline) and batch != "dynamic":
+        prompts = prompts_that_fit(plain, prompts)
     asked = {"seed": seed, "num_images": num_images, "prompts": prompts}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -555,6 +557,33 @@ class _Job:
             else:
                 others[file] = {**measured, **said[file]}
         return {**found, "parts": others}
+
+
+def prompts_that_fit(pipeline: Any, prompts: Sequence[str] | None) -> list[str]:
+    """Prompts for files whose number of tokens is fixed: the given ones, or the beginnings of the usual ones that fit.
+
+    Raises:
+        EdgeDiTError: a given prompt has more tokens than the files take.
+    """
+    limits = [(pipeline.components.get(name), length) for name, length in zip(("tokenizer", "tokenizer_2"), text_lengths(pipeline))]
+
+    def excess(prompt: str) -> tuple[int, int] | None:
+        counts = [(len(tokenizer(prompt, verbose=False).input_ids), length) for tokenizer, length in limits if tokenizer is not None]
+        return next(((count, length) for count, length in counts if count > length), None)
+
+    for prompt in prompts or ():
+        over = excess(prompt)
+        if over is not None:
+            raise EdgeDiTError(f"The prompt {prompt!r} has {over[0]} tokens, but files of a fixed batch take {over[1]}; shorten it, or leave --batch dynamic.")
+    if prompts:
+        return list(prompts)
+    found = []
+    for prompt in verify.PROMPTS:
+        words = prompt.split()
+        while len(words) > 1 and excess(" ".join(words)) is not None:
+            words.pop()
+        found.append(" ".join(words))
+    return found
 
 
 def save_without_networks(pipeline: Any, folder: Path) -> None:
