@@ -551,7 +551,7 @@ class _Job:
         for part in parts:
             file = self.file(part)
             rows = batches if part.component == "transformer" else [self.images]
-            measured = verify.benchmark(part, {self.dtype: folder / file}, self.format, rows, threads, repeats, extra=extra_inputs(part, options))
+            measured = verify.benchmark(part, {self.precision(part): folder / file}, self.format, rows, threads, repeats, extra=extra_inputs(part, options))
             if part.name == "denoiser":
                 found = {**measured, **said[file]}
             else:
