@@ -230,6 +230,7 @@ def check(contract, artefacts, reference):
 
 
 def main():
+    """The command line."""
     parser = argparse.ArgumentParser(description="One image from this export, with numpy and its runtime alone.")
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument("--seed", type=int, default=0, help="of numpy's generator")

@@ -16,7 +16,7 @@ from ..latency.protocol import environment, measure, paired_ratio
 from ..launch import with_components
 from ..metrics.generative import psnr
 from .onnx import initializer_bytes
-from .parts import Part, is_elastic, text_lengths
+from .parts import MODULATED, Part, is_elastic, text_lengths
 from .runtime import open_session
 
 # ‖artefact − eager‖ / ‖eager‖ of one forward, the worst over all sampling timesteps. fp32 differs by the order of additions only.
@@ -95,7 +95,8 @@ def compare(pipeline: Any, exported: Any, seed: int = 0, num_images: int = 8, pr
     steps: list[dict[str, float]] = []
 
     def compare_forward(module, inputs, named, output) -> None:
-        named = {key: value for key, value in named.items() if key not in ("return_dict", MODULATION)}
+        # A pipeline computes the modulation for a model that can; an artefact has its own conditioner.
+        named = {key: value for key, value in named.items() if key not in ("return_dict", MODULATED)}
         found = artefact(*inputs, **named, return_dict=False)[0]
         steps.append({"timestep": float(inputs[1].flatten()[0]), "relative_error": relative_error(found, output[0])})
 
@@ -123,9 +124,6 @@ def compare(pipeline: Any, exported: Any, seed: int = 0, num_images: int = 8, pr
         "psnr_db": None if math.isinf(ratio) else ratio,
         "per_timestep": steps,
     }
-
-
-MODULATION = "modulation"  # computed by the pipeline for a model that can; an artefact has its own conditioner
 
 
 def compare_part(part: Part, session: Any) -> float:
