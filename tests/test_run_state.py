@@ -15,29 +15,14 @@ from safetensors.torch import save_file
 
 from edgedit_hf.diffusion import draws
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.run_state import (
-    STAGE_LABEL,
-    Facts,
-    Interrupted,
-    RunState,
-    atomic_folder,
-    atomic_write_json,
-    atomic_write_text,
-    file_sha256,
-    first_difference,
-    hash_json,
-    load_state,
-    publish_into,
-    read_json,
-    save_state,
-    weights_hash,
-)
+from edgedit_hf.files import atomic_folder, atomic_write_json, atomic_write_text, file_sha256, hash_json, publish_into, read_json, weights_hash
+from edgedit_hf.run_state import STAGE_LABEL, Facts, Interrupted, RunState, first_difference, load_state, save_state
 
 STEPS = 9
 
 KILLED = """
 import os, sys
-from edgedit_hf.run_state import atomic_folder
+from edgedit_hf.files import atomic_folder
 with atomic_folder(sys.argv[1]) as folder:
     (folder / "file").write_text("new")
     os._exit(9)

@@ -19,11 +19,12 @@ import train_teacher
 from accelerate import Accelerator
 
 from edgedit_hf.estimate import estimate
+from edgedit_hf.files import read_json
 from edgedit_hf.hub import write_card
 from edgedit_hf.launch import recipe_main
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.report import write_report
-from edgedit_hf.run_state import STAGE_LABEL, read_json
+from edgedit_hf.run_state import STAGE_LABEL
 
 STAGES = {
     "teacher": train_teacher.run,

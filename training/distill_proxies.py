@@ -26,6 +26,7 @@ from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.distill.proxy_group import Features, Proxy, ProxyGroup, held_out_losses, start_blocks, train_step
 from edgedit_hf.distill.schedule import PROCESS_BYTES, Group, MemoryModel, depth_of, pairs_of, plan_bank, wanted_proxies
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.files import weights_hash
 from edgedit_hf.genotype import LayerSpec
 from edgedit_hf.launch import (
     check_fits_data,
@@ -38,7 +39,7 @@ from edgedit_hf.launch import (
     set_learning_rate,
 )
 from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import RunState, weights_hash
+from edgedit_hf.run_state import RunState
 
 CLASS_DROPOUT = 0.1  # features are distilled with and without a class, as guidance will need both
 TRAIN_STREAM, CALIBRATION_STREAM, TEST_STREAM = 0, 2, 3

@@ -15,6 +15,7 @@ from reference import describe_reference, load_reference
 from safetensors.torch import save_file
 
 from edgedit_hf.captions import STYLES, CaptionedDataset, parse_caption, style_words
+from edgedit_hf.files import atomic_write_json, file_sha256, read_json
 from edgedit_hf.latency.protocol import environment, measure
 from edgedit_hf.launch import load_pipeline, load_run_captions, load_run_images, recipe_main
 from edgedit_hf.metrics.features import IndependentClassifier
@@ -22,7 +23,7 @@ from edgedit_hf.metrics.generative import frechet_distance
 from edgedit_hf.pipelines.pipeline_elastic_dit import ElasticDiTPipeline
 from edgedit_hf.pipelines.sampling import generate_from_captions
 from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import RunState, atomic_write_json, file_sha256, read_json
+from edgedit_hf.run_state import RunState
 from edgedit_hf.search_space import BYTES, elastic_cost
 
 SHOWN = 10  # captions at the head of the list, whose images the report shows: of digits one each

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from edgedit_hf.export.executorch import export_executorch
 from edgedit_hf.export.onnx import export_onnx, quantize_int8
 from edgedit_hf.export.verify import weight_bytes
+from edgedit_hf.files import atomic_write_json, read_json
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.latency.protocol import environment, measure, paired_ratio
 from edgedit_hf.latency.runners import TorchRunner, executorch_runner, onnx_runner
@@ -25,7 +26,7 @@ from edgedit_hf.metrics.features import class_agreement
 from edgedit_hf.metrics.generative import frechet_distance, precision_recall, psnr
 from edgedit_hf.pipelines.sampling import generate
 from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import RunState, atomic_write_json, read_json
+from edgedit_hf.run_state import RunState
 from edgedit_hf.search.plots import save_montage
 from edgedit_hf.search_space import BYTES, Cost, model_cost
 

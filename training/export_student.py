@@ -9,9 +9,10 @@ underneath. `optimum-cli export edgedit` does the same for any pipeline.
 from accelerate import Accelerator
 
 from edgedit_hf.export.pipeline import export_pipeline
+from edgedit_hf.files import weights_hash
 from edgedit_hf.launch import load_pipeline, recipe_main
 from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import RunState, weights_hash
+from edgedit_hf.run_state import RunState
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:

@@ -11,10 +11,11 @@ from train_teacher import train_denoiser
 
 from edgedit_hf import EdgeDiTTransformer2DModel
 from edgedit_hf.distill.proxy_bank import ProxyBank
+from edgedit_hf.files import weights_hash
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.launch import check_fits_data, load_pipeline, load_teacher, load_training_set, recipe_main, with_transformer
 from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import RunState, weights_hash
+from edgedit_hf.run_state import RunState
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from edgedit_hf.diffusion import Diffusion
 from edgedit_hf.distill.output_loss import output_loss
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.files import atomic_write_json, file_sha256, hash_json, read_json, weights_hash
 from edgedit_hf.launch import learning_rate_at, load_pipeline, recipe_main, set_learning_rate
 from edgedit_hf.quantization.calibration import moment_batches, record, replay, second_moments, spread
 from edgedit_hf.quantization.gptq import quantize_compensated
@@ -42,7 +43,7 @@ from edgedit_hf.quantization.setup import (
 )
 from edgedit_hf.quantization.weights import spec_bits
 from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import Facts, RunState, atomic_write_json, file_sha256, hash_json, read_json, weights_hash
+from edgedit_hf.run_state import Facts, RunState
 
 RECORD, SAMPLES = "quantization.json", "samples.safetensors"
 

@@ -4,11 +4,11 @@ of its own: search and evaluation call it, and the extractor is trained once a r
 import torch
 
 from edgedit_hf.data import ImageDataset
+from edgedit_hf.files import atomic_write_json
 from edgedit_hf.launch import load_run_images
 from edgedit_hf.metrics.features import FeatureExtractor, InceptionExtractor, train_classifier, train_independent_classifier
 from edgedit_hf.metrics.generative import frechet_distance
 from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import atomic_write_json
 
 REAL_IMAGES = 50_000  # more add nothing to the distance's precision at the sample counts used
 CHUNK = 1000

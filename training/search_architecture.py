@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from reference import load_reference
 
 from edgedit_hf.distill.proxy_bank import ProxyBank
+from edgedit_hf.files import atomic_write_json, file_sha256, read_json
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.launch import load_run_images, load_teacher, recipe_main
 from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import RunState, atomic_write_json, file_sha256, read_json
+from edgedit_hf.run_state import RunState
 from edgedit_hf.search.ask_tell import AskTellSearch, RandomSearch, summary
 from edgedit_hf.search.bayes import BayesSearch
 from edgedit_hf.search.latency_table import LatencyTable

@@ -11,9 +11,10 @@ import dataclasses
 from accelerate import Accelerator
 
 from edgedit_hf.distill.proxy_bank import ProxyBank
+from edgedit_hf.files import file_sha256, read_json
 from edgedit_hf.launch import load_teacher, read_genotype, recipe_main
 from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import RunState, file_sha256, read_json
+from edgedit_hf.run_state import RunState
 from edgedit_hf.search.selection import select, write_student
 
 

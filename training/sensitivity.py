@@ -23,10 +23,11 @@ from edgedit_hf.distill.closed_form import closed_form_block
 from edgedit_hf.distill.feature_loss import rate_scale
 from edgedit_hf.distill.proxy_group import Features, Proxy, ProxyGroup, held_out_losses, new_optimizer, train_step
 from edgedit_hf.distill.sensitivity import disjoint, relative_output_error, single_changes, spliced_student
+from edgedit_hf.files import atomic_write_json, atomic_write_text, weights_hash
 from edgedit_hf.genotype import LayerSpec
 from edgedit_hf.launch import check_fits_data, learning_rate_at, load_teacher, load_training_set, recipe_main, set_learning_rate
 from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import RunState, atomic_write_json, atomic_write_text, weights_hash
+from edgedit_hf.run_state import RunState
 from edgedit_hf.search.plots import sensitivity_plot
 from edgedit_hf.search_space import model_cost
 

@@ -42,8 +42,8 @@ from .data import (
     stream_generator,
 )
 from .errors import EdgeDiTError
+from .files import atomic_folder, atomic_write_json, hash_json, read_json, weights_hash
 from .image_sources import EncodedRows, caption_column_of
-from .run_state import atomic_folder, atomic_write_json, hash_json, read_json, weights_hash
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 STYLES = {"stroke": ("thin", "thick"), "width": ("narrow", "wide"), "slant": ("left", "right")}

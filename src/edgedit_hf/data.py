@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .errors import EdgeDiTError
+from .files import atomic_folder, atomic_write_json, hash_json, read_json, weights_hash
 from .image_sources import HELD_OUT_NAMES, ArrayRows, EncodedRows, image_column_of, image_rows, open_splits, read_labels
-from .run_state import atomic_folder, atomic_write_json, hash_json, read_json, weights_hash
 
 IN_MEMORY_BYTES = 256 * 1024**2  # sets below this size are decoded once and kept, as bytes (latents: as float32)
 LATENT_FORMAT = 1

@@ -10,9 +10,9 @@ from typing import Any
 
 from .captions import STYLES, is_held_out, parse_caption
 from .errors import EdgeDiTError
+from .files import atomic_write_json, atomic_write_text, read_json
 from .hub import metric_label
 from .report import FORMAT, Figure, optional_json, render_html, reproduce
-from .run_state import atomic_write_json, atomic_write_text, read_json
 
 STAGES = {"text": "stage text (training/train_text_encoders.py)", "elastic": "stage elastic (training/train_elastic.py)"}
 JUDGED_BY = "stage evaluate (training/evaluate_elastic.py)"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EdgeDiTError
-from .run_state import atomic_write_text
+from .files import atomic_write_text
 
 # What readers call the models of a run, by their name in report.json, in the order in which they are compared.
 MODEL_LABELS = {

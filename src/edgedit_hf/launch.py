@@ -20,12 +20,13 @@ from .captions import CaptionedDataset, cache_captioned_latents, load_captioned,
 from .data import ImageDataset, LatentDataset, cache_latents, load_images, open_latents
 from .diffusion import make_scheduler
 from .errors import EdgeDiTError
+from .files import read_json
 from .genotype import Genotype
 from .models.checkpoints import load_original, locate
 from .models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from .pipelines.pipeline_edgedit import EdgeDiTPipeline
 from .recipes import RunConfig, load_config
-from .run_state import Interrupted, close_progress, read_json
+from .run_state import Interrupted, close_progress
 from .search_space import SearchSpace
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130

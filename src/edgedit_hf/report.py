@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EdgeDiTError
+from .files import atomic_write_json, atomic_write_text, read_json
 from .genotype import Genotype
 from .hub import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
 from .recipes import RunConfig
-from .run_state import atomic_write_json, atomic_write_text, read_json
 from .search_space import OPTIONS, SearchSpace
 
 FORMAT = 1

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from edgedit_hf import Genotype, ProxyBank, SearchSpace
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.run_state import file_sha256, weights_hash
+from edgedit_hf.files import file_sha256, weights_hash
 
 SPACE = SearchSpace(4, 32, 2)
 RECORD = {"loss_before": 0.5, "loss_after": 0.1, "steps": 3, "seed": 0, "init": "random"}

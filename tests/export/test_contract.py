@@ -23,7 +23,7 @@ from edgedit_hf.export import sample_min
 from edgedit_hf.export.contract import Artefact, run_part, write_contract
 from edgedit_hf.export.onnx import lower_onnx
 from edgedit_hf.export.parts import pipeline_parts
-from edgedit_hf.run_state import file_sha256
+from edgedit_hf.files import file_sha256
 
 ALONE = """
 import runpy, sys

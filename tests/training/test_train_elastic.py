@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from edgedit_hf.elastic.sampling import step_subnets
-from edgedit_hf.run_state import read_json
+from edgedit_hf.files import read_json
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 DEBUG = "debug-t2i.yaml"

@@ -10,7 +10,7 @@ import torch
 from flow_pipelines import clip, elastic, t5, tokenizer
 from safetensors.torch import load_file
 
-from edgedit_hf.run_state import read_json
+from edgedit_hf.files import read_json
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 OPTIONS = {"config": "debug-t2i.yaml"}

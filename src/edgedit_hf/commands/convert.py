@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> None:
     """Convert, write, and say what it is."""
     from ..errors import EdgeDiTError
     from ..export.pipeline import check_output
+    from ..files import atomic_folder
     from ..launch import load_original_pipeline
-    from ..run_state import atomic_folder
     from ..search_space import model_cost
 
     factor = 8  # of the autoencoders that these models were trained with

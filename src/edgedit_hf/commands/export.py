@@ -123,7 +123,7 @@ def run_export(args: Any) -> None:
     if args.images < 1 or args.threads < 1:
         raise EdgeDiTError(f"--images is {args.images} and --threads {args.threads}; both must be at least 1.")
     from ..export.pipeline import export_pipeline
-    from ..run_state import read_json
+    from ..files import read_json
 
     folder = export_pipeline(
         args.model,

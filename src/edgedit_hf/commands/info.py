@@ -175,7 +175,7 @@ def _hub_config(name: str) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    from ..run_state import read_json
+    from ..files import read_json
 
     config = read_json(path, "save_pretrained")
     kind = config.get("_class_name") if isinstance(config, Mapping) else type(config).__name__

@@ -37,7 +37,7 @@ def copy_recipes(folder: Path, force: bool = False) -> list[Path]:
     """
     from importlib.resources import as_file, files
 
-    from ..run_state import atomic_write_text
+    from ..files import atomic_write_text
 
     with as_file(files("edgedit_hf.training")) as source:
         texts = {

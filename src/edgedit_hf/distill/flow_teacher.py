@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import EdgeDiTError
-from ..run_state import hash_json, weights_hash
+from ..files import hash_json, weights_hash
 
 QUANTIZATIONS = ("none", "8bit", "4bit")
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from ..errors import EdgeDiTError
+from ..files import atomic_write_json, explain_write_errors, file_sha256, read_json, weights_hash
 from ..genotype import Genotype, LayerSpec
 from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
-from ..run_state import atomic_write_json, explain_write_errors, file_sha256, read_json, weights_hash
 from ..search_space import SearchSpace
 
 FORMAT = "edgedit-proxy-bank-1"

@@ -10,11 +10,11 @@ from typing import Any
 from ..captions import TextTable, text_table
 from ..diffusion import make_scheduler
 from ..errors import EdgeDiTError
+from ..files import read_json
 from ..launch import load_text
 from ..models.transformer_elastic_dit import PRESETS, ElasticDiTTransformer2DModel
 from ..pipelines.pipeline_elastic_dit import ElasticDiTPipeline
 from ..recipes import RunConfig
-from ..run_state import read_json
 
 
 def load_text_table(config: RunConfig, accelerator: Any, pipeline: ElasticDiTPipeline, captions: Sequence[str], split: str = "train") -> TextTable:

@@ -28,8 +28,8 @@ import torch
 from safetensors.numpy import save
 
 from ..errors import EdgeDiTError
+from ..files import atomic_write_text, explain_write_errors, file_sha256, versions
 from ..genotype import Genotype
-from ..run_state import atomic_write_text, explain_write_errors, file_sha256, versions
 from . import sample_min
 from .parts import MODULATED, Part, is_elastic
 from .schedule import linear_schedule

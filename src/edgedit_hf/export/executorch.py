@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from ..errors import EdgeDiTError
+from ..files import explain_write_errors
 from ..latency.runners import CONSTANT_PREFIX, require_executorch
 from ..quantization.packing import unpack
 from ..quantization.weights import AffineWeight
-from ..run_state import explain_write_errors
 from .executorch_backends import NOT_RUN, check_backend, edge_program
 from .parts import (
     ConditionerWrapper,

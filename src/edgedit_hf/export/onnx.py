@@ -18,7 +18,7 @@ import onnx
 import torch
 
 from ..errors import EdgeDiTError
-from ..run_state import explain_write_errors
+from ..files import explain_write_errors
 from .onnx_lowbit import dynamic_int8, half_precision, linear_nodes, static_int8, weight_only
 from .parts import Part
 from .wrappers import DenoiserWrapper, check_batch, check_model, describe, onnx_attention, quiet

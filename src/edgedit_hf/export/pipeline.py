@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from ..errors import EdgeDiTError
+from ..files import atomic_folder, atomic_write_json, versions, weights_hash
 from ..genotype import Genotype
 from ..latency.protocol import environment
 from ..launch import load_pipeline, with_components
 from ..quantization.layers import dequantize_model, quantized_weights
 from ..quantization.weights import AffineWeight
-from ..run_state import atomic_folder, atomic_write_json, versions, weights_hash
 from . import verify
 from .contract import Artefact, write_contract
 from .executorch import DEFAULT_BATCH, SCHEMES, lower_executorch

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from ..errors import EdgeDiTError
+from ..files import versions, weights_hash
 from ..genotype import Genotype
-from ..run_state import versions, weights_hash
 
 if TYPE_CHECKING:
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel

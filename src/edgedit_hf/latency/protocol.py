@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import EdgeDiTError
-from ..run_state import versions
+from ..files import versions
 
 MIN_ROUNDS = 5  # fewer rounds give no median worth stating
 

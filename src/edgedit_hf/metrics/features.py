@@ -19,7 +19,7 @@ from torch import nn
 
 from ..data import ImageDataset, batch_indices, stratified_split
 from ..errors import EdgeDiTError
-from ..run_state import atomic_folder, atomic_write_json, file_sha256, read_json, weights_hash
+from ..files import atomic_folder, atomic_write_json, file_sha256, read_json, weights_hash
 
 WIDTH = 64  # features
 MIN_SIDE = 8  # pixels

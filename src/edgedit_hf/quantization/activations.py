@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import EdgeDiTError
-from ..run_state import atomic_write_json
+from ..files import atomic_write_json
 
 LEVELS = 255  # of unsigned 8 bit, above 0
 

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from ..errors import EdgeDiTError
+from ..files import atomic_write_text
 from ..genotype import Genotype
-from ..run_state import atomic_write_text
 from ..search_space import SearchSpace, layer_cost
 from .pareto import hypervolume, hypervolume_trace, pareto_front
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import EdgeDiTError
+from ..files import atomic_write_json, hash_json, read_json
 from ..genotype import Genotype, LayerSpec
-from ..run_state import atomic_write_json, hash_json, read_json
 from ..search_space import OPTIONS, SearchSpace
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.proxy_bank import ProxyBank
+from ..files import atomic_write_json, publish_into, read_json
 from ..genotype import Genotype
 from ..launch import load_pipeline, with_transformer
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
-from ..run_state import atomic_write_json, publish_into, read_json
 from .pareto import choose
 
 
