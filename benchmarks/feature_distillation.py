@@ -32,7 +32,8 @@ from edgedit_hf.launch import load_pipeline, load_run_images, load_teacher, load
 from edgedit_hf.metrics.generative import frechet_distance  # noqa: E402
 from edgedit_hf.pipelines.sampling import generate  # noqa: E402
 from edgedit_hf.recipes import load_config  # noqa: E402
-from edgedit_hf.run_state import RunState, atomic_write_json  # noqa: E402
+from edgedit_hf.files import atomic_write_json  # noqa: E402
+from edgedit_hf.run_state import RunState  # noqa: E402
 
 REQUIRED_RATIO = 1.1
 POINTS = 3  # places on each curve besides its start
