@@ -61,6 +61,24 @@ def weights_hash(state_dict: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_finite(state_dict: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Raise unless every value of a state dict's floating-point tensors is finite: nothing else is published, converted or sampled from.
+
+    Args:
+        what: whose weights they are, for the message. remedy: what the user can do.
+
+    Raises:
+        EdgeDiTError: naming the first tensor and how many are affected.
+    """
+    import torch
+
+    bad = [name for name, tensor in state_dict.items() if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum())]
+    # The sum of finite values may overflow; only a tensor whose sum is not finite is looked at value by value.
+    bad = [name for name in bad if not torch.isfinite(state_dict[name]).all()]
+    if bad:
+        raise EdgeDiTError(f"{what}: {len(bad)} of {len(state_dict)} tensors hold NaN or infinite values, the first is {bad[0]}; {remedy}")
+
+
 @contextlib.contextmanager
 def explain_write_errors(path: str | os.PathLike) -> Iterator[None]:
     """Turn a full disk or a forbidden folder, met in the block while writing `path`, into one clear [`EdgeDiTError`]."""
