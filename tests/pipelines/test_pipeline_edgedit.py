@@ -227,7 +227,7 @@ def test_labels_by_number_and_by_name(pipeline):
         ({"class_labels": 1, "height": 9}, ["height is 9", "multiple of 2"]),
         ({"class_labels": [1, 2], "latents": torch.zeros(1, 1, 8, 8)}, ["(1, 1, 8, 8)", "(2, 1, 8, 8)"]),
         ({"class_labels": [1, 2], "generator": [torch.Generator()]}, ["1 generators", "2 images"]),
-        ({"class_labels": 1, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, ["prompt_embeds", "latents"]),
+        ({"class_labels": 1, "callback_on_step_end_tensor_inputs": ["pooled_prompt_embeds"]}, ["pooled_prompt_embeds", "latents"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -385,7 +385,7 @@ def test_a_callback_may_end_guidance(shared):
         ({"prompt": "one", "output_type": "jpg"}, ["'jpg'", "'pil'"]),
         ({"prompt": ["one", "two"], "latents": torch.zeros(1, 1, 8, 8)}, ["(1, 1, 8, 8)", "(2, 1, 8, 8)"]),
         ({"prompt": ["one", "two"], "generator": [torch.Generator()]}, ["1 generators", "2 images"]),
-        ({"prompt": "one", "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, ["prompt_embeds", "latents"]),
+        ({"prompt": "one", "callback_on_step_end_tensor_inputs": ["pooled_prompt_embeds"]}, ["pooled_prompt_embeds", "latents"]),
     ],
     ids=lambda value: "-".join(value) or "nothing" if isinstance(value, dict) else "",
 )

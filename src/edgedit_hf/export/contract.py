@@ -179,7 +179,7 @@ def _describe(
         "artefacts": {artefact.key: _entry(artefact, format) for artefact in artefacts},
         "order": [{"artefact": artefact.key, "called": _CALLS[artefact.key]} for artefact in artefacts],
         "latents": {"shape": shape, "layout": "NCHW", "dtype": "float32", **_to_decoder(pipeline, elastic)},
-        "schedule": _schedule(pipeline, elastic, (height // config["patch_size"]) * (width // config["patch_size"])),
+        "schedule": _schedule(pipeline, (height // config["patch_size"]) * (width // config["patch_size"])),
         "guidance": {
             "rows": 2 if guided else 1,
             "order": ["conditional", "unconditional"][: 2 if guided else 1],
@@ -239,12 +239,12 @@ def _shape(axes: Sequence[str], sizes: Sequence[int], open_sizes: Collection[str
     return [axis if axis in open_sizes else int(size) for axis, size in zip(axes, sizes)]
 
 
-def _schedule(pipeline: Any, elastic: bool, tokens: int) -> dict[str, Any]:
+def _schedule(pipeline: Any, tokens: int) -> dict[str, Any]:
     steps = pipeline.config.default_steps
-    if elastic:
+    try:
         pipeline._set_timesteps(steps, tokens)  # with a shift by the number of tokens where the scheduler has one
-    else:
-        pipeline.scheduler.set_timesteps(steps, device="cpu")
+    except ValueError as error:
+        raise EdgeDiTError(f"The pipeline's default_steps of {steps} cannot be sampled: {error}") from error
     found = linear_schedule(pipeline.scheduler).to_json()
     formula = "x[i+1] = Σ factor · x[j] over the pairs [j, factor] in x + Σ factor · m[j] over those in m; x[0] = noise · init_noise_sigma; "
     formula += "m[i] = guided prediction of the denoiser for x[i] · input_scale at timestep"

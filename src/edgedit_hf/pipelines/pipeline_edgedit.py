@@ -6,14 +6,21 @@ unconditional transformer, and with every diffusers scheduler that fits what the
 Shapes: B images, C channels of the latents (of the pixels without a VAE), H × W their size, f the VAE's downsampling factor (1 without).
 """
 
+import contextlib
+import copy
 import difflib
 import inspect
 import json
+import math
 import operator
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,6 +35,37 @@ from PIL import Image
 
 Label = int | str
 PIL_CHANNELS = (1, 3, 4)  # modes L, RGB, RGBA
+
+
+@dataclass(eq=False)
+class _Call:
+    """What belongs to one call of a pipeline: calls at once, of one pipeline or of several that share components, each have their own."""
+
+    guidance_scale: float
+    num_timesteps: int = 0
+    interrupt: bool = False
+    scheduler: SchedulerMixin | None = None  # a copy: schedulers count their steps and keep earlier outputs
+
+
+_CALLS: ContextVar[Mapping[int, _Call]] = ContextVar("calls in progress in this context, by the id of their pipeline", default=MappingProxyType({}))
+_SCHEDULERS = threading.Lock()  # while one is copied, or told what a call left
+
+
+def _of_call(name: str, doc: str) -> property:
+    """An attribute of the call in progress in this thread (in a callback, of its call), of the last one outside of calls.
+
+    Set outside of calls, such as by the thread of a stop button, it holds for all calls in progress.
+    """
+
+    def get(self: Any) -> Any:
+        return getattr(self._call, name)
+
+    def put(self: Any, value: Any) -> None:
+        own = _CALLS.get().get(id(self))
+        for call in (own,) if own is not None else (self._last_call, *self._running_calls):
+            setattr(call, name, value)
+
+    return property(get, put, doc=doc)
 
 
 class EdgeDiTPipeline(DiffusionPipeline):
@@ -49,7 +87,7 @@ class EdgeDiTPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "class_labels", "prompt_embeds"]
     # Only the .onnx files of a repository without safetensors in transformer/ are meant: with this, downloads do not skip them.
     _is_onnx = True
 
@@ -64,15 +102,10 @@ class EdgeDiTPipeline(DiffusionPipeline):
         guidance_channels: int | None = None,
     ):
         super().__init__()
+        self._last_call = _Call(default_guidance_scale)
+        self._running_calls: list[_Call] = []
         if id2label is not None:
             id2label = {str(key): str(name) for key, name in id2label.items()}
-            classes = transformer.config.num_classes
-            foreign = [key for key in id2label if not (key.isdecimal() and int(key) < classes)]
-            if foreign:
-                raise ValueError(
-                    f"id2label names the class {foreign[0]!r}, but the transformer has the classes 0 … {classes - 1}; "
-                    "its keys must be those numbers."
-                )
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(
             id2label=id2label,
@@ -80,6 +113,71 @@ class EdgeDiTPipeline(DiffusionPipeline):
             default_guidance_scale=default_guidance_scale,
             guidance_channels=guidance_channels,
         )
+        self._check_id2label()
+
+    # ---------------------------------------------------------------- state of a call
+
+    _guidance_scale = _of_call("guidance_scale", "Guidance of the call in progress, which a callback may change.")
+    _num_timesteps = _of_call("num_timesteps", "Steps of the call in progress.")
+    _interrupt = _of_call("interrupt", "Whether the call in progress is to stop.")
+
+    @property
+    def _call(self) -> _Call:
+        own = _CALLS.get().get(id(self))
+        return own if own is not None else (self._running_calls or [self._last_call])[-1]
+
+    @property
+    def scheduler(self) -> SchedulerMixin | None:
+        """The scheduler; in a callback, the copy that its call uses. After a call it has the timesteps of that call."""
+        own = _CALLS.get().get(id(self))
+        return self.__dict__.get("scheduler") if own is None else own.scheduler
+
+    @scheduler.setter
+    def scheduler(self, value: SchedulerMixin | None) -> None:
+        self.__dict__["scheduler"] = value
+        if (own := _CALLS.get().get(id(self))) is not None:
+            own.scheduler = value
+
+    @contextlib.contextmanager
+    def _own_call(self, guidance_scale: float) -> Iterator[None]:
+        """Within it `_guidance_scale`, `_num_timesteps`, `_interrupt` and `scheduler` are this call's own."""
+        shared = self.__dict__["scheduler"]  # not that of a call around this one
+        with _SCHEDULERS:
+            call = _Call(guidance_scale, scheduler=copy.deepcopy(shared))
+        self._running_calls.append(call)
+        token = _CALLS.set({**_CALLS.get(), id(self): call})
+        try:
+            yield
+        finally:
+            _CALLS.reset(token)
+            self._running_calls.remove(call)
+            self._last_call = call
+            with _SCHEDULERS:
+                left = {name: vars(call.scheduler)[name] for name in ("timesteps", "sigmas", "num_inference_steps") if name in vars(call.scheduler)}
+                vars(shared).update(left)
+            call.scheduler = None
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the call in progress; a callback may change `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the call in progress runs the transformer with and without its classes."""
+        return self._guidance_scale > 1 and self.transformer.config.num_classes > 0
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call in progress."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked, by `_interrupt`, to stop."""
+        return self._interrupt
+
+    # ---------------------------------------------------------------- components
 
     @property
     def vae_scale_factor(self) -> int:
@@ -87,6 +185,17 @@ class EdgeDiTPipeline(DiffusionPipeline):
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     # ---------------------------------------------------------------- labels
+
+    def _check_id2label(self) -> None:
+        if self.transformer is None or not self.config.id2label:
+            return
+        classes = self.transformer.config.num_classes
+        foreign = [key for key in self.config.id2label if not (key.isdecimal() and int(key) < classes)]
+        if foreign:
+            raise ValueError(
+                f"id2label names the class {foreign[0]!r}, but the transformer has the classes 0 … {classes - 1}; "
+                "its keys must be those numbers."
+            )
 
     @property
     def labels(self) -> dict[str, list[int]]:
@@ -105,6 +214,7 @@ class EdgeDiTPipeline(DiffusionPipeline):
         """
         if isinstance(labels, str) or not isinstance(labels, Iterable) or (torch.is_tensor(labels) and labels.ndim == 0):
             labels = [labels]
+        self._check_id2label()  # the transformer may have been put in since
         names = self.labels if any(isinstance(label, str) for label in labels) else {}
         return [self._label_id(label, names) for label in labels]
 
@@ -201,6 +311,43 @@ class EdgeDiTPipeline(DiffusionPipeline):
             raise ValueError("class_labels is empty; give at least one class number or name.")
         return labels
 
+    def _set_timesteps(self, steps: int, tokens: int) -> torch.Tensor:
+        """Timesteps on the host, where schedulers index their tables by them: on a GPU every step would wait for the device otherwise.
+
+        Raises:
+            ValueError: the scheduler has no schedule of so many steps.
+        """
+        config, name, shift = self.scheduler.config, type(self.scheduler).__name__, {}
+        if config.get("shift_terminal") and steps == 1:
+            raise ValueError(
+                f"num_inference_steps is 1, but the scheduler's shift_terminal {config.shift_terminal} stretches the steps between the first "
+                f"and the last; take at least 2 steps, or {name}.from_config(config, shift_terminal=None)."
+            )
+        if config.get("use_dynamic_shifting"):  # as in diffusers' Flux pipeline: linear in the number of tokens
+            slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+            shift["mu"] = config.base_shift + slope * (tokens - config.base_image_seq_len)
+        self.scheduler.set_timesteps(steps, device="cpu", **shift)
+        timesteps = self.scheduler.timesteps
+        if not torch.isfinite(timesteps.float()).all():
+            raise ValueError(f"{name} makes of {steps} steps the timesteps {timesteps.tolist()[:4]} …; they must be finite. Take another number of steps.")
+        return timesteps
+
+    def _not_finite(self, inputs: Mapping[str, torch.Tensor | None]) -> ValueError:
+        """The error of a transformer whose output holds NaN or infinite values: whether an input, a weight or the precision is at fault."""
+        for name, value in inputs.items():
+            if value is not None and not torch.isfinite(value).all():
+                return ValueError(f"{name} holds NaN or infinite values, so no image can be made of it; give finite values.")
+        model = self.transformer
+        weights = [*model.named_parameters(), *model.named_buffers()] if isinstance(model, torch.nn.Module) else []
+        bad = [name for name, value in weights if value.is_floating_point() and not value.is_meta and not torch.isfinite(value).all()]
+        if bad:
+            return ValueError(
+                f"{len(bad)} of {len(weights)} weights of the transformer hold NaN or infinite values, the first is {bad[0]}; load a checkpoint "
+                "of before they did, or train again with a lower learning rate."
+            )
+        dtype = str(getattr(model, "dtype", "an unknown type")).removeprefix("torch.")
+        return ValueError(f"The transformer's output is not finite, though its input and weights are: it overflows in {dtype}; use bfloat16 or float32.")
+
     def prepare_latents(
         self,
         shape: tuple[int, int, int, int],
@@ -248,8 +395,11 @@ class EdgeDiTPipeline(DiffusionPipeline):
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Standard normal noise to start from.
             output_type: `"pil"`, `"np"` (`(B, H·f, W·f, C)` in [0, 1]), `"pt"` (`(B, C, H·f, W·f)` in [0, 1]) or `"latent"`.
             return_dict: Whether to return an [`ImagePipelineOutput`] or a tuple.
-            callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; may return changed tensors.
-            callback_on_step_end_tensor_inputs: What `tensors` holds; `"latents"` is what there is.
+            callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; may return changed tensors,
+                and set the pipeline's `_guidance_scale` or, to stop, `_interrupt`. diffusers' `SDCFGCutoffCallback` works.
+            callback_on_step_end_tensor_inputs: What `tensors` holds: `"latents"`, and `"class_labels"`, the labels of the rows that
+                the transformer is given, `(2B,)` with the null class first while there is guidance, else `(B,)` (empty for an
+                unconditional transformer); `"prompt_embeds"` is another name of them, which diffusers' callbacks ask for.
             num_images_per_label: Images of every label (or, unconditional, a multiple of `batch_size`).
             batch_size (`int`, *optional*): Number of images of an unconditional transformer, default 1.
             height, width (`int`, *optional*): Size in pixels. Default: what the transformer was made for.
@@ -258,10 +408,14 @@ class EdgeDiTPipeline(DiffusionPipeline):
             ValueError: an argument does not fit the model; the message quotes both.
         """
         # 1. Check the arguments before any work is done
+        for name in ("transformer", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"This pipeline was made with {name}=None, so it cannot generate images; set pipeline.{name} first.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ()
         foreign = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if foreign:
             raise ValueError(
@@ -272,50 +426,66 @@ class EdgeDiTPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps is {steps}; it must be at least 1.")
         self.check_scheduler()
         guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite.")
+        generator = list(generator) if isinstance(generator, tuple) else generator
         labels = self._prepare_labels(class_labels, batch_size, num_images_per_label)
         count = labels if isinstance(labels, int) else len(labels)
         channels = self.transformer.config.in_channels
         latent_height, latent_width = self._latent_size(height, width)
 
-        # 2. Noise, timesteps, labels
-        device = self._execution_device
-        # On the host, where schedulers index their tables by them: on a GPU every step would wait for the device otherwise.
-        self.scheduler.set_timesteps(steps, device="cpu")
-        timesteps = self.scheduler.timesteps
-        latents = self.prepare_latents((count, channels, latent_height, latent_width), generator, latents)
-        classes, guided = None, False
-        if not isinstance(labels, int):
-            classes = torch.tensor(labels, device=device)
-            guided = guidance_scale > 1
-        if guided:
-            null = torch.full_like(classes, self.transformer.config.num_classes)
-            classes = torch.cat([classes, null])  # [2B]
-        step_kwargs = {"return_dict": False}
-        if "generator" in inspect.signature(self.scheduler.step).parameters:
-            step_kwargs["generator"] = generator
+        patch, device = self.transformer.config.patch_size, self._execution_device
+        with self._own_call(guidance_scale):
+            # 2. Noise, timesteps, labels
+            timesteps = self._set_timesteps(steps, (latent_height // patch) * (latent_width // patch))
+            self._num_timesteps = len(timesteps)
+            latents = self.prepare_latents((count, channels, latent_height, latent_width), generator, latents)
+            classes = None if isinstance(labels, int) else torch.tensor(labels, device=device)  # [B]
+            null = None if classes is None else torch.full_like(classes, self.transformer.config.num_classes)
+            step_kwargs = {"return_dict": False}
+            if "generator" in inspect.signature(self.scheduler.step).parameters:
+                step_kwargs["generator"] = generator
+            on_device = timesteps.to(device)
+            modulations, guided = None, False
 
-        # 3. Denoise
-        self._interrupt = False
-        rows = 2 * count if guided else count
-        on_device = timesteps.to(device)
-        modulations = self._modulations(on_device, classes, rows)
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for index, (timestep, modulation) in enumerate(zip(timesteps, modulations)):
-                if self._interrupt:
-                    break
-                inputs = on_device[index].expand(rows), classes
-                prediction = self._predict(latents, timestep, inputs, modulation, guided, guidance_scale)
-                latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs)[0]
-                if callback_on_step_end is not None:
-                    tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
-                    returned = callback_on_step_end(self, index, timestep, tensors) or {}
-                    latents = returned.get("latents", latents)
-                progress_bar.update()
+            # 3. Denoise
+            with self.progress_bar(total=len(timesteps)) as progress_bar:
+                for index, timestep in enumerate(timesteps):
+                    if self.interrupt:
+                        break
+                    if modulations is None or guided != self.do_classifier_free_guidance:  # at first, and where a callback has changed them
+                        guided = self.do_classifier_free_guidance
+                        rows = torch.cat([classes, null]) if guided else classes  # [2B] or [B]
+                        modulations = self._modulations(on_device[index:], rows, 2 * count if guided else count)
+                    inputs = on_device[index].expand(2 * count if guided else count), rows
+                    prediction = self._predict(latents, timestep, inputs, next(modulations), guided)
+                    if index == 0 and not torch.isfinite(prediction).all():
+                        raise self._not_finite({"latents": latents})
+                    latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs)[0]
+                    if callback_on_step_end is not None:
+                        # In diffusers' order, the unconditional rows first.
+                        known = timestep.new_empty(0) if classes is None else torch.cat([null, classes]) if guided else classes
+                        tensors = {name: latents if name == "latents" else known.clone() for name in callback_on_step_end_tensor_inputs}
+                        returned = callback_on_step_end(self, index, timestep, tensors) or {}
+                        latents = returned.get("latents", latents)
+                        for name in ("class_labels", "prompt_embeds"):
+                            changed = _changed_rows(name, known, returned[name], count) if name in returned else None
+                            if changed is not None:
+                                self._check_classes(changed)
+                                null, classes = (changed[:count] if guided else null), changed[-count:]
+                                modulations = None
+                    progress_bar.update()
 
         # 4. Decode
         images = latents if output_type == "latent" else self._postprocess(self.decode(latents), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_classes(self, classes: torch.Tensor) -> None:
+        """Raise unless these are classes of the transformer, or its null class."""
+        last = self.transformer.config.num_classes
+        if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) <= last:
+            raise ValueError(f"The callback returned the class labels {classes.tolist()[:8]}; they must be 0 … {last - 1}, or {last} for no class.")
 
     def _modulations(self, timesteps: torch.Tensor, classes: torch.Tensor | None, rows: int) -> Iterator[dict[str, torch.Tensor]]:
         """The modulations of every step and row, as keyword arguments of a transformer that can precompute them (none otherwise).
@@ -342,7 +512,6 @@ class EdgeDiTPipeline(DiffusionPipeline):
         inputs: tuple[torch.Tensor, torch.Tensor | None],
         modulation: Mapping[str, torch.Tensor],
         guided: bool,
-        scale: float,
     ) -> torch.Tensor:
         """What the scheduler's step takes, in float32: `(B, C, H, W)`, or `(B, 2C, H, W)` with the variance channels.
 
@@ -357,7 +526,7 @@ class EdgeDiTPipeline(DiffusionPipeline):
         prediction, variance = output.split(latents.shape[1], dim=1) if self.transformer.config.learn_sigma else (output, None)
         if guided:
             conditional, unconditional = prediction.chunk(2)
-            prediction = unconditional + scale * (conditional - unconditional)
+            prediction = unconditional + self._guidance_scale * (conditional - unconditional)
             if self.config.guidance_channels is not None:
                 unguided = conditional[:, self.config.guidance_channels :]
                 prediction = torch.cat([prediction[:, : self.config.guidance_channels], unguided], dim=1)
@@ -428,3 +597,21 @@ class EdgeDiTPipeline(DiffusionPipeline):
         written = folder / f"{self.config_name}.tmp"
         written.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(written, folder / self.config_name)
+
+
+def _changed_rows(name: str, before: torch.Tensor, after: torch.Tensor, count: int) -> torch.Tensor | None:
+    """What a callback made of the rows of conditioning that it was handed; `None` if it left them as they were.
+
+    The last `count` rows are conditional. As diffusers' callbacks that end guidance do, it may return those alone, or (whose code is
+    written for one image) only the very last.
+    """
+    if after.shape[1:] == before.shape[1:] and len(after) in (len(before), count) and len(after) <= len(before):
+        rows = before.clone()
+        rows[len(rows) - len(after) :] = after
+        return None if torch.equal(rows, before) else rows
+    if after.shape == before[-1:].shape and torch.equal(after.to(before), before[-1:]):
+        return None
+    raise ValueError(
+        f"The callback returned {name} of shape {tuple(after.shape)}; it was handed {tuple(before.shape)}, of which the last {count} rows are "
+        "conditional: return as many rows, or those alone."
+    )

@@ -8,12 +8,18 @@ T_i tokens of text encoder i and D_i their width.
 """
 
 import contextlib
+import copy
 import inspect
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,6 +39,38 @@ logger = logging.get_logger(__name__)
 
 Text = tuple[list[torch.Tensor | None], list[torch.Tensor | None]]  # embeds [B, T_i, D_i] and masks [B, T_i], one entry an encoder
 PIL_CHANNELS = (1, 3, 4)  # modes L, RGB, RGBA
+_TOKENIZERS = threading.Lock()  # a tokenizer keeps the truncation of a call on itself
+
+
+@dataclass(eq=False)
+class _Call:
+    """What belongs to one call of a pipeline: calls at once, of one pipeline or of several that share components, each have their own."""
+
+    guidance_scale: float
+    num_timesteps: int = 0
+    interrupt: bool = False
+    scheduler: SchedulerMixin | None = None  # a copy: schedulers count their steps and keep earlier outputs
+
+
+_CALLS: ContextVar[Mapping[int, _Call]] = ContextVar("calls in progress in this context, by the id of their pipeline", default=MappingProxyType({}))
+_SCHEDULERS = threading.Lock()  # while one is copied, or told what a call left
+
+
+def _of_call(name: str, doc: str) -> property:
+    """An attribute of the call in progress in this thread (in a callback, of its call), of the last one outside of calls.
+
+    Set outside of calls, such as by the thread of a stop button, it holds for all calls in progress.
+    """
+
+    def get(self: Any) -> Any:
+        return getattr(self._call, name)
+
+    def put(self: Any, value: Any) -> None:
+        own = _CALLS.get().get(id(self))
+        for call in (own,) if own is not None else (self._last_call, *self._running_calls):
+            setattr(call, name, value)
+
+    return property(get, put, doc=doc)
 
 
 # diffusers' LoRA loading is a mixin a model family; Sana's is the one that assumes nothing but a component named `transformer`.
@@ -55,7 +93,7 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "prompt_embeds_2"]
     # Only the .onnx files of a repository without safetensors in transformer/ are meant: with this, downloads do not skip them.
     _is_onnx = True
 
@@ -73,6 +111,8 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         max_sequence_length: int = 128,
     ):
         super().__init__()
+        self._last_call = _Call(default_guidance_scale)
+        self._running_calls: list[_Call] = []
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -115,6 +155,68 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         transformer = AutoModel.from_pretrained(str(folder), subfolder="transformer", subnet=subnet, **given)
         return super().from_pretrained(pretrained_model_name_or_path, transformer=transformer, **kwargs)
 
+    # ---------------------------------------------------------------- state of a call
+
+    _guidance_scale = _of_call("guidance_scale", "Guidance of the call in progress, which a callback may change.")
+    _num_timesteps = _of_call("num_timesteps", "Steps of the call in progress.")
+    _interrupt = _of_call("interrupt", "Whether the call in progress is to stop.")
+
+    @property
+    def _call(self) -> _Call:
+        own = _CALLS.get().get(id(self))
+        return own if own is not None else (self._running_calls or [self._last_call])[-1]
+
+    @property
+    def scheduler(self) -> SchedulerMixin | None:
+        """The scheduler; in a callback, the copy that its call uses. After a call it has the timesteps of that call."""
+        own = _CALLS.get().get(id(self))
+        return self.__dict__.get("scheduler") if own is None else own.scheduler
+
+    @scheduler.setter
+    def scheduler(self, value: SchedulerMixin | None) -> None:
+        self.__dict__["scheduler"] = value
+        if (own := _CALLS.get().get(id(self))) is not None:
+            own.scheduler = value
+
+    @contextlib.contextmanager
+    def _own_call(self, guidance_scale: float) -> Iterator[None]:
+        """Within it `_guidance_scale`, `_num_timesteps`, `_interrupt` and `scheduler` are this call's own."""
+        shared = self.__dict__["scheduler"]  # not that of a call around this one
+        with _SCHEDULERS:
+            call = _Call(guidance_scale, scheduler=copy.deepcopy(shared))
+        self._running_calls.append(call)
+        token = _CALLS.set({**_CALLS.get(), id(self): call})
+        try:
+            yield
+        finally:
+            _CALLS.reset(token)
+            self._running_calls.remove(call)
+            self._last_call = call
+            with _SCHEDULERS:
+                left = {name: vars(call.scheduler)[name] for name in ("timesteps", "sigmas", "num_inference_steps") if name in vars(call.scheduler)}
+                vars(shared).update(left)
+            call.scheduler = None
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the call in progress; a callback may change `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the call in progress runs the transformer with and without its text."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call in progress."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked, by `_interrupt`, to stop."""
+        return self._interrupt
+
     # ---------------------------------------------------------------- components
 
     @property
@@ -128,21 +230,6 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         if ratio is None:
             raise ValueError(f"The VAE, a {type(self.vae).__name__}, says nothing of how much it downsamples; use another one.")
         return ratio
-
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance of the call in progress; a callback may change `_guidance_scale`."""
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the call in progress."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has asked, by `_interrupt`, to stop."""
-        return self._interrupt
 
     def _encoders(self) -> list[tuple[str, Any, Any]]:
         """(name, text encoder, tokenizer) of each width in the transformer's `text_dims`; `None` where there is none."""
@@ -240,7 +327,8 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         for name, encoder, tokenizer in self._encoders():
             states = mask = None
             if encoder is not None:
-                windows = _windows(tokenizer, encoder.config.get_text_config(), prompts, limit)
+                with _TOKENIZERS:
+                    windows = _windows(tokenizer, encoder.config.get_text_config(), prompts, limit)
                 _check_vocabulary(name, 1 + max(max(row, default=0) for rows in windows for row in rows), encoder)
                 states, mask = _encode(encoder, windows, tokenizer.pad_token_id or 0, device)
             embeds.append(states)
@@ -336,6 +424,43 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         finally:
             self.transformer.set_active_subnet(before)
 
+    def _set_timesteps(self, steps: int, tokens: int) -> torch.Tensor:
+        """Timesteps on the host, where schedulers index their tables by them: on a GPU every step would wait for the device otherwise.
+
+        Raises:
+            ValueError: the scheduler has no schedule of so many steps.
+        """
+        config, name, shift = self.scheduler.config, type(self.scheduler).__name__, {}
+        if config.get("shift_terminal") and steps == 1:
+            raise ValueError(
+                f"num_inference_steps is 1, but the scheduler's shift_terminal {config.shift_terminal} stretches the steps between the first "
+                f"and the last; take at least 2 steps, or {name}.from_config(config, shift_terminal=None)."
+            )
+        if config.get("use_dynamic_shifting"):  # as in diffusers' Flux pipeline: linear in the number of tokens
+            slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+            shift["mu"] = config.base_shift + slope * (tokens - config.base_image_seq_len)
+        self.scheduler.set_timesteps(steps, device="cpu", **shift)
+        timesteps = self.scheduler.timesteps
+        if not torch.isfinite(timesteps.float()).all():
+            raise ValueError(f"{name} makes of {steps} steps the timesteps {timesteps.tolist()[:4]} …; they must be finite. Take another number of steps.")
+        return timesteps
+
+    def _not_finite(self, inputs: Mapping[str, torch.Tensor | None]) -> ValueError:
+        """The error of a transformer whose output holds NaN or infinite values: whether an input, a weight or the precision is at fault."""
+        for name, value in inputs.items():
+            if value is not None and not torch.isfinite(value).all():
+                return ValueError(f"{name} holds NaN or infinite values, so no image can be made of it; give finite values.")
+        model = self.transformer
+        weights = [*model.named_parameters(), *model.named_buffers()] if isinstance(model, torch.nn.Module) else []
+        bad = [name for name, value in weights if value.is_floating_point() and not value.is_meta and not torch.isfinite(value).all()]
+        if bad:
+            return ValueError(
+                f"{len(bad)} of {len(weights)} weights of the transformer hold NaN or infinite values, the first is {bad[0]}; load a checkpoint "
+                "of before they did, or train again with a lower learning rate."
+            )
+        dtype = str(getattr(model, "dtype", "an unknown type")).removeprefix("torch.")
+        return ValueError(f"The transformer's output is not finite, though its input and weights are: it overflows in {dtype}; use bfloat16 or float32.")
+
     def prepare_latents(
         self,
         shape: tuple[int, int, int, int],
@@ -351,15 +476,6 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents has the shape {tuple(latents.shape)}; these arguments need {shape}.")
         return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
-
-    def _set_timesteps(self, steps: int, tokens: int) -> torch.Tensor:
-        """Timesteps on the host, where schedulers index their tables by them: on a GPU every step would wait for the device otherwise."""
-        config, shift = self.scheduler.config, {}
-        if config.get("use_dynamic_shifting"):  # as in diffusers' Flux pipeline: linear in the number of tokens
-            slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-            shift["mu"] = config.base_shift + slope * (tokens - config.base_image_seq_len)
-        self.scheduler.set_timesteps(steps, device="cpu", **shift)
-        return self.scheduler.timesteps
 
     # ---------------------------------------------------------------- generation
 
@@ -407,18 +523,24 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             output_type: `"pil"`, `"np"` (`(B, H·f, W·f, C)` in [0, 1]), `"pt"` (`(B, C, H·f, W·f)` in [0, 1]) or `"latent"`.
             return_dict: Whether to return an [`ImagePipelineOutput`] or a tuple.
             callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; may return changed tensors,
-                and set the pipeline's `_guidance_scale` or, to stop, `_interrupt`.
-            callback_on_step_end_tensor_inputs: What `tensors` holds; `"latents"` is what there is.
+                and set the pipeline's `_guidance_scale` or, to stop, `_interrupt`. diffusers' `SDCFGCutoffCallback` works.
+            callback_on_step_end_tensor_inputs: What `tensors` holds: `"latents"`, and `"prompt_embeds"`, `"prompt_embeds_2"`, the hidden
+                states of the first and second text encoder in the rows that the transformer is given, `(2B, T_i, D_i)` with the
+                negative ones first while there is guidance, else `(B, T_i, D_i)` (no tokens where there is no such text).
             max_sequence_length (`int`, *optional*): Tokens of a prompt beyond which text encoders that are not CLIP-type cut it.
 
         Raises:
             ValueError: an argument does not fit the model; the message quotes both.
         """
         # 1. Check the arguments before any work is done
+        for name in ("transformer", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"This pipeline was made with {name}=None, so it cannot generate images; set pipeline.{name} first.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ()
         foreign = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if foreign:
             raise ValueError(
@@ -430,14 +552,16 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
         if prompt is None and prompt_embeds is None:
             raise ValueError("Neither prompt nor prompt_embeds is given; give one of them.")
+        guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite.")
+        generator = list(generator) if isinstance(generator, tuple) else generator
         self.check_scheduler()
         channels, patch = self.transformer.config.in_channels, self.transformer.config.patch_size
         latent_height, latent_width = self._latent_size(height, width)
 
         # 2. Text
-        with self._active_subnet(subnet):
-            self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
-            self._interrupt = False
+        with self._active_subnet(subnet), self._own_call(guidance_scale):
             text = self._text("prompt", prompt, prompt_embeds, prompt_masks, max_sequence_length)
             negative = self._text("negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_masks, max_sequence_length)
             prompts = _rows(text) or 1
@@ -460,17 +584,31 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             conditioning: dict[bool, dict[str, Any]] = {}  # of a step with and without guidance; made once
             with self.progress_bar(total=len(timesteps)) as progress_bar:
                 for index, timestep in enumerate(timesteps):
-                    if self._interrupt:
+                    if self.interrupt:
                         break
-                    guided = self._guidance_scale > 1
+                    guided = self.do_classifier_free_guidance
                     if guided not in conditioning:
                         conditioning[guided] = self._conditioning([text, negative] if guided else [text], count)
                     prediction = self._predict(latents, timestep, on_device[index], conditioning[guided], guided)
+                    if index == 0 and not torch.isfinite(prediction).all():
+                        embeds = conditioning[guided]["encoder_hidden_states"]
+                        raise self._not_finite({"latents": latents, **{f"prompt_embeds[{i}]": states for i, states in enumerate(embeds)}})
                     latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs)[0]
                     if callback_on_step_end is not None:
-                        tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                        used, names = conditioning[guided], ("prompt_embeds", "prompt_embeds_2")
+                        tensors = {
+                            name: latents if name == "latents" else _swapped(used, names.index(name), count)
+                            for name in callback_on_step_end_tensor_inputs
+                        }
                         returned = callback_on_step_end(self, index, timestep, tensors) or {}
                         latents = returned.get("latents", latents)
+                        for i, name in enumerate(names):
+                            changed = _changed_rows(name, _swapped(used, i, count), returned[name], count) if name in returned else None
+                            if changed is not None:
+                                masks = used["encoder_attention_mask"][i]
+                                text = _replaced(text, i, changed[-count:], masks[:count])
+                                negative = _replaced(negative, i, changed[:count], masks[count:]) if guided else negative
+                                conditioning = {}
                     progress_bar.update()
 
         # 5. Decode
@@ -552,6 +690,21 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         os.replace(written, folder / self.config_name)
 
 
+def _swapped(conditioning: Mapping[str, Any], index: int, count: int) -> torch.Tensor:
+    """Hidden states of a text encoder in diffusers' order: the `count` conditional rows, which the transformer has first, last."""
+    states = conditioning["encoder_hidden_states"]
+    if index >= len(states) or states[index] is None:
+        return torch.empty(0, 0, 0)
+    return torch.cat([states[index][count:], states[index][:count]])
+
+
+def _replaced(text: Text, index: int, states: torch.Tensor, mask: torch.Tensor) -> Text:
+    """The text with other hidden states of one encoder."""
+    embeds, masks = list(text[0]), list(text[1])
+    embeds[index], masks[index] = states, mask
+    return embeds, masks
+
+
 def _rows(text: Text) -> int | None:
     """Number of prompts; `None` if no encoder has text."""
     return next((len(states) for states in text[0] if states is not None), None)
@@ -613,3 +766,21 @@ def _encode(
         embeds[index, : totals[index]] = states[first:last][valid[first:last]]
         first = last
     return embeds, mask
+
+
+def _changed_rows(name: str, before: torch.Tensor, after: torch.Tensor, count: int) -> torch.Tensor | None:
+    """What a callback made of the rows of conditioning that it was handed; `None` if it left them as they were.
+
+    The last `count` rows are conditional. As diffusers' callbacks that end guidance do, it may return those alone, or (whose code is
+    written for one image) only the very last.
+    """
+    if after.shape[1:] == before.shape[1:] and len(after) in (len(before), count) and len(after) <= len(before):
+        rows = before.clone()
+        rows[len(rows) - len(after) :] = after
+        return None if torch.equal(rows, before) else rows
+    if after.shape == before[-1:].shape and torch.equal(after.to(before), before[-1:]):
+        return None
+    raise ValueError(
+        f"The callback returned {name} of shape {tuple(after.shape)}; it was handed {tuple(before.shape)}, of which the last {count} rows are "
+        "conditional: return as many rows, or those alone."
+    )
