@@ -195,6 +195,11 @@ def test_draws_of_other_arguments_are_independent():
     assert len({float(drawn.time) for drawn in streams} | {float(drawn.drop) for drawn in streams}) == 2 * count
 
 
+def test_draws_of_the_greatest_seeds_differ():
+    greatest = [draws(2**63 - 1 + i, 0, [0], (4,)).noise for i in (0, 1, 2)]  # the last two belong to the streams of the greatest seed
+    assert len({tuple(noise.flatten().tolist()) for noise in greatest}) == 3
+
+
 def test_draws_have_the_distributions_they_claim():
     drawn = draws(11, 5, range(2000), (25,))
     assert stats.kstest(drawn.noise.double().flatten().numpy(), "norm").pvalue > 0.01

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.recipes import RunConfig, commented_yaml, load_config
+from edgedit_hf.recipes import RunConfig, commented_yaml, load_config, unused
 
 
 @pytest.fixture
@@ -186,3 +186,134 @@ def test_given_values_are_written_so_that_they_read_back(load, path):
     config = load(commented_yaml([f"teacher.path={path}", f"output_dir={path}"]))
     assert config.teacher.path == config.output_dir == path
     assert dataclasses.replace(config, output_dir="runs/edgedit", teacher=RunConfig().teacher) == RunConfig()
+
+
+# -------------------------------------------------------------------- every key, every kind of value
+
+
+KEYS = [
+    (section.name, entry)
+    for section in dataclasses.fields(RunConfig)
+    for entry in (dataclasses.fields(getattr(RunConfig(), section.name)) if dataclasses.is_dataclass(getattr(RunConfig(), section.name)) else [section])
+]
+VALUES = {
+    "nan": ".nan",
+    "inf": ".inf",
+    "beyond floats": "1e400",
+    "minus one": "-1",
+    "beyond 64 bits": str(2**64),
+    "beyond all bounds": "0x" + "f" * 10_000,
+    "too many digits": "9" * 5000,
+    "empty": "''",
+    "blank": "'   '",
+    "a NUL": '"a\\0b"',
+    "a line break": '"a\\nb"',
+    "half a pair": '"\\ud800"',
+    "a list": "[]",
+    "numbers": "[1, 2]",
+    "keys": "{a: 1}",
+    "deep": "[" * 15 + "]" * 15,
+    "deeper": "[" * 3000,
+    "a date": "2026-01-01",
+    "no date": "2026-99-99",
+    "tagged": "!!timestamp x",
+    "code": "!!python/object/apply:os.system [true]",
+    "bytes": "!!binary aGk=",
+    "no boolean": "!!bool x",
+    "a long name": "x" * 5000,
+    "a long part": "x" * 300 + "/y",
+    "very long": "y" * 2_000_000,
+}
+
+
+PARSED = ("very long", "deep", "deeper", "too many digits", "tagged", "code", "bytes", "no boolean")  # decided before any key is looked at
+
+
+def test_no_value_of_any_key_ends_in_another_error_or_is_taken_beyond_its_range(load):
+    for section, entry in KEYS:
+        name = entry.name if section == entry.name else f"{section}.{entry.name}"
+        kind, rule = str(entry.type), entry.metadata["rule"]
+        for label, value in VALUES.items():
+            if label in PARSED and name not in ("output_dir", "teacher.steps"):
+                continue
+            try:
+                config = load("", f"{name}={value}")
+            except EdgeDiTError as error:
+                assert len(str(error)) < 1000 and "\n" not in str(error), (name, label, str(error))
+                continue
+            taken = getattr(config, name) if "." not in name else getattr(getattr(config, section), entry.name)
+            if isinstance(taken, str):
+                assert "str" in kind and rule.length[0] <= len(taken) <= rule.length[1], (name, label)
+                assert label in ("nan", "inf", "a date", "no date", "beyond floats", "a long part") or rule.length[0] == 0, (name, label)
+                assert label != "a long part" or not rule.path, name
+            elif isinstance(taken, list):
+                assert label == "a list" and "list" in kind, (name, label)
+            else:
+                assert label == "beyond 64 bits" and rule.maximum == 1e38, (name, label, taken)
+
+
+def test_every_number_has_both_ends_of_a_range():
+    for section, entry in KEYS:
+        rule = entry.metadata["rule"]
+        if "int" in str(entry.type) or "float" in str(entry.type):
+            low, high = rule.minimum if rule.above is None else rule.above, rule.maximum if rule.below is None else rule.below
+            assert rule.choices or low is not None and high is not None, (section, entry.name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("tune: {ema_decay: 2}", "tune.ema_decay is 2.0; it must be below 1.0"),
+        ("data: {validation_fraction: 1}", "data.validation_fraction is 1.0; it must be below 1.0"),
+        ("text: {mask_share: 5}", "text.mask_share is 5.0; it must be at most 1.0"),
+        ("student: {max_flops_ratio: 0}", "student.max_flops_ratio is 0.0; it must be above 0.0"),
+        ("tune: {output_kd: 1e39}", "tune.output_kd is 1e\\+39; it must be at most 1e\\+38"),
+        ("evaluate: {sampling_steps: 1001}", "evaluate.sampling_steps is 1001; it must be at most 1000"),
+        (f"seed: {2**63}", f"seed is {2**63}; it must be at most {2**63 - 1}"),
+        ("output_dir: ''", "output_dir is ''; it must not be empty"),
+        ("bank: {reduced_mlp_ratio: 0.005}", r"bank.reduced_mlp_ratio 0.005 leaves an MLP of teacher.hidden_size 128 no neuron; it must be at least 0.00781"),
+        ("bank: {reduced_attention_dim: 30}", "bank.reduced_attention_dim 30 is not a multiple of teacher.num_heads 4"),
+        ("elastic: {subnets: [../x=0.5]}", "elastic.subnets holds '../x=0.5'; it may hold name=width"),
+        ("data: {split: test}", "data.split is 'test', but data.source is 'digits'"),
+        ("data: {label_column: x}", "data.label_column is 'x', but data.source is 'digits'"),
+        ("knowledge: {quantization: 4bit}", "knowledge.quantization is '4bit', but knowledge.teacher is null"),
+        ("quantize: {group_size: 32}", "quantize.group_size is 32, but quantize.scheme is 'palette'"),
+        ("quantize: {rows_per_palette: 8, scheme: affine}", "quantize.rows_per_palette is 8, but quantize.scheme is 'affine'"),
+        ("elastic: {balance: none, balance_limit: 3}", "elastic.balance_limit is 3.0, but elastic.balance is 'none'"),
+        ("seed: 1\nseed: 2", "the key 'seed' stands there twice"),
+        ("teacher: {steps: 3}\ntune: {steps: 3, steps: 4}", "the key 'steps' stands there twice"),
+        ("seed: 1\n---\nseed: 2", "is not YAML: expected a single document"),
+        ("\tseed: 1", "is not YAML"),
+        ("? {a: b}\n: 1", "is not YAML"),
+        ("a: &a [*a]", "is not YAML: it holds itself"),
+        ("a: " + "[" * 400 + "]" * 400, "is not YAML: it is nested more than 20 deep"),
+        ("a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)), "more than 10000 values"),
+        ("a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 18)), "more than 10000 values"),
+        ("# " + "x" * 2**18, "has more than 262144 bytes"),
+    ],
+)
+def test_what_cannot_work_or_is_never_read_is_refused(load, text, said):
+    with pytest.raises(EdgeDiTError, match=said):
+        load(text)
+
+
+def test_anchors_and_dates_that_are_meant_are_read(load):
+    config = load("output_dir: 2026-01-01\nteacher: &long {steps: 5, ema_decay: 0.9}\ntune:\n  <<: *long\n  steps: 7\n")
+    assert (config.output_dir, config.teacher.steps, config.tune.steps, config.tune.ema_decay) == ("2026-01-01", 5, 7, 0.9)
+
+
+@pytest.mark.parametrize("name", ["debug.yaml", "debug-t2i.yaml", "digits-t2i.yaml", "debug-quantize.yaml", "digits.yaml", "imagenet256-edgedit1.yaml"])
+def test_the_shipped_recipes_and_the_written_one_go_on_working(repository, tmp_path, name):
+    path = repository / "training" / "recipes" / name
+    assert load_config(path, ["student.genotype=EdgeDiT-1", "bank.only=[EdgeDiT-1]", "text.encoder=a/b", "text.encoder_2=none"])
+    (tmp_path / "all.yaml").write_text(commented_yaml())
+    assert unused(load_config(tmp_path / "all.yaml")) == []
+
+
+def test_what_a_choice_makes_useless_is_said_not_refused(load):
+    assert unused(load("student: {genotype: EdgeDiT-1, max_flops_ratio: 0.5}\nsearch: {samples: 100}")) == [
+        "student.genotype makes search.samples, student.max_flops_ratio of no use"
+    ]
+    assert unused(load("teacher: {path: a/b, steps: 3}")) == ["teacher.path makes teacher.steps of no use"]
+    assert unused(load("text: {encoder: a/b, encoder_2: none, steps: 3}")) == ["text.encoder and text.encoder_2 makes text.steps of no use"]
+    assert unused(load("text: {encoder: a/b, steps: 3}")) == []

@@ -47,7 +47,7 @@ def draws(seed: int, step: int, rows: Sequence[int], shape: Sequence[int], strea
     uniforms = np.empty((len(rows), 2))
     noise = np.empty((len(rows), math.prod(shape)), dtype=np.float32)
     for i, row in enumerate(rows):
-        generator = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, int(row), step, 0]))
+        generator = np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=[0, int(row), step, 0]))
         uniforms[i] = generator.random(2)
         generator.standard_normal(out=noise[i], dtype=np.float32)
     time, drop = torch.from_numpy(uniforms).float().unbind(1)

@@ -128,14 +128,35 @@ def atomic_write_json(path: str | os.PathLike, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike, made_by: str) -> Any:
-    """Read a JSON file of a run; `made_by` names the stage that writes it."""
+JSON_BYTES = 2**29  # no file of ours comes near
+
+
+def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
+    """The values of a JSON text; NaN and infinities, which are no JSON, only with `nan`. Whatever is wrong with it is a `ValueError`."""
+
+    def refuse(name: str) -> float:
+        raise ValueError(f"it holds {name}, which is no number")
+
+    try:
+        return json.loads(text, parse_constant=None if nan else refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: str | os.PathLike, made_by: str, *, nan: bool = False) -> Any:
+    """Read a JSON file of a run; `made_by` names the stage that writes it, `nan` is as in [`parse_json`]."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > JSON_BYTES:
+            raise EdgeDiTError(f"{path} has {size} bytes, more than {JSON_BYTES}; it is damaged or foreign. {made_by} writes it.")
+        return parse_json(path.read_text(encoding="utf-8"), nan=nan)
     except FileNotFoundError:
         raise EdgeDiTError(f"{path} does not exist; it is written by {made_by}, run that first.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise EdgeDiTError(f"{path} cannot be read ({error.strerror}); it is written by {made_by}.") from None
+    except EdgeDiTError:
+        raise
+    except ValueError as error:  # of the text's encoding, its syntax, or a number of thousands of digits
         raise EdgeDiTError(f"{path} is not JSON ({error}); it is damaged or foreign. {made_by} writes it.") from None
 
 

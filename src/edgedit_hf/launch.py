@@ -25,7 +25,7 @@ from .genotype import Genotype
 from .models.checkpoints import load_original, locate
 from .models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from .pipelines.pipeline_edgedit import EdgeDiTPipeline
-from .recipes import RunConfig, load_config
+from .recipes import RunConfig, load_config, unused
 from .run_state import Interrupted, close_progress
 from .search_space import SearchSpace
 
@@ -59,6 +59,9 @@ def recipe_main(
     diffusers_logging.disable_progress_bar()  # loading a small pipeline needs no bar of its own
     try:
         config = load_config(arguments.config, overrides)
+        if int(os.environ.get("RANK", 0)) == 0:
+            for note in unused(config):
+                print(f"note: {note}", file=sys.stderr)
         if arguments.dry_run:
             from .estimate import print_estimate
 

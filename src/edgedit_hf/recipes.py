@@ -7,232 +7,250 @@ A run is described by one file with a section a stage. Each recipe in training/ 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import EdgeDiTError
+from .schema import fill, key, shorten
 
-
-def _key(default: Any, doc: str, choices: Sequence[Any] = (), minimum: float | None = None) -> Any:
-    metadata = {"doc": doc, "choices": tuple(choices), "minimum": minimum}
-    if callable(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+# Greatest values: beyond what anybody runs, and below what exhausts memory or overflows before a message could say so.
+STEPS = 10**9  # optimiser steps, and steps between two events
+BATCH = 2**20  # rows of a batch
+IMAGES = 10**7  # images that are sampled or measured
+WIDTH, LAYERS, HEADS = 2**16, 1000, 1024  # of networks
+TIMESTEPS = 1000  # of the training schedule; more denoising steps than that there are not
+REPEATS, THREADS, PROCESSES = 10**5, 1024, 512
+LARGEST = 1e38  # float32 holds no more: weights of losses, learning rates
+SEED = 2**63 - 1  # torch takes 64 bits and refuses more, and the streams of a run are the seed and a small number added to it
 
 
 @dataclass
 class DataConfig:
     """Images to learn from."""
 
-    source: str = _key("digits", "'digits' (scikit-learn's, offline), a folder (class folders or metadata.jsonl), or a `datasets` id")
-    split: str = _key("train", "split of a `datasets` id to train on")
-    resolution: int | None = _key(None, "resize and centre-crop to this many pixels; null keeps the size the images have", minimum=2)
-    buckets: list[str] | None = _key(None, "text-to-image: sizes (height x width: '128x128', '160x96') in place of resolution; an image goes to the nearest")
-    channels: int | None = _key(None, "1 (grey) or 3 (RGB); null keeps what the first image has", (None, 1, 3))
-    image_column: str | None = _key(None, "column that holds the images; null takes the first image column")
-    label_column: str | None = _key(None, "column that holds the classes; null takes 'label' or the only class column")
-    caption_column: str | None = _key(None, "text-to-image: column that holds the captions; null takes 'text', 'caption', 'prompt' or 'description'")
-    validation_fraction: float = _key(0.2, "share held out where the data set has no split of its own", minimum=0.0)
-    vae: str | None = _key(None, "AutoencoderKL or -Tiny, text-to-image also -DC or -KLQwenImage (folder or Hub id): work in its cached latents; null: pixels")
-    num_workers: int = _key(0, "worker processes of the data loader", minimum=0)
+    source: str = key("digits", "'digits' (scikit-learn's, offline), a folder (class folders or metadata.jsonl), or a `datasets` id", path=True)
+    split: str = key("train", "split of a `datasets` id to train on")
+    resolution: int | None = key(None, "resize and centre-crop to this many pixels; null keeps the size the images have", minimum=2, maximum=2**14)
+    buckets: list[str] | None = key(
+        None, "text-to-image: sizes (height x width: '128x128', '160x96') in place of resolution; an image goes to the nearest", items=1000
+    )
+    channels: int | None = key(None, "1 (grey) or 3 (RGB); null keeps what the first image has", (None, 1, 3))
+    image_column: str | None = key(None, "column that holds the images; null takes the first image column")
+    label_column: str | None = key(None, "column that holds the classes; null takes 'label' or the only class column", length=(0, 4096))
+    caption_column: str | None = key(None, "text-to-image: column that holds the captions; null takes 'text', 'caption', 'prompt' or 'description'")
+    validation_fraction: float = key(0.2, "share held out where the data set has no split of its own", minimum=0.0, below=1.0)
+    vae: str | None = key(
+        None, "AutoencoderKL or -Tiny, text-to-image also -DC or -KLQwenImage (folder or Hub id): work in its cached latents; null: pixels", path=True
+    )
+    num_workers: int = key(0, "worker processes of the data loader", minimum=0, maximum=PROCESSES)
 
 
 @dataclass
 class OptimisationConfig:
     """How a denoiser is trained."""
 
-    steps: int = _key(1000, "optimiser steps", minimum=1)
-    batch_size: int = _key(128, "images a step, over all processes and accumulation", minimum=1)
-    learning_rate: float = _key(1e-3, "peak learning rate of AdamW", minimum=0.0)
-    final_learning_rate: float = _key(0.05, "the cosine decay ends at this share of the peak", minimum=0.0)
-    warmup_steps: int = _key(50, "linear warm-up", minimum=0)
-    weight_decay: float = _key(0.0, "weight decay of AdamW", minimum=0.0)
-    max_grad_norm: float = _key(1.0, "gradient clipping; 0 clips nothing", minimum=0.0)
-    ema_decay: float = _key(0.995, "exponential moving average of the weights; the average is what is saved", minimum=0.0)
-    gradient_accumulation: int = _key(1, "micro-batches a step", minimum=1)
-    gradient_checkpointing: bool = _key(False, "recompute activations to save memory")
-    checkpoint_every: int = _key(200, "steps between checkpoints", minimum=1)
-    log_every: int = _key(20, "steps between lines of telemetry", minimum=1)
+    steps: int = key(1000, "optimiser steps", minimum=1, maximum=STEPS)
+    batch_size: int = key(128, "images a step, over all processes and accumulation", minimum=1, maximum=BATCH)
+    learning_rate: float = key(1e-3, "peak learning rate of AdamW", minimum=0.0, maximum=LARGEST)
+    final_learning_rate: float = key(0.05, "the cosine decay ends at this share of the peak", minimum=0.0, maximum=1.0)
+    warmup_steps: int = key(50, "linear warm-up", minimum=0, maximum=STEPS)
+    weight_decay: float = key(0.0, "weight decay of AdamW", minimum=0.0, maximum=1e6)
+    max_grad_norm: float = key(1.0, "gradient clipping; 0 clips nothing", minimum=0.0, maximum=LARGEST)
+    ema_decay: float = key(0.995, "exponential moving average of the weights; the average is what is saved", minimum=0.0, below=1.0)
+    gradient_accumulation: int = key(1, "micro-batches a step", minimum=1, maximum=BATCH)
+    gradient_checkpointing: bool = key(False, "recompute activations to save memory")
+    checkpoint_every: int = key(200, "steps between checkpoints", minimum=1, maximum=STEPS)
+    log_every: int = key(20, "steps between lines of telemetry", minimum=1, maximum=STEPS)
 
 
 @dataclass
 class DenoiserConfig(OptimisationConfig):
     """A class-conditional denoiser, teacher and student alike."""
 
-    class_dropout: float = _key(0.1, "share of labels dropped, for classifier-free guidance", minimum=0.0)
+    class_dropout: float = key(0.1, "share of labels dropped, for classifier-free guidance", minimum=0.0, maximum=1.0)
 
 
 @dataclass
 class TeacherConfig(DenoiserConfig):
     """The network that is compressed: trained here, or brought along with `path`."""
 
-    path: str | None = _key(None, "a trained EdgeDiT pipeline (folder or Hub id) to compress; null trains one with the keys below")
-    patch_size: int = _key(2, "side of the patches", minimum=1)
-    hidden_size: int = _key(128, "residual width", minimum=4)
-    num_layers: int = _key(6, "transformer layers", minimum=1)
-    num_heads: int = _key(4, "attention heads", minimum=1)
-    prediction_type: str = _key("epsilon", "epsilon (DDPM schedule of DiT) or flow_prediction (flow matching)", ("epsilon", "flow_prediction"))
-    learn_sigma: bool = _key(False, "also learn the variance (epsilon only)")
-    conditional: bool = _key(True, "false trains an unconditional model even if the data has labels (num_classes: 0)")
+    path: str | None = key(None, "a trained EdgeDiT pipeline (folder or Hub id) to compress; null trains one with the keys below", path=True)
+    patch_size: int = key(2, "side of the patches", minimum=1, maximum=256)
+    hidden_size: int = key(128, "residual width", minimum=4, maximum=WIDTH)
+    num_layers: int = key(6, "transformer layers", minimum=1, maximum=LAYERS)
+    num_heads: int = key(4, "attention heads", minimum=1, maximum=HEADS)
+    prediction_type: str = key("epsilon", "epsilon (DDPM schedule of DiT) or flow_prediction (flow matching)", ("epsilon", "flow_prediction"))
+    learn_sigma: bool = key(False, "also learn the variance (epsilon only)")
+    conditional: bool = key(True, "false trains an unconditional model even if the data has labels (num_classes: 0)")
 
 
 @dataclass
 class BankConfig:
     """Proxy blocks: every smaller stand-in of every layer, distilled from the teacher's features."""
 
-    reduced_mlp_ratio: float = _key(2.0, "MLP ratio of the reduced options", minimum=0.01)
-    reduced_attention_dim: int | None = _key(None, "attention width of the reduced options; null: 4/9 of the hidden size, rounded to 8·heads")
-    init: str = _key("closed_form", "start of a proxy: closed_form, copy (truncated teacher weights) or random", ("closed_form", "copy", "random"))
-    only: list[str] | None = _key(None, "make only what these genotypes need: preset names (EdgeDiT-1) or genotype JSON files; null makes all")
-    calibration_samples: int = _key(256, "images that closed-form starts are fitted to, and as many held-out ones to judge by", minimum=1)
-    steps: int = _key(200, "optimiser steps of every proxy", minimum=0)
-    both_steps: int = _key(100, "steps of the proxies that combine a reduced attention with a reduced MLP", minimum=0)
-    batch_size: int = _key(32, "images a step; one teacher forward feeds all proxies", minimum=1)
-    learning_rate: float = _key(1e-3, "peak learning rate of AdamW for proxies that start far off; nearer ones get less", minimum=0.0)
-    warmup_steps: int = _key(30, "linear warm-up (full first steps undo part of a closed-form start)", minimum=0)
-    optimizer: str = _key("adamw", "adamw, or adamw8bit (bitsandbytes: a quarter of the optimiser's memory)", ("adamw", "adamw8bit"))
-    memory_budget_gb: float | None = _key(None, "memory a process may use; proxies then take turns on the device; null: no bound", minimum=0.0)
-    loss: str = _key("normalised", "normalised (by the layer's own update) or plain (the paper's squared error)", ("normalised", "plain"))
-    checkpoint_every: int = _key(100, "steps between checkpoints", minimum=1)
-    log_every: int = _key(20, "steps between lines of telemetry", minimum=1)
+    reduced_mlp_ratio: float = key(2.0, "MLP ratio of the reduced options", above=0.0, maximum=64.0)
+    reduced_attention_dim: int | None = key(
+        None, "attention width of the reduced options; null: 4/9 of the hidden size, rounded to 8·heads", minimum=1, maximum=WIDTH
+    )
+    init: str = key("closed_form", "start of a proxy: closed_form, copy (truncated teacher weights) or random", ("closed_form", "copy", "random"))
+    only: list[str] | None = key(
+        None, "make only what these genotypes need: preset names (EdgeDiT-1) or genotype JSON files; null makes all", items=1000, path=True
+    )
+    calibration_samples: int = key(256, "images that closed-form starts are fitted to, and as many held-out ones to judge by", minimum=1, maximum=IMAGES)
+    steps: int = key(200, "optimiser steps of every proxy", minimum=0, maximum=STEPS)
+    both_steps: int = key(100, "steps of the proxies that combine a reduced attention with a reduced MLP", minimum=0, maximum=STEPS)
+    batch_size: int = key(32, "images a step; one teacher forward feeds all proxies", minimum=1, maximum=BATCH)
+    learning_rate: float = key(1e-3, "peak learning rate of AdamW for proxies that start far off; nearer ones get less", minimum=0.0, maximum=LARGEST)
+    warmup_steps: int = key(30, "linear warm-up (full first steps undo part of a closed-form start)", minimum=0, maximum=STEPS)
+    optimizer: str = key("adamw", "adamw, or adamw8bit (bitsandbytes: a quarter of the optimiser's memory)", ("adamw", "adamw8bit"))
+    memory_budget_gb: float | None = key(None, "memory a process may use; proxies then take turns on the device; null: no bound", above=0.0, maximum=1e6)
+    loss: str = key("normalised", "normalised (by the layer's own update) or plain (the paper's squared error)", ("normalised", "plain"))
+    checkpoint_every: int = key(100, "steps between checkpoints", minimum=1, maximum=STEPS)
+    log_every: int = key(20, "steps between lines of telemetry", minimum=1, maximum=STEPS)
 
 
 @dataclass
 class LatencyConfig:
     """The latency table: every distinct block shape, lowered and measured once in the runtime that will ship."""
 
-    batch_size: int = _key(32, "images a forward", minimum=1)
-    threads: int = _key(2, "threads of the runtime", minimum=1)
-    runtime: str = _key("onnxruntime", "runtime that will ship: onnxruntime or executorch", ("onnxruntime", "executorch"))
-    precision: str = _key("fp32", "precision of the measured artefacts: fp32, int8, or int4 (executorch only)", ("fp32", "int8", "int4"))
-    repeats: int = _key(40, "measurements a shape; the median counts", minimum=3)
+    batch_size: int = key(32, "images a forward", minimum=1, maximum=BATCH)
+    threads: int = key(2, "threads of the runtime", minimum=1, maximum=THREADS)
+    runtime: str = key("onnxruntime", "runtime that will ship: onnxruntime or executorch", ("onnxruntime", "executorch"))
+    precision: str = key("fp32", "precision of the measured artefacts: fp32, int8, or int4 (executorch only)", ("fp32", "int8", "int4"))
+    repeats: int = key(40, "measurements a shape; the median counts", minimum=3, maximum=REPEATS)
 
 
 @dataclass
 class SearchConfig:
     """Two objectives, both minimised: Fréchet distance of the assembled, untuned student, and table latency."""
 
-    mode: str = _key("joint", "joint (20 choices a pair of layers) or two-stage (the paper: merges first, then options)", ("joint", "two-stage"))
-    acquisition: str = _key("qlogehvi", "qlogehvi, qlognehvi or ehvi (the paper's)", ("qlogehvi", "qlognehvi", "ehvi"))
-    evaluations: int = _key(24, "genotypes to evaluate", minimum=2)
-    initial: int = _key(8, "of these, how many form the space-filling start", minimum=2)
-    batch: int = _key(4, "genotypes asked at a time", minimum=1)
-    random_baseline: bool = _key(True, "also spend the same budget on random search, for comparison")
-    samples: int = _key(256, "images a genotype is judged by", minimum=8)
-    sampling_steps: int = _key(10, "denoising steps of these images", minimum=1)
-    guidance_scale: float = _key(1.5, "classifier-free guidance of these images", minimum=0.0)
+    mode: str = key("joint", "joint (20 choices a pair of layers) or two-stage (the paper: merges first, then options)", ("joint", "two-stage"))
+    acquisition: str = key("qlogehvi", "qlogehvi, qlognehvi or ehvi (the paper's)", ("qlogehvi", "qlognehvi", "ehvi"))
+    evaluations: int = key(24, "genotypes to evaluate", minimum=2, maximum=10**4)
+    initial: int = key(8, "of these, how many form the space-filling start", minimum=2, maximum=10**4)
+    batch: int = key(4, "genotypes asked at a time", minimum=1, maximum=1000)
+    random_baseline: bool = key(True, "also spend the same budget on random search, for comparison")
+    samples: int = key(256, "images a genotype is judged by", minimum=8, maximum=IMAGES)
+    sampling_steps: int = key(10, "denoising steps of these images", minimum=1, maximum=TIMESTEPS)
+    guidance_scale: float = key(1.5, "classifier-free guidance of these images", minimum=0.0, maximum=1000.0)
 
 
 @dataclass
 class StudentConfig:
     """Which point of the front becomes the student."""
 
-    genotype: str | None = _key(None, "a preset (EdgeDiT-1) or a genotype JSON file to build instead: no latency table, search and report then")
-    max_latency_ms: float | None = _key(None, "latency budget (table latency); null: see max_latency_ratio", minimum=0.0)
-    max_latency_ratio: float | None = _key(0.7, "budget as a share of the teacher's table latency; null with max_latency_ms null: knee point", minimum=0.0)
-    max_parameters_ratio: float | None = _key(0.8, "parameters at most this share of the teacher's; null: no bound", minimum=0.0)
-    max_flops_ratio: float | None = _key(0.75, "FLOPs at most this share of the teacher's; null: no bound", minimum=0.0)
+    genotype: str | None = key(None, "a preset (EdgeDiT-1) or a genotype JSON file to build instead: no latency table, search and report then", path=True)
+    max_latency_ms: float | None = key(None, "latency budget (table latency); null: see max_latency_ratio", above=0.0, maximum=1e9)
+    max_latency_ratio: float | None = key(
+        0.7, "budget as a share of the teacher's table latency; null with max_latency_ms null: knee point", above=0.0, maximum=1.0
+    )
+    max_parameters_ratio: float | None = key(0.8, "parameters at most this share of the teacher's; null: no bound", above=0.0, maximum=1.0)
+    max_flops_ratio: float | None = key(0.75, "FLOPs at most this share of the teacher's; null: no bound", above=0.0, maximum=1.0)
 
 
 @dataclass
 class TuneConfig(DenoiserConfig):
     """Fine-tuning of the assembled student, and of the teacher for the same steps (the fair reference)."""
 
-    steps: int = _key(500, "optimiser steps", minimum=1)
-    learning_rate: float = _key(5e-4, "peak learning rate of AdamW", minimum=0.0)
-    output_kd: float = _key(0.0, "weight of the distance to the teacher's output, for a teacher that has converged", minimum=0.0)
-    teacher_more_steps: bool = _key(True, "train the teacher on for the same steps too")
-    random_proxies: bool = _key(False, "also tune the same genotype from untrained random proxies (what feature distillation is worth)")
+    steps: int = key(500, "optimiser steps", minimum=1, maximum=STEPS)
+    learning_rate: float = key(5e-4, "peak learning rate of AdamW", minimum=0.0, maximum=LARGEST)
+    output_kd: float = key(0.0, "weight of the distance to the teacher's output, for a teacher that has converged", minimum=0.0, maximum=LARGEST)
+    teacher_more_steps: bool = key(True, "train the teacher on for the same steps too")
+    random_proxies: bool = key(False, "also tune the same genotype from untrained random proxies (what feature distillation is worth)")
 
 
 @dataclass
 class EvaluateConfig:
     """Final figures of teacher, student and exports."""
 
-    samples: int = _key(2000, "images a model is judged by", minimum=16)
-    sampling_steps: int = _key(20, "denoising steps", minimum=1)
-    guidance_scale: float = _key(1.5, "classifier-free guidance", minimum=0.0)
-    batch_size: int = _key(250, "images a sampling batch", minimum=1)
-    extractor: str = _key("classifier", "features of the Fréchet distance: classifier (trained on the data) or inception", ("classifier", "inception"))
-    extractor_steps: int = _key(300, "training steps of the classifier", minimum=1)
-    exports: bool = _key(True, "judge the exported networks too; their runtimes use the CPU alone")
-    grid: int = _key(8, "rows of the sample grids", minimum=1)
-    latency_batch_size: int = _key(32, "images a forward when whole models are timed", minimum=1)
-    latency_repeats: int = _key(30, "measurements a model; the median counts", minimum=3)
+    samples: int = key(2000, "images a model is judged by", minimum=16, maximum=IMAGES)
+    sampling_steps: int = key(20, "denoising steps", minimum=1, maximum=TIMESTEPS)
+    guidance_scale: float = key(1.5, "classifier-free guidance", minimum=0.0, maximum=1000.0)
+    batch_size: int = key(250, "images a sampling batch", minimum=1, maximum=BATCH)
+    extractor: str = key("classifier", "features of the Fréchet distance: classifier (trained on the data) or inception", ("classifier", "inception"))
+    extractor_steps: int = key(300, "training steps of the classifier", minimum=1, maximum=STEPS)
+    exports: bool = key(True, "judge the exported networks too; their runtimes use the CPU alone")
+    grid: int = key(8, "rows of the sample grids", minimum=1, maximum=1000)
+    latency_batch_size: int = key(32, "images a forward when whole models are timed", minimum=1, maximum=BATCH)
+    latency_repeats: int = key(30, "measurements a model; the median counts", minimum=3, maximum=REPEATS)
 
 
 @dataclass
 class ExportConfig:
     """Artefacts for the phone's runtime."""
 
-    dtypes: list[str] = _key(lambda: ["fp32", "int8"], "precisions of the ONNX exports: fp32, int8")
-    executorch: list[str] = _key(lambda: [], "precisions of the ExecuTorch exports: fp32, int8 (8da8w), int4 (8da4w); needs edgedit_hf[executorch]")
-    threads: int = _key(2, "threads of the runtime when exports are timed", minimum=1)
+    dtypes: list[str] = key(lambda: ["fp32", "int8"], "precisions of the ONNX exports: fp32, int8", choices=("fp32", "int8"), items=10)
+    executorch: list[str] = key(
+        lambda: [], "precisions of the ExecuTorch exports: fp32, int8 (8da8w), int4 (8da4w); needs edgedit_hf[executorch]",
+        choices=("fp32", "int8", "int4"), items=10
+    )
+    threads: int = key(2, "threads of the runtime when exports are timed", minimum=1, maximum=THREADS)
 
 
 @dataclass
 class CardConfig:
     """The model card of the tuned student, made of the report's figures."""
 
-    repo_id: str = _key("your-name/your-student", "where the model will live on the Hub")
-    license: str = _key("other", "the Hub's licence identifier; it depends on your data and teacher")
+    repo_id: str = key("your-name/your-student", "where the model will live on the Hub", length=(1, 200))
+    license: str = key("other", "the Hub's licence identifier; it depends on your data and teacher", length=(1, 100))
 
 
 @dataclass
 class SensitivityConfig:
     """Optional study (training/sensitivity.py): what every single change of a layer costs, before and after a short tune."""
 
-    calibration_samples: int = _key(256, "images that starts are fitted to, and as many held-out ones to judge by", minimum=1)
-    steps: int = _key(100, "feature-distillation steps of every changed layer; 0 judges the closed-form starts alone", minimum=0)
-    batch_size: int = _key(32, "images a step; one teacher forward feeds all places of a change", minimum=1)
-    learning_rate: float = _key(1e-3, "peak learning rate of AdamW for proxies that start far off; nearer ones get less", minimum=0.0)
-    warmup_steps: int = _key(30, "linear warm-up", minimum=0)
-    samples: int = _key(64, "images a timestep that whole models are judged by", minimum=1)
-    timesteps: int = _key(5, "timesteps, evenly spaced, that whole models are judged at", minimum=1)
-    checkpoint_every: int = _key(100, "steps between checkpoints", minimum=1)
-    log_every: int = _key(20, "steps between lines of telemetry", minimum=1)
+    calibration_samples: int = key(256, "images that starts are fitted to, and as many held-out ones to judge by", minimum=1, maximum=IMAGES)
+    steps: int = key(100, "feature-distillation steps of every changed layer; 0 judges the closed-form starts alone", minimum=0, maximum=STEPS)
+    batch_size: int = key(32, "images a step; one teacher forward feeds all places of a change", minimum=1, maximum=BATCH)
+    learning_rate: float = key(1e-3, "peak learning rate of AdamW for proxies that start far off; nearer ones get less", minimum=0.0, maximum=LARGEST)
+    warmup_steps: int = key(30, "linear warm-up", minimum=0, maximum=STEPS)
+    samples: int = key(64, "images a timestep that whole models are judged by", minimum=1, maximum=IMAGES)
+    timesteps: int = key(5, "timesteps, evenly spaced, that whole models are judged at", minimum=1, maximum=TIMESTEPS)
+    checkpoint_every: int = key(100, "steps between checkpoints", minimum=1, maximum=STEPS)
+    log_every: int = key(20, "steps between lines of telemetry", minimum=1, maximum=STEPS)
 
 
 @dataclass
 class TextConfig:
     """Text-to-image: the text encoders. Two small ones are trained on the captions, or others brought along."""
 
-    encoder: str | None = _key(None, "CLIP-type encoder with its tokenizer (folder or Hub id), used as it is; null trains one; 'none' goes without")
-    encoder_2: str | None = _key(None, "T5- or Gemma-type encoder with its tokenizer (folder or Hub id); null trains a T5-type; 'none' goes without")
-    vocabulary_size: int = _key(512, "tokens at most of each tokenizer; the 256 bytes and the special tokens are among them", minimum=260)
-    max_tokens: int = _key(32, "tokens that the CLIP-type encoder reads at a time", minimum=4)
-    hidden_size: int = _key(64, "width of both encoders", minimum=4)
-    num_layers: int = _key(2, "layers of each", minimum=1)
-    num_heads: int = _key(4, "attention heads of each", minimum=1)
-    mask_share: float = _key(0.3, "share of the tokens that the T5-type encoder has to guess", minimum=0.0)
-    temperature: float = _key(0.1, "of the contrast between captions and images", minimum=0.001)
-    steps: int = _key(300, "optimiser steps", minimum=1)
-    batch_size: int = _key(128, "captions a step, over all processes", minimum=2)
-    learning_rate: float = _key(2e-3, "peak learning rate of AdamW", minimum=0.0)
-    final_learning_rate: float = _key(0.05, "the cosine decay ends at this share of the peak", minimum=0.0)
-    warmup_steps: int = _key(20, "linear warm-up", minimum=0)
-    checkpoint_every: int = _key(200, "steps between checkpoints", minimum=1)
-    log_every: int = _key(20, "steps between lines of telemetry", minimum=1)
+    encoder: str | None = key(None, "CLIP-type encoder with its tokenizer (folder or Hub id), used as it is; null trains one; 'none' goes without", path=True)
+    encoder_2: str | None = key(None, "T5- or Gemma-type encoder with its tokenizer (folder or Hub id); null trains a T5-type; 'none' goes without", path=True)
+    vocabulary_size: int = key(512, "tokens at most of each tokenizer; the 256 bytes and the special tokens are among them", minimum=260, maximum=10**6)
+    max_tokens: int = key(32, "tokens that the CLIP-type encoder reads at a time", minimum=4, maximum=2**13)
+    hidden_size: int = key(64, "width of both encoders", minimum=4, maximum=WIDTH)
+    num_layers: int = key(2, "layers of each", minimum=1, maximum=LAYERS)
+    num_heads: int = key(4, "attention heads of each", minimum=1, maximum=HEADS)
+    mask_share: float = key(0.3, "share of the tokens that the T5-type encoder has to guess", minimum=0.0, maximum=1.0)
+    temperature: float = key(0.1, "of the contrast between captions and images", minimum=0.001, maximum=1000.0)
+    steps: int = key(300, "optimiser steps", minimum=1, maximum=STEPS)
+    batch_size: int = key(128, "captions a step, over all processes", minimum=2, maximum=BATCH)
+    learning_rate: float = key(2e-3, "peak learning rate of AdamW", minimum=0.0, maximum=LARGEST)
+    final_learning_rate: float = key(0.05, "the cosine decay ends at this share of the peak", minimum=0.0, maximum=1.0)
+    warmup_steps: int = key(20, "linear warm-up", minimum=0, maximum=STEPS)
+    checkpoint_every: int = key(200, "steps between checkpoints", minimum=1, maximum=STEPS)
+    log_every: int = key(20, "steps between lines of telemetry", minimum=1, maximum=STEPS)
 
 
 @dataclass
 class ElasticConfig(OptimisationConfig):
     """Text-to-image: the elastic supernet. Each step trains the full net and sub-networks of it on the same batch, noise and timesteps."""
 
-    model: str = _key("elastic-dit-digits", "a preset (elastic-dit-1.6b, -digits, -debug), or a JSON file with a model's config")
-    subnets: list[str] | None = _key(None, "sub-networks beside the full net and their shares of its width, e.g. [tiny=0.375, small=0.5]; null: the model's")
-    sampling: str = _key("one", "sub-networks of a step: one (drawn uniformly), or sandwich (the narrowest and one of the others)", ("one", "sandwich"))
-    distillation: float = _key(1.0, "weight of a sub-network's squared distance to the full net's velocity", minimum=0.0)
-    balance: str = _key("gradient_norm", "gradient_norm (equal norms of both networks on the weights they share) or none", ("gradient_norm", "none"))
-    balance_limit: float = _key(10.0, "a sub-network's gradient is scaled by at most this, and at least its inverse", minimum=1.0)
-    text_dropout: float = _key(0.3, "share of captions dropped, each text encoder on its own; without any is its square: for guidance", minimum=0.0)
-    validation_samples: int = _key(256, "held-out images that every width's loss is measured on; 0 measures none", minimum=0)
-    validate_every: int = _key(0, "steps between these measurements, of the averaged weights; 0: at the end only", minimum=0)
+    model: str = key("elastic-dit-digits", "a preset (elastic-dit-1.6b, -digits, -debug), or a JSON file with a model's config", path=True)
+    subnets: list[str] | None = key(
+        None, "sub-networks beside the full net and their shares of its width, e.g. [tiny=0.375, small=0.5]; null: the model's", items=100
+    )
+    sampling: str = key("one", "sub-networks of a step: one (drawn uniformly), or sandwich (the narrowest and one of the others)", ("one", "sandwich"))
+    distillation: float = key(1.0, "weight of a sub-network's squared distance to the full net's velocity", minimum=0.0, maximum=LARGEST)
+    balance: str = key("gradient_norm", "gradient_norm (equal norms of both networks on the weights they share) or none", ("gradient_norm", "none"))
+    balance_limit: float = key(10.0, "a sub-network's gradient is scaled by at most this, and at least its inverse", minimum=1.0, maximum=LARGEST)
+    text_dropout: float = key(0.3, "share of captions dropped, each text encoder on its own; without any is its square: for guidance", minimum=0.0, maximum=1.0)
+    validation_samples: int = key(256, "held-out images that every width's loss is measured on; 0 measures none", minimum=0, maximum=IMAGES)
+    validate_every: int = key(0, "steps between these measurements, of the averaged weights; 0: at the end only", minimum=0, maximum=STEPS)
 
     def widths(self) -> dict[str, float] | None:
         """The sub-networks' shares of the full width, the full net included; `None`: the model's own."""
@@ -246,44 +264,48 @@ class ElasticConfig(OptimisationConfig):
 class KnowledgeConfig:
     """Text-to-image: a large flow teacher that the full net of the supernet also learns from (the sub-networks learn from the full net)."""
 
-    teacher: str | None = _key(None, "a flow pipeline of diffusers or of ours on the same latents (folder or Hub id); null: learn from data alone")
-    output_weight: float = _key(1.0, "share of the timestep-aware scaling of its velocity's distance; 1 is SnapGen++, 0 leaves the data alone", minimum=0.0)
-    feature_weight: float = _key(1.0, "weight of the distance to its last layer's tokens", minimum=0.0)
-    guidance_scale: float = _key(1.0, "learn from its guided velocity; 1: unguided", minimum=0.0)
-    quantization: str = _key("none", "none, 8bit or 4bit (bitsandbytes, needs a GPU)", ("none", "8bit", "4bit"))
+    teacher: str | None = key(None, "a flow pipeline of diffusers or of ours on the same latents (folder or Hub id); null: learn from data alone", path=True)
+    output_weight: float = key(
+        1.0, "share of the timestep-aware scaling of its velocity's distance; 1 is SnapGen++, 0 leaves the data alone", minimum=0.0, maximum=LARGEST
+    )
+    feature_weight: float = key(1.0, "weight of the distance to its last layer's tokens", minimum=0.0, maximum=LARGEST)
+    guidance_scale: float = key(1.0, "learn from its guided velocity; 1: unguided", minimum=0.0, maximum=1000.0)
+    quantization: str = key("none", "none, 8bit or 4bit (bitsandbytes, needs a GPU)", ("none", "8bit", "4bit"))
 
 
 @dataclass
 class QuantizeConfig(OptimisationConfig):
     """Low-bit weights (training/quantize.py): sensitivity of the layers, allocation of bits, self-distillation. Needs a pipeline, no data."""
 
-    path: str | None = _key(None, "the pipeline to quantise (folder or Hub id); null: the run's student-tuned, or else its elastic")
-    subnet: str | None = _key(None, "of a supernet: quantise this sub-network alone, as a stand-alone net; null: the supernet, tuned at every width")
-    scheme: str = _key("palette", "palette (k-means; SnapGen++, Core ML) or affine (symmetric groups; ONNX Runtime, ExecuTorch)", ("palette", "affine"))
-    budget_bits: float = _key(4.3, "stored bits a weight on average (indices, palettes, scales), from 4 to 8", minimum=4.0)
-    rows_per_palette: int | None = _key(None, "output rows that share a 4-bit palette, 0: all; null: the allocation chooses for every layer", minimum=0)
-    group_size: int = _key(64, "inputs that share a scale (affine)", minimum=1)
-    compensate: bool = _key(True, "round with error compensation (GPTQ); false rounds to the nearest")
-    prompts: str | None = _key(None, "text to image: file with a prompt a line, to calibrate and tune with; null: the captions of `data`")
-    calibration_images: int = _key(64, "images that are sampled to calibrate, and as many to judge by", minimum=1)
-    sampling_steps: int | None = _key(None, "denoising steps of all images sampled here; null: the pipeline's default", minimum=1)
-    guidance_scale: float | None = _key(None, "their guidance; null: the pipeline's default", minimum=0.0)
-    sensitivity_images: int = _key(16, "images that the sensitivity of layers is measured on", minimum=1)
-    timesteps: int = _key(8, "timesteps, evenly spread, that it is measured at", minimum=1)
-    samples: int = _key(1024, "samples of the unquantised network that self-distillation adds noise to", minimum=1)
-    sampling_batch_size: int = _key(64, "images a sampling batch", minimum=1)
-    dropout: float = _key(0.3, "share of labels or texts dropped in self-distillation, for classifier-free guidance", minimum=0.0)
-    steps: int = _key(1000, "steps of self-distillation; 0: none", minimum=0)
-    batch_size: int = _key(64, "noisy samples a step, over all processes and accumulation", minimum=1)
+    path: str | None = key(None, "the pipeline to quantise (folder or Hub id); null: the run's student-tuned, or else its elastic", path=True)
+    subnet: str | None = key(None, "of a supernet: quantise this sub-network alone, as a stand-alone net; null: the supernet, tuned at every width")
+    scheme: str = key("palette", "palette (k-means; SnapGen++, Core ML) or affine (symmetric groups; ONNX Runtime, ExecuTorch)", ("palette", "affine"))
+    budget_bits: float = key(4.3, "stored bits a weight on average (indices, palettes, scales), from 4 to 8", minimum=4.0, maximum=8.0)
+    rows_per_palette: int | None = key(
+        None, "output rows that share a 4-bit palette, 0: all; null: the allocation chooses for every layer", minimum=0, maximum=BATCH
+    )
+    group_size: int = key(64, "inputs that share a scale (affine)", minimum=1, maximum=WIDTH)
+    compensate: bool = key(True, "round with error compensation (GPTQ); false rounds to the nearest")
+    prompts: str | None = key(None, "text to image: file with a prompt a line, to calibrate and tune with; null: the captions of `data`", path=True)
+    calibration_images: int = key(64, "images that are sampled to calibrate, and as many to judge by", minimum=1, maximum=IMAGES)
+    sampling_steps: int | None = key(None, "denoising steps of all images sampled here; null: the pipeline's default", minimum=1, maximum=TIMESTEPS)
+    guidance_scale: float | None = key(None, "their guidance; null: the pipeline's default", minimum=0.0, maximum=1000.0)
+    sensitivity_images: int = key(16, "images that the sensitivity of layers is measured on", minimum=1, maximum=IMAGES)
+    timesteps: int = key(8, "timesteps, evenly spread, that it is measured at", minimum=1, maximum=TIMESTEPS)
+    samples: int = key(1024, "samples of the unquantised network that self-distillation adds noise to", minimum=1, maximum=IMAGES)
+    sampling_batch_size: int = key(64, "images a sampling batch", minimum=1, maximum=BATCH)
+    dropout: float = key(0.3, "share of labels or texts dropped in self-distillation, for classifier-free guidance", minimum=0.0, maximum=1.0)
+    steps: int = key(1000, "steps of self-distillation; 0: none", minimum=0, maximum=STEPS)
+    batch_size: int = key(64, "noisy samples a step, over all processes and accumulation", minimum=1, maximum=BATCH)
 
 
 @dataclass
 class RunConfig:
     """A whole run."""
 
-    output_dir: str = _key("runs/edgedit", "folder of the run; every stage has a folder in it")
-    seed: int = _key(0, "seed of everything", minimum=0)
-    threads: int = _key(2, "threads of PyTorch on the CPU, a process; 0 leaves PyTorch's choice", minimum=0)
+    output_dir: str = key("runs/edgedit", "folder of the run; every stage has a folder in it", path=True)
+    seed: int = key(0, "seed of everything", minimum=0, maximum=SEED)
+    threads: int = key(2, "threads of PyTorch on the CPU, a process; 0 leaves PyTorch's choice", minimum=0, maximum=THREADS)
     data: DataConfig = field(default_factory=DataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     bank: BankConfig = field(default_factory=BankConfig)
@@ -312,51 +334,92 @@ class RunConfig:
 # -------------------------------------------------------------------- reading
 
 
-def _convert(value: Any, hint: Any, name: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None:
-        if type(None) in options:
-            return None
-    elif float in options and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif float in options and isinstance(value, str):
-        try:  # YAML reads 1e-3 as text
-            return float(value)
-        except ValueError:
-            pass
-    elif int in options and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif bool in options and isinstance(value, bool):
-        return value
-    elif str in options and isinstance(value, str):
-        return value
-    elif any(typing.get_origin(o) is list for o in options) and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return value
-    wanted = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
-    raise EdgeDiTError(f"{name} is {value!r} ({type(value).__name__}); it must be {wanted}.")
+RECIPE_BYTES = 2**18  # a recipe with every key and its comment has 15,000
+NODES, DEPTH = 10_000, 20  # of a recipe, once its aliases are written out
 
 
-def _fill(target: Any, values: Any, prefix: str, source: str) -> None:
-    if not isinstance(values, dict):
-        raise EdgeDiTError(f"{source}: {prefix or 'the file'} holds {type(values).__name__}; it must hold keys and values.")
-    hints = typing.get_type_hints(type(target))
-    fields = {f.name: f for f in dataclasses.fields(target)}
-    for key, value in values.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys there are {', '.join(fields)}."
-            raise EdgeDiTError(f"{source}: unknown key {name!r}; {hint}")
-        if dataclasses.is_dataclass(getattr(target, key)):
-            _fill(getattr(target, key), {} if value is None else value, name, source)
-            continue
-        value = _convert(value, hints[key], f"{source}: {name}")
-        choices, minimum = fields[key].metadata["choices"], fields[key].metadata["minimum"]
-        if choices and value not in choices:
-            raise EdgeDiTError(f"{source}: {name} is {value!r}; it must be one of {', '.join(map(str, choices))}.")
-        if minimum is not None and value is not None and not value >= minimum:  # nor NaN
-            raise EdgeDiTError(f"{source}: {name} is {value}; it must be at least {minimum}.")
-        setattr(target, key, value)
+@functools.cache
+def _loader() -> type:
+    """PyYAML's safe loader without surprises: bounded, no key twice, and dates stay the text that they are."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def __init__(self, text: str) -> None:
+            super().__init__(text)
+            self.depth, self.sizes = 0, {}
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            # An alias is counted with all that it stands for: ten of ten of ten … are few bytes, but fill the memory when they are read.
+            event, mark = self.peek_event(), self.peek_event().start_mark
+            self.depth += 1
+            node = super().compose_node(parent, index) if self.depth <= DEPTH else None
+            self.depth -= 1
+            if node is None:
+                raise yaml.MarkedYAMLError(f"it is nested more than {DEPTH} deep", problem_mark=mark)
+            if id(node) not in self.sizes:
+                if isinstance(event, yaml.AliasEvent):
+                    raise yaml.MarkedYAMLError("it holds itself", problem_mark=mark)
+                parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+                parts = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+                self.sizes[id(node)] = 1 + sum(self.sizes[id(part)] for part in parts)
+            if self.sizes[id(node)] > NODES:
+                raise yaml.MarkedYAMLError(f"it holds more than {NODES} values, aliases written out", problem_mark=mark)
+            return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            seen: set[Any] = set()
+            for name, _ in node.value:
+                if isinstance(name, yaml.ScalarNode) and name.value != "<<":
+                    if name.value in seen:
+                        raise yaml.MarkedYAMLError(f"the key {shorten(name.value)} stands there twice", problem_mark=name.start_mark)
+                    seen.add(name.value)
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def _parse(text: str) -> Any:
+    """The plain values of YAML; whatever is wrong with it is a `ValueError` of one line."""
+    import yaml
+
+    if len(text) > RECIPE_BYTES:
+        raise ValueError(f"it has {len(text)} characters, more than {RECIPE_BYTES}")
+    loader = None
+    try:
+        loader = _loader()(text)
+        return loader.get_single_data()
+    except RecursionError:
+        raise ValueError(f"it is nested more than {DEPTH} deep") from None
+    except Exception as error:  # a constructor lets through whatever int() and its like raise
+        said = " ".join(str(error).split()) if isinstance(error, yaml.YAMLError) else f"a value in it cannot be read: {error}"
+        raise ValueError(said[:500]) from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _read_recipe(path: Path) -> Any:
+    remedy = "`edgedit recipes copy DIR` gives the shipped ones"
+    try:
+        if not path.is_file() and not path.is_dir() and path.exists() and not str(path).startswith("/dev/fd/"):
+            raise EdgeDiTError(f"The recipe {path} is no file; {remedy}.")
+        with open(path, "rb") as file:
+            content = file.read(RECIPE_BYTES + 1)
+    except OSError as error:
+        raise EdgeDiTError(f"The recipe {shorten(str(path))[1:-1]} cannot be read ({error.strerror}); {remedy}.") from None
+    except ValueError as error:
+        raise EdgeDiTError(f"The recipe {shorten(str(path))} cannot be read ({error}); {remedy}.") from None
+    if len(content) > RECIPE_BYTES:
+        raise EdgeDiTError(f"The recipe {path} has more than {RECIPE_BYTES} bytes; {remedy}.")
+    try:
+        return _parse(content.decode("utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise EdgeDiTError(f"The recipe {path} is not YAML: {error}") from None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -365,28 +428,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         EdgeDiTError: the file is missing or not YAML; a key is unknown (the nearest is named) or its value does not fit.
     """
-    import yaml
-
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EdgeDiTError(f"The recipe {path} cannot be read ({error.strerror}); `edgedit recipes copy DIR` gives the shipped ones.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise EdgeDiTError(f"The recipe {path} is not YAML: {error}") from None
+    values = _read_recipe(path)
     config = RunConfig()
-    _fill(config, values or {}, "", str(path))
+    fill(config, {} if values is None else values, str(path))
     for text in overrides:
-        key, equals, value = text.partition("=")
+        name, equals, value = text.partition("=")
         if not equals:
-            raise EdgeDiTError(f"--override {text!r} has no '='; write section.key=value, e.g. teacher.steps=100.")
+            raise EdgeDiTError(f"--override {shorten(text)} has no '='; write section.key=value, e.g. teacher.steps=100.")
         try:
-            nested: Any = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise EdgeDiTError(f"--override {text!r}: the value is not YAML: {error}") from None
-        for part in reversed(key.strip().split(".")):
+            nested: Any = _parse(value)
+        except ValueError as error:
+            raise EdgeDiTError(f"--override {shorten(text)}: the value is not YAML: {error}") from None
+        for part in reversed(name.strip().split(".")):
             nested = {part: nested}
-        _fill(config, nested, "", "--override")
+        fill(config, nested, "--override")
     _check(config, str(path))
     return config
 
@@ -410,24 +466,81 @@ def _check(config: RunConfig, source: str) -> None:
         raise EdgeDiTError(f"{source}: text.hidden_size {config.text.hidden_size} is not a multiple of text.num_heads {config.text.num_heads}; change one.")
     for text in config.elastic.subnets or ():
         name, _, width = text.partition("=")
-        try:
-            usable = name.strip() not in ("", "full") and 0 < float(width) < 1
+        try:  # the name becomes one of files
+            usable = re.fullmatch(r"\w[\w.-]{0,63}", name.strip()) and name.strip() != "full" and 0 < float(width) < 1
         except ValueError:
             usable = False
         if not usable:
-            raise EdgeDiTError(f"{source}: elastic.subnets holds {text!r}; it may hold name=width with a width between 0 and 1, e.g. small=0.5.")
+            raise EdgeDiTError(
+                f"{source}: elastic.subnets holds {shorten(text)}; it may hold name=width with a width between 0 and 1, e.g. small=0.5 "
+                "(names of letters, digits, '_', '-' and '.')."
+            )
     if config.elastic.subnets is not None and len(config.elastic.widths()) != len(config.elastic.subnets) + 1:
         raise EdgeDiTError(f"{source}: elastic.subnets {config.elastic.subnets} holds a name twice; give every sub-network its own.")
     if search.initial > search.evaluations:
         raise EdgeDiTError(f"{source}: search.initial {search.initial} exceeds search.evaluations {search.evaluations}.")
-    for key, allowed in (("dtypes", ("fp32", "int8")), ("executorch", ("fp32", "int8", "int4"))):
-        for dtype in getattr(config.export, key):
-            if dtype not in allowed:
-                raise EdgeDiTError(f"{source}: export.{key} holds {dtype!r}; it may hold {', '.join(allowed)}.")
-    if not config.quantize.budget_bits <= 8:
-        raise EdgeDiTError(f"{source}: quantize.budget_bits is {config.quantize.budget_bits:g}; it must be at most 8, the widest form of a layer.")
     if config.latency.runtime == "onnxruntime" and config.latency.precision == "int4":
         raise EdgeDiTError(f"{source}: latency.precision int4 needs latency.runtime executorch; ONNX Runtime has fp32 and int8.")
+    bank = config.bank
+    if teacher.path is None:  # of a given teacher the search space says it
+        if int(teacher.hidden_size * bank.reduced_mlp_ratio) < 1:
+            raise EdgeDiTError(
+                f"{source}: bank.reduced_mlp_ratio {bank.reduced_mlp_ratio} leaves an MLP of teacher.hidden_size {teacher.hidden_size} no neuron; "
+                f"it must be at least {1 / teacher.hidden_size:.3g}."
+            )
+        if bank.reduced_attention_dim is not None and bank.reduced_attention_dim % teacher.num_heads:
+            raise EdgeDiTError(
+                f"{source}: bank.reduced_attention_dim {bank.reduced_attention_dim} is not a multiple of teacher.num_heads {teacher.num_heads}; change one."
+            )
+    for names, why in _unread(config):
+        for name, value in _changed(config, names):
+            raise EdgeDiTError(f"{source}: {name} is {shorten(value)}, but {why}, so nothing reads it; leave it out.")
+
+
+def _unread(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Keys that a neighbour of theirs makes meaningless, and why."""
+    if config.data.source == "digits":
+        names = ("data.split", "data.image_column", "data.caption_column")
+        yield names, "data.source is 'digits', which has one split and no columns (folders and `datasets` ids do)"
+        if config.data.label_column != "":
+            yield ("data.label_column",), "data.source is 'digits', whose labels are no column ('' ignores them)"
+    if config.knowledge.teacher is None:
+        yield ("knowledge",), "knowledge.teacher is null"
+    if config.elastic.balance == "none":
+        yield ("elastic.balance_limit",), "elastic.balance is 'none' (gradient_norm has a limit)"
+    if config.quantize.scheme == "palette":
+        yield ("quantize.group_size",), "quantize.scheme is 'palette' (groups are those of affine)"
+    else:
+        yield ("quantize.rows_per_palette",), "quantize.scheme is 'affine' (palettes are those of palette)"
+
+
+def unused(config: RunConfig) -> list[str]:
+    """What a recipe sets for stages that its own choice replaces, a sentence a choice. Recipes keep such values for the next run."""
+    found = []
+    training = tuple(f"teacher.{entry.name}" for entry in dataclasses.fields(TeacherConfig) if entry.name != "path")
+    text = tuple(f"text.{entry.name}" for entry in dataclasses.fields(TextConfig) if not entry.name.startswith("encoder"))
+    for chosen, names in (
+        ("teacher.path", training if config.teacher.path is not None else ()),
+        ("student.genotype", ("search", *("student.max_" + name for name in STUDENT_BOUNDS)) if config.student.genotype is not None else ()),
+        ("text.encoder and text.encoder_2", text if None not in (config.text.encoder, config.text.encoder_2) else ()),
+        ("evaluate.extractor inception", ("evaluate.extractor_steps",) if config.evaluate.extractor == "inception" else ()),
+    ):
+        if ignored := [name for name, _ in _changed(config, names)]:
+            found.append(f"{chosen} makes {', '.join(ignored)} of no use")
+    return found
+
+
+STUDENT_BOUNDS = ("latency_ms", "latency_ratio", "parameters_ratio", "flops_ratio")
+
+
+def _changed(config: RunConfig, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Names and values of those keys (or all of those sections) that differ from their defaults."""
+    for name in names:
+        section, _, entry = name.partition(".")
+        values, defaults = getattr(config, section), getattr(RunConfig(), section)
+        for found in [entry] if entry else [entry.name for entry in dataclasses.fields(values)]:
+            if getattr(values, found) != getattr(defaults, found):
+                yield f"{section}.{found}", getattr(values, found)
 
 
 # -------------------------------------------------------------------- writing
@@ -439,11 +552,11 @@ def commented_yaml(overrides: Sequence[str] = ()) -> str:
 
     config = RunConfig()
     for text in overrides:
-        key, _, value = text.partition("=")
+        name, _, value = text.partition("=")
         nested: Any = value
-        for part in reversed(key.split(".")):
+        for part in reversed(name.split(".")):
             nested = {part: nested}
-        _fill(config, nested, "", text)
+        fill(config, nested, shorten(text)[1:-1])
 
     def plain(value: Any) -> str:
         return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
@@ -455,6 +568,6 @@ def commented_yaml(overrides: Sequence[str] = ()) -> str:
             lines.append(f"{entry.name}: {plain(value)}  # {entry.metadata['doc']}")
             continue
         lines += ["", f"{entry.name}:  # {type(value).__doc__}"]
-        for key in dataclasses.fields(value):
-            lines.append(f"  {key.name}: {plain(getattr(value, key.name))}  # {key.metadata['doc']}")
+        for setting in dataclasses.fields(value):
+            lines.append(f"  {setting.name}: {plain(getattr(value, setting.name))}  # {setting.metadata['doc']}")
     return "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@ SUBNET_STREAM, TEXT_STREAM, VALIDATION_STREAM = 10, 11, 12  # tell these numbers
 
 
 def _generator(seed: int, stream: int, step: int, row: int = 0) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, row, step, 0]))
+    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=[0, row, step, 0]))
 
 
 def step_subnets(names: Sequence[str], seed: int, step: int, sampling: str = "one") -> list[str]:

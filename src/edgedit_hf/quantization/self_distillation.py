@@ -76,7 +76,7 @@ def step_subnet(names: Sequence[str], seed: int, step: int) -> str | None:
     """The sub-network that a step tunes, drawn uniformly from all (`None` of a stand-alone net)."""
     if not names:
         return None
-    generator = np.random.Generator(np.random.Philox(key=[seed, SUBNET_STREAM], counter=[0, 0, step, 0]))
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, SUBNET_STREAM], dtype=np.uint64), counter=[0, 0, step, 0]))
     return names[int(generator.integers(len(names)))]
 
 
