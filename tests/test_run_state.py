@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from edgedit_hf.diffusion import draws
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import atomic_folder, atomic_write_json, atomic_write_text, file_sha256, hash_json, publish_into, read_json, weights_hash
-from edgedit_hf.run_state import STAGE_LABEL, Facts, Interrupted, RunState, first_difference, load_state, save_state
+from edgedit_hf.run_state import STAGE_LABEL, Facts, Interrupted, RunState, first_difference, load_state, replace_results, save_state
 
 STEPS = 9
 
@@ -366,7 +367,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(uninterrupted, t
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Interrupted) as stopped:
         train(tmp_path, 4, lambda run, loss: os.kill(os.getpid(), number))
-    assert stopped.value.code == 130
+    assert stopped.value.code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert stopped.value.message == "Stopped at step 5 of 9 of demo; saved. Run the same command to continue."
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000005"]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -415,6 +416,162 @@ def test_a_folder_made_with_other_values_is_refused(tmp_path, change, said):
     with pytest.raises(EdgeDiTError, match=f"{said}.*another output_dir, or delete"):
         train(tmp_path, **change)
     assert file_sha256(checkpoint) == before and not (tmp_path / "stage.json").exists()
+
+
+@pytest.mark.parametrize("key", ["num_workers", "log_every", "checkpoint_every"])
+@pytest.mark.parametrize("finish", [True, False])
+def test_keys_that_no_result_depends_on_may_change(uninterrupted, tmp_path, key, finish):
+    def config(value):
+        return {"data": {key: value}, "tune": {"rate": 0.01}}
+
+    if finish:
+        train(tmp_path, config=config(0))
+        assert RunState(tmp_path, "demo", config(3), STEPS).finished
+        return
+    with pytest.raises(Stop):
+        train(tmp_path, 4, stop, config=config(0))
+    assert final(tmp_path, start=4, config=config(3)) == uninterrupted[1]
+
+
+# -------------------------------------------------------------------- what is finished
+
+
+def finished_with_results(folder, config=None) -> RunState:
+    run = RunState(folder, "demo", config or {}, 1)
+    if not run.finished:
+        for _ in run.steps():
+            pass
+        with run.publish() as aside:
+            (aside / "model").mkdir()
+            save_file({"weight": torch.ones(3)}, aside / "model" / "weights.safetensors")
+        run.finish()
+    return run
+
+
+@pytest.mark.parametrize("damage", ["deleted", "halved", "changed"])
+def test_finished_is_not_believed_when_results_are_not_what_was_written(tmp_path, damage):
+    finished_with_results(tmp_path)
+    path = tmp_path / "model" / "weights.safetensors"
+    content = path.read_bytes()
+    (tmp_path / "README.md").write_text("a card, written later")
+    assert RunState(tmp_path, "demo", {}, 1).finished
+    if damage == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "halved" else content[:-1] + b"x")
+    with pytest.raises(EdgeDiTError, match=f"Stage demo had finished, but .*weights.safetensors .*Put the file back, or delete {tmp_path}"):
+        RunState(tmp_path, "demo", {}, 1)
+    path.write_bytes(content)  # put back, with another time
+    assert RunState(tmp_path, "demo", {}, 1).finished and not (tmp_path / "run.lock").exists()
+
+
+def test_runs_that_were_made_before_results_and_inputs_were_listed_go_on_working(tmp_path):
+    finished_with_results(tmp_path)
+    for name, keys in (("stage.json", ("files",)), ("run.json", ("format",))):
+        values = read_json(tmp_path / name, "this test")
+        atomic_write_json(tmp_path / name, {key: value for key, value in values.items() if key not in keys})
+    (tmp_path / "model" / "weights.safetensors").unlink()
+    assert RunState(tmp_path, "demo", {}, 1, inputs={"weights": "new"}).finished
+    assert RunState(tmp_path, "demo", {"later_key": 1}, 1, inputs={"weights": "new"}).finished
+    with pytest.raises(EdgeDiTError, match="seed = 0, but now seed = 1"):
+        RunState(tmp_path, "demo", {}, 1, seed=1)
+
+
+def test_results_are_replaced_whole_and_stay_a_stages(tmp_path):
+    folder = tmp_path / "student"
+    finished_with_results(folder)
+    (folder / "old.json").write_text("{}")
+    with replace_results(folder) as aside:
+        (aside / "other.json").write_text("{}")
+    assert sorted(path.name for path in folder.iterdir()) == ["other.json", "run.json", "stage.json"]
+    assert RunState(folder, "demo", {}, 1).finished
+    (folder / "other.json").write_text("[]")
+    with pytest.raises(EdgeDiTError, match="other.json holds other bytes"):
+        RunState(folder, "demo", {}, 1)
+
+
+# -------------------------------------------------------------------- weights that are not finite
+
+
+def test_weights_that_are_not_finite_are_never_kept_and_a_lower_rate_continues_before_them(uninterrupted, tmp_path):
+    def spoil(run, loss):  # the last update, after which no loss is looked at
+        run._tracked["model"].state_dict()["0.weight"][0, 0] = float("nan")
+
+    config = {"tune": {"learning_rate": 1.0, "warmup_steps": 0, "depth": 1}}
+    with pytest.raises(EdgeDiTError, match=r"demo: model.0.weight holds NaN or infinite values after step 9; the checkpoint step-000000008 before it is kept"):
+        train(tmp_path, STEPS - 1, spoil, config=config)
+    assert not (tmp_path / "stage.json").exists()
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-000000008"]
+    with pytest.raises(EdgeDiTError, match="config.tune.depth = 1, but now config.tune.depth = 2"):
+        RunState(tmp_path, "demo", {"tune": {**config["tune"], "depth": 2, "learning_rate": 0.1}}, STEPS)
+    lower = {"tune": {**config["tune"], "learning_rate": 0.1, "warmup_steps": 3}}
+    assert final(tmp_path, start=8, config=lower) == uninterrupted[1]
+    changed = {"tune.learning_rate": [1.0, 0.1], "tune.warmup_steps": [0, 3]}
+    stage = read_json(tmp_path / "stage.json", "this test")
+    assert stage["changes"] == [{"step": 8, **changed}] and stage["config"] == lower
+    assert [line["changed"] for line in lines(tmp_path) if "changed" in line] == [changed]
+    with pytest.raises(EdgeDiTError, match="tune.learning_rate = 0.1, but now config.tune.learning_rate = 0.05"):
+        RunState(tmp_path, "demo", {"tune": {**lower["tune"], "learning_rate": 0.05}}, STEPS)
+
+
+def test_the_rate_may_change_after_a_nan_only(tmp_path):
+    config = {"tune": {"learning_rate": 1.0}}
+    with pytest.raises(Stop):
+        train(tmp_path, 4, stop, config=config)
+    with pytest.raises(EdgeDiTError, match="tune.learning_rate = 1.0, but now"):
+        RunState(tmp_path, "demo", {"tune": {"learning_rate": 0.1}}, STEPS)
+
+
+def test_weights_that_are_not_finite_are_not_published(tmp_path):
+    run = RunState(tmp_path, "demo", {}, 1)
+    for _ in run.steps():
+        pass
+    with pytest.raises(EdgeDiTError, match="Stage demo: 1 of 1 tensors of model.safetensors hold NaN .*nothing was published"), run.publish() as aside:
+        save_file({"weight": torch.tensor([float("inf")])}, aside / "model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+# -------------------------------------------------------------------- one process a folder
+
+WORKING = """
+import sys, time
+from edgedit_hf.run_state import RunState
+run = RunState(sys.argv[1], "demo", {}, 1000)
+for step in run.steps():
+    print(step, flush=True)
+    time.sleep(0.05)
+"""
+
+
+@pytest.fixture
+def working(tmp_path):
+    """A process that works in `tmp_path / "stage"`, started where Ctrl-C is ignored, as in a script's background."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKING, str(tmp_path / "stage")],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    assert process.stdout.readline() == "0\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_process_on_a_stage_is_refused_and_loses_nothing(tmp_path, working):
+    with pytest.raises(EdgeDiTError, match=f"stage is in use by process {working.pid} on"):
+        RunState(tmp_path / "stage", "demo", {}, 1000)
+    assert working.poll() is None
+    working.kill()
+    working.wait()
+    assert not RunState(tmp_path / "stage", "demo", {}, 1000).finished
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_process_with_its_code_also_where_it_was_ignored(tmp_path, working, number, code):
+    working.send_signal(number)
+    assert working.wait(20) == code
+    assert not (tmp_path / "stage" / "run.lock").exists()
 
 
 def test_a_full_disk_stops_a_run_that_then_continues(uninterrupted, small_disk):

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from .data import (
     stream_generator,
 )
 from .errors import EdgeDiTError
-from .files import atomic_folder, atomic_write_json, hash_json, read_json, weights_hash
+from .files import FolderLock, atomic_folder, atomic_write_json, hash_json, read_json, sweep, weights_hash
 from .image_sources import EncodedRows, caption_column_of
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -553,10 +552,12 @@ def text_table(
         dims = [0 if part is None else part[0].shape[-1] for part in encode(unique[:1])]
         index = {"format": TEXT_FORMAT, **made_from, "dims": dims}
         atomic_write_json(folder / "index.json", index)
-    for leftover in folder.glob(".shard-*"):  # of a process that was killed while writing
-        shutil.rmtree(leftover)
-    with tqdm(total=len(unique), desc="Encoding captions", unit="caption", disable=None if progress else True) as bar:
-        for shard in range(-(-len(unique) // TEXT_SHARD)):
+    shards = range(-(-len(unique) // TEXT_SHARD))
+    if all(_text_shard(folder, shard).is_file() for shard in shards):
+        return TextTable(folder, captions)
+    with FolderLock(folder), tqdm(total=len(unique), desc="Encoding captions", unit="caption", disable=None if progress else True) as bar:
+        sweep(folder)
+        for shard in shards:
             texts = unique[shard * TEXT_SHARD : (shard + 1) * TEXT_SHARD]
             if not _text_shard(folder, shard).is_file():
                 _write_text_shard(folder, shard, [encode(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)])

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .errors import EdgeDiTError
-from .files import atomic_folder, atomic_write_json, hash_json, read_json, weights_hash
+from .files import FolderLock, atomic_folder, atomic_write_json, hash_json, read_json, sweep, weights_hash
 from .image_sources import HELD_OUT_NAMES, ArrayRows, EncodedRows, image_column_of, image_rows, open_splits, read_labels
 
 IN_MEMORY_BYTES = 256 * 1024**2  # sets below this size are decoded once and kept, as bytes (latents: as float32)
@@ -544,10 +543,11 @@ def cache_latents(
             "label_names": dataset.label_names,
         }
         atomic_write_json(folder / "index.json", index)
-    for leftover in folder.glob(".shard-*"):  # of a process that was killed while writing
-        shutil.rmtree(leftover)
+    if all(_shard_file(folder, shard).is_file() for shard in range(_num_shards(index))):
+        return LatentDataset(folder)
     rows = index["shard_rows"]
-    with tqdm(total=len(dataset), desc="Encoding latents", unit="image", disable=None if progress else True) as bar:
+    with FolderLock(folder), tqdm(total=len(dataset), desc="Encoding latents", unit="image", disable=None if progress else True) as bar:
+        sweep(folder)
         for shard in range(_num_shards(index)):
             positions = np.arange(shard * rows, min((shard + 1) * rows, len(dataset)))
             if not _shard_file(folder, shard).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import hashlib
@@ -11,7 +12,10 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +74,251 @@ def check_finite(state_dict: Mapping[str, Any], what: str, remedy: str) -> None:
     Raises:
         EdgeDiTError: naming the first tensor and how many are affected.
     """
-    import torch
-
-    bad = [name for name, tensor in state_dict.items() if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum())]
-    # The sum of finite values may overflow; only a tensor whose sum is not finite is looked at value by value.
-    bad = [name for name in bad if not torch.isfinite(state_dict[name]).all()]
+    bad = [name for name, tensor in state_dict.items() if not is_finite(tensor)]
     if bad:
         raise EdgeDiTError(f"{what}: {len(bad)} of {len(state_dict)} tensors hold NaN or infinite values, the first is {bad[0]}; {remedy}")
+
+
+def is_finite(tensor: Any) -> bool:
+    """Whether every value of a tensor is finite; always so of integers."""
+    import torch
+
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    tensor = tensor.detach()
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor  # 8-bit floats have no sum
+    # The sum of finite values may overflow; only a tensor whose sum is not finite is looked at value by value.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def check_finite_files(folder: str | os.PathLike, what: str, remedy: str) -> None:
+    """[`check_finite`] of every safetensors file below a folder, a tensor at a time."""
+    from safetensors import safe_open
+
+    for path in sorted(Path(folder).rglob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            bad = [name for name in names if not is_finite(file.get_tensor(name))]
+        if bad:
+            where = path.relative_to(folder)
+            raise EdgeDiTError(f"{what}: {len(bad)} of {len(names)} tensors of {where} hold NaN or infinite values, the first is {bad[0]}; {remedy}")
+
+
+# -------------------------------------------------------------------- processes and what they leave behind
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine began, as its kernel counts; `None` if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        if Path("/proc/self/stat").exists():
+            return None
+    import psutil
+
+    try:
+        return str(int(psutil.Process(pid).create_time()))
+    except psutil.Error:
+        return None
+
+
+def _host_tag() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+
+
+def aside_of(path: Path, kind: str = "tmp") -> Path:
+    """The hidden neighbour of `path` that this process writes before it takes the place of `path` (`"old"`: that the old content is moved to)."""
+    return path.with_name(f".{path.name}.{kind}-{_host_tag()}-{os.getpid()}-{_started(os.getpid())}")
+
+
+_ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?:(?P<host>[0-9a-f]{6})-)?(?P<pid>\d{1,10})(?:-(?P<started>\w+))?")
+
+
+def _abandoned(found: re.Match) -> bool:
+    """Whether the process that wrote an aside is gone; of another host nobody here can tell."""
+    if found["host"] not in (None, _host_tag()):
+        return False
+    started = _started(int(found["pid"]))
+    return started is None or found["started"] not in (None, started)
+
+
+def sweep(folder: str | os.PathLike, name: str | None = None) -> None:
+    """Remove what killed processes left in a folder (of the entry `name`, or of all), and bring back what they had only moved aside."""
+    entries = [(match, path) for path in sorted(Path(folder).glob(".*")) if (match := _ASIDE.fullmatch(path.name))]
+    for match, path in entries:
+        if name not in (None, match["name"]) or not _abandoned(match):
+            continue
+        with contextlib.suppress(OSError):  # another process was faster
+            target = path.with_name(match["name"])
+            if match["kind"] == "old" and not target.exists():
+                os.rename(path, target)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
+class FolderLock:
+    """One process at a time works in a folder: the file `run.lock` in it names who does.
+
+    The lock of a process that is gone is taken over where that can be known, on the same host. A process may take its own lock again.
+
+    Args:
+        folder: must exist.
+
+    Raises:
+        EdgeDiTError: (on `acquire`) another process holds it; the message says which, and what to do if it is gone.
+    """
+
+    NAME = "run.lock"
+    _held: set[Path] = set()
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.path = Path(folder).absolute() / self.NAME
+
+    def __enter__(self) -> FolderLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Take the lock or raise."""
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        command = " ".join(sys.argv)[:300]
+        text = json.dumps({**mine, "since": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": command}) + "\n"
+        with explain_write_errors(self.path), _exclusively(self.path.parent):
+            sweep(self.path.parent, self.NAME)
+            holder = self._holder()
+            if holder is not None and {key: holder.get(key) for key in mine} != mine:
+                if holder.get("host") != mine["host"]:
+                    raise self._refusal(holder)
+                started = _started(holder["pid"]) if isinstance(holder.get("pid"), int) else None
+                if started is not None and started == holder.get("started"):
+                    raise self._refusal(holder)
+            aside = aside_of(self.path)
+            try:
+                aside.write_text(text, encoding="utf-8")
+                if holder is None:
+                    try:
+                        os.link(aside, self.path)  # fails if another host was faster
+                    except FileExistsError:
+                        raise self._refusal(self._holder() or {}) from None
+                    except OSError:  # no links on this file system
+                        os.replace(aside, self.path)
+                else:
+                    os.replace(aside, self.path)
+            finally:
+                aside.unlink(missing_ok=True)
+        self._held.add(self.path)
+
+    def release(self) -> None:
+        """Give the lock back, if this process has it."""
+        if self.path not in self._held:
+            return
+        self._held.discard(self.path)
+        with contextlib.suppress(OSError, EdgeDiTError):
+            if (self._holder() or {}).get("pid") == os.getpid():  # not of a forked child
+                self.path.unlink()
+
+    def _holder(self) -> dict[str, Any] | None:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            if isinstance(found, dict):
+                return found
+        except FileNotFoundError:
+            return None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            pass
+        raise EdgeDiTError(f"{self.path} is damaged, so nobody can tell who works in {self.path.parent}; if no process does, delete that file.")
+
+    def _refusal(self, holder: Mapping[str, Any]) -> EdgeDiTError:
+        who = f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')}: {holder.get('command')})"
+        return EdgeDiTError(f"{self.path.parent} is in use by {who}. Wait for it or stop it; if it is gone, delete {self.path} and run again.")
+
+
+def release_locks() -> None:
+    """Give back every lock of this process."""
+    for path in list(FolderLock._held):
+        FolderLock(path.parent).release()
+
+
+atexit.register(release_locks)
+
+
+@contextlib.contextmanager
+def _exclusively(folder: Path) -> Iterator[None]:
+    """One process of this host at a time, where the file system can: looking at a lock and taking it belong together."""
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # not on every network file system
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+# -------------------------------------------------------------------- which files belong to a result
+
+
+HASHED_ALWAYS = 8 << 20  # bytes; a larger file is hashed again only when its size or its time of change differs
+
+
+def file_record(folder: str | os.PathLike, left_out: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Size, time of change and SHA-256 of every file below a folder, by relative path; hidden entries and top-level ones in `left_out` apart."""
+    folder, left_out = Path(folder), set(left_out)
+    record = {}
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and parts[0] not in left_out and not any(part.startswith(".") for part in parts):
+            about = path.stat()
+            record["/".join(parts)] = {"size": about.st_size, "mtime_ns": about.st_mtime_ns, "sha256": file_sha256(path)}
+    return record
+
+
+def changed_file(folder: str | os.PathLike, record: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """What differs between a folder and its [`file_record`], in words; `None`: nothing does. Other files do not count."""
+    for name, was in record.items():
+        path = Path(folder, name)
+        if not path.is_file():
+            return f"{path} is missing"
+        about = path.stat()
+        if about.st_size != was["size"]:
+            return f"{path} has {about.st_size} bytes instead of {was['size']}"
+        trusted = about.st_mtime_ns == was["mtime_ns"] and about.st_size > HASHED_ALWAYS
+        if not trusted and file_sha256(path) != was["sha256"]:
+            return f"{path} holds other bytes than were written"
+    return None
+
+
+NO_WEIGHTS = (".json", ".txt", ".md", ".py", ".jinja", ".model", ".yaml")  # suffixes beside weights in a component's folder
+
+
+def pipeline_weights_hash(folder: str | os.PathLike) -> str | None:
+    """First 16 hex digits of the SHA-256 over the weight files of a pipeline folder's components; `None` where there is no such folder.
+
+    Equal weights in equal files give equal hashes wherever the folder lies. Large files whose hash a stage has recorded are not read again.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        return None
+    index, known = read_json(folder / "model_index.json", "save_pretrained"), {}
+    for root in (folder.parent, folder):
+        if (root / "stage.json").is_file():
+            known |= {root / name: entry for name, entry in read_json(root / "stage.json", "a stage").get("files", {}).items()}
+    digest = hashlib.sha256()
+    for name in sorted(name for name, value in index.items() if isinstance(value, list) and Path(name).name == name):
+        for path in sorted(path for path in (folder / name).rglob("*") if path.is_file() and path.suffix not in NO_WEIGHTS):
+            about, entry = path.stat(), known.get(path, {})
+            recorded = about.st_size > HASHED_ALWAYS and (about.st_size, about.st_mtime_ns) == (entry.get("size"), entry.get("mtime_ns"))
+            digest.update(f"{path.relative_to(folder).as_posix()} {entry['sha256'] if recorded else file_sha256(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+# -------------------------------------------------------------------- writing
 
 
 @contextlib.contextmanager
@@ -111,7 +353,7 @@ def atomic_write_text(path: str | os.PathLike, text: str) -> None:
     path = Path(path)
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        aside = aside_of(path)
         try:
             with open(aside, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -164,9 +406,10 @@ def read_json(path: str | os.PathLike, made_by: str, *, nan: bool = False) -> An
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a new empty folder beside `path`; if the block succeeds its content is synced and takes the place of `path`."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    aside = aside_of(path)
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent, path.name)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         try:
@@ -186,11 +429,16 @@ def sync_tree(folder: Path) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Move a complete folder onto `target`, which may exist."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    """Move a complete folder onto `target`, which may exist. Killed between the two renames, [`sweep`] brings the old one back."""
+    old = aside_of(target, "old")
     if target.exists():
         os.rename(target, old)
-    os.rename(source, target)
+    try:
+        os.rename(source, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
     fsync_path(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -201,8 +449,10 @@ def publish_into(folder: str | os.PathLike) -> Iterator[Path]:
     folder = Path(folder)
     aside = folder / ".publish"
     with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        aside.mkdir()
         try:
             yield aside
             sync_tree(aside)

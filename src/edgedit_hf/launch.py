@@ -20,7 +20,7 @@ from .captions import CaptionedDataset, cache_captioned_latents, load_captioned,
 from .data import ImageDataset, LatentDataset, cache_latents, load_images, open_latents
 from .diffusion import make_scheduler
 from .errors import EdgeDiTError
-from .files import read_json
+from .files import read_json, release_locks
 from .genotype import Genotype
 from .models.checkpoints import load_original, locate
 from .models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
@@ -79,6 +79,7 @@ def recipe_main(
         print("Interrupted. Run the same command to continue.", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
     finally:
+        release_locks()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

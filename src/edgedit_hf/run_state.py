@@ -2,7 +2,9 @@
 
 A stage owns one folder. While it runs the folder holds `run.json` (what was asked), `telemetry.jsonl` and `checkpoints/`; when it has
 finished, its results and, written last, `stage.json`. A stage that was killed at any moment is run again with the same
-arguments and continues from its newest complete checkpoint; a finished one is skipped.
+arguments and continues from its newest complete checkpoint; a finished one is skipped, if its results are still the bytes that
+`stage.json` lists: one whose results were changed, damaged or deleted is refused, as nobody but the user can tell what is to be kept.
+While a process works in the folder, `run.lock` says which.
 """
 
 from __future__ import annotations
@@ -17,12 +19,28 @@ import signal
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import EdgeDiTError
-from .files import atomic_write_json, atomic_write_text, explain_write_errors, fsync_path, publish_into, read_json, sync_tree, versions
+from .files import (
+    FolderLock,
+    atomic_folder,
+    atomic_write_json,
+    atomic_write_text,
+    changed_file,
+    check_finite_files,
+    explain_write_errors,
+    file_record,
+    fsync_path,
+    is_finite,
+    publish_into,
+    read_json,
+    sweep,
+    sync_tree,
+    versions,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -93,10 +111,10 @@ def load_state(folder: str | os.PathLike, name: str = "state") -> Any:
 
 
 class Interrupted(SystemExit):
-    """Ctrl-C or SIGTERM: the state is saved, the process ends with 130."""
+    """The state is saved; the process ends with `code`: 130 after Ctrl-C, 143 after SIGTERM."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(130)
+    def __init__(self, message: str, code: int = 130) -> None:
+        super().__init__(code)
         self.message = message
 
 
@@ -126,6 +144,62 @@ class Facts(dict):
         self.update(state)
 
 
+def first_non_finite(state: Any, name: str = "") -> str | None:
+    """Dotted name of the first tensor in nested dicts and lists that holds a NaN or an infinity."""
+    import torch
+
+    if isinstance(state, torch.Tensor):
+        return None if is_finite(state) else name
+    parts = state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    found = (first_non_finite(part, f"{name}.{key}" if name else str(key)) for key, part in parts)
+    return next((bad for bad in found if bad is not None), None)
+
+
+NO_RESULT = ("num_workers", "log_every", "checkpoint_every")
+"""Keys of any section that no result depends on: changing them neither refuses a folder nor makes it anew."""
+
+AFTER_NAN = ("learning_rate", "warmup_steps", "max_grad_norm")
+"""Keys that may change once a stage was stopped by values that are not finite; it continues from its checkpoint with the new ones."""
+
+OWN_FILES = ("run.json", "stage.json", "telemetry.jsonl", "checkpoints", FolderLock.NAME)
+LATER_FILES = ("README.md", "curves.json")  # of a card, of a benchmark: written into finished folders
+UNLISTED = (*OWN_FILES, *LATER_FILES)
+
+
+def without_keys(value: Any, names: tuple[str, ...]) -> Any:
+    """Nested dicts without the entries of these names."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: without_keys(part, names) for key, part in value.items() if key not in names}
+
+
+@contextlib.contextmanager
+def replace_results(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yields an empty folder; what is put there takes the place of `folder` at once, of a stage's folder of all its results.
+
+    What a stage says of itself stays (`run.json`, `telemetry.jsonl`), and `stage.json`, if it is finished, lists the new files.
+    """
+    folder = Path(folder)
+    sweep(folder.parent, folder.name)
+    stage = folder.exists() and (folder / "run.json").is_file()
+    lock = FolderLock(folder)
+    try:
+        if stage:
+            lock.acquire()
+        with atomic_folder(folder) as aside:
+            yield aside
+            if stage:
+                record = file_record(aside, UNLISTED)
+                for name in ("run.json", "telemetry.jsonl", FolderLock.NAME):
+                    if (folder / name).is_file():
+                        shutil.copy2(folder / name, aside / name)
+                if (folder / "stage.json").is_file():
+                    atomic_write_json(aside / "stage.json", {**read_json(folder / "stage.json", "the stage"), "files": record})
+    finally:
+        if stage and (folder / "stage.json").is_file():
+            lock.release()
+
+
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
     """Dotted name and both values of the first place where two nested plain values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -134,6 +208,22 @@ def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any]
                 return found
         return None
     return None if old == new else (path, old, new)
+
+
+def _known_to(old: Any, new: Any) -> Any:
+    """Nested dicts with those keys alone that the older ones have too."""
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return new
+    return {key: _known_to(old[key], value) for key, value in new.items() if key in old}
+
+
+def _with(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """Nested dicts with another value at a path."""
+    first, *rest = path
+    return {**values, first: _with(values.get(first) or {}, rest, value) if rest else value}
+
+
+FORMAT = 2  # of run.json; 1, without the key, did not record all inputs
 
 
 class RunState:
@@ -193,28 +283,95 @@ class RunState:
         self._sums: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
         self._shown: dict[str, float] = {}
-        self._stop = False
+        self._stop = 0
         self._started = time.monotonic()
-        asked = {"stage": stage, "config": json.loads(json.dumps(dict(config))), "inputs": dict(inputs or {}), "seed": seed}
-        self._asked = asked
+        self._asked = {"stage": stage, "config": json.loads(json.dumps(dict(config))), "inputs": dict(inputs or {}), "seed": seed}
+        self._lock = FolderLock(self.folder)
+        self._record: dict[str, Any] = {}
+        self._changed: dict[str, Any] = {}
+        self._together(self._open)
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """Do it on the main process; an [`EdgeDiTError`] there is raised on all."""
+        said: list[str | None] = [None]
+        if self.is_main:
+            try:
+                work()
+            except EdgeDiTError as error:
+                if self.world_size == 1:
+                    raise
+                said = [str(error)]
+        if self.world_size > 1:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(said)
+        if said[0] is not None:
+            raise EdgeDiTError(said[0])
+
+    def _open(self) -> None:
+        """Take the folder: clear up after killed processes, lock it, and compare what was asked with what it was made with."""
         with explain_write_errors(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            sweep(self.folder.parent, self.folder.name)
             self.folder.mkdir(parents=True, exist_ok=True)
-        record = self.folder / "run.json"
-        if record.exists():
-            difference = first_difference(read_json(record, f"stage {stage}"), asked)
-            if difference is not None:
-                name, old, new = difference
-                raise EdgeDiTError(
-                    f"{self.folder} was made with {name} = {old!r}, but now {name} = {new!r} is asked for. "
-                    f"Use the old value, another output_dir, or delete {self.folder} to make it anew."
-                )
-        elif self.is_main:
-            atomic_write_json(record, asked)
-        self.barrier()
+        if self.finished:  # nothing will be written: no lock, the folder may be read-only
+            self._compare()
+            self._check_results()
+            return
+        self._lock.acquire()
+        try:
+            sweep(self.folder)
+            shutil.rmtree(self.folder / ".publish", ignore_errors=True)
+            self._compare()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _compare(self) -> None:
+        path = self.folder / "run.json"
+        if not path.exists():
+            self._record = {**self._asked, "format": FORMAT}
+            atomic_write_json(path, self._record)
+            return
+        found = read_json(path, f"stage {self.stage}")
+        if not isinstance(found, dict) or not isinstance(found.get("inputs"), dict):
+            raise EdgeDiTError(f"{path} does not hold what stage {self.stage} writes; delete {self.folder} to make it anew.")
+        asked = self._asked
+        if "format" not in found:  # made before all inputs were recorded, and before some keys were there
+            asked = _known_to(found, asked)
+        ignored = NO_RESULT + (AFTER_NAN if found.get("aborted") and not self.finished else ())
+        old, new = ({key: without_keys(record.get(key), ignored) for key in asked} for record in (found, asked))
+        if (difference := first_difference(old, new)) is not None:
+            name, before, now = difference
+            raise EdgeDiTError(
+                f"{self.folder} was made with {name} = {before!r}, but now {name} = {now!r} is asked for. "
+                f"Use the old value, another output_dir, or delete {self.folder} to make it anew."
+            )
+        self._record = found
+        old, new = (without_keys(record["config"], NO_RESULT) for record in (found, asked))
+        while (difference := first_difference(old, new)) is not None:
+            name, before, now = difference
+            self._changed[name] = [before, now]
+            old = _with(old, name.split("."), now)
+        if self._changed:
+            newest = self._newest_checkpoint()
+            change = {"step": 0 if newest is None else int(newest.name[5:]), **self._changed}
+            changes = [*found.get("changes", []), change]
+            self._record = {**{k: v for k, v in found.items() if k != "aborted"}, "config": self._asked["config"], "changes": changes}
+            atomic_write_json(path, self._record)
+
+    def _check_results(self) -> None:
+        stage = read_json(self.folder / "stage.json", f"stage {self.stage}")
+        changed = changed_file(self.folder, stage.get("files", {}))  # older runs list none
+        if changed is not None:
+            raise EdgeDiTError(
+                f"Stage {self.stage} had finished, but since then its results were changed: {changed}. Put the file back, or delete "
+                f"{self.folder} and run the same command: the stage is then done again."
+            )
 
     @property
     def finished(self) -> bool:
-        """Whether the stage was completed, by this or an earlier process."""
+        """Whether the stage was completed, by this or an earlier process, and its results are there as they were written."""
         return (self.folder / "stage.json").exists()
 
     def barrier(self) -> None:
@@ -245,6 +402,8 @@ class RunState:
             self.seconds_before = state["seconds"]
         if self.is_main:
             self._cut_telemetry()
+            if self._changed:
+                self.write_telemetry({"changed": self._changed})
         return self.step
 
     def continue_at(self, step: int) -> None:
@@ -285,6 +444,7 @@ class RunState:
                     shutil.rmtree(left, ignore_errors=True)
                 aside.mkdir(parents=True, exist_ok=True)
             self.barrier()
+            bad = None
             if self.is_main or self.sharded:
                 state = {
                     "step": self.step,
@@ -292,6 +452,10 @@ class RunState:
                     "world_size": self.world_size,
                     "objects": {name: thing.state_dict() for name, thing in self._tracked.items()},
                 }
+                bad = first_non_finite(state["objects"])
+            if self._any(bad is not None):
+                raise self._not_finite(f"{bad or 'the state of another process'} holds NaN or infinite values after {self.unit} {self.step}")
+            if self.is_main or self.sharded:
                 save_state(aside, state, self._state_name())
             self.barrier()
             if self.is_main:
@@ -316,8 +480,8 @@ class RunState:
 
         handlers = {}
         with contextlib.suppress(ValueError):  # not the main thread: no handlers, Ctrl-C behaves as usual
-            for number in (signal.SIGINT, signal.SIGTERM):
-                handlers[number] = signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM):  # also where they were ignored, as in a script's background jobs
+                handlers[number] = signal.signal(number, self._on_signal) or signal.SIG_DFL
         bar = tqdm(
             total=self.total_steps,
             initial=self.step,
@@ -337,13 +501,14 @@ class RunState:
                 last = self.step == self.total_steps
                 if self.step % self.log_every == 0 or last:
                     self._flush(bar)
-                stop = self._stop_anywhere()
+                stop = self._stopped_by()
                 if self.step % self.checkpoint_every == 0 or last or stop:
                     self._flush(bar)  # a checkpoint never holds weights whose loss was not looked at
                     self.checkpoint()
                 if stop:
+                    self._lock.release()
                     raise Interrupted(
-                        f"Stopped at {self.unit} {self.step} of {self.total_steps} of {self.stage}; saved. Run the same command to continue."
+                        f"Stopped at {self.unit} {self.step} of {self.total_steps} of {self.stage}; saved. Run the same command to continue.", 128 + stop
                     )
         finally:
             bar.close()
@@ -351,17 +516,27 @@ class RunState:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self._stop:  # a second Ctrl-C does not wait for the step
+        if self._stop:  # a second signal does not wait for the step
+            if number == signal.SIGTERM:
+                raise Interrupted(f"Stopped at once in {self.stage} by a second signal. Run the same command to continue.", 128 + number)
             raise KeyboardInterrupt
-        self._stop = True
+        self._stop = number
 
-    def _stop_anywhere(self) -> bool:
+    def _sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over the processes."""
         if self.world_size == 1:
-            return self._stop
+            return list(values)
         import torch
 
-        flag = torch.tensor(float(self._stop), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+        return self.accelerator.reduce(torch.tensor(values, device=self.accelerator.device), reduction="sum").tolist()
+
+    def _any(self, flag: bool) -> bool:
+        return self._sum([float(flag)])[0] > 0
+
+    def _stopped_by(self) -> int:
+        """The signal that any process got; 0: none did."""
+        terminated, interrupted = self._sum([float(self._stop == signal.SIGTERM), float(self._stop == signal.SIGINT)])
+        return int(signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0)
 
     def log(self, **metrics: Any) -> None:
         """Numbers or 0-d tensors of this step; their mean over the interval is shown and written every `log_every` steps."""
@@ -371,21 +546,30 @@ class RunState:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def _flush(self, bar: Any) -> None:
-        if not self._sums:
-            return
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
-        for name, value in means.items():
-            if not math.isfinite(value):
-                newest = self._newest_checkpoint()
-                kept = f"the checkpoint {newest.name} before it is kept" if newest else "no checkpoint was written yet"
-                raise EdgeDiTError(
-                    f"{self.stage}: {name} is {value} at {self.unit} {self.step}; {kept}. "
-                    "Lower the learning rate, lengthen the warm-up, or look at the data; then run again."
-                )
+        bad = next(((name, value) for name, value in means.items() if not math.isfinite(value)), None)
+        if self._any(bad is not None):
+            name, value = bad or ("a loss of another process", "not finite")
+            raise self._not_finite(f"{name} is {value} at {self.unit} {self.step}")
+        if not means:
+            return
         self._shown.update(means)
         bar.set_postfix({name: f"{value:.4g}" for name, value in self._shown.items()}, refresh=False)
         self.write_telemetry(means)
+
+    def _not_finite(self, what: str) -> EdgeDiTError:
+        """Note in `run.json` that the stage was stopped, so that the keys of `AFTER_NAN` may change; returns what to raise."""
+        newest = self._newest_checkpoint()
+        kept = f"the checkpoint {newest.name} before it is kept" if newest else "no checkpoint was written yet"
+        if self.is_main:
+            self._record = {**self._record, "aborted": {"step": self.step, "why": what}}
+            atomic_write_json(self.folder / "run.json", self._record)
+            self._lock.release()
+        return EdgeDiTError(
+            f"{self.stage}: {what}; {kept}. Lower the learning rate, lengthen the warm-up, or look at the data; then run again: "
+            f"{', '.join(AFTER_NAN)} may now change, and it continues {'from there' if newest else 'at the start'}."
+        )
 
     def write_telemetry(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to `telemetry.jsonl`."""
@@ -396,17 +580,21 @@ class RunState:
 
     # ---------------------------------------------------------------- the end
 
-    def publish(self) -> contextlib.AbstractContextManager[Path]:
-        """[`publish_into`] the stage's folder. Call it on the main process."""
-        return publish_into(self.folder)
+    @contextlib.contextmanager
+    def publish(self) -> Iterator[Path]:
+        """[`publish_into`] the stage's folder, unless a weight is not finite. Call it on the main process."""
+        with publish_into(self.folder) as aside:
+            yield aside
+            check_finite_files(aside, f"Stage {self.stage}", f"nothing was published. Look at its input, or delete {self.folder} and lower its learning rate.")
 
     def finish(self, **facts: Any) -> None:
         """Mark the stage as finished (`stage.json`) and drop its checkpoints."""
         self.barrier()
         if self.is_main:
-            atomic_write_json(
-                self.folder / "stage.json",
-                {**self._asked, "steps": self.total_steps, "seconds": round(self.seconds, 2), "versions": versions(), **facts},
-            )
+            about = {"steps": self.total_steps, "seconds": round(self.seconds, 2), "versions": versions()}
+            changes = {"changes": self._record["changes"]} if "changes" in self._record else {}
+            files = file_record(self.folder, UNLISTED)
+            atomic_write_json(self.folder / "stage.json", {**self._asked, **about, **changes, **facts, "files": files})
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            self._lock.release()
         self.barrier()

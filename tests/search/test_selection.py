@@ -8,8 +8,10 @@ import torch
 from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, ProxyBank, SearchSpace
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.files import file_record, replace_folder
+from edgedit_hf.run_state import RunState
 from edgedit_hf.search.objectives import StudentQuality
-from edgedit_hf.search.selection import select
+from edgedit_hf.search.selection import select, write_student
 from edgedit_hf.search_space import model_cost
 
 
@@ -60,6 +62,36 @@ def test_other_files_of_the_folder_stay(run):
     (folder / "student" / "run.json").write_text("{}")
     select(folder, max_latency_ms=7.0)
     assert (folder / "student" / "run.json").read_text() == "{}"
+
+
+def test_another_choice_takes_the_place_of_a_finished_student_at_once(run, monkeypatch):
+    folder = run[0] / "student"
+    state = RunState(folder, "student", {}, 1)
+    for _ in state.steps():
+        select(run[0], max_latency_ms=7.0)
+    state.finish()
+    before, switches = file_record(folder), []
+
+    def watched(source, target):
+        assert target == folder and file_record(folder, ["run.lock"]) == before  # nothing was touched until now
+        files_of_new = file_record(source)
+        replace_folder(source, target)
+        assert file_record(folder) == files_of_new
+        switches.append(target)
+
+    monkeypatch.setattr("edgedit_hf.files.replace_folder", watched)
+    choice = select(run[0], max_latency_ratio=0.5)
+    assert len(switches) == 1 and json.loads((folder / "choice.json").read_text()) == choice
+    assert RunState(folder, "student", {}, 1).finished and not (folder / "run.lock").exists()
+
+
+def test_a_student_that_is_not_finite_is_not_written(run):
+    folder, pipeline, bank = run
+    with torch.no_grad():
+        next(bank.teacher.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(EdgeDiTError, match="The assembled student: .* NaN .* nothing was written"):
+        write_student(pipeline, bank, bank.space.from_code([0, 0]), folder / "student", {})
+    assert not (folder / "student").exists()
 
 
 def test_a_budget_that_nothing_meets_writes_nothing(run):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from ..errors import EdgeDiTError
-from ..files import atomic_write_json, explain_write_errors, file_sha256, read_json, weights_hash
+from ..files import aside_of, atomic_write_json, check_finite, explain_write_errors, file_sha256, read_json, weights_hash
 from ..genotype import Genotype, LayerSpec
 from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
 from ..search_space import SearchSpace
@@ -91,8 +91,9 @@ class ProxyBank:
             record: what is to be remembered, see [`~ProxyBank.entries`].
         """
         name = self.key(layer).replace("/", "-") + ".safetensors"
-        aside = self.folder / f".{name}.tmp-{os.getpid()}"
+        aside = aside_of(self.folder / name)
         state = {k: v.detach().cpu().contiguous() for k, v in block.state_dict().items()}
+        check_finite(state, f"The proxy {self.key(layer)}", "it was not written. Lower bank.learning_rate, or look at the teacher.")
         with explain_write_errors(self.folder / name):
             try:
                 save_file(state, aside)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import EdgeDiTError
-from ..files import explain_write_errors
+from ..files import aside_of, explain_write_errors
 from ..latency.runners import CONSTANT_PREFIX, require_executorch
 from ..quantization.packing import unpack
 from ..quantization.weights import AffineWeight
@@ -260,7 +260,7 @@ def lower(form: nn.Module, inputs: Sequence[torch.Tensor], path: str | os.PathLi
         info = get_delegation_info(edge.exported_program().graph_module)
         lowered = edge.to_executorch()
     path = Path(path)
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    aside = aside_of(path)
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -21,6 +21,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 
 from ..errors import EdgeDiTError
+from ..files import aside_of
 from ..genotype import Genotype
 from ..search_space import OPTIONS, SearchSpace
 from .pareto import pareto_front
@@ -372,6 +373,6 @@ def _replace(path: str | os.PathLike, write: Any) -> None:
     """A PNG that is there is a whole one: written aside, then moved."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    aside = aside_of(path)
     write(aside)
     os.replace(aside, path)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.proxy_bank import ProxyBank
-from ..files import atomic_write_json, publish_into, read_json
+from ..files import atomic_write_json, check_finite, read_json
 from ..genotype import Genotype
 from ..launch import load_pipeline, with_transformer
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
+from ..run_state import replace_results
 from .pareto import choose
 
 
@@ -68,12 +69,15 @@ def write_student(
 ) -> dict[str, Any]:
     """Assemble a genotype's student and write it as a pipeline folder with `choice.json`: its genotype, and `facts` about the choice.
 
+    The folder changes as a whole: killed at any moment, either the earlier student stands there or this one.
+
     Returns:
         what `choice.json` holds.
     """
     student = bank.assemble(genotype)
+    check_finite(student.state_dict(), "The assembled student", f"nothing was written. Make {bank.folder} anew from a sound teacher.")
     choice = {"genotype": genotype.to_layers(), "genotype_hash": genotype.hash, "code": list(bank.space.code(genotype)), **facts}
-    with publish_into(output) as folder:
+    with replace_results(output) as folder:
         with_transformer(teacher, student).save_pretrained(folder)
         atomic_write_json(folder / "choice.json", choice)
     return choice
