@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import shutil
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from edgedit_hf import data
-from edgedit_hf.data import ImageDataset, batch_indices, cache_latents, load_images, open_latents, step_loader
+from edgedit_hf.data import ImageDataset, batch_indices, cache_latents, check_images, load_images, open_latents, step_loader
 from edgedit_hf.errors import EdgeDiTError
 
 
@@ -305,6 +306,49 @@ def test_damaged_image_of_a_big_set_is_named(class_folders, monkeypatch):
     dataset = load_images(str(class_folders), validation_fraction=0)
     with pytest.raises(EdgeDiTError, match="dog/03.png is corrupt or truncated"):
         dataset.batch(range(15))
+
+
+def test_every_damaged_image_is_named_before_it_is_needed(class_folders, monkeypatch):
+    check_images(load_images(validation_fraction=0))
+    check_images(load_images(str(class_folders)))
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 100)
+    check_images(load_images(str(class_folders), validation_fraction=0))
+    damage(class_folders)
+    for options in ({}, {"resolution": 16}):
+        dataset = load_images(str(class_folders), validation_fraction=0, **options)
+        with pytest.raises(EdgeDiTError, match="^The image .*dog/03.png is corrupt or truncated .* replace or remove it.$"):
+            check_images(dataset)
+    for name in ("cat/01.png", "test/00.png"):
+        (class_folders / name).write_text("nothing")
+    with pytest.raises(EdgeDiTError, match="3 of 15 images cannot be used: .*cat/01.png is .*dog/03.png is .*test/00.png is"):
+        check_images(dataset)
+    (class_folders / "test" / "00.png").unlink()
+    with pytest.raises(EdgeDiTError, match="cat/01.png is .*dog/03.png is .*test/00.png cannot be read .No such file"):
+        check_images(dataset)
+    monkeypatch.setattr(data, "NAMED", 1)
+    with pytest.raises(EdgeDiTError, match="3 of 15 images cannot be used: .*cat/01.png is [^;]*; replace or remove it. … and 2 more$"):
+        check_images(dataset)
+
+
+def test_a_photograph_is_checked_at_an_eighth_of_its_size(tmp_path):
+    picture(0, size=(512, 512)).save(tmp_path / "a.jpg")
+    dataset = load_images(str(tmp_path), resolution=8, validation_fraction=0)
+    assert dataset._rows._open(0, small=True).size == (64, 64)
+    dataset.__dict__.pop("_memory")
+    check_images(dataset)
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-2000])
+    with pytest.raises(EdgeDiTError, match="a.jpg is corrupt or truncated"):
+        check_images(dataset)
+
+
+def test_an_image_that_claims_to_be_huge(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    png = bytearray((tmp_path / "a.png").read_bytes())
+    png[16:24] = (40_000).to_bytes(4, "big") * 2
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    (tmp_path / "a.png").write_bytes(png)
+    with pytest.raises(EdgeDiTError, match="a.png claims to be too large .*1600000000 pixels.*scale it down"):
+        load_images(str(tmp_path), resolution=8)
 
 
 def test_tables_with_unusable_columns(tmp_path, table):

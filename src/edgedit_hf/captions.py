@@ -42,7 +42,7 @@ from .data import (
 )
 from .errors import EdgeDiTError
 from .files import FolderLock, atomic_folder, atomic_write_json, hash_json, read_json, sweep, weights_hash
-from .image_sources import EncodedRows, caption_column_of
+from .image_sources import EncodedRows, caption_column_of, parse_background
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 STYLES = {"stroke": ("thin", "thick"), "width": ("narrow", "wide"), "slant": ("left", "right")}
@@ -288,6 +288,7 @@ def load_captioned(
     seed: int = 0,
     data_split: str = "train",
     buckets: Sequence[str] = (),
+    background: str = "white",
 ) -> CaptionedDataset:
     """Open captioned images.
 
@@ -299,12 +300,13 @@ def load_captioned(
         caption_column: default the first of "text", "caption", "prompt", "description" that is there.
         buckets: sizes, height x width ("160x96"), instead of a resolution. An image goes where [`nearest_bucket`] says, is
             resized to cover that size and cropped to it, in the centre. Buckets without images are left out.
-        resolution, channels, image_column, validation_fraction, seed, data_split: as in [`data.load_images`].
+        resolution, channels, image_column, validation_fraction, seed, data_split, background: as in [`data.load_images`].
 
     Raises:
         EdgeDiTError: the source cannot be used; the message says why and what to do.
     """
     check_arguments(split, ("train", "validation", "held_out"), resolution, channels, validation_fraction)
+    colour = parse_background(background)
     if buckets and resolution is not None:
         raise EdgeDiTError(f"buckets {list(buckets)} and resolution {resolution} exclude each other; give one.")
     if source == "digits":
@@ -322,7 +324,7 @@ def load_captioned(
     splits, chosen, own_validation = open_source(source, split, data_split, label_column="")
     caption_column = caption_column_of(splits[data_split], caption_column, source)
     sizes = parse_buckets(buckets) or [None if resolution is None else (resolution, resolution)]
-    rows_at = open_rows(splits, data_split, chosen, source, image_column, sizes, channels)
+    rows_at = open_rows(splits, data_split, chosen, source, image_column, sizes, channels, colour)
     captions = read_captions(splits[chosen], caption_column, rows_at[0], f"{chosen!r} of {source!r}")
     rows = np.arange(len(captions))
     if not own_validation:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ from tqdm.auto import tqdm
 
 from .errors import EdgeDiTError
 from .files import FolderLock, atomic_folder, atomic_write_json, hash_json, read_json, sweep, weights_hash
-from .image_sources import HELD_OUT_NAMES, ArrayRows, EncodedRows, image_column_of, image_rows, open_splits, read_labels
+from .image_sources import HELD_OUT_NAMES, ArrayRows, EncodedRows, image_column_of, image_rows, open_splits, parse_background, read_labels
 
 IN_MEMORY_BYTES = 256 * 1024**2  # sets below this size are decoded once and kept, as bytes (latents: as float32)
 LATENT_FORMAT = 1
+CHECK_BATCH, NAMED = 1024, 5  # images checked at a time; how many of those that cannot be used are named
 SHARD_BATCHES = 32  # batches of latents in a file: what a killed `cache_latents` loses at most
 _BAR = {"unit": "image", "delay": 5, "leave": False, "disable": None}  # only on terminals, and only after a while
 
@@ -111,7 +113,8 @@ class ImageDataset(_MapDataset):
     def fingerprint(self) -> str:
         """SHA-256 over shape, names, labels and the images as they are stored. Reads every image once.
 
-        Encoded files are hashed, not what a decoder makes of them, so it depends on neither paths nor machines.
+        Encoded files are hashed, not what a decoder makes of them, so it depends on neither paths nor machines; with a transparent image goes
+        the background that shows through it.
         """
         header = {
             "shape": self.shape,
@@ -122,7 +125,8 @@ class ImageDataset(_MapDataset):
         digest = hashlib.sha256(json.dumps(header).encode())
         rows = tqdm(self._indices, desc="Hashing images", **_BAR)
         for index, label in zip(rows, self.labels.tolist()):
-            digest.update(hashlib.sha256(self._rows.encoded(index)).digest())
+            encoded = self._rows.encoded(index)
+            digest.update(hashlib.sha256(encoded).digest() + self._rows.reading(index, encoded).encode())
             digest.update(label.to_bytes(8, "little"))
         return digest.hexdigest()
 
@@ -134,6 +138,25 @@ class ImageDataset(_MapDataset):
         for row, index in enumerate(tqdm(self._indices, desc="Decoding images", **_BAR)):
             pixels[row] = self._rows.pixels(index)
         return pixels
+
+    def problems(self) -> Iterator[str | None]:
+        """Of every image why it cannot be used; `None`: it can. Decodes each once, unless all are decoded already."""
+        if self.__dict__.get("_memory") is not None:
+            yield from [None] * len(self)
+            return
+        rows = tqdm(total=len(self), desc="Checking images", **_BAR)
+        with rows, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for start in range(0, len(self), CHECK_BATCH):
+                for problem in pool.map(self._problem, self._indices[start : start + CHECK_BATCH]):
+                    rows.update()
+                    yield problem
+
+    def _problem(self, index: int) -> str | None:
+        try:
+            self._rows.check(index)
+        except EdgeDiTError as error:
+            return str(error)
+        return None
 
     def subset(self, indices: Sequence[int]) -> ImageDataset:
         """The set of the images at these positions, in this order."""
@@ -155,6 +178,21 @@ class ImageDataset(_MapDataset):
         return {"images": images, "labels": self.labels[torch.from_numpy(indices)]}
 
 
+def check_images(dataset: ImageDataset | Dataset) -> None:
+    """Decode every image of a set (an [`ImageDataset`], or what has some as `parts`) once, and name those that cannot be used.
+
+    Raises:
+        EdgeDiTError: there are such images.
+    """
+    found = [problem for part in getattr(dataset, "parts", [dataset]) if isinstance(part, ImageDataset) for problem in part.problems() if problem]
+    if not found:
+        return
+    if len(found) == 1:
+        raise EdgeDiTError(found[0])
+    more = f" … and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    raise EdgeDiTError(f"{len(found)} of {len(dataset)} images cannot be used: {' '.join(found[:NAMED])}{more}")
+
+
 def load_images(
     source: str = "digits",
     split: str = "train",
@@ -166,6 +204,7 @@ def load_images(
     validation_fraction: float = 0.2,
     seed: int = 0,
     data_split: str = "train",
+    background: str = "white",
 ) -> ImageDataset:
     """Open images.
 
@@ -182,18 +221,20 @@ def load_images(
             `label_column=""` ignores labels.
         validation_fraction, seed: of the held-out part.
         data_split: the source's split that holds the training images.
+        background: what shows through transparent pixels: a colour's name, or "#rrggbb".
 
     Raises:
         EdgeDiTError: the source cannot be used; the message says why and what to do.
     """
     check_arguments(split, ("train", "validation"), resolution, channels, validation_fraction)
+    colour = parse_background(background)
     if source == "digits":
         dataset, own_validation = load_digit_images(resolution, channels, labelled=label_column != ""), False
     else:
         splits, chosen, own_validation = open_source(source, split, data_split, label_column)
         labels, names = read_labels(splits, data_split, chosen, label_column, source)
         size = None if resolution is None else (resolution, resolution)
-        (rows,) = open_rows(splits, data_split, chosen, source, image_column, [size], channels)
+        (rows,) = open_rows(splits, data_split, chosen, source, image_column, [size], channels, colour)
         dataset = ImageDataset(rows, labels, names, name=set_name(source))
     if not own_validation:
         dataset = dataset.subset(own_split(dataset.labels.numpy(), split, validation_fraction, seed, source))
@@ -240,14 +281,15 @@ def open_rows(
     image_column: str | None,
     sizes: Sequence[tuple[int, int] | None],
     channels: int | None,
+    background: tuple[int, int, int],
 ) -> list[EncodedRows]:
     """The images of the chosen split at every size; what is not given about their shape, the training images decide."""
     image_column = image_column_of(splits[data_split], image_column, source)
     name = f"{data_split!r} of {source!r}"
-    rows = [image_rows(splits[data_split], image_column, name, size, channels) for size in sizes]
+    rows = [image_rows(splits[data_split], image_column, name, size, channels, background) for size in sizes]
     if chosen != data_split:
         shapes, name = [part.shape for part in rows], f"{chosen!r} of {source!r}"
-        rows = [image_rows(splits[chosen], image_column, name, size, shapes[0][0]) for size in sizes]
+        rows = [image_rows(splits[chosen], image_column, name, size, shapes[0][0], background) for size in sizes]
         for part, shape in zip(rows, shapes):
             if part.shape != shape:
                 raise EdgeDiTError(

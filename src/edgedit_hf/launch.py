@@ -114,6 +114,7 @@ def load_run_images(config: RunConfig, split: str = "train") -> ImageDataset:
         validation_fraction=data.validation_fraction,
         seed=config.seed,
         data_split=data.split,
+        background=data.background,
     )
 
 
@@ -170,6 +171,7 @@ def load_run_captions(config: RunConfig, split: str = "train") -> CaptionedDatas
         seed=config.seed,
         data_split=data.split,
         buckets=data.buckets or (),
+        background=data.background,
     )
 
 

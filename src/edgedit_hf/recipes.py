@@ -39,6 +39,7 @@ class DataConfig:
         None, "text-to-image: sizes (height x width: '128x128', '160x96') in place of resolution; an image goes to the nearest", items=1000
     )
     channels: int | None = key(None, "1 (grey) or 3 (RGB); null keeps what the first image has", (None, 1, 3))
+    background: str = key("white", "colour behind transparent images: a name, or '#rrggbb' in quotes")
     image_column: str | None = key(None, "column that holds the images; null takes the first image column")
     label_column: str | None = key(None, "column that holds the classes; null takes 'label' or the only class column", length=(0, 4096))
     caption_column: str | None = key(None, "text-to-image: column that holds the captions; null takes 'text', 'caption', 'prompt' or 'description'")
@@ -502,6 +503,7 @@ def _unread(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     if config.data.source == "digits":
         names = ("data.split", "data.image_column", "data.caption_column")
         yield names, "data.source is 'digits', which has one split and no columns (folders and `datasets` ids do)"
+        yield ("data.background",), "data.source is 'digits', which has no transparent images"
         if config.data.label_column != "":
             yield ("data.label_column",), "data.source is 'digits', whose labels are no column ('' ignores them)"
     if config.knowledge.teacher is None:
