@@ -195,9 +195,7 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
         rate = learning_rate_at(step, options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate)
         set_learning_rate(optimizer, rate)
         width = step_subnet(names, config.seed, step)
-        if width is not None:
-            model.set_active_subnet(width)
-            teacher.set_active_subnet(width)
+        asked = {} if width is None else {"subnet": width}
         for index in range(options.gradient_accumulation):
             first = (accelerator.process_index * options.gradient_accumulation + index) * per_piece
             drawn = step_draws(config.seed, step, range(first, first + per_piece), pool.latents.shape[1:], len(pool.latents))
@@ -207,8 +205,8 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
             with nullcontext() if index == options.gradient_accumulation - 1 else accelerator.no_sync(wrapped):
                 with accelerator.autocast():
                     with torch.no_grad():
-                        reference = teacher(noisy, t, **condition).sample
-                    output = wrapped(noisy, t, **condition).sample
+                        reference = teacher(noisy, t, **condition, **asked).sample
+                    output = wrapped(noisy, t, **condition, **asked).sample
                 loss = output_loss(output, reference, channels).mean()
                 accelerator.backward(loss / options.gradient_accumulation)
             state.log(loss=loss)

@@ -128,13 +128,12 @@ def train_supernet(
         sampled = step_subnets(names, run.seed, step, options.sampling)
         targets, gradients = [], []  # the full net's velocities, a micro-batch each; gradients of every network
         for name in (full, *sampled):
-            if names:
-                model.set_active_subnet(name)
             for index, piece in enumerate(pieces):
                 # Gradients of all but the last micro-batch stay on their rank.
                 with nullcontext() if index == len(pieces) - 1 else accelerator.no_sync(wrapped):
                     with accelerator.autocast():
-                        output = wrapped(piece.noisy, piece.t, piece.text, piece.masks, return_features=name == full and knowledge is not None)
+                        asked = {"return_features": name == full and knowledge is not None, "subnet": name if names else None}
+                        output = wrapped(piece.noisy, piece.t, piece.text, piece.masks, **asked)
                     velocity = output.sample
                     flow = diffusion.loss(velocity, piece.x0, piece.noise, piece.t)
                     loss = total = flow.mean()
@@ -171,8 +170,6 @@ def train_supernet(
             ema.restore(model.parameters())
 
     ema.copy_to(model.parameters())
-    if names:
-        model.set_active_subnet(full)
     losses = {} if validate is None else validate(wrapped)
     if options.gradient_checkpointing:
         model.disable_gradient_checkpointing()

@@ -274,7 +274,7 @@ class PointNet(ElasticDiTTransformer2DModel):
     Whatever the scheduler, sampling with it must end there: it checks timesteps, signs, masks and guidance.
     """
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, return_dict=True):
+    def forward(self, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, return_dict=True, subnet=None):
         assert encoder_hidden_states[0].shape[:2] == encoder_attention_mask[0].shape
         point = encoder_attention_mask[0].sum(1).view(-1, 1, 1, 1) / 10
         return ((hidden_states - point) / (timestep / 1000).view(-1, 1, 1, 1),)  # x = (1 − σ) x0 + σ ε, velocity ε − x0 = (x − x0) / σ

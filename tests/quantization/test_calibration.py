@@ -9,7 +9,7 @@ from torch import nn
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.models.transformer_elastic_dit import Active, ElasticCompression
+from edgedit_hf.models.transformer_elastic_dit import ElasticCompression
 from edgedit_hf.quantization.calibration import (
     CHECK_STREAM,
     OutputError,
@@ -117,14 +117,14 @@ def test_a_convolution_is_its_inputs_times_its_weight(options):
 
 def test_the_compression_of_tokens_is_one_too():
     torch.manual_seed(0)
-    layer = ElasticCompression(6, None, Active(None))
+    layer = ElasticCompression(6)
     nn.init.normal_(layer.weight)
     tokens = torch.randn(2, 16, 6)
     inputs = layer_inputs(layer, (tokens, 4, 4))
     assert inputs.shape == (6, 8, 4)
     output = (inputs @ layer.weight.reshape(6, 4, 1))[..., 0] + layer.bias[:, None]
     torch.testing.assert_close(output.reshape(6, 2, 4).permute(1, 2, 0), layer(tokens, 4, 4))
-    narrow = ElasticCompression(6, {"half": 3}, Active("half"))
+    narrow = ElasticCompression(6, {"half": 3})
     assert float(layer_inputs(narrow, (tokens[..., :3], 4, 4))[3:].abs().max()) == 0
 
 

@@ -111,7 +111,7 @@ def validation_losses(
     """
     diffusion = Diffusion("flow_prediction")
     buckets = torch.as_tensor(dataset.bucket_of[:samples])
-    was, training = model.active_subnet, model.training
+    training = model.training
     model.eval()
     sums: Mapping[str, torch.Tensor] = {name: torch.zeros(2, dtype=torch.float64) for name in model.subnet_names or ["full"]}
     for bucket in buckets.unique().tolist():
@@ -124,14 +124,10 @@ def validation_losses(
             t = diffusion.timesteps(u)
             embeds, masks = ([part.to(accelerator.device) for part in parts] for parts in texts.batch(rows))
             for name, total in sums.items():
-                if model.subnet_names:
-                    model.set_active_subnet(name)
                 with accelerator.autocast():
-                    velocity = network(diffusion.noisy(x0, noise, t), t, embeds, masks).sample
+                    velocity = network(diffusion.noisy(x0, noise, t), t, embeds, masks, subnet=name if model.subnet_names else None).sample
                 loss = diffusion.loss(velocity, x0, noise, t)[:counted].double()
                 total += torch.stack([loss.sum().cpu(), torch.tensor(float(counted), dtype=torch.float64)])
-    if was is not None:
-        model.set_active_subnet(was)
     model.train(training)
     totals = accelerator.reduce(torch.stack(list(sums.values())).to(accelerator.device), reduction="sum").cpu()
     return {name: float(total / count) for name, (total, count) in zip(sums, totals)}

@@ -417,8 +417,13 @@ class ExportedElasticDiT(ExportedTransformer):
 
     def set_active_subnet(self, name: str) -> None:
         """There is but one."""
-        if name != self.active_subnet:
+        self.resolve_subnet(name)
+
+    def resolve_subnet(self, name: str | None = None) -> str | None:
+        """The exported sub-network; a ValueError if another one is named."""
+        if name not in (None, self.active_subnet):
             raise EdgeDiTError(f"The sub-network {name!r} was asked for, but this artefact holds {self.active_subnet or 'a stand-alone net'}; export that one.")
+        return self.active_subnet
 
     def _texts(self, embeds: Sequence[torch.Tensor | None] | None, masks: Sequence[torch.Tensor | None] | None, rows: int) -> dict[str, torch.Tensor]:
         """text_0, mask_0, … of the artefact; an absent encoder is one whose tokens are all masked."""
@@ -448,14 +453,14 @@ class ExportedElasticDiT(ExportedTransformer):
     def _modulation(self, times: torch.Tensor) -> torch.Tensor:
         """Modulations `(rows, 6L + 2, D)` of timesteps `(rows,)`; each timestep is computed once."""
         unique, place = torch.unique(times, return_inverse=True)
-        unknown = [time for time in unique.tolist() if time not in self._modulations]
+        known = self._modulations  # replaced, never changed: a call in another thread may be reading it
+        unknown = [time for time in unique.tolist() if time not in known]
         if unknown:
-            if len(self._modulations) + len(unknown) > CACHED_MODULATIONS:
-                self._modulations.clear()
-                unknown = unique.tolist()
+            if len(known) + len(unknown) > CACHED_MODULATIONS:
+                known, unknown = {}, unique.tolist()
             found = self.run("conditioner", {"timestep": torch.tensor(unknown)}, pad=True)[0]
-            self._modulations.update(zip(unknown, found))
-        return torch.stack([self._modulations[time] for time in unique.tolist()])[place]
+            self._modulations = known = {**known, **dict(zip(unknown, found))}
+        return torch.stack([known[time] for time in unique.tolist()])[place]
 
     def __call__(
         self,
@@ -464,26 +469,30 @@ class ExportedElasticDiT(ExportedTransformer):
         encoder_hidden_states: Sequence[torch.Tensor | None] | None = None,
         encoder_attention_mask: Sequence[torch.Tensor | None] | None = None,
         return_dict: bool = True,
+        subnet: str | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(B, C, H, W)`): Noisy input, of the exported size.
             timestep (`torch.Tensor` of shape `(B,)` or a scalar): Timestep 1000·σ on the scale 0 … 1000.
             encoder_hidden_states, encoder_attention_mask: As for [`ElasticDiTTransformer2DModel`].
+            subnet (`str`, *optional*): The exported sub-network, no other.
 
         Returns:
             The velocity ε − x0, `(B, C, H, W)`.
         """
         self._check_sample(hidden_states)
+        self.resolve_subnet(subnet)
         rows = len(hidden_states)
         times = torch.as_tensor(timestep).to("cpu", torch.float32).reshape(-1).expand(rows)
         inputs = {"sample": hidden_states}
         if self.split:
             key = (rows, *(encoder_hidden_states or ()), *(encoder_attention_mask or ()))
-            if len(key) != len(self._text[0]) or any(a is not b for a, b in zip(key[1:], self._text[0][1:])) or key[0] != self._text[0][0]:
-                text = self.run("text_conditioner", self._texts(encoder_hidden_states, encoder_attention_mask, rows))
-                self._text = key, dict(zip(("text", "text_mask"), text))
-            inputs |= {MODULATED: self._modulation(times), **self._text[1]}
+            known, text = self._text  # read once: a call in another thread may replace it
+            if len(key) != len(known) or any(a is not b for a, b in zip(key[1:], known[1:])) or key[0] != known[0]:
+                text = dict(zip(("text", "text_mask"), self.run("text_conditioner", self._texts(encoder_hidden_states, encoder_attention_mask, rows))))
+                self._text = key, text
+            inputs |= {MODULATED: self._modulation(times), **text}
             if self.FORMAT == "onnx":
                 inputs["timestep"] = times  # a file with activation scales by timestep asks for it
         else:

@@ -16,9 +16,10 @@ the active sub-network, h query heads, k key/value heads, d channels a head, T t
 """
 
 import functools
-import json
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -27,13 +28,15 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, BaseOutput
-from diffusers.utils.hub_utils import _add_variant, _get_checkpoint_shard_files, _get_model_file
+from diffusers.utils import BaseOutput
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 FREQUENCIES = 256  # width of the sinusoidal timestep features (DiT)
+WRAPPERS = ("base_layer", "_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # what PEFT, torch and DDP call a layer in theirs
+_LOADED_SUBNET: ContextVar[str | None] = ContextVar("_LOADED_SUBNET", default=None)  # while `from_pretrained(subnet=…)` runs: which
 NO_BITSANDBYTES = (
     "bitsandbytes works with a GPU only, as diffusers calls it. On CPUs quantise with edgedit_hf's own schemes: "
     'quantization_config=EdgeDiTQuantizationConfig(default={"scheme": "nf4"}), or {"scheme": "affine", "bits": 8}, from edgedit_hf.'
@@ -74,11 +77,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 # -------------------------------------------------------------------- elastic layers
 
 
-class Active:
-    """The name of the active sub-network: one object that all layers of a net share, so that switching is one assignment."""
-
-    def __init__(self, name: str | None):
-        self.name = name
+# The width belongs to the call: it goes down the forward as `*width`, nothing for the full net and for a stand-alone one, whose layers may be
+# any that take a tensor (of PEFT, of a quantiser), and the name of a narrower sub-network for elastic layers.
+Width = tuple[str, ...]
 
 
 class ElasticLinear(nn.Linear):
@@ -88,28 +89,29 @@ class ElasticLinear(nn.Linear):
         sizes: (outputs, inputs) of every sub-network.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, sizes: Mapping[str, tuple[int, int]], active: Active):
+    def __init__(self, in_features: int, out_features: int, bias: bool, sizes: Mapping[str, tuple[int, int]]):
         super().__init__(in_features, out_features, bias)
-        self.sizes, self.active = dict(sizes), active
+        self.sizes = dict(sizes)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        rows, columns = self.sizes[self.active.name]
+    def forward(self, hidden_states: torch.Tensor, subnet: str | None = None) -> torch.Tensor:
+        """`subnet`: the sub-network whose part of the weight is used; `None`: all of it."""
         weight = self.weight  # asked for once: a quantised layer unpacks it
-        if (rows, columns) == tuple(weight.shape):
+        if subnet is None:
             return F.linear(hidden_states, weight, self.bias)
+        rows, columns = self.sizes[subnet]
         return F.linear(hidden_states, weight[:rows, :columns], None if self.bias is None else self.bias[:rows])
 
 
 class ElasticCompression(nn.Conv2d):
     """Depthwise 2 × 2 convolution of stride 2 over a grid of tokens, of which a sub-network uses the first channels; starts as the mean."""
 
-    def __init__(self, channels: int, sizes: Mapping[str, int] | None, active: Active):
+    def __init__(self, channels: int, sizes: Mapping[str, int] | None = None):
         super().__init__(channels, channels, kernel_size=2, stride=2, groups=channels)
-        self.sizes, self.active = sizes, active
+        self.sizes = sizes
 
-    def forward(self, tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, rows: int, columns: int, subnet: str | None = None) -> torch.Tensor:
         """`(B, N, c)` → `(B, N/4, c)`, as a weighted sum of the four tokens of a window: a convolution would want the channels first."""
-        channels = self.out_channels if self.sizes is None else self.sizes[self.active.name]
+        channels = self.out_channels if subnet is None else self.sizes[subnet]
         windows = tokens.unflatten(1, (rows // 2, 2, columns // 2, 2))  # [B, rows/2, 2, columns/2, 2, c]
         compressed, weight = self.bias[:channels], self.weight
         for row in range(2):
@@ -119,21 +121,23 @@ class ElasticCompression(nn.Conv2d):
 
 
 class PerWidth(nn.ModuleDict):
-    """A module of which every sub-network has one of its own, by name."""
+    """A module of which every sub-network has one of its own, by name; the last is the full net's."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], active: Active):
+    name_of_full = ""  # on the class: no sub-network can have this name then
+
+    def __init__(self, modules: Mapping[str, nn.Module]):
         super().__init__(modules)
-        self.active = active
+        self.name_of_full = list(modules)[-1]
 
-    def forward(self, *args: Any) -> Any:
-        return self[self.active.name](*args)
+    def forward(self, inputs: torch.Tensor, subnet: str | None = None) -> torch.Tensor:
+        return self[self.name_of_full if subnet is None else subnet](inputs)
 
 
 class _Layers:
-    """Makes the layers of a net: elastic ones for a supernet (`subnets` given), plain ones for a stand-alone net."""
+    """Makes the layers of a net: elastic ones for a supernet (`subnets` given, the narrowest first), plain ones for a stand-alone net."""
 
-    def __init__(self, subnets: Mapping[str, float] | None, active: Active):
-        self.subnets, self.active = subnets, active
+    def __init__(self, subnets: Mapping[str, float] | None):
+        self.subnets = subnets
 
     def linear(self, inputs: int, outputs: int, bias: bool = True, slice_inputs: bool = True, slice_outputs: bool = True) -> nn.Linear:
         if self.subnets is None:
@@ -142,11 +146,11 @@ class _Layers:
             name: (round(outputs * width) if slice_outputs else outputs, round(inputs * width) if slice_inputs else inputs)
             for name, width in self.subnets.items()
         }
-        return ElasticLinear(inputs, outputs, bias, sizes, self.active)
+        return ElasticLinear(inputs, outputs, bias, sizes)
 
     def compression(self, channels: int) -> ElasticCompression:
         sizes = None if self.subnets is None else {name: round(channels * width) for name, width in self.subnets.items()}
-        return ElasticCompression(channels, sizes, self.active)
+        return ElasticCompression(channels, sizes)
 
     def per_width(self, make: Callable[[float], nn.Module]) -> nn.Module:
         """`make(width)` gives the module of a sub-network that has this share of the full width."""
@@ -154,7 +158,7 @@ class _Layers:
             module = make(1.0)
             module.is_per_width = True  # under another name in a supernet: see `_source_names`
             return module
-        return PerWidth({name: make(width) for name, width in self.subnets.items()}, self.active)
+        return PerWidth({name: make(width) for name, width in self.subnets.items()})
 
 
 # -------------------------------------------------------------------- attention
@@ -262,23 +266,26 @@ class ElasticSelfAttention(nn.Module):
     def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, h, N, d]
 
-    def keys_and_values(self, key: torch.Tensor, value: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_and_values(
+        self, key: torch.Tensor, value: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], *width: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Projections `(B, N, k·d)` → keys and values `(B, k, N, d)`, contiguous (the norm of the keys makes them so)."""
-        return rotate(self.norm_k(self._heads(key)), rotation), self._heads(value).contiguous()
+        return rotate(self.norm_k(self._heads(key), *width), rotation), self._heads(value).contiguous()
 
-    def forward(self, hidden_states: torch.Tensor, positions: Positions) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, positions: Positions, *width: str) -> torch.Tensor:
         """`(B, N, D)` → `(B, N, D)`."""
-        query = rotate(self.norm_q(self._heads(self.to_q(hidden_states))), positions.rotation)  # [B, h, N, d]
-        key, value = self.to_k(hidden_states), self.to_v(hidden_states)  # [B, N, k·d]
-        keys, values = self.keys_and_values(key, value, positions.rotation)
+        query = rotate(self.norm_q(self._heads(self.to_q(hidden_states, *width)), *width), positions.rotation)  # [B, h, N, d]
+        key, value = self.to_k(hidden_states, *width), self.to_v(hidden_states, *width)  # [B, N, k·d]
+        keys, values = self.keys_and_values(key, value, positions.rotation, *width)
         if self.sparse:
             grid = positions.rows, positions.columns
-            compressed = self.keys_and_values(self.compress_k(key, *grid), self.compress_v(value, *grid), positions.compressed)
-            gate = self.gate(hidden_states).sigmoid().transpose(1, 2).unsqueeze(-1)  # [B, h, N, 1]
+            compressed = self.compress_k(key, *grid, *width), self.compress_v(value, *grid, *width)
+            compressed = self.keys_and_values(*compressed, positions.compressed, *width)
+            gate = self.gate(hidden_states, *width).sigmoid().transpose(1, 2).unsqueeze(-1)  # [B, h, N, 1]
             attention = sparse_attention(query, keys, values, *compressed, gate, self.blocks, self.radius)
         else:
             attention = attend(query, keys, values)
-        return self.to_out(attention.transpose(1, 2).flatten(2))
+        return self.to_out(attention.transpose(1, 2).flatten(2), *width)
 
 
 class ElasticCrossAttention(nn.Module):
@@ -294,16 +301,16 @@ class ElasticCrossAttention(nn.Module):
         self.norm_q = make.per_width(lambda width: nn.LayerNorm(head_dim, eps=eps))
         self.norm_k = make.per_width(lambda width: nn.LayerNorm(head_dim, eps=eps))
 
-    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None, *width: str) -> torch.Tensor:
         """`(B, N, D)`, `(B, T, E)`, mask `(B, 1, 1, T)` of the tokens that are there (`None`: all) → `(B, N, D)`."""
-        query = self.norm_q(self.to_q(hidden_states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)  # [B, h, N, d]
-        key = self.norm_k(self.to_k(text).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)  # [B, k, T, d]
+        query = self.norm_q(self.to_q(hidden_states, *width).unflatten(-1, (-1, self.head_dim)), *width).transpose(1, 2)  # [B, h, N, d]
+        key = self.norm_k(self.to_k(text).unflatten(-1, (-1, self.head_dim)), *width).transpose(1, 2)  # [B, k, T, d]
         value = self.to_v(text).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         group = query.shape[1] // self.kv_heads
         key, value = (heads.repeat(1, group, 1, 1) for heads in (key, value))
         mask = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)  # ONNX Runtime wants a row a query
         attention = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.to_out(attention.transpose(1, 2).flatten(2))
+        return self.to_out(attention.transpose(1, 2).flatten(2), *width)
 
 
 # -------------------------------------------------------------------- blocks
@@ -317,8 +324,8 @@ class ElasticMLP(nn.Module):
         self.proj_in = make.linear(dim, inner)
         self.proj_out = make.linear(inner, dim)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.proj_out(F.gelu(self.proj_in(hidden_states), approximate="tanh"))
+    def forward(self, hidden_states: torch.Tensor, *width: str) -> torch.Tensor:
+        return self.proj_out(F.gelu(self.proj_in(hidden_states, *width), approximate="tanh"), *width)
 
 
 class LongSkip(nn.Module):
@@ -329,8 +336,8 @@ class LongSkip(nn.Module):
         self.hidden = make.linear(dim, dim)
         self.skip = make.linear(dim, dim, bias=False)
 
-    def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        return self.hidden(hidden_states) + self.skip(skip)
+    def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor, *width: str) -> torch.Tensor:
+        return self.hidden(hidden_states, *width) + self.skip(skip, *width)
 
 
 class Modulation(nn.Module):
@@ -394,20 +401,22 @@ class ElasticDiTBlock(nn.Module):
         modulation: torch.Tensor,
         positions: Positions,
         skip: torch.Tensor | None = None,
+        width: Width = (),
     ) -> torch.Tensor:
         """
         Args:
             hidden_states: `(B, N, D)`. text: `(B, T, E)`. mask: `(B, 1, 1, T)` or `None`.
             modulation: `(B, 6, D)`: shift, scale, gate of the attention, then of the MLP.
             skip: `(B, N, D)` for a block with a long skip.
+            width: of this call; an argument, so that gradient checkpointing computes the same again in the backward pass.
         """
         if self.long_skip is not None:
-            hidden_states = self.long_skip(hidden_states, skip)
+            hidden_states = self.long_skip(hidden_states, skip, *width)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.unsqueeze(2).unbind(1)  # each [B, 1, D]
-        attention = self.attn(torch.addcmul(shift_attn, self._norm(hidden_states), 1 + scale_attn), positions)
+        attention = self.attn(torch.addcmul(shift_attn, self._norm(hidden_states), 1 + scale_attn), positions, *width)
         hidden_states = torch.addcmul(hidden_states, gate_attn, attention)
-        hidden_states = hidden_states + self.cross_attn(hidden_states, text, mask)
-        mlp = self.mlp(torch.addcmul(shift_mlp, self._norm(hidden_states), 1 + scale_mlp))
+        hidden_states = hidden_states + self.cross_attn(hidden_states, text, mask, *width)
+        mlp = self.mlp(torch.addcmul(shift_mlp, self._norm(hidden_states), 1 + scale_mlp), *width)
         return torch.addcmul(hidden_states, gate_mlp, mlp)
 
 
@@ -500,12 +509,13 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.register_to_config(
             num_layers=list(num_layers), mlp_ratios=list(mlp_ratios), text_dims=list(text_dims), subnets=None if subnets is None else dict(subnets)
         )
-        subnets = self.config.subnets
         _check(self.config)
-        full = None if subnets is None else max(subnets, key=subnets.get)
-        self._active = Active(full)
+        if subnets is not None:  # the order of the modules follows from the widths: config.json keeps no order of the names
+            subnets = dict(sorted(subnets.items(), key=lambda item: (item[1], item[0])))
+            self.register_to_config(subnets=subnets)
+        self._full = self._active = None if subnets is None else list(subnets)[-1]
         self.gradient_checkpointing = False
-        make = _Layers(subnets, self._active)
+        make = _Layers(subnets)
         dim = num_attention_heads * attention_head_dim
 
         self.patch_embed = make.linear(patch_size * patch_size * in_channels, dim, slice_inputs=False)
@@ -585,8 +595,8 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @property
     def active_subnet(self) -> str | None:
-        """Name of the active sub-network (`None` for a stand-alone net)."""
-        return self._active.name
+        """Name of the sub-network that calls run which name none (`None` for a stand-alone net)."""
+        return self._active
 
     def _known(self, name: str) -> str:
         if self.config.subnets is None:
@@ -596,8 +606,25 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return name
 
     def set_active_subnet(self, name: str) -> None:
-        """Make the following forwards those of this sub-network. Takes no time and copies nothing: layers use views of the full weights."""
-        self._active.name = self._known(name)
+        """Make this sub-network that of the calls which begin from now on and name none; one that names its `subnet`, or has begun, keeps its own.
+        Takes no time and copies nothing: layers use views of the full weights."""
+        self._active = self._known(name)
+
+    def resolve_subnet(self, name: str | None = None) -> str | None:
+        """Name of the sub-network that a call with `subnet=name` runs now (`None` for a stand-alone net); a ValueError if there is none."""
+        return self._active if name is None else self._known(name)
+
+    def _width(self, name: str | None) -> Width:
+        """What the layers are told of the sub-network `name`, for a call that has just begun."""
+        name = self.resolve_subnet(name)
+        if name == self._full:
+            return ()
+        if getattr(self, "_hf_peft_config_loaded", False) and any(_adapts(module) for module in self.modules()):
+            raise ValueError(
+                f"Adapters have the full net's shapes, but the sub-network {name!r} is active; load them into extract_subnet({name!r}), call "
+                f"disable_adapters(), or run {self._full!r}."
+            )
+        return (name,)
 
     def sample_active_subnet(self, generator: torch.Generator | None = None) -> str:
         """Activate a sub-network drawn uniformly from all but the full net (which training runs in every step), and return its name."""
@@ -608,8 +635,8 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return self.active_subnet
 
     def active_subnet_config(self) -> dict[str, Any]:
-        """Config of the stand-alone net that equals the active sub-network (what [`extract_subnet`] makes)."""
-        return _subnet_config(self.config, self.active_subnet)
+        """Config of the stand-alone net that equals the active sub-network (what [`extract_subnet`] makes): what the class takes."""
+        return self._own(_subnet_config(self.config, self.active_subnet))
 
     def extract_subnet(self, name: str) -> "ElasticDiTTransformer2DModel":
         """A stand-alone net whose output is that of the sub-network, with copies of its weights and no trace of the supernet."""
@@ -629,9 +656,18 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return twin.train(self.training)
 
     @classmethod
-    def _empty_twin(cls, config: Mapping[str, Any], name: str) -> "ElasticDiTTransformer2DModel":
+    def _own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a config that the class takes: not those of diffusers, and of whoever registered some of their own."""
+        taken = inspect.signature(cls.__init__).parameters
+        return {key: value for key, value in config.items() if key in taken}
+
+    @classmethod
+    def _empty_twin(cls, config: Mapping[str, Any], name: str | None) -> "ElasticDiTTransformer2DModel":
+        values = _subnet_config(config, name)
         with torch.device("meta"):
-            return cls(**_subnet_config(config, name))
+            twin = cls(**cls._own(values))
+        twin.register_to_config(**values)  # keys that are not ours are kept, as diffusers keeps them
+        return twin
 
     # ---------------------------------------------------------------- forward
 
@@ -640,10 +676,10 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         compressed = rotation_table(rows // 2, columns // 2, 2 * stride, *arguments) if sparse else None
         return Positions(rows, columns, rotation_table(rows, columns, stride, *arguments), compressed)
 
-    def precompute_modulation(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """The modulations `(T, 6L + 2, D)` of the active sub-network at timesteps `(T,)`, for a whole schedule at once; `table[step]`, expanded to
-        the batch, is the `modulation` that [`forward`] takes."""
-        return self.modulation(timesteps)
+    def precompute_modulation(self, timesteps: torch.Tensor, subnet: str | None = None) -> torch.Tensor:
+        """The modulations `(T, 6L + 2, D)` of a sub-network (default: the active one) at timesteps `(T,)`, for a whole schedule at once;
+        `table[step]`, expanded to the batch, is the `modulation` that [`forward`] takes."""
+        return self.modulation(timesteps, *self._width(subnet))
 
     def forward(
         self,
@@ -654,6 +690,7 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return_dict: bool = True,
         return_features: bool = False,
         modulation: torch.Tensor | None = None,
+        subnet: str | None = None,
     ) -> ElasticDiTOutput | tuple[torch.Tensor | None, ...]:
         """
         Args:
@@ -663,31 +700,28 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             encoder_attention_mask: A `(B, T_i)` for every text encoder that tells tokens from padding, or `None` where all are tokens.
             return_features: Whether to return the tokens after the last layer too (for feature distillation).
             modulation (`torch.Tensor` of shape `(B, 6L + 2, D)`, *optional*): A step of [`precompute_modulation`]; `timestep` is not used then.
+            subnet (`str`, *optional*): The sub-network to run, for this call alone. Default: the active one as the call begins.
 
         Returns:
             [`ElasticDiTOutput`], or a tuple of its values.
         """
-        if self._active.name is not None and self._active.name != self.subnet_names[-1] and getattr(self, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                f"Adapters have the full net's shapes, but the sub-network {self._active.name!r} is active; load them into extract_subnet("
-                f"{self._active.name!r}), or activate {self.subnet_names[-1]!r}."
-            )
-        batch, channels, height, width = hidden_states.shape
+        width = self._width(subnet)
+        batch, channels, *size = hidden_states.shape
         patch = self.config.patch_size
-        if channels != self.config.in_channels or height % (2 * patch) or width % (2 * patch):
+        if channels != self.config.in_channels or any(side % (2 * patch) for side in size):
             raise ValueError(
                 f"The input has the shape {tuple(hidden_states.shape)}; it needs {self.config.in_channels} channels and a height and width that "
                 f"are multiples of {2 * patch} (patches of {patch}, down-sampled once)."
             )
         text, mask = self.embed_text(encoder_hidden_states, encoder_attention_mask, batch)
         if modulation is None:
-            modulation = self.modulation(timestep.reshape(-1).expand(batch))
-        sample, tokens = self.denoise(hidden_states, modulation, text, mask)
+            modulation = self.modulation(timestep.reshape(-1).expand(batch), *width)
+        sample, tokens = self._denoise(hidden_states, modulation, text, mask, width)
         features = tokens if return_features else None
         return ElasticDiTOutput(sample=sample, features=features) if return_dict else (sample, features)
 
     def denoise(
-        self, hidden_states: torch.Tensor, modulation: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None
+        self, hidden_states: torch.Tensor, modulation: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None, subnet: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The network between its conditions and its output: what a step computes once [`embed_text`] and [`precompute_modulation`] are done.
 
@@ -697,17 +731,22 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Returns:
             The velocity `(B, C, H, W)` and the tokens `(B, N, D)` after the last layer.
         """
-        batch, channels, height, width = hidden_states.shape
+        return self._denoise(hidden_states, modulation, text, mask, self._width(subnet))
+
+    def _denoise(
+        self, hidden_states: torch.Tensor, modulation: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None, width: Width
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, channels = hidden_states.shape[:2]
         patch = self.config.patch_size
-        rows, columns = height // patch, width // patch
+        rows, columns = hidden_states.shape[2] // patch, hidden_states.shape[3] // patch
         patches = hidden_states.view(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
-        tokens = self.patch_embed(patches.reshape(batch, rows * columns, patch * patch * channels))  # [B, N, D]
+        tokens = self.patch_embed(patches.reshape(batch, rows * columns, patch * patch * channels), *width)  # [B, N, D]
 
         layer = 0
 
         def run(block: ElasticDiTBlock, tokens: torch.Tensor, positions: Positions, skip: torch.Tensor | None = None) -> torch.Tensor:
             nonlocal layer
-            arguments = tokens, text, mask, modulation[:, 6 * layer : 6 * layer + 6], positions, skip
+            arguments = tokens, text, mask, modulation[:, 6 * layer : 6 * layer + 6], positions, skip, width
             layer += 1
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 return self._gradient_checkpointing_func(block, *arguments)
@@ -720,21 +759,21 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         kept = tokens
         # Channel by channel, so that a sub-network's inputs are the first ones of the linear layer: [B, N/4, D·4].
         grouped = tokens.view(batch, rows // 2, 2, columns // 2, 2, -1).permute(0, 1, 3, 5, 2, 4)
-        tokens = self.down_sample(grouped.reshape(batch, rows * columns // 4, -1))
+        tokens = self.down_sample(grouped.reshape(batch, rows * columns // 4, -1), *width)
         skips: list[torch.Tensor] = []
         for index, block in enumerate(self.middle_blocks):
             tokens = run(block, tokens, coarse, skips.pop() if block.long_skip is not None else None)
             if index < self._num_skips:
                 skips.append(tokens)
-        coarse_tokens = self.up_sample(tokens).view(batch, rows // 2, 1, columns // 2, 1, -1)
+        coarse_tokens = self.up_sample(tokens, *width).view(batch, rows // 2, 1, columns // 2, 1, -1)
         tokens = kept + coarse_tokens.expand(-1, -1, 2, -1, 2, -1).reshape(kept.shape)
         for block in self.up_blocks:
             tokens = run(block, tokens, fine)
 
         shift, scale = modulation[:, -2:].unsqueeze(2).unbind(1)  # each [B, 1, D]
         normed = F.layer_norm(tokens, tokens.shape[-1:], eps=self.config.norm_eps)
-        sample = self.proj_out(torch.addcmul(shift, normed, 1 + scale)).view(batch, rows, columns, patch, patch, channels)
-        return sample.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width), tokens
+        sample = self.proj_out(torch.addcmul(shift, normed, 1 + scale), *width).view(batch, rows, columns, patch, patch, channels)
+        return sample.permute(0, 5, 1, 3, 2, 4).reshape(hidden_states.shape), tokens
 
     def embed_text(
         self, embeddings: Sequence[torch.Tensor | None] | None, masks: Sequence[torch.Tensor | None] | None, batch: int
@@ -763,12 +802,12 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         Args:
             subnet (`str`, *optional*): Load this sub-network of a saved supernet as a stand-alone net; only its part of the weights is read
-                (of a quantised one all, packed; the stand-alone net is not quantised).
+                (of a quantised one all, packed; the stand-alone net is not quantised). Every other option is diffusers' and means what it
+                means without: `quantization_config` names the layers of the stand-alone net.
         """
-        return_info = kwargs.pop("output_loading_info", False)
         if subnet is not None:
-            model = cls._subnet_from_pretrained(pretrained_model_name_or_path, subnet, **kwargs)
-            return (model, {}) if return_info else model
+            return cls._subnet_from_pretrained(pretrained_model_name_or_path, subnet, **kwargs)
+        return_info = kwargs.pop("output_loading_info", False)
         quantization = kwargs.get("quantization_config")
         unpack = getattr(quantization, "quant_method", None) == "edgedit" and quantization.dequantize
         if unpack:
@@ -793,55 +832,77 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return (model, info) if return_info else model
 
     @classmethod
-    def _subnet_from_pretrained(cls, path, name: str, **kwargs) -> "ElasticDiTTransformer2DModel":
-        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
-        variant, kwargs_hub = kwargs.pop("variant", None), {}
-        for key in ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder"):
-            if key in kwargs:
-                kwargs_hub[key] = kwargs.pop(key)
-        for harmless in ("low_cpu_mem_usage", "use_safetensors"):
-            kwargs.pop(harmless, None)
-        if any(value is not None for value in kwargs.values()):
-            raise ValueError(f"subnet={name!r} cannot be combined with {', '.join(sorted(kwargs))}; extract the sub-network, save it, and load that.")
-        config = cls.load_config(path, **kwargs_hub)
+    def _subnet_from_pretrained(cls, path, name: str, **kwargs):
+        """[`from_pretrained`] of a sub-network: diffusers' own loader, to which [`load_config`] and [`_load_pretrained_model`] show the stand-alone
+        net's config and weights."""
+        others = [option for option in ("parallel_config", "use_flashpack") if kwargs.get(option)]  # read the file in ways of their own
+        if others:
+            raise ValueError(f"subnet={name!r} cannot be combined with {', '.join(others)}; extract the sub-network, save it, and load that.")
+        config = cls.load_config(path, **kwargs)
         subnets = config.get("subnets")
         if not subnets or name not in subnets:
             there = f"has the sub-networks {', '.join(sorted(subnets, key=subnets.get))}" if subnets else "is a stand-alone net"
             raise ValueError(f"subnet={name!r} was asked for, but {path} {there}.")
         if config.get("quantization_config"):
-            twin = cls.from_pretrained(path, torch_dtype=dtype, variant=variant, **kwargs_hub).extract_subnet(name)
+            if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+                kwargs["torch_dtype"] = torch.float32
+            return_info = kwargs.pop("output_loading_info", False)
+            net, info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
+            if len(set(getattr(net, "hf_device_map", {}).values())) > 1:
+                raise ValueError(f"subnet={name!r} of the quantised net {path} cannot be combined with a device_map of several devices; load it on one.")
+            twin = net.extract_subnet(name)
             twin.register_to_config(_name_or_path=str(path))
-            return twin.eval()
-        twin = cls._empty_twin({key: value for key, value in config.items() if not key.startswith("_")}, name)
+            return (twin.eval(), info) if return_info else twin.eval()
+        loading = _LOADED_SUBNET.set(name)
+        try:
+            return cls.from_pretrained(path, **kwargs)
+        except OSError as error:
+            if "Unable to load weights" not in str(error):
+                raise
+            raise ValueError(f"The weights of {path} cannot be read ({error}); download or save them again.") from error
+        finally:
+            _LOADED_SUBNET.reset(loading)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As in diffusers; while a sub-network is loaded, the config of the stand-alone net."""
+        found, name = super().load_config(*args, **kwargs), _LOADED_SUBNET.get()
+        if name is None:
+            return found
+        config, *others = found if isinstance(found, tuple) else (found,)
+        config = {**config, **_subnet_config(config, name)}
+        return (config, *others) if others else config
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, path, loaded_keys, *args, **kwargs):
+        name = _LOADED_SUBNET.get()
+        if name is not None:
+            state_dict = cls._read_subnet(model, name, state_dict, resolved_model_file, path, kwargs.get("disable_mmap", False))
+            resolved_model_file, loaded_keys = resolved_model_file[:1], list(state_dict)
+        return super()._load_pretrained_model(model, state_dict, resolved_model_file, path, loaded_keys, *args, **kwargs)
+
+    @classmethod
+    def _read_subnet(cls, model, name: str, state_dict, files: Sequence[str], path, disable_mmap: bool) -> dict[str, torch.Tensor]:
+        """The weights of a stand-alone net from the files of a supernet. `state_dict`: what diffusers has of an only file, as a map of it where it can."""
+        twin = cls._empty_twin(model.config, None)
         target, state = twin.state_dict(), {}
-        files = cls._weight_files(path, variant, kwargs_hub)
         wanted = {source: key for key, source in _source_names(twin, name).items()}
         try:
             for file in files:
-                with safe_open(file, framework="pt") as tensors:
-                    for source in tensors.keys():
-                        if source in wanted:
-                            key = wanted[source]
-                            state[key] = tensors.get_slice(source)[_corner(target[key])].to(dtype)
+                if str(file).endswith(".safetensors") and not disable_mmap:
+                    with safe_open(file, framework="pt") as tensors:
+                        for source in wanted.keys() & set(tensors.keys()):
+                            state[wanted[source]] = tensors.get_slice(source)[_corner(target[wanted[source]])]
+                    continue
+                whole = load_state_dict(file, disable_mmap=disable_mmap) if state_dict is None else state_dict
+                for source in wanted.keys() & set(whole):
+                    state[wanted[source]] = whole[source][_corner(target[wanted[source]])].clone()
         except (SafetensorError, OSError) as error:
             raise ValueError(f"The weights of {path} cannot be read ({error}); download or save them again.") from error
         absent = [key for key in target if key not in state or state[key].shape != target[key].shape]
         if absent:
             raise ValueError(f"The weights of {path} lack {len(absent)} tensors of the sub-network {name!r}, such as {absent[0]!r}; save the net again.")
-        twin.load_state_dict(state, assign=True)
-        twin.register_to_config(_name_or_path=str(path))
-        return twin.eval()
-
-    @staticmethod
-    def _weight_files(path, variant: str | None, hub: Mapping[str, Any]) -> list[str]:
-        try:
-            return [_get_model_file(path, weights_name=_add_variant(SAFETENSORS_WEIGHTS_NAME, variant), **hub)]
-        except OSError:
-            index = _get_model_file(path, weights_name=_add_variant(SAFE_WEIGHTS_INDEX_NAME, variant), **hub)
-            with open(index, encoding="utf-8") as file:
-                weight_map = json.load(file)["weight_map"]
-            options = {key: hub[key] for key in ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder") if key in hub}
-            return _get_checkpoint_shard_files(path, index, **options)[0] if weight_map else []
+        return state
 
     def fuse_lora(self, *args, **kwargs):
         """As in diffusers, but refuses where weights are unpacked at every use: what is added to them would be lost."""
@@ -851,8 +912,15 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines pass `variant` and others only if the signature names them
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in diffusers, but refuses while PEFT adapters are injected: their wrapped weights would reload as random ones."""
-        if any(".base_layer." in name for name in self.state_dict()):  # delete_adapters() leaves the wrappers behind
+        """As in diffusers, but refuses while layers are wrapped (PEFT adapters, torch.compile): their weights would reload as random ones."""
+        wrapped = {part for name in self.state_dict() for part in name.split(".") if part in WRAPPERS}
+        if wrapped - {"base_layer"}:
+            raise ValueError(
+                f"Layers of the model are wrapped ({', '.join(sorted(wrapped))} stands in the names of their weights), so the file would not load. Put "
+                "the layers back (layer._orig_mod, accelerator.unwrap_model(model, keep_torch_compile=False)); model.compile() and "
+                "compile_repeated_blocks() need no wrapper."
+            )
+        if wrapped:  # delete_adapters() leaves the wrappers behind
             raise ValueError(
                 f"The model's layers are wrapped for the adapters {sorted(getattr(self, 'peft_config', {}))}; keep an adapter with "
                 "save_lora_adapter(), or merge it with fuse_lora(); then call unload_lora() and save the model."
@@ -880,7 +948,7 @@ def _check(config: Mapping[str, Any]) -> None:
         if sorted(subnets.values())[-1:] != [1.0] or len(set(subnets.values())) != len(subnets) or min(subnets.values()) <= 0:
             raise ValueError(f"subnets is {subnets}; widths must differ, lie in (0, 1], and one must be 1.0 (the full net).")
         for name in subnets:
-            if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            if not name.isidentifier() or hasattr(PerWidth, name):
                 raise ValueError(f"A sub-network cannot be named {name!r}; use a plain word such as 'small'.")
     for name, width in (subnets or {"this net": 1.0}).items():
         narrow, narrow_kv = heads * width, kv_heads * width
@@ -918,6 +986,13 @@ def _source_names(twin: nn.Module, name: str) -> dict[str, str]:
         prefix = next((".".join(parts[:end]) for end in range(1, len(parts)) if ".".join(parts[:end]) in per_width), None)
         names[key] = key if prefix is None else f"{prefix}.{name}{key[len(prefix) :]}"
     return names
+
+
+def _adapts(module: nn.Module) -> bool:
+    """Whether a module is a layer in PEFT's wrapper that an adapter changes: one that is on, and not merged into the weights."""
+    if not hasattr(module, "base_layer") or module.disable_adapters or module.merged:
+        return False
+    return any(name in getattr(module, parts) for parts in module.adapter_layer_names for name in module.active_adapters)
 
 
 def _corner(like: torch.Tensor) -> tuple[slice, ...]:

@@ -24,12 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoModel
+from diffusers import PipelineQuantizationConfig
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, get_class_obj_and_candidates
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
@@ -39,6 +40,11 @@ logger = logging.get_logger(__name__)
 
 Text = tuple[list[torch.Tensor | None], list[torch.Tensor | None]]  # embeds [B, T_i, D_i] and masks [B, T_i], one entry an encoder
 PIL_CHANNELS = (1, 3, 4)  # modes L, RGB, RGBA
+# Options of diffusers' from_pretrained that bear on how the transformer is loaded, and those that do not.
+LOADED_WITH = ("torch_dtype", "dtype", "variant", "device_map", "max_memory", "offload_folder", "offload_state_dict", "low_cpu_mem_usage")
+LOADED_WITH += ("use_safetensors", "disable_mmap", "quantization_config", "trust_remote_code")
+LOADED_ASIDE = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "mirror", "custom_pipeline", "custom_revision")
+LOADED_ASIDE += ("provider", "sess_options", "provider_options", "use_onnx", "load_connected_pipeline", "output_loading_info")
 _TOKENIZERS = threading.Lock()  # a tokenizer keeps the truncation of a call on itself
 
 
@@ -133,26 +139,47 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *, subnet: str | None = None, **kwargs):
         """As in diffusers, and with `subnet` the transformer is that sub-network alone: only its slice of the weights is read. (The base
-        class's `DiffusionPipeline.from_pretrained` knows no `subnet`: it warns, and loads the whole net.)
+        class's `DiffusionPipeline.from_pretrained` knows no `subnet`: it warns, and loads the whole net.) Every other option means what it means
+        without.
 
         Raises:
-            ValueError: there is no such sub-network, or `transformer` is given too.
+            ValueError: there is no such sub-network, `transformer` is given too, or an option that cannot be combined with `subnet`.
         """
         if subnet is None:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if "transformer" in kwargs:
             raise ValueError(f"subnet={subnet!r} says which part of the saved transformer to load, so no transformer can be given.")
+        others = {name for name, value in kwargs.items() if value is not None and value is not False}
+        others -= {*LOADED_WITH, *LOADED_ASIDE, *inspect.signature(cls.__init__).parameters}
+        if kwargs.get("device_map") == "balanced":
+            others.add("device_map='balanced'")
+        if others:
+            raise ValueError(
+                f"subnet={subnet!r} cannot be combined with {', '.join(sorted(others))}. Load the sub-network with "
+                "ElasticDiTTransformer2DModel.from_pretrained(…, subfolder='transformer', subnet=…), and give it as transformer=."
+            )
         folder = os.fspath(pretrained_model_name_or_path)
         if not os.path.isdir(folder):
             folder = cls.download(folder, **kwargs)
-        named = ("variant", "low_cpu_mem_usage", "use_safetensors", "disable_mmap", "trust_remote_code")
-        given = {name: kwargs[name] for name in named if name in kwargs}
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        given = {name: kwargs[name] for name in LOADED_WITH if kwargs.get(name) is not None}
+        dtype = given.pop("dtype", None) or given.pop("torch_dtype", None)
         if isinstance(dtype, dict):
             dtype = dtype.get("transformer", dtype.get("default"))
         if dtype is not None:
             given["torch_dtype"] = dtype
-        transformer = AutoModel.from_pretrained(str(folder), subfolder="transformer", subnet=subnet, **given)
+        if "quantization_config" in given:
+            config = given.pop("quantization_config")
+            if not isinstance(config, PipelineQuantizationConfig):
+                raise ValueError(f"quantization_config is a {type(config).__name__}; a pipeline takes a PipelineQuantizationConfig(quant_mapping=…).")
+            config = config._resolve_quant_config(is_diffusers=True, module_name="transformer")
+            given |= {} if config is None else {"quantization_config": config}
+        saved, trust = os.path.join(folder, "transformer"), given.pop("trust_remote_code", False)
+        if "variant" in given and not any(f".{given['variant']}" in name for name in os.listdir(saved)):
+            del given["variant"]  # as diffusers: a variant of the components that have it
+        library, name = cls.load_config(folder)["transformer"]
+        where = {"component_name": "transformer", "cache_dir": folder, "trust_remote_code": trust}
+        model_class, _ = get_class_obj_and_candidates(library, name, ALL_IMPORTABLE_CLASSES, None, False, **where)
+        transformer = model_class.from_pretrained(saved, subnet=subnet, **given)
         return super().from_pretrained(pretrained_model_name_or_path, transformer=transformer, **kwargs)
 
     # ---------------------------------------------------------------- state of a call
@@ -411,19 +438,6 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             sizes.append(pixels // factor)
         return sizes[0], sizes[1]
 
-    @contextlib.contextmanager
-    def _active_subnet(self, name: str | None) -> Iterator[None]:
-        """Within it the sub-network `name` is active (a ValueError if there is none), and afterwards the one that was before."""
-        if name is None:
-            yield
-            return
-        before = self.transformer.active_subnet
-        self.transformer.set_active_subnet(name)
-        try:
-            yield
-        finally:
-            self.transformer.set_active_subnet(before)
-
     def _set_timesteps(self, steps: int, tokens: int) -> torch.Tensor:
         """Timesteps on the host, where schedulers index their tables by them: on a GPU every step would wait for the device otherwise.
 
@@ -519,7 +533,7 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             prompt_embeds, prompt_masks: What [`encode_prompt`] returns, instead of a prompt: one entry a text encoder, `None` for one
                 that is to be ignored. Without masks every token counts.
             negative_prompt_embeds, negative_prompt_masks: The same instead of a negative prompt.
-            subnet (`str`, *optional*): The sub-network to run, for this call. Default: the transformer's active one.
+            subnet (`str`, *optional*): The sub-network to run, for this call alone. Default: the transformer's active one as the call begins.
             output_type: `"pil"`, `"np"` (`(B, H·f, W·f, C)` in [0, 1]), `"pt"` (`(B, C, H·f, W·f)` in [0, 1]) or `"latent"`.
             return_dict: Whether to return an [`ImagePipelineOutput`] or a tuple.
             callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; may return changed tensors,
@@ -561,7 +575,8 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         latent_height, latent_width = self._latent_size(height, width)
 
         # 2. Text
-        with self._active_subnet(subnet), self._own_call(guidance_scale):
+        subnet = self.transformer.resolve_subnet(subnet)  # of this call to its end, whatever other calls and callbacks do
+        with self._own_call(guidance_scale):
             text = self._text("prompt", prompt, prompt_embeds, prompt_masks, max_sequence_length)
             negative = self._text("negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_masks, max_sequence_length)
             prompts = _rows(text) or 1
@@ -588,7 +603,7 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                         break
                     guided = self.do_classifier_free_guidance
                     if guided not in conditioning:
-                        conditioning[guided] = self._conditioning([text, negative] if guided else [text], count)
+                        conditioning[guided] = {**self._conditioning([text, negative] if guided else [text], count), "subnet": subnet}
                     prediction = self._predict(latents, timestep, on_device[index], conditioning[guided], guided)
                     if index == 0 and not torch.isfinite(prediction).all():
                         embeds = conditioning[guided]["encoder_hidden_states"]

@@ -36,7 +36,7 @@ class ModelCall:
     Args:
         timestep: on the scale 0 … 1000.
         inputs: keyword arguments of the forward, on the CPU; without a precomputed modulation, so that the layers that make it run too.
-        subnet: the active sub-network of a supernet.
+        subnet: the sub-network that ran, of a supernet.
     """
 
     timestep: float
@@ -68,7 +68,7 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 
 
 @contextmanager
-def _recorded(model: nn.Module, calls: list[ModelCall], subnet: str | None) -> Iterator[None]:
+def _recorded(model: nn.Module, calls: list[ModelCall]) -> Iterator[None]:
     """Within it every forward of `model` is appended to `calls`."""
     signature = inspect.signature(type(model).forward)
     text: dict[int, Any] = {}  # the text is the same object in every step: one copy of it is kept
@@ -82,8 +82,8 @@ def _recorded(model: nn.Module, calls: list[ModelCall], subnet: str | None) -> I
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         bound = signature.bind(module, *args, **kwargs).arguments
-        inputs = {name: copy(name, value) for name, value in bound.items() if name not in ("self", "return_dict", "modulation")}
-        calls.append(ModelCall(float(inputs["timestep"].reshape(-1)[0]), inputs, subnet))
+        inputs = {name: copy(name, value) for name, value in bound.items() if name not in ("self", "return_dict", "modulation", "subnet")}
+        calls.append(ModelCall(float(inputs["timestep"].reshape(-1)[0]), inputs, bound.get("subnet")))
 
     handle = model.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -142,7 +142,7 @@ def record(
             asked = {"batch_size": len(rows)}
         noise = draws(seed, 0, rows, shape, stream=stream).noise
         batch_calls: list[ModelCall] = []
-        with _recorded(pipeline.transformer, batch_calls, subnet):
+        with _recorded(pipeline.transformer, batch_calls):
             latents.append(pipeline(**asked, latents=noise, **options).images.float().cpu())
         calls += batch_calls if keep_calls else []
     pipeline.set_progress_bar_config(**shown)
@@ -166,10 +166,10 @@ def spread(calls: Sequence[ModelCall], timesteps: int) -> list[ModelCall]:
 @torch.no_grad()
 def replay(model: nn.Module, call: ModelCall) -> torch.Tensor:
     """The prediction `(B, C, H, W)` float32 of a recorded forward, on the model's device, without the channels of a learned variance."""
-    if call.subnet is not None:
-        model.set_active_subnet(call.subnet)
     device = next(model.parameters()).device
     inputs = {name: _moved(value, device) for name, value in call.inputs.items()}
+    if call.subnet is not None:
+        inputs["subnet"] = call.subnet
     inputs["hidden_states"] = inputs["hidden_states"].to(model.dtype)
     output = model(**inputs, return_dict=False)[0]
     return output[:, : inputs["hidden_states"].shape[1]].float()
