@@ -1,17 +1,25 @@
 """The elastic transformer: counts, sub-networks and their extraction, gradients, text, geometry, loading, bad input."""
 
+import inspect
 import json
 import math
+import re
 import statistics
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin
+from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from edgedit_hf.models.transformer_elastic_dit import PRESETS, ElasticDiTTransformer2DModel, rotate, rotation_table
+from edgedit_hf.quantization.layers import quantizable_layers, quantized_weights
+from edgedit_hf.quantization.quantizer import EdgeDiTQuantizationConfig
 
 DEBUG = "elastic-dit-debug"
 
@@ -315,6 +323,248 @@ def test_gradient_checkpointing_changes_nothing(inputs):
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-7, rtol=1e-5)
 
 
+# -------------------------------------------------------------------- the width belongs to the call
+
+
+@torch.no_grad()
+def test_calls_at_once_do_not_mix_their_widths(inputs):
+    net = make_net()
+    expected = {name: run(net, inputs, subnet=name) for name in net.subnet_names}
+    together = threading.Barrier(len(expected), timeout=60)
+    handles = [module.register_forward_pre_hook(lambda *_: (together.wait(), None)[1]) for module in (net.down_sample, net.up_blocks[0].mlp.proj_in)]
+    with ThreadPoolExecutor(len(expected)) as pool:
+        found = dict(zip(expected, pool.map(lambda name: run(net, inputs, subnet=name), expected)))
+    for handle in handles:
+        handle.remove()
+    for name, output in expected.items():
+        assert torch.equal(found[name], output), name
+        torch.testing.assert_close(output, run(net.extract_subnet(name), inputs), atol=1e-5, rtol=0)
+    assert net.active_subnet == "full" and torch.equal(run(net, inputs), expected["full"])
+
+
+def test_a_switch_reaches_the_calls_that_begin_after_it(inputs):
+    net = make_net()
+    expected = {name: run(net, inputs, subnet=name) for name in net.subnet_names}
+    handle = net.down_sample.register_forward_pre_hook(lambda *_: net.set_active_subnet("tiny"))
+    assert torch.equal(run(net, inputs), expected["full"]) and net.active_subnet == "tiny"
+    handle.remove()
+    assert torch.equal(run(net, inputs), expected["tiny"]) and torch.equal(run(net, inputs, subnet="small"), expected["small"])
+    assert net.resolve_subnet() == net.active_subnet == "tiny" and net.resolve_subnet("small") == "small"
+    with pytest.raises(ValueError, match="'huge'; this net has tiny, small, full"):
+        run(net, inputs, subnet="huge")
+    with pytest.raises(ValueError, match="'tiny' was asked for, but this is a stand-alone net"):
+        run(net.extract_subnet("tiny"), inputs, subnet="tiny")
+    table = net.precompute_modulation(inputs["timestep"], subnet="small")
+    assert torch.equal(run(net, inputs, timestep=None, modulation=table, subnet="small"), expected["small"])
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "full"])
+def test_a_checkpoint_computes_again_at_the_width_of_its_forward(inputs, name):
+    net = make_net().train()
+    net(**inputs, subnet=name).sample.square().mean().backward()
+    expected = {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    net.enable_gradient_checkpointing()
+    net.set_active_subnet(name)
+    losses = [net(**inputs).sample.square().mean()]  # by the default, and by the argument
+    net.set_active_subnet({"tiny": "full", "small": "tiny", "full": "tiny"}[name])
+    losses.append(net(**inputs, subnet=name).sample.square().mean())
+    for loss in losses:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(loss.backward).result()
+        found = {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
+        assert found.keys() == expected.keys()
+        for key, gradient in expected.items():
+            torch.testing.assert_close(found[key], gradient, atol=1e-7, rtol=1e-5)
+        net.zero_grad()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["whole", "blocks"])
+def test_a_compiled_net_runs_the_width_that_is_asked_for(inputs, how):
+    torch._dynamo.reset()
+    net = make_net(num_layers=[1, 1, 1] if how == "blocks" else [0, 1, 0])
+    expected = {name: run(net, inputs, subnet=name) for name in net.subnet_names}
+    if how == "whole":
+        compiled = torch.compile(net, fullgraph=True, backend="eager")
+    else:
+        compiled = net
+        net.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for name in ("tiny", "full", "small", "tiny", "full"):
+        assert torch.equal(run(compiled, inputs, subnet=name), expected[name]), name
+    for name in ("small", "tiny", "full"):
+        compiled.set_active_subnet(name)
+        assert torch.equal(run(compiled, inputs), expected[name]), name
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_group_offloading_at_every_width(inputs, kind):
+    net = make_net()
+    expected = {name: run(net, inputs, subnet=name) for name in net.subnet_names}
+    blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    net.enable_group_offload(onload_device=torch.device("cpu"), offload_type=kind, **blocks)
+    for name in ("full", "tiny", "small", "full"):
+        assert torch.equal(run(net, inputs, subnet=name), expected[name]), name
+
+
+# -------------------------------------------------------------------- the order of modules
+
+
+@pytest.mark.parametrize("names", [["full", "tiny", "small"], ["small", "full", "tiny"], ["tiny", "small", "full"]], ids="-".join)
+def test_states_of_before_fit_a_net_that_was_saved_and_loaded(inputs, names, tmp_path):
+    widths = {"tiny": 0.375, "small": 0.5, "full": 1.0}
+    net = make_net(subnets={name: widths[name] for name in names}).train()
+    assert [name for name, _ in net.named_parameters()] == [name for name, _ in make_net().named_parameters()]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    ema = EMAModel(net.parameters(), decay=0.5, model_cls=ElasticDiTTransformer2DModel, model_config=net.config)
+    for name in net.subnet_names:
+        net(**inputs, subnet=name).sample.square().mean().backward()
+    optimizer.step()
+    ema.step(net.parameters())
+    net.save_pretrained(tmp_path / "net")
+    assert list(json.loads((tmp_path / "net" / "config.json").read_text())["subnets"]) == sorted(widths)  # by name: no order to go by
+    ema.save_pretrained(tmp_path / "ema")
+    loaded = ElasticDiTTransformer2DModel.from_pretrained(tmp_path / "net").train()
+    assert [(name, p.shape) for name, p in loaded.named_parameters()] == [(name, p.shape) for name, p in net.named_parameters()]
+    assert list(loaded.config.subnets) == ["tiny", "small", "full"]
+    again = torch.optim.AdamW(loaded.parameters(), lr=1e-2)
+    again.load_state_dict(optimizer.state_dict())
+    gradients = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+    for model, stepped in ((net, optimizer), (loaded, again)):
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name]
+        stepped.step()
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), loaded.parameters(), strict=True))
+    averages = EMAModel.from_pretrained(tmp_path / "ema", ElasticDiTTransformer2DModel)
+    ema.copy_to(loaded.parameters())
+    averages.copy_to(net.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), loaded.parameters(), strict=True))
+
+
+def test_a_file_that_would_not_load_is_not_written(tmp_path):
+    net = make_net()
+    net.up_blocks[0] = torch.compile(net.up_blocks[0], backend="eager")
+    with pytest.raises(ValueError, match="_orig_mod stands in the names.*layer._orig_mod"):
+        net.save_pretrained(tmp_path)
+    net.up_blocks[0] = net.up_blocks[0]._orig_mod
+    torch.compile(net, backend="eager").save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "diffusion_pytorch_model.safetensors")) == set(net.state_dict())
+
+
+# -------------------------------------------------------------------- a sub-network by diffusers' own loader
+
+
+def test_keys_that_others_put_into_the_config_are_ignored_and_kept(inputs, tmp_path):
+    net = make_net()
+    net.register_to_config(trained_on="digits", decay=0.999, optimization_step=7)  # EMAModel.save_pretrained registers its own
+    net.save_pretrained(tmp_path)
+    twin = net.extract_subnet("small")
+    loaded = ElasticDiTTransformer2DModel.from_pretrained(tmp_path, subnet="small")
+    whole = ElasticDiTTransformer2DModel.from_pretrained(tmp_path)
+    for model in (twin, loaded, whole, whole.extract_subnet("small")):
+        assert (model.config.trained_on, model.config.decay, model.config.optimization_step) == ("digits", 0.999, 7)
+    assert torch.equal(run(loaded, inputs), run(twin, inputs))
+    whole.set_active_subnet("small")
+    for make in (lambda config: ElasticDiTTransformer2DModel(**config), ElasticDiTTransformer2DModel.from_config):
+        assert {name: p.shape for name, p in make(whole.active_subnet_config()).named_parameters()} == {n: p.shape for n, p in twin.named_parameters()}
+    twin.save_pretrained(tmp_path / "twin")
+    assert ElasticDiTTransformer2DModel.from_pretrained(tmp_path / "twin").config.trained_on == "digits"
+
+
+def quantization() -> EdgeDiTQuantizationConfig:
+    return EdgeDiTQuantizationConfig(layers={"proj_out": {"scheme": "affine", "bits": 8}}, default={"scheme": "nf4"})
+
+
+OPTIONS = {  # of ModelMixin.from_pretrained
+    "cache_dir": lambda folder: {"cache_dir": folder / "cache"},
+    "ignore_mismatched_sizes": lambda folder: {"ignore_mismatched_sizes": True},
+    "force_download": lambda folder: {"force_download": True},
+    "proxies": lambda folder: {"proxies": {"https": "localhost:1"}},
+    "output_loading_info": lambda folder: {"output_loading_info": True},
+    "local_files_only": lambda folder: {"local_files_only": True},
+    "token": lambda folder: {"token": "secret"},
+    "revision": lambda folder: {"revision": "main"},
+    "torch_dtype": lambda folder: {"torch_dtype": torch.bfloat16},
+    "dtype": lambda folder: {"dtype": torch.float16},
+    "subfolder": lambda folder: {"subfolder": "within"},
+    "device_map": lambda folder: {"device_map": "cpu"},
+    "max_memory": lambda folder: {"max_memory": {"cpu": "1GB"}, "device_map": "auto"},
+    "offload_folder": lambda folder: {"offload_folder": str(folder / "offload"), "device_map": {"": "cpu"}},
+    "offload_state_dict": lambda folder: {"offload_state_dict": False, "device_map": "cpu"},
+    "low_cpu_mem_usage": lambda folder: {"low_cpu_mem_usage": False},
+    "variant": lambda folder: {"variant": "half"},
+    "use_safetensors": lambda folder: {"use_safetensors": False, "variant": "pickle"},
+    "quantization_config": lambda folder: {"quantization_config": quantization()},
+    "disable_mmap": lambda folder: {"disable_mmap": True},
+    "flashpack_kwargs": lambda folder: {"flashpack_kwargs": {}},
+    "parallel_config": None,  # refused
+    "use_flashpack": None,
+}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Folders of a supernet and of its sub-network "small" alone, each with several kinds of files."""
+    folder, net = tmp_path_factory.mktemp("both"), make_net()
+    for name, model in (("net", net), ("alone", net.extract_subnet("small"))):
+        for where in (folder / name, folder / name / "within"):
+            model.save_pretrained(where)
+        model.save_pretrained(folder / name, variant="pickle", safe_serialization=False)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            model.proj_out.bias += 1.0
+        model.to(torch.bfloat16).save_pretrained(folder / name, variant="half")
+        model.save_pretrained(folder / f"{name}-only", variant="half")
+        model.save_pretrained(folder / f"{name}-shards", max_shard_size="50KB")
+        model.save_pretrained(folder / f"{name}-variant-shards", variant="half", max_shard_size="50KB")
+        model.save_pretrained(folder / f"{name}-pickle-shards", safe_serialization=False, max_shard_size="50KB")
+    return folder
+
+
+def same(found, expected) -> None:
+    """Equal weights, types, devices, layers and config."""
+    ours, theirs = found.state_dict(), expected.state_dict()
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        assert (ours[name].dtype, ours[name].device) == (tensor.dtype, tensor.device) and torch.equal(ours[name], tensor), name
+    assert [type(module) for module in found.modules()] == [type(module) for module in expected.modules()]
+    assert {**found.config, "_name_or_path": ""} == {**expected.config, "_name_or_path": ""} and found.training == expected.training
+    assert getattr(found, "hf_device_map", None) == getattr(expected, "hf_device_map", None)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_of_diffusers_means_with_subnet_what_it_means_without(both, option, tmp_path):
+    load = ElasticDiTTransformer2DModel.from_pretrained
+    if OPTIONS[option] is None:
+        with pytest.raises(ValueError, match=f"'small' cannot be combined with {option}"):
+            load(both / "net", subnet="small", **{option: True})
+        return
+    found, expected = (load(both / name, **given, **OPTIONS[option](tmp_path)) for name, given in (("net", {"subnet": "small"}), ("alone", {})))
+    if option == "output_loading_info":
+        assert found[1] == expected[1]
+        found, expected = found[0], expected[0]
+    same(found, expected)
+    if option == "quantization_config":
+        assert len(quantized_weights(found)) == len(quantizable_layers(expected)) > 20
+
+
+def test_no_option_of_diffusers_is_forgotten():
+    source = inspect.getsource(ModelMixin.from_pretrained)
+    assert set(re.findall(r"""kwargs\.pop\(\s*["'](\w+)["']""", source)) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("files, given", [("only", {"variant": "half"}), ("shards", {}), ("variant-shards", {"variant": "half"}), ("pickle-shards", {"use_safetensors": False}),
+                                          ("shards", {"disable_mmap": True})], ids=str)  # fmt: skip
+def test_every_kind_of_checkpoint_holds_a_subnet(both, files, given):
+    load = ElasticDiTTransformer2DModel.from_pretrained
+    same(load(both / f"net-{files}", subnet="small", **given), load(both / f"alone-{files}", **given))
+    if "variant" in given:
+        with pytest.raises(OSError, match="no file named"):
+            load(both / f"net-{files}", subnet="small")
+
+
 # -------------------------------------------------------------------- adapters and bad input
 
 
@@ -328,6 +578,11 @@ def test_adapters_serve_the_full_or_an_extracted_net(inputs, tmp_path):
     net.set_active_subnet("tiny")
     with pytest.raises(ValueError, match=r"'tiny' is active.*extract_subnet"):
         run(net, inputs)
+    net.disable_adapters()
+    off = run(net, inputs)
+    net.enable_adapters()
+    with pytest.raises(ValueError, match=r"'tiny' is active.*extract_subnet.*disable_adapters"):
+        run(net, inputs)
     with pytest.raises(ValueError, match="unload_lora"):
         net.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="fuse_lora"):
@@ -335,6 +590,7 @@ def test_adapters_serve_the_full_or_an_extracted_net(inputs, tmp_path):
     net.unload_lora()
     net.set_active_subnet("full")
     assert torch.equal(run(net, inputs), before)
+    assert torch.equal(run(net, inputs, subnet="tiny"), off)  # adapters that are off leave every width alone
     twin = net.extract_subnet("tiny")
     twin.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     assert torch.isfinite(run(twin, inputs)).all()
