@@ -1,17 +1,22 @@
 """ElasticDiTPipeline: how it reads prompts, what it samples at every width, what it refuses, and that it saves and loads."""
 
+import inspect
 import json
 import logging
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PipelineQuantizationConfig
 from diffusers.callbacks import PipelineCallback
 from safetensors import safe_open
 
 from edgedit_hf import ElasticDiTPipeline, ElasticDiTTransformer2DModel
+from edgedit_hf.quantization.quantizer import EdgeDiTQuantizationConfig
 
 WORDS = "a photo of digit zero one two three thick thin slanted upright".split()
 WINDOW = 8  # positions of the tiny CLIP: six words a window
@@ -238,6 +243,60 @@ def test_a_call_leaves_the_active_subnet_as_it_was(shared):
         shared("one", subnet="tiny", callback_on_step_end=fail)
     assert shared.transformer.active_subnet == "small"
     shared.transformer.set_active_subnet("full")
+
+
+def test_pipelines_at_once_on_one_transformer_do_not_mix_their_widths(shared):
+    names = shared.transformer.subnet_names
+    expected = {name: sample(shared, "a thick two", subnet=name) for name in names}
+    together = threading.Barrier(len(names), timeout=60)
+
+    def generate(name: str) -> torch.Tensor:
+        pipeline = ElasticDiTPipeline(**{**shared.components, "scheduler": FlowMatchEulerDiscreteScheduler()}, default_steps=3)
+        pipeline.set_progress_bar_config(disable=True)
+        return sample(pipeline, "a thick two", subnet=name, callback_on_step_end=lambda *_: (together.wait(), {})[1])
+
+    handle = shared.transformer.down_sample.register_forward_pre_hook(lambda *_: (together.wait(), None)[1])  # in the middle of a forward, too
+    with ThreadPoolExecutor(len(names)) as pool:
+        found = dict(zip(names, pool.map(generate, names)))
+    handle.remove()
+    assert all(torch.equal(found[name], expected[name]) for name in names)
+    assert shared.transformer.active_subnet == "full" and torch.equal(sample(shared, "a thick two"), expected["full"])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])
+def test_whatever_ends_a_call_leaves_the_width_alone(shared, error):
+    def fail(pipeline, *_):
+        assert pipeline.transformer.active_subnet == "full"  # the width is the call's, not the net's
+        raise error
+
+    with pytest.raises(error):
+        shared("one", subnet="tiny", callback_on_step_end=fail)
+    assert shared.transformer.active_subnet == "full"
+
+
+def test_a_call_keeps_its_width_while_others_come_and_go(shared):
+    expected = {name: sample(shared, "one", subnet=name) for name in ("tiny", "full")}
+    inner = []
+
+    def meddle(pipeline, step, *_):
+        pipeline.transformer.set_active_subnet("tiny")
+        if step == 0:
+            inner.append(sample(pipeline, "one", subnet="tiny"))
+        return {}
+
+    def images():  # abandoned in the middle, as by a client that hangs up
+        yield sample(shared, "one", subnet="tiny")
+        yield sample(shared, "one", subnet="tiny")
+
+    try:
+        assert torch.equal(sample(shared, "one", callback_on_step_end=meddle), expected["full"]) and torch.equal(inner[0], expected["tiny"])
+        assert torch.equal(sample(shared, "one"), expected["tiny"])  # a call that begins after the switch
+    finally:
+        shared.transformer.set_active_subnet("full")
+    stream = images()
+    next(stream)
+    del stream
+    assert shared.transformer.active_subnet == "full" and torch.equal(sample(shared, "one"), expected["full"])
 
 
 def test_one_generator_an_image_makes_images_independent_of_their_batch(shared):
@@ -584,6 +643,86 @@ def test_loading_a_subnet_that_does_not_exist_or_with_a_transformer_is_an_error(
         ElasticDiTPipeline.from_pretrained(saved[0], subnet="small", transformer=shared.transformer)
 
 
+OPTIONS = {  # of DiffusionPipeline.from_pretrained; what is refused by name has None
+    "cache_dir": "cache",
+    "force_download": True,
+    "proxies": {},
+    "local_files_only": True,
+    "token": "secret",
+    "revision": "main",
+    "torch_dtype": torch.bfloat16,
+    "dtype": {"transformer": torch.float16, "default": torch.float32},
+    "custom_pipeline": None,
+    "custom_revision": "main",
+    "provider": "CPUExecutionProvider",
+    "sess_options": [],
+    "provider_options": [],
+    "device_map": "cpu",
+    "max_memory": {"cpu": "1GB"},
+    "offload_folder": "offload",
+    "offload_state_dict": False,
+    "low_cpu_mem_usage": False,
+    "variant": "half",
+    "use_safetensors": True,
+    "use_onnx": False,
+    "load_connected_pipeline": False,
+    "quantization_config": lambda: PipelineQuantizationConfig(quant_mapping={"transformer": EdgeDiTQuantizationConfig(default={"scheme": "nf4"})}),
+    "use_flashpack": None,
+    "disable_mmap": True,
+    "trust_remote_code": False,
+    "something_new": None,
+}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Folders of a pipeline with a supernet, and of one with its sub-network "small" alone; weights, and others as a variant."""
+    folder, net = tmp_path_factory.mktemp("both"), make_net()
+    for name, model in (("net", net), ("alone", net.extract_subnet("small"))):
+        pipeline = make_pipeline("clip", None, model)
+        pipeline.save_pretrained(folder / name)
+        with torch.no_grad():
+            model.proj_out.bias += 1.0
+        model.save_pretrained(folder / name / "transformer", variant="half")
+    return folder
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_of_diffusers_means_with_subnet_what_it_means_without(both, option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    value, load = OPTIONS[option], ElasticDiTPipeline.from_pretrained
+    if value is None:
+        if option == "custom_pipeline":
+            return  # another class
+        with pytest.raises(ValueError, match=f"'small' cannot be combined with {option}.*transformer="):
+            load(both / "net", subnet="small", **{option: True})
+        return
+    value = {option: value() if callable(value) else value}
+    found, expected = (load(both / name, **given, **value) for name, given in (("net", {"subnet": "small"}), ("alone", {})))
+    for name in ("transformer", "text_encoder"):
+        ours, theirs = getattr(found, name).state_dict(), getattr(expected, name).state_dict()
+        assert list(ours) == list(theirs)
+        for key, tensor in theirs.items():
+            assert (ours[key].dtype, ours[key].device) == (tensor.dtype, tensor.device) and torch.equal(ours[key], tensor), key
+    assert getattr(found.transformer, "hf_device_map", None) == getattr(expected.transformer, "hf_device_map", None)
+
+
+def test_no_option_of_diffusers_is_forgotten(both):
+    source = inspect.getsource(DiffusionPipeline.from_pretrained)
+    assert set(re.findall(r"""kwargs\.pop\(\s*["'](\w+)["']""", source)) == {*OPTIONS} - {"something_new"}
+    for option, value, said in (("device_map", "balanced", "device_map='balanced'"), ("quantization_config", {}, "is a dict; a pipeline takes a PipelineQ")):
+        with pytest.raises(ValueError, match=said):
+            ElasticDiTPipeline.from_pretrained(both / "net", subnet="small", **{option: value})
+
+
+def test_a_subnet_of_a_folder_with_code(shared, tmp_path):
+    shared.save_pretrained(tmp_path, bundle_code=True)
+    loaded = ElasticDiTPipeline.from_pretrained(tmp_path, subnet="small", trust_remote_code=True)
+    torch.testing.assert_close(sample(loaded, "a thick two"), sample(shared, "a thick two", subnet="small"), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        ElasticDiTPipeline.from_pretrained(tmp_path, subnet="small")
+
+
 def test_bundled_code_loads_with_trust_and_saves_again(shared, saved, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     shared.save_pretrained(first, bundle_code=True)
@@ -611,7 +750,7 @@ def test_lora_changes_the_full_net_and_saves_and_loads(tmp_path):
     from peft.utils import get_peft_model_state_dict
 
     pipeline = make_pipeline("clip", None)
-    before = sample(pipeline, "one")
+    before, narrow = sample(pipeline, "one"), sample(pipeline, "one", subnet="tiny")
     pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "proj_in"], init_lora_weights=False), "style")
     changed = sample(pipeline, "one")
     assert (changed - before).norm() > 0.01 * before.norm()
@@ -620,6 +759,8 @@ def test_lora_changes_the_full_net_and_saves_and_loads(tmp_path):
     assert pipeline.transformer.active_subnet == "full"
     layers = get_peft_model_state_dict(pipeline.transformer, adapter_name="style")
     ElasticDiTPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    pipeline.disable_lora()
+    assert torch.equal(sample(pipeline, "one", subnet="tiny"), narrow)  # adapters that are off leave every width alone
     pipeline.unload_lora_weights()
     assert torch.equal(sample(pipeline, "one"), before)
     pipeline.load_lora_weights(tmp_path, adapter_name="style")

@@ -180,7 +180,13 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         where = {"component_name": "transformer", "cache_dir": folder, "trust_remote_code": trust}
         model_class, _ = get_class_obj_and_candidates(library, name, ALL_IMPORTABLE_CLASSES, None, False, **where)
         transformer = model_class.from_pretrained(saved, subnet=subnet, **given)
-        return super().from_pretrained(pretrained_model_name_or_path, transformer=transformer, **kwargs)
+        if not os.path.isfile(os.path.join(saved, f"{library}.py")):
+            return super().from_pretrained(pretrained_model_name_or_path, transformer=transformer, **kwargs)
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, transformer=None, **kwargs)  # diffusers looks for a given one's code in a library
+        pipeline.register_modules(transformer=transformer)
+        pipeline._check_text_encoders()
+        pipeline._check_vae()
+        return pipeline
 
     # ---------------------------------------------------------------- state of a call
 
