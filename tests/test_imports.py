@@ -17,6 +17,7 @@ ORDER = [
     "search_space",
     "recipes",
     "run_state",
+    "optimisation",
     "diffusion",
     "image_sources",
     "data",

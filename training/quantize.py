@@ -24,6 +24,7 @@ from edgedit_hf.distill.output_loss import output_loss
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import atomic_write_json, file_sha256, hash_json, read_json, weights_hash
 from edgedit_hf.launch import learning_rate_at, load_pipeline, recipe_main, set_learning_rate
+from edgedit_hf.optimisation import Optimisation
 from edgedit_hf.quantization.calibration import moment_batches, record, replay, second_moments, spread
 from edgedit_hf.quantization.gptq import quantize_compensated
 from edgedit_hf.quantization.layers import dequantize_model, quantizable_layers, quantized_weights, set_quantized_weight
@@ -179,10 +180,7 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(parameters, decay=options.ema_decay, foreach=True)
     ema.to(accelerator.device)
-    tracked = {"tuned": TunedState(tuned), "optimizer": optimizer, "ema": ema}
-    if accelerator.scaler is not None:
-        tracked["scaler"] = accelerator.scaler
-    state.track(**tracked)
+    state.track(tuned=TunedState(tuned), optimisation=Optimisation(optimizer, tuned.items(), ema, accelerator.scaler))
     ema.to(accelerator.device)
     if options.steps:
         made = load_file(start / SAMPLES)

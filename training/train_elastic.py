@@ -27,10 +27,11 @@ from edgedit_hf.elastic.knowledge import Knowledge, load_knowledge
 from edgedit_hf.elastic.losses import balance_scale, combine_gradients, distillation_loss, take_gradients, validation_losses
 from edgedit_hf.elastic.sampling import drop_texts, step_subnets, text_uniforms
 from edgedit_hf.elastic.setup import load_text_table, new_elastic, new_elastic_pipeline
-from edgedit_hf.elastic.sharding import ShardedAverage, ShardedModel, ShardedOptimizer, whole
+from edgedit_hf.elastic.sharding import ShardedModel, ShardedOptimisation, whole
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.launch import learning_rate_at, load_captioned_set, recipe_main, set_learning_rate
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
+from edgedit_hf.optimisation import Optimisation
 from edgedit_hf.recipes import ElasticConfig, RunConfig
 from edgedit_hf.run_state import RunState
 
@@ -101,15 +102,11 @@ def train_supernet(
     ema = EMAModel(model.parameters(), decay=options.ema_decay, foreach=not accelerator.is_fsdp2)  # sharded tensors have no foreach copy
     ema.to(accelerator.device)
 
-    tracked = {"model": model, "optimizer": optimizer, "ema": ema}
-    if accelerator.scaler is not None:
-        tracked["scaler"] = accelerator.scaler
-    if knowledge is not None:
-        tracked["projector"] = knowledge.projector
-    if accelerator.is_fsdp2:
-        parts = ShardedOptimizer(optimizer, [*model.parameters(), *projection])
-        tracked |= {"model": ShardedModel(model), "optimizer": parts, "ema": ShardedAverage(ema)}
-    start = run.track(**tracked)
+    tracked = {} if knowledge is None else {"projector": knowledge.projector}
+    beside = [(f"projector.{name}", parameter) for module in tracked.values() for name, parameter in module.named_parameters()]
+    parts = (ShardedModel(model), ShardedOptimisation) if accelerator.is_fsdp2 else (model, Optimisation)
+    optimisation = parts[1](optimizer, model.named_parameters(), ema, accelerator.scaler, beside)
+    start = run.track(model=parts[0], optimisation=optimisation, **tracked)
     ema.to(accelerator.device)
     batches = caption_loader(
         dataset,

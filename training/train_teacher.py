@@ -18,6 +18,7 @@ from edgedit_hf.diffusion import Diffusion, draws, drop_labels
 from edgedit_hf.distill.output_loss import output_loss
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.launch import learning_rate_at, load_training_set, new_pipeline, new_teacher, recipe_main, set_learning_rate
+from edgedit_hf.optimisation import Optimisation
 from edgedit_hf.recipes import RunConfig, TeacherConfig, TuneConfig
 from edgedit_hf.run_state import RunState
 
@@ -55,10 +56,7 @@ def train_denoiser(
     if teacher is not None:
         teacher.to(accelerator.device).eval().requires_grad_(False)
 
-    tracked = {"model": model, "optimizer": optimizer, "ema": ema}
-    if accelerator.scaler is not None:
-        tracked["scaler"] = accelerator.scaler
-    start = run.track(**tracked)
+    start = run.track(model=model, optimisation=Optimisation(optimizer, model.named_parameters(), ema, accelerator.scaler))
     ema.to(accelerator.device)
     batches = step_loader(
         dataset,

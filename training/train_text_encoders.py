@@ -21,6 +21,7 @@ from edgedit_hf.captions import STYLES, TEMPLATES, CaptionedDataset, caption_loa
 from edgedit_hf.diffusion import draws
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.launch import learning_rate_at, load_run_captions, recipe_main, set_learning_rate
+from edgedit_hf.optimisation import Optimisation
 from edgedit_hf.recipes import RunConfig, TextConfig
 from edgedit_hf.run_state import RunState
 
@@ -259,7 +260,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     model = Learners(clip, t5, channels, side).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    start = state.track(model=model, optimizer=optimizer)
+    start = state.track(model=model, optimisation=Optimisation(optimizer, model.named_parameters()))
     rank, ranks = accelerator.process_index, accelerator.num_processes
     batches = caption_loader(dataset, options.batch_size, config.seed, start, options.steps, rank, ranks, config.data.num_workers)
     for step, (_, places, batch) in zip(state.steps(), batches):

@@ -396,6 +396,11 @@ class RunState:
                     f"{newest} was written by {state['world_size']} processes, but {self.world_size} are running; "
                     "continue with the same number, or delete the checkpoint."
                 )
+            if state["objects"].keys() != objects.keys():
+                raise EdgeDiTError(
+                    f"{newest} holds {', '.join(state['objects'])}, but {', '.join(objects)} are needed: it was written by another version of "
+                    "edgedit_hf, or with another mixed precision. Finish the stage with those, or delete the checkpoint."
+                )
             for name, thing in objects.items():
                 thing.load_state_dict(state["objects"][name])
             self.step = state["step"]

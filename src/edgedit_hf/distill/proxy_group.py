@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import EdgeDiTError
 from ..genotype import LayerSpec
 from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
+from ..optimisation import Optimisation
 from .closed_form import closed_form_block, truncated_block
 from .feature_loss import feature_loss
 from .schedule import depth_of
@@ -214,7 +215,7 @@ class ProxyGroup:
             key: {
                 "layer": proxy.layer.to_dict(),
                 "block": proxy.block.state_dict(),
-                "optimizer": proxy.optimizer.state_dict(),
+                "optimisation": Optimisation(proxy.optimizer, proxy.block.named_parameters()).state_dict(),
                 "curve": proxy.curve,
             }
             for key, proxy in self.proxies.items()
@@ -227,7 +228,7 @@ class ProxyGroup:
         for key, saved in state["proxies"].items():
             proxy = self.new_proxy(LayerSpec.from_dict(saved["layer"]), None)
             proxy.block.load_state_dict(saved["block"])
-            proxy.optimizer.load_state_dict(saved["optimizer"])
+            Optimisation(proxy.optimizer, proxy.block.named_parameters()).load_state_dict(saved["optimisation"])
             proxy.curve = saved["curve"]
             self.proxies[key] = proxy
         self.starts, self.written, self.peaks = (dict(state[name]) for name in ("starts", "written", "peaks"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+
+from ..optimisation import Optimisation
 
 
 def _part(value: Any) -> Any:
@@ -50,32 +51,11 @@ class ShardedModel:
         self.model.load_state_dict({name: _shard(state[name], tensor) for name, tensor in self.model.state_dict().items()})
 
 
-class ShardedOptimizer:
-    """The moments of sharded parameters in a checkpoint; `step`, a scalar of each, is not sharded."""
+class ShardedOptimisation(Optimisation):
+    """[`Optimisation`] of sharded parameters: moments and averages are this rank's parts; `step`, a scalar of each, is not sharded."""
 
-    def __init__(self, optimizer: Any, parameters: Sequence[torch.nn.Parameter]) -> None:
-        self.optimizer, self.parameters = optimizer, list(parameters)
+    def stored(self, value: Any) -> Any:
+        return _part(value)
 
-    def state_dict(self) -> dict:
-        return _part(self.optimizer.state_dict())
-
-    def load_state_dict(self, state: dict) -> None:
-        moments = {
-            index: {name: value if name == "step" else _shard(value, self.parameters[index]) for name, value in values.items()}
-            for index, values in state["state"].items()
-        }
-        self.optimizer.load_state_dict({**state, "state": moments})
-
-
-class ShardedAverage:
-    """The moving average (`EMAModel`) of sharded parameters in a checkpoint."""
-
-    def __init__(self, ema: Any) -> None:
-        self.ema = ema
-
-    def state_dict(self) -> dict:
-        return _part(self.ema.state_dict())
-
-    def load_state_dict(self, state: dict) -> None:
-        shadows = [_shard(part, like) for part, like in zip(state["shadow_params"], self.ema.shadow_params)]
-        self.ema.load_state_dict({**state, "shadow_params": shadows})
+    def restored(self, value: Any, parameter: torch.nn.Parameter) -> Any:
+        return _shard(value, parameter)

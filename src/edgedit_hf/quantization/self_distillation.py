@@ -15,6 +15,7 @@ from torch import nn
 
 from ..captions import TextTable
 from ..diffusion import draws, drop_labels
+from ..optimisation import check_names
 
 SAMPLE_STREAM, SUBNET_STREAM, POOL_STREAM = 22, 23, 24  # of `diffusion.draws`: which samples, which sub-network, and noise of the samples
 
@@ -47,7 +48,8 @@ class TunedState:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Copy the values in."""
+        """Copy the values in; an EdgeDiTError if they are of other parameters."""
+        check_names("tuned weights", *({name: tensor.shape for name, tensor in values.items()} for values in (state, self.parameters)))
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name])
 
