@@ -374,6 +374,16 @@ def test_adapters_are_added_switched_off_saved_and_loaded(make_transformer, tmp_
     assert torch.equal(output(again), adapted)
 
 
+def test_a_network_with_compiled_layers_is_not_saved_under_their_names(make_transformer, tmp_path):
+    model = make_transformer()
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    with pytest.raises(ValueError, match="_orig_mod stands in the names.*layer._orig_mod"):
+        model.save_pretrained(tmp_path)
+    model.blocks[0] = model.blocks[0]._orig_mod
+    torch.compile(model, backend="eager").save_pretrained(tmp_path)  # of the whole network there is no trace
+    assert torch.equal(output(EdgeDiTTransformer2DModel.from_pretrained(tmp_path)), output(model))
+
+
 def test_a_network_with_adapters_is_not_saved_as_if_it_had_none(make_transformer, tmp_path):
     model = make_transformer()
     plain = output(model)

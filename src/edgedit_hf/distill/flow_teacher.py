@@ -384,8 +384,7 @@ class ElasticDiTTeacher(FlowTeacher):
     """A wider or better trained elastic net of ours, at full width. No text at all is its empty caption."""
 
     def _watch(self) -> None:
-        if self.transformer.subnet_names:
-            self.transformer.set_active_subnet(self.transformer.subnet_names[-1])
+        self.full = self.transformer.subnet_names[-1] if self.transformer.subnet_names else None
 
     @property
     def feature_dim(self) -> int:
@@ -409,7 +408,7 @@ class ElasticDiTTeacher(FlowTeacher):
 
     def _predict(self, x, sigma, condition, guidance):
         embeds = [e if e.shape[1] else None for e in condition.embeds]  # an encoder that the teacher has not has no tokens in a text table
-        output = self.transformer(x, sigma * 1000, embeds, condition.masks, return_features=True)
+        output = self.transformer(x, sigma * 1000, embeds, condition.masks, return_features=True, subnet=self.full)
         self.features = output.features
         return output.sample
 

@@ -44,12 +44,14 @@ def new_elastic(config: RunConfig, shapes: Sequence[Sequence[int]], text_dims: S
         EdgeDiTError: there is no such model, its sub-networks have fractions of heads, or the data does not fit it.
     """
     name, widths = config.elastic.model, config.elastic.widths()
+    defaults = dict(inspect.signature(ElasticDiTTransformer2DModel.__init__).parameters)
     values = PRESETS.get(name)
     if values is None:
         if not Path(name).is_file():
             raise EdgeDiTError(f"elastic.model is {name!r}, which is neither a preset ({', '.join(PRESETS)}) nor a JSON file.")
-        values = {key: value for key, value in read_json(name, "save_config").items() if not key.startswith("_")}
-    defaults = dict(inspect.signature(ElasticDiTTransformer2DModel.__init__).parameters)
+        values = read_json(name, "save_config")
+        saved = "_class_name" in values  # by diffusers: keys that are not ours are somebody's notes; in a file written by hand they are mistakes
+        values = {key: value for key, value in values.items() if not key.startswith("_") and (key in defaults or not saved)}
     own_dims, patch = values.get("text_dims", defaults["text_dims"].default), values.get("patch_size", defaults["patch_size"].default)
     for _, height, width in shapes:
         if height % (2 * patch) or width % (2 * patch):

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 FREQUENCIES = 256  # width of the sinusoidal timestep features (DiT)
+WRAPPERS = ("base_layer", "_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # what PEFT, torch and DDP call a layer in theirs
 
 NO_BITSANDBYTES = (
     "bitsandbytes works with a GPU only, as diffusers calls it. On CPUs quantise with edgedit_hf's own schemes: "
@@ -678,10 +679,17 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
 
     @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines pass `variant` and others only if the signature names them
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in diffusers, but refuses while PEFT adapters are injected: their wrapped weights would reload as random ones."""
+        """As in diffusers, but refuses while layers are wrapped (PEFT adapters, torch.compile): their weights would reload as random ones."""
         if self._modulation_file is not None:
             raise ValueError(f"The modulation weights are in {self._modulation_file}; call restore_modulation() before saving the model.")
-        if any(".base_layer." in name for name in self.state_dict()):  # delete_adapters() leaves the wrappers behind
+        wrapped = {part for name in self.state_dict() for part in name.split(".") if part in WRAPPERS}
+        if wrapped - {"base_layer"}:
+            raise ValueError(
+                f"Layers of the model are wrapped ({', '.join(sorted(wrapped))} stands in the names of their weights), so the file would not load. Put "
+                "the layers back (layer._orig_mod, accelerator.unwrap_model(model, keep_torch_compile=False)); model.compile() and "
+                "compile_repeated_blocks() need no wrapper."
+            )
+        if wrapped:  # delete_adapters() leaves the wrappers behind
             raise ValueError(
                 f"The model's layers are wrapped for the adapters {sorted(getattr(self, 'peft_config', {}))}; keep an adapter with "
                 "save_lora_adapter(), or merge it with fuse_lora(); then call unload_lora() and save the model."
