@@ -1,6 +1,7 @@
 """Precisions, split conditioners, open sizes and text to image: every export computes what the model computes and loads back as a pipeline."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
@@ -240,6 +241,15 @@ def test_text_to_image_splits_and_loads_back(tmp_path, caplog):
         assert torch.allclose(images_of(loaded, prompt_embeds=embeds, prompt_masks=masks, subnet=subnet), expected, atol=1e-4)
     with pytest.raises(EdgeDiTError, match="'tiny' was asked for, but this artefact holds small"):
         loaded(prompt_embeds=embeds, prompt_masks=masks, subnet="tiny")
+    # Calls at once do not take one another's text or modulations, of which the denoiser keeps the last.
+    calls = [
+        {"hidden_states": torch.randn(2, 2, 8, 8, generator=generator), "timestep": torch.tensor(100.0 * t), "encoder_hidden_states": [t * embeds[0], None]}
+        for t in range(1, 5)
+    ]
+    alone = [loaded.transformer(**call).sample for call in calls]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for found, one in zip(pool.map(lambda call: [loaded.transformer(**call).sample for _ in range(10)], calls), alone):
+            assert all(torch.equal(sample, one) for sample in found)
     image = 2 * expected - 1
     with torch.no_grad():
         assert relative_error(loaded.vae.encode(image).sample, vae.encode(image).latents) < 1e-4

@@ -641,6 +641,14 @@ def test_bad_configs_are_explained(config, message):
         ElasticDiTTransformer2DModel.from_preset(DEBUG, **config)
 
 
+def test_layers_that_cannot_be_cut_are_explained(inputs):
+    net = make_net()
+    net.quantization_method = "bitsandbytes"  # needs a GPU to be more than a name
+    with pytest.raises(ValueError, match="quantised by bitsandbytes.*sub-network 'tiny'; load that alone.*or run 'full'"):
+        run(net, inputs, subnet="tiny")
+    assert run(net, inputs).isfinite().all()
+
+
 def test_unknown_names_are_explained(tmp_path):
     net = make_net()
     for call in (net.set_active_subnet, net.extract_subnet):

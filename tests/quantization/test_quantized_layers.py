@@ -214,6 +214,9 @@ def test_adapters_are_neither_quantised_nor_merged_into_packed_weights(make_tran
 
     model = make_transformer()
     model.add_adapter(LoraConfig(r=2, target_modules=["to_qkv"]), "style")
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(EdgeDiTError, match="'_orig_mod.*is compiled.*quantise the model"):
+        quantize_model(compiled, {name: {"scheme": "nf4"} for name in quantizable_layers(compiled)})
     with pytest.raises(EdgeDiTError, match="PEFT adapter; merge it"):
         quantize_model(model, {"proj_out": {"scheme": "affine"}})
     model.unload_lora()

@@ -202,6 +202,8 @@ def export_pipeline(
         pipeline = load_pipeline(pipeline, trust_remote_code=trust_remote_code, kind=("EdgeDiTPipeline", "ElasticDiTPipeline"))
     if not isinstance(pipeline.transformer, nn.Module):
         raise EdgeDiTError(f"The transformer is a {type(pipeline.transformer).__name__}, an export already; give the pipeline that it was made from.")
+    if hasattr(pipeline.transformer, "_orig_mod"):  # compiled: its weights would have other names
+        pipeline = with_components(pipeline, transformer=pipeline.transformer._orig_mod)
     pipeline, subnet = _with_subnet(pipeline, subnet)
     plain, packed = _plain(pipeline)
     open_size = resolution == "dynamic"

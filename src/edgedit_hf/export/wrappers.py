@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 def check_model(model: EdgeDiTTransformer2DModel) -> None:
-    """Raise an [`EdgeDiTError`] unless the model's parameters are float32."""
+    """Raise an [`EdgeDiTError`] unless the model's parameters are float32 and have their own names."""
+    compiled = next((name for name, _ in model.named_parameters() if "_orig_mod" in name.split(".")), None)
+    if compiled is not None:
+        raise EdgeDiTError(f"A layer of the model is compiled ({compiled}); put it back (layer._orig_mod), then export.")
     kinds = sorted({str(p.dtype) for p in model.parameters()})
     if kinds != ["torch.float32"]:
         raise EdgeDiTError(f"The model's parameters are {', '.join(kinds)}; export needs float32: load it without a torch_dtype.")

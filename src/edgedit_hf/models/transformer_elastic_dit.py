@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 FREQUENCIES = 256  # width of the sinusoidal timestep features (DiT)
+SLICED_METHODS = ("edgedit", "torchao")  # ways of quantising that leave elastic layers in place
 WRAPPERS = ("base_layer", "_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # what PEFT, torch and DDP call a layer in theirs
 _LOADED_SUBNET: ContextVar[str | None] = ContextVar("_LOADED_SUBNET", default=None)  # while `from_pretrained(subnet=…)` runs: which
 NO_BITSANDBYTES = (
@@ -608,7 +609,7 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def set_active_subnet(self, name: str) -> None:
         """Make this sub-network that of the calls which begin from now on and name none; one that names its `subnet`, or has begun, keeps its own.
         Takes no time and copies nothing: layers use views of the full weights."""
-        self._active = self._known(name)
+        self.__dict__["_active"] = self._known(name)  # a module's own assignment takes three times as long
 
     def resolve_subnet(self, name: str | None = None) -> str | None:
         """Name of the sub-network that a call with `subnet=name` runs now (`None` for a stand-alone net); a ValueError if there is none."""
@@ -619,6 +620,11 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         name = self.resolve_subnet(name)
         if name == self._full:
             return ()
+        if getattr(self, "quantization_method", None) not in (None, *SLICED_METHODS):
+            raise ValueError(
+                f"The net is quantised by {self.quantization_method}, whose layers cannot be cut to the sub-network {name!r}; load that alone, "
+                f"from_pretrained(…, subnet={name!r}, quantization_config=…), or run {self._full!r}."
+            )
         if getattr(self, "_hf_peft_config_loaded", False) and any(_adapts(module) for module in self.modules()):
             raise ValueError(
                 f"Adapters have the full net's shapes, but the sub-network {name!r} is active; load them into extract_subnet({name!r}), call "

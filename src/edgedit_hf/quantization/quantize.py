@@ -81,6 +81,9 @@ def check_plan(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise unless every layer of a plan is there, is not quantised yet, and its spec fits it."""
     layers = quantizable_layers(model)
     wrapped = next((name for name in layers if ".base_layer" in name or ".lora_" in name), None)
+    compiled = next((name for name in layers if "_orig_mod" in name.split(".")), None)
+    if compiled is not None:
+        raise EdgeDiTError(f"The layer {compiled!r} is compiled, and would be saved under that name; quantise the model (model._orig_mod) before.")
     if wrapped is not None:
         raise EdgeDiTError(f"The layer {wrapped!r} belongs to a PEFT adapter; merge it with fuse_lora(), call unload_lora(), and quantise then.")
     for name, spec in plan.items():
