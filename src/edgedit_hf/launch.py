@@ -25,6 +25,7 @@ from .genotype import Genotype
 from .models.checkpoints import load_original, locate
 from .models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from .pipelines.pipeline_edgedit import EdgeDiTPipeline
+from .pipelines.usable import check_usable
 from .recipes import RunConfig, load_config, unused
 from .run_state import Interrupted, close_progress
 from .search_space import SearchSpace
@@ -292,6 +293,7 @@ def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_
     if type(pipeline).__name__ not in kinds:
         remedy = f"; convert it first: edgedit convert {source} OUT" if type(pipeline).__name__ == "DiTPipeline" else ""
         raise EdgeDiTError(f"{source} holds a {type(pipeline).__name__}; an {' or '.join(kinds)} is needed{remedy}.")
+    check_usable(pipeline, source)
     return pipeline
 
 
