@@ -1,7 +1,10 @@
 """Images from every kind of source, bad sources, the stream of batches, and the latent cache."""
 
+import hashlib
+import io
 import json
 import multiprocessing
+import os
 import shutil
 import time
 import zlib
@@ -83,8 +86,9 @@ def test_class_folders(class_folders):
     batch = dataset.batch([7])
     wanted = torch.from_numpy(np.array(picture(12))).permute(2, 0, 1) / 127.5 - 1
     assert torch.allclose(batch["images"][0], wanted) and batch["labels"].tolist() == [1]
-    held_out = load_images(str(class_folders), "validation", validation_fraction=0.4)
-    assert held_out.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    parts = [load_images(str(class_folders), split, validation_fraction=0.4) for split in ("train", "validation")]
+    assert sorted(torch.cat([part.labels for part in parts]).tolist()) == dataset.labels.tolist() and all(map(len, parts))
+    assert parts[0].labels.unique().tolist() == [0, 1, 2]
 
 
 def test_folders_with_their_own_validation_images(tmp_path):
@@ -102,6 +106,39 @@ def test_links_are_followed(tmp_path):
     (tmp_path / "links" / "dog" / "also.png").symlink_to(tmp_path / "real" / "cat" / "00.png")
     dataset = load_images(str(tmp_path / "links"), validation_fraction=0)
     assert dataset.label_names == ["cat", "dog"] and dataset.labels.tolist() == [0] * 3 + [1] * 3
+
+
+def test_a_file_that_comes_or_goes_moves_no_other(tmp_path):
+    for first, name in enumerate("ab"):
+        save_pictures(tmp_path / "set" / name, 40, first=100 * first)
+
+    def names(split: str) -> set[str]:
+        part = load_images(str(tmp_path / "set"), split, validation_fraction=0.3, seed=7)
+        return {part._rows.where(index)[len(str(tmp_path / "set")) + 1 :] for index in part._indices}
+
+    train, held_out = names("train"), names("validation")
+    # An independent reading of the rule: the hash of seed and name, as a number in [0, 1).
+    shares = {name: int(hashlib.sha256(f"7 {name}".encode()).hexdigest()[:16], 16) / 16**16 for name in train | held_out}
+    assert held_out == {name for name, share in shares.items() if share < 0.3} and len(train | held_out) == 80
+    fingerprint = load_images(str(tmp_path / "set"), validation_fraction=0.3, seed=7).fingerprint
+    gone = sorted(held_out)[3]
+    (tmp_path / "set" / gone).write_bytes(b"damaged")  # a stage that does not use it never looks
+    assert load_images(str(tmp_path / "set"), validation_fraction=0.3, seed=7).fingerprint == fingerprint
+    (tmp_path / "set" / gone).unlink()
+    assert names("train") == train and names("validation") == held_out - {gone}
+    assert load_images(str(tmp_path / "set"), validation_fraction=0.3, seed=7).fingerprint == fingerprint
+    picture(999).save(tmp_path / "set" / "a" / "later.png")
+    assert names("train") - {"a/later.png"} == train and names("validation") - {"a/later.png"} == held_out - {gone}
+    (tmp_path / "set").rename(tmp_path / "moved")
+    assert len(load_images(str(tmp_path / "moved"), "validation", validation_fraction=0.3, seed=7)) in (len(held_out) - 1, len(held_out))
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_small_folders_give_both_parts(tmp_path, fraction):
+    save_pictures(tmp_path / "a", 2)
+    save_pictures(tmp_path / "b", 1, first=5)
+    train, held_out = (load_images(str(tmp_path), split, validation_fraction=fraction) for split in ("train", "validation"))
+    assert sorted(train.labels.unique().tolist()) == [0, 1] and held_out.labels.tolist() == [0]
 
 
 def test_images_alone_are_unlabelled(tmp_path, class_folders):
@@ -229,6 +266,286 @@ def test_works_in_a_torch_data_loader():
     assert sum(1 for _ in dataset) == len(dataset)
 
 
+# ------------------------------------------------------------------ pictures as people have them
+
+
+COLOUR, ALPHA = (200, 40, 90), np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+
+
+def transparent(kind: str) -> tuple[Image.Image, np.ndarray]:
+    """A picture of one colour (or its grey) that is transparent in some way, and its alpha, `[8, 8]` in [0, 1]."""
+    colour = Image.new("RGB", (8, 8), COLOUR)
+    if kind in ("RGBA", "LA"):
+        image = colour.convert(kind[:-1]).convert(kind)
+        image.putalpha(Image.fromarray(ALPHA))
+        return image, ALPHA / 255
+    hidden = np.zeros((8, 8), dtype=np.uint8)
+    hidden[2:5, 1:7] = 1
+    if kind in ("P", "P alphas"):
+        image = Image.fromarray(hidden, "P")
+        image.putpalette([*COLOUR, 1, 2, 3])
+        image.info["transparency"] = bytes([255, 64]) if kind == "P alphas" else 1
+        return image, 1 - hidden * (191 / 255 if kind == "P alphas" else 1)
+    pixels = np.array(colour.convert("L" if kind == "L tRNS" else "RGB"))
+    pixels[hidden == 1] = 7
+    image = Image.fromarray(pixels)
+    image.info["transparency"] = 7 if kind == "L tRNS" else (7, 7, 7)
+    return image, 1.0 - hidden
+
+
+@pytest.mark.parametrize("background", ["white", "black", "#1080f0"])
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "P alphas", "RGB tRNS", "L tRNS"])
+def test_transparency_shows_the_background(tmp_path, kind, background):
+    image, alpha = transparent(kind)
+    given = {"transparency": image.info["transparency"]} if "transparency" in image.info else {}
+    image.save(tmp_path / "a.png", **given)
+    under = {"white": (255, 255, 255), "black": (0, 0, 0), "#1080f0": (0x10, 0x80, 0xF0)}[background]
+    found = everything(load_images(str(tmp_path), channels=3, background=background, validation_fraction=0))["images"][0]
+    over = np.array(image.convert("L").getpixel((0, 0)) if "L" in kind.split()[0] else COLOUR, dtype=float) * np.ones(3)
+    if kind in ("RGB tRNS", "RGBA", "P", "P alphas"):
+        over = np.array(COLOUR, dtype=float)
+    wanted = alpha * over[:, None, None] + (1 - alpha) * np.array(under, dtype=float)[:, None, None]
+    shown = (kind != "P alphas") | (alpha == 1)  # the half-transparent entry of that palette has a colour of its own
+    assert np.abs((found.numpy() + 1) * 127.5 - wanted)[:, np.broadcast_to(shown, (8, 8))].max() <= 1.01
+    if kind == "P alphas":
+        half = 64 / 255 * np.array([1, 2, 3]) + 191 / 255 * np.array(under)
+        assert np.abs((found.numpy()[:, 3, 3] + 1) * 127.5 - half).max() <= 1.01
+
+
+def test_files_that_viewers_show_alike_are_alike(tmp_path):
+    shown = picture(3)
+    invisible = np.array(picture(4).convert("RGBA"))
+    invisible[..., 3] = 0
+    opaque = np.array(shown.convert("RGBA"))
+    for name, image in (("a", shown), ("b", Image.fromarray(opaque)), ("c", shown.convert("RGB"))):
+        image.save(tmp_path / f"{name}.png")
+    Image.fromarray(invisible).save(tmp_path / "d.png")
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "e.png")
+    batch = everything(load_images(str(tmp_path), validation_fraction=0))["images"]
+    assert torch.equal(batch[0], batch[1]) and torch.equal(batch[0], batch[2]) and torch.equal(batch[3], batch[4])
+
+
+def test_grey_samples_of_few_bits_have_their_transparent_value(tmp_path):
+    # A PNG of 4-bit grey whose value 15 (white) is transparent; Pillow reads 255, and the tRNS chunk says 15.
+    rows = b"".join(b"\0" + bytes([0x0F, 0xF5]) for _ in range(4))
+    chunks = [(b"IHDR", (4).to_bytes(4, "big") * 2 + bytes([4, 0, 0, 0, 0])), (b"tRNS", bytes([0, 15])), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    png = b"".join(len(d).to_bytes(4, "big") + k + d + zlib.crc32(k + d).to_bytes(4, "big") for k, d in chunks)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + png)
+    image = everything(load_images(str(tmp_path), background="black", validation_fraction=0))["images"][0, 0]
+    assert torch.allclose((image[0] + 1) * 127.5, torch.tensor([0.0, 0.0, 0.0, 85.0]))
+
+
+def test_the_fingerprint_sees_a_background_that_shows(tmp_path):
+    def fingerprint(image: Image.Image, background: str) -> str:
+        image.save(tmp_path / "a.png")
+        return load_images(str(tmp_path), background=background, validation_fraction=0).fingerprint
+
+    see_through, opaque = transparent("RGBA")[0], picture(0).convert("RGBA")
+    assert fingerprint(see_through, "white") == fingerprint(see_through, "#ffffff") != fingerprint(see_through, "black")
+    assert fingerprint(opaque, "white") == fingerprint(opaque, "black") and fingerprint(picture(0), "white") == fingerprint(picture(0), "black")
+    # Without transparency it is the hash that it always was.
+    header = {"shape": (3, 8, 8), "label_names": [], "pixel_max": 255, "count": 1}
+    digest = hashlib.sha256(json.dumps(header).encode() + hashlib.sha256((tmp_path / "a.png").read_bytes()).digest() + bytes(8))
+    assert fingerprint(picture(0), "white") == digest.hexdigest()
+
+
+def test_a_colour_profile_is_applied(tmp_path):
+    from PIL import ImageCms
+
+    image, srgb = picture(0), ImageCms.createProfile("sRGB")
+    linear = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ"))  # not a profile of RGB: ignored, as viewers do
+    for name, profile in (("a", ImageCms.ImageCmsProfile(srgb).tobytes()), ("b", b"nonsense"), ("c", linear.tobytes()), ("d", None)):
+        image.save(tmp_path / f"{name}.png", **({"icc_profile": profile} if profile else {}))
+    batch = everything(load_images(str(tmp_path), validation_fraction=0))["images"]
+    assert all(torch.equal(batch[i], batch[3]) for i in range(3))
+    # A profile with red and blue exchanged: what it describes is the picture with its channels exchanged.
+    swapped = bytearray(ImageCms.ImageCmsProfile(srgb).tobytes().replace(b"rXYZ", b"qXYZ").replace(b"bXYZ", b"rXYZ").replace(b"qXYZ", b"bXYZ"))
+    swapped = bytes(swapped).replace("sRGB".encode("utf-16-be"), "BGR!".encode("utf-16-be")).replace(b"sRGB", b"BGR!")
+    image.save(tmp_path / "a.png", icc_profile=swapped)
+    found = load_images(str(tmp_path), validation_fraction=0)
+    assert (found.batch([0])["images"][0].flip(0) - batch[3]).abs().max() <= 2.5 / 127.5
+    (tmp_path / "a.png").unlink()
+    assert load_images(str(tmp_path), validation_fraction=0).fingerprint != found.fingerprint
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_decoded_as_datasets_does(tmp_path, orientation):
+    import datasets
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = picture(orientation, size=(16, 8))
+    photo.save(tmp_path / "0.jpg", exif=exif)
+    photo.convert("CMYK").save(tmp_path / "1.jpg", exif=exif)
+    photo.convert("P").save(tmp_path / "2.png", exif=exif)
+    photo.convert("YCbCr").save(tmp_path / "3.tif")
+    wide = orientation >= 5
+    if wide:
+        (tmp_path / "3.tif").unlink()
+    theirs = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), cache_dir=str(tmp_path.parent / "cache"))["train"]
+    ours = load_images(str(tmp_path), validation_fraction=0, channels=3)
+    assert len(ours) == len(theirs)
+    for i, row in enumerate(theirs):
+        wanted = torch.from_numpy(np.array(row["image"].convert("RGB"))).permute(2, 0, 1) if i < 3 or not wide else None
+        if wanted is not None:
+            assert torch.equal(((ours.batch([i])["images"][0] + 1) * 127.5).round().to(torch.uint8), wanted)
+
+
+def test_modes_that_pillow_cannot_convert_are_named(tmp_path):
+    Image.new("LAB", (8, 8)).save(tmp_path / "a.tif")
+    with pytest.raises(EdgeDiTError, match="a.tif has mode LAB, which cannot be used .*save it as RGB"):
+        load_images(str(tmp_path))
+
+
+# ------------------------------------------------------------------ folders as people have them
+
+
+def rows_of(folder: Path) -> dict[str, list]:
+    """Every split's files, and labels or texts, in order, as our loader sees them."""
+    from edgedit_hf.image_sources import open_splits
+
+    return {name: comparable(table) for name, table in open_splits(str(folder), None).items()}
+
+
+def comparable(table) -> list:
+    import datasets
+
+    table = table.cast_column("image", datasets.Image(decode=False))
+    extra = [name for name in table.column_names if name != "image"]
+    of = {name: feature.int2str for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)}
+    return [(row["image"]["path"], *[of.get(name, lambda value: value)(row[name]) for name in extra]) for row in table]
+
+
+def jsonl(*rows: dict, bom: bool = False) -> bytes:
+    return (b"\xef\xbb\xbf" if bom else b"") + "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def csv_of(*rows: dict, bom: bool = False) -> bytes:
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    return (b"\xef\xbb\xbf" if bom else b"") + "\n".join(lines).encode() + b"\n"
+
+
+def parquet_of(*rows: dict) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), buffer)
+    return buffer.getvalue()
+
+
+LINES = [{"file_name": "02.png", "text": "two"}, {"file_name": "./sub/00.PNG", "text": "zero"}, {"file_name": "01.png", "text": "one"}]
+FOLDERS = {
+    "classes": {"a": ["0.png", "1.JPG"], "b": ["2.PNG", "0.jpeg"]},
+    "flat": {".": ["b.png", "a.webp", "c.tiff", ".hidden.png"]},
+    "hidden and special": {"a": ["0.png"], "b": ["1.png"], ".c": ["2.png"], "__d": ["3.png"]},
+    "splits": {"train/a": ["0.png"], "train/b": ["1.png"], "test/b": ["2.png"], "test/a": ["3.png"]},
+    "validation": {"train": ["0.png"], "validation": ["1.png"]},
+    "other files": {"a": ["0.png", "notes.txt"], "b": ["1.png", "cat.json"]},
+    "jsonl": {".": ["01.png", "02.png"], "sub": ["00.PNG"], "metadata.jsonl": jsonl(*LINES)},
+    "jsonl with a mark": {".": ["01.png", "02.png"], "sub": ["00.PNG"], "metadata.jsonl": jsonl(*LINES, bom=True)},
+    "jsonl with blank lines": {".": ["01.png", "02.png"], "sub": ["00.PNG"], "metadata.jsonl": b"\n\n" + jsonl(*LINES)},
+    "csv": {".": ["01.png", "02.png"], "sub": ["00.PNG"], "metadata.csv": csv_of(*LINES)},
+    "csv with a mark": {".": ["01.png", "02.png"], "sub": ["00.PNG"], "metadata.csv": csv_of(*LINES, bom=True)},
+    "parquet": {".": ["01.png", "02.png"], "sub": ["00.PNG"], "metadata.parquet": parquet_of(*LINES)},
+    "metadata in folders": {
+        "x": ["0.png"], "y": ["0.png"],
+        "x/metadata.jsonl": jsonl({"file_name": "0.png", "text": "x"}), "y/metadata.jsonl": jsonl({"file_name": "0.png", "text": "y"}),
+    },
+    "metadata of splits": {
+        "train": ["0.png"], "test": ["1.png"],
+        "train/metadata.csv": csv_of({"file_name": "0.png", "label": 4}), "test/metadata.csv": csv_of({"file_name": "1.png", "label": 2}),
+    },
+}  # fmt: skip
+
+
+def make_folder(root: Path, content: dict) -> Path:
+    for name, files in content.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(files, bytes):
+            (root / name).write_bytes(files)
+            continue
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i, file in enumerate(files):
+            if file.endswith((".txt", ".json")):
+                (root / name / file).write_text("{}")
+            else:
+                picture(i).save(root / name / file)
+    return root
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_are_read_as_datasets_reads_them(tmp_path, name):
+    import datasets
+
+    folder = make_folder(tmp_path / "set", FOLDERS[name])
+    theirs = datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
+    ours = rows_of(folder)
+    assert set(ours) == set(theirs)
+    for split, table in theirs.items():
+        assert sorted(ours[split], key=str) == sorted(comparable(table), key=str)
+    if "metadata" not in str(FOLDERS[name]):
+        assert ours == {split: comparable(table) for split, table in theirs.items()}
+
+
+def test_marks_of_patterns_are_ordinary_characters(tmp_path):
+    names = ["[1].png", "p::q.png", "z*?.png", "!{a}.png", "file:x.png", "%20 é.png"]
+    folder = make_folder(tmp_path / "a::b [c]*", {"x[1]": names, "y::z": ["0.png"]})
+    assert [(Path(path).name, label) for path, label in rows_of(folder)["train"]] == [*((name, "x[1]") for name in sorted(names)), ("0.png", "y::z")]
+    assert load_images(str(folder), validation_fraction=0).shape == (3, 8, 8)
+    plain = make_folder(tmp_path / "p [c]*", {".": names, "metadata.jsonl": jsonl(*({"file_name": name, "text": name} for name in names))})
+    assert [(Path(path).name, text) for path, text in rows_of(plain)["train"]] == [(name, name) for name in names]
+    there = make_folder(tmp_path / "q::r", {".": ["0.png"], "metadata.jsonl": jsonl({"file_name": "0.png", "text": "zero"})})
+    with pytest.raises(EdgeDiTError, match="has '::' in its path, .* rename it"):
+        load_images(str(there))
+
+
+@pytest.mark.parametrize("name", ["t[1]", "t::1"])
+def test_tables_in_folders_that_datasets_cannot_name(tmp_path, table, name):
+    (tmp_path / name).mkdir()
+    table.to_parquet(tmp_path / name / "train.parquet")
+    with pytest.raises(EdgeDiTError, match="in its path, .* rename it"):
+        load_images(str(tmp_path / name))
+
+
+def test_what_metadata_leaves_out_and_names_twice_is_said(tmp_path):
+    twice = jsonl({"file_name": "1.png", "text": "0"}, {"file_name": "1.png", "text": "1"})
+    folder = make_folder(tmp_path / "set", {".": ["0.png", "1.png", "2.png"], "metadata.jsonl": twice})
+    with pytest.warns(UserWarning) as said:
+        rows = rows_of(folder)
+    assert [str(one.message).split("set', ")[1] for one in said] == [
+        "2 are named by no line of the metadata, and left out: 0.png, 2.png",
+        "1 are named by several lines of the metadata, and count once a line: 1.png",
+    ]
+    assert [text for _, text in rows["train"]] == ["0", "1"]
+
+
+def test_links_back_end_the_scan(tmp_path):
+    folder = make_folder(tmp_path / "set", {"a": ["0.png"], "b": ["1.png"]})
+    for name in ("a/up", "a/again", "b/up"):
+        (folder / name).symlink_to(folder)
+    assert load_images(str(folder), validation_fraction=0).labels.tolist() == [0, 1]
+    for i in range(30):  # 2^30 paths to one folder, and no loop
+        (tmp_path / "many" / str(i)).mkdir(parents=True)
+        for way in "xy":
+            (tmp_path / "many" / str(i) / way).symlink_to(tmp_path / "many" / str(i + 1))
+    make_folder(tmp_path / "many" / "30", {".": ["0.png"]})
+    with pytest.raises(EdgeDiTError, match="More than 16 links lead to the folder .*many/30"):
+        load_images(str(tmp_path / "many"))
+
+
+def test_a_column_of_ids_is_not_one_of_classes(tmp_path, monkeypatch):
+    from edgedit_hf import image_sources
+
+    monkeypatch.setattr(image_sources, "MANY_CLASSES", 3)
+    for values, classes in ((["u", "v", "w", "x", "y"], 5), ([0, 1, 2, 3, 4], 5), ([0, 9, 0, 9, 0], 10)):
+        rows = [{"file_name": f"{i}.png", "kind": value} for i, value in enumerate(values)]
+        folder = make_folder(tmp_path / "set", {".": [f"{i}.png" for i in range(5)], "metadata.jsonl": jsonl(*rows)})
+        with pytest.raises(EdgeDiTError, match=f"'kind' of .* makes {classes} classes of 5 images"):
+            load_images(str(folder), label_column="kind")
+        assert load_images(str(folder), label_column="").num_classes == 0
+
+
 # ------------------------------------------------------------------ bad input
 
 
@@ -281,6 +598,18 @@ FIRST = '{"file_name": "cat/00.png", "label": %s}'
         (metadata(FIRST % -1), {}, "label -1 of image 0 is out of range"),
         (metadata(FIRST % 0.5), {}, "labels must be integers or strings"),
         (metadata(FIRST % 1, FIRST % "null"), {}, "Row 1 of .* has no label"),
+        (metadata(FIRST % 1, FIRST % 0), {}, "'cat/00.png' of .* is labelled twice, '1' and '0'; keep one"),
+        (metadata(FIRST % 200_000_000), {}, "'label' of .* makes 200,000,001 classes of 1 images, as an id would; set label_column"),
+        (lambda root: os.mkfifo(root / "cat" / "z.png"), {}, r"cat/z.png is a pipe \(FIFO\), not a file; remove it"),
+        (lambda root: os.mkfifo(root / "metadata.jsonl"), {}, "metadata.jsonl is a pipe"),
+        (lambda root: (root / "z.PNG").symlink_to("nowhere"), {}, "z.PNG is a link that leads nowhere"),
+        (lambda root: (root / "z.png").symlink_to("z.png"), {}, "z.png is a link that leads nowhere"),
+        (lambda root: (root / "z.png").symlink_to("/dev/zero"), {}, "z.png is a device"),
+        (lambda root: (root / os.fsdecode(b"\xff.png")).write_bytes(b""), {}, "is not UTF-8; rename it"),
+        (lambda root: os.mkfifo(root / "pipe") or metadata('{"file_name": "pipe", "label": 1}')(root), {}, "pipe is a pipe .FIFO., not a file"),
+        (None, {"background": "#12"}, "background is '#12'; it must be a colour's name"),
+        (None, {"background": "#11223344"}, "background is '#11223344'"),
+        (None, {"background": ""}, "background is ''"),
     ],
 )
 def test_bad_input_gives_one_clear_message(class_folders, monkeypatch, prepare, options, message):

@@ -19,6 +19,7 @@ ORDER = [
     "run_state",
     "optimisation",
     "diffusion",
+    "latents",
     "image_sources",
     "data",
     "captions",

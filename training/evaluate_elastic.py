@@ -15,6 +15,7 @@ from reference import describe_reference, load_reference
 from safetensors.torch import save_file
 
 from edgedit_hf.captions import STYLES, CaptionedDataset, parse_caption, style_words
+from edgedit_hf.data import to_bytes
 from edgedit_hf.files import atomic_write_json, file_sha256, read_json
 from edgedit_hf.latency.protocol import environment, measure
 from edgedit_hf.launch import load_pipeline, load_run_captions, load_run_images, recipe_main
@@ -135,7 +136,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             result["style_agreement"] = shares["captions"]
             result["held_out"] = {"num_samples": len(sets["held_out"]), **shares["held_out"]}
             state.log(agreement=result["class_agreement"])
-        save_file({key: ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) for key, images in made.items()}, state.folder / f"{name}.safetensors")
+        save_file({key: to_bytes(images) for key, images in made.items()}, state.folder / f"{name}.safetensors")
         atomic_write_json(state.folder / f"{name}.json", result)
         state.log(distance=distance)
     state.finish()

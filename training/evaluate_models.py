@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from reference import describe_reference, load_reference
 from safetensors.torch import load_file, save_file
 
+from edgedit_hf.data import to_bytes
 from edgedit_hf.export.executorch import export_executorch
 from edgedit_hf.export.onnx import export_onnx, quantize_int8
 from edgedit_hf.export.verify import weight_bytes
@@ -115,7 +116,7 @@ def judge(pipeline, config: RunConfig, extractor, classifier, accelerator: Accel
                 batch_size=options.batch_size,
             )
         features.append(extractor.features(samples))
-        images.append(((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+        images.append(to_bytes(samples))
         if classifier is not None and labels is not None:
             agreeing.append(len(samples) * class_agreement(classifier, samples, labels))
     if eager:

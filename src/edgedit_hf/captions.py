@@ -31,6 +31,7 @@ from .data import (
     cache_latents,
     check_arguments,
     epoch_order,
+    file_names,
     load_digit_images,
     open_latents,
     open_rows,
@@ -328,7 +329,7 @@ def load_captioned(
     captions = read_captions(splits[chosen], caption_column, rows_at[0], f"{chosen!r} of {source!r}")
     rows = np.arange(len(captions))
     if not own_validation:
-        rows = own_split(np.zeros(len(captions)), split, validation_fraction, seed, source)
+        rows = own_split(np.zeros(len(captions)), split, validation_fraction, seed, source, file_names(rows_at[0], source))
     bucket_of = np.zeros(len(rows), dtype=np.int64)
     if len(sizes) > 1:
         stored = [rows_at[0].stored_size(row) for row in tqdm(rows, desc="Measuring images", delay=5, leave=False, disable=None)]

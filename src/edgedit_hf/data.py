@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from .errors import EdgeDiTError
 from .files import FolderLock, atomic_folder, atomic_write_json, hash_json, read_json, sweep, weights_hash
 from .image_sources import HELD_OUT_NAMES, ArrayRows, EncodedRows, image_column_of, image_rows, open_splits, parse_background, read_labels
+from .latents import encode, latent_scale
 
 IN_MEMORY_BYTES = 256 * 1024**2  # sets below this size are decoded once and kept, as bytes (latents: as float32)
 LATENT_FORMAT = 1
@@ -213,7 +214,7 @@ def load_images(
             sub-folder a class, or with `metadata.jsonl` (`file_name`, optionally `label`), or with images alone
             (unlabelled), or one written by `Dataset.save_to_disk`; or a `datasets` id ("org/name", "org/name:config").
         split: "train" or "validation". The validation images are the source's validation or test split where it has
-            one, else a seeded fraction of every class, which "train" then leaves out.
+            one, else a seeded fraction (of every class; of files, each by its name), which "train" then leaves out.
         resolution: side of the images after a centre-crop to a square and resizing; default as they are, if all have
             one size.
         channels: 1 or 3; default as in the first image.
@@ -229,15 +230,17 @@ def load_images(
     check_arguments(split, ("train", "validation"), resolution, channels, validation_fraction)
     colour = parse_background(background)
     if source == "digits":
-        dataset, own_validation = load_digit_images(resolution, channels, labelled=label_column != ""), False
+        dataset, own_validation, names = load_digit_images(resolution, channels, labelled=label_column != ""), False, None
     else:
         splits, chosen, own_validation = open_source(source, split, data_split, label_column)
-        labels, names = read_labels(splits, data_split, chosen, label_column, source)
+        labels, classes = read_labels(splits, data_split, chosen, label_column, source)
         size = None if resolution is None else (resolution, resolution)
         (rows,) = open_rows(splits, data_split, chosen, source, image_column, [size], channels, colour)
-        dataset = ImageDataset(rows, labels, names, name=set_name(source))
+        dataset = ImageDataset(rows, labels, classes, name=set_name(source))
+        names = file_names(rows, source)
+        check_labels_agree(names, dataset, source)
     if not own_validation:
-        dataset = dataset.subset(own_split(dataset.labels.numpy(), split, validation_fraction, seed, source))
+        dataset = dataset.subset(own_split(dataset.labels.numpy(), split, validation_fraction, seed, source, names))
     dataset.batch([0])  # decodes a small set, and so finds its damaged images, now
     return dataset
 
@@ -299,9 +302,21 @@ def open_rows(
     return rows
 
 
-def own_split(labels: np.ndarray, split: str, fraction: float, seed: int, source: str) -> np.ndarray:
-    """Sorted positions of "train" or "validation" in a set that has no validation images of its own."""
-    train, validation = stratified_split(labels, fraction, seed)
+def check_labels_agree(names: Sequence[str] | None, dataset: ImageDataset, source: str) -> None:
+    """Raise if a file is there twice, with two labels."""
+    label_of: dict[str, int] = {}
+    for name, label in zip(names or (), dataset.labels.tolist()):
+        if label_of.setdefault(name, label) != label:
+            there = [dataset.label_names[number] for number in (label_of[name], label)]
+            raise EdgeDiTError(f"The image {name!r} of {source!r} is labelled twice, {there[0]!r} and {there[1]!r}; keep one line of the metadata.")
+
+
+def own_split(labels: np.ndarray, split: str, fraction: float, seed: int, source: str, names: Sequence[str] | None = None) -> np.ndarray:
+    """Sorted positions of "train" or "validation" in a set that has no validation images of its own.
+
+    `names`: of images that are files. Theirs and the seed decide, so that a file that comes or goes moves no other.
+    """
+    train, validation = stratified_split(labels, fraction, seed) if names is None else split_by_name(labels, names, fraction, seed)
     if split == "validation" and len(validation) == 0:
         raise EdgeDiTError(
             f"validation_fraction {fraction} of the {len(labels)} images of {source!r} leaves none to validate on; "
@@ -324,6 +339,34 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     return np.setdiff1d(np.arange(len(labels)), validation), validation
 
 
+def split_by_name(labels: np.ndarray, names: Sequence[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted positions (kept, held out). An image is held out with probability `fraction`, by the hash of its name and the seed.
+
+    Of every class one is kept, and of a set where a class has two or more at least one is held out: those with the largest and smallest hash.
+    """
+    draws = [int.from_bytes(hashlib.sha256(f"{seed} {name}".encode(errors="surrogateescape")).digest()[:8], "big") for name in names]
+    share = np.array(draws, dtype=np.float64) / 2**64
+    held_out = share < fraction
+    spare = np.zeros(len(names), dtype=bool)  # of classes with two or more
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        spare[members] = len(members) > 1
+        if held_out[members].all():
+            held_out[members[np.argmax(share[members])]] = False
+    if fraction > 0 and not held_out.any() and spare.any():
+        held_out[np.argmin(np.where(spare, share, 2.0))] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def file_names(rows: EncodedRows, source: str) -> list[str] | None:
+    """The path of every image below the source's folder; `None` where they are not files there."""
+    folder = os.path.join(Path(source).expanduser().absolute(), "")
+    paths = rows.paths() if os.path.isdir(folder) else None
+    if paths is None or not all(path.startswith(folder) for path in paths):
+        return None
+    return [path[len(folder) :].replace(os.sep, "/") for path in paths]
+
+
 def load_digit_images(resolution: int | None, channels: int | None, labelled: bool) -> ImageDataset:
     """scikit-learn's digits, all 1,797 in their order."""
     from sklearn.datasets import load_digits
@@ -342,6 +385,11 @@ def load_digit_images(resolution: int | None, channels: int | None, labelled: bo
 
 
 # ------------------------------------------------------------------ batches
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] as uint8, as pipelines make them: clipped and rounded, halves to even."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def stream_generator(seed: int, stream: int) -> np.random.Generator:
@@ -514,20 +562,8 @@ def _shard_file(folder: Path, shard: int) -> Path:
 
 @torch.inference_mode()
 def _encode(vae: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Latents `[n, c, h, w]` float32 as a denoiser sees them: the posterior's mode, shifted and scaled by the config."""
-    config, pixels = vae.config, images.to(vae.device, vae.dtype)
-    video = "temperal_downsample" in config  # Qwen-Image's: an image is a video of one frame
-    encoded = vae.encode(pixels.unsqueeze(2) if video else pixels)
-    if hasattr(encoded, "latent_dist"):
-        latents = encoded.latent_dist.mode()
-    else:  # AutoencoderTiny, AutoencoderDC
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
-    latents = latents[:, :, 0] if video else latents
-    shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
-    if video:  # normalised by channel
-        shift, std = (torch.tensor(config[name], device=latents.device).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-        scale = scale / std
-    latents = ((latents - shift) * scale).float().cpu().contiguous()
+    """[`latents.encode`] on the host in float32, `[n, c, h, w]`."""
+    latents = encode(vae, images).float().cpu().contiguous()
     size, latent_size = tuple(images.shape[-2:]), tuple(latents.shape[-2:])
     factor = size[0] // latent_size[0]
     if size != (factor * latent_size[0], factor * latent_size[1]) or factor & (factor - 1):
@@ -560,7 +596,7 @@ def cache_latents(
     if dataset.shape[0] != channels:
         raise EdgeDiTError(f"The images have {dataset.shape[0]} channels, but the VAE takes {channels}; set channels to {channels}.")
     factors = [vae.config.get("scaling_factor"), vae.config.get("shift_factor")]
-    if "temperal_downsample" in vae.config:
+    if latent_scale(vae.config).mean is not None:
         factors += [vae.config["latents_mean"], vae.config["latents_std"]]
     made_from = {
         "dataset": dataset.fingerprint,

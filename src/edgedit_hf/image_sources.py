@@ -29,6 +29,7 @@ HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "test", "testing", "eval"
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_NAMES = ("text", "caption", "prompt", "description")
 GREY_MODES = ("1", "L", "LA", "La")
+MANY_CLASSES = 1000  # below, nobody is asked whether a column is one of classes
 MOST_VISITS = 16  # of one folder, by links
 TABLE_SUFFIXES = (".parquet", ".arrow", ".tar", ".csv", ".json", ".jsonl")
 
@@ -116,6 +117,9 @@ class EncodedRows:
 
     def paths(self) -> list[str] | None:
         """The file of every image; `None` where some are not files but bytes in a table."""
+        first = self._table[0][self._column]
+        if first is None or first["bytes"] is not None:  # all that follows would read the whole table
+            return None
         rows = self._table.with_format("arrow")[:][self._column].to_pylist()
         return [row["path"] for row in rows] if all(row and row["bytes"] is None and row["path"] for row in rows) else None
 
@@ -245,8 +249,11 @@ def _is_grey(image: Image.Image, background: tuple[int, int, int]) -> bool:
 
 def _sample_scale(image: Image.Image) -> int:
     """What a grey PNG's transparent value is to be multiplied by: Pillow stretches samples of 1, 2 and 4 bits to 8, but not that value."""
-    raw = image.tile[0].args if image.format == "PNG" and image.tile and isinstance(image.info.get("transparency"), int) else None
-    return {"1": 255, "L;2": 85, "L;4": 17}.get(raw if isinstance(raw, str) else None, 1)
+    value = image.info.get("transparency")
+    if image.format != "PNG" or not image.tile or not isinstance(value, int):
+        return 1
+    scale = {"1": 255, "L;2": 85, "L;4": 17}.get(str(image.tile[0].args), 1)
+    return scale if value <= 255 // scale else 1
 
 
 def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
@@ -428,17 +435,27 @@ def _scan(folder: Path) -> tuple[list[Parts], list[Parts], list[Parts], list[Par
             name, suffix = entry.name, Path(entry.name).suffix.lower()
             if name.startswith("."):
                 continue
-            if entry.is_dir():
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # of a link to itself `is_dir` raises
                 if not name.startswith("__"):
                     waiting.append(((*parts, name), above | {this}))
                 continue
             kind = images if suffix in ImageFolder.EXTENSIONS else tables if name in METADATA_NAMES else archives if suffix == ".zip" else others
             if kind is others and suffix not in TABLE_SUFFIXES:
                 continue
-            if not entry.is_file():
+            if not name.isprintable() and not _is_utf8(name):
+                raise EdgeDiTError(f"The name of {str(here / name)!r} is not UTF-8; rename it.")
+            if not os.path.isfile(entry.path):
                 raise EdgeDiTError(f"{here / name} is {_kind_of(entry.path)}, not a file; remove it.")
             kind.append((*parts, name))
     return found
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind_of(path: str) -> str:
@@ -576,6 +593,7 @@ def read_labels(
         return values(chosen), features[column].names
     if dtype in ("string", "large_string"):
         names = sorted(set(values(train)))
+        _check_classes(len(names), len(splits[train]), column, source)
         number = {name: i for i, name in enumerate(names)}
         unknown = sorted({name for name in values(chosen) if name not in number})
         if unknown:
@@ -584,7 +602,18 @@ def read_labels(
             )
         return [number[name] for name in values(chosen)], names
     if dtype.startswith(("int", "uint", "bool")):
-        return [int(v) for v in values(chosen)], [str(i) for i in range(max(0, *map(int, values(train))) + 1)]
+        count = max(0, *map(int, values(train))) + 1
+        _check_classes(count, len(splits[train]), column, source)
+        return [int(v) for v in values(chosen)], [str(i) for i in range(count)]
     raise EdgeDiTError(
         f"The column {column!r} of {source!r} has type {features[column]}; labels must be integers or strings."
     )
+
+
+def _check_classes(count: int, images: int, column: str, source: str) -> None:
+    """Of a column that does not name its classes: there must be images for them, else it is an id."""
+    if count > MANY_CLASSES and 2 * count > images:
+        raise EdgeDiTError(
+            f"The column {column!r} of {source!r} makes {count:,} classes of {images:,} images, as an id would; set label_column to the column of "
+            "classes ('' for none), or number the classes 0, 1, 2, … without gaps."
+        )

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from ..errors import EdgeDiTError
 from ..files import hash_json, weights_hash
+from ..latents import is_video, latent_scale
 
 QUANTIZATIONS = ("none", "8bit", "4bit")
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -56,12 +57,11 @@ def latent_space(config: Mapping[str, Any] | None, channels: int) -> LatentSpace
     """The latent space of a VAE of diffusers by its config, or of pixels (`None`) with so many channels."""
     if config is None:
         return LatentSpace(channels, 1)
-    mean, std = (tuple(config[name]) if config.get(name) else None for name in ("latents_mean", "latents_std"))
-    if config.get("temperal_downsample") is not None:  # Qwen-Image's: normalised by channel
-        return LatentSpace(config["z_dim"], 2 ** len(config["temperal_downsample"]), latents_mean=mean, latents_std=std)
+    scale = latent_scale(config)
+    if is_video(config):
+        return LatentSpace(config["z_dim"], 2 ** len(config["temperal_downsample"]), *scale)
     blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
-    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
-    return LatentSpace(config["latent_channels"], 2 ** (len(blocks) - 1), float(scale), float(shift), mean, std)
+    return LatentSpace(config["latent_channels"], 2 ** (len(blocks) - 1), *scale)
 
 
 def _pack(latents: torch.Tensor) -> torch.Tensor:

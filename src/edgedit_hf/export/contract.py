@@ -30,6 +30,7 @@ from safetensors.numpy import save
 from ..errors import EdgeDiTError
 from ..files import atomic_write_text, explain_write_errors, file_sha256, versions
 from ..genotype import Genotype
+from ..latents import decoder_numbers, latent_scale
 from . import sample_min
 from .parts import MODULATED, Part, is_elastic
 from .schedule import linear_schedule
@@ -178,7 +179,7 @@ def _describe(
         "runtime": _runtime(format),
         "artefacts": {artefact.key: _entry(artefact, format) for artefact in artefacts},
         "order": [{"artefact": artefact.key, "called": _CALLS[artefact.key]} for artefact in artefacts],
-        "latents": {"shape": shape, "layout": "NCHW", "dtype": "float32", **_to_decoder(pipeline, elastic)},
+        "latents": {"shape": shape, "layout": "NCHW", "dtype": "float32", **_to_decoder(pipeline)},
         "schedule": _schedule(pipeline, (height // config["patch_size"]) * (width // config["patch_size"])),
         "guidance": {
             "rows": 2 if guided else 1,
@@ -251,16 +252,12 @@ def _schedule(pipeline: Any, tokens: int) -> dict[str, Any]:
     return {"num_inference_steps": steps, "formula": formula, **found}
 
 
-def _to_decoder(pipeline: Any, elastic: bool) -> dict[str, Any]:
+def _to_decoder(pipeline: Any) -> dict[str, Any]:
     """`decoder input = x · multiply + add`, one number, or one a channel."""
     if pipeline.vae is None:
         return {"multiply": [1.0], "add": [0.0], "scaling_factor": None, "shift_factor": None}
-    config = pipeline.vae.config
-    scaling, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
-    multiply, add = [1.0 / scaling], [float(shift)]
-    if elastic and config.get("latents_mean") is not None:
-        multiply, add = [std / scaling for std in config.latents_std], [float(mean) for mean in config.latents_mean]
-    return {"multiply": multiply, "add": add, "scaling_factor": scaling, "shift_factor": shift}
+    scale, (multiply, add) = latent_scale(pipeline.vae.config), decoder_numbers(pipeline.vae.config)
+    return {"multiply": multiply, "add": add, "scaling_factor": scale.scaling, "shift_factor": scale.shift}
 
 
 def _labels(pipeline: Any, config: Mapping[str, Any]) -> dict[str, Any]:

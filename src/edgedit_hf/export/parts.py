@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import EdgeDiTError
+from ..latents import vae_decode, vae_encode
 from .wrappers import DenoiserWrapper
 
 if TYPE_CHECKING:
@@ -204,12 +205,10 @@ class DecoderWrapper(nn.Module):
 
     def __init__(self, vae: nn.Module):
         super().__init__()
-        self.vae, self.video = vae, "temperal_downsample" in vae.config
+        self.vae = vae
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        if self.video:  # such as Qwen-Image's: one frame
-            return self.vae.decode(latents.unsqueeze(2), return_dict=False)[0][:, :, 0]
-        return self.vae.decode(latents, return_dict=False)[0]
+        return vae_decode(self.vae, latents)
 
 
 class EncoderWrapper(nn.Module):
@@ -217,12 +216,10 @@ class EncoderWrapper(nn.Module):
 
     def __init__(self, vae: nn.Module):
         super().__init__()
-        self.vae, self.video = vae, "temperal_downsample" in vae.config
+        self.vae = vae
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        encoded = self.vae.encode(image.unsqueeze(2) if self.video else image, return_dict=False)[0]
-        latents = encoded.mode() if hasattr(encoded, "mode") and not torch.is_tensor(encoded) else encoded
-        return latents[:, :, 0] if self.video else latents
+        return vae_encode(self.vae, image)
 
 
 class TextEncoderWrapper(nn.Module):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..data import ImageDataset, batch_indices, stratified_split
+from ..data import ImageDataset, batch_indices, stratified_split, to_bytes
 from ..errors import EdgeDiTError
 from ..files import atomic_folder, atomic_write_json, file_sha256, read_json, weights_hash
 
@@ -245,7 +245,7 @@ class InceptionExtractor:
         _check_images(images, (images.shape[1], *images.shape[-2:]))
         parts = []
         for part in images.split(batch_size):
-            pixels = ((part + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+            pixels = to_bytes(part).expand(-1, 3, -1, -1)
             parts.append(self._model(pixels.to(self._device)).float().cpu())
         return torch.cat(parts)
 

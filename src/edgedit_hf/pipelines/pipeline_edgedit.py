@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -182,7 +183,14 @@ class EdgeDiTPipeline(DiffusionPipeline):
     @property
     def vae_scale_factor(self) -> int:
         """Side of the square of pixels that one latent stands for (1 without a VAE)."""
-        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if self.vae is None:
+            return 1
+        if "block_out_channels" in self.vae.config:
+            return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        ratio = getattr(self.vae, "spatial_compression_ratio", None)
+        if ratio is None:
+            raise ValueError(f"The VAE, a {type(self.vae).__name__}, says nothing of how much it downsamples; use another one.")
+        return ratio
 
     # ---------------------------------------------------------------- labels
 
@@ -539,22 +547,17 @@ class EdgeDiTPipeline(DiffusionPipeline):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, C, H, W)` → images `(B, channels, H·f, W·f)` in [0, 1], float32."""
         if self.vae is not None:
-            latents = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
-            latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
-        return (latents / 2 + 0.5).clamp(0, 1)
+            video = "temperal_downsample" in self.vae.config  # a video VAE, such as Qwen-Image's: one frame
+            latents = _unscaled(latents, self.vae.config).to(self.vae.dtype)
+            images = self.vae.decode(latents.unsqueeze(2) if video else latents, return_dict=False)[0].float()
+            latents = images[:, :, 0] if video else images
+        return VaeImageProcessor.denormalize(latents)
 
     @staticmethod
     def _postprocess(images: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
-        if output_type == "pt":
-            return images
-        array = images.permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, C]
-        if output_type == "np":
-            return array
-        channels = array.shape[-1]
-        if channels not in PIL_CHANNELS:
-            raise ValueError(f"Images of {channels} channels are no PIL images; use output_type 'np' or 'pt'.")
-        array = (array * 255).round().astype(np.uint8)
-        return [Image.fromarray(image[..., 0] if channels == 1 else image) for image in array]
+        if output_type == "pil" and images.shape[1] not in PIL_CHANNELS:
+            raise ValueError(f"Images of {images.shape[1]} channels are no PIL images; use output_type 'np' or 'pt'.")
+        return VaeImageProcessor().postprocess(images, output_type, do_denormalize=[False] * len(images))
 
     # ---------------------------------------------------------------- saving
 
@@ -615,3 +618,15 @@ def _changed_rows(name: str, before: torch.Tensor, after: torch.Tensor, count: i
         f"The callback returned {name} of shape {tuple(after.shape)}; it was handed {tuple(before.shape)}, of which the last {count} rows are "
         "conditional: return as many rows, or those alone."
     )
+
+
+def _unscaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    """What a VAE decodes, `(B, C, H, W)`, of the latents that the transformer makes: x / scaling + shift, or x · std / scaling + mean."""
+    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        if not len(mean) == len(std) == latents.shape[1]:
+            raise ValueError(f"The VAE has {len(mean)} latents_mean and {len(std)} latents_std for {latents.shape[1]} channels; it needs one a channel.")
+        shift, std = (torch.tensor(values, device=latents.device).view(1, -1, 1, 1) for values in (mean, std))
+        scale = scale / std
+    return latents / scale + shift

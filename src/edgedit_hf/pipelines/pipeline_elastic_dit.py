@@ -657,13 +657,8 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """Latents `(B, C, H, W)` → images `(B, channels, H·f, W·f)` about [-1, 1], float32."""
         if self.vae is None:
             return latents
-        config = self.vae.config
-        scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
-        if config.get("latents_mean") is not None:
-            shift = torch.tensor(config.latents_mean, device=latents.device).view(1, -1, 1, 1)
-            scale = scale / torch.tensor(config.latents_std, device=latents.device).view(1, -1, 1, 1)
-        latents = (latents / scale + shift).to(self.vae.dtype)
-        if "temperal_downsample" in config:  # a video VAE, such as Qwen-Image's: one frame
+        latents = _unscaled(latents, self.vae.config).to(self.vae.dtype)
+        if "temperal_downsample" in self.vae.config:  # a video VAE, such as Qwen-Image's: one frame
             return self.vae.decode(latents.unsqueeze(2), return_dict=False)[0][:, :, 0].float()
         return self.vae.decode(latents, return_dict=False)[0].float()
 
@@ -724,6 +719,18 @@ def _replaced(text: Text, index: int, states: torch.Tensor, mask: torch.Tensor) 
     embeds, masks = list(text[0]), list(text[1])
     embeds[index], masks[index] = states, mask
     return embeds, masks
+
+
+def _unscaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    """What a VAE decodes, `(B, C, H, W)`, of the latents that the transformer makes: x / scaling + shift, or x · std / scaling + mean."""
+    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        if not len(mean) == len(std) == latents.shape[1]:
+            raise ValueError(f"The VAE has {len(mean)} latents_mean and {len(std)} latents_std for {latents.shape[1]} channels; it needs one a channel.")
+        shift, std = (torch.tensor(values, device=latents.device).view(1, -1, 1, 1) for values in (mean, std))
+        scale = scale / std
+    return latents / scale + shift
 
 
 def _rows(text: Text) -> int | None:
