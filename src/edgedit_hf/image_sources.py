@@ -155,7 +155,7 @@ class EncodedRows:
             ) from error
 
     def _open(self, index: int, small: bool = False) -> Image.Image:
-        """An image upright and opaque, in sRGB: mode L if it is grey, else RGB. `small`: at an eighth of its size where its format can."""
+        """An image upright and opaque, in sRGB. `small`: at an eighth of its size where its format can."""
         with self._decoding(index) as image:
             if small:
                 image.draft(None, (1, 1))
@@ -168,9 +168,17 @@ class EncodedRows:
             raise EdgeDiTError(
                 f"The image {self.where(index)} has mode {image.mode}; only 8-bit images can be used, convert it."
             )
+        return opaque(in_srgb(image), self._background)
+
+    def _converted(self, index: int, image: Image.Image) -> Image.Image:
+        """Grey or RGB, as the set is."""
+        if self._colour_is_error and image.mode not in GREY_MODES:
+            raise EdgeDiTError(
+                f"The image {self.where(index)} has colours (mode {image.mode}), but the first one is grey; set channels to 1 or 3."
+            )
         try:
-            return opaque(in_srgb(image), self._background)
-        except ValueError as error:  # Pillow converts most modes to RGB, but not LAB
+            return image.convert(self._mode)
+        except ValueError as error:  # Pillow converts most modes, but not LAB
             raise EdgeDiTError(f"The image {self.where(index)} has mode {image.mode}, which cannot be used ({error}); save it as RGB.") from error
 
     def reading(self, index: int, encoded: bytes) -> str:
@@ -196,8 +204,7 @@ class EncodedRows:
                 f"The image {self.where(index)} is {image.width}x{image.height}, but the first one is "
                 f"{self._first_size[1]}x{self._first_size[0]}; set resolution to bring all to one size."
             )
-        self._check_colours(index, image)
-        image = image.convert(self._mode)
+        image = self._converted(index, image)
         if self._size is not None and (image.height, image.width) != self._size:
             image = cover(image, *self._size)
         array = np.asarray(image, dtype=np.uint8)
@@ -208,13 +215,7 @@ class EncodedRows:
         if self._size is None:
             self.pixels(index)
         else:
-            self._check_colours(index, self._open(index, small=True))
-
-    def _check_colours(self, index: int, image: Image.Image) -> None:
-        if self._colour_is_error and image.mode != "L":
-            raise EdgeDiTError(
-                f"The image {self.where(index)} has colours (mode {image.mode}), but the first one is grey; set channels to 1 or 3."
-            )
+            self._converted(index, self._open(index, small=True))
 
 
 def parse_background(text: str) -> tuple[int, int, int]:
@@ -229,13 +230,13 @@ def parse_background(text: str) -> tuple[int, int, int]:
 
 
 def opaque(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """An image with its transparent parts laid on a background; mode L if image and background are grey, else RGB.
+    """An image with its transparent parts laid on a background: then of mode L if image and background are grey, else RGB.
 
     Transparency is an alpha channel (RGBA, LA, PA), a palette's, or one colour that a PNG or GIF declares to be transparent (tRNS).
     """
-    grey = _is_grey(image, background)
     if not image.has_transparency_data:
-        return image.convert("L" if grey else "RGB")
+        return image
+    grey = _is_grey(image, background)
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     image = image.convert("RGBA")
@@ -276,7 +277,7 @@ def in_srgb(image: Image.Image) -> Image.Image:
     if image.mode in ("P", "PA") or (image.mode == "RGB" and image.has_transparency_data):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     space = {"RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB", "L": "L"}.get(image.mode)
-    if space is None:
+    if space is None or (space == "L" and image.has_transparency_data):
         return image
     try:
         converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB" if space == "L" else space)
