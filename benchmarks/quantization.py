@@ -36,6 +36,7 @@ import train_teacher  # noqa: E402
 from diffusers_dit import fail  # noqa: E402
 from reference import load_reference, real_features  # noqa: E402
 
+from edgedit_hf.data import to_bytes  # noqa: E402
 from edgedit_hf.latency.protocol import environment, measure  # noqa: E402
 from edgedit_hf.latency.runners import TorchRunner  # noqa: E402
 from edgedit_hf.launch import load_pipeline, load_run_images, make_accelerator, with_transformer  # noqa: E402
@@ -177,7 +178,7 @@ def main() -> None:
             drawn, _ = generate(with_transformer(pipeline, model), arguments.samples, seed=config.seed, batch_size=config.evaluate.batch_size, **sampling)
             distance = frechet_distance(extractor.features(drawn), real)
             bits, size = sizes(name, model)
-            pixels[name] = ((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            pixels[name] = to_bytes(drawn).permute(0, 2, 3, 1).numpy()
             likeness = None if name == "fp32" else psnr(pixels[name], pixels["fp32"], 255.0)
             ratio = distance / rows["fp32"]["frechet"] if rows else 1.0
             rows[name] = {"bits": bits, "bytes": size, "error": error, "frechet": distance, "frechet_ratio": ratio, "psnr_db": likeness}
