@@ -34,6 +34,7 @@ ORDER = [
     "quantization",
     "export",
     "search",
+    "preflight",  # what can be checked before the first stage
     "hub",
     "report",
     "elastic_report",

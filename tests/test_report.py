@@ -8,8 +8,11 @@ import subprocess
 import pytest
 from run_folder import METRIC, make_run
 
+from edgedit_hf import EdgeDiTPipeline
+from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.hub import comparison_table, metric_label, scaled
+from edgedit_hf.files import file_sha256, pipeline_weights_hash
+from edgedit_hf.hub import comparison_table, metric_label, scaled, write_card
 from edgedit_hf.report import build_report, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
@@ -125,3 +128,39 @@ def test_page_opens_in_a_browser(page, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "PROBE 0 broken 6 images true" in done.stdout
     assert "student, tuned" in done.stdout
+
+
+@pytest.fixture
+def judged(run_dir, make_transformer, tmp_path):
+    """A copy of the run whose tuned student is there, with the hash of its weights beside its figures."""
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    EdgeDiTPipeline(make_transformer(), make_scheduler("epsilon")).save_pretrained(folder / "student-tuned")
+    path = folder / "evaluate" / "student-tuned.json"
+    entry = {**json.loads(path.read_text()), "folder": "student-tuned", "weights": pipeline_weights_hash(folder / "student-tuned")}
+    path.write_text(json.dumps(entry))
+    return folder
+
+
+def test_figures_of_other_weights_are_refused_and_the_stage_is_named(judged, make_transformer, tmp_path):
+    report = json.loads(json.dumps(build_report(judged)))
+    assert write_card(judged / "student-tuned", report, repo_id="me/digits", license="mit").is_file()
+    EdgeDiTPipeline(make_transformer(seed=1), make_scheduler("epsilon")).save_pretrained(judged / "student-tuned")  # a new tuning
+    with pytest.raises(EdgeDiTError, match=f"figures of 'student-tuned' are those of other weights .* delete {judged / 'evaluate'} and run stage evaluate"):
+        build_report(judged)
+    card = (judged / "student-tuned" / "README.md").read_text()
+    with pytest.raises(EdgeDiTError, match="figures of 'student-tuned' are those of other weights .* run stage evaluate again"):
+        write_card(judged / "student-tuned", report, repo_id="me/digits", license="mit")
+    assert (judged / "student-tuned" / "README.md").read_text() == card
+    shutil.rmtree(judged / "student-tuned")  # to save space: the figures still are what was measured
+    build_report(judged)
+
+
+def test_a_search_of_another_bank_is_refused(judged):
+    path = judged / "search" / "stage.json"
+    stage = json.loads(path.read_text())
+    path.write_text(json.dumps({**stage, "inputs": {"bank": file_sha256(judged / "bank" / "index.json")}}))
+    build_report(judged)
+    (judged / "bank" / "index.json").write_text((judged / "bank" / "index.json").read_text() + "\n")
+    with pytest.raises(EdgeDiTError, match="search was made from another .*index.json than is there now: delete .*search and run stage search"):
+        build_report(judged)

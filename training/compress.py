@@ -7,6 +7,7 @@ All stages run in this process, which spares nine imports of torch and diffusers
 """
 
 import time
+from functools import partial
 
 import distill_proxies
 import evaluate_models
@@ -22,6 +23,7 @@ from edgedit_hf.estimate import estimate
 from edgedit_hf.files import read_json
 from edgedit_hf.hub import write_card
 from edgedit_hf.launch import recipe_main
+from edgedit_hf.preflight import COMPRESS, preflight
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.report import write_report
 from edgedit_hf.run_state import STAGE_LABEL
@@ -60,4 +62,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__)
+    recipe_main(run, __doc__, check=partial(preflight, stages=COMPRESS))

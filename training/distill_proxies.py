@@ -38,6 +38,7 @@ from edgedit_hf.launch import (
     search_space_of,
     set_learning_rate,
 )
+from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState
 
@@ -201,4 +202,4 @@ def describe_group(members: Group, peak: int) -> dict:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, {"--memory-budget-gb": "bank.memory_budget_gb"})
+    recipe_main(run, __doc__, {"--memory-budget-gb": "bank.memory_budget_gb"}, check=partial(preflight, stages=("bank",)))

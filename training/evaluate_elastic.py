@@ -11,18 +11,19 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from reference import describe_reference, load_reference
+from reference import describe_reference, load_extractor, real_features
 from safetensors.torch import save_file
 
 from edgedit_hf.captions import STYLES, CaptionedDataset, parse_caption, style_words
 from edgedit_hf.data import to_bytes
-from edgedit_hf.files import atomic_write_json, file_sha256, read_json
+from edgedit_hf.files import atomic_write_json, file_sha256, pipeline_weights_hash, read_json
 from edgedit_hf.latency.protocol import environment, measure
 from edgedit_hf.launch import load_pipeline, load_run_captions, load_run_images, recipe_main
 from edgedit_hf.metrics.features import IndependentClassifier
 from edgedit_hf.metrics.generative import frechet_distance
 from edgedit_hf.pipelines.pipeline_elastic_dit import ElasticDiTPipeline
 from edgedit_hf.pipelines.sampling import generate_from_captions
+from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState
 from edgedit_hf.search_space import BYTES, elastic_cost
@@ -77,25 +78,32 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     made_by = "stage elastic (training/train_elastic.py)"
     trained = read_json(config.folder("elastic", "stage.json"), made_by)
     pipeline = load_pipeline(config.folder("elastic"), made_by, kind="ElasticDiTPipeline")
-    names = pipeline.transformer.subnet_names
+    names, weights = pipeline.transformer.subnet_names, pipeline_weights_hash(config.folder("elastic"))
+    captioned, held_out = load_run_captions(config), load_run_captions(config, "validation")
+    if captioned.label_names:
+        images, others = load_run_images(config), None
+    else:  # of several sizes those of the first are what generated images are compared with
+        images, others = captioned.parts[0], held_out.parts[0]
+    extractor = load_extractor(config, images, accelerator.device, others)
     state = RunState(
         config.folder("evaluate"),
         "evaluate",
         {**config.section("data", "evaluate"), "subnets": names},
         len(names),
         seed=config.seed,
-        inputs={"elastic": file_sha256(config.folder("elastic", "stage.json"))},
+        inputs={
+            "elastic": file_sha256(config.folder("elastic", "stage.json")),
+            "weights": weights,
+            "data": captioned.fingerprint,
+            "extractor": extractor.hash,
+            "latency": f"{config.threads} threads",
+        },
         log_every=1,
         unit="model",
     )
     if state.finished:
         return
-    captioned, held_out = load_run_captions(config), load_run_captions(config, "validation")
-    if captioned.label_names:
-        images, others = load_run_images(config), None
-    else:  # of several sizes those of the first are what generated images are compared with
-        images, others = captioned.parts[0], held_out.parts[0]
-    extractor, real = load_reference(config, images, accelerator.device, others)
+    real = real_features(extractor, images)
     classifier = describe_reference(config, images, extractor, real, others)
     sets = {"captions": judged_captions(held_out, options.samples)}
     if captioned.label_names:
@@ -103,7 +111,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         sets["held_out"] = [unseen.captions[i % len(unseen)] for i in range(max(SHOWN, options.samples // 4))]
     atomic_write_json(state.folder / "captions.json", {**sets, "shown": min(SHOWN, options.samples)})
     if not (state.folder / "latency.json").exists():
-        atomic_write_json(state.folder / "latency.json", measure_latencies(pipeline, config))
+        atomic_write_json(state.folder / "latency.json", {**measure_latencies(pipeline, config), "weights": weights})
     latency = read_json(state.folder / "latency.json", "this stage")["latency_ms"]
 
     pipeline.to(accelerator.device)
@@ -122,6 +130,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "name": name,
             "stage": "subnet",
             "path": str(config.folder("elastic")),
+            "folder": "elastic",
+            "weights": weights,
             "parameters": cost.parameters,
             "flops": cost.flops,
             "bytes": {precision: cost.bytes(precision) for precision in BYTES},
@@ -143,4 +153,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__)
+    recipe_main(run, __doc__, check=partial(preflight, stages=("evaluate-elastic",)))

@@ -6,19 +6,21 @@ Writes <output_dir>/evaluate: reference.json, latency.json, and a JSON, a PNG an
 """
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import Accelerator
-from reference import describe_reference, load_reference
+from reference import describe_reference, load_extractor, real_features
 from safetensors.torch import load_file, save_file
 
 from edgedit_hf.data import to_bytes
+from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export.executorch import export_executorch
 from edgedit_hf.export.onnx import export_onnx, quantize_int8
 from edgedit_hf.export.verify import weight_bytes
-from edgedit_hf.files import atomic_write_json, read_json
+from edgedit_hf.files import atomic_write_json, pipeline_weights_hash, read_json, weights_hash
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.latency.protocol import environment, measure, paired_ratio
 from edgedit_hf.latency.runners import TorchRunner, executorch_runner, onnx_runner
@@ -26,6 +28,7 @@ from edgedit_hf.launch import load_pipeline, load_run_images, recipe_main, teach
 from edgedit_hf.metrics.features import class_agreement
 from edgedit_hf.metrics.generative import frechet_distance, precision_recall, psnr
 from edgedit_hf.pipelines.sampling import generate
+from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState
 from edgedit_hf.search.plots import save_montage
@@ -131,25 +134,34 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     folders = {name: config.folder(name) for name, _ in MODELS}
     folders["teacher"] = teacher_path(config)
     judged = [(name, stage) for name, stage in MODELS if options.exports or stage != "exported"]
+    if not (folders["student-tuned"] / "model_index.json").exists():
+        raise EdgeDiTError(f"There is no pipeline in {folders['student-tuned']}; it is written by stage tune (training/finetune.py), run that first.")
     present = [(name, stage) for name, stage in judged if name == "teacher" or (folders[name] / "model_index.json").exists()]
+    weights = {name: pipeline_weights_hash(folders[name]) for name, _ in present}
+    if weights["teacher"] is None:  # of the Hub, or missing
+        weights["teacher"] = weights_hash(load_pipeline(folders["teacher"], "stage teacher (training/train_teacher.py)").transformer.state_dict())
+    images = load_run_images(config)
+    extractor = load_extractor(config, images, accelerator.device)
+    timed = f"{config.latency.threads} threads, executorch {config.export.executorch}"
     state = RunState(
         config.folder("evaluate"),
         "evaluate",
         {**config.section("evaluate"), "models": [name for name, _ in present]},
         len(present),
         seed=config.seed,
+        inputs={**weights, "data": images.fingerprint, "extractor": extractor.hash, "latency": timed},
         log_every=1,
         unit="model",
     )
     if state.finished:
         return
     pipelines = {name: load_pipeline(folders[name], "an earlier stage") for name, _ in present}
-    images = load_run_images(config)
-    extractor, real = load_reference(config, images, accelerator.device)
+    real = real_features(extractor, images)
     classifier = describe_reference(config, images, extractor, real)
     metric = f"fid[{extractor.name},n={options.samples}]"
     if not (state.folder / "latency.json").exists():
-        atomic_write_json(state.folder / "latency.json", measure_latencies(pipelines, config))
+        judged_weights = {name: weights[name] for name in ("teacher", "student-tuned")}
+        atomic_write_json(state.folder / "latency.json", {**measure_latencies(pipelines, config), "weights": judged_weights})
     latency = read_json(state.folder / "latency.json", "this stage")["latency_ms"]
 
     def file(name: str, suffix: str) -> Path:
@@ -171,6 +183,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "name": name.removeprefix("exported/"),
             "stage": stage,
             "path": str(folders[name]),
+            "folder": str(Path(folders[name]).absolute()) if name == "teacher" and config.teacher.path else name,
+            "weights": weights[name],
             "genotype_hash": genotype.hash,
             "parameters": cost.parameters,
             "flops": cost.flops,
@@ -199,4 +213,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__)
+    recipe_main(run, __doc__, check=partial(preflight, stages=("evaluate",)))

@@ -6,11 +6,14 @@ Writes <output_dir>/exported/onnx-fp32, onnx-int8, executorch-…: pipeline fold
 underneath. `optimum-cli export edgedit` does the same for any pipeline.
 """
 
+from functools import partial
+
 from accelerate import Accelerator
 
 from edgedit_hf.export.pipeline import export_pipeline
-from edgedit_hf.files import weights_hash
+from edgedit_hf.files import atomic_write_json, changed_file, file_record, read_json, weights_hash
 from edgedit_hf.launch import load_pipeline, recipe_main
+from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState
 
@@ -33,7 +36,10 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     if state.finished:
         return
     outputs = [state.folder / f"{kind}-{dtype}" for kind, dtype in exports]
-    state.continue_at(sum((output / "verify.json").exists() for output in outputs))
+    progress = state.folder / "progress.json"  # the files of every finished export: one that was damaged since is made again
+    made = read_json(progress, "this stage") if progress.exists() else {}
+    intact = [output.name in made and changed_file(output, made[output.name]) is None for output in outputs]
+    state.continue_at((*intact, False).index(False))
     for index in state.steps():
         kind, dtype = exports[index]
         export_pipeline(
@@ -46,8 +52,11 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             bench_batches=(1, config.evaluate.latency_batch_size),
             overwrite=True,
         )
+        made[outputs[index].name] = file_record(outputs[index])
+        atomic_write_json(progress, made)
+    progress.unlink()
     state.finish()
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__)
+    recipe_main(run, __doc__, check=partial(preflight, stages=("export",)))

@@ -6,6 +6,8 @@ Writes <output_dir>/student-tuned, and (tune.teacher_more_steps) teacher-more-st
 The student learns the diffusion objective plus `tune.output_kd` times the distance to the teacher's output.
 """
 
+from functools import partial
+
 from accelerate import Accelerator
 from train_teacher import train_denoiser
 
@@ -14,6 +16,7 @@ from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.files import weights_hash
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.launch import check_fits_data, load_pipeline, load_teacher, load_training_set, recipe_main, with_transformer
+from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState
 
@@ -60,4 +63,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__)
+    recipe_main(run, __doc__, check=partial(preflight, stages=("tune",)))

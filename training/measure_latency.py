@@ -5,9 +5,12 @@
 Writes <output_dir>/latency/table.json. It is an input of the search, told apart by its hash: measured once, never in passing.
 """
 
+from functools import partial
+
 from accelerate import Accelerator
 
 from edgedit_hf.launch import load_teacher, recipe_main, search_space_of
+from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState
 from edgedit_hf.search.latency_table import LatencyTable
@@ -43,4 +46,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__)
+    recipe_main(run, __doc__, check=partial(preflight, stages=("latency",)))

@@ -11,7 +11,9 @@ Writes <output_dir>/quantized, a pipeline folder that DiffusionPipeline.from_pre
 layer, bytes, and the output's signal-to-noise ratio by timestep before and after step 4. Interrupted or killed, run it again: it continues.
 """
 
+import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import atomic_write_json, file_sha256, hash_json, read_json, weights_hash
 from edgedit_hf.launch import learning_rate_at, load_pipeline, recipe_main, set_learning_rate
 from edgedit_hf.optimisation import Optimisation
+from edgedit_hf.preflight import preflight
 from edgedit_hf.quantization.calibration import moment_batches, record, replay, second_moments, spread
 from edgedit_hf.quantization.gptq import quantize_compensated
 from edgedit_hf.quantization.layers import dequantize_model, quantizable_layers, quantized_weights, set_quantized_weight
@@ -74,6 +77,8 @@ def quantize_layers(config: RunConfig, accelerator: Accelerator) -> None:
     calls = [call for width in widths for call in record(pipeline, options.calibration_images, subnet=width, **sampling).calls]
     judged = [call for width in widths for call in spread(record(pipeline, options.sensitivity_images, subnet=width, **sampling).calls, options.timesteps)]
     references = [replay(model, call) for call in judged]
+    if not any(reference.any() for reference in references):
+        raise EdgeDiTError("The network predicts zeros alone, so there is no error to measure; train it before it is quantised.")
     batches = moment_batches(model, names) if options.compensate else [names]
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
     specs = {name: candidate_specs(layer.weight.shape, options.scheme, options.rows_per_palette, options.group_size) for name, layer in layers.items()}
@@ -225,7 +230,8 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
             packed.to("cpu").save_pretrained(folder)
             atomic_write_json(folder / RECORD, {**found, "bytes": weight_bytes(folder), "tuned_parameters": sum(p.numel() for p in parameters)})
         for width, error in found["error"]["tuned"].items():
-            before, after = found["error"]["untuned"][width]["sqnr_db"], error["sqnr_db"]
+            # No ratio (`None`): there is no error at all.
+            before, after = (math.inf if ratio is None else ratio for ratio in (found["error"]["untuned"][width]["sqnr_db"], error["sqnr_db"]))
             advice = "" if after >= before else f"; {start} is the better one: lower quantize.learning_rate or give more steps"
             print(f"{width}: {found['average_bits']:.2f} bits, output {before:.1f} dB → {after:.1f} dB above the quantisation error{advice}")
     accelerator.free_memory()
@@ -251,4 +257,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, dry_run=print_quantization_estimate)
+    recipe_main(run, __doc__, dry_run=print_quantization_estimate, check=partial(preflight, stages=("quantize",)))

@@ -15,18 +15,23 @@ CHUNK = 1000
 
 
 def load_reference(config: RunConfig, images: ImageDataset, device: torch.device, held_out: ImageDataset | None = None):
-    """(extractor, features of the real training images `[N, D]`); `device`: where Inception runs; `held_out`: default the run's own."""
+    """(extractor, features of the real training images `[N, D]`), see [`load_extractor`]."""
+    extractor = load_extractor(config, images, device, held_out)
+    return extractor, real_features(extractor, images)
+
+
+def load_extractor(config: RunConfig, images: ImageDataset, device: torch.device, held_out: ImageDataset | None = None):
+    """The run's extractor, trained now if it has none; `device`: where Inception runs; `held_out`: default the run's own."""
     folder = config.folder("evaluate", "extractor")
     if config.evaluate.extractor == "inception":
-        extractor = InceptionExtractor(device)
-    elif folder.exists():
-        extractor = FeatureExtractor.load(folder)
-    else:
-        pretext = "labels" if images.num_classes else "rotation"
-        held_out = held_out or load_run_images(config, "validation")
-        extractor = train_classifier(images, config.seed, config.evaluate.extractor_steps, pretext, validation=held_out)
-        extractor.save(folder)
-    return extractor, real_features(extractor, images)
+        return InceptionExtractor(device)
+    if folder.exists():
+        return FeatureExtractor.load(folder)
+    pretext = "labels" if images.num_classes else "rotation"
+    held_out = held_out or load_run_images(config, "validation")
+    extractor = train_classifier(images, config.seed, config.evaluate.extractor_steps, pretext, validation=held_out)
+    extractor.save(folder)
+    return extractor
 
 
 def real_features(extractor, images: ImageDataset) -> torch.Tensor:
@@ -45,6 +50,8 @@ def describe_reference(config: RunConfig, images: ImageDataset, extractor, real:
         config.folder("evaluate", "reference.json"),
         {
             "extractor": extractor.name,
+            "extractor_hash": extractor.hash,
+            "data": images.fingerprint,
             "extractor_accuracy": extractor.accuracy,
             "classifier": None if classifier is None else f"{classifier.name} on pixels",
             "classifier_accuracy": None if classifier is None else classifier.accuracy,

@@ -7,13 +7,16 @@ spends the same budget for comparison. All state is JSON, written after every ev
 Writes <output_dir>/search: state.json, random.json, front.json.
 """
 
+from functools import partial
+
 from accelerate import Accelerator
-from reference import load_reference
+from reference import load_extractor, real_features
 
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.files import atomic_write_json, file_sha256, read_json
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.launch import load_run_images, load_teacher, recipe_main
+from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState
 from edgedit_hf.search.ask_tell import AskTellSearch, RandomSearch, summary
@@ -31,7 +34,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     teacher_config = dict(pipeline.transformer.config)
     bank = ProxyBank(config.folder("bank"), pipeline.transformer)
     table = LatencyTable.from_json(config.folder("latency", "table.json"))
-    extractor, real = load_reference(config, load_run_images(config), accelerator.device)
+    images = load_run_images(config)
+    extractor = load_extractor(config, images, accelerator.device)
     state = RunState(
         config.folder("search"),
         "search",
@@ -52,7 +56,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         bank,
         pipeline,
         extractor,
-        real,
+        real_features(extractor, images),
         samples=options.samples,
         steps=options.sampling_steps,
         guidance_scale=options.guidance_scale,
@@ -124,4 +128,4 @@ def joined(space: SearchSpace, searches: list[AskTellSearch], seed: int) -> AskT
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__)
+    recipe_main(run, __doc__, check=partial(preflight, stages=("search",)))

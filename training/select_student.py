@@ -7,12 +7,14 @@ search.
 """
 
 import dataclasses
+from functools import partial
 
 from accelerate import Accelerator
 
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.files import file_sha256, read_json
 from edgedit_hf.launch import load_teacher, read_genotype, recipe_main
+from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState
 from edgedit_hf.search.selection import select, write_student
@@ -52,4 +54,4 @@ def build(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__)
+    recipe_main(run, __doc__, check=partial(preflight, stages=("student",)))

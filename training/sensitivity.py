@@ -12,6 +12,7 @@ Writes <output_dir>/sensitivity: table.json, table.csv, table.md, plot.png.
 import csv
 import io
 import statistics
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +27,7 @@ from edgedit_hf.distill.sensitivity import disjoint, relative_output_error, sing
 from edgedit_hf.files import atomic_write_json, atomic_write_text, weights_hash
 from edgedit_hf.genotype import LayerSpec
 from edgedit_hf.launch import check_fits_data, learning_rate_at, load_teacher, load_training_set, recipe_main, set_learning_rate
+from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState
 from edgedit_hf.search.plots import sensitivity_plot
@@ -186,4 +188,4 @@ def as_markdown(rows: list[dict], steps: int) -> str:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__)
+    recipe_main(run, __doc__, check=partial(preflight, stages=("sensitivity",)))

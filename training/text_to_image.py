@@ -7,6 +7,7 @@ Finished stages are skipped, interrupted ones continue.
 """
 
 import time
+from functools import partial
 
 import evaluate_elastic
 import train_elastic
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from edgedit_hf.elastic.estimate import print_elastic_estimate
 from edgedit_hf.elastic_report import write_elastic_report
 from edgedit_hf.launch import recipe_main
+from edgedit_hf.preflight import TEXT_TO_IMAGE, preflight
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import STAGE_LABEL
 
@@ -33,4 +35,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, {"--teacher": "knowledge.teacher"}, dry_run=print_elastic_estimate)
+    recipe_main(run, __doc__, {"--teacher": "knowledge.teacher"}, dry_run=print_elastic_estimate, check=partial(preflight, stages=TEXT_TO_IMAGE))

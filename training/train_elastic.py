@@ -14,6 +14,7 @@ Memory for W weights: 4 bytes each for weights, moving average, two moments, and
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.launch import learning_rate_at, load_captioned_set, recipe_main, set_learning_rate
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.optimisation import Optimisation
+from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import ElasticConfig, RunConfig
 from edgedit_hf.run_state import RunState
 
@@ -217,4 +219,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, {"--teacher": "knowledge.teacher"}, dry_run=print_elastic_estimate)
+    recipe_main(run, __doc__, {"--teacher": "knowledge.teacher"}, dry_run=print_elastic_estimate, check=partial(preflight, stages=("elastic",)))

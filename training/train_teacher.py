@@ -7,6 +7,7 @@ Interrupted or killed, run it again: it continues from the last checkpoint to th
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,7 @@ from edgedit_hf.distill.output_loss import output_loss
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.launch import learning_rate_at, load_training_set, new_pipeline, new_teacher, recipe_main, set_learning_rate
 from edgedit_hf.optimisation import Optimisation
+from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig, TeacherConfig, TuneConfig
 from edgedit_hf.run_state import RunState
 
@@ -137,4 +139,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__)
+    recipe_main(run, __doc__, check=partial(preflight, stages=("teacher",)))

@@ -8,6 +8,7 @@ Interrupted or killed, run it again: it continues from the last checkpoint to th
 """
 
 from collections.abc import Sequence
+from functools import partial
 from statistics import NormalDist
 
 import torch
@@ -22,6 +23,7 @@ from edgedit_hf.diffusion import draws
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.launch import learning_rate_at, load_run_captions, recipe_main, set_learning_rate
 from edgedit_hf.optimisation import Optimisation
+from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig, TextConfig
 from edgedit_hf.run_state import RunState
 
@@ -309,4 +311,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__)
+    recipe_main(run, __doc__, check=partial(preflight, stages=("text",)))

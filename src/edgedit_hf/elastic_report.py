@@ -12,7 +12,7 @@ from .captions import STYLES, is_held_out, parse_caption
 from .errors import EdgeDiTError
 from .files import atomic_write_json, atomic_write_text, read_json
 from .hub import metric_label
-from .report import FORMAT, Figure, optional_json, render_html, reproduce
+from .report import FORMAT, Figure, check_judged, optional_json, render_html, reproduce
 
 STAGES = {"text": "stage text (training/train_text_encoders.py)", "elastic": "stage elastic (training/train_elastic.py)"}
 JUDGED_BY = "stage evaluate (training/evaluate_elastic.py)"
@@ -37,6 +37,7 @@ def build_elastic_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     stages = {name: stage for name, stage in stages.items() if stage}
     try:
         models = [read_json(run_dir / "evaluate" / f"{name}.json", JUDGED_BY) for name in judged["config"]["subnets"]]
+        check_judged(run_dir, models, JUDGED_BY)
         report = {
             "format": FORMAT,
             "name": run_dir.resolve().name,

@@ -229,7 +229,7 @@ class FolderLock:
                 return found
         except FileNotFoundError:
             return None
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             pass
         raise EdgeDiTError(f"{self.path} is damaged, so nobody can tell who works in {self.path.parent}; if no process does, delete that file.")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EdgeDiTError
-from .files import atomic_write_text
+from .files import atomic_write_text, pipeline_weights_hash
 
 # What readers call the models of a run, by their name in report.json, in the order in which they are compared.
 MODEL_LABELS = {
@@ -167,7 +167,19 @@ def render_card(
 
 def write_card(folder: str | os.PathLike, report: Mapping[str, Any], **options: Any) -> Path:
     """Write [`render_card`]'s text as `folder/README.md` and return its path. Do it after `save_pretrained`, which may
-    overwrite a README, and before uploading the folder."""
+    overwrite a README, and before uploading the folder.
+
+    Raises:
+        EdgeDiTError: the folder holds other weights than the report's figures are of.
+    """
     path = Path(folder, "README.md")
+    wanted = options.get("model", "student-tuned")
+    judged = next((entry.get("weights") for entry in report["models"] if entry["name"] == wanted), None)
+    current = None if judged is None else pipeline_weights_hash(folder)
+    if current not in (None, judged):
+        raise EdgeDiTError(
+            f"The report's figures of {wanted!r} are those of other weights ({judged}) than {folder} holds ({current}); run stage evaluate again, "
+            "write the report anew, then the card."
+        )
     atomic_write_text(path, render_card(report, **options))
     return path

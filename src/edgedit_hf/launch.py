@@ -20,14 +20,14 @@ from .captions import CaptionedDataset, cache_captioned_latents, load_captioned,
 from .data import ImageDataset, LatentDataset, cache_latents, load_images, open_latents
 from .diffusion import make_scheduler
 from .errors import EdgeDiTError
-from .files import read_json, release_locks
+from .files import check_finite, read_json, release_locks
 from .genotype import Genotype
 from .models.checkpoints import load_original, locate
 from .models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from .pipelines.pipeline_edgedit import EdgeDiTPipeline
 from .pipelines.usable import check_usable
 from .recipes import RunConfig, load_config, unused
-from .run_state import Interrupted, close_progress
+from .run_state import Interrupted, close_progress, on_main
 from .search_space import SearchSpace
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
@@ -38,6 +38,7 @@ def recipe_main(
     doc: str | None,
     flags: Mapping[str, str] = MappingProxyType({}),
     dry_run: Callable[[RunConfig], None] | None = None,
+    check: Callable[..., list[str]] | None = None,
 ) -> None:
     """Command line of a recipe: `--config FILE [--override section.key=value …] [--dry-run]`.
 
@@ -46,6 +47,7 @@ def recipe_main(
     Args:
         flags: further options of the recipe and the keys that they set, e.g. `{"--memory-budget-gb": "bank.memory_budget_gb"}`.
         dry_run: prints what the run will cost; default [`estimate.print_estimate`], of the stages of EdgeDiT.
+        check: [`preflight.preflight`] of the recipe's stages: raises what would stop them later, returns what it could not check.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="recipe, e.g. training/recipes/digits.yaml")
@@ -66,9 +68,15 @@ def recipe_main(
         if arguments.dry_run:
             from .estimate import print_estimate
 
+            notes = [] if check is None else check(config, dry_run=True)
             (dry_run or print_estimate)(config)
+            for note in notes:
+                print(note)
             return
-        run(config, make_accelerator(config))
+        accelerator = make_accelerator(config)
+        if check is not None:
+            on_main(lambda: check(config, processes=accelerator.num_processes), accelerator)
+        run(config, accelerator)
     except EdgeDiTError as error:
         close_progress()
         print(f"error: {error}", file=sys.stderr)
@@ -392,7 +400,19 @@ def read_genotype(name: str, key: str) -> Genotype:
 
 def load_teacher(config: RunConfig) -> EdgeDiTPipeline:
     """The teacher of the run."""
-    return load_pipeline(teacher_path(config), "stage teacher (training/train_teacher.py)")
+    pipeline = load_pipeline(teacher_path(config), "stage teacher (training/train_teacher.py)")
+    check_weights(pipeline.transformer, f"The teacher {teacher_path(config)}")
+    return pipeline
+
+
+def check_weights(model: torch.nn.Module, what: str) -> None:
+    """Raise unless all weights are finite and no layer is all zeros: nothing can be learned from such a network, and what fails is far from the cause."""
+    check_finite(model.state_dict(), what, "train or convert it anew.")
+    for name, layers in model.named_children():
+        for index, layer in enumerate(layers if isinstance(layers, torch.nn.ModuleList) else ()):
+            parameters = list(layer.parameters())
+            if parameters and not any(parameter.any() for parameter in parameters):
+                raise EdgeDiTError(f"{what}: every weight of its layer {name}.{index} is 0, it is no trained network; train or convert it anew.")
 
 
 def check_fits_data(model_config: Any, dataset: ImageDataset | LatentDataset) -> None:

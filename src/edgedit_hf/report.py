@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EdgeDiTError
-from .files import atomic_write_json, atomic_write_text, read_json
+from .files import atomic_write_json, atomic_write_text, file_sha256, pipeline_weights_hash, read_json
 from .genotype import Genotype
 from .hub import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
 from .recipes import RunConfig
@@ -26,7 +26,9 @@ STAGES = {
     "bank": "stage bank (training/distill_proxies.py)",
     "search": "stage search (training/search_architecture.py)",
     "student": "stage student (training/select_student.py)",
+    "evaluate": "stage evaluate (training/evaluate_models.py)",
 }
+READ = {"search": {"bank": "bank/index.json", "latency": "latency/table.json"}, "student": {"front": "search/front.json"}}  # files by input
 STAGE_ORDER = "teacher bank latency search student student-tuned student-random-proxies teacher-more-steps exported evaluate".split()
 SAMPLE_PANELS = ("teacher", "student", "student-tuned", "onnx-int8")
 
@@ -60,7 +62,13 @@ def _build(run_dir: Path) -> dict[str, Any]:
     choice = read_json(run_dir / "student" / "choice.json", STAGES["student"])
     settings = (optional_json(run_dir / "search" / "merge.json") or state)["settings"]  # merge.json: first of two stages
     stages = {name: stage for name in STAGE_ORDER if (stage := optional_json(run_dir / name / "stage.json"))}
+    for stage, files in READ.items():
+        for name, file in files.items():
+            was, path = stages.get(stage, {}).get("inputs", {}).get(name), run_dir / file
+            if was is not None and path.is_file() and file_sha256(path) != was:
+                raise EdgeDiTError(f"{run_dir / stage} was made from another {path} than is there now: delete {run_dir / stage} and run {STAGES[stage]} again.")
     models = _models(run_dir)
+    check_judged(run_dir, models, STAGES["evaluate"])
     report = {
         "format": FORMAT,
         "name": run_dir.resolve().name,
@@ -99,6 +107,25 @@ def _build(run_dir: Path) -> dict[str, Any]:
     if report["ratios"] and latency.get("speedup"):
         report["ratios"]["speedup"] = latency["speedup"]  # paired by rounds, which a ratio of medians is not
     return report
+
+
+def check_judged(run_dir: Path, models: Sequence[Mapping[str, Any]], made_by: str) -> None:
+    """Raise unless the weights that models were judged with (`weights`) are those that their `folder` holds now.
+
+    Runs that recorded no hashes, and models whose folder is not there any more, are taken as they are.
+    """
+    current: dict[Path, str | None] = {}
+    for model in models:
+        if model.get("weights") is None or model.get("folder") is None:
+            continue
+        folder = run_dir / model["folder"]
+        if folder not in current:
+            current[folder] = pipeline_weights_hash(folder)
+        if current[folder] not in (None, model["weights"]):
+            raise EdgeDiTError(
+                f"The figures of {model['name']!r} are those of other weights ({model['weights']}) than {folder} holds now ({current[folder]}): "
+                f"delete {run_dir / 'evaluate'} and run {made_by} again."
+            )
 
 
 def optional_json(path: Path) -> Any:

@@ -104,7 +104,13 @@ def load_state(folder: str | os.PathLike, name: str = "state") -> Any:
             return tuple(decode(v) for v in content)
         return content
 
-    return decode(read_json(Path(folder, f"{name}.json"), "the checkpoint writer"))
+    plain = read_json(Path(folder, f"{name}.json"), "the checkpoint writer", nan=True)
+    try:
+        return decode(plain)
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        raise EdgeDiTError(
+            f"The checkpoint {folder} cannot be read ({error!r}); delete that folder to continue from the one before it, or start anew."
+        ) from error
 
 
 # -------------------------------------------------------------------- one stage
@@ -226,6 +232,25 @@ def _with(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[st
 FORMAT = 2  # of run.json; 1, without the key, did not record all inputs
 
 
+def on_main(work: Callable[[], Any], accelerator: Accelerator | None) -> None:
+    """Do it on the main process while the others wait; an [`EdgeDiTError`] there is raised on all."""
+    world_size = 1 if accelerator is None else accelerator.num_processes
+    said: list[str | None] = [None]
+    if accelerator is None or accelerator.is_main_process:
+        try:
+            work()
+        except EdgeDiTError as error:
+            if world_size == 1:
+                raise
+            said = [str(error)]
+    if world_size > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(said)
+    if said[0] is not None:
+        raise EdgeDiTError(said[0])
+
+
 class RunState:
     """Progress, telemetry, checkpoints and resume of one stage.
 
@@ -289,24 +314,7 @@ class RunState:
         self._lock = FolderLock(self.folder)
         self._record: dict[str, Any] = {}
         self._changed: dict[str, Any] = {}
-        self._together(self._open)
-
-    def _together(self, work: Callable[[], None]) -> None:
-        """Do it on the main process; an [`EdgeDiTError`] there is raised on all."""
-        said: list[str | None] = [None]
-        if self.is_main:
-            try:
-                work()
-            except EdgeDiTError as error:
-                if self.world_size == 1:
-                    raise
-                said = [str(error)]
-        if self.world_size > 1:
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list(said)
-        if said[0] is not None:
-            raise EdgeDiTError(said[0])
+        on_main(self._open, accelerator)
 
     def _open(self) -> None:
         """Take the folder: clear up after killed processes, lock it, and compare what was asked with what it was made with."""

@@ -44,7 +44,7 @@ def saved_bytes(model: ElasticDiTTransformer2DModel, shape: Sequence[int], text_
     return total
 
 
-def _shapes(config: RunConfig, assumed: list[str]) -> tuple[list[tuple[int, int, int]], int]:
+def data_shapes(config: RunConfig, assumed: list[str]) -> tuple[list[tuple[int, int, int]], int]:
     """`(C, H, W)` of what the net sees, a bucket each, and the number of images; nothing is downloaded."""
     data = config.data
     of_hub = data.source.count("/") == 1 and not data.source.startswith((".", "/", "~")) and not Path(data.source).exists()
@@ -86,7 +86,7 @@ def elastic_estimate(config: RunConfig, machine: Machine | None = None) -> tuple
     On several GPUs every one holds all weights (data parallel); FSDP divides what is held for the weights by their number.
     """
     options, assumed = config.elastic, []
-    shapes, _ = _shapes(config, assumed)
+    shapes, _ = data_shapes(config, assumed)
     shape = max(shapes, key=lambda shape: shape[1] * shape[2])
     given = (config.text.encoder, config.text.encoder_2)
     dims = [config.text.hidden_size if path is None else 0 for path in given]  # 0: as the model's own

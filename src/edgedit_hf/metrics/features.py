@@ -108,11 +108,11 @@ class FeatureExtractor:
             model.load_state_dict(load_file(folder / "model.safetensors"))
             extractor = cls(model, about["name"], about["accuracy"], about["shape"])
         except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise EdgeDiTError(f"The feature extractor {str(folder)!r} is damaged ({error}); train it anew.") from error
+            raise EdgeDiTError(f"The feature extractor {str(folder)!r} is damaged ({error}); delete it, the next run trains it anew.") from error
         if extractor.hash != about["hash"]:
             raise EdgeDiTError(
                 f"The feature extractor {str(folder)!r} has weights {extractor.hash}, but its description says "
-                f"{about['hash']}; train it anew."
+                f"{about['hash']}; delete it, the next run trains it anew."
             )
         return extractor
 
@@ -146,6 +146,21 @@ def _train_and_held_out(
     return dataset.subset(kept), dataset.subset(held_out)
 
 
+def check_classifiable(dataset: ImageDataset, pretext: str) -> None:
+    """Raise unless [`train_classifier`] can be trained on the images."""
+    _, height, width = dataset.shape
+    if min(height, width) < MIN_SIDE:
+        raise EdgeDiTError(
+            f"The images are {height}x{width}; the classifier needs at least {MIN_SIDE}x{MIN_SIDE} pixels."
+        )
+    if pretext not in ("labels", "rotation"):
+        raise EdgeDiTError(f"pretext is {pretext!r}; it must be 'labels' or 'rotation'.")
+    if pretext == "labels" and dataset.num_classes < 2:
+        raise EdgeDiTError(f"The images have {dataset.num_classes} classes; use pretext='rotation' without labels.")
+    if pretext == "rotation" and height != width:
+        raise EdgeDiTError(f"pretext='rotation' needs square images, these are {height}x{width}; set resolution.")
+
+
 def train_classifier(
     dataset: ImageDataset,
     seed: int = 0,
@@ -166,17 +181,8 @@ def train_classifier(
         batch_size: images a step ("rotation" shows each in four orientations).
         learning_rate: peak.
     """
+    check_classifiable(dataset, pretext)
     channels, height, width = dataset.shape
-    if min(height, width) < MIN_SIDE:
-        raise EdgeDiTError(
-            f"The images are {height}x{width}; the classifier needs at least {MIN_SIDE}x{MIN_SIDE} pixels."
-        )
-    if pretext not in ("labels", "rotation"):
-        raise EdgeDiTError(f"pretext is {pretext!r}; it must be 'labels' or 'rotation'.")
-    if pretext == "labels" and dataset.num_classes < 2:
-        raise EdgeDiTError(f"The images have {dataset.num_classes} classes; use pretext='rotation' without labels.")
-    if pretext == "rotation" and height != width:
-        raise EdgeDiTError(f"pretext='rotation' needs square images, these are {height}x{width}; set resolution.")
     train, held_out = _train_and_held_out(dataset, validation, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -210,7 +210,7 @@ class OutputError:
 
 
 def _decibels(signal: float, error: float) -> float:
-    return math.inf if error == 0 else 10 * math.log10(signal / error)
+    return math.inf if error == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / error)
 
 
 def output_error(model: nn.Module, calls: Sequence[ModelCall], references: Sequence[torch.Tensor]) -> OutputError:

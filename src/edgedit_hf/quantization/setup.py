@@ -12,7 +12,7 @@ from torch import nn
 
 from ..captions import TextTable, text_table
 from ..errors import EdgeDiTError
-from ..launch import load_pipeline, load_run_captions
+from ..launch import check_weights, load_pipeline, load_run_captions
 from ..recipes import RunConfig
 from .calibration import CHECK_STREAM, output_error, record, replay
 from .layers import quantizable_layers, quantized_weights
@@ -35,6 +35,7 @@ def load_source(config: RunConfig) -> Any:
     packed = quantized_weights(pipeline.transformer)
     if packed:
         raise EdgeDiTError(f"{path} is quantised already ({len(packed)} layers); give the pipeline that it was made from.")
+    check_weights(pipeline.transformer, f"The pipeline {path}")
     if options.subnet is not None:
         try:
             pipeline.register_modules(transformer=pipeline.transformer.extract_subnet(options.subnet).eval())

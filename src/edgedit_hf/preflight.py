@@ -1,0 +1,315 @@
+"""Before the first stage: everything that can be checked without running it. What would stop a later stage stops the run now.
+
+`--dry-run` checks the same; what is not on this machine yet (a data set or model of the Hub, a teacher to be converted) it cannot check, and
+says so. Stages that are finished are not looked at.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .data import check_images
+from .diffusion import make_scheduler
+from .distill.proxy_group import new_optimizer
+from .distill.schedule import wanted_proxies
+from .elastic.estimate import data_shapes
+from .elastic.setup import new_elastic
+from .errors import EdgeDiTError
+from .estimate import Machine, estimate, workload
+from .files import atomic_write_json, hash_json, read_json
+from .launch import TEXT_TO_IMAGE_VAES, VAES, load_run_captions, load_run_images, read_genotype, search_space_of, teacher_path
+from .metrics.features import InceptionExtractor, check_classifiable
+from .recipes import OptimisationConfig, RunConfig
+from .search_space import SearchSpace
+
+COMPRESS = ("teacher", "bank", "latency", "search", "student", "tune", "export", "evaluate")
+TEXT_TO_IMAGE = ("text", "elastic", "evaluate-elastic")
+FOLDERS = {"tune": "student-tuned", "export": "exported", "evaluate-elastic": "evaluate", "quantize": "quantized"}
+"""Folders of the stages that are not called like their folder."""
+
+DECODED_IN_A_DRY_RUN = 20_000  # images at most; a real run decodes all of them
+
+
+def preflight(config: RunConfig, stages: Sequence[str], processes: int = 1, dry_run: bool = False) -> list[str]:
+    """Check what these stages of a run need, as far as they are not finished.
+
+    Args:
+        stages: of `COMPRESS` or `TEXT_TO_IMAGE`, or "quantize" or "sensitivity".
+        processes: that will share a batch.
+        dry_run: nothing may be written or fetched. What this machine lacks is noted, and large sets of images are not decoded.
+
+    Returns:
+        what could not be checked or is not here, in words.
+
+    Raises:
+        EdgeDiTError: the first thing that cannot work.
+    """
+    if config.student.genotype is not None:
+        stages = [stage for stage in stages if stage not in ("latency", "search")]
+    for stage in stages:
+        check_writable(config.folder(FOLDERS.get(stage, stage)))
+    left = [stage for stage in stages if not config.folder(FOLDERS.get(stage, stage), "stage.json").exists()]
+    notes: list[str] = []
+    check_batches(config, left, processes)
+    check_sampling(config, left)
+    check = partial(_noted, notes) if dry_run else _raised
+    check(check_tools, config, left)
+    if "teacher" in left:
+        _check_compression(config, left, processes, notes, dry_run)
+        check(check_space, config.output_dir, _bytes_to_write(config, left, processes), "The run")
+    if {"text", "elastic"} & set(left):
+        _check_text_to_image(config, left, notes, dry_run)
+    _check_pictures(config, left, dry_run, notes)
+    return notes
+
+
+def _raised(check: Callable[..., None], *arguments: Any) -> None:
+    check(*arguments)
+
+
+def _noted(notes: list[str], check: Callable[..., None], *arguments: Any) -> None:
+    try:
+        check(*arguments)
+    except EdgeDiTError as error:
+        notes.append(f"Not ready here: {error}")
+
+
+# -------------------------------------------------------------------- places
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise unless a folder is there, or could be made, that this process may write to. Nothing is written."""
+    path = Path(path)
+    if "\0" in str(path):
+        raise EdgeDiTError(f"The path {str(path)!r} holds a NUL byte; choose another output_dir.")
+    try:
+        longest = os.pathconf("/", "PC_NAME_MAX")
+        if any(len(os.fsencode(part)) > longest for part in path.parts):
+            raise EdgeDiTError(f"Cannot write {str(path)[:60]}…: a name in it is longer than {longest} bytes; choose another output_dir.")
+        place = path
+        while not os.path.lexists(place) and place != place.parent:
+            place = place.parent
+        if not place.is_dir():
+            raise EdgeDiTError(f"Cannot write {path}: {place} is not a folder; choose a folder you may write to.")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise EdgeDiTError(f"Cannot write {path}: {place} may not be written to; choose a folder you may write to.")
+    except OSError as error:
+        raise EdgeDiTError(f"Cannot write {path} ({error.strerror}); choose a folder you may write to.") from None
+
+
+def check_space(path: str | os.PathLike, needed: float, what: str) -> None:
+    """Raise if the disk of a folder has fewer free bytes than are needed."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        sizes = f"{needed / 1e9:.2f} GB below {path}, but its disk has {free / 1e9:.2f} GB left"
+        raise EdgeDiTError(f"{what} will write {sizes}; free some or choose another output_dir.")
+
+
+# -------------------------------------------------------------------- settings
+
+
+def check_batches(config: RunConfig, stages: Sequence[str], processes: int) -> None:
+    """Raise unless every batch can be divided between the processes and the micro-batches."""
+    for stage in stages:
+        options = getattr(config, stage, None)
+        if stage == "teacher" and config.teacher.path is not None:
+            continue
+        if isinstance(options, OptimisationConfig) and options.batch_size % (processes * options.gradient_accumulation):
+            share = processes * options.gradient_accumulation
+            raise EdgeDiTError(f"{stage}.batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change one.")
+        if stage == "text" and options.batch_size % processes:
+            raise EdgeDiTError(f"text.batch_size {options.batch_size} is not a multiple of {processes} processes; change one.")
+
+
+def check_sampling(config: RunConfig, stages: Sequence[str]) -> None:
+    """Raise unless the schedules have as many timesteps as are asked for."""
+    asked = {"search": ("search",), "evaluate": ("evaluate",), "export": ("evaluate",), "evaluate-elastic": ("evaluate",), "elastic": ("evaluate",)}
+    for stage, sections in asked.items():
+        for section in sections if stage in stages else ():
+            scheduler = make_scheduler("flow_prediction") if "elastic" in stage else _scheduler(config)
+            check_steps(f"{section}.sampling_steps", getattr(config, section).sampling_steps, scheduler)
+
+
+def check_steps(key: str, steps: int, scheduler: Any) -> None:
+    """Raise unless a scheduler can take this number of steps."""
+    most = scheduler.config.get("num_train_timesteps")
+    if most is not None and steps > most:
+        raise EdgeDiTError(f"{key} is {steps}, but the schedule of {type(scheduler).__name__} has {most} timesteps; take at most that many.")
+
+
+def _scheduler(config: RunConfig) -> Any:
+    """The scheduler that the run samples with: of a teacher that is brought along, or the recipe's."""
+    import diffusers
+
+    folder = Path(teacher_path(config), "scheduler")
+    if (folder / "scheduler_config.json").is_file():
+        values = read_json(folder / "scheduler_config.json", "save_pretrained")
+        kind = getattr(diffusers, str(values.get("_class_name")), None)
+        if isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin):
+            return kind.from_config(values)
+    return make_scheduler(config.teacher.prediction_type)
+
+
+def check_tools(config: RunConfig, stages: Sequence[str]) -> None:
+    """Raise unless the libraries and files are here that the stages need beside the usual ones."""
+    executorch = [f"export.executorch {config.export.executorch}"] if config.export.executorch and {"export", "evaluate"} & set(stages) else []
+    executorch += ["latency.runtime executorch"] if config.latency.runtime == "executorch" and "latency" in stages else []
+    if executorch and importlib.util.find_spec("executorch") is None:
+        raise EdgeDiTError(f"{executorch[0]} needs ExecuTorch, which is not installed: pip install 'edgedit_hf[executorch]'.")
+    if "bank" in stages:
+        new_optimizer(config.bank.optimizer, [torch.nn.Parameter(torch.zeros(1))], 1e-3)
+    if config.evaluate.extractor == "inception" and {"search", "evaluate", "evaluate-elastic"} & set(stages):
+        InceptionExtractor()
+
+
+# -------------------------------------------------------------------- models
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raise if a safetensors file of a pipeline folder is cut short or is none: only headers are read."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise EdgeDiTError(f"{path} cannot be read ({error}); it is damaged or no safetensors file, get it again.") from None
+
+
+def _check_given(key: str, path: str | None, kinds: Sequence[str], notes: list[str], dry_run: bool) -> None:
+    """A pipeline or model that the recipe names: of one of these classes, with whole files. What is not here yet is noted."""
+    if path is None or path == "none":
+        return
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+            if not dry_run:
+                raise EdgeDiTError(f"{key} is {path}, but there is no such folder; give a folder or a Hub id (organisation/name).")
+            notes.append(f"Not checked: {key} {path}, which is not here.")
+        elif not _cached(path):
+            notes.append(f"Not checked: {key} {path}, which is not on this machine yet.")
+        return
+    if kinds:
+        about = next((folder / name for name in ("model_index.json", "config.json") if (folder / name).is_file()), None)
+        if about is None:
+            raise EdgeDiTError(f"{key} is {path}, without model_index.json and config.json; give a folder that save_pretrained wrote, or convert it.")
+        name = read_json(about, "save_pretrained").get("_class_name")
+        if name not in kinds:
+            raise EdgeDiTError(f"{key} is {path}, which holds a {name}; it must be one of {', '.join(kinds)}.")
+    check_weight_files(folder)
+
+
+def _cached(path: str) -> bool:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        return any(repo.repo_id == path for repo in scan_cache_dir().repos)
+    except (CacheNotFound, OSError):
+        return False
+
+
+# -------------------------------------------------------------------- the two kinds of run
+
+
+def _check_compression(config: RunConfig, stages: Sequence[str], processes: int, notes: list[str], dry_run: bool) -> None:
+    _check_given("teacher.path", config.teacher.path, ("EdgeDiTPipeline",), notes, dry_run)
+    _check_given("data.vae", config.data.vae, VAES, notes, dry_run)
+    work = workload(config)
+    space = search_space_of(config, work.model)
+    only = None if config.bank.only is None else [read_genotype(name, "bank.only") for name in config.bank.only]
+    wanted = wanted_proxies(space, only)
+    if config.student.genotype is not None:
+        _check_genotype(config, space, wanted)
+    if "evaluate" in stages:
+        _check_card(config)
+
+
+def _bytes_to_write(config: RunConfig, stages: Sequence[str], processes: int) -> float:
+    """Bytes of the results; the machine does not matter for them. Raises if proxies do not fit a memory budget."""
+    return sum(row.disk for row in estimate(config, Machine("here", processes, *4 * [1.0])) if row.stage in stages)
+
+
+def _check_genotype(config: RunConfig, space: SearchSpace, wanted: Sequence[Any]) -> None:
+    genotype = read_genotype(config.student.genotype, "student.genotype")
+    space.code(genotype)  # raises unless it is of this teacher and these reduced sizes
+    needed = {(layer.source, space.option_of(layer)) for layer in wanted_proxies(space, [genotype])}
+    if missing := needed - {(layer.source, space.option_of(layer)) for layer in wanted}:
+        name = config.student.genotype
+        raise EdgeDiTError(f"student.genotype {name} needs {len(missing)} proxies that bank.only {config.bank.only} does not make; add it there.")
+
+
+def _check_card(config: RunConfig) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(config.card.repo_id)
+    except HFValidationError as error:
+        raise EdgeDiTError(f"card.repo_id is {config.card.repo_id!r}: {' '.join(str(error).split())}") from None
+    if not config.card.license.strip() or "\n" in config.card.license:
+        raise EdgeDiTError(f"card.license is {config.card.license!r}; give an identifier of the Hub, such as apache-2.0 or other.")
+
+
+def _check_text_to_image(config: RunConfig, stages: Sequence[str], notes: list[str], dry_run: bool) -> None:
+    _check_given("data.vae", config.data.vae, TEXT_TO_IMAGE_VAES, notes, dry_run)
+    for key in ("encoder", "encoder_2"):
+        _check_given(f"text.{key}", getattr(config.text, key), (), notes, dry_run)
+    _check_given("knowledge.teacher", config.knowledge.teacher, (), notes, dry_run)
+    if config.text.encoder == config.text.encoder_2 == "none":
+        raise EdgeDiTError("text.encoder and text.encoder_2 are both 'none'; captions need one, set the other to null or to an encoder.")
+    if {"elastic", "evaluate-elastic"} & set(stages):
+        dims = [config.text.hidden_size if path is None else 0 for path in (config.text.encoder, config.text.encoder_2)]
+        shapes, _ = data_shapes(config, [])
+        with FakeTensorMode():
+            new_elastic(config, shapes, dims)
+
+
+# -------------------------------------------------------------------- images
+
+
+def _check_pictures(config: RunConfig, stages: Sequence[str], dry_run: bool, notes: list[str]) -> None:
+    """Open the images of every split that a stage reads, and decode each once; `images-checked.json` notes that they were."""
+    captioned = bool(set(stages) & set(TEXT_TO_IMAGE))
+    splits = ["train"] if set(stages) & {"teacher", "bank", "tune", "sensitivity", "text", "elastic"} else []
+    judged = {"search", "evaluate", "evaluate-elastic"} & set(stages)
+    if judged or "elastic" in stages and config.elastic.validation_samples or "text" in stages and config.data.validation_fraction:
+        splits = ["train", "validation"]
+    if captioned and judged and config.data.source == "digits":
+        splits.append("held_out")
+    source = config.data.source
+    if dry_run and source != "digits" and not Path(source).expanduser().exists():
+        notes.append(f"Not checked: the images of {source}, which is not here.")
+        return
+    marker = config.folder("images-checked.json")
+    known = read_json(marker, "a run's start") if marker.is_file() else {}
+    known = known if isinstance(known, dict) else {}
+    for split in splits:
+        dataset = (load_run_captions if captioned else load_run_images)(config, split)
+        if judged and split == "train" and config.evaluate.extractor == "classifier":
+            images = load_run_images(config) if captioned and dataset.label_names else dataset.parts[0] if captioned else dataset
+            check_classifiable(images, "labels" if images.num_classes else "rotation")
+        if dry_run and len(dataset) > DECODED_IN_A_DRY_RUN:
+            notes.append(f"Not checked: the {len(dataset):,} images of split {split}, which a run decodes before its first stage.")
+            continue
+        labels = None if dataset.labels is None else dataset.labels.tolist()
+        key = hash_json([config.section("data"), config.seed, len(dataset), labels])
+        if known.get(split) == key:
+            continue
+        check_images(dataset)
+        known[split] = key
+        if not dry_run:
+            atomic_write_json(marker, known)

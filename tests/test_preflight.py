@@ -1,0 +1,156 @@
+"""What would stop a run after hours stops it, and its `--dry-run`, before the first stage; what is not here is only noted."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgedit_hf import EdgeDiTPipeline
+from edgedit_hf.diffusion import make_scheduler
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.preflight import COMPRESS, TEXT_TO_IMAGE, check_space, check_writable, preflight
+from edgedit_hf.recipes import load_config
+
+RECIPES = Path(__file__).parents[1] / "training" / "recipes"
+
+
+def config(output: Path, *overrides: str, recipe: str = "debug.yaml"):
+    return load_config(RECIPES / recipe, [f"output_dir={output}", *overrides])
+
+
+def images(folder: Path, size: int = 8) -> Path:
+    """Two classes of ten images each, so many that some are held out."""
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        (folder / label).mkdir(parents=True)
+        for i in range(10):
+            Image.fromarray(rng.integers(0, 255, (size, size), dtype=np.uint8)).save(folder / label / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_recipes_that_work_pass_and_a_dry_run_writes_nothing(tmp_path, dry_run):
+    assert preflight(config(tmp_path / "run"), COMPRESS, dry_run=dry_run) == []
+    assert preflight(config(tmp_path / "t2i", recipe="debug-t2i.yaml"), TEXT_TO_IMAGE, dry_run=dry_run) == []
+    assert (tmp_path / "run").exists() is not dry_run
+
+
+def test_what_is_not_here_is_noted(tmp_path):
+    notes = preflight(config(tmp_path, recipe="imagenet256-edgedit1.yaml"), COMPRESS, dry_run=True)
+    said = " ".join(notes)
+    for words in ("teacher.path ./runs/dit-xl-2-256, which is not here", "data.vae stabilityai", "images of ILSVRC/imagenet-1k", "Inception weights"):
+        assert words in said
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(EdgeDiTError, match="Inception weights .* do not exist"):
+        preflight(config(tmp_path, recipe="imagenet256-edgedit1.yaml"), COMPRESS)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["teacher.batch_size=30", "teacher.gradient_accumulation=4"], "teacher.batch_size 30 is not a multiple of processes × gradient_accumulation = 8"),
+        (["tune.batch_size=31"], "tune.batch_size 31"),
+        (["student.genotype=EdgeDiT-1"], "teacher"),
+        (["student.genotype=no.json"], "student.genotype names 'no.json'"),
+        (["bank.only=[nobody]"], "bank.only names 'nobody'"),
+        (["teacher.patch_size=3"], "teacher.patch_size 3"),
+        (["card.repo_id=no spaces/allowed"], "card.repo_id is 'no spaces/allowed'"),
+        (["card.license=''"], "card.license is ''"),
+        (["data.source=/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_settings_that_a_later_stage_would_refuse(tmp_path, overrides, said, dry_run):
+    with pytest.raises(EdgeDiTError, match=said):
+        preflight(config(tmp_path / "run", *overrides), COMPRESS, processes=2, dry_run=dry_run)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["elastic.batch_size=31"], "elastic.batch_size 31"),
+        (["text.batch_size=31"], "text.batch_size 31"),
+        (["text.encoder=none", "text.encoder_2=none"], "both 'none'"),
+        (["elastic.model=nobody"], "elastic.model is 'nobody'"),
+        (["elastic.subnets=[odd=0.3]"], "cannot be made"),
+        (["knowledge.teacher=./nowhere"], "knowledge.teacher is ./nowhere, but there is no such folder"),
+        (["text.encoder=./nowhere"], "text.encoder is ./nowhere"),
+        (["data.vae=./nowhere"], "data.vae is ./nowhere"),
+    ],
+)
+def test_settings_that_a_later_stage_of_text_to_image_would_refuse(tmp_path, overrides, said):
+    with pytest.raises(EdgeDiTError, match=said):
+        preflight(config(tmp_path / "run", *overrides, recipe="debug-t2i.yaml"), TEXT_TO_IMAGE, processes=2)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_damaged_held_out_image_is_found_before_the_first_stage_and_by_no_stage_that_does_not_use_it(tmp_path, monkeypatch, dry_run):
+    monkeypatch.setattr("edgedit_hf.data.IN_MEMORY_BYTES", 0)  # as of a set that is not decoded at once
+    source = f"data.source={images(tmp_path / 'images')}"
+    from edgedit_hf.launch import load_run_images
+
+    run = config(tmp_path / "run", source, "teacher.conditional=false")
+    first = load_run_images(run, "validation").batch([0])["images"][0, 0].numpy()
+    held_out = [path for path in (tmp_path / "images").rglob("*.png") if np.allclose(np.asarray(Image.open(path)) / 127.5 - 1, first, atol=1e-3)]
+    assert len(held_out) == 1
+    held_out[0].write_bytes(held_out[0].read_bytes()[:60])
+    with pytest.raises(EdgeDiTError, match=str(held_out[0])):
+        preflight(run, COMPRESS, dry_run=dry_run)
+    assert preflight(run, ("teacher",), dry_run=dry_run) == []
+    held_out[0].unlink()
+    assert preflight(run, COMPRESS, dry_run=dry_run) == []
+
+
+def test_images_are_decoded_once_a_run(tmp_path, monkeypatch):
+    run = config(tmp_path / "run", f"data.source={images(tmp_path / 'images')}")
+    preflight(run, COMPRESS)
+    assert set(json.loads((tmp_path / "run" / "images-checked.json").read_text())) == {"train", "validation"}
+    monkeypatch.setattr("edgedit_hf.preflight.check_images", lambda dataset: pytest.fail("decoded again"))
+    preflight(run, COMPRESS)
+
+
+def test_images_that_the_extractor_cannot_take(tmp_path):
+    source = images(tmp_path / "images", size=4)
+    with pytest.raises(EdgeDiTError, match="4x4; the classifier needs at least 8x8"):
+        preflight(config(tmp_path / "run", f"data.source={source}"), COMPRESS)
+    preflight(config(tmp_path / "run", f"data.source={source}"), ("teacher",))
+
+
+def test_a_given_teacher_with_a_short_schedule_or_a_file_cut_short(tmp_path, make_transformer):
+    scheduler = make_scheduler("epsilon").from_config(make_scheduler("epsilon").config, num_train_timesteps=50)
+    EdgeDiTPipeline(make_transformer(sample_size=8, in_channels=1), scheduler).save_pretrained(tmp_path / "teacher")
+    run = config(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}")
+    assert preflight(run, COMPRESS) == []
+    with pytest.raises(EdgeDiTError, match="evaluate.sampling_steps is 51, but the schedule of DDIMScheduler has 50 timesteps"):
+        preflight(config(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}", "evaluate.sampling_steps=51"), COMPRESS)
+    path = next((tmp_path / "teacher" / "transformer").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(EdgeDiTError, match=f"{path} cannot be read"):
+        preflight(run, COMPRESS, dry_run=True)
+
+
+def test_finished_stages_are_not_looked_at(tmp_path):
+    for folder in ("teacher", "bank", "latency", "search", "student", "student-tuned", "exported", "evaluate"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "stage.json").write_text("{}")
+    assert preflight(config(tmp_path, "data.source=/gone", "tune.batch_size=31"), COMPRESS, processes=2) == []
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, said in (
+        (tmp_path / "file" / "run", "is not a folder"),
+        (tmp_path / ("x" * 300), "longer than 255 bytes"),
+        (Path("a\0b"), "NUL byte"),
+
+    ):
+        with pytest.raises(EdgeDiTError, match=said):
+            check_writable(path)
+    check_writable(tmp_path / "new" / "deep")
+    assert sorted(os.listdir(tmp_path)) == ["file"]
+    with pytest.raises(EdgeDiTError, match=r"The run will write 1000000000.00 GB below .*, but its disk has .* GB left"):
+        check_space(tmp_path / "new", 1e18, "The run")
