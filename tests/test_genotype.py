@@ -113,3 +113,9 @@ def test_every_teacher_layer_is_replaced_once_and_in_order(sources):
 def test_text_that_is_no_genotype_is_refused(text, said):
     with pytest.raises(EdgeDiTError, match=said):
         Genotype.from_json(text)
+
+
+def test_a_layer_without_a_neuron_is_refused():
+    with pytest.raises(EdgeDiTError, match="Layer 0: mlp_ratio 0.01 of hidden_size 32 leaves no neuron"):
+        Genotype.from_layers([{**LAYER, "mlp_ratio": 0.01}], 32)
+    assert Genotype.from_layers([{**LAYER, "mlp_ratio": 0.04}], 32).layers[0].mlp_ratio == 0.04

@@ -170,9 +170,8 @@ def here(config: RunConfig, model_config: dict[str, Any]) -> Machine:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     layer = layer_cost(model_config["hidden_size"], SearchSpace.for_config(model_config).option_shape("original"), 1).weights
     layers = model_config["layers"][: max(1, min(len(model_config["layers"]), int(5e7 / layer)))]
-    plain = {k: v for k, v in model_config.items() if not k.startswith("_")}
-    small = {**plain, "layers": layers, "num_layers": len(layers), "long_skips": None, "decoder_start": None, "side_layers": 0}
-    model = EdgeDiTTransformer2DModel(**small).eval()
+    small = {"layers": layers, "num_layers": len(layers), "long_skips": None, "decoder_start": None, "side_layers": 0}
+    model = EdgeDiTTransformer2DModel.with_config(model_config, **small).eval()
     flops = model_cost(model.config).flops
     batch = max(1, min(64, config.evaluate.batch_size, int(4e10 / flops)))
     size = model_config["sample_size"]

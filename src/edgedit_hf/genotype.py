@@ -94,6 +94,9 @@ class Genotype:
             )
         if self.hidden_size < 1:
             raise EdgeDiTError(f"hidden_size is {self.hidden_size}; it must be at least 1.")
+        for index, layer in enumerate(self.layers):
+            if int(self.hidden_size * layer.mlp_ratio) < 1:
+                raise EdgeDiTError(f"Layer {index}: mlp_ratio {layer.mlp_ratio} of hidden_size {self.hidden_size} leaves no neuron; take a larger one.")
 
     @property
     def num_teacher_layers(self) -> int:

@@ -22,7 +22,7 @@ from .diffusion import make_scheduler
 from .errors import EdgeDiTError
 from .files import check_finite, read_json, release_locks
 from .genotype import Genotype
-from .models.checkpoints import load_original, locate
+from .models.checkpoints import check_size, load_original, locate, only_variant, pipeline_variant, weight_files
 from .models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from .pipelines.pipeline_edgedit import EdgeDiTPipeline
 from .pipelines.usable import check_usable
@@ -140,7 +140,8 @@ def load_vae(path: str, use_safetensors: bool | None = True, kinds: Sequence[str
         name = diffusers.AutoencoderKL.load_config(path).get("_class_name")
         if name not in kinds:
             raise EdgeDiTError(f"The VAE {path!r} is a {name}; it must be one of {', '.join(kinds)}.")
-        vae, info = getattr(diffusers, name).from_pretrained(path, use_safetensors=use_safetensors, output_loading_info=True)
+        variant = only_variant(Path(path))
+        vae, info = getattr(diffusers, name).from_pretrained(path, use_safetensors=use_safetensors, variant=variant, output_loading_info=True)
     except (OSError, ValueError) as error:
         if isinstance(error, EdgeDiTError):
             raise
@@ -223,7 +224,7 @@ def load_text_encoder(path: str | Path) -> tuple[Any, Any]:
         if kind not in TEXT_MODELS and not kind.startswith("gemma"):
             raise EdgeDiTError(f"The text encoder {source} is a {kind!r}; it must be one of {', '.join(TEXT_MODELS)}, or a Gemma.")
         loader = getattr(transformers, TEXT_MODELS.get(kind, "AutoModel"))
-        encoder, info = loader.from_pretrained(source, dtype="auto", output_loading_info=True)
+        encoder, info = loader.from_pretrained(source, dtype="auto", variant=only_variant(folder, "model"), output_loading_info=True)
     except EdgeDiTError:
         raise
     except Exception as error:  # transformers, huggingface_hub and safetensors each have their own
@@ -293,9 +294,14 @@ def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_
             remedy = f"if it is a DiT, SiT or MDT checkpoint, convert it first: edgedit convert {source} OUT"
         raise EdgeDiTError(f"There is no pipeline in {source}; {remedy}.")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        variant = pipeline_variant(Path(source))
+        if local:
+            _check_transformer(Path(source))
+        pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust_remote_code, variant=variant)
     except Exception as error:  # diffusers, huggingface_hub and safetensors each have their own, without a common base
-        raise EdgeDiTError(f"The pipeline {source} cannot be loaded: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        remedy = " Download the repository (hf download) and give its folder: then the variant that is there is taken." if "variant" in said else ""
+        raise EdgeDiTError(f"The pipeline {source} cannot be loaded: {said}{remedy}") from error
     # By name: a class that came as code with the pipeline is another object.
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
     if type(pipeline).__name__ not in kinds:
@@ -303,6 +309,16 @@ def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_
         raise EdgeDiTError(f"{source} holds a {type(pipeline).__name__}; an {' or '.join(kinds)} is needed{remedy}.")
     check_usable(pipeline, source)
     return pipeline
+
+
+def _check_transformer(folder: Path) -> None:
+    """Raise if the transformer's weights in a pipeline folder cannot hold what its config describes."""
+    path = folder / "transformer" / "config.json"
+    if any(path.parent.glob("diffusion_pytorch_model[.-]*")) and path.is_file():
+        config = read_json(path, "save_pretrained")
+        if not isinstance(config, dict) or "_class_name" not in config:
+            raise EdgeDiTError(f"{path} is not the config of a diffusers model.")
+        check_size(path.parent, config, weight_files(path.parent))
 
 
 def load_original_pipeline(path: str | Path, *, vae: str | None = None, **options: Any) -> EdgeDiTPipeline:

@@ -59,6 +59,13 @@ class SearchSpace:
                 f"The reduced sizes (MLP ratio {self.reduced_mlp_ratio}, attention width {self.reduced_attention_dim}) must be "
                 f"below the teacher's ({self.mlp_ratio}, {self.hidden_size}); set reduced_mlp_ratio and reduced_attention_dim."
             )
+        neurons = int(self.hidden_size * self.reduced_mlp_ratio) if self.reduced_mlp_ratio > 0 else 0
+        if neurons < 1 or self.reduced_attention_dim < 1 or self.reduced_attention_dim % self.num_heads:
+            raise EdgeDiTError(
+                f"The reduced sizes (MLP ratio {self.reduced_mlp_ratio}, so {neurons} of {int(self.hidden_size * self.mlp_ratio)} neurons, attention "
+                f"width {self.reduced_attention_dim}) must leave at least one neuron and a width that the {self.num_heads} heads divide; set "
+                "reduced_mlp_ratio and reduced_attention_dim (in a recipe, of its section bank)."
+            )
         full = [range(UNMERGED + 4)] * (self.num_layers // 2) + [range(4)] * (self.num_layers % 2)
         allowed = full if allowed is None else allowed
         if len(allowed) != len(full) or any(not set(a) or not set(a) <= set(f) for a, f in zip(allowed, full)):

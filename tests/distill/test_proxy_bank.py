@@ -251,3 +251,22 @@ def test_a_folder_that_is_no_bank_is_refused(teacher, tmp_path, content, said):
         (tmp_path / "index.json").write_text(content)
     with pytest.raises(EdgeDiTError, match=said):
         ProxyBank(tmp_path, teacher)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_teacher_whose_weights_are_not_finite_makes_no_bank_and_the_layer_is_named(make_transformer, tmp_path, value):
+    broken = make_transformer()
+    with torch.no_grad():
+        broken.blocks[1].mlp.proj_in.weight[3, 3] = value
+    with pytest.raises(EdgeDiTError, match="teacher of the bank: 1 of .*blocks.1.mlp.proj_in.weight"):
+        ProxyBank.create(tmp_path, broken, SearchSpace.for_config(broken.config))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_whose_layers_are_all_zero_makes_no_bank_and_they_are_named(make_transformer, tmp_path):
+    empty = make_transformer()
+    with torch.no_grad():
+        for parameter in empty.blocks[2].parameters():
+            parameter.zero_()
+    with pytest.raises(EdgeDiTError, match=r"layers \[2\] of the teacher are zero"):
+        ProxyBank.create(tmp_path, empty, SearchSpace.for_config(empty.config))

@@ -226,3 +226,26 @@ def test_the_peak_counts_what_was_held_for_a_moment_since_the_reset():
     assert 100e6 < peak_memory(CPU) - start < 160e6
     reset_peak_memory(CPU)
     assert peak_memory(CPU) - start < 30e6
+
+
+@pytest.mark.parametrize("damage", ["nan", "overflow"])
+def test_a_teacher_that_gives_nothing_to_learn_from_is_one_error_that_names_the_layer(make_transformer, damage):
+    teacher = make_transformer().requires_grad_(False)
+    teacher.blocks[2].attn.to_out.weight[0, 0] = float("nan") if damage == "nan" else 3e38
+    layers = [layer for layer in SearchSpace.for_config(teacher.config, reduced_attention_dim=8).proxies() if layer.source == (2,)]
+    features = teacher_features(teacher, *batch(count=8), depth=4)
+    for layer in layers:
+        x, _ = features.of(layer)
+        starts = start_blocks(teacher, layer, (x, features.conditioning), 0, "02/mlp", "closed_form")
+        with pytest.raises(EdgeDiTError, match=r"'02/mlp'.*layers \[2\]"):
+            for _, start in starts:
+                held_out_losses({"02/mlp": (layer, start)}, [features])
+
+
+def test_a_closed_form_that_cannot_be_solved_names_its_layer(make_transformer):
+    teacher = make_transformer().requires_grad_(False)
+    layer = SearchSpace.for_config(teacher.config, reduced_attention_dim=8).layer((1,), "both")
+    features = teacher_features(teacher, *batch(count=8), depth=4)
+    teacher.blocks[1].attn.to_qkv.weight[0, 0] = float("nan")
+    with pytest.raises(EdgeDiTError, match=r"'01/both'.*closed form.*layers \[1\]"):
+        list(start_blocks(teacher, layer, (features.of(layer)[0], features.conditioning), 0, "01/both", "closed_form"))

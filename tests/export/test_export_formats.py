@@ -260,6 +260,12 @@ def test_text_to_image_splits_and_loads_back(tmp_path, caplog):
     loaded.save_pretrained(tmp_path / "again")
     again = DiffusionPipeline.from_pretrained(tmp_path / "again")
     assert torch.allclose(images_of(again, prompt_embeds=embeds, prompt_masks=masks), expected, atol=1e-4)
+    # Calls at once: each with its own text, though the component keeps the text of the last.
+    jobs = [{"prompt_embeds": [states, None], "prompt_masks": masks} for states in (embeds[0], embeds[0].flip(0))]
+    alone = [images_of(again, **job) for job in jobs]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda job: images_of(again, **job), 4 * jobs))
+    assert all(torch.equal(images, alone[index % 2]) for index, images in enumerate(together))
 
 
 SAMPLES_FROM_THE_HUB = """

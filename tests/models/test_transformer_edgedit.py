@@ -548,6 +548,11 @@ def test_offloaded_modulations_are_read_from_their_file_and_come_back(make_trans
         model.offload_modulation(tmp_path / "other.safetensors")
     model.restore_modulation()
     assert torch.equal(output(model), expected) and sum(p.numel() for p in model.parameters()) == held
+    content = (tmp_path / "modulation.safetensors").read_bytes()
+    with open(tmp_path / "modulation.safetensors", "r+b") as file:  # in place: the weights are memory, not a map of the file
+        file.write(b"\xff" * len(content))
+        file.truncate(100)
+    assert torch.equal(output(model), expected)
     with pytest.raises(ValueError, match="exists; offload_modulation writes a file of its own"):
         model.offload_modulation(tmp_path / "modulation.safetensors")
 
@@ -647,3 +652,18 @@ def test_a_structure_that_makes_no_sense_is_refused(make_transformer, config, sa
 def test_learned_positions_have_one_size(make_transformer):
     with pytest.raises(ValueError, match="positions are learned: it takes only 8 × 8"):
         output(make_transformer(learned_position=True), *inputs(height=16))
+
+
+@pytest.mark.parametrize(
+    "sizes, said",
+    [
+        ({"num_layers": 10**9}, "1000000000 layers; at most 4096"),
+        ({"sample_size": 400_000}, "sample_size 400000, patch_size 2 and hidden_size 32"),
+        ({"hidden_size": 4 * 10**9}, "hidden_size 4000000000"),
+        ({"mlp_ratio": 0.01}, "Layer 0: mlp_ratio 0.01 of hidden_size 32 leaves no neuron"),
+    ],
+    ids=str,
+)
+def test_sizes_beyond_any_model_are_refused_before_anything_is_allocated(sizes, said):
+    with pytest.raises(ValueError, match=said):
+        EdgeDiTTransformer2DModel.from_preset("DiT-debug/2", **sizes)

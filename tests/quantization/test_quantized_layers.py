@@ -1,6 +1,9 @@
 """Layers with quantised weights: they compute what the unpacked weights compute, keep their packed tensors, and can be undone."""
 
 import copy
+import io
+import pickle
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -8,12 +11,14 @@ from torch import nn
 
 from edgedit_hf import ElasticDiTTransformer2DModel
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.quantization.gptq import quantize_compensated
 from edgedit_hf.quantization.layers import (
     dequantize_layer,
     dequantize_model,
     get_quantized_weight,
     quantizable_layers,
     quantized_weights,
+    set_empty_weight,
     set_quantized_weight,
     weight_shape,
 )
@@ -231,3 +236,96 @@ def test_adapters_are_neither_quantised_nor_merged_into_packed_weights(make_tran
         model.save_pretrained(tmp_path)
     model.unload_lora()
     assert torch.equal(model(*inputs).sample, before)
+
+
+# ---------------------------------------------------------------- other processes, copies, claims
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_quantised_layer_can_be_pickled_copied_and_saved_whole(name, spec):
+    layer, inputs = make(name), torch.randn(INPUTS[name])
+    set_quantized_weight(layer, quantize_weight(layer.weight, spec))
+    expected = layer(inputs)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for again in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        assert type(again) is type(layer) and again.weight_spec == layer.weight_spec
+        assert torch.equal(again(inputs), expected) and again.weight_packed.data_ptr() != layer.weight_packed.data_ptr()
+        dequantize_layer(again)
+        assert type(again) is type(make(name)) and torch.equal(again(inputs), expected)
+        again.half()
+    assert torch.equal(layer(inputs), expected)
+
+
+def test_a_quantised_net_goes_to_a_spawned_process(make_transformer):
+    model = make_transformer()
+    quantize_model(model, {name: SPECS[index % len(SPECS)] for index, name in enumerate(quantizable_layers(model))})
+    inputs = torch.randn(2, 1, 8, 8), torch.tensor([5.0, 500.0]), torch.tensor([1, 2])
+    with torch.no_grad():
+        expected = model(*inputs).sample
+    context = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool, torch.no_grad():
+        assert torch.equal(pool.submit(quantized_output, model.requires_grad_(False), inputs).result(), expected)
+
+
+def quantized_output(model, inputs):
+    with torch.no_grad():
+        return model(*inputs).sample
+
+
+def test_a_quantised_elastic_net_can_be_pickled():
+    torch.manual_seed(0)
+    model = ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug").eval()
+    quantize_model(model, {name: {"scheme": "nf4"} for name in quantizable_layers(model)})
+    again = pickle.loads(pickle.dumps(model))
+    text = [torch.randn(1, 3, 16), None]
+    inputs = torch.randn(1, 1, 8, 8), torch.tensor([500.0])
+    with torch.no_grad():
+        assert torch.equal(again(*inputs, encoder_hidden_states=text).sample, model(*inputs, encoder_hidden_states=text).sample)
+
+
+@pytest.mark.parametrize("huge", [10**9, 20_000_000_000, 2**64])
+@pytest.mark.parametrize("name", LAYERS)
+def test_groups_larger_than_the_weight_are_one_group_and_cost_nothing(name, huge):
+    weight = make(name).weight.detach()
+    rows, columns = weight.flatten(1).shape
+    pairs = [
+        ({"scheme": "nf4", "block": huge}, {"scheme": "nf4", "block": weight.numel()}),
+        ({"scheme": "affine", "bits": 4, "group_size": huge, "symmetric": False}, {"scheme": "affine", "bits": 4, "group_size": 0, "symmetric": False}),
+        ({"scheme": "affine", "bits": 8, "group_size": huge}, {"scheme": "affine", "bits": 8, "group_size": columns}),
+        ({"scheme": "palette", "bits": 4, "rows_per_palette": huge}, {"scheme": "palette", "bits": 4, "rows_per_palette": 0}),
+    ]
+    for spec, same in pairs:
+        found, expected = quantize_weight(weight, spec), quantize_weight(weight, same)
+        assert found.num_bits == expected.num_bits == spec_bits(spec, tuple(weight.shape))
+        assert torch.equal(found.dequantize(), expected.dequantize())
+        compensated = quantize_compensated(weight, spec, torch.eye(columns, dtype=torch.float64)[None] if spec["scheme"] != "nf4" else None)
+        assert torch.equal(compensated.dequantize(), quantize_compensated(weight, same, torch.eye(columns, dtype=torch.float64)[None]).dequantize())
+
+
+@pytest.mark.parametrize(
+    "spec, said",
+    [
+        ("nf4", "must be a dict"),
+        ({"scheme": ["nf4"]}, "the schemes are"),
+        ({"scheme": "nf4", "block": 0}, "block 0"),
+        ({"scheme": "nf4", "block": 64.0}, "block 64.0"),
+        ({"scheme": "nf4", "block": True}, "block True"),
+        ({"scheme": "palette", "bits": True}, "bits True"),
+        ({"scheme": "affine", "bits": 4.0}, "bits 4.0"),
+        ({"scheme": "affine", "group_size": -1}, "group_size -1"),
+        ({"scheme": "affine", "group_size": None}, "group_size None"),
+        ({"scheme": "nf4", "shape": 3}, "the shape 3"),
+        ({"scheme": "nf4", "shape": [3, -1]}, r"the shape \[3, -1\]"),
+        ({"scheme": "nf4", "shape": "33"}, "the shape '33'"),
+        ({"scheme": "nf4", "shape": [10**9, 10**9]}, "is for a weight of shape"),
+    ],
+    ids=str,
+)
+def test_specs_that_make_no_sense_are_one_clear_error(spec, said):
+    layer = nn.Linear(3, 3)
+    with pytest.raises(EdgeDiTError, match=said):
+        set_empty_weight(layer, spec)
+    assert type(layer) is nn.Linear

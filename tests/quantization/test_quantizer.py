@@ -233,6 +233,18 @@ def test_files_that_do_not_fit_are_one_clear_error(saved, tmp_path):
         load(damage(source, tmp_path / "f", {"proj_out.weight_absmax": None}))
     with pytest.raises(ValueError, match=r"0 missing \(none\), 1 unexpected \(proj_out.weight\)"):
         load(damage(source, tmp_path / "g", {"proj_out.weight": weight.dequantize()}))
+    with pytest.raises(EdgeDiTError, match="weight_absmax in the file"):
+        load(damage(source, tmp_path / "i", layers={"proj_out": {**weight.spec(), "block": 20_000_000_000}}))
+    grid = next(name for name, found in quantized_weights(quantized).items() if found.scheme == "affine" and found.bits == 4)
+    with pytest.raises(EdgeDiTError, match="weight_scale in the file"):
+        load(damage(source, tmp_path / "j", layers={grid: {**quantized_weights(quantized)[grid].spec(), "group_size": 10**9}}))
+    for number, (changes, said) in enumerate([({"layers": 3}, "layers of the quantization_config are 3"), ({"bits": 4}, "the key 'bits'")]):
+        folder = damage(source, tmp_path / f"k{number}")
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"].update(changes)
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(EdgeDiTError, match=said):
+            load(folder)
     cut = damage(source, tmp_path / "h")
     (cut / WEIGHTS).write_bytes((cut / WEIGHTS).read_bytes()[:-100])
     with pytest.raises(OSError, match="Unable to load weights from checkpoint file"):

@@ -27,6 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default="original",
         help="compute what the training code computes (default), or exactly what diffusers' DiT class computes",
     )
+    parser.add_argument("--variant", metavar="NAME", help="variant of a diffusers folder's weights, e.g. fp16; default: the plain ones, or the only variant")
     parser.add_argument("--overwrite", action="store_true", help="replace an older pipeline folder at OUT")
     parser.set_defaults(run=run)
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
         num_attention_heads=args.heads,
         decoder_layers=args.decoder_layers,
         numerics=args.numerics,
+        variant=args.variant,
     )
     with atomic_folder(args.output) as folder:
         pipeline.save_pretrained(folder)

@@ -55,6 +55,9 @@ class ProxyBank:
     @classmethod
     def create(cls, folder: str | os.PathLike, teacher: EdgeDiTTransformer2DModel, space: SearchSpace) -> ProxyBank:
         """An empty bank. [`~ProxyBank.write_proxy`] and [`~ProxyBank.write_index`] fill it."""
+        check_finite(teacher.state_dict(), "The teacher of the bank", "use a teacher of before they did, or train it again.")
+        if empty := [index for index, block in enumerate(teacher.blocks) if not any(bool(p.any()) for p in block.parameters())]:
+            raise EdgeDiTError(f"All weights of layers {empty} of the teacher are zero, so there is nothing to distil; use a trained teacher.")
         index = {"format": FORMAT, "teacher_hash": weights_hash(teacher.state_dict()), "space": space.to_dict(), "entries": {}}
         atomic_write_json(Path(folder, "index.json"), index)
         return cls(folder, teacher)
@@ -169,11 +172,10 @@ class ProxyBank:
         self.space.code(genotype)  # raises when the genotype is of another teacher or space
         if random_seed is None and (missing := self.missing(genotype)):
             raise self._lacks(missing)
-        config = {k: v for k, v in self.teacher.config.items() if not k.startswith("_")}
         state = torch.random.get_rng_state()
         torch.default_generator.manual_seed(0 if random_seed is None else random_seed)  # the CPU's alone: blocks start there
         try:
-            student = EdgeDiTTransformer2DModel(**{**config, "layers": genotype.to_layers()})
+            student = EdgeDiTTransformer2DModel.with_config(self.teacher.config, layers=genotype.to_layers())
         finally:
             torch.random.set_rng_state(state)
         trunk = {k: v for k, v in self.teacher.state_dict().items() if not k.startswith("blocks.")}

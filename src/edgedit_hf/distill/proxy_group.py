@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import resource
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -112,7 +113,14 @@ def start_blocks(
         sources = [teacher.new_block(teacher.config.layers[i]).to(device) for i in layer.source]  # in fp32, though the teacher may be in bf16
         for block, i in zip(sources, layer.source):
             block.load_state_dict(teacher.blocks[i].state_dict())
-        yield "closed_form", closed_form_block(sources, *calibration, layer.attention_dim, layer.mlp_ratio).to(device)
+        try:
+            fitted = closed_form_block(sources, *calibration, layer.attention_dim, layer.mlp_ratio)
+        except torch.linalg.LinAlgError as error:
+            raise EdgeDiTError(
+                f"The proxy {key!r} cannot be fitted in closed form to the teacher's layers {list(layer.source)}: {str(error).splitlines()[0]} "
+                "Their features are not finite, or all the same; look at the teacher's weights there, or set bank.init to copied."
+            ) from error
+        yield "closed_form", fitted.to(device)
 
 
 # -------------------------------------------------------------------- training
@@ -168,7 +176,11 @@ def train_step(proxies: Iterable[Proxy], features: Features, kind: str, precisio
 
 @torch.no_grad()
 def held_out_losses(blocks: Mapping[str, tuple[LayerSpec, EdgeDiTBlock]], batches: Iterable[Features], precision: str = "no") -> dict[str, float]:
-    """Normalised feature loss of every block, as a mean over batches that are looked at one at a time."""
+    """Normalised feature loss of every block, as a mean over batches that are looked at one at a time.
+
+    Raises:
+        EdgeDiTError: a loss is not finite: the teacher's layers give NaN or infinite features, or the block's own training diverged.
+    """
     sums: dict[str, torch.Tensor] = {}
     count = 0
     for features in batches:
@@ -178,7 +190,14 @@ def held_out_losses(blocks: Mapping[str, tuple[LayerSpec, EdgeDiTBlock]], batche
             with autocast(x.device, precision):
                 output = block(x, features.conditioning)
             sums[key] = sums.get(key, 0.0) + feature_loss(output, target, x, "normalised").double()
-    return {key: float(total) / count for key, total in sums.items()}
+    losses = {key: float(total) / count for key, total in sums.items()}
+    for key, loss in losses.items():
+        if not math.isfinite(loss):
+            raise EdgeDiTError(
+                f"The held-out loss of the stand-in {key!r} of the teacher's layers {list(blocks[key][0].source)} is {loss}: these layers give NaN or "
+                "infinite features, or it diverged. Look at the teacher's weights there, or lower bank.learning_rate."
+            )
+    return losses
 
 
 class ProxyGroup:

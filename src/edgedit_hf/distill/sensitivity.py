@@ -72,9 +72,8 @@ def spliced_student(teacher: EdgeDiTTransformer2DModel, blocks: Sequence[tuple[L
         elif index not in replaced:
             layers.append(own)
             modules.append(teacher.blocks[index])
-    config = {k: v for k, v in teacher.config.items() if not k.startswith("_")}
     with torch.device("meta"):
-        student = EdgeDiTTransformer2DModel(**{**config, "layers": layers})
+        student = EdgeDiTTransformer2DModel.with_config(teacher.config, layers=layers)
     for name, module in teacher.named_children():
         setattr(student, name, module)
     for name, parameter in teacher.named_parameters(recurse=False):
@@ -97,7 +96,16 @@ def relative_output_error(
 
     Args:
         noisy: `(B, C, H, W)`; timesteps: `(B,)`; labels: `(B,)` or `None`; reference: the teacher's output.
+
+    Raises:
+        EdgeDiTError: an error is not finite: an output is not, or the teacher's is zero.
     """
     channels = noisy.shape[1]
     output, reference = (t[:, :channels].float().flatten(1) for t in (student(noisy, timesteps, labels).sample, reference))
-    return (output - reference).square().sum(1) / reference.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+    error = (output - reference).square().sum(1) / reference.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+    if not torch.isfinite(error).all():
+        raise EdgeDiTError(
+            f"The relative error of the output is {float(error.max())}, with outputs up to {float(output.abs().max())} and the teacher's up to "
+            f"{float(reference.abs().max())}: the teacher's must be finite and not zero. Train it, or use one of before it was damaged."
+        )
+    return error

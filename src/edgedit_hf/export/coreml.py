@@ -253,7 +253,7 @@ def native_inputs(weight: PaletteWeight | AffineWeight, dtype: np.dtype) -> dict
     rows, columns = matrix_shape(weight.shape)
     ones = (1,) * (len(weight.shape) - 2)
     if isinstance(weight, PaletteWeight):
-        run = weight.rows_per_palette or rows
+        run = min(weight.rows_per_palette or rows, rows)
         step = rows if len(weight.palette) == 1 else math.gcd(run, rows)
         lut = weight.palette[torch.arange(0, rows, step) // run]
         indices = unpack(weight.indices, weight.bits, columns).reshape(weight.shape).numpy()
@@ -261,7 +261,7 @@ def native_inputs(weight: PaletteWeight | AffineWeight, dtype: np.dtype) -> dict
             "indices": indices.astype(types.string_to_nptype(f"uint{weight.bits}")),
             "lut": lut.reshape(len(lut), 1, *ones, -1, 1).numpy().astype(dtype),
         }
-    group = weight.group_size or columns
+    group = min(weight.group_size or columns, columns)
     step = math.gcd(min(group, columns), columns)
     if step % math.prod(weight.shape[2:]):
         return None

@@ -221,6 +221,7 @@ def given_weight(layer: FormLinear, scheme: str, given: AffineWeight) -> torch.T
     size = given.group_size or columns
     if given.bits != bits or given.zero_point is not None or size % group:
         return None
+    size = min(size, -(-columns // group) * group)
     values = unpack(given.values[first:end], bits, columns).to(torch.int16) - (1 << (bits - 1))
     scale = given.scale[first:end].float().repeat_interleave(size // group, dim=1)[:, : columns // group] * layer.source.factor
     return _tensor(values, scale, bits)

@@ -304,7 +304,8 @@ def weight_only(
 
 def _matmul_nbits(node: onnx.NodeProto, weight: AffineWeight, prefix: str) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     rows, columns = weight.shape  # N, K
-    group = weight.group_size or 1 << (columns - 1).bit_length()
+    whole = 1 << (columns - 1).bit_length()
+    group = min(weight.group_size or whole, max(whole, 256))  # a larger one is a group of all inputs too, and the file would be filled up to it
     if weight.bits not in (4, 8) or group < 16 or group & (group - 1):
         raise EdgeDiTError(
             f"The layer {prefix} is quantised to {weight.bits} bits in groups of {group}; ONNX Runtime's MatMulNBits takes 4 or 8 bits and groups of a "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from .parts import MODULATED
 
 STEMS = {"denoiser": "model", "text_encoder": "model"}  # file names of parts that are not named after the part
 CACHED_MODULATIONS = 64  # timesteps whose modulations an elastic denoiser keeps
+_EXECUTORCH = threading.Lock()  # a method keeps its inputs and outputs, and the pool of threads is one for the process
 
 
 def stem(part: str) -> str:
@@ -82,7 +84,8 @@ class PteSession:
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Outputs for contiguous inputs on the CPU."""
-        return self.session.run_all(list(inputs.values()))
+        with _EXECUTORCH:
+            return self.session.run_all(list(inputs.values()))
 
 
 SUFFIXES = {"onnx": ".onnx", "executorch": ".pte", "coreml": ".mlpackage"}

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import json
 import math
 import os
 import pickle
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ..errors import EdgeDiTError
+from ..files import check_finite
 from .transformer_edgedit import EdgeDiTTransformer2DModel, sincos_position_embedding
 
 FAMILIES = ("dit", "sit", "mdt")
@@ -33,6 +36,13 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: S, B, L and XL of DiT
 SIT_TIME = {"timestep_scale": -1e-3, "timestep_offset": 1.0}
 # Classes of diffusers that are this architecture, by the name in config.json; the second is what old DiT folders say.
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+STEM = "diffusion_pytorch_model"  # of the weight files in a diffusers folder
+# What training scripts wrap a state dict in, the moving average first: the originals' own samplers take it too.
+WRAPPERS = ("ema", "ema_state_dict", "model_ema", "ema_model", "state_dict", "model_state_dict", "model", "module")
+# What DataParallel, torch.compile, FSDP and activation checkpointing put into the names of weights, anywhere in them.
+WRAPPED_NAMES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+COMMON_PREFIXES = ("model.", "ema_model.", "net.", "diffusion_model.", "transformer.")  # taken off where all names have them
+SHARED = 4  # a file's tensors may stand for so many times its bytes (weights under two names), not for more
 POSITION_TOLERANCE = 1e-3  # a stored position embedding nearer than this to the formula is the formula (fp16 files round it)
 
 _TRUNK = {
@@ -102,6 +112,7 @@ def load_original(
     decoder_layers: int | None = None,
     numerics: str = "original",
     lora: str | os.PathLike | None = None,
+    variant: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -122,29 +133,41 @@ def load_original(
             weights, whose timestep frequencies and one epsilon differ. They are the config fields `frequency_shift` and `mlp_norm_eps`.
         lora: a LoRA adapter (folder or file of peft or diffusers) that is fused first; it may name the layers as the checkpoint or as
             [`EdgeDiTTransformer2DModel`] does.
+        variant: of a diffusers folder, the weights of `diffusion_pytorch_model.<variant>.safetensors`, as in diffusers. Default: those
+            without a variant, or, where there are none, those of the only variant.
         revision, token, cache_dir, local_files_only: as in diffusers, for Hub ids.
 
     Raises:
         EdgeDiTError: missing, truncated or foreign file, unknown class (the nearest supported one is named), another size or number of
-            classes than asked for, weights that are missing, left over or of a wrong shape, duplicated embedders that differ.
+            classes than asked for, weights that are missing, left over, of a wrong shape or not finite, duplicated embedders that differ.
     """
     for name, value, allowed in (("family", family, (None, *FAMILIES)), ("numerics", numerics, NUMERICS)):
         if value not in allowed:
             raise EdgeDiTError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     path = locate(path_or_id, **hub)
-    source = _read_folder(path) if path.is_dir() else _read_file(path)
+    source = _read_folder(path, variant) if path.is_dir() else _read_file(path)
     adapter = None if lora is None else _read_lora(Path(lora))
     if adapter is not None:
         _fuse(adapter, source.state)
     if source.config is not None and source.config.get("_class_name") == EdgeDiTTransformer2DModel.__name__:
-        config = {k: v for k, v in source.config.items() if not k.startswith("_")}
+        if source.config.get("quantization_config"):
+            raise EdgeDiTError(
+                f"{source.name} is a quantised EdgeDiT; load it with EdgeDiTTransformer2DModel.from_pretrained(…, "
+                "quantization_config=EdgeDiTQuantizationConfig(dequantize=True)) and save it, or use it as it is."
+            )
+        parameters = inspect.signature(EdgeDiTTransformer2DModel.__init__).parameters
+        config = {name: value.default for name, value in parameters.items() if name != "self"} | source.config
         state, source.state = source.state, {}
-    elif source.config is not None:
-        config, state = _from_diffusers(source, numerics)
     else:
-        config, state = _from_original(source, family, num_attention_heads, decoder_layers)
-        if numerics == "diffusers":
+        try:
+            if source.config is not None:
+                config, state = _from_diffusers(source, numerics)
+            else:
+                config, state = _from_original(source, family, num_attention_heads, decoder_layers)
+        except (IndexError, KeyError, TypeError, RuntimeError, ArithmeticError) as error:  # a weight without the dimensions that its name has
+            raise EdgeDiTError(f"{source.name} cannot be converted, its weights are not of the shapes of a DiT: {_one_line(error)}") from error
+        if source.config is None and numerics == "diffusers":
             config.update(frequency_shift=1.0, mlp_norm_eps=1e-5)
     if source.state:
         left = sorted(source.state)
@@ -184,8 +207,91 @@ def locate(path_or_id: str | os.PathLike, **hub: Any) -> Path:
 # -------------------------------------------------------------------- reading
 
 
+def only_variant(folder: Path, stem: str = STEM, variant: str | None = None) -> str | None:
+    """Which variant of the weights in a folder of diffusers or transformers is meant: the given one, or none where there are plain files, or the
+    only one that is there.
+
+    Raises:
+        EdgeDiTError: there are several variants and no plain files.
+    """
+    if variant is not None:
+        return variant
+    found: set[str | None] = set()
+    for path in folder.glob(f"{stem}[.-]*"):
+        if path.suffix in (".safetensors", ".bin", ".json"):
+            rest = re.sub(r"-\d+-of-\d+", "", path.name[len(stem) :]).split(".")
+            found.add(".".join(part for part in rest if part not in ("", "safetensors", "bin", "index", "json")) or None)
+    if None in found or len(found) < 2:
+        return None if None in found or not found else found.pop()
+    raise EdgeDiTError(f"{folder} holds the variants {', '.join(sorted(found))} of its weights and none without; say which with variant.")
+
+
+def pipeline_variant(folder: Path) -> str | None:
+    """The variant that a pipeline folder's weights must be loaded in, if a component has none without.
+
+    Raises:
+        EdgeDiTError: the components are there in different variants.
+    """
+    variants = {}
+    for config in sorted(folder.glob("*/config.json")):
+        stem = "model" if any(config.parent.glob("model[.-]*")) else STEM
+        variants[only_variant(config.parent, stem)] = config.parent.name
+    variants.pop(None, None)
+    if len(variants) > 1:
+        raise EdgeDiTError(f"The components of {folder} are there in different variants only ({variants}); load and save them in one.")
+    return next(iter(variants), None)
+
+
+def weight_files(folder: Path, stem: str = STEM, variant: str | None = None) -> list[Path]:
+    """The files of a model's weights, as diffusers finds them: sharded or whole, safetensors before pickles, of a variant or not.
+
+    Raises:
+        EdgeDiTError: there are none, an index is damaged, or it names files elsewhere or files that are not there.
+    """
+    variant = only_variant(folder, stem, variant)
+    middle = "" if variant is None else f".{variant}"
+    for kind in (".safetensors", ".bin"):
+        # The second is how diffusers wrote the index of a variant once.
+        for index in (folder / f"{stem}{kind}.index{middle}.json", folder / f"{stem}{middle}{kind}.index.json"):
+            if not index.is_file():
+                continue
+            try:
+                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                raise EdgeDiTError(f"{index} is no index of weight files ({type(error).__name__}: {error}).") from error
+            if any(not isinstance(file, str) or Path(file).name != file for file in files):
+                raise EdgeDiTError(f"{index} names files outside its folder: {files}.")
+            missing = [file for file in files if not (folder / file).is_file()]
+            if missing:
+                raise EdgeDiTError(f"{index} names {len(files)} files, of which {missing[0]} is not there; copy or download the whole folder again.")
+            return [folder / file for file in files]
+        if (folder / f"{stem}{middle}{kind}").is_file():
+            return [folder / f"{stem}{middle}{kind}"]
+    raise EdgeDiTError(f"{folder} has no weights; expected {stem}{middle}.safetensors or {stem}{middle}.bin, or an index of their parts.")
+
+
+def _look_at(path: Path) -> None:
+    """Raise if a weights file is evidently something else; torch and safetensors would speak of pickles and headers."""
+    if not path.is_file():
+        raise EdgeDiTError(f"{path} is not a regular file, so no weights can be read from it.")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if not start:
+        raise EdgeDiTError(f"{path} is empty (0 bytes); download or save it again.")
+    if start.startswith(b"version https://git-lfs"):
+        claimed = re.search(rb"size (\d+)", start)
+        raise EdgeDiTError(
+            f"{path} ({size} bytes) is a Git LFS pointer, not the weights it stands for{f' ({int(claimed[1])} bytes)' if claimed else ''}; "
+            "fetch them: git lfs pull."
+        )
+    if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise EdgeDiTError(f"{path} ({size} bytes) is a web page, not weights; download the file itself (on the Hub its address has /resolve/, not /blob/).")
+
+
 def _read_tensors(path: Path) -> Any:
     """What a weights file holds; pickles only as far as `weights_only` trusts them (plus the plain namespace of a training run)."""
+    _look_at(path)
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -193,13 +299,85 @@ def _read_tensors(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # old files are no archives
     except pickle.UnpicklingError as error:
+        # Without torch's advice, which is to trust the file.
+        said = re.search(r"GLOBAL [\w.]+|unrecognized function \S+|[Uu]nsupported class \S+", str(error))
+        if said is not None:
+            raise EdgeDiTError(f"{path} holds more than tensors and is not opened ({said[0]}); save its state_dict, best as safetensors.") from error
+        raise EdgeDiTError(f"{path} ({path.stat().st_size} bytes) is no readable weights file, or truncated: it is no pickle of tensors.") from error
+    except Exception as error:  # what a malformed pickle ends in depends on its bytes
+        if isinstance(error, EdgeDiTError):
+            raise
+        raise EdgeDiTError(f"{path} ({path.stat().st_size} bytes) is no readable weights file, or truncated: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _state_of(path: Path, content: Any) -> dict[str, torch.Tensor]:
+    """The state dict in what a file holds, out of its wrappers, under the names that the bare model has; checked, and nothing allocated.
+
+    Raises:
+        EdgeDiTError: there is none, two names are the same weight's, or a tensor is not a plain one whose values stand in the file.
+    """
+    for _ in range(len(WRAPPERS)):
+        key = next((key for key in WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)), None)
+        if key is None:
+            break
+        content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        held = f"a {type(content).__name__}" if not isinstance(content, Mapping) else "an empty dict"
+        raise EdgeDiTError(f"{path} holds {held}, not a state dict of tensors.")
+    if foreign := [key for key, value in content.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)]:
+        kind = type(content[foreign[0]]).__name__
         raise EdgeDiTError(
-            f"{path} holds more than tensors and is not opened ({' '.join(str(error).split())[:200]}); save its state_dict, best as safetensors."
-        ) from error
-    except (OSError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
-        raise EdgeDiTError(
-            f"{path} ({path.stat().st_size if path.exists() else 0} bytes) is no readable weights file, or truncated: {' '.join(str(error).split())[:200]}"
-        ) from error
+            f"{path} is not a state dict of tensors: {foreign[0]!r}, one of its keys {sorted(map(str, content))[:4]}, "
+            + (f"is a {kind}." if isinstance(foreign[0], str) else f"is no name but a {type(foreign[0]).__name__}.")
+        )
+    state: dict[str, torch.Tensor] = {}
+    common = next((prefix for prefix in COMMON_PREFIXES if all(_bare(key).startswith(prefix) for key in content)), "")
+    for key, value in content.items():
+        name = _bare(key).removeprefix(common)
+        if name in state:
+            raise EdgeDiTError(f"{path} holds the weight {name!r} twice, once as {key!r}; keep one of the two.")
+        state[name] = value
+    _check_tensors(path, state)
+    return state
+
+
+def _bare(key: str) -> str:
+    """The name of a weight without those of its wrappers."""
+    *parents, last = key.split(".")
+    return ".".join([part for part in parents if f"{part}." not in WRAPPED_NAMES] + [last])
+
+
+def _check_tensors(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise unless every tensor is a plain array of floats (the index of a relative position bias: of integers) that the file really holds."""
+    size = path.stat().st_size
+    claimed = 0
+    for name, value in state.items():
+        odd = None
+        if value.is_meta:
+            odd = "has a shape but no values (it is on the meta device)"
+        elif value.layout != torch.strided:
+            odd = f"is sparse ({value.layout})"
+        elif value.is_quantized:
+            odd = f"is quantised ({value.dtype})"
+        elif type(value) not in (torch.Tensor, torch.nn.Parameter):
+            odd = f"is a {type(value).__name__}"
+        elif value.is_complex():
+            odd = f"is complex ({value.dtype})"
+        elif not value.is_floating_point() and not name.endswith("relative_position_index"):
+            odd = f"holds integers ({value.dtype})"
+        if odd is not None:
+            raise EdgeDiTError(f"{path}: the weight {name!r} {odd}; save the model with plain floating-point weights.")
+        needed = value.numel() * value.element_size()
+        claimed += needed
+        if needed > value.untyped_storage().nbytes() or claimed > SHARED * size:
+            raise EdgeDiTError(
+                f"{path} has {size} bytes, but its weights up to {name!r}, of shape {tuple(value.shape)}, stand for {claimed}: tensors in it were "
+                "expanded without their values. Save the model with .contiguous() weights."
+            )
 
 
 def _read_file(path: Path) -> _Source:
@@ -209,22 +387,10 @@ def _read_file(path: Path) -> _Source:
     arguments: dict[str, Any] = {}
     if isinstance(content, Mapping) and isinstance(content.get("args"), argparse.Namespace):
         arguments = vars(content["args"])
-    for key in ("ema", "state_dict", "model"):  # of a training checkpoint the average, as the originals' own samplers do
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        kind = f"a {type(content).__name__}" if not isinstance(content, Mapping) else f"the keys {sorted(map(str, content))[:4]}"
-        raise EdgeDiTError(f"{path} holds {kind}, not a state dict of tensors.")
-    state = {}
-    for key, value in content.items():
-        for prefix in ("module.", "_orig_mod."):
-            key = key.removeprefix(prefix)
-        state[key] = value
-    return _Source(str(path), state, arguments=arguments)
+    return _Source(str(path), _state_of(path, content), arguments=arguments)
 
 
-def _read_folder(path: Path) -> _Source:
+def _read_folder(path: Path, variant: str | None = None) -> _Source:
     """A diffusers transformer's folder, or the transformer of a pipeline's folder."""
     folder = path / "transformer" if (path / "model_index.json").is_file() else path
     try:
@@ -243,26 +409,36 @@ def _read_folder(path: Path) -> _Source:
             f"{folder} holds a Transformer2DModel with norm_type {config.get('norm_type')!r}; only 'ada_norm_zero' is a DiT. The nearest "
             "supported class is DiTTransformer2DModel."
         )
-    stem = "diffusion_pytorch_model"
-    for kind in (".safetensors", ".bin"):
-        index = folder / f"{stem}{kind}.index.json"
-        if index.is_file():
-            try:
-                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise EdgeDiTError(f"{index} is no index of weight files ({error}).") from error
-            if any(Path(file).name != file for file in files):
-                raise EdgeDiTError(f"{index} names files outside its folder: {files}.")
-            break
-        if (folder / f"{stem}{kind}").is_file():
-            files = [f"{stem}{kind}"]
-            break
-    else:
-        raise EdgeDiTError(f"{folder} has no weights; expected {stem}.safetensors or {stem}.bin.")
+    files = weight_files(folder, variant=variant)
+    check_size(folder, config, files)
     state: dict[str, torch.Tensor] = {}
     for file in files:
-        state.update(_read_tensors(folder / file))
+        state.update(_state_of(file, _read_tensors(file)))
     return _Source(str(folder), state, config=config)
+
+
+def check_size(folder: Path, config: Mapping[str, Any], files: Sequence[Path]) -> None:
+    """Raise if a config of this package's describes a network that the weight files cannot hold, before one of that size is made.
+
+    A lower bound: the weights of every layer's modulation or attention alone, at one bit each.
+    """
+    try:
+        if config["_class_name"] == EdgeDiTTransformer2DModel.__name__:
+            layers = len(config["layers"]) if config.get("layers") else config["num_layers"]
+            weights = 6 * layers * config["hidden_size"] ** 2
+        elif config["_class_name"] == "ElasticDiTTransformer2DModel":
+            layers = sum(config["num_layers"])
+            weights = layers * (config["num_attention_heads"] * config["attention_head_dim"]) ** 2
+        else:
+            return
+        too_many = weights // 8 > sum(file.stat().st_size for file in files)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EdgeDiTError(f"The config.json of {folder} describes no model ({type(error).__name__}: {error}).") from error
+    if too_many:
+        raise EdgeDiTError(
+            f"The config.json of {folder} describes {layers} layers with at least {weights} weights, but its weight files have "
+            f"{sum(file.stat().st_size for file in files)} bytes; config and weights must come from the same model."
+        )
 
 
 # -------------------------------------------------------------------- conversions
@@ -474,8 +650,8 @@ def _build(name: str, config: dict[str, Any], state: dict[str, torch.Tensor]) ->
 
     try:
         with init_empty_weights():
-            model = EdgeDiTTransformer2DModel(**config)
-    except (ValueError, TypeError) as error:
+            model = EdgeDiTTransformer2DModel.with_config(config)
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise EdgeDiTError(f"{name} describes no model: {error}") from error
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
@@ -487,7 +663,9 @@ def _build(name: str, config: dict[str, Any], state: dict[str, torch.Tensor]) ->
             f"{expected.get(key, 'none: it has no such weight')}."
         )
     # Cloned: a tensor that stays mapped to its file would change with it.
-    model.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in state.items()}, assign=True)
+    state = {key: value.to(torch.float32, copy=True) for key, value in state.items()}
+    check_finite(state, name, "take a checkpoint of before they did.")
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 
@@ -501,6 +679,7 @@ def _read_lora(path: Path) -> dict[str, torch.Tensor]:
     if not file.is_file() or file.suffix != ".safetensors":
         raise EdgeDiTError(f"{path} is no LoRA adapter: expected a .safetensors file, or a folder with {' or '.join(names)}.")
     tensors = _read_tensors(file)
+    check_finite(tensors, f"The adapter {path}", "take one of before they did.")
     options: dict[str, Any] = {}
     with safe_open(file, framework="pt") as opened:
         metadata = (opened.metadata() or {}).get("lora_adapter_metadata")

@@ -11,7 +11,7 @@ A attention width of a layer, h heads, L layers, G = H/P tokens a side, V visibl
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from torch import nn
 
 FREQUENCIES = 256  # width of the sinusoidal timestep features (DiT)
 WRAPPERS = ("base_layer", "_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # what PEFT, torch and DDP call a layer in theirs
+# Above any model that exists: a config.json from elsewhere may say anything, and building comes before its weights are looked at.
+MAX_LAYERS, MAX_POSITIONS = 4096, 1 << 27
 
 NO_BITSANDBYTES = (
     "bitsandbytes works with a GPU only, as diffusers calls it. On CPUs quantise with edgedit_hf's own schemes: "
@@ -293,6 +295,13 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         side_layers: int = 0,
     ):
         super().__init__()
+        if max(num_layers if layers is None else len(layers), side_layers) > MAX_LAYERS:
+            raise ValueError(f"The config has {num_layers if layers is None else len(layers)} layers; at most {MAX_LAYERS} are built.")
+        if (sample_size // patch_size) ** 2 * hidden_size > MAX_POSITIONS:
+            raise ValueError(
+                f"sample_size {sample_size}, patch_size {patch_size} and hidden_size {hidden_size} need a position embedding of "
+                f"{(sample_size // patch_size) ** 2 * hidden_size} values; at most {MAX_POSITIONS} are made."
+            )
         if layers is None:
             layers = [
                 {
@@ -314,6 +323,8 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
                 raise ValueError(
                     f"Layer {index}: attention_dim {layer['attention_dim']} is not a multiple of num_heads {layer['num_heads']}."
                 )
+            if int(hidden_size * layer["mlp_ratio"]) < 1:
+                raise ValueError(f"Layer {index}: mlp_ratio {layer['mlp_ratio']} of hidden_size {hidden_size} leaves no neuron.")
         starts, ends = {layer["source"][0] for layer in layers}, {layer["source"][-1] for layer in layers} | {-1}
         for start, end in long_skips or []:
             if start not in ends or end not in starts or start >= end:
@@ -359,6 +370,16 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         if name not in PRESETS:
             raise ValueError(f"There is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def with_config(cls, config: Mapping[str, Any], **changes: Any) -> "EdgeDiTTransformer2DModel":
+        """A new model with the config of another (or of a config.json) and these changes. Keys that this class does not know are kept as they
+        are, as diffusers does with those that a trainer has added; how the other was quantised is not."""
+        values = {key: value for key, value in {**config, **changes}.items() if not key.startswith("_") and key != "quantization_config"}
+        known = cls._get_init_keys(cls) - {"self"}
+        model = cls(**{key: value for key, value in values.items() if key in known})
+        model.register_to_config(**{key: value for key, value in values.items() if key not in known})
+        return model
 
     def new_block(self, layer: dict[str, Any]) -> EdgeDiTBlock:
         """An untrained block of a layer's sizes, as this model needs it."""
@@ -497,12 +518,13 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
             block.modulation = None
         self._modulation_file = os.fspath(path)
 
-    def _stored_modulation(self, file: Any, index: int) -> nn.Linear:
-        """The adaLN layer of a block, read from the open file of [`offload_modulation`] to where the model is."""
+    def _stored_modulation(self, file: Any, index: int, copy: bool = False) -> nn.Linear:
+        """The adaLN layer of a block, read from the open file of [`offload_modulation`] to where the model is; without `copy`, on CPUs, it is
+        mapped: it changes with the file."""
         like = self.modulation_out.bias
         with torch.device("meta"):
             linear = nn.Linear(self.config.hidden_size, 6 * self.config.hidden_size)
-        state = {name: file.get_tensor(f"blocks.{index}.modulation.{name}").to(like.device) for name in ("weight", "bias")}
+        state = {name: file.get_tensor(f"blocks.{index}.modulation.{name}").to(like.device, copy=copy) for name in ("weight", "bias")}
         linear.load_state_dict(state, assign=True)
         return linear.requires_grad_(like.requires_grad)
 
@@ -512,7 +534,7 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
             return
         with safe_open(self._modulation_file, framework="pt") as file:
             for index, block in enumerate(self.blocks):
-                block.modulation = self._stored_modulation(file, index)
+                block.modulation = self._stored_modulation(file, index, copy=True)
         self._modulation_file = None
 
     def fuse_gelu(self, fused: bool = True) -> None:

@@ -937,8 +937,17 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 # -------------------------------------------------------------------- sub-networks of configs and checkpoints
 
 
+# Above any model that exists: a config.json from elsewhere may say anything, and building comes before its weights are looked at.
+MAX_LAYERS, MAX_TOKENS = 4096, 1 << 22
+
+
 def _check(config: Mapping[str, Any]) -> None:
-    """Raise unless every sub-network of a config has whole heads and dimensions."""
+    """Raise unless every sub-network of a config has whole heads and dimensions, and the net is not beyond any size that exists."""
+    if sum(config["num_layers"]) > MAX_LAYERS or (config["sample_size"] // config["patch_size"]) ** 2 > MAX_TOKENS:
+        raise ValueError(
+            f"The config has num_layers {config['num_layers']}, sample_size {config['sample_size']} and patch_size {config['patch_size']}; at most "
+            f"{MAX_LAYERS} layers and {MAX_TOKENS} tokens are made."
+        )
     heads, kv_heads, text_kv = config["num_attention_heads"], config["num_key_value_heads"], config["num_text_key_value_heads"]
     if config["attention_head_dim"] % 4:
         raise ValueError(f"attention_head_dim is {config['attention_head_dim']}; the rotary embedding needs a multiple of 4.")
@@ -970,6 +979,8 @@ def _check(config: Mapping[str, Any]) -> None:
         for ratio in config["mlp_ratios"]:
             if round(heads * config["attention_head_dim"] * ratio) * width % 1:
                 raise ValueError(f"At width {width} ({name}) an MLP of ratio {ratio} has a fractional width; choose another ratio.")
+            if round(heads * config["attention_head_dim"] * ratio) * width < 1:
+                raise ValueError(f"At width {width} ({name}) an MLP of ratio {ratio} has no neuron; choose a larger ratio.")
 
 
 def _subnet_config(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:

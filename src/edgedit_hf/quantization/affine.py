@@ -21,7 +21,7 @@ def grid(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -> t
         Scale, float16 `(O, G)`, and zero point, uint8 `(O, G)`. Values v mean scale · (v − zero point), v = 0 … 2^bits − 1. A symmetric grid
         has the zero point 2^(bits − 1), and so reaches one step further down than up; the others always hold 0 exactly.
     """
-    size = group_size or weight.shape[1]
+    size = min(group_size or weight.shape[1], weight.shape[1])
     groups = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % size)).unflatten(1, (-1, size))  # a padded 0 is on every grid
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     levels = (1 << bits) - 1
@@ -50,6 +50,6 @@ def quantize_affine(weight: torch.Tensor, bits: int, group_size: int, symmetric:
     """Round a weight `(O, …)` to the nearest points of its own grids."""
     matrix = weight.detach().flatten(1)
     scale, zero_point = grid(matrix, bits, group_size, symmetric)
-    size = group_size or matrix.shape[1]
+    size = min(group_size or matrix.shape[1], matrix.shape[1])
     spread = [part.repeat_interleave(size, dim=1)[:, : matrix.shape[1]] for part in (scale, zero_point)]
     return affine_weight(round_to_grid(matrix, *spread, bits), scale, zero_point, bits, group_size, symmetric, weight.shape)

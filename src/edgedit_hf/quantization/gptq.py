@@ -84,7 +84,7 @@ def gptq(weight: torch.Tensor, moments: torch.Tensor, bits: int = 4, group_size:
     """
     rows, columns = matrix_shape(tuple(weight.shape))
     matrix = weight.detach().float().reshape(rows, columns)
-    groups, size = len(moments), group_size or columns
+    groups, size = len(moments), min(group_size or columns, columns)
     scale, zero_point = grid(matrix, bits, group_size, symmetric)  # [O, groups of inputs]
     scales, zero_points = (part.float().unflatten(0, (groups, -1)) for part in (scale, zero_point))
 
@@ -106,7 +106,7 @@ def gptq_palette(weight: torch.Tensor, moments: torch.Tensor, bits: int = 4, row
     """
     rows, columns = matrix_shape(tuple(weight.shape))
     matrix = weight.detach().float().reshape(rows, columns)
-    groups, size = len(moments), rows_per_palette or rows
+    groups, size = len(moments), min(rows_per_palette or rows, rows)
     importance = moments.diagonal(dim1=1, dim2=2).float().mean(0)  # [n]
     # An input that was never seen still has weights that need entries.
     importance = importance.clamp(min=float(importance.mean()) * 1e-3 + 1e-30)

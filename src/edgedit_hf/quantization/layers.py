@@ -34,6 +34,10 @@ class QuantizedLayer:
         with torch.no_grad():
             return get_quantized_weight(self).dequantize(self.weight_dtype)
 
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # The class is made at run time; pickles (of other processes, of copies) name the plain one.
+        return _new_quantized, (self.plain_class,), self.__dict__
+
     def _apply(self, fn, *args, **kwargs):
         # `.to(dtype)` and the like: palettes and scales keep their type, which another cannot hold without loss; what they unpack to changes.
         before = {PREFIX + name: self._buffers[PREFIX + name] for name in self.weight_tensors}
@@ -48,6 +52,11 @@ class QuantizedLayer:
 @functools.cache
 def _quantized_class(plain: type[nn.Module]) -> type[nn.Module]:
     return type(f"Quantized{plain.__name__}", (QuantizedLayer, plain), {"__doc__": plain.__doc__, "plain_class": plain})
+
+
+def _new_quantized(plain: type[nn.Module]) -> nn.Module:
+    kind = _quantized_class(plain)
+    return kind.__new__(kind)
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:

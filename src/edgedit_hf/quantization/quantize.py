@@ -41,7 +41,8 @@ def quantize_palette(weight: torch.Tensor, bits: int = 4, rows_per_palette: int 
 def quantize_nf4(weight: torch.Tensor, block: int = 64) -> NF4Weight:
     """NF4 of a weight: the codes that bitsandbytes finds."""
     flat = weight.detach().float().flatten()
-    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    size = min(block, len(flat))
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
     absmax = blocks.abs().amax(dim=1)
     scaled = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     codes = torch.tensor([NF4_CODES], device=flat.device)

@@ -38,7 +38,12 @@ class EdgeDiTQuantizationConfig(QuantizationConfigMixin):
         default: Mapping[str, Any] | None = None,
         dequantize: bool = False,
         quant_method: str = EdgeDiTQuantizationMethod.EDGEDIT,
+        **unknown: Any,
     ):
+        if unknown:
+            raise EdgeDiTError(f"The quantization_config has the key {sorted(unknown)[0]!r}, which this version does not know: {sorted(unknown)}.")
+        if not isinstance(layers or {}, Mapping):
+            raise EdgeDiTError(f"The layers of the quantization_config are {layers!r}; they must be a dict of layer names and specs.")
         self.quant_method = EdgeDiTQuantizationMethod(quant_method)
         self.layers = {name: complete_spec(spec) for name, spec in (layers or {}).items()}
         self.default = None if default is None else complete_spec(default)

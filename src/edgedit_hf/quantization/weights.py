@@ -151,7 +151,7 @@ class AffineWeight:
         levels = torch.arange(-middle, (1 << self.bits) - middle, dtype=torch.float32, device=self.values.device)[None]
         # [O, n], exact small integers; whole bytes need no table.
         weight = self.values.float().sub_(middle) if self.bits == 8 else lookup(self.values, levels, self.bits, columns)
-        group = self.group_size or columns
+        group = min(self.group_size or columns, columns)  # of what a file claims, no more than there is
         weight = _padded(weight, group).view(rows, -1, group)
         if self.zero_point is not None:
             weight -= lookup(self.zero_point, levels, self.bits, weight.shape[1]).unsqueeze(-1)
@@ -202,8 +202,9 @@ class NF4Weight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight that is meant, of shape `shape`."""
         count = math.prod(self.shape)
+        block = min(self.block, count)
         codes = torch.tensor([NF4_CODES], device=self.values.device)
-        weight = _padded(lookup(self.values, codes, 4, count), self.block).view(-1, self.block)
+        weight = _padded(lookup(self.values, codes, 4, count), block).view(-1, block)
         weight *= self.absmax.float()[:, None]
         return weight.view(-1)[:count].reshape(self.shape).to(dtype)
 
@@ -227,7 +228,9 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def complete_spec(spec: Mapping[str, Any], shape: tuple[int, ...] | None = None) -> dict[str, Any]:
     """A spec with the values that it leaves open, checked; with the shape of the weight where it is given (a spec that has another one does
     not fit)."""
-    kind = SCHEMES.get(spec.get("scheme"))
+    if not isinstance(spec, Mapping):
+        raise EdgeDiTError(f"The spec of a quantised weight is {spec!r}; it must be a dict such as {{'scheme': 'nf4'}}.")
+    kind = SCHEMES.get(spec["scheme"]) if isinstance(spec.get("scheme"), str) else None
     if kind is None:
         raise EdgeDiTError(f"The spec {dict(spec)} has the scheme {spec.get('scheme')!r}; the schemes are {', '.join(SCHEMES)}.")
     unknown = sorted(set(spec) - {"scheme", "shape", *kind.defaults})
@@ -240,11 +243,14 @@ def complete_spec(spec: Mapping[str, Any], shape: tuple[int, ...] | None = None)
             fits, wanted = isinstance(value, bool), "true or false"
         elif name == "bits":
             allowed = _ALLOWED["bits"][kind.scheme]
-            fits, wanted = value in allowed, f"one of {', '.join(map(str, allowed))}"
+            fits, wanted = type(value) is int and value in allowed, f"one of {', '.join(map(str, allowed))}"
         else:
             fits, wanted = type(value) is int and value >= _ALLOWED[name], f"an integer of at least {_ALLOWED[name]}"
         if not fits:
             raise EdgeDiTError(f"The spec {dict(spec)} has {name} {value!r}; it must be {wanted}.")
+    claimed = complete.get("shape", ())
+    if not isinstance(claimed, (list, tuple)) or not all(type(size) is int and size > 0 for size in claimed):
+        raise EdgeDiTError(f"The spec {dict(spec)} has the shape {claimed!r}; it must be a list of positive integers.")
     if shape is not None:
         if tuple(complete.get("shape", shape)) != tuple(shape):
             raise EdgeDiTError(f"The spec {dict(spec)} is for a weight of shape {tuple(spec['shape'])}, but the layer's is {tuple(shape)}.")

@@ -284,7 +284,7 @@ def random_model(config: Mapping[str, Any], seed: int = 0) -> EdgeDiTTransformer
 
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
 
-    model = EdgeDiTTransformer2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+    model = EdgeDiTTransformer2DModel.with_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
