@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "training"))
 import train_elastic  # noqa: E402
 import train_text_encoders  # noqa: E402
 
-from edgedit_hf.files import read_json  # noqa: E402
+from edgedit_hf.files import check_output, read_json  # noqa: E402
 from edgedit_hf.latency.protocol import environment, measure, paired_ratio  # noqa: E402
 from edgedit_hf.launch import make_accelerator  # noqa: E402
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel  # noqa: E402
@@ -107,6 +107,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 unless the four ratios are met")
     arguments = parser.parse_args()
 
+    if arguments.output is not None:
+        check_output(arguments.output, [arguments.config], foreign=None)
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.output or Path(temporary)

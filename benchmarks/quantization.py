@@ -37,6 +37,7 @@ from diffusers_dit import fail  # noqa: E402
 from reference import load_reference, real_features  # noqa: E402
 
 from edgedit_hf.data import to_bytes  # noqa: E402
+from edgedit_hf.files import check_output  # noqa: E402
 from edgedit_hf.latency.protocol import environment, measure  # noqa: E402
 from edgedit_hf.latency.runners import TorchRunner  # noqa: E402
 from edgedit_hf.launch import load_pipeline, load_run_images, make_accelerator, with_transformer  # noqa: E402
@@ -135,6 +136,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument("--check", action="store_true", help="exit with 1 unless the requirements are met")
     arguments = parser.parse_args()
+    if arguments.output is not None:
+        check_output(arguments.output, [arguments.model, arguments.config], foreign=None)
+    if arguments.images is not None and arguments.images.exists() and not arguments.images.read_bytes().startswith(b"\x89PNG"):
+        parser.error(f"--images {arguments.images} exists and is no PNG; choose another name")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.output or Path(temporary)

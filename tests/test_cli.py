@@ -20,7 +20,8 @@ HELP = """
 import resource, sys
 before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
 from edgedit_hf.commands.cli import main
-for arguments in (["--help"], ["info", "--help"], ["recipes", "copy", "--help"], ["init", "--help"], ["select", "--help"], ["convert", "--help"]):
+for command in ("", "info", "recipes copy", "init", "select", "convert", "train"):
+    arguments = [*command.split(), "--help"]
     try:
         main(arguments)
     except SystemExit as done:
@@ -34,7 +35,7 @@ assert spent < 0.5, f"help took {spent:.2f} s of CPU"
 
 def test_help_is_quick_and_imports_no_torch(run_python):
     printed = run_python(HELP)
-    for command in ("info", "convert", "init", "recipes", "select", "report"):
+    for command in ("info", "convert", "init", "recipes", "train", "select", "report"):
         assert command in printed
 
 
@@ -183,13 +184,20 @@ def test_bad_input_is_one_line_and_exit_code_2(arrange, said, tmp_path, capsys):
         assert (str(tmp_path) if words is str else words) in line
 
 
-def test_interrupted(monkeypatch, tmp_path):
+@pytest.mark.parametrize("number, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_interrupted(monkeypatch, capsys, number, code):
     import signal
 
     from edgedit_hf.commands import init
 
-    monkeypatch.setattr(init, "run", lambda args: signal.raise_signal(signal.SIGINT))
-    assert main(["init"]) == 130
+    monkeypatch.setattr(init, "run", lambda args: signal.raise_signal(getattr(signal, number)))
+    for before in (signal.default_int_handler, signal.SIG_IGN):  # ignored: a job in a script's background
+        previous = signal.signal(signal.SIGINT, before)
+        try:
+            assert main(["init"]) == code and signal.getsignal(signal.SIGINT) is before
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        assert capsys.readouterr().err == "edgedit: interrupted.\n"
 
 
 # -------------------------------------------------------------------- convert

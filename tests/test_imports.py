@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "edgedit_hf"
 # From top to bottom: a module may import those before it, and those of its own entry.
 ORDER = [
     "errors",
+    "entry",
     "files",
     "schema",
     "genotype",
@@ -44,7 +45,7 @@ ORDER = [
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in ((names,) if isinstance(names, str) else names)}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "botorch", "gpytorch", "onnx", "onnxruntime"}
-LIGHT_MODULES = ["errors", "files", "schema", "genotype", "search_space", "recipes", "run_state", "registration", "commands", "optimum_register"]
+LIGHT_MODULES = ["errors", "entry", "files", "schema", "genotype", "search_space", "recipes", "run_state", "registration", "commands", "optimum_register"]
 SELF_CONTAINED = {"torch", "diffusers", "safetensors", "numpy", "PIL"} | sys.stdlib_module_names
 
 

@@ -111,9 +111,11 @@ def test_an_interruption_is_exit_code_130(launch):
     assert launch(raising(KeyboardInterrupt()))[::2] == (130, "Interrupted. Run the same command to continue.\n")
 
 
-def test_an_error_of_the_program_itself_is_not_dressed_up(launch):
-    with pytest.raises(ZeroDivisionError):
-        launch(lambda *_: 1 / 0)
+def test_an_error_of_the_program_itself_is_called_one(launch, monkeypatch):
+    code, _, err = launch(lambda *_: 1 / 0)
+    assert code == 70 and err.count("\n") == 1 and "a fault of edgedit_hf" in err and "ZeroDivisionError" in err
+    monkeypatch.setenv("EDGEDIT_TRACEBACK", "1")
+    assert launch(lambda *_: 1 / 0)[2].startswith("Traceback")
 
 
 def test_a_dry_run_prints_estimates_and_runs_nothing(launch, tmp_path):
@@ -329,3 +331,47 @@ def test_every_group_gets_the_learning_rate():
     optimizer = torch.optim.AdamW([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(parameters)])
     set_learning_rate(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+# -------------------------------------------------------------------- code in a repository
+
+
+def with_remote_code(folder):
+    """A text encoder whose config and tokenizer name code of their own, which leaves a mark when it runs."""
+    (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass Tokens: pass\n")
+    auto = {"AutoConfig": "code.Config", "AutoModel": "code.Model", "AutoTokenizer": ["code.Tokens", None]}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto, "tokenizer_class": "Tokens"}))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_code_in_a_repository_is_neither_run_nor_asked_for(tmp_path, monkeypatch):
+    from edgedit_hf.launch import load_text_encoder
+
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked at the terminal"))
+    encoder = tmp_path / "own"
+    encoder.mkdir()
+    with pytest.raises(EdgeDiTError, match="custom code"):
+        load_text_encoder(with_remote_code(encoder))
+    folder = tmp_path / "pipeline"
+    (folder / "tokenizer").mkdir(parents=True)
+    with_remote_code(folder / "tokenizer")
+    index = {"_class_name": "ElasticDiTPipeline", "tokenizer": ["transformers", "AutoTokenizer"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(EdgeDiTError, match="cannot be loaded"):
+        load_pipeline(folder, kind="ElasticDiTPipeline")
+    assert not (encoder / "ran").exists() and not (folder / "tokenizer" / "ran").exists()
+
+
+def test_a_tokenizer_is_not_read_through_a_link_out_of_its_folder(tmp_path):
+    from flow_pipelines import clip, tokenizer
+
+    from edgedit_hf.launch import load_text_encoder
+
+    clip(projection=False).save_pretrained(tmp_path / "text_encoder")
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    load_text_encoder(tmp_path / "text_encoder")
+    (tmp_path / "tokenizer" / "vocab.txt").symlink_to("/etc/hostname")
+    with pytest.raises(EdgeDiTError, match="is a link to /etc/hostname"):
+        load_text_encoder(tmp_path / "text_encoder")

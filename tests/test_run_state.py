@@ -614,3 +614,12 @@ def test_the_progress_bar_names_stage_eta_and_metric(tmp_path, capsys):
         STAGE_LABEL.reset(label)
     shown = capsys.readouterr()
     assert "[2/9] demo: 100%" in shown.err and "9/9" in shown.err and "loss=" in shown.err and not shown.out
+
+
+def test_a_folder_of_somebody_elses_is_no_stage(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "model_index.json").write_text("mine")
+    for _ in range(2):
+        with pytest.raises(EdgeDiTError, match="holds model_index.json, but no run.json of stage teacher"):
+            RunState(tmp_path / "teacher", "teacher", {}, 1)
+    assert {path.name: path.read_text() for path in (tmp_path / "teacher").iterdir() if path.name != "run.lock"} == {"model_index.json": "mine"}

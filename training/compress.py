@@ -1,10 +1,15 @@
 """The whole loop from one YAML: teacher → proxy bank → latency table → search → student → fine-tuning → export → evaluation → report.
 
-    accelerate launch training/compress.py --config training/recipes/digits.yaml [--override key=value] [--dry-run]
+    edgedit train compress --config training/recipes/digits.yaml [--override key=value] [--dry-run]
 
 All stages run in this process, which spares nine imports of torch and diffusers; each can be run alone with the same YAML
 (train_teacher.py, distill_proxies.py, …). Finished stages are skipped, interrupted ones continue.
 """
+
+if __name__ == "__main__":
+    from edgedit_hf.entry import starting
+
+    starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 import time
 from functools import partial

@@ -1,6 +1,6 @@
 """Stage 2: the proxy bank. Every smaller stand-in of every teacher layer is distilled on its own from the teacher's features.
 
-    accelerate launch training/distill_proxies.py --config training/recipes/digits.yaml [--memory-budget-gb 16]
+    edgedit train bank --config training/recipes/digits.yaml [--memory-budget-gb 16]
 
 One teacher forward a step yields input and output of all layers and so feeds all proxies; features never touch the disk. Ranks own
 disjoint ranges of layers that cost alike, and run only the teacher prefix these need. Where memory is short, a rank's proxies visit the
@@ -9,6 +9,11 @@ first; "both" starts from the attention of one and the MLP of another and is the
 --mixed_precision bf16` the teacher's weights and all matrix products are in bf16; proxies and optimisers stay in fp32.
 Writes <output_dir>/bank (one safetensors file a proxy, index.json).
 """
+
+if __name__ == "__main__":
+    from edgedit_hf.entry import starting
+
+    starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 from collections.abc import Iterator
 from functools import partial

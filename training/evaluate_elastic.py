@@ -1,11 +1,16 @@
 """Stage evaluate of text to image: judge every sub-network alike, on the same captions from the same noise.
 
-    accelerate launch training/evaluate_elastic.py --config training/recipes/digits-t2i.yaml
+    edgedit train evaluate-elastic --config training/recipes/digits-t2i.yaml
 
 Writes <output_dir>/evaluate: reference.json, captions.json, latency.json, and a JSON and the images (safetensors) of each sub-network: Fréchet
 distance, cost, measured latency, and, of the embedded digits, how many show the digit and the style that their caption says, also for
 combinations that training never saw.
 """
+
+if __name__ == "__main__":
+    from edgedit_hf.entry import starting
+
+    starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 from functools import partial
 

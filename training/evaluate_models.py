@@ -1,9 +1,14 @@
 """Stage 8: judge every model of the run alike: Fréchet distance, precision, recall, class agreement, cost, measured latency, samples.
 
-    accelerate launch training/evaluate_models.py --config training/recipes/digits.yaml
+    edgedit train evaluate --config training/recipes/digits.yaml
 
 Writes <output_dir>/evaluate: reference.json, latency.json, and a JSON, a PNG and the images (safetensors) of each model.
 """
+
+if __name__ == "__main__":
+    from edgedit_hf.entry import starting
+
+    starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 from contextlib import nullcontext
 from functools import partial

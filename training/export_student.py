@@ -1,10 +1,15 @@
 """Stage 7: export the tuned student to ONNX and, where asked for, ExecuTorch, verified against eager PyTorch and timed.
 
-    accelerate launch training/export_student.py --config training/recipes/digits.yaml
+    edgedit train export --config training/recipes/digits.yaml
 
 Writes <output_dir>/exported/onnx-fp32, onnx-int8, executorch-…: pipeline folders that DiffusionPipeline.from_pretrained loads, with the runtime
 underneath. `optimum-cli export edgedit` does the same for any pipeline.
 """
+
+if __name__ == "__main__":
+    from edgedit_hf.entry import starting
+
+    starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 from functools import partial
 

@@ -1,10 +1,15 @@
 """Stage 6: fine-tune the assembled student; train the teacher on for the same steps, which is the fair thing to compare with.
 
-    accelerate launch training/finetune.py --config training/recipes/digits.yaml
+    edgedit train tune --config training/recipes/digits.yaml
 
 Writes <output_dir>/student-tuned, and (tune.teacher_more_steps) teacher-more-steps, (tune.random_proxies) student-random-proxies.
 The student learns the diffusion objective plus `tune.output_kd` times the distance to the teacher's output.
 """
+
+if __name__ == "__main__":
+    from edgedit_hf.entry import starting
+
+    starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 from functools import partial
 

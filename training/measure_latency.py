@@ -1,9 +1,14 @@
 """Stage 3: the latency table. Every distinct block shape is lowered and timed once, in the runtime and precision that will ship.
 
-    accelerate launch training/measure_latency.py --config training/recipes/digits.yaml
+    edgedit train latency --config training/recipes/digits.yaml
 
 Writes <output_dir>/latency/table.json. It is an input of the search, told apart by its hash: measured once, never in passing.
 """
+
+if __name__ == "__main__":
+    from edgedit_hf.entry import starting
+
+    starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 from functools import partial
 

@@ -1,6 +1,6 @@
 """Stage quantize: about four bits a weight, from a pipeline folder alone (EdgeDiT or elastic); no data is needed.
 
-    accelerate launch training/quantize.py --config training/recipes/digits.yaml [--override quantize.path=PATH_OR_ID]
+    edgedit train quantize --config training/recipes/digits.yaml [--override quantize.path=PATH_OR_ID]
 
  1. Calibrate: sample with the pipeline, guidance on, and record what its network and every layer see.
  2. Sensitivity: quantise one layer at a time, in every form it may take, and measure the error of the network's output.
@@ -10,6 +10,11 @@
 Writes <output_dir>/quantized, a pipeline folder that DiffusionPipeline.from_pretrained loads, with quantization.json: the form and bits of every
 layer, bytes, and the output's signal-to-noise ratio by timestep before and after step 4. Interrupted or killed, run it again: it continues.
 """
+
+if __name__ == "__main__":
+    from edgedit_hf.entry import starting
+
+    starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 import math
 from contextlib import nullcontext

@@ -1,11 +1,16 @@
 """Stage 4: search the front of Fréchet distance against latency by multi-objective Bayesian optimisation (GP surrogates, qLogEHVI).
 
-    accelerate launch training/search_architecture.py --config training/recipes/digits.yaml
+    edgedit train search --config training/recipes/digits.yaml
 
 A genotype is judged by images of the student that the bank assembles for it, not yet tuned, and by the latency table. Random search
 spends the same budget for comparison. All state is JSON, written after every evaluation: killed at any point, it continues.
 Writes <output_dir>/search: state.json, random.json, front.json.
 """
+
+if __name__ == "__main__":
+    from edgedit_hf.entry import starting
+
+    starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 from functools import partial
 

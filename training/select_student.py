@@ -1,10 +1,15 @@
 """Stage 5: choose a point of the front (by budget, or the knee point) and assemble its student from the bank.
 
-    accelerate launch training/select_student.py --config training/recipes/digits.yaml [--override student.genotype=EdgeDiT-1]
+    edgedit train student --config training/recipes/digits.yaml [--override student.genotype=EdgeDiT-1]
 
 Writes <output_dir>/student, a pipeline folder, with choice.json. `edgedit select` picks another point later. A given genotype needs no
 search.
 """
+
+if __name__ == "__main__":
+    from edgedit_hf.entry import starting
+
+    starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 import dataclasses
 from functools import partial

@@ -1,6 +1,6 @@
 """Optional study: what does every single change of a layer cost? Nothing else in a run reads its results.
 
-    accelerate launch training/sensitivity.py --config training/recipes/digits.yaml
+    edgedit train sensitivity --config training/recipes/digits.yaml
 
 For every place of the teacher: MLP ratio 1, 2, 3; two narrower attentions; two or three neighbours merged into one. Each change starts in
 closed form and is then tuned for a few steps on the teacher's features. Measured before and after: the layer's own normalised feature
@@ -8,6 +8,11 @@ loss on held-out features, and the whole model's relative output error with that
 Works change by change, one teacher forward a step for all its places. Needs the teacher alone; the main process does all the work.
 Writes <output_dir>/sensitivity: table.json, table.csv, table.md, plot.png.
 """
+
+if __name__ == "__main__":
+    from edgedit_hf.entry import starting
+
+    starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 import csv
 import io

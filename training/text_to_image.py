@@ -1,10 +1,15 @@
 """Text to image, the whole loop from one YAML: text encoders → elastic supernet → evaluation of every sub-network → report.
 
-    accelerate launch training/text_to_image.py --config training/recipes/digits-t2i.yaml [--override key=value] [--dry-run]
+    edgedit train text-to-image --config training/recipes/digits-t2i.yaml [--override key=value] [--dry-run]
 
 All stages run in this process; each can be run alone with the same YAML (train_text_encoders.py, train_elastic.py, evaluate_elastic.py).
 Finished stages are skipped, interrupted ones continue.
 """
+
+if __name__ == "__main__":
+    from edgedit_hf.entry import starting
+
+    starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 import time
 from functools import partial

@@ -1,6 +1,6 @@
 """Stage elastic: train the elastic text-to-image supernet, all widths in one set of weights.
 
-    accelerate launch training/train_elastic.py --config training/recipes/digits-t2i.yaml [--override elastic.steps=2000]
+    edgedit train elastic --config training/recipes/digits-t2i.yaml [--override elastic.steps=2000]
 
 Each step runs the full net and one sampled sub-network (or two: elastic.sampling sandwich) on the same batch, noise and timesteps: flow loss
 on each, plus the sub-network's distance to the full net's velocity; their gradients are balanced where they share weights (elastic/losses.py).
@@ -11,6 +11,11 @@ every width is in its stage.json. Interrupted or killed, run it again: it contin
 Memory for W weights: 4 bytes each for weights, moving average, two moments, and one gradient for every network of a step (full and sampled):
 24·W with one sub-network a step. training/accelerate/fsdp.yaml shards all of it between GPUs (FSDP2); such a run continues on as many.
 """
+
+if __name__ == "__main__":
+    from edgedit_hf.entry import starting
+
+    starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 from collections.abc import Callable
 from contextlib import nullcontext

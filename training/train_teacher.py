@@ -1,10 +1,15 @@
 """Stage 1: train a diffusion transformer, the teacher that the later stages compress.
 
-    accelerate launch training/train_teacher.py --config training/recipes/digits.yaml [--override teacher.steps=2000]
+    edgedit train teacher --config training/recipes/digits.yaml [--override teacher.steps=2000]
 
 Writes <output_dir>/teacher, a pipeline folder with the averaged (EMA) weights. With `teacher.path` set there is nothing to do.
 Interrupted or killed, run it again: it continues from the last checkpoint to the same final weights.
 """
+
+if __name__ == "__main__":
+    from edgedit_hf.entry import starting
+
+    starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 from contextlib import nullcontext
 from functools import partial

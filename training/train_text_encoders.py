@@ -1,11 +1,16 @@
 """Text-to-image, stage 1: train a tokenizer and two small text encoders on the captions, offline.
 
-    accelerate launch training/train_text_encoders.py --config training/recipes/digits-t2i.yaml [--override text.steps=1000]
+    edgedit train text --config training/recipes/digits-t2i.yaml [--override text.steps=1000]
 
 The CLIP-type encoder learns which caption belongs to which image, the T5-type one to guess masked words. Writes <output_dir>/text with
 tokenizer, text_encoder, tokenizer_2, text_encoder_2. An encoder that text.encoder or text.encoder_2 names is used as it is instead.
 Interrupted or killed, run it again: it continues from the last checkpoint to the same final weights.
 """
+
+if __name__ == "__main__":
+    from edgedit_hf.entry import starting
+
+    starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 from collections.abc import Sequence
 from functools import partial

@@ -14,8 +14,9 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -334,7 +335,7 @@ def explain_write_errors(path: str | os.PathLike) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
         if number in (errno.ENOSPC, errno.EDQUOT):
             raise EdgeDiTError(f"No space left on the disk of {path}; free some and run the same command again, it continues.") from error
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG):
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.ENAMETOOLONG):
             raise EdgeDiTError(f"Cannot write {path} ({os.strerror(number)}); choose a folder you may write to.") from error
         raise
 
@@ -463,3 +464,168 @@ def publish_into(folder: str | os.PathLike) -> Iterator[Path]:
                     os.replace(entry, folder / entry.name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+# -------------------------------------------------------------------- received folders
+
+
+@contextlib.contextmanager
+def ask_nothing(trusted: bool = False) -> Iterator[None]:
+    """Within it transformers refuses the code of a repository, where it would ask at the terminal whether to run it (`trusted`: as usual)."""
+    from transformers import dynamic_module_utils as loading
+
+    before = loading.TIME_OUT_REMOTE_CODE
+    loading.TIME_OUT_REMOTE_CODE = before if trusted else 0
+    try:
+        yield
+    finally:
+        loading.TIME_OUT_REMOTE_CODE = before
+
+
+def check_links(folder: str | os.PathLike) -> None:
+    """Raise if something in a folder is a link out of it: what is copied from a received folder is what was received, not a file of this machine.
+
+    The Hub's cache is such links: into `blobs/` of the same repository they are followed.
+    """
+    folder = Path(folder)
+    real = Path(os.path.realpath(folder))
+    snapshot = next((place for place in real.parents if place.parent.name == "snapshots"), real if real.parent.name == "snapshots" else None)
+    allowed = [real] if snapshot is None else [snapshot, snapshot.parent.parent / "blobs"]
+    for root, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(root, name)
+            if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(place) for place in allowed):
+                raise EdgeDiTError(f"{path} is a link to {os.path.realpath(path)}, outside of {folder}; it is not copied. Put the file itself there.")
+
+
+def copy_tree(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Copy a folder's files into another, links as what they point to; [`check_links`]."""
+    check_links(source)
+    with explain_write_errors(target):
+        shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+# -------------------------------------------------------------------- where a command may write
+
+
+PIPELINES = ("EdgeDiTPipeline", "ElasticDiTPipeline")
+COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+WRITTEN = {  # beside the components of a pipeline folder, by our own commands
+    *("model_index.json", "contract.json", "reference.safetensors", "sample_min.py", "PORTING.md", "verify.json", "bench.json", "delegation.json"),
+    *("choice.json", "quantization.json", "pipeline_edgedit.py", "pipeline_elastic_dit.py"),
+}
+STAGE_FILES = {"run.json", "stage.json", "telemetry.jsonl", "checkpoints", "run.lock", ".publish"}
+WRITTEN_SUFFIXES = (".json", ".safetensors", ".onnx", ".data", ".pte", ".mlmodel", ".bin", ".py", ".txt", ".model", ".jinja")
+
+
+def foreign_to_pipeline(folder: Path) -> str | None:
+    """What tells a folder from a pipeline folder or export that a command of ours wrote, in words; `None`: nothing."""
+    index = folder / ("model_index.json" if (folder / "model_index.json").is_file() else "contract.json")
+    try:
+        values = json.loads(index.read_text(encoding="utf-8"))
+        name = values.get("_class_name")
+        ours = (name[-1] if isinstance(name, list) and name else name) in PIPELINES or "contract_version" in values
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        return "is not a pipeline folder"
+    for root, folders, files in os.walk(folder):
+        for entry in sorted((*folders, *files)):
+            path = Path(root, entry)
+            known = entry in WRITTEN | STAGE_FILES or entry in COMPONENTS if Path(root) == folder else entry in folders or entry.endswith(WRITTEN_SUFFIXES)
+            if path.is_symlink() or not known:
+                return f"holds {path.relative_to(folder)}, which this package did not write"
+    return None
+
+
+def foreign_to_student(folder: Path) -> str | None:
+    """[`foreign_to_pipeline`] for a folder of which only a chosen student may be replaced, or a stage that has not written its own yet."""
+    if {entry.name for entry in folder.iterdir()} <= STAGE_FILES:
+        return None
+    return foreign_to_pipeline(folder) if (folder / "choice.json").is_file() else "is not a student that was selected"
+
+
+def check_output(
+    output: str | os.PathLike,
+    inputs: Iterable[str | os.PathLike | None] = (),
+    *,
+    overwrite: bool = False,
+    foreign: Callable[[Path], str | None] | None = foreign_to_pipeline,
+) -> None:
+    """Raise unless a command may write a folder: nothing that the user has is lost, and it can be written.
+
+    Args:
+        output: the folder.
+        inputs: what the command reads: files and folders; what does not exist, such as a Hub id, is left out.
+        overwrite: whether an older result of ours may be replaced.
+        foreign: says what in an existing folder is not ours; `None`: single files are written into it, and its others stay.
+
+    Raises:
+        EdgeDiTError: it has no name, is a link, is or holds the current or the home folder, is, holds or lies in an input, holds what is not
+            ours, or cannot be written. Allowing to overwrite changes nothing about these.
+    """
+    real = check_place(output)
+    for given in inputs:
+        relation = _relation(real, given) if given is not None and os.fspath(given) else None
+        if relation is not None:
+            raise EdgeDiTError(f"The output {output} {relation} the input {given}, which would be lost or changed; choose another output.")
+    if real.exists() and foreign is not None and any(real.iterdir()):
+        found = foreign(real)
+        if found is not None:
+            raise EdgeDiTError(f"{output} exists and {found}; it is left as it is. Choose another output.")
+        if not overwrite:
+            raise EdgeDiTError(f"{output} holds a pipeline already; choose another output, or allow overwriting it (--overwrite).")
+    _check_writable(real, output)
+
+
+def check_place(output: str | os.PathLike) -> Path:
+    """The real path of a folder to write; raises where no command may write, whatever is there."""
+    text = os.fspath(output)
+    if not text.strip() or "\0" in text:
+        raise EdgeDiTError(f"The output {text!r} is no name of a folder; give one.")
+    if os.path.islink(text.rstrip("/")):
+        raise EdgeDiTError(f"The output {text} is a link to {os.path.realpath(text)}; give the folder itself.")
+    real = Path(os.path.realpath(text))
+    for place, name in ((Path.cwd(), "the current folder"), (Path.home(), "your home folder")):
+        if _within(Path(os.path.realpath(place)), real):
+            raise EdgeDiTError(f"The output {text!r} is {real}, which is or holds {name}; give a folder of its own.")
+    if real.exists() and not real.is_dir():
+        raise EdgeDiTError(f"The output {text} is a file; give a folder.")
+    return real
+
+
+def _within(path: Path, folder: Path) -> bool:
+    """Whether a real path is a folder or lies in it, under whatever name (case, mounts)."""
+    if path == folder or folder in path.parents:
+        return True
+    for place in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            if os.path.samefile(place, folder):
+                return True
+    return False
+
+
+def _relation(output: Path, given: str | os.PathLike) -> str | None:
+    """How a real path stands to an input, in words; `None`: they are apart, or there is no such input."""
+    try:
+        if not os.path.lexists(given):
+            return None
+        source = Path(os.path.realpath(given))
+    except (OSError, ValueError):
+        return None
+    inside, holds = _within(output, source), _within(source, output) or _within(Path(os.path.abspath(given)), output)
+    return "is" if inside and holds else "lies in" if inside else "holds" if holds else None
+
+
+def _check_writable(real: Path, output: str | os.PathLike) -> None:
+    """Try to make a folder where `real` goes: hours later would be late to find out."""
+    place = real.parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        for part in (*real.relative_to(place).parts, aside_of(real).name):
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(place / part)
+        os.rmdir(tempfile.mkdtemp(prefix=".edgedit-", dir=place))
+    except OSError as error:
+        raise EdgeDiTError(f"Cannot write {output} ({os.strerror(error.errno)}); choose a place, with space, where you may write.") from error

@@ -6,7 +6,6 @@ import argparse
 import inspect
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -16,21 +15,20 @@ from typing import Any
 import torch
 from diffusers.utils import logging as diffusers_logging
 
+from . import entry
 from .captions import CaptionedDataset, cache_captioned_latents, load_captioned, open_captioned_latents
 from .data import ImageDataset, LatentDataset, cache_latents, load_images, open_latents
 from .diffusion import make_scheduler
 from .errors import EdgeDiTError
-from .files import check_finite, read_json, release_locks
+from .files import ask_nothing, check_finite, check_links, check_output, read_json, release_locks
 from .genotype import Genotype
 from .models.checkpoints import check_size, load_original, locate, only_variant, pipeline_variant, weight_files
 from .models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from .pipelines.pipeline_edgedit import EdgeDiTPipeline
 from .pipelines.usable import check_usable
 from .recipes import RunConfig, load_config, unused
-from .run_state import Interrupted, close_progress, on_main
+from .run_state import close_progress, on_main
 from .search_space import SearchSpace
-
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
 def recipe_main(
@@ -42,7 +40,7 @@ def recipe_main(
 ) -> None:
     """Command line of a recipe: `--config FILE [--override section.key=value …] [--dry-run]`.
 
-    Bad input ends with one line on stderr and exit code 2, Ctrl-C (after saving) with 130.
+    How it ends: [`entry`].
 
     Args:
         flags: further options of the recipe and the keys that they set, e.g. `{"--memory-budget-gb": "bank.memory_budget_gb"}`.
@@ -55,16 +53,18 @@ def recipe_main(
     parser.add_argument("--dry-run", action="store_true", help="print time, memory and disk a stage, and stop")
     for flag, key in flags.items():
         parser.add_argument(flag, dest=key, metavar="VALUE", help=f"the same as --override {key}=VALUE")
-    arguments = parser.parse_args()
-    given = {key: vars(arguments)[key] for key in flags.values()}
-    overrides = [*arguments.override, *(f"{key}={value}" for key, value in given.items() if value is not None)]
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()  # loading a small pipeline needs no bar of its own
-    try:
+
+    def work() -> None:
+        arguments = parser.parse_args()
+        given = {key: vars(arguments)[key] for key in flags.values()}
+        overrides = [*arguments.override, *(f"{key}={value}" for key, value in given.items() if value is not None)]
+        diffusers_logging.set_verbosity_error()
+        diffusers_logging.disable_progress_bar()  # loading a small pipeline needs no bar of its own
         config = load_config(arguments.config, overrides)
         if int(os.environ.get("RANK", 0)) == 0:
             for note in unused(config):
-                print(f"note: {note}", file=sys.stderr)
+                entry.tell(f"note: {note}")
+        check_run_folder(config)
         if arguments.dry_run:
             from .estimate import print_estimate
 
@@ -77,20 +77,28 @@ def recipe_main(
         if check is not None:
             on_main(lambda: check(config, processes=accelerator.num_processes), accelerator)
         run(config, accelerator)
-    except EdgeDiTError as error:
-        close_progress()
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_INPUT) from None
-    except Interrupted as stop:
-        print(stop.message, file=sys.stderr)
-        raise
-    except KeyboardInterrupt:
-        print("Interrupted. Run the same command to continue.", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    finally:
-        release_locks()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+
+    again = "Interrupted. Run the same command to continue."
+    code = entry.guard(work, "error", interrupted=again, pipe_closed=entry.BROKEN_PIPE, at_end=close_progress)
+    release_locks()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if code:
+        raise SystemExit(code)
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """Raise unless the run may write into its `output_dir`. An input in it is another stage's folder of such a run, or is refused."""
+    keys = ("data.source", "data.vae", "teacher.path", "student.genotype", "text.encoder", "text.encoder_2", "knowledge.teacher", "quantize.path")
+    given = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in (*keys, "quantize.prompts")}
+    output = Path(config.output_dir)
+    inputs = []
+    for path in filter(None, given.values()):
+        parts = Path(os.path.abspath(path)).parts[len(Path(os.path.abspath(output)).parts) :]
+        stage = output / parts[0] if parts and Path(os.path.abspath(path)).is_relative_to(os.path.abspath(output)) else None
+        if stage is None or not (stage / "run.json").is_file():
+            inputs.append(path)
+    check_output(config.output_dir, inputs, foreign=None)
 
 
 def make_accelerator(config: RunConfig) -> Any:
@@ -220,11 +228,12 @@ def load_text_encoder(path: str | Path) -> tuple[Any, Any]:
     beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
     tokenizer_source = str(beside) if beside.is_dir() and not list(folder.glob("tokenizer*")) else source
     try:
-        kind = transformers.AutoConfig.from_pretrained(source).model_type
+        kind = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
         if kind not in TEXT_MODELS and not kind.startswith("gemma"):
             raise EdgeDiTError(f"The text encoder {source} is a {kind!r}; it must be one of {', '.join(TEXT_MODELS)}, or a Gemma.")
         loader = getattr(transformers, TEXT_MODELS.get(kind, "AutoModel"))
-        encoder, info = loader.from_pretrained(source, dtype="auto", variant=only_variant(folder, "model"), output_loading_info=True)
+        variant = only_variant(folder, "model")
+        encoder, info = loader.from_pretrained(source, dtype="auto", variant=variant, trust_remote_code=False, output_loading_info=True)
     except EdgeDiTError:
         raise
     except Exception as error:  # transformers, huggingface_hub and safetensors each have their own
@@ -234,12 +243,14 @@ def load_text_encoder(path: str | Path) -> tuple[Any, Any]:
             f"The weights of the text encoder {source} lack {len(info['missing_keys'])} that its config asks for, such as "
             f"{sorted(info['missing_keys'])[0]!r}; give an encoder whose config and weights belong together."
         )
+    if Path(tokenizer_source).is_dir():
+        check_links(tokenizer_source)  # its files are copied into every pipeline that is made with it
     # Without these transformers would make a tokenizer that knows no words.
     files = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
     if not any(cached_file(tokenizer_source, name, _raise_exceptions_for_missing_entries=False) for name in files):
         raise EdgeDiTError(f"The text encoder {source} has no tokenizer beside it (none of {', '.join(files)}); put the one there that it was trained with.")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_source, trust_remote_code=False)
     except Exception as error:
         raise EdgeDiTError(f"The tokenizer of the text encoder {source} cannot be loaded: {_first_line(error)}") from error
     rows = encoder.get_input_embeddings().num_embeddings
@@ -293,11 +304,15 @@ def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_
         if Path(source).is_file() or Path(source, "config.json").is_file():
             remedy = f"if it is a DiT, SiT or MDT checkpoint, convert it first: edgedit convert {source} OUT"
         raise EdgeDiTError(f"There is no pipeline in {source}; {remedy}.")
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        if Path(source, tokenizer).is_dir():
+            check_links(Path(source, tokenizer))
     try:
         variant = pipeline_variant(Path(source))
         if local:
             _check_transformer(Path(source))
-        pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust_remote_code, variant=variant)
+        with ask_nothing(trust_remote_code):
+            pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust_remote_code, variant=variant)
     except Exception as error:  # diffusers, huggingface_hub and safetensors each have their own, without a common base
         said = " ".join(str(error).split())
         remedy = " Download the repository (hf download) and give its folder: then the variant that is there is taken." if "variant" in said else ""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import EdgeDiTError
 from .files import (
+    STAGE_FILES,
     FolderLock,
     atomic_folder,
     atomic_write_json,
@@ -251,6 +252,9 @@ def on_main(work: Callable[[], Any], accelerator: Accelerator | None) -> None:
         raise EdgeDiTError(said[0])
 
 
+SHARED = {"extractor", "reference.json"}  # of the stage `evaluate`, whose folder the search uses before it
+
+
 class RunState:
     """Progress, telemetry, checkpoints and resume of one stage.
 
@@ -338,6 +342,12 @@ class RunState:
     def _compare(self) -> None:
         path = self.folder / "run.json"
         if not path.exists():
+            foreign = sorted(entry.name for entry in self.folder.iterdir() if entry.name not in STAGE_FILES | SHARED and not entry.name.startswith("."))
+            if foreign:
+                raise EdgeDiTError(
+                    f"{self.folder} holds {foreign[0]}, but no run.json of stage {self.stage}, which would write over it; it is left as it is. Choose another "
+                    "output_dir, or move the folder away."
+                )
             self._record = {**self._asked, "format": FORMAT}
             atomic_write_json(path, self._record)
             return

@@ -276,7 +276,7 @@ def test_a_failed_gate_writes_nothing_and_removes_nothing(make_transformer, tmp_
     pipe = quiet(EdgeDiTPipeline(model, make_scheduler("epsilon"), default_steps=2))
     older = tmp_path / "out"
     older.mkdir()
-    (older / "model_index.json").write_text("{}")
+    (older / "model_index.json").write_text('{"_class_name": "EdgeDiTPipeline"}')
     with pytest.raises(EdgeDiTError, match="NaN or infinite.*nothing was written"):
         export_pipeline(pipe, older, threads=1, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and [p.name for p in older.iterdir()] == ["model_index.json"]

@@ -39,9 +39,9 @@ def clone(recipes, tmp_path_factory):
     """A folder that looks like the clone (README's paths are relative to it) with finished debug runs as `runs/demo` and `runs/demo-t2i`."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "training").symlink_to(recipes.root / "training")
-    shell(recipes, shlex.split(find(recipes, "compress.py --config training/recipes/debug.yaml")), folder)
+    shell(recipes, shlex.split(find(recipes, "train compress --config training/recipes/debug.yaml")), folder)
     (folder / "runs" / "debug").rename(folder / "runs" / "demo")
-    shell(recipes, shlex.split(find(recipes, "text_to_image.py --config training/recipes/debug-t2i.yaml")), folder)
+    shell(recipes, shlex.split(find(recipes, "text-to-image --config training/recipes/debug-t2i.yaml")), folder)
     (folder / "runs" / "debug-t2i").rename(folder / "runs" / "demo-t2i")
     return folder
 
@@ -64,9 +64,9 @@ def test_make_targets(recipes):
     for target in (find(recipes, "make demo"), find(recipes, "make demo-t2i"), find(recipes, "make test")):
         assert shell(recipes, [*shlex.split(target), "-n"], recipes.root)
     demo = shell(recipes, ["make", "-n", "demo"], recipes.root)
-    assert "training/compress.py" in demo and "training/recipes/digits.yaml" in demo and "HF_HUB_OFFLINE=1" in demo
+    assert "edgedit train compress" in demo and "training/recipes/digits.yaml" in demo and "HF_HUB_OFFLINE=1" in demo
     demo = shell(recipes, ["make", "-n", "demo-t2i"], recipes.root)
-    assert "training/text_to_image.py" in demo and "training/recipes/digits-t2i.yaml" in demo and "HF_HUB_OFFLINE=1" in demo
+    assert "edgedit train text-to-image" in demo and "training/recipes/digits-t2i.yaml" in demo and "HF_HUB_OFFLINE=1" in demo
 
 
 def test_dry_run_prints_a_line_a_stage(recipes, clone):
@@ -130,7 +130,7 @@ def test_export_of_text_to_image(recipes, clone):
 
 
 def test_quantise(recipes, clone):
-    shell(recipes, shlex.split(find(recipes, "training/quantize.py")), clone)
+    shell(recipes, shlex.split(find(recipes, "train quantize")), clone)
     assert (clone / "runs" / "debug-quantize" / "quantized" / "quantization.json").is_file()
 
 
@@ -144,7 +144,8 @@ def test_convert_an_original_checkpoint(recipes, tmp_path):
 
 
 def test_two_process_commands_start(recipes, clone):
-    for text in (find(recipes, "cpu-2.yaml training/train_teacher.py"), find(recipes, "torchrun --standalone")):
+    started = (find(recipes, "cpu-2.yaml training/train_teacher.py"), find(recipes, "train teacher --num_processes 2"), find(recipes, "torchrun --standalone"))
+    for text in started:
         command = shlex.split(text)
         assert "usage" in shell(recipes, [*command[: command.index("--config")], "--help"], clone)
 
@@ -163,7 +164,7 @@ def pip_user(recipes, tmp_path_factory):
 
 
 def test_pip_users_dry_run(recipes, pip_user):
-    assert "evaluate" in shell(recipes, shlex.split(find(recipes, "recipes/compress.py --config run.yaml --dry-run")), pip_user)
+    assert "evaluate" in shell(recipes, shlex.split(find(recipes, "compress --config run.yaml --dry-run")), pip_user)
 
 
 def test_select_another_point(recipes, clone, tmp_path):
@@ -186,7 +187,7 @@ def failing(recipes, command: list[str], cwd: Path) -> str:
 @pytest.mark.slow
 def test_pip_users_run(recipes, pip_user):
     overrides = [part for value in recipes.tiny for part in ("--override", value)]
-    command = find(recipes, "recipes/compress.py --config run.yaml --dry-run").removesuffix(" --dry-run")
+    command = find(recipes, "compress --config run.yaml --dry-run").removesuffix(" --dry-run")
     assert command in commands(recipes)
     shell(recipes, [*shlex.split(command), *overrides], pip_user)
     assert (pip_user / "runs" / "edgedit" / "report.html").exists()
@@ -196,6 +197,8 @@ def test_pip_users_run(recipes, pip_user):
 def test_two_process_commands_run(recipes, clone):
     (clone / "runs" / "debug").mkdir(exist_ok=True)
     shell(recipes, [*shlex.split(find(recipes, "cpu-2.yaml training/train_teacher.py"))], clone)
+    shutil.rmtree(clone / "runs" / "debug")
+    shell(recipes, [*shlex.split(find(recipes, "train teacher --num_processes 2"))], clone)
     shell(recipes, [*shlex.split(find(recipes, "torchrun --standalone"))], clone)
     assert (clone / "runs" / "debug" / "bank" / "index.json").exists()
 

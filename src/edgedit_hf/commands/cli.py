@@ -1,20 +1,18 @@
 """`edgedit`: look at models, convert foreign checkpoints, get the recipes, start a run, choose another point of its front, write its report.
 
-Exit codes: 0 done, 2 a clear message about the input (one line on stderr), 130 interrupted.
+Exit codes: 0 done, 2 a clear message about the input (one line on stderr), 130 and 143 interrupted, 70 our fault ([`entry`]).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import EdgeDiTError
-from . import convert, info, init, recipes, report, select
+from ..entry import guard
+from . import convert, info, init, recipes, report, select, train
 
-COMMANDS = (info, convert, init, recipes, select, report)
+COMMANDS = (info, convert, init, recipes, train, select, report)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,16 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
-    args = build_parser().parse_args(argv)
-    try:
+
+    def work() -> None:
+        args = build_parser().parse_args(argv)
         args.run(args)
-        sys.stdout.flush()
-    except EdgeDiTError as error:
-        print(f"edgedit: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader of our output has gone (`edgedit init | head`); without this, Python would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+
+    return guard(work, "edgedit")

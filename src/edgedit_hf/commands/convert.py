@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -12,7 +11,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "source", metavar="IN", help="weights file (.pt, .safetensors, …) of DiT, SiT or MDT; a diffusers DiT folder or Hub id"
     )
-    parser.add_argument("output", metavar="OUT", type=Path, help="pipeline folder to write")
+    parser.add_argument("output", metavar="OUT", help="pipeline folder to write")
     parser.add_argument("--family", choices=("dit", "sit", "mdt"), help="what a weights file is, if its name does not say")
     parser.add_argument("--teacher-lora", metavar="PATH", help="LoRA adapter that is fused first")
     parser.add_argument("--vae", metavar="PATH_OR_ID", help="AutoencoderKL or AutoencoderTiny that decodes its latents")
@@ -35,15 +34,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert, write, and say what it is."""
     from ..errors import EdgeDiTError
-    from ..export.pipeline import check_output
-    from ..files import atomic_folder
+    from ..export.options import check_ranges
+    from ..files import atomic_folder, check_output
+    check_ranges(image_size=args.image_size, num_classes=args.num_classes, heads=args.heads, decoder_layers=args.decoder_layers)
+    factor = 8  # of the autoencoders that these models were trained with
+    check_output(args.output, [args.source, args.teacher_lora, args.vae], overwrite=args.overwrite)
+    if args.image_size is not None and args.image_size % factor:
+        raise EdgeDiTError(f"--image-size is {args.image_size}; it must be a multiple of {factor}, the VAE's downsampling factor.")
     from ..launch import load_original_pipeline
     from ..search_space import model_cost
 
-    factor = 8  # of the autoencoders that these models were trained with
-    check_output(args.output, args.overwrite)
-    if args.image_size is not None and args.image_size % factor:
-        raise EdgeDiTError(f"--image-size is {args.image_size}; it must be a multiple of {factor}, the VAE's downsampling factor.")
     pipeline = load_original_pipeline(
         args.source,
         vae=args.vae,

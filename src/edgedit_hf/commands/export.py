@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from ..entry import guard
 from ..errors import EdgeDiTError
+from ..export.options import check_ranges
+from ..files import check_output, read_json
 
 DTYPES = {  # of each format
     "onnx": ("fp32", "fp16", "int8", "int4"),
@@ -120,10 +122,19 @@ def run_export(args: Any) -> None:
     if args.dtype not in DTYPES[args.format]:
         raise EdgeDiTError(f"--dtype is {args.dtype!r}; the format {args.format} exists as {', '.join(DTYPES[args.format])}.")
     resolution, prompts = parse_resolution(args.resolution), read_prompts(args.prompts)
-    if args.images < 1 or args.threads < 1:
-        raise EdgeDiTError(f"--images is {args.images} and --threads {args.threads}; both must be at least 1.")
+    check_ranges(
+        batch=None if args.batch == "dynamic" else args.batch,
+        opset=args.opset,
+        tolerance=args.tolerance,
+        min_psnr=args.min_psnr,
+        images=args.images,
+        threads=args.threads,
+        seed=args.seed,
+    )
+    for side in resolution if isinstance(resolution, tuple) else ():
+        check_ranges(resolution=side)
+    check_output(args.output, [args.model, args.prompts], overwrite=args.overwrite)
     from ..export.pipeline import export_pipeline
-    from ..files import read_json
 
     folder = export_pipeline(
         args.model,
@@ -146,6 +157,7 @@ def run_export(args: Any) -> None:
         threads=args.threads,
         overwrite=args.overwrite,
         trust_remote_code=args.trust_remote_code,
+        inputs=[args.prompts],
     )
     print(summary(read_json(folder / "verify.json", "the export"), read_json(folder / "bench.json", "the export")))
     if args.format == "coreml" or args.backend != "xnnpack":
@@ -191,10 +203,6 @@ class EdgeDiTExportCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Called by optimum-cli."""
-        try:
-            run_export(self.args)
-        except EdgeDiTError as error:
-            print(f"optimum-cli export edgedit: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
+        code = guard(lambda: run_export(self.args), "optimum-cli export edgedit")
+        if code:
+            raise SystemExit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from ..errors import EdgeDiTError
@@ -15,7 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("recipes", help="copy the training recipes into a folder of yours")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     copy = actions.add_parser("copy", help="copy the recipes, their YAML files and the launch configurations")
-    copy.add_argument("folder", metavar="DIR", type=Path, help="folder to copy into; made if it does not exist")
+    copy.add_argument("folder", metavar="DIR", help="folder to copy into; made if it does not exist")
     copy.add_argument("--force", action="store_true", help="replace files there that differ")
     copy.set_defaults(run=run)
 
@@ -23,12 +24,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Copy, and say how to start."""
     written = copy_recipes(args.folder, args.force)
-    print(f"{len(written)} files are in {args.folder}. To start:")
-    config, script = args.folder / "accelerate" / "cpu.yaml", args.folder / "compress.py"
-    print(f"  accelerate launch --config_file {config} {script} --config {args.folder / 'recipes' / 'digits.yaml'}")
+    folder = Path(args.folder)
+    print(f"{len(written)} files are in {folder}. To start:")
+    print(f"  edgedit train {folder / 'compress.py'} --config {folder / 'recipes' / 'digits.yaml'}")
+    print(f"or  accelerate launch --config_file {folder / 'accelerate' / 'cpu.yaml'} {folder / 'compress.py'} --config …")
 
 
-def copy_recipes(folder: Path, force: bool = False) -> list[Path]:
+def copy_recipes(folder: str | os.PathLike, force: bool = False) -> list[Path]:
     """Copy training/ of the installed package into `folder`; returns the files there. Files that are equal are left alone.
 
     Raises:
@@ -37,16 +39,19 @@ def copy_recipes(folder: Path, force: bool = False) -> list[Path]:
     """
     from importlib.resources import as_file, files
 
-    from ..files import atomic_write_text
+    from ..files import atomic_write_text, check_output
 
     with as_file(files("edgedit_hf.training")) as source:
+        check_output(folder, [source], foreign=None)
         texts = {
             path.relative_to(source): path.read_text(encoding="utf-8")
             for path in sorted(source.rglob("*"))
             if path.suffix in SUFFIXES and path.name != "__init__.py" and "__pycache__" not in path.parts
         }
-    if folder.exists() and not folder.is_dir():
-        raise EdgeDiTError(f"{folder} is a file; give a folder to copy into.")
+    folder = Path(folder)
+    outside = [name for name in texts if not Path(os.path.realpath((folder / name).parent)).is_relative_to(os.path.realpath(folder))]
+    if outside:
+        raise EdgeDiTError(f"{folder / outside[0]} would be written through a link, to {os.path.realpath((folder / outside[0]).parent)}; remove the link.")
     differing = [name for name, text in texts.items() if (folder / name).exists() and not _holds(folder / name, text)]
     if differing and not force:
         shown = ", ".join(map(str, differing[:3])) + (", …" if len(differing) > 3 else "")

@@ -12,15 +12,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="the run's folder (output_dir of its recipe)")
     parser.add_argument("--max-latency-ms", type=float, metavar="MS", help="latency budget, by the run's table; without it the knee point")
     parser.add_argument("--max-parameters-ratio", type=float, metavar="R", help="parameters at most this share of the teacher's")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="pipeline folder to write; default RUN/student")
+    parser.add_argument("--output", metavar="DIR", help="pipeline folder to write; default RUN/student")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Choose, assemble, and say what was chosen."""
+    from ..export.options import check_ranges
+
+    check_ranges(max_latency_ms=args.max_latency_ms, max_parameters_ratio=args.max_parameters_ratio)
     from ..search.selection import select
 
-    output = args.output or args.run_dir / "student"
+    output = args.run_dir / "student" if args.output is None else args.output
     choice = select(
         args.run_dir, max_latency_ms=args.max_latency_ms, max_parameters_ratio=args.max_parameters_ratio, output=output
     )

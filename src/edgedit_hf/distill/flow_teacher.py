@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import EdgeDiTError
-from ..files import hash_json, weights_hash
+from ..files import ask_nothing, hash_json, weights_hash
 from ..latents import is_video, latent_scale
 from ..models.checkpoints import pipeline_variant
 
@@ -122,7 +122,8 @@ class FlowTeacher:
         if quantization != "none":
             options["quantization_config"] = _quantization_config(quantization, dtype)
         try:
-            pipeline = DiffusionPipeline.from_pretrained(str(path_or_id), variant=pipeline_variant(Path(path_or_id)), **options)
+            with ask_nothing(trust_remote_code):
+                pipeline = DiffusionPipeline.from_pretrained(str(path_or_id), variant=pipeline_variant(Path(path_or_id)), **options)
         except Exception as error:  # diffusers, transformers, huggingface_hub and safetensors each have their own, without a common base
             raise EdgeDiTError(f"The teacher {path_or_id} cannot be loaded: {' '.join(str(error).split())}") from error
         return family(pipeline, torch.device(device), dtype, guidance_scale, str(path_or_id))

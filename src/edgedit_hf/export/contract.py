@@ -33,7 +33,7 @@ from ..genotype import Genotype
 from ..latents import decoder_numbers, latent_scale
 from . import sample_min
 from .parts import MODULATED, Part, is_elastic
-from .schedule import linear_schedule
+from .schedule import check_timesteps, linear_schedule
 from .wrappers import plain_config
 
 CONTRACT_VERSION = 1
@@ -180,7 +180,7 @@ def _describe(
         "artefacts": {artefact.key: _entry(artefact, format) for artefact in artefacts},
         "order": [{"artefact": artefact.key, "called": _CALLS[artefact.key]} for artefact in artefacts],
         "latents": {"shape": shape, "layout": "NCHW", "dtype": "float32", **_to_decoder(pipeline)},
-        "schedule": _schedule(pipeline, (height // config["patch_size"]) * (width // config["patch_size"])),
+        "schedule": _schedule(pipeline, (height, width)),
         "guidance": {
             "rows": 2 if guided else 1,
             "order": ["conditional", "unconditional"][: 2 if guided else 1],
@@ -240,16 +240,27 @@ def _shape(axes: Sequence[str], sizes: Sequence[int], open_sizes: Collection[str
     return [axis if axis in open_sizes else int(size) for axis, size in zip(axes, sizes)]
 
 
-def _schedule(pipeline: Any, tokens: int) -> dict[str, Any]:
-    steps = pipeline.config.default_steps
+def set_schedule(pipeline: Any, size: Sequence[int]) -> None:
+    """Set the timesteps of a pipeline's scheduler for its default number of steps and latents of this height and width.
+
+    Raises:
+        EdgeDiTError: they are not finite.
+    """
+    steps, patch = pipeline.config.default_steps, pipeline.transformer.config.patch_size
     try:
-        pipeline._set_timesteps(steps, tokens)  # with a shift by the number of tokens where the scheduler has one
-    except ValueError as error:
-        raise EdgeDiTError(f"The pipeline's default_steps of {steps} cannot be sampled: {error}") from error
+        with np.errstate(divide="ignore", invalid="ignore"):
+            pipeline._set_timesteps(steps, (size[0] // patch) * (size[1] // patch))  # with a shift by the number of tokens where there is one
+    except ValueError as error:  # the pipeline's or the scheduler's own words
+        raise EdgeDiTError(f"The scheduler has no schedule of the pipeline's {steps} default step(s): {error}") from error
+    check_timesteps(pipeline.scheduler)
+
+
+def _schedule(pipeline: Any, size: Sequence[int]) -> dict[str, Any]:
+    set_schedule(pipeline, size)
     found = linear_schedule(pipeline.scheduler).to_json()
     formula = "x[i+1] = Σ factor · x[j] over the pairs [j, factor] in x + Σ factor · m[j] over those in m; x[0] = noise · init_noise_sigma; "
     formula += "m[i] = guided prediction of the denoiser for x[i] · input_scale at timestep"
-    return {"num_inference_steps": steps, "formula": formula, **found}
+    return {"num_inference_steps": pipeline.config.default_steps, "formula": formula, **found}
 
 
 def _to_decoder(pipeline: Any) -> dict[str, Any]:

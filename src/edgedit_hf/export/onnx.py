@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -114,6 +115,10 @@ def lower_onnx(
         said["activations"] = f"static, {scales.num_buckets} buckets of timesteps" if scales.num_buckets > 1 else "static"
     elif precision == "int4":
         said["linear_layers"] = weight_only(proto, layers, given, frozenset(keep_8bit))
+    if "activations" in said:
+        facts = {**facts, "activations": said["activations"]}
+        if scales is not None and scales.num_buckets > 1:
+            facts["timestep_edges"] = json.dumps(list(scales.edges))
     write_metadata(proto, **{**facts, "precision": said["precision"]})
     with explain_write_errors(path):
         save_onnx(proto, path)
@@ -253,5 +258,5 @@ def quantize_int8(source: str | os.PathLike, target: str | os.PathLike) -> Path:
     if precision != "fp32":
         raise EdgeDiTError(f"{source} is {precision} already; quantise the fp32 file it was made from.")
     quantized = dynamic_int8(proto, weights_size(proto) > EXTERNAL_DATA_BYTES)
-    write_metadata(quantized, precision="int8")
+    write_metadata(quantized, precision="int8", activations="dynamic")
     return save_onnx(quantized, target)

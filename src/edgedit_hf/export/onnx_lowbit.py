@@ -167,7 +167,8 @@ def static_int8(proto: onnx.ModelProto, scales: ActivationScales, module: nn.Mod
     """Static int8 in place (QDQ): weights signed per output channel, activations unsigned with the calibrated scale of their layer.
 
     With several buckets every layer holds a table of scales, and the bucket is looked up from the input `timestep` of the first row (a file
-    without one gets it): one file serves the whole schedule. ONNX Runtime fuses each layer to one MatMulIntegerToFloat.
+    without one gets it): one file serves the whole schedule. ONNX Runtime fuses each layer to one MatMulIntegerToFloat, which has one scale for
+    all rows; so the rows of a run share a bucket, for which the component and `sample_min` see.
 
     Args:
         scales: by the names of `module`'s layers; a layer that it does not name stays fp32.

@@ -15,19 +15,20 @@ import torch
 from torch import nn
 
 from ..errors import EdgeDiTError
-from ..files import atomic_folder, atomic_write_json, versions, weights_hash
+from ..files import atomic_folder, atomic_write_json, check_finite, check_output, versions, weights_hash
 from ..genotype import Genotype
 from ..latency.protocol import environment
 from ..launch import load_pipeline, with_components
 from ..quantization.layers import dequantize_model, quantized_weights
 from ..quantization.weights import AffineWeight
 from . import verify
-from .contract import Artefact, write_contract
+from .contract import Artefact, set_schedule, write_contract
 from .executorch import DEFAULT_BATCH, SCHEMES, lower_executorch
 from .executorch_backends import NOT_RUN as BACKEND_NOT_RUN
 from .executorch_backends import check_backend
 from .mixed import Form, choose_8bit, nearest_form, quantized_linears, xnnpack_weights
 from .onnx_lowbit import GROUP, MIN_QUANTIZED_ELEMENTS
+from .options import check_ranges
 from .parts import Part, is_elastic, latent_size, pipeline_parts, text_lengths
 from .runtime import COMPONENTS, SUFFIXES, open_session, stem
 from .schedule import NotLinearError
@@ -147,6 +148,7 @@ def export_pipeline(
     num_images: int = 8,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    inputs: Sequence[str | os.PathLike | None] = (),
 ) -> Path:
     """Export a pipeline: lower every network of it, verify and time the result, and write a pipeline folder around the artefacts.
 
@@ -180,6 +182,7 @@ def export_pipeline(
         num_images: images of the comparison, rounded up to what fills a fixed batch.
         overwrite: whether `output`, if it is an older pipeline folder, is replaced.
         trust_remote_code: whether code in the pipeline's repository may run.
+        inputs: further files of the user that `output` must not touch.
 
     Returns:
         `output`.
@@ -195,9 +198,13 @@ def export_pipeline(
     if dtype not in target.schemes:
         raise EdgeDiTError(f"dtype is {dtype!r}; the format {format} exists as {', '.join(target.schemes)}.")
     _check_options(format, dtype, opset, activations, weights, resolution, backend)
-    output = Path(output)
-    check_output(output, overwrite)
+    numbers = {"opset": opset, "tolerance": tolerance, "min_psnr": min_psnr_db, "images": num_images, "threads": threads, "seed": seed}
+    check_ranges(**numbers, batch=None if batch == "dynamic" else batch)
+    for side in resolution if isinstance(resolution, tuple) else ():
+        check_ranges(resolution=side)
     source = str(pipeline) if isinstance(pipeline, (str, os.PathLike)) else None
+    check_output(output, [source, *inputs], overwrite=overwrite)
+    output = Path(output)
     if source is not None:
         pipeline = load_pipeline(pipeline, trust_remote_code=trust_remote_code, kind=("EdgeDiTPipeline", "ElasticDiTPipeline"))
     if not isinstance(pipeline.transformer, nn.Module):
@@ -206,11 +213,13 @@ def export_pipeline(
         pipeline = with_components(pipeline, transformer=pipeline.transformer._orig_mod)
     pipeline, subnet = _with_subnet(pipeline, subnet)
     plain, packed = _plain(pipeline)
+    check_finite(plain.transformer.state_dict(), "The pipeline's transformer", "nothing was written. Export a sound checkpoint.")
     open_size = resolution == "dynamic"
     if open_size and is_elastic(pipeline):
         raise EdgeDiTError("The resolution is 'dynamic', but an elastic DiT cuts its tokens into strips of a fixed number; export it once a resolution.")
     size = latent_size(plain, None if open_size else resolution)
     job = _Job(plain, target, format, dtype, batch, split_conditioner, subnet, None if open_size else size)
+    set_schedule(plain, size)
     parts = pipeline_parts(plain, split=split_conditioner, size=_other(size, plain) if open_size else size, batch=job.rows, images=job.images)
     options = Options(opset=opset, open_sizes=job.open_sizes, quantized=packed, backend=backend, layers=plain.transformer)
     if is_elastic(pipeline) and batch != "dynamic":
@@ -594,15 +603,3 @@ def save_without_networks(pipeline: Any, folder: Path) -> None:
         component = pipeline.components.get(name)
         if component is not None:
             component.save_pretrained(folder / name)
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """An existing folder is replaced only if asked for, and only if it is a pipeline folder, an export, or empty."""
-    if not output.exists():
-        return
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if not any((output / name).is_file() for name in ("model_index.json", "contract.json")):
-        raise EdgeDiTError(f"{output} exists and is not a pipeline folder; it is left as it is. Choose another output.")
-    if not overwrite:
-        raise EdgeDiTError(f"{output} holds a pipeline already; choose another output, or allow overwriting it (--overwrite).")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import BaseOutput
 
 from ..errors import EdgeDiTError
+from ..files import copy_tree, file_sha256
 from ..latency.runners import ExecutorchSession, session_options
 from .parts import MODULATED
 
@@ -104,6 +104,38 @@ def open_session(file: str | os.PathLike, format: str, threads: int | None = Non
 # -------------------------------------------------------------------- components
 
 
+CONTRACT = "contract.json"
+
+
+def check_hashes(folder: Path, format: str) -> None:
+    """Compare a component's artefacts with the SHA-256 that the export's contract.json has of them, if it stands beside the component.
+
+    Reading and hashing takes about a second for 1 to 2 GB. Only files of the component's own folder are opened.
+
+    Raises:
+        EdgeDiTError: a file differs (with both hashes) or is missing, or the contract is damaged.
+    """
+    path = folder.parent / CONTRACT
+    if not path.is_file():
+        return
+    prefix = f"{folder.name}/{format}/"
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["files"]
+        expected = {name.removeprefix(prefix): str(facts["sha256"]) for name, facts in listed.items() if name.startswith(prefix)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EdgeDiTError(f"{path} has no list of files ({type(error).__name__}: {error}); export the pipeline again.") from None
+    there = {file.relative_to(folder / format).as_posix(): file for file in sorted((folder / format).rglob("*")) if file.is_file()}
+    missing = sorted(set(expected) - set(there))
+    if missing:
+        raise EdgeDiTError(f"{folder / format / missing[0]} is missing, but {path} lists it; copy the export whole, or export again.")
+    for name, sha256 in expected.items():
+        found = file_sha256(there[name])
+        if found != sha256:
+            raise EdgeDiTError(
+                f"{there[name]} has the SHA-256 {found}, but {path} says {sha256}: it was damaged or changed after the export. Copy it again, or export again."
+            )
+
+
 class ExportedComponent(ConfigMixin):
     r"""
     A component that a runtime computes: what all of them share.
@@ -168,7 +200,7 @@ class ExportedComponent(ConfigMixin):
             root = Path(
                 snapshot_download(
                     str(pretrained_model_name_or_path),
-                    allow_patterns=[f"{within}{cls.config_name}", f"{within}{cls.FORMAT}/*"],
+                    allow_patterns=[f"{within}{cls.config_name}", f"{within}{cls.FORMAT}/*", CONTRACT],
                     cache_dir=cache_dir,
                     revision=revision,
                     token=token,
@@ -183,6 +215,7 @@ class ExportedComponent(ConfigMixin):
                 f"{folder} does not hold {cls.config_name} and {needed}; give the component's folder of an exported pipeline "
                 f"(optimum-cli export edgedit … --format {cls.FORMAT}), or the pipeline's folder with subfolder={name!r}."
             )
+        check_hashes(folder, cls.FORMAT)
         component = cls(**cls._read_config(folder))
         component.folder, component.num_threads, component._options = folder, num_threads, options
         component._open()
@@ -210,7 +243,7 @@ class ExportedComponent(ConfigMixin):
         self.save_config(target)
         source = self._loaded_folder() / self.FORMAT
         if (target / self.FORMAT).resolve() != source.resolve():
-            shutil.copytree(source, target / self.FORMAT, dirs_exist_ok=True)
+            copy_tree(source, target / self.FORMAT)
 
     def set_threads(self, num_threads: int | None) -> None:
         """Open the files anew for this many threads (`None`: the runtime's choice)."""
@@ -319,6 +352,27 @@ class ExportedTransformer(ExportedComponent):
             expected = f"(batch, {channels}, {height if size else 'height'}, {width if size else 'width'})"
             raise EdgeDiTError(f"The input has shape {tuple(hidden_states.shape)}; this artefact takes {expected}.")
 
+    def _bucket_edges(self) -> list[float] | None:
+        """Borders of the buckets of timesteps with activation scales of their own: a file takes those of its first row for all (`None`: no buckets)."""
+        said = self.sessions["denoiser"].metadata
+        if "timestep_edges" in said:
+            return json.loads(said["timestep_edges"])
+        # A file of an older export does not say it.
+        return [] if self.FORMAT == "onnx" and said.get("precision") == "int8" and "activations" not in said else None
+
+    def _predict(self, inputs: dict[str, torch.Tensor], times: torch.Tensor) -> torch.Tensor:
+        """The denoiser's output for rows with these timesteps; rows of several buckets of timesteps go through the file bucket by bucket."""
+        edges = self._bucket_edges()
+        if edges is None or bool((times == times[0]).all()):
+            return self.run("denoiser", inputs)[0]
+        # Without borders: timestep by timestep.
+        places = torch.bucketize(times, torch.tensor(edges, dtype=torch.float32), right=True) if edges else torch.unique(times, return_inverse=True)[1]
+        groups = [(places == place).nonzero().flatten() for place in torch.unique(places)]
+        if len(groups) == 1:
+            return self.run("denoiser", inputs)[0]
+        outputs = [self.run("denoiser", {name: value[rows.to(value.device)] for name, value in inputs.items()}, pad=True)[0] for rows in groups]
+        return torch.cat(outputs)[torch.argsort(torch.cat(groups))]
+
     def _output(self, like: torch.Tensor, prediction: torch.Tensor, return_dict: bool) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         sample = prediction.to(like.device, like.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -393,7 +447,7 @@ class ExportedEdgeDiT(ExportedTransformer):
                 inputs["timestep"] = times  # a file with activation scales by timestep asks for it
         else:
             inputs |= {"timestep": times} if labels is None else {"timestep": times, "class_labels": labels}
-        return self._output(hidden_states, self.run("denoiser", inputs)[0], return_dict)
+        return self._output(hidden_states, self._predict(inputs, times), return_dict)
 
     forward = __call__
 
@@ -500,7 +554,7 @@ class ExportedElasticDiT(ExportedTransformer):
                 inputs["timestep"] = times  # a file with activation scales by timestep asks for it
         else:
             inputs |= {"timestep": times, **self._texts(encoder_hidden_states, encoder_attention_mask, rows)}
-        return self._output(hidden_states, self.run("denoiser", inputs)[0], return_dict)
+        return self._output(hidden_states, self._predict(inputs, times), return_dict)
 
     forward = __call__
 

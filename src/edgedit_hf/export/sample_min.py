@@ -6,13 +6,21 @@
 It stands beside contract.json, whose numbers it uses, and imports nothing but the standard library, numpy and the runtime: onnxruntime, executorch
 (whose Python binding takes torch tensors only, so torch wraps and unwraps numpy arrays there and does nothing else) or, on a Mac and not run, coremltools.
 --prompt needs the package `tokenizers` besides. The noise of --seed is numpy's own; it is not that of the same seed in torch. --reference starts from
-the noise in reference.safetensors; --check repeats everything in that file and exits with 1 if an error is above contract.json's tolerance.
+the noise in reference.safetensors; --check compares the files' SHA-256 with contract.json's, repeats everything in that file and exits with 1 if an
+error is above contract.json's tolerance.
+
+Exit codes: 0 done, 1 the check failed, 2 bad input (one line on stderr), 130 and 143 interrupted, 70 a fault of this program (EDGEDIT_TRACEBACK=1
+shows where).
 """
 
 import argparse
+import hashlib
 import json
+import os
+import signal
 import struct
 import sys
+import traceback
 import zlib
 from pathlib import Path
 
@@ -35,6 +43,40 @@ def read_safetensors(path):
     return tensors
 
 
+MAKER = b"Software\0sample_min.py"  # by which an older image of this program is known, which a new one may replace
+
+
+def check_image_path(path, inputs=()):
+    """End unless an image may be written there: nothing of the user's is replaced, and nothing that is read."""
+    path = Path(path)
+    if not path.name or path.is_dir() or not path.parent.is_dir():
+        sys.exit(f"--output is {str(path)!r}, which is no name of a file in a folder that is there.")
+    if any(given and path.exists() and Path(given).exists() and os.path.samefile(path, given) for given in inputs):
+        sys.exit(f"--output {path} is read by this program; choose another name.")
+    if path.exists() and (not path.is_file() or MAKER not in path.read_bytes()[:200]):
+        sys.exit(f"--output {path} exists and is no image of this program; it is left as it is. Choose another name.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        sys.exit(f"--output {path} cannot be written; choose a folder that you may write to.")
+
+
+def check_hashes(folder, contract):
+    """Print which files of the export differ from contract.json's SHA-256; whether none does. A name that leaves the folder is none of its files."""
+    passed = True
+    for name, facts in contract["files"].items():
+        path = Path(folder, name)
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        digest = hashlib.sha256()
+        if inside and path.is_file():
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        found = digest.hexdigest() if inside and path.is_file() else "no such file"
+        if found != facts["sha256"]:
+            passed = False
+            print(f"FAIL  {name} has the SHA-256 {found}, contract.json says {facts['sha256']}")
+    return passed
+
+
 def write_png(path, image):
     """uint8 (H, W, channels) of 1 (grey), 3 (RGB) or 4 (RGBA) channels."""
     height, width, channels = image.shape
@@ -42,7 +84,7 @@ def write_png(path, image):
         sys.exit(f"An image of {channels} channels is no PNG; the array is what sample() returns.")
     rows = b"".join(b"\0" + row.tobytes() for row in image)
     size = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
-    chunks = [(b"IHDR", size), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [(b"IHDR", size), (b"tEXt", MAKER), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     body = b"".join(struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks)
     Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
@@ -86,6 +128,10 @@ class Artefacts:
 
     def __call__(self, key, **rows):
         entry = self.entries[key]
+        times = rows.get("timestep")
+        if times is not None and key == "denoiser" and entry["precision"] == "int8" and len(np.unique(times)) > 1:
+            # A file with activation scales by timestep takes those of its first row for all.
+            sys.exit(f"The rows of a denoiser's call have the timesteps {np.unique(times).tolist()}; in int8 they must share one.")
         if key not in self.open:
             self.open[key] = self.opener(key)
         arrays = [np.ascontiguousarray(rows[tensor["name"]], tensor["dtype"]) for tensor in entry["inputs"]]
@@ -229,11 +275,32 @@ def check(contract, artefacts, reference):
     return all(passed)
 
 
+def natural(text):
+    """An option's whole number, 0 … 2^63 - 1."""
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{number} is not from 0 to 2^63 - 1")
+    return number
+
+
+def read_windows(path, encoders):
+    """The windows of token ids in a JSON file."""
+    windows = json.loads(Path(path).read_text(encoding="utf-8"))
+    shaped = isinstance(windows, list) and len(windows) == len(encoders)
+    for rows, encoder in zip(windows if shaped else (), encoders):
+        vocabulary = encoder["tokenizer"]["vocabulary"] if encoder["tokenizer"] else 0
+        shaped = shaped and (rows is None or (isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows)))
+        shaped = shaped and all(type(token) is int and 0 <= token < vocabulary for row in rows or () for token in row)
+    if not shaped:
+        sys.exit(f"--token-ids {path} must hold, for each of {len(encoders)} text encoders, a list of lists of its token ids, as [[[1, 5, 2]], [[7, 2]]].")
+    return windows
+
+
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description="One image from this export, with numpy and its runtime alone.")
     noise = parser.add_mutually_exclusive_group()
-    noise.add_argument("--seed", type=int, default=0, help="of numpy's generator")
+    noise.add_argument("--seed", type=natural, default=0, help="of numpy's generator")
     noise.add_argument("--reference", action="store_true", help="the stored noise, and the stored label or prompt if none is given")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--label", type=int, help="class number")
@@ -244,6 +311,8 @@ def main():
     args = parser.parse_args()
     folder = Path(__file__).resolve().parent
     contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
+    if not args.check:
+        check_image_path(args.output, [args.token_ids])
 
     def opener(key):
         entry = contract["artefacts"][key]
@@ -251,9 +320,11 @@ def main():
         return open_file(folder / entry["file"], contract["format"], *names)
 
     artefacts, labels, text = Artefacts(contract, opener), contract["labels"], contract["text"]
+    if args.check and not check_hashes(folder, contract):
+        return 1
     reference = read_safetensors(folder / contract["reference"]["file"])
     if args.check:
-        sys.exit(0 if check(contract, artefacts, reference) else 1)
+        return 0 if check(contract, artefacts, reference) else 1
     label, windows = reference.get("label"), reference_windows(contract, reference)
     if args.label is not None:
         label = args.label
@@ -262,7 +333,7 @@ def main():
     if text is None and (args.token_ids or args.prompt is not None):
         sys.exit("This model takes no text.")
     if args.token_ids:
-        windows = json.loads(Path(args.token_ids).read_text(encoding="utf-8"))
+        windows = read_windows(args.token_ids, text["encoders"])
     elif args.prompt is not None:
         windows = [tokenize(folder, encoder, args.prompt) if encoder["artefact"] else None for encoder in text["encoders"]]
     start = reference["noise"]
@@ -270,7 +341,46 @@ def main():
         start = np.random.default_rng(args.seed).standard_normal(start.shape, dtype=np.float32)
     write_png(args.output, sample(contract, artefacts, start, conditioning(contract, artefacts, label, windows)))
     print(args.output)
+    return 0
+
+
+def interrupt(number, frame):
+    """SIGTERM ends the program as Ctrl-C does."""
+    raise KeyboardInterrupt(number)
+
+
+def run():
+    """The command line, ended in at most one line on stderr; its exit code."""
+    code, line = 0, None
+    signal.signal(signal.SIGINT, interrupt)  # though it may have been ignored at the start, as for a job in a script's background
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        try:
+            code = main()
+        except SystemExit as stop:
+            code, line = (2, stop.code) if isinstance(stop.code, str) else (stop.code or 0, None)
+        sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        code, line = 128 + (stop.args or (signal.SIGINT,))[0], "interrupted."
+    except BrokenPipeError:  # the reader of the output has gone
+        pass
+    except json.JSONDecodeError as error:
+        code, line = 2, f"contract.json, or the file of --token-ids, is not JSON ({error})."
+    except (OSError, MemoryError, ImportError) as error:
+        code, line = 2, f"{type(error).__name__}: {error}"
+    except Exception as error:
+        if os.environ.get("EDGEDIT_TRACEBACK", "") not in ("", "0"):
+            traceback.print_exc()
+        code, line = 70, f"this is a fault of the program or a damaged export (--check), not of your input: {type(error).__name__}: {error}."
+        line += " EDGEDIT_TRACEBACK=1 in the environment shows the traceback."
+    if line is not None:
+        print("sample_min.py: " + " ".join(line.split()), file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would complain when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run())

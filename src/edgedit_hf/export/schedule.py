@@ -122,6 +122,7 @@ def linear_schedule(scheduler: SchedulerMixin) -> Schedule:
         NotLinearError: the scheduler adds noise, or clips or thresholds, or cannot be run on its own.
     """
     name, count = type(scheduler).__name__, len(scheduler.timesteps)
+    check_timesteps(scheduler)
     basis = torch.eye(2 * count, dtype=torch.float64).view(2 * count, 1, 1, 1, 2 * count)
     init_noise_sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
     outputs, scaled = _step_through(scheduler, list(basis[:count]), list(basis[count:]))
@@ -138,6 +139,21 @@ def linear_schedule(scheduler: SchedulerMixin) -> Schedule:
     schedule = Schedule(name, init_noise_sigma, tuple(steps), sigmas)
     _check(scheduler, schedule)
     return schedule
+
+
+def check_timesteps(scheduler: SchedulerMixin) -> None:
+    """Raise if the timesteps or noise levels of a scheduler whose timesteps are set are not finite.
+
+    A schedule that is stretched to end at `shift_terminal` needs two points: of one step, diffusers divides 0 by 0.
+    """
+    for name in ("timesteps", "sigmas"):
+        values = getattr(scheduler, name, None)
+        if values is not None and not torch.isfinite(torch.as_tensor(values, dtype=torch.float64)).all():
+            count, terminal = len(scheduler.timesteps), scheduler.config.get("shift_terminal")
+            stretched = f" with shift_terminal={terminal}" if terminal else ""
+            remedy = "take two steps or more, or make it with shift_terminal=None" if terminal and count == 1 else "choose another number of steps"
+            found = torch.as_tensor(values).tolist()
+            raise EdgeDiTError(f"{type(scheduler).__name__}{stretched} has {name} that are not finite for {count} step(s) ({found}); {remedy}.")
 
 
 def _step_through(
@@ -173,10 +189,10 @@ def _check(scheduler: SchedulerMixin, schedule: Schedule) -> None:
     for index, step in enumerate(schedule.steps):
         terms = [factor * samples[old] for old, factor in step.samples.items()]
         terms += [factor * predictions[old] for old, factor in step.predictions.items()]
-        largest = max(float(term.abs().max()) for term in terms)
+        largest = max((float(term.abs().max()) for term in terms), default=0.0) or 1.0
         worst = max(worst, float((sum(terms) - outputs[index]).abs().max()) / largest)
         error = (samples[index] * step.input_scale - scaled[index]).abs().max()
-        worst = max(worst, float(error / scaled[index].abs().max()))
+        worst = max(worst, float(error / scaled[index].abs().max().clamp(min=torch.finfo(torch.float64).tiny)))
     if worst <= TOLERANCE:
         return
     zeros = [torch.zeros(1, 1, SIDE, SIDE, dtype=torch.float64)] * len(schedule.steps)

@@ -163,7 +163,11 @@ def simulated_activations(model: nn.Module, layers: Sequence[str], scales: Activ
     def look(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         nonlocal bucket
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        bucket = 0 if scales is None else scales.bucket_of(float(timestep.reshape(-1)[0]))
+        buckets = {0} if scales is None else {scales.bucket_of(time) for time in timestep.reshape(-1).tolist()}
+        if len(buckets) > 1:
+            least, greatest = float(timestep.min()), float(timestep.max())
+            raise EdgeDiTError(f"The rows have timesteps from {least} to {greatest}, of several buckets; give those of one at a time.")
+        (bucket,) = buckets
 
     def rounding(name: str) -> Any:
         def hook(module: nn.Module, args: tuple) -> tuple:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.proxy_bank import ProxyBank
-from ..files import atomic_write_json, check_finite, read_json
+from ..files import atomic_write_json, check_finite, check_output, foreign_to_student, read_json
 from ..genotype import Genotype
 from ..launch import load_pipeline, with_transformer
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
@@ -53,6 +53,8 @@ def select(
         max_flops=None if max_flops_ratio is None else max_flops_ratio * whole["flops"],
     )
     path = whole["path"] or run_dir / "teacher"
+    output = run_dir / "student" if output is None else output
+    check_output(output, [path, *(run_dir / name for name in ("teacher", "bank", "search", "latency"))], overwrite=True, foreign=foreign_to_student)
     teacher = load_pipeline(path, "stage teacher (training/train_teacher.py)")
     bank = ProxyBank(run_dir / "bank", teacher.transformer)
     facts = {
@@ -61,7 +63,7 @@ def select(
         "teacher_latency_ms": whole["latency_ms"],
         "distance": entry["distance"],
     }
-    return write_student(teacher, bank, bank.space.from_code(entry["code"]), run_dir / "student" if output is None else output, facts)
+    return write_student(teacher, bank, bank.space.from_code(entry["code"]), output, facts)
 
 
 def write_student(
