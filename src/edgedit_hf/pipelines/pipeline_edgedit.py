@@ -354,7 +354,10 @@ class EdgeDiTPipeline(DiffusionPipeline):
                 "of before they did, or train again with a lower learning rate."
             )
         dtype = str(getattr(model, "dtype", "an unknown type")).removeprefix("torch.")
-        return ValueError(f"The transformer's output is not finite, though its input and weights are: it overflows in {dtype}; use bfloat16 or float32.")
+        return ValueError(
+            f"The guided output of the transformer is not finite, though its input and weights are: it overflows in {dtype}; use bfloat16 or float32, "
+            f"or less guidance than {self.guidance_scale:g}."
+        )
 
     def prepare_latents(
         self,
