@@ -82,3 +82,30 @@ def test_ctrl_c_saves_and_the_rerun_continues(recipes, whole_run, result_files, 
     assert result_files(folder / "teacher" / "transformer", ".safetensors") == result_files(whole / "teacher" / "transformer", ".safetensors")
     steps = [json.loads(line)["step"] for line in telemetry.read_text().splitlines()]
     assert steps == sorted(set(steps)), "telemetry has a step twice or out of order"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize("name", ["train_teacher", "distill_proxies", "finetune", "export_student", "evaluate_models"])
+def test_a_signal_at_any_point_of_a_stage_ends_in_the_same_weights(recipes, whole_run, result_files, tmp_path, name, share, number):
+    whole, seconds = whole_run(name)
+    stage, needs, suffixes = STAGES[name]
+    folder = tmp_path / "run"
+    for need in needs:
+        if (whole / need).exists():
+            shutil.copytree(whole / need, folder / need)
+    process = recipes.start(name, folder)
+    deadline = time.monotonic() + 120
+    while not (folder / stage / "run.json").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(share * seconds)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode in (0, {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}[number]), output
+    assert "Traceback" not in output
+    if number != signal.SIGKILL:
+        assert not list(folder.rglob("run.lock"))
+    recipes.run(name, folder)
+    assert comparable(result_files(folder / stage, *suffixes)) == comparable(result_files(whole / stage, *suffixes))
+    assert not list((folder / stage).rglob(".*.tmp-*")) and not list((folder / stage).rglob("run.lock"))
