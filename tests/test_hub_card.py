@@ -83,3 +83,47 @@ def test_recipe_of_the_report_is_one_that_loads(report, tmp_path):
     (tmp_path / "run.yaml").write_text(report["reproduce"]["yaml"])
     config = load_config(tmp_path / "run.yaml")
     assert config.seed == 5 and config.output_dir.endswith("-again")
+
+
+# -------------------------------------------------------------------- text of others
+
+HOSTILE = "](javascript:x)|<b>*a*`c`\n---\n# title\n```\n[x]: http://evil\r\n| a | b |\n{{ 7*7 }} $x$ ~~y~~ __z__ &lt;"
+
+
+STRUCTURE = ("html", "fence", "link", "image", "heading", "em_", "strong", "s_", "bullet", "ordered", "blockquote", "hr", "table", "code_block")
+
+
+def visible(markdown: str) -> tuple[str, list]:
+    """Text of a page as CommonMark reads it, and its tokens of every kind."""
+    from markdown_it import MarkdownIt
+
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(markdown)
+    flat = [token for token in tokens for token in (token, *(token.children or []))]
+    return "".join(token.content for token in flat if token.type in ("text", "code_inline", "fence")), flat
+
+
+def test_names_of_others_stay_text_in_the_card(report, tmp_path):
+    plain = render_card(report, repo_id="me/x", license="mit")
+    hostile = json.loads(json.dumps(report))
+    hostile["reference"]["extractor"] = hostile["reproduce"]["config"]["data"]["source"] = HOSTILE
+    hostile["latency"]["environment"] = {"cpu": HOSTILE}
+    hostile["versions"] = {HOSTILE: HOSTILE}
+    hostile["genotype"] |= {"hash": HOSTILE, "options": {HOSTILE: 2}}
+    hostile["reproduce"] |= {"yaml": f"a: 1\n{HOSTILE}\n", "command": HOSTILE}
+    for model in hostile["models"]:
+        model["metrics"] = {f"fid[{HOSTILE},n=64]": 1.7}
+    hostile["models"].append({**hostile["models"][0], "name": HOSTILE})
+    for model in ("student-tuned", HOSTILE):
+        card = render_card(hostile, repo_id="me/x", license="mit", model=model)
+        data = metadata(card)
+        assert set(data) == set(metadata(plain)) and data["license"] == "mit"
+        body, before = card.split("\n---\n", 1)[1], plain.split("\n---\n", 1)[1]
+        found, wanted = ([token.type for token in visible(text)[1] if token.type.startswith(STRUCTURE)] for text in (body, before))
+        assert found == wanted  # no link, no HTML, no heading, no emphasis, no block of code more than without
+        assert "49" not in body
+
+
+def test_metadata_refuses_what_the_hub_does_not_take(report):
+    for repo_id, license in ((HOSTILE, "mit"), ("me/x", HOSTILE), ("a/b/c", "mit"), ("", "mit"), ("me/x", "")):
+        with pytest.raises(EdgeDiTError, match="the Hub takes organisation/name"):
+            render_card(report, repo_id=repo_id, license=license)

@@ -12,8 +12,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "edgedit_hf"
 ORDER = [
     "errors",
     "entry",
+    "markup",
     "files",
     "schema",
+    "records",
     "genotype",
     "search_space",
     "recipes",
@@ -45,7 +47,7 @@ ORDER = [
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in ((names,) if isinstance(names, str) else names)}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "botorch", "gpytorch", "onnx", "onnxruntime"}
-LIGHT_MODULES = ["errors", "entry", "files", "schema", "genotype", "search_space", "recipes", "run_state", "registration", "commands", "optimum_register"]
+LIGHT_MODULES = "errors entry markup files schema records genotype search_space recipes run_state registration commands optimum_register".split()
 SELF_CONTAINED = {"torch", "diffusers", "safetensors", "numpy", "PIL"} | sys.stdlib_module_names
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from edgedit_hf.captions import STYLES, CaptionedDataset, parse_caption, style_words
 from edgedit_hf.data import to_bytes
-from edgedit_hf.files import atomic_write_json, file_sha256, pipeline_weights_hash, read_json
+from edgedit_hf.files import atomic_write_json, file_sha256, pipeline_weights_hash
 from edgedit_hf.latency.protocol import environment, measure
 from edgedit_hf.launch import load_pipeline, load_run_captions, load_run_images, recipe_main
 from edgedit_hf.metrics.features import IndependentClassifier
@@ -30,7 +30,9 @@ from edgedit_hf.pipelines.pipeline_elastic_dit import ElasticDiTPipeline
 from edgedit_hf.pipelines.sampling import generate_from_captions
 from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
+from edgedit_hf.records import ElasticStage, Latencies
 from edgedit_hf.run_state import RunState
+from edgedit_hf.schema import read_record
 from edgedit_hf.search_space import BYTES, elastic_cost
 
 SHOWN = 10  # captions at the head of the list, whose images the report shows: of digits one each
@@ -81,7 +83,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         return
     options = config.evaluate
     made_by = "stage elastic (training/train_elastic.py)"
-    trained = read_json(config.folder("elastic", "stage.json"), made_by)
+    trained = read_record(config.folder("elastic", "stage.json"), ElasticStage, made_by)
     pipeline = load_pipeline(config.folder("elastic"), made_by, kind="ElasticDiTPipeline")
     names, weights = pipeline.transformer.subnet_names, pipeline_weights_hash(config.folder("elastic"))
     captioned, held_out = load_run_captions(config), load_run_captions(config, "validation")
@@ -117,7 +119,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     atomic_write_json(state.folder / "captions.json", {**sets, "shown": min(SHOWN, options.samples)})
     if not (state.folder / "latency.json").exists():
         atomic_write_json(state.folder / "latency.json", {**measure_latencies(pipeline, config), "weights": weights})
-    latency = read_json(state.folder / "latency.json", "this stage")["latency_ms"]
+    latency = read_record(state.folder / "latency.json", Latencies, "this stage")["latency_ms"]
 
     pipeline.to(accelerator.device)
     metric = f"fid[{extractor.name},n={options.samples}]"
@@ -140,8 +142,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "parameters": cost.parameters,
             "flops": cost.flops,
             "bytes": {precision: cost.bytes(precision) for precision in BYTES},
-            "latency_ms": latency[name],
-            "metrics": {metric: distance, "validation_loss": trained["validation"].get(name)},
+            "latency_ms": latency.get(name, {}),
+            "metrics": {metric: distance, "validation_loss": trained.get("validation", {}).get(name)},
             "num_samples": options.samples,
             **sampling,
         }

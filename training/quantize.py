@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from edgedit_hf.diffusion import Diffusion
 from edgedit_hf.distill.output_loss import output_loss
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.files import atomic_write_json, file_sha256, hash_json, read_json, weights_hash
+from edgedit_hf.files import atomic_write_json, file_sha256, hash_json, weights_hash
 from edgedit_hf.launch import learning_rate_at, load_pipeline, recipe_main, set_learning_rate
 from edgedit_hf.optimisation import Optimisation
 from edgedit_hf.preflight import preflight
@@ -52,7 +52,9 @@ from edgedit_hf.quantization.setup import (
 )
 from edgedit_hf.quantization.weights import spec_bits
 from edgedit_hf.recipes import RunConfig
+from edgedit_hf.records import Quantization
 from edgedit_hf.run_state import Facts, RunState
+from edgedit_hf.schema import read_record
 
 RECORD, SAMPLES = "quantization.json", "samples.safetensors"
 
@@ -226,7 +228,7 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
     if options.steps:
         ema.copy_to(parameters)
     if accelerator.is_main_process:
-        found = read_json(start / RECORD, made_by)
+        found = read_record(start / RECORD, Quantization, made_by)
         packed = load_pipeline(start, made_by, kind=KINDS)
         TunedState(tuned_parameters(packed.transformer, frozen)).load_state_dict(TunedState(tuned).state_dict())
         judge = Judge(source.to(accelerator.device), options.calibration_images, **sampling_options(config, prompts))
@@ -240,7 +242,7 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
             advice = "" if after >= before else f"; {start} is the better one: lower quantize.learning_rate or give more steps"
             print(f"{width}: {found['average_bits']:.2f} bits, output {before:.1f} dB → {after:.1f} dB above the quantisation error{advice}")
     accelerator.free_memory()
-    state.finish(average_bits=read_json(start / RECORD, made_by)["average_bits"])
+    state.finish(average_bits=read_record(start / RECORD, Quantization, made_by)["average_bits"])
 
 
 def on_device(value, device: torch.device):

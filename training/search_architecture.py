@@ -18,12 +18,14 @@ from accelerate import Accelerator
 from reference import load_extractor, real_features
 
 from edgedit_hf.distill.proxy_bank import ProxyBank
-from edgedit_hf.files import atomic_write_json, file_sha256, read_json
+from edgedit_hf.files import atomic_write_json, file_sha256
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.launch import load_run_images, load_teacher, recipe_main
 from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
+from edgedit_hf.records import SearchState
 from edgedit_hf.run_state import RunState
+from edgedit_hf.schema import read_record
 from edgedit_hf.search.ask_tell import AskTellSearch, RandomSearch, summary
 from edgedit_hf.search.bayes import BayesSearch
 from edgedit_hf.search.latency_table import LatencyTable
@@ -75,7 +77,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         return (quality(genotype), table.latency_ms(genotype)), {"parameters": cost.parameters, "flops": cost.flops}
 
     names = ("merge.json", "state.json", "random.json")
-    told = {name: len(read_json(state.folder / name, "this stage")["told"]) if (state.folder / name).exists() else 0 for name in names}
+    told = {name: len(read_record(state.folder / name, SearchState, "this stage")["told"]) if (state.folder / name).exists() else 0 for name in names}
     state.continue_at(told["merge.json"] + told["state.json"] + max(0, told["random.json"] - options.initial))
     progress = state.steps()
 

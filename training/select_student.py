@@ -17,11 +17,13 @@ from functools import partial
 from accelerate import Accelerator
 
 from edgedit_hf.distill.proxy_bank import ProxyBank
-from edgedit_hf.files import file_sha256, read_json
+from edgedit_hf.files import file_sha256
 from edgedit_hf.launch import load_teacher, read_genotype, recipe_main
 from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
+from edgedit_hf.records import BankIndex, Front
 from edgedit_hf.run_state import RunState
+from edgedit_hf.schema import read_record
 from edgedit_hf.search.selection import select, write_student
 
 
@@ -33,7 +35,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         build(config)
         return
     front = config.folder("search", "front.json")
-    read_json(front, "stage search (training/search_architecture.py)")
+    read_record(front, Front, "stage search (training/search_architecture.py)")
     state = RunState(config.folder("student"), "student", config.section("student"), 1, inputs={"front": file_sha256(front)})
     if state.finished:
         return
@@ -46,7 +48,7 @@ def build(config: RunConfig) -> None:
     """Assemble the genotype that the recipe gives."""
     name, index = config.student.genotype, config.folder("bank", "index.json")
     genotype = read_genotype(name, "student.genotype")
-    read_json(index, "stage bank (training/distill_proxies.py)")
+    read_record(index, BankIndex, "stage bank (training/distill_proxies.py)", "a proxy bank")
     inputs = {"bank": file_sha256(index), "genotype": genotype.hash}
     state = RunState(config.folder("student"), "student", config.section("student"), 1, inputs=inputs)
     if state.finished:

@@ -32,6 +32,7 @@ from edgedit_hf.distill.sensitivity import disjoint, relative_output_error, sing
 from edgedit_hf.files import atomic_write_json, atomic_write_text, weights_hash
 from edgedit_hf.genotype import LayerSpec
 from edgedit_hf.launch import check_fits_data, learning_rate_at, load_teacher, load_training_set, recipe_main, set_learning_rate
+from edgedit_hf.markup import csv_cell, markdown
 from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState
@@ -167,7 +168,7 @@ def as_csv(rows: list[dict]) -> str:
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({**row, "layers": " ".join("+".join(map(str, source)) for source in row["layers"])})
+        writer.writerow({**row, "change": csv_cell(row["change"]), "layers": " ".join("+".join(map(str, source)) for source in row["layers"])})
     return text.getvalue()
 
 
@@ -188,7 +189,7 @@ def as_markdown(rows: list[dict], steps: int) -> str:
         worst = max(places, key=lambda row: row["model_after"])["layers"][0]
         cells = [pair("layer", statistics.median), pair("layer", max), pair("model", statistics.median), pair("model", max)]
         cells += ["–".join(map(str, sorted({worst[0], worst[-1]}))), pair("model", max, [everywhere])]
-        lines.append(f"| {name} | {everywhere['flops']:.0%} | {' | '.join(cells)} |")
+        lines.append(f"| {markdown(name)} | {everywhere['flops']:.0%} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

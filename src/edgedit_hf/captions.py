@@ -42,8 +42,10 @@ from .data import (
     stream_generator,
 )
 from .errors import EdgeDiTError
-from .files import FolderLock, atomic_folder, atomic_write_json, hash_json, read_json, sweep, weights_hash
+from .files import FolderLock, atomic_folder, atomic_write_json, hash_json, sweep, weights_hash
 from .image_sources import EncodedRows, caption_column_of, parse_background
+from .records import TextIndex
+from .schema import read_record
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 STYLES = {"stroke": ("thin", "thick"), "width": ("narrow", "wide"), "slant": ("left", "right")}
@@ -432,9 +434,30 @@ class TextTable:
         missing = [shard for shard in shards if not _text_shard(self.folder, shard).is_file()]
         if missing:
             raise EdgeDiTError(f"The text cache {str(self.folder)!r} is unfinished: {len(missing)} of {len(shards)} parts are missing. Run the command again.")
+        for shard in shards:
+            self._check(shard, min(TEXT_SHARD, len(unique) - shard * TEXT_SHARD))
         # Of every encoder and shard, where each caption's tokens begin and end: [captions + 1].
         self._ends = [[self._file(shard).get_tensor(f"ends_{i}") for shard in shards] if dim else [] for i, dim in enumerate(self.dims)]
         self.lengths = [max((int(ends.diff().max()) for ends in parts), default=0) for parts in self._ends]
+
+    def _check(self, shard: int, captions: int) -> None:
+        """Raise unless a part holds the tokens of so many captions, of the widths that the index says."""
+        file, path = self._file(shard), _text_shard(self.folder, shard)
+        names = file.keys()
+        for encoder, dim in enumerate(self.dims):
+            if not dim:
+                continue
+            tokens, ends = f"tokens_{encoder}", f"ends_{encoder}"
+            shapes = [file.get_slice(name).get_shape() if name in names else None for name in (tokens, ends)]
+            right = shapes[0] is not None and len(shapes[0]) == 2 and shapes[0][1] == dim and shapes[1] == [captions + 1]
+            if right:
+                places = file.get_tensor(ends)
+                right = not places.is_floating_point() and bool((places.diff() >= 0).all()) and [int(places[0]), int(places[-1])] == [0, shapes[0][0]]
+            if not right:
+                raise EdgeDiTError(
+                    f"{path} is damaged: its tokens and their places of encoder {encoder + 1} have the shapes {shapes}, {captions} captions of width {dim} are "
+                    f"wanted; delete {str(path.parent)!r} and run the command again, it makes that part anew."
+                )
 
     def __len__(self) -> int:
         return len(self._number)
@@ -491,9 +514,11 @@ def _text_shard(folder: Path, shard: int) -> Path:
 
 
 def _read_text_index(folder: Path) -> dict:
-    index = read_json(folder / "index.json", "text_table")
-    if not isinstance(index, dict) or set(index) != {"format", "captions", "encoders", "dims"} or index["format"] != TEXT_FORMAT:
-        raise EdgeDiTError(f"{folder / 'index.json'} does not describe a text cache of format {TEXT_FORMAT}; choose another folder.")
+    index = read_record(folder / "index.json", TextIndex, "text_table", "a text cache")
+    if index["format"] != TEXT_FORMAT:
+        raise EdgeDiTError(
+            f"{folder / 'index.json'} does not describe a text cache of format {TEXT_FORMAT}, but of {index['format']}; choose another folder."
+        )
     return index
 
 

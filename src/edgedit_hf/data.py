@@ -24,9 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .errors import EdgeDiTError
-from .files import FolderLock, atomic_folder, atomic_write_json, hash_json, read_json, sweep, weights_hash
+from .files import FolderLock, atomic_folder, atomic_write_json, hash_json, sweep, weights_hash
 from .image_sources import HELD_OUT_NAMES, ArrayRows, EncodedRows, image_column_of, image_rows, open_splits, parse_background, read_labels
 from .latents import encode, latent_scale
+from .records import LatentIndex
+from .schema import read_record
 
 IN_MEMORY_BYTES = 256 * 1024**2  # sets below this size are decoded once and kept, as bytes (latents: as float32)
 LATENT_FORMAT = 1
@@ -489,13 +491,17 @@ class LatentDataset(_MapDataset):
         self.fingerprint = hash_json([index["dataset"], index["vae"]])
         self._shard_rows = index["shard_rows"]
         shards = range(_num_shards(index))
-        missing = [shard for shard in shards if not _shard_file(self.folder, shard).is_file()]
-        if missing:
+        # Counted from the folders that are there, not from the number that the index claims.
+        there = {path.parent.name for path in self.folder.glob("shard-*/latents.safetensors")}
+        missing = len(shards) - len(there)
+        if missing > 0 or any(_shard_file(self.folder, shard).parent.name not in there for shard in shards):
             raise EdgeDiTError(
-                f"The latent cache {str(self.folder)!r} is unfinished: {len(missing)} of {len(shards)} parts are "
+                f"The latent cache {str(self.folder)!r} is unfinished: {max(missing, 1)} of {len(shards)} parts are "
                 "missing. Run cache_latents again, it continues."
             )
         self._files: dict[int, safe_open] = {}
+        for shard in shards:
+            self._check(shard, min(self._shard_rows, index["count"] - shard * self._shard_rows))
         self.labels = torch.cat([self._file(shard).get_tensor("labels") for shard in shards])
         if len(self.labels) != index["count"]:
             raise EdgeDiTError(
@@ -514,6 +520,13 @@ class LatentDataset(_MapDataset):
                     "that part anew."
                 ) from error
         return self._files[shard]
+
+    def _check(self, shard: int, rows: int) -> None:
+        """Raise unless a part holds as many latents and labels, of the shape, as the index says."""
+        file, path, wanted = self._file(shard), _shard_file(self.folder, shard), {"latents": [rows, *self.shape], "labels": [rows]}
+        found = {name: file.get_slice(name).get_shape() if name in file.keys() else None for name in wanted}
+        if found != wanted:
+            raise EdgeDiTError(f"{path} is damaged: it holds {found}, its index says {wanted}; delete {str(path.parent)!r} and run cache_latents again.")
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_files": {}}  # open files do not travel to data-loading processes
@@ -542,12 +555,10 @@ def open_latents(folder: str | os.PathLike) -> LatentDataset:
 
 
 def _read_index(folder: Path) -> dict:
-    index = read_json(folder / "index.json", "cache_latents")
-    keys = {"format", "dataset", "vae", "count", "shape", "shard_rows", "label_names"}
-    if not isinstance(index, dict) or set(index) != keys or index["format"] != LATENT_FORMAT:
+    index = read_record(folder / "index.json", LatentIndex, "cache_latents", "a latent cache")
+    if index["format"] != LATENT_FORMAT:
         raise EdgeDiTError(
-            f"{folder / 'index.json'} does not describe a latent cache of format {LATENT_FORMAT}; choose another "
-            "folder."
+            f"{folder / 'index.json'} does not describe a latent cache of format {LATENT_FORMAT}, but of {index['format']}; choose another folder."
         )
     return index
 
@@ -610,6 +621,8 @@ def cache_latents(
                     f"The latent cache {str(folder)!r} was made from the {name} {index[name]}, but this run has the "
                     f"{name} {value}; choose another folder or delete this one."
                 )
+        if index["count"] != len(dataset):
+            raise EdgeDiTError(f"The latent cache {str(folder)!r} is of {index['count']} images, but there are {len(dataset)}; delete the folder.")
     else:
         shape = _encode(vae, dataset.batch([0])["images"]).shape[1:]
         index = {

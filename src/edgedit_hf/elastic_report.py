@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any
 
 from .captions import STYLES, is_held_out, parse_caption
 from .errors import EdgeDiTError
-from .files import atomic_write_json, atomic_write_text, read_json
+from .files import atomic_write_json, atomic_write_text
 from .hub import metric_label
-from .report import FORMAT, Figure, check_judged, optional_json, render_html, reproduce
+from .records import Captions, ElasticEvaluation, ElasticStage, Latency, Model, Reference, Telemetry, TextStage
+from .report import FORMAT, Figure, check_judged, optional_record, render_html, reproduce
+from .schema import convert, read_lines, read_record
 
 STAGES = {"text": "stage text (training/train_text_encoders.py)", "elastic": "stage elastic (training/train_elastic.py)"}
 JUDGED_BY = "stage evaluate (training/evaluate_elastic.py)"
@@ -31,42 +32,49 @@ def build_elastic_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise EdgeDiTError(f"{run_dir} is not a folder; give the output_dir of a run.")
-    trained = read_json(run_dir / "elastic" / "stage.json", STAGES["elastic"])
-    judged = read_json(run_dir / "evaluate" / "stage.json", JUDGED_BY)
-    stages = {"text": optional_json(run_dir / "text" / "stage.json"), "elastic": trained, "evaluate": judged}
+    trained = read_record(run_dir / "elastic" / "stage.json", ElasticStage, STAGES["elastic"])
+    judged = read_record(run_dir / "evaluate" / "stage.json", ElasticEvaluation, JUDGED_BY)
+    stages = {"text": optional_record(run_dir / "text" / "stage.json", TextStage), "elastic": trained, "evaluate": judged}
     stages = {name: stage for name, stage in stages.items() if stage}
-    try:
-        models = [read_json(run_dir / "evaluate" / f"{name}.json", JUDGED_BY) for name in judged["config"]["subnets"]]
-        check_judged(run_dir, models, JUDGED_BY)
-        report = {
-            "format": FORMAT,
-            "name": run_dir.resolve().name,
-            "models": sorted(models, key=lambda model: model["parameters"]),
-            "sampled": trained["sampled"],
-            "elastic_steps": trained["steps"],
-            "versions": {name: version for stage in stages.values() for name, version in stage["versions"].items()},
-            "seed": trained["seed"],
-            "seconds": {name: stage["seconds"] for name, stage in stages.items()},
-            "reproduce": reproduce(run_dir, trained["seed"], stages, "text_to_image.py"),
-            "reference": read_json(run_dir / "evaluate" / "reference.json", JUDGED_BY),
-            "latency": read_json(run_dir / "evaluate" / "latency.json", JUDGED_BY),
-        }
-        if "text" in stages:
-            report["text"] = stages["text"]["learned"]
-        return report
-    except (KeyError, TypeError, AttributeError) as error:
-        raise EdgeDiTError(f"A file below {run_dir} does not hold what its stage writes ({error!r}); run that stage again.") from error
+    models = [read_record(run_dir / "evaluate" / f"{name}.json", Model, JUDGED_BY) for name in judged["config"]["subnets"]]
+    check_judged(run_dir, models, JUDGED_BY)
+    for model in models:  # what the page needs of every width alike
+        lacks = [name for name in ("class_agreement", "style_agreement", "held_out") if ("class_agreement" in models[0]) != (model.get(name) is not None)]
+        lacks += [] if "validation_loss" in model["metrics"] else ["metrics.validation_loss"]
+        lacks += [name for name, value in models[0]["metrics"].items() if name.startswith("fid[") and model["metrics"].get(name) is None]
+        if lacks or model.get("held_out") is not None and "class_agreement" not in model["held_out"]:
+            raise EdgeDiTError(
+                f"{run_dir / 'evaluate' / model['name']}.json and {models[0]['name']}.json differ in {', '.join(lacks or ['held_out.class_agreement'])}: "
+                f"one is damaged or foreign. {JUDGED_BY} writes them, run that stage again."
+            )
+    report = {
+        "format": FORMAT,
+        "name": run_dir.resolve().name,
+        "models": sorted(models, key=lambda model: model["parameters"]),
+        "sampled": trained["sampled"],
+        "elastic_steps": trained["steps"],
+        "versions": {name: version for stage in stages.values() for name, version in stage.get("versions", {}).items()},
+        "seed": trained["seed"],
+        "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+        "reproduce": reproduce(run_dir, trained["seed"], stages, "text_to_image.py"),
+        "reference": read_record(run_dir / "evaluate" / "reference.json", Reference, JUDGED_BY),
+        "latency": read_record(run_dir / "evaluate" / "latency.json", Latency, JUDGED_BY),
+    }
+    if "text" in stages:
+        report["text"] = stages["text"]["learned"]
+    return report
 
 
 def training_curves(run_dir: Path, report: Mapping[str, Any]) -> dict[str, tuple[list[int], list[float]]]:
     """Flow loss of every sub-network against the supernet's steps, from the telemetry; means over a fiftieth of the run."""
-    lines = [json.loads(line) for line in (run_dir / "elastic" / "telemetry.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(run_dir / "elastic" / "telemetry.jsonl", Telemetry, STAGES["elastic"])
     bin_size, curves = max(1, report["elastic_steps"] // 50), {}
     for name in (model["name"] for model in report["models"]):
         bins: dict[int, list[float]] = {}
         for line in lines:
             if f"loss_{name}" in line:
-                bins.setdefault(-(-line["step"] // bin_size), []).append(line[f"loss_{name}"])
+                loss = convert(line[f"loss_{name}"], float, f"loss_{name} at step {line['step']} of {run_dir / 'elastic' / 'telemetry.jsonl'}")
+                bins.setdefault(-(-line["step"] // bin_size), []).append(loss)
         if bins:
             curves[name] = ([number * bin_size for number in bins], [sum(values) / len(values) for values in bins.values()])
     return curves
@@ -74,13 +82,11 @@ def training_curves(run_dir: Path, report: Mapping[str, Any]) -> dict[str, tuple
 
 def draw_elastic_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
     """Write the PNGs below `run_dir/report` and describe them."""
-    from safetensors.numpy import load_file
-
     from .search import plots
 
-    folder, captions = run_dir / "report", read_json(run_dir / "evaluate" / "captions.json", JUDGED_BY)
+    folder, captions = run_dir / "report", read_record(run_dir / "evaluate" / "captions.json", Captions, JUDGED_BY)
     names = [model["name"] for model in report["models"]]
-    images = {name: load_file(run_dir / "evaluate" / f"{name}.safetensors") for name in names}
+    images = {name: _images(run_dir / "evaluate" / f"{name}.safetensors", captions) for name in names}
     rows = ", ".join(names)
     wanted = [("samples", "captions", "Samples", "A column is one caption and one noise, a row one width of the same supernet.")]
     if "held_out" in captions:
@@ -100,6 +106,22 @@ def draw_elastic_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figur
         text = f"Every step trained the full net and a drawn sub-network: {drawn} of {report['elastic_steps']:,} steps."
         figures.append(Figure("curves.png", "Training", f"Flow loss of every width against steps; in the end: {ends}.", text))
     return figures
+
+
+def _images(path: Path, captions: Mapping[str, Any]) -> dict[str, Any]:
+    """The images of a width, one a caption."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        images = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise EdgeDiTError(f"{path} cannot be read ({error}); {JUDGED_BY} writes it, run that stage again.") from None
+    wanted = {name: len(captions[name]) for name in ("captions", "held_out") if name in captions}
+    found = {name: len(images[name]) if name in images and images[name].ndim == 4 else 0 for name in wanted}
+    if found != wanted or captions["shown"] > wanted["captions"]:
+        raise EdgeDiTError(f"{path} holds {found} images, captions.json {wanted} captions; {JUDGED_BY} writes both, run that stage again.")
+    return images
 
 
 def spread(captions: list[str], count: int) -> list[int]:
@@ -124,8 +146,9 @@ def headlines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append((f"{worst['class_agreement']:.1%}", f"of digits as the caption says, at the least ({worst['name']})"))
         unseen = min(report["models"], key=lambda model: model["held_out"]["class_agreement"])
         lines.append((f"{unseen['held_out']['class_agreement']:.1%}", f"in combinations never trained ({unseen['name']})"))
-    key = next(iter(narrowest["metrics"]))
-    lines += [(f"{model['metrics'][key]:.3g}", f"{metric_label(key)}, {model['name']}") for model in (narrowest, widest)]
+    distance = next((name for name in narrowest["metrics"] if name.startswith("fid[")), None)
+    if distance is not None:
+        lines += [(f"{model['metrics'][distance]:.3g}", f"{metric_label(distance)}, {model['name']}") for model in (narrowest, widest)]
     return lines
 
 

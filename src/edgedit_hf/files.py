@@ -295,6 +295,16 @@ def changed_file(folder: str | os.PathLike, record: Mapping[str, Mapping[str, An
     return None
 
 
+def _listed(path: Path) -> dict[str, dict[str, Any]]:
+    """The [`file_record`] in a stage's `stage.json`, if there is one."""
+    stage = read_json(path, "a stage")
+    files = stage.get("files", {}) if isinstance(stage, dict) else None
+    keys = {"size": int, "mtime_ns": int, "sha256": str}
+    if not isinstance(files, dict) or not all(isinstance(e, dict) and all(isinstance(e.get(k), t) for k, t in keys.items()) for e in files.values()):
+        raise EdgeDiTError(f"{path} does not list its files as a stage writes them; it is damaged. Delete {path.parent} and run the stage again.")
+    return files
+
+
 NO_WEIGHTS = (".json", ".txt", ".md", ".py", ".jinja", ".model", ".yaml")  # suffixes beside weights in a component's folder
 
 
@@ -307,9 +317,11 @@ def pipeline_weights_hash(folder: str | os.PathLike) -> str | None:
     if not (folder / "model_index.json").is_file():
         return None
     index, known = read_json(folder / "model_index.json", "save_pretrained"), {}
+    if not isinstance(index, dict):
+        raise EdgeDiTError(f"{folder / 'model_index.json'} holds {type(index).__name__}; it must hold keys and values. save_pretrained writes it.")
     for root in (folder.parent, folder):
         if (root / "stage.json").is_file():
-            known |= {root / name: entry for name, entry in read_json(root / "stage.json", "a stage").get("files", {}).items()}
+            known |= {root / name: entry for name, entry in _listed(root / "stage.json").items()}
     digest = hashlib.sha256()
     for name in sorted(name for name, value in index.items() if isinstance(value, list) and Path(name).name == name):
         for path in sorted(path for path in (folder / name).rglob("*") if path.is_file() and path.suffix not in NO_WEIGHTS):

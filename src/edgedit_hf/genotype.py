@@ -9,7 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import EdgeDiTError
+from .files import parse_json
+from .records import LAYERS, WIDTH
+from .schema import shorten
 
+RATIO = 1024  # greatest mlp_ratio
 LAYER_KEYS = ("source", "attention_dim", "num_heads", "mlp_ratio")
 
 
@@ -45,6 +49,10 @@ class LayerSpec:
             )
         if not 0 < self.mlp_ratio < float("inf"):
             raise EdgeDiTError(f"mlp_ratio is {self.mlp_ratio}; it must be a number greater than 0.")
+        if self.attention_dim > WIDTH or self.mlp_ratio > RATIO:
+            raise EdgeDiTError(
+                f"A layer has attention_dim {shorten(self.attention_dim)} and mlp_ratio {self.mlp_ratio}; they must be at most {WIDTH} and {RATIO}."
+            )
 
     @property
     def shape(self) -> tuple[int, int, float]:
@@ -64,14 +72,14 @@ class LayerSpec:
     def from_dict(cls, layer: Mapping) -> LayerSpec:
         """Read the plain form; unknown or missing keys raise [`EdgeDiTError`]."""
         if not isinstance(layer, Mapping) or set(layer) != set(LAYER_KEYS):
-            got = sorted(layer) if isinstance(layer, Mapping) else repr(layer)
+            got = shorten(sorted(map(str, layer)) if isinstance(layer, Mapping) else layer)
             raise EdgeDiTError(f"A layer of a genotype has the keys {got}; it must have exactly {sorted(LAYER_KEYS)}.")
         try:
             source = tuple(operator.index(i) for i in layer["source"])
             attention_dim, num_heads = operator.index(layer["attention_dim"]), operator.index(layer["num_heads"])
             mlp_ratio = float(layer["mlp_ratio"])
-        except (TypeError, ValueError) as error:
-            raise EdgeDiTError(f"A layer of a genotype reads {dict(layer)}, which is not a layer: {error}.") from None
+        except (TypeError, ValueError, OverflowError) as error:
+            raise EdgeDiTError(f"A layer of a genotype reads {shorten(dict(layer))}, which is not a layer: {str(error)[:200]}.") from None
         return cls(source, attention_dim, num_heads, mlp_ratio)
 
 
@@ -90,10 +98,12 @@ class Genotype:
         sources = [i for layer in self.layers for i in layer.source]
         if not sources or sources != list(range(len(sources))):
             raise EdgeDiTError(
-                f"The layers' sources read {sources}; a genotype must replace teacher layers 0 … n-1 once each, in order."
+                f"The layers' sources read {shorten(sources)}; a genotype must replace teacher layers 0 … n-1 once each, in order."
             )
-        if self.hidden_size < 1:
-            raise EdgeDiTError(f"hidden_size is {self.hidden_size}; it must be at least 1.")
+        if not 1 <= self.hidden_size <= WIDTH:
+            raise EdgeDiTError(f"hidden_size is {shorten(self.hidden_size)}; it must be at least 1 and at most {WIDTH}.")
+        if len(sources) > LAYERS:
+            raise EdgeDiTError(f"The genotype replaces {len(sources)} teacher layers; it may replace at most {LAYERS}.")
         for index, layer in enumerate(self.layers):
             if int(self.hidden_size * layer.mlp_ratio) < 1:
                 raise EdgeDiTError(f"Layer {index}: mlp_ratio {layer.mlp_ratio} of hidden_size {self.hidden_size} leaves no neuron; take a larger one.")
@@ -121,9 +131,9 @@ class Genotype:
     def from_layers(cls, layers: Sequence[Mapping], hidden_size: int) -> Genotype:
         """Read what a model's config holds as `layers` and `hidden_size`."""
         if not isinstance(layers, Sequence) or isinstance(layers, (str, bytes)):
-            raise EdgeDiTError(f"layers is {layers!r}; it must be a list of layer descriptions.")
-        if not isinstance(hidden_size, int):
-            raise EdgeDiTError(f"hidden_size is {hidden_size!r}; it must be an integer.")
+            raise EdgeDiTError(f"layers is {shorten(layers)}; it must be a list of layer descriptions.")
+        if not isinstance(hidden_size, int) or isinstance(hidden_size, bool):
+            raise EdgeDiTError(f"hidden_size is {shorten(hidden_size)}; it must be an integer.")
         return cls(tuple(LayerSpec.from_dict(layer) for layer in layers), hidden_size)
 
     def to_json(self) -> str:
@@ -134,11 +144,11 @@ class Genotype:
     def from_json(cls, text: str) -> Genotype:
         """Read [`~Genotype.to_json`]'s text."""
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise EdgeDiTError(f"The genotype is not JSON ({error}); expected what Genotype.to_json() writes.") from None
         if not isinstance(data, dict) or set(data) != {"hidden_size", "layers"}:
-            keys = sorted(data) if isinstance(data, dict) else type(data).__name__
+            keys = shorten(sorted(data)) if isinstance(data, dict) else type(data).__name__
             raise EdgeDiTError(f"The genotype holds {keys}; expected exactly the keys ['hidden_size', 'layers'].")
         return cls.from_layers(data["layers"], data["hidden_size"])
 

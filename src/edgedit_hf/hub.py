@@ -14,6 +14,9 @@ from typing import Any
 
 from .errors import EdgeDiTError
 from .files import atomic_write_text, pipeline_weights_hash
+from .markup import MARKUP, markdown, one_line
+from .recipes import LICENSE, REPO_ID
+from .schema import shorten
 
 # What readers call the models of a run, by their name in report.json, in the order in which they are compared.
 MODEL_LABELS = {
@@ -75,8 +78,12 @@ def comparison_table(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], li
     order = list(MODEL_LABELS)
     models = sorted(models, key=lambda m: order.index(m["name"]) if m["name"] in order else len(order))
     runtimes = list(RUNTIME_LABELS)
-    latencies = {tuple(key.split("-", 1)) for m in models for key in m["latency_ms"]}
-    latencies = ["-".join(pair) for pair in sorted(latencies, key=lambda p: (runtimes.index(p[0]), p[1]))]
+
+    def place(name: str) -> tuple[int, str]:
+        runtime, _, precision = name.partition("-")
+        return runtimes.index(runtime) if runtime in runtimes else len(runtimes), precision
+
+    latencies = sorted({key for m in models for key in m["latency_ms"]}, key=place)
     distances = sorted({key for m in models for key in m["metrics"] if key.startswith("fid[")})
     columns = [
         ("model", lambda m: MODEL_LABELS.get(m["name"], m["name"])),
@@ -122,6 +129,11 @@ def render_card(
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+    if not re.fullmatch(REPO_ID, repo_id) or not re.fullmatch(LICENSE, license):
+        raise EdgeDiTError(
+            f"The card is for repo_id {shorten(repo_id)} and license {shorten(license)}; the Hub takes organisation/name and an identifier such as "
+            "apache-2.0, of letters, digits, '-', '_' and '.'."
+        )
     models = {m["name"]: m for m in report["models"]}
     if model not in models:
         raise EdgeDiTError(f"The report has no model {model!r}; it has {sorted(models) or 'none, run stage evaluate first'}.")
@@ -132,10 +144,10 @@ def render_card(
         EvalResult(
             task_type=PIPELINE_TAG,
             task_name="image generation",
-            dataset_type=Path(data).name,
-            dataset_name=Path(data).name,
+            dataset_type=one_line(Path(data).name),
+            dataset_name=one_line(Path(data).name),
             metric_type="frechet_distance" if key.startswith("fid[") and not label.startswith("FID") else key.split("[")[0],
-            metric_name=label.replace("_", " "),
+            metric_name=one_line(label.replace("_", " ")),
             metric_value=value,
         )
         for key, (label, value) in figures.items()
@@ -159,8 +171,9 @@ def render_card(
         repo_id=repo_id,
         data=Path(data).name,
         conditional=entry.get("class_agreement") is not None,
-        header=header,
-        rows=rows,
+        header=[markdown(cell) for cell in header],
+        rows=[[markdown(cell) for cell in row] for row in rows],
+        **MARKUP,
     )
     return str(card)
 

@@ -27,8 +27,10 @@ from .models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from .pipelines.pipeline_edgedit import EdgeDiTPipeline
 from .pipelines.usable import check_usable
 from .recipes import RunConfig, load_config, unused
+from .records import PipelineIndex, SchedulerConfig
 from .run_state import close_progress, on_main
-from .search_space import SearchSpace
+from .schema import read_record
+from .search_space import SearchSpace, model_cost
 
 
 def recipe_main(
@@ -356,9 +358,9 @@ def load_original_pipeline(path: str | Path, *, vae: str | None = None, **option
     if vae is not None:
         decoder = load_vae(vae)
     if (path / "model_index.json").is_file():
-        index = read_json(path / "model_index.json", "save_pretrained")
+        index = read_record(path / "model_index.json", PipelineIndex, "save_pretrained")
         labels = index.get("id2label")
-        name = str(read_json(path / "scheduler" / "scheduler_config.json", "save_pretrained").get("_class_name"))
+        name = read_record(path / "scheduler" / "scheduler_config.json", SchedulerConfig, "save_pretrained")["_class_name"]
         kind = getattr(diffusers, name, None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
             raise EdgeDiTError(f"{path} has a scheduler of class {name!r}, which diffusers does not have.")
@@ -384,6 +386,15 @@ def teacher_path(config: RunConfig) -> str | Path:
     return config.teacher.path or config.folder("teacher")
 
 
+def check_memory(weights: int, what: str) -> None:
+    """Raise if a new network's float32 weights do not fit into this machine's memory; not if it is made on the meta device."""
+    if torch.get_default_device().type == "meta" or not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * weights > memory:
+        raise EdgeDiTError(f"{what} has {weights:,} weights, {4 * weights / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB of memory. Make it smaller.")
+
+
 def new_teacher(config: RunConfig, shape: Sequence[int], num_classes: int) -> EdgeDiTTransformer2DModel:
     """The untrained teacher of a recipe for data of shape `(C, H, W)`.
 
@@ -397,6 +408,10 @@ def new_teacher(config: RunConfig, shape: Sequence[int], num_classes: int) -> Ed
             f"The data has shape {tuple(shape)}; it must be square with a side that teacher.patch_size {options.patch_size} divides. "
             "Set data.resolution or the patch size."
         )
+    layers = Genotype.original(options.num_layers, options.hidden_size, options.num_heads).to_layers()
+    sizes = {"sample_size": height, "patch_size": options.patch_size, "in_channels": channels, "hidden_size": options.hidden_size, "layers": layers}
+    kind = {"num_classes": num_classes if options.conditional else 0, "learn_sigma": options.learn_sigma}
+    check_memory(model_cost({**sizes, **kind}).weights, "The teacher of this recipe")
     return EdgeDiTTransformer2DModel(
         sample_size=height,
         patch_size=options.patch_size,
@@ -423,10 +438,14 @@ def read_genotype(name: str, key: str) -> Genotype:
     if name in PRESETS and "layers" in PRESETS[name]:
         return Genotype.from_layers(PRESETS[name]["layers"], PRESETS[name]["hidden_size"])
     try:
-        return Genotype.from_json(Path(name).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         students = ", ".join(preset for preset, sizes in PRESETS.items() if "layers" in sizes)
         raise EdgeDiTError(f"{key} names {name!r}, which is neither a student preset ({students}) nor a genotype file: {error}") from None
+    try:
+        return Genotype.from_json(text)
+    except EdgeDiTError as error:
+        raise EdgeDiTError(f"{key} names {name!r}: {error}") from None
 
 
 def load_teacher(config: RunConfig) -> EdgeDiTPipeline:

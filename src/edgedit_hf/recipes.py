@@ -108,7 +108,7 @@ class BankConfig:
     learning_rate: float = key(1e-3, "peak learning rate of AdamW for proxies that start far off; nearer ones get less", minimum=0.0, maximum=LARGEST)
     warmup_steps: int = key(30, "linear warm-up (full first steps undo part of a closed-form start)", minimum=0, maximum=STEPS)
     optimizer: str = key("adamw", "adamw, or adamw8bit (bitsandbytes: a quarter of the optimiser's memory)", ("adamw", "adamw8bit"))
-    memory_budget_gb: float | None = key(None, "memory a process may use; proxies then take turns on the device; null: no bound", above=0.0, maximum=1e6)
+    memory_budget_gb: float | None = key(None, "memory a process may use; proxies then take turns on the device; null: no bound", minimum=0.0, maximum=1e6)
     loss: str = key("normalised", "normalised (by the layer's own update) or plain (the paper's squared error)", ("normalised", "plain"))
     checkpoint_every: int = key(100, "steps between checkpoints", minimum=1, maximum=STEPS)
     log_every: int = key(20, "steps between lines of telemetry", minimum=1, maximum=STEPS)
@@ -190,6 +190,9 @@ class ExportConfig:
         choices=("fp32", "int8", "int4"), items=10
     )
     threads: int = key(2, "threads of the runtime when exports are timed", minimum=1, maximum=THREADS)
+
+
+REPO_ID, LICENSE = r"[\w.-]{1,96}(/[\w.-]{1,96})?", r"\w[\w.+-]{0,59}"  # what the Hub takes
 
 
 @dataclass
@@ -493,6 +496,10 @@ def _check(config: RunConfig, source: str) -> None:
             raise EdgeDiTError(
                 f"{source}: bank.reduced_attention_dim {bank.reduced_attention_dim} is not a multiple of teacher.num_heads {teacher.num_heads}; change one."
             )
+    if not re.fullmatch(REPO_ID, config.card.repo_id):
+        raise EdgeDiTError(f"{source}: card.repo_id is {shorten(config.card.repo_id)}; it must be organisation/name, of letters, digits, '-', '_' and '.'.")
+    if not re.fullmatch(LICENSE, config.card.license):
+        raise EdgeDiTError(f"{source}: card.license is {shorten(config.card.license)}; it must be an identifier of the Hub such as apache-2.0.")
     for names, why in _unread(config):
         for name, value in _changed(config, names):
             raise EdgeDiTError(f"{source}: {name} is {shorten(value)}, but {why}, so nothing reads it; leave it out.")

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EdgeDiTError
-from .files import atomic_write_json, atomic_write_text, file_sha256, pipeline_weights_hash, read_json
+from .files import atomic_write_json, atomic_write_text, file_sha256, pipeline_weights_hash
 from .genotype import Genotype
 from .hub import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
 from .recipes import RunConfig
+from .records import BankFigures, Bench, Choice, Curve, FrontFigures, Latency, Model, Reference, SearchState, Stage, Table, Verified
+from .schema import read_record
 from .search_space import OPTIONS, SearchSpace
 
 FORMAT = 1
@@ -49,19 +51,12 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise EdgeDiTError(f"{run_dir} is not a folder; give the output_dir of a run.")
-    try:
-        return _build(run_dir)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise EdgeDiTError(f"A file below {run_dir} does not hold what its stage writes ({error!r}); run that stage again.") from error
-
-
-def _build(run_dir: Path) -> dict[str, Any]:
-    index = read_json(run_dir / "bank" / "index.json", STAGES["bank"])
-    state = read_json(run_dir / "search" / "state.json", STAGES["search"])
-    front = read_json(run_dir / "search" / "front.json", STAGES["search"])
-    choice = read_json(run_dir / "student" / "choice.json", STAGES["student"])
-    settings = (optional_json(run_dir / "search" / "merge.json") or state)["settings"]  # merge.json: first of two stages
-    stages = {name: stage for name in STAGE_ORDER if (stage := optional_json(run_dir / name / "stage.json"))}
+    index = read_record(run_dir / "bank" / "index.json", BankFigures, STAGES["bank"])
+    state = read_record(run_dir / "search" / "state.json", SearchState, STAGES["search"])
+    front = read_record(run_dir / "search" / "front.json", FrontFigures, STAGES["search"])
+    choice = read_record(run_dir / "student" / "choice.json", Choice, STAGES["student"])
+    settings = (optional_record(run_dir / "search" / "merge.json", SearchState) or state)["settings"]  # merge.json: first of two stages
+    stages = {name: stage for name in STAGE_ORDER if (stage := optional_record(run_dir / name / "stage.json", Stage))}
     for stage, files in READ.items():
         for name, file in files.items():
             was, path = stages.get(stage, {}).get("inputs", {}).get(name), run_dir / file
@@ -73,7 +68,7 @@ def _build(run_dir: Path) -> dict[str, Any]:
         "format": FORMAT,
         "name": run_dir.resolve().name,
         "models": models,
-        "versions": {name: v for stage in stages.values() for name, v in stage["versions"].items()},
+        "versions": {name: v for stage in stages.values() for name, v in stage.get("versions", {}).items()},
         "seed": settings["seed"],
         "seconds": {name: stage["seconds"] for name, stage in stages.items()},
         "search": {
@@ -85,24 +80,27 @@ def _build(run_dir: Path) -> dict[str, Any]:
             "chosen": choice,
         },
         "bank": _bank_summary(index),
-        "genotype": _genotype(choice, SearchSpace(**index["space"])),
+        "genotype": _genotype(choice, SearchSpace.from_dict(index["space"])),
         "ratios": _ratios(models),
         "reproduce": reproduce(run_dir, settings["seed"], stages, "compress.py"),
     }
     optional = {
-        "reference": optional_json(run_dir / "evaluate" / "reference.json"),
+        "reference": optional_record(run_dir / "evaluate" / "reference.json", Reference),
         "latency": _latency(run_dir),
         "exported": {
-            folder.name: {name: optional_json(folder / f"{name}.json") for name in ("verify", "bench")}
+            folder.name: {name: optional_record(folder / f"{name}.json", schema) for name, schema in (("verify", Verified), ("bench", Bench))}
             for folder in sorted((run_dir / "exported").glob("*-*"))
             if (folder / "verify.json").exists()
         },
-        "curves": optional_json(run_dir / "evaluate" / "curves.json"),
+        "curves": optional_record(run_dir / "evaluate" / "curves.json", dict[str, Curve]),
     }
+    if uneven := [name for name, curve in (optional["curves"] or {}).items() if len(curve["steps"]) != len(curve["values"])]:
+        raise EdgeDiTError(f"{run_dir / 'evaluate' / 'curves.json'}: the curve {uneven[0]!r} has another number of steps than of values; make it anew.")
     report.update({key: value for key, value in optional.items() if value})
     if "search" in stages and "reference" in report:
-        samples = stages["search"]["config"]["search"]["samples"]
-        report["search"]["metric"] = f"fid[{report['reference']['extractor']},n={samples}]"
+        samples = (stages["search"]["config"].get("search") or {}).get("samples")
+        if samples is not None:
+            report["search"]["metric"] = f"fid[{report['reference']['extractor']},n={samples}]"
     latency = report.get("latency", {})
     if report["ratios"] and latency.get("speedup"):
         report["ratios"]["speedup"] = latency["speedup"]  # paired by rounds, which a ratio of medians is not
@@ -128,20 +126,21 @@ def check_judged(run_dir: Path, models: Sequence[Mapping[str, Any]], made_by: st
             )
 
 
-def optional_json(path: Path) -> Any:
+def optional_record(path: Path, schema: Any) -> Any:
     """What a stage wrote there, or `None`."""
-    return read_json(path, "an earlier stage") if path.exists() else None
+    return read_record(path, schema, "an earlier stage") if path.exists() else None
 
 
 def _points(run_dir: Path, *names: str) -> list[list[float]]:
     """[distance, latency_ms] of everything that the named searches evaluated."""
-    states = [state for name in names if (state := optional_json(run_dir / "search" / name))]
+    states = [state for name in names if (state := optional_record(run_dir / "search" / name, SearchState))]
     return [[point["distance"], point["latency_ms"]] for state in states for point in state["told"]]
 
 
 def _models(run_dir: Path) -> list[dict[str, Any]]:
-    found = [optional_json(path) for path in sorted((run_dir / "evaluate").glob("*.json"))]
-    models = {m["name"]: m for m in found if isinstance(m, dict) and {"name", "stage", "metrics"} <= set(m)}
+    other = ("stage.json", "run.json", "reference.json", "latency.json", "captions.json", "curves.json")
+    found = [read_record(path, Model, STAGES["evaluate"]) for path in sorted((run_dir / "evaluate").glob("*.json")) if path.name not in other]
+    models = {model["name"]: model for model in found}
     return [models.pop(name) for name in MODEL_LABELS if name in models] + list(models.values())
 
 
@@ -184,9 +183,9 @@ def _genotype(choice: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
 
 def _latency(run_dir: Path) -> dict[str, Any]:
     """How whole networks were timed, and how well the table had predicted such networks."""
-    measured = optional_json(run_dir / "evaluate" / "latency.json") or {}
+    measured = optional_record(run_dir / "evaluate" / "latency.json", Latency) or {}
     kept = {key: measured[key] for key in ("batch_size", "threads", "environment", "speedup") if key in measured}
-    table = optional_json(run_dir / "latency" / "table.json")
+    table = optional_record(run_dir / "latency" / "table.json", Table)
     if table:
         kept["table"] = {key: table[key] for key in ("runtime", "precision", "batch", "threads", "hash", "prediction") if key in table}
     return kept
@@ -227,7 +226,7 @@ def _compare(model: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str
 
 
 def _quotients(numerators: Mapping[str, float], denominators: Mapping[str, float]) -> dict[str, float]:
-    return {key: value / denominators[key] for key, value in numerators.items() if denominators.get(key)}
+    return {key: value / denominators[key] for key, value in numerators.items() if denominators.get(key) and value is not None}
 
 
 def reproduce(run_dir: Path, seed: int, stages: Mapping[str, Mapping[str, Any]], recipe: str) -> dict[str, Any]:
@@ -266,7 +265,7 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
     from .search import plots
 
     folder, search, genotype = run_dir / "report", report["search"], report["genotype"]
-    space = SearchSpace(**report["bank"]["space"])
+    space = SearchSpace.from_dict(report["bank"]["space"])
     figures: list[Figure] = []
 
     def add(name: str, title: str, alt: str, caption: str) -> None:
@@ -276,7 +275,10 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
     for model in report["models"]:
         grid = (run_dir / str(model.get("grid"))).resolve()
         if model["name"] in SAMPLE_PANELS and grid.is_relative_to(run_dir.resolve()) and grid.is_file():
-            panels[MODEL_LABELS[model["name"]]] = np.asarray(Image.open(grid).convert("RGB"))
+            try:
+                panels[MODEL_LABELS[model["name"]]] = np.asarray(Image.open(grid).convert("RGB"))
+            except Exception as error:  # decoders raise nearly anything on damaged bytes
+                raise EdgeDiTError(f"The image {grid} cannot be read ({error}); {STAGES['evaluate']} writes it, run that stage again.") from error
     if panels:
         plots.sample_grid(folder / "samples.png", panels)
         names = ", ".join(panels)
@@ -348,7 +350,7 @@ def _starts_in_words(bank: Mapping[str, Any]) -> str:
     for name, losses in bank["median_losses"].items():
         values = [f"{label} {losses[start]:.2g}" for start, (_, _, label) in PROXY_STARTS.items() if start in losses]
         words = name.removesuffix(name.split()[-1]) + OPTION_LABELS[name.split()[-1]]
-        parts.append(f"{words}: {', '.join(values)}, distilled {losses['after']:.2g}")
+        parts.append(f"{words}: {', '.join(values)}, distilled {losses['after']:.2g}" if "after" in losses else f"{words}: {', '.join(values)}")
     return f"Median held-out losses, where 1 is a layer left out. {'; '.join(parts)}." if parts else ""
 
 

@@ -42,6 +42,8 @@ from .files import (
     sync_tree,
     versions,
 )
+from .records import Asked, Checkpoint, Results
+from .schema import held_to, read_record
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -94,7 +96,7 @@ def load_state(folder: str | os.PathLike, name: str = "state") -> Any:
         ) from error
 
     def decode(value: dict) -> Any:
-        kind, content = next(iter(value.items()))
+        ((kind, content),) = value.items()
         if kind == "tensor":
             return tensors[content]
         if kind == "dict":
@@ -103,14 +105,17 @@ def load_state(folder: str | os.PathLike, name: str = "state") -> Any:
             return [decode(v) for v in content]
         if kind == "tuple":
             return tuple(decode(v) for v in content)
-        return content
+        if kind == "value":
+            return content
+        raise ValueError(f"it holds a {kind!r}")
 
-    plain = read_json(Path(folder, f"{name}.json"), "the checkpoint writer", nan=True)
+    path = Path(folder, f"{name}.json")
+    plain = read_json(path, "the checkpoint writer", nan=True)
     try:
         return decode(plain)
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise EdgeDiTError(
-            f"The checkpoint {folder} cannot be read ({error!r}); delete that folder to continue from the one before it, or start anew."
+            f"The checkpoint {folder} cannot be read ({path.name}: {error!r}); delete that folder to continue from the one before it, or start anew."
         ) from error
 
 
@@ -201,7 +206,7 @@ def replace_results(folder: str | os.PathLike) -> Iterator[Path]:
                     if (folder / name).is_file():
                         shutil.copy2(folder / name, aside / name)
                 if (folder / "stage.json").is_file():
-                    atomic_write_json(aside / "stage.json", {**read_json(folder / "stage.json", "the stage"), "files": record})
+                    atomic_write_json(aside / "stage.json", {**read_record(folder / "stage.json", Results, "the stage"), "files": record})
     finally:
         if stage and (folder / "stage.json").is_file():
             lock.release()
@@ -351,9 +356,10 @@ class RunState:
             self._record = {**self._asked, "format": FORMAT}
             atomic_write_json(path, self._record)
             return
-        found = read_json(path, f"stage {self.stage}")
-        if not isinstance(found, dict) or not isinstance(found.get("inputs"), dict):
-            raise EdgeDiTError(f"{path} does not hold what stage {self.stage} writes; delete {self.folder} to make it anew.")
+        try:
+            found = read_record(path, Asked, f"stage {self.stage}")
+        except EdgeDiTError as error:
+            raise EdgeDiTError(f"{error} Delete {self.folder} to make it anew.") from None
         asked = self._asked
         if "format" not in found:  # made before all inputs were recorded, and before some keys were there
             asked = _known_to(found, asked)
@@ -379,7 +385,7 @@ class RunState:
             atomic_write_json(path, self._record)
 
     def _check_results(self) -> None:
-        stage = read_json(self.folder / "stage.json", f"stage {self.stage}")
+        stage = read_record(self.folder / "stage.json", Results, f"stage {self.stage}")
         changed = changed_file(self.folder, stage.get("files", {}))  # older runs list none
         if changed is not None:
             raise EdgeDiTError(
@@ -409,6 +415,7 @@ class RunState:
         newest = self._newest_checkpoint()
         if newest is not None:
             state = load_state(newest, self._state_name())
+            held_to(state, Checkpoint, newest / f"{self._state_name()}.json", f"stage {self.stage}", "a checkpoint")
             if state["world_size"] != self.world_size and self.sharded:
                 raise EdgeDiTError(
                     f"{newest} was written by {state['world_size']} processes, but {self.world_size} are running; "
@@ -419,8 +426,14 @@ class RunState:
                     f"{newest} holds {', '.join(state['objects'])}, but {', '.join(objects)} are needed: it was written by another version of "
                     "edgedit_hf, or with another mixed precision. Finish the stage with those, or delete the checkpoint."
                 )
-            for name, thing in objects.items():
-                thing.load_state_dict(state["objects"][name])
+            try:
+                for name, thing in objects.items():
+                    thing.load_state_dict(state["objects"][name])
+            except EdgeDiTError:
+                raise
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of torch, or of whoever reads its state
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise EdgeDiTError(f"The checkpoint {newest} does not fit what stage {self.stage} tracks ({why}); delete it to start anew.") from error
             self.step = state["step"]
             self.seconds_before = state["seconds"]
         if self.is_main:
@@ -448,7 +461,7 @@ class RunState:
         if path.exists():
             kept = []
             for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # a last line cut by a kill
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a last line cut by a kill
                     if json.loads(line)["step"] <= self.step:
                         kept.append(line)
             atomic_write_text(path, "".join(f"{line}\n" for line in kept))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EdgeDiTError
-from .files import read_json
+from .files import parse_json, read_json
 
 SIMPLE = (bool, int, float, str)
 # Control characters and line separators, which end or falsify paths, lines and tables; halves of surrogate pairs, which cannot be written.
@@ -33,7 +33,7 @@ class Rule:
         minimum, maximum: the least and the greatest number. above, below: bounds that are no values themselves.
         length: of a text, in characters, the least and the greatest.
         free: whether a text may hold control characters, as captions and names of classes may.
-        path: whether a text is a path, whose names have at most 255 bytes.
+        path: whether a text is a path, whose names have at most 255 bytes. file: whether it becomes the name of a file.
         items: greatest number of entries of a list or dict. fewest: the least number.
     """
 
@@ -45,6 +45,7 @@ class Rule:
     length: tuple[int, int] = (1, 4096)
     free: bool = False
     path: bool = False
+    file: bool = False
     items: int = 10**7
     fewest: int = 0
 
@@ -114,6 +115,8 @@ def _text(value: str, name: str, rule: Rule) -> None:
         return
     if (strange := STRANGE.search(value)) is not None:
         raise EdgeDiTError(f"{name} is {shorten(value)}; it holds the character {strange[0]!r}, which it must not; write it without.")
+    if rule.file and not re.fullmatch(r"\w[\w.-]{0,127}", value):
+        raise EdgeDiTError(f"{name} is {shorten(value)}; it may hold letters, digits, '_', '-' and '.', and begin with one of the first three.")
     if rule.path and any(len(part.encode()) > 255 for part in value.split("/")):
         raise EdgeDiTError(f"{name} is {shorten(value)}; the names in it must have at most 255 bytes.")
 
@@ -229,35 +232,60 @@ def fill(target: Any, values: Any, source: str, prefix: str = "") -> list[str]:
     return given
 
 
-def check(values: Any, schema: type, name: str) -> None:
-    """Raise [`EdgeDiTError`] unless plain values are what a schema says. Keys that it does not know are let pass: newer versions write more."""
-    if not isinstance(values, Mapping):
-        raise EdgeDiTError(f"{name} is {shorten(values)} ({type(values).__name__}); it must hold keys and values.")
-    for entry, (hint, rule, needed) in _fields(schema).items():
-        if entry in values:
-            convert(values[entry], hint, f"{name}.{entry}", rule)
-        elif needed:
-            raise EdgeDiTError(f"{name} has no {entry!r} among its keys {shorten(sorted(map(str, values)))}; it must hold {_wanted(hint)}.")
-
-
-def read_record(path: str | os.PathLike, schema: type, made_by: str) -> dict[str, Any]:
-    """Read a JSON file of a run and hold it against its schema; its values come back as they stand, also those that the schema does not know.
+def check(values: Any, schema: type, name: str = "") -> None:
+    """Raise [`EdgeDiTError`] unless plain values are what a schema says. Keys that it does not know are let pass: newer versions write more.
 
     Args:
-        schema: a dataclass with [`key`]s. made_by: the stage that writes the file.
+        name: what messages call the values; without one they are the content of a file.
+    """
+    if not isinstance(values, Mapping):
+        raise EdgeDiTError(f"{name or 'it'} is {shorten(values)} ({type(values).__name__}); it must hold keys and values.")
+    for entry, (hint, rule, needed) in _fields(schema).items():
+        whole = f"{name}.{entry}" if name else entry
+        if entry in values:
+            convert(values[entry], hint, whole, rule)
+        elif needed:
+            raise EdgeDiTError(f"{whole} is missing beside {shorten(sorted(map(str, values)))}; it must be {_wanted(hint)}.")
+
+
+def read_record(path: str | os.PathLike, schema: Any, made_by: str, what: str = "what is written there") -> Any:
+    """Read a JSON file and hold it against its schema; its values come back as they stand, also those that the schema does not know.
+
+    Args:
+        schema: a dataclass with [`key`]s, or a type hint as [`convert`] takes them. made_by: the stage that writes the file.
+        what: words for what it should hold, e.g. "a latent cache".
 
     Raises:
         EdgeDiTError: the file is missing or no JSON, or a key is missing, of another type, or out of its range.
     """
     values = read_json(path, made_by)
-    held_to(values, schema, path, made_by)
+    held_to(values, schema, path, made_by, what)
     return values
 
 
-def held_to(values: Any, schema: type, path: str | os.PathLike, made_by: str) -> None:
-    """[`check`] of the content of a file; the error says which file, and who writes it."""
+def held_to(values: Any, schema: Any, source: str | os.PathLike, made_by: str, what: str = "what is written there") -> None:
+    """Hold the content of a file against its schema, as [`read_record`] does."""
     try:
-        check(values, schema, "its content")
+        check(values, schema) if dataclasses.is_dataclass(schema) else convert(values, schema, "it")
     except EdgeDiTError as error:
-        said = str(error).removeprefix("its content").lstrip(". ")
-        raise EdgeDiTError(f"{Path(path)}: {said.removesuffix('.')}. The file is damaged or foreign; {made_by} writes it, run that again.") from None
+        again = f"{made_by} writes it, run that stage again" if made_by.startswith("stage ") else f"{made_by} writes it, make it anew"
+        raise EdgeDiTError(f"{source} does not describe {what}: {str(error).removesuffix('.')}. It is damaged or foreign; {again}.") from None
+
+
+def read_lines(path: str | os.PathLike, schema: type, made_by: str) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object a line, as [`read_record`]; a last line that a kill cut off is left out."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EdgeDiTError(f"{path} cannot be read ({error}); it is written by {made_by}.") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith("}"):
+            break  # nothing after the last line break, or what was cut
+        try:
+            values = parse_json(line, nan=True)
+        except ValueError as error:
+            raise EdgeDiTError(f"Line {number} of {path} is not JSON ({error}); it is damaged. It is written by {made_by}.") from None
+        held_to(values, schema, f"Line {number} of {path}", made_by)
+        found.append(values)
+    return found

@@ -7,14 +7,18 @@ The paper searches in two stages instead (first which pairs to merge, then the o
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import EdgeDiTError
 from .genotype import Genotype, LayerSpec
+from .records import LAYERS, Space
+from .schema import check
 
 OPTIONS = ("original", "mlp", "attention", "both")
+SPACE_KEYS = tuple(field.name for field in dataclasses.fields(Space))
 UNMERGED = 16  # codes 0…15 of a pair: 4·(option of the first layer) + (option of the second); 16…19: merged
 
 
@@ -44,8 +48,8 @@ class SearchSpace:
         reduced_attention_dim: int | None = None,
         allowed: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        if num_layers < 1:
-            raise EdgeDiTError(f"num_layers is {num_layers}; a search space needs at least one layer.")
+        if not 1 <= num_layers <= LAYERS:
+            raise EdgeDiTError(f"num_layers is {num_layers}; a search space has at least 1 layer and at most {LAYERS}.")
         self.num_layers = int(num_layers)
         self.hidden_size = int(hidden_size)
         self.num_heads = int(num_heads)
@@ -90,6 +94,12 @@ class SearchSpace:
                 range(UNMERGED + 4) if can_merge(config, 2 * pair) else range(UNMERGED) for pair in range(len(teacher.layers) // 2)
             ] + [range(4)] * (len(teacher.layers) % 2)
         return cls(len(teacher.layers), teacher.hidden_size, num_heads, mlp_ratio, **sizes)
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> SearchSpace:
+        """The space of [`~SearchSpace.to_dict`]'s values."""
+        check(values, Space, "the search space")
+        return cls(**{name: values[name] for name in SPACE_KEYS if name in values})
 
     # ---------------------------------------------------------------- shapes
 

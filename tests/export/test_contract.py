@@ -13,6 +13,7 @@ import pytest
 import torch
 from flow_pipelines import clip, t5
 from flow_pipelines import tokenizer as make_tokenizer
+from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -20,7 +21,7 @@ from edgedit_hf import EdgeDiTPipeline, ElasticDiTPipeline, ElasticDiTTransforme
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export import sample_min
-from edgedit_hf.export.contract import Artefact, run_part, write_contract
+from edgedit_hf.export.contract import Artefact, _porting, run_part, write_contract
 from edgedit_hf.export.onnx import lower_onnx
 from edgedit_hf.export.parts import pipeline_parts
 from edgedit_hf.files import file_sha256
@@ -184,6 +185,23 @@ def test_the_contract_says_what_an_app_needs(exported):
     assert all(entry["sha256"] == file_sha256(folder / name) for name, entry in contract["files"].items())
     text = (folder / "PORTING.md").read_text()
     assert "Not run: " in text and "adb push" in text and "null class 10" in text and "learned variance" in text
+
+
+def test_names_of_others_stay_text_in_porting(exported):
+    contract, hostile = exported[2], "](javascript:x)|<b>`c`\n---\n# title\n```\n[x]: http://evil"
+
+    def structure(text: str) -> list[str]:
+        tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(text)
+        return [token.type for block in tokens for token in (block, *(block.children or [])) if token.type not in ("text", "softbreak", "text_special")]
+
+    foreign = json.loads(json.dumps(contract))
+    foreign["versions"] = dict.fromkeys(foreign["versions"], hostile)
+    foreign["schedule"]["scheduler"] = foreign["reference"]["made_by"] = hostile
+    for artefact in foreign["artefacts"].values():
+        artefact["precision"] = hostile
+        for tensor in (*artefact["inputs"], *artefact["outputs"]):
+            tensor["name"] = hostile
+    assert structure(_porting(foreign)) == structure(_porting(contract))
 
 
 def test_sample_min_reads_safetensors_and_writes_png(exported, tmp_path):

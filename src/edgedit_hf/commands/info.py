@@ -81,7 +81,9 @@ def describe(name: str) -> dict[str, Any]:
     try:
         facts = _elastic_facts(config) if elastic else _edgedit_facts(config)
         shape = (config["in_channels"], config["sample_size"], config["sample_size"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, EdgeDiTError):
+            raise EdgeDiTError(f"The config of {name}: {error}") from None
         kind = "an elastic net's" if elastic else "an EdgeDiT's"
         raise EdgeDiTError(f"The config of {name} is not {kind}: {type(error).__name__} {error}.") from None
     return {"name": name, **facts, "input": shape, "tokens": (shape[1] // config["patch_size"]) ** 2}
@@ -179,9 +181,12 @@ def _hub_config(name: str) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     from ..files import read_json
+    from ..records import NetConfig
+    from ..schema import held_to, shorten
 
     config = read_json(path, "save_pretrained")
     kind = config.get("_class_name") if isinstance(config, Mapping) else type(config).__name__
     if kind not in CLASSES:
-        raise EdgeDiTError(f"{path} describes a {kind}; edgedit info counts {', '.join(CLASSES)}.")
+        raise EdgeDiTError(f"{path} describes a {shorten(kind)}; edgedit info counts {', '.join(CLASSES)}.")
+    held_to(config, NetConfig, path, "save_pretrained", "a denoiser")
     return dict(config)

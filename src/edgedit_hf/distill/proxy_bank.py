@@ -20,6 +20,8 @@ from ..errors import EdgeDiTError
 from ..files import aside_of, atomic_write_json, check_finite, explain_write_errors, file_sha256, read_json, weights_hash
 from ..genotype import Genotype, LayerSpec
 from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
+from ..records import BankIndex
+from ..schema import held_to, shorten
 from ..search_space import SearchSpace
 
 FORMAT = "edgedit-proxy-bank-1"
@@ -38,10 +40,12 @@ class ProxyBank:
 
     def __init__(self, folder: str | os.PathLike, teacher: EdgeDiTTransformer2DModel) -> None:
         self.folder = Path(folder)
-        index = read_json(self.folder / "index.json", "stage bank (training/distill_proxies.py)")
+        path, made_by = self.folder / "index.json", "stage bank (training/distill_proxies.py)"
+        index = read_json(path, made_by)
         if not isinstance(index, dict) or index.get("format") != FORMAT or not {"teacher_hash", "space", "entries"} <= set(index):
             found = index.get("format") if isinstance(index, dict) else type(index).__name__
-            raise EdgeDiTError(f"{self.folder / 'index.json'} has the format {found!r}; expected a whole {FORMAT!r}: it is no proxy bank.")
+            raise EdgeDiTError(f"{path} has the format {shorten(found)}; expected a whole {FORMAT!r}: it is no proxy bank.")
+        held_to(index, BankIndex, path, made_by, "a proxy bank")
         found = weights_hash(teacher.state_dict())
         if found != index["teacher_hash"]:
             raise EdgeDiTError(
@@ -50,7 +54,7 @@ class ProxyBank:
             )
         self.index = index
         self.teacher = teacher
-        self.space = SearchSpace(**index["space"])
+        self.space = SearchSpace.from_dict(index["space"])
 
     @classmethod
     def create(cls, folder: str | os.PathLike, teacher: EdgeDiTTransformer2DModel, space: SearchSpace) -> ProxyBank:
@@ -127,14 +131,14 @@ class ProxyBank:
         if key not in self.entries:
             raise self._lacks([key])
         name, sha256 = str(self.entries[key].get("file")), self.entries[key].get("sha256")
-        if Path(name).name != name:
-            raise EdgeDiTError(f"The index of {self.folder} names the file {name!r}; a proxy's file must lie in the bank's own folder.")
+        if Path(name).name != name or len(name.encode()) > 255:
+            raise EdgeDiTError(f"The index of {self.folder} names the file {shorten(name)}; a proxy's file must lie in the bank's own folder.")
         path = self.folder / name
         try:
             content = path.read_bytes()
             if (found := hashlib.sha256(content).hexdigest()) != sha256:
                 raise EdgeDiTError(
-                    f"The proxy {path} ({len(content)} bytes) has the SHA-256 {found}, but the bank's index says {sha256}: it is damaged "
+                    f"The proxy {path} ({len(content)} bytes) has the SHA-256 {found}, but the bank's index says {str(sha256)[:64]}: it is damaged "
                     "or from another bank; delete the bank and make it anew."
                 )
             state = load(content)

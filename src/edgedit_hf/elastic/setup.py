@@ -10,11 +10,13 @@ from typing import Any
 from ..captions import TextTable, text_table
 from ..diffusion import make_scheduler
 from ..errors import EdgeDiTError
-from ..files import read_json
-from ..launch import load_text
+from ..launch import check_memory, load_text
 from ..models.transformer_elastic_dit import PRESETS, ElasticDiTTransformer2DModel
 from ..pipelines.pipeline_elastic_dit import ElasticDiTPipeline
 from ..recipes import RunConfig
+from ..records import ElasticModel
+from ..schema import read_record
+from ..search_space import elastic_weights
 
 
 def load_text_table(config: RunConfig, accelerator: Any, pipeline: ElasticDiTPipeline, captions: Sequence[str], split: str = "train") -> TextTable:
@@ -49,7 +51,7 @@ def new_elastic(config: RunConfig, shapes: Sequence[Sequence[int]], text_dims: S
     if values is None:
         if not Path(name).is_file():
             raise EdgeDiTError(f"elastic.model is {name!r}, which is neither a preset ({', '.join(PRESETS)}) nor a JSON file.")
-        values = read_json(name, "save_config")
+        values = read_record(name, ElasticModel, "save_config", "an elastic net")
         saved = "_class_name" in values  # by diffusers: keys that are not ours are somebody's notes; in a file written by hand they are mistakes
         values = {key: value for key, value in values.items() if not key.startswith("_") and (key in defaults or not saved)}
     own_dims, patch = values.get("text_dims", defaults["text_dims"].default), values.get("patch_size", defaults["patch_size"].default)
@@ -68,8 +70,12 @@ def new_elastic(config: RunConfig, shapes: Sequence[Sequence[int]], text_dims: S
         "text_dims": [dim or own for dim, own in zip(text_dims, own_dims)],
     }
     try:
+        whole = {**{key: value.default for key, value in defaults.items() if key != "self"}, **values, **given}
+        check_memory(elastic_weights(whole), f"elastic.model {name}")
         return ElasticDiTTransformer2DModel(**{**values, **given})
-    except (TypeError, ValueError) as error:
+    except EdgeDiTError:
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
         raise EdgeDiTError(f"elastic.model {name} with the sub-networks {values.get('subnets', 'of its own')} cannot be made: {error}") from error
 
 

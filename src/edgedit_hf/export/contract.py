@@ -31,6 +31,7 @@ from ..errors import EdgeDiTError
 from ..files import atomic_write_text, explain_write_errors, file_sha256, versions
 from ..genotype import Genotype
 from ..latents import decoder_numbers, latent_scale
+from ..markup import MARKUP
 from . import sample_min
 from .parts import MODULATED, Part, is_elastic
 from .schedule import check_timesteps, linear_schedule
@@ -413,4 +414,4 @@ def _files(folder: Path, contract: Mapping[str, Any]) -> dict[str, dict[str, Any
 def _porting(contract: Mapping[str, Any]) -> str:
     text = (importlib.resources.files(__package__) / f"{PORTING}.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    return environment.from_string(text).render(**contract)
+    return environment.from_string(text).render(**contract, **MARKUP)

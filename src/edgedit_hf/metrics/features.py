@@ -19,7 +19,9 @@ from torch import nn
 
 from ..data import ImageDataset, batch_indices, stratified_split, to_bytes
 from ..errors import EdgeDiTError
-from ..files import atomic_folder, atomic_write_json, file_sha256, read_json, weights_hash
+from ..files import atomic_folder, atomic_write_json, file_sha256, weights_hash
+from ..records import Extractor
+from ..schema import read_record
 
 WIDTH = 64  # features
 MIN_SIDE = 8  # pixels
@@ -101,13 +103,14 @@ class FeatureExtractor:
     def load(cls, folder: str | os.PathLike) -> FeatureExtractor:
         """Read what [`~FeatureExtractor.save`] wrote; a damaged file raises [`EdgeDiTError`]."""
         folder = Path(folder)
-        about = read_json(folder / "extractor.json", "FeatureExtractor.save")
+        about = read_record(folder / "extractor.json", Extractor, "FeatureExtractor.save", "a feature extractor")
         try:
             channels, height, width = about["shape"]
-            model = _Classifier(channels, min(height, width), about["num_classes"])
-            model.load_state_dict(load_file(folder / "model.safetensors"))
+            with torch.device("meta"):  # nothing of a size that the weights do not have
+                model = _Classifier(channels, min(height, width), about["num_classes"])
+            model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
             extractor = cls(model, about["name"], about["accuracy"], about["shape"])
-        except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise EdgeDiTError(f"The feature extractor {str(folder)!r} is damaged ({error}); delete it, the next run trains it anew.") from error
         if extractor.hash != about["hash"]:
             raise EdgeDiTError(

@@ -9,7 +9,6 @@ one scale, a scale a bucket, and dynamic scales lose. Ranges are held whole: on 
 from __future__ import annotations
 
 import bisect
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ import torch
 from torch import nn
 
 from ..errors import EdgeDiTError
-from ..files import atomic_write_json
+from ..files import atomic_write_json, parse_json
+from ..records import Scales
+from ..schema import check
 
 LEVELS = 255  # of unsigned 8 bit, above 0
 
@@ -61,11 +62,12 @@ class ActivationScales:
             EdgeDiTError: the file is missing or holds something else.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = parse_json(Path(path).read_text(encoding="utf-8"))
+            check(values, Scales)
             edges = [float(edge) for edge in values["edges"]]
             scale = {name: torch.tensor(layer["scale"], dtype=torch.float32) for name, layer in values["layers"].items()}
             zero = {name: torch.tensor(layer["zero_point"], dtype=torch.int64) for name, layer in values["layers"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise EdgeDiTError(f"{path} holds no activation scales ({type(error).__name__}: {error}); make them anew with activation_scales().") from error
         wrong = [name for name in scale if not len(scale[name]) == len(zero[name]) == len(edges) + 1]
         if wrong or edges != sorted(edges):

@@ -26,8 +26,10 @@ import numpy as np
 import torch
 
 from ..errors import EdgeDiTError
-from ..files import atomic_write_text
+from ..files import atomic_write_text, parse_json
 from ..genotype import Genotype
+from ..records import SearchState
+from ..schema import check
 from ..search_space import SearchSpace, layer_cost
 from .pareto import hypervolume, hypervolume_trace, pareto_front
 
@@ -185,23 +187,24 @@ class AskTellSearch(ABC):
     def from_json(cls, text: str) -> AskTellSearch:
         """Rebuild a search from [`~AskTellSearch.to_json`]'s text; anything else is an error."""
         try:
-            state = json.loads(text)
+            state = parse_json(text)
+            check(state, SearchState)
             settings = dict(state["settings"])
             if state["format"] != FORMAT or settings.pop("kind") != cls.kind:
                 raise EdgeDiTError(
                     f"The search state is of format {state['format']} and kind {state['settings']['kind']!r}; expected "
                     f"format {FORMAT} and kind {cls.kind!r}. Delete it to search anew."
                 )
-            search = cls(space=SearchSpace(**settings.pop("space")), **settings)
+            search = cls(space=SearchSpace.from_dict(settings.pop("space")), **settings)
             for point in state["told"]:
                 extra = {key: value for key, value in point.items() if key not in ("code", "distance", "latency_ms")}
                 search.tell(search.space.from_code(point["code"]), (point["distance"], point["latency_ms"]), extra)
             search.reference = None if state["reference"] is None else _objectives(state["reference"])
             search._pending = [search.space.code(search.space.from_code(code)) for code in state["pending"]]
-        except EdgeDiTError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EdgeDiTError(f"The search state cannot be read ({error!r}). Delete it to search anew.") from None
+        except EdgeDiTError as error:
+            raise EdgeDiTError(f"The search state cannot be read: {str(error).removesuffix(' Delete it to search anew.')} Delete it to search anew.") from None
+        except (ValueError, TypeError) as error:  # no JSON, or settings of another version
+            raise EdgeDiTError(f"The search state cannot be read ({error}). Delete it to search anew.") from None
         return search
 
     def save(self, path: str | os.PathLike) -> None:
@@ -217,7 +220,10 @@ class AskTellSearch(ABC):
         path = Path(path)
         if not path.exists():
             return self
-        stored = type(self).from_json(path.read_text())
+        try:
+            stored = type(self).from_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:  # an EdgeDiTError is a ValueError
+            raise EdgeDiTError(f"{path}: {error}") from None
         for key, value in self.settings().items():
             if stored.settings()[key] != value:
                 raise EdgeDiTError(

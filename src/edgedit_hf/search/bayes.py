@@ -55,7 +55,7 @@ class BayesSearch(AskTellSearch):
         pool_size: int = 512,
     ) -> None:
         if acquisition not in ACQUISITIONS:
-            raise EdgeDiTError(f"acquisition is {acquisition!r}; it must be one of {ACQUISITIONS}.")
+            raise EdgeDiTError(f"acquisition is {str(acquisition)[:100]!r}; it must be one of {ACQUISITIONS}.")
         if pool_size < 2:
             raise EdgeDiTError(f"pool_size is {pool_size}; the pool needs at least 2 genotypes.")
         super().__init__(space, num_evaluations, seed, num_initial, reference)

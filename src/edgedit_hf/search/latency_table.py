@@ -19,6 +19,8 @@ import numpy as np
 from ..errors import EdgeDiTError
 from ..files import atomic_write_json, hash_json, read_json
 from ..genotype import Genotype, LayerSpec
+from ..records import Table
+from ..schema import held_to
 from ..search_space import OPTIONS, SearchSpace
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class LatencyTable:
         if not isinstance(data, Mapping) or not required <= set(data) or data["format"] != FORMAT:
             keys = sorted(data) if isinstance(data, Mapping) else type(data).__name__
             raise EdgeDiTError(f"This is no latency table of format {FORMAT}: it holds {keys}. Build it again.")
+        held_to(data, Table, "The table", "training/measure_latency.py", "a latency table")
         self._data = dict(data)
         self.runtime: str = data["runtime"]
         self.precision: str = data["precision"]
@@ -63,7 +66,7 @@ class LatencyTable:
         self.threads: int = data["threads"]
         self.trunk: dict[str, Any] = dict(data["trunk"])
         self.trunk_ms: float = float(data["trunk_ms"])
-        self.space = SearchSpace(**data["space"])
+        self.space = SearchSpace.from_dict(data["space"])
         self.blocks: dict[Shape, float] = {
             (int(b["attention_dim"]), int(b["num_heads"]), float(b["mlp_ratio"])): float(b["ms"])
             for b in data["blocks"]
@@ -258,7 +261,10 @@ class LatencyTable:
         """Read a table; one whose values were changed by hand is refused."""
         data = read_json(path, "training/measure_latency.py")
         stated = data.pop("hash", None) if isinstance(data, dict) else None
-        table = cls(data)
+        try:
+            table = cls(data)
+        except EdgeDiTError as error:
+            raise EdgeDiTError(f"{path}: {error}") from None
         if stated != table.hash:
             raise EdgeDiTError(
                 f"{path} states the hash {stated}, but its values give {table.hash}; it was changed. Build it again."

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.proxy_bank import ProxyBank
-from ..files import atomic_write_json, check_finite, check_output, foreign_to_student, read_json
+from ..files import atomic_write_json, check_finite, check_output, foreign_to_student
 from ..genotype import Genotype
 from ..launch import load_pipeline, with_transformer
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
+from ..records import Front
 from ..run_state import replace_results
+from ..schema import read_record
 from .pareto import choose
 
 
@@ -42,7 +44,7 @@ def select(
         EdgeDiTError: the search is unfinished, or no point of the front keeps the bounds.
     """
     run_dir = Path(run_dir)
-    front = read_json(run_dir / "search" / "front.json", "stage search (training/search_architecture.py)")
+    front = read_record(run_dir / "search" / "front.json", Front, "stage search (training/search_architecture.py)")
     whole = front["teacher"]
     if max_latency_ms is None and max_latency_ratio is not None:
         max_latency_ms = max_latency_ratio * whole["latency_ms"]

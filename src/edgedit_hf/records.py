@@ -1,0 +1,477 @@
+"""What the JSON files of a run hold, for [`schema.read_record`]: what is read of them, no more. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .schema import key
+
+# Bounds of networks: nothing that is built from a file may be larger, whatever the file says.
+WIDTH, LAYERS, HEADS, SIDE = 2**16, 1000, 2**12, 2**16
+COUNT = 10**12  # images, steps, bytes: counted, never allocated
+FIGURE = 1e30  # parameters, FLOPs, distances
+MS = {"above": 0.0, "maximum": 1e12}  # milliseconds
+SHARE = {"minimum": 0.0, "maximum": 1.0}
+
+
+# -------------------------------------------------------------------- search space, bank, latency table
+
+
+@dataclass(kw_only=True)
+class Space:
+    """A search space, as [`search_space.SearchSpace.to_dict`] gives it."""
+
+    num_layers: int = key(minimum=1, maximum=LAYERS)
+    hidden_size: int = key(minimum=1, maximum=WIDTH)
+    num_heads: int = key(minimum=1, maximum=HEADS)
+    mlp_ratio: float = key(4.0, above=0.0, maximum=1024.0)
+    reduced_mlp_ratio: float = key(2.0, above=0.0, maximum=1024.0)
+    reduced_attention_dim: int | None = key(None, minimum=1, maximum=WIDTH)
+    allowed: list[list[int]] | None = key(None, minimum=0, maximum=19, items=LAYERS)
+
+
+@dataclass(kw_only=True)
+class BankIndex:
+    """bank/index.json, as students are assembled from it."""
+
+    format: str = key()
+    teacher_hash: str = key()
+    space: Space = key()
+    entries: dict[str, dict[str, Any]] = key(items=10**5)
+
+
+@dataclass(kw_only=True)
+class ProxyFigures:
+    """What the report reads of a proxy."""
+
+    option: str = key(choices=("original", "mlp", "attention", "both"))
+    source: list[int] = key(minimum=0, maximum=LAYERS, items=LAYERS, fewest=1)
+    loss_before: float = key(minimum=0.0, maximum=FIGURE)
+    loss_after: float = key(minimum=0.0, maximum=FIGURE)
+    losses: dict[str, float] = key(dict, minimum=0.0, maximum=FIGURE)
+    curve: list[list[float]] = key(list, minimum=0.0, maximum=FIGURE, items=10**6)
+
+
+@dataclass(kw_only=True)
+class BankFigures:
+    """bank/index.json, as the report reads it."""
+
+    teacher_hash: str = key()
+    space: Space = key()
+    entries: dict[str, ProxyFigures] = key(items=10**5)
+
+
+@dataclass(kw_only=True)
+class Block:
+    """A layer's shape and its time."""
+
+    attention_dim: int = key(minimum=1, maximum=WIDTH)
+    num_heads: int = key(minimum=1, maximum=HEADS)
+    mlp_ratio: float = key(above=0.0, maximum=1024.0)
+    ms: float = key(**MS)
+
+
+@dataclass(kw_only=True)
+class Environment:
+    """What a latency belongs to."""
+
+    cpu: str | None = key(None, length=(0, 4096))
+
+
+@dataclass(kw_only=True)
+class Prediction:
+    """How well a latency table predicted whole networks."""
+
+    mean: float | None = key(None, minimum=0.0, maximum=FIGURE)
+    max: float | None = key(None, minimum=0.0, maximum=FIGURE)
+
+
+@dataclass(kw_only=True)
+class Trunk:
+    """The sizes that a latency table was measured for."""
+
+    sample_size: int = key(minimum=1, maximum=SIDE)
+    patch_size: int = key(minimum=1, maximum=SIDE)
+    in_channels: int = key(minimum=1, maximum=WIDTH)
+    hidden_size: int = key(minimum=1, maximum=WIDTH)
+    num_classes: int = key(minimum=0, maximum=10**7)
+    learn_sigma: bool = key()
+
+
+@dataclass(kw_only=True)
+class Table:
+    """latency/table.json."""
+
+    runtime: str = key()
+    precision: str = key()
+    batch: int = key(minimum=1, maximum=2**20)
+    threads: int = key(minimum=1, maximum=4096)
+    space: Space = key()
+    trunk: Trunk = key()
+    trunk_ms: float = key(minimum=0.0, maximum=1e12)
+    blocks: list[Block] = key(items=1000, fewest=1)
+    environment: Environment = key()
+    prediction: Prediction | None = key(None)
+
+
+# -------------------------------------------------------------------- search and student
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """What a search was made with."""
+
+    kind: str = key()
+    space: Space = key()
+    num_evaluations: int = key(minimum=1, maximum=10**6)
+    seed: int = key(minimum=0, maximum=2**64)
+    num_initial: int = key(minimum=1, maximum=10**6)
+    reference: list[float] | None = key(**MS, items=2, fewest=2)
+
+
+@dataclass(kw_only=True)
+class Point:
+    """One evaluation."""
+
+    code: list[int] = key(minimum=0, maximum=19, items=LAYERS, fewest=1)
+    distance: float = key(above=0.0, maximum=FIGURE)
+    latency_ms: float = key(**MS)
+    parameters: float = key(1, minimum=1, maximum=FIGURE)
+    flops: float = key(1, minimum=1, maximum=FIGURE)
+
+
+@dataclass(kw_only=True)
+class SearchState:
+    """search/state.json, merge.json, random.json."""
+
+    format: int = key()
+    settings: Settings = key()
+    reference: list[float] | None = key(above=0.0, maximum=FIGURE, items=2, fewest=2)
+    told: list[Point] = key(items=10**6)
+    pending: list[list[int]] = key(minimum=0, maximum=19, items=10**6)
+
+
+@dataclass(kw_only=True)
+class Whole:
+    """The teacher beside a front."""
+
+    latency_ms: float = key(**MS)
+    parameters: float = key(minimum=1, maximum=FIGURE)
+    flops: float = key(minimum=1, maximum=FIGURE)
+    path: str | None = key(None, path=True)
+
+
+@dataclass(kw_only=True)
+class Front:
+    """search/front.json, as a student is chosen from it."""
+
+    front: list[Point] = key(items=10**6, fewest=1)
+    teacher: Whole = key()
+
+
+@dataclass(kw_only=True)
+class FrontFigures(Front):
+    """search/front.json, as the report reads it."""
+
+    reference: list[float] = key(above=0.0, maximum=FIGURE, items=2, fewest=2)
+    reference_rule: str = key()
+    evaluations: int = key(minimum=1, maximum=COUNT)
+    hypervolume: list[float] = key(minimum=0.0, maximum=FIGURE, fewest=1)
+    random_hypervolume: list[float] | None = key(None, minimum=0.0, maximum=FIGURE, fewest=1)
+
+
+@dataclass(kw_only=True)
+class Choice:
+    """student/choice.json of a student that was searched for."""
+
+    genotype: list[dict[str, Any]] = key(items=LAYERS, fewest=1)
+    reason: str = key()
+    distance: float = key(above=0.0, maximum=FIGURE)
+    predicted_latency_ms: float = key(**MS)
+    teacher_latency_ms: float = key(**MS)
+
+
+# -------------------------------------------------------------------- stages and evaluation
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """The plain values of a stage's checkpoint."""
+
+    step: int = key(minimum=0, maximum=COUNT)
+    seconds: float = key(minimum=0.0, maximum=1e12)
+    world_size: int = key(minimum=1, maximum=10**6)
+    objects: dict[str, Any] = key()
+
+
+@dataclass(kw_only=True)
+class Listed:
+    """A result of a stage, as it was written."""
+
+    size: int = key(minimum=0, maximum=2**62)
+    mtime_ns: int = key(minimum=-(2**63), maximum=2**63)
+    sha256: str = key()
+
+
+@dataclass(kw_only=True)
+class Results:
+    """stage.json, as far as a finished stage is believed by it."""
+
+    files: dict[str, Listed] = key(dict, items=10**6)
+
+
+@dataclass(kw_only=True)
+class Asked:
+    """run.json of any stage."""
+
+    config: dict[str, Any] = key()
+    inputs: dict[str, Any] = key(items=1000)
+    changes: list[dict[str, Any]] = key(list, items=10**5)
+    aborted: dict[str, Any] | None = key(None)
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """stage.json of any stage."""
+
+    config: dict[str, Any] = key()
+    seed: int = key(minimum=0, maximum=2**64)
+    steps: int = key(minimum=0, maximum=COUNT)
+    seconds: float = key(minimum=0.0, maximum=1e12)
+    versions: dict[str, str] = key(dict, items=1000)
+
+
+@dataclass(kw_only=True)
+class TextStage(Stage):
+    """text/stage.json."""
+
+    learned: dict[str, Any] = key()
+
+
+@dataclass(kw_only=True)
+class ElasticStage(Stage):
+    """elastic/stage.json."""
+
+    sampled: dict[str, int] = key(minimum=0, maximum=COUNT)
+    validation: dict[str, float] = key(dict, minimum=0.0, maximum=FIGURE)
+
+
+@dataclass(kw_only=True)
+class Subnets:
+    """What stage evaluate of text to image was asked for."""
+
+    subnets: list[str] = key(items=1000, fewest=1, file=True)
+
+
+@dataclass(kw_only=True)
+class ElasticEvaluation(Stage):
+    """evaluate/stage.json of text to image."""
+
+    config: Subnets = key()
+
+
+@dataclass(kw_only=True)
+class Model:
+    """evaluate/<name>.json."""
+
+    name: str = key()
+    stage: str = key()
+    parameters: float = key(minimum=1, maximum=FIGURE)
+    flops: float = key(minimum=1, maximum=FIGURE)
+    latency_ms: dict[str, float] = key(**MS, items=1000)
+    metrics: dict[str, float | None] = key(minimum=-FIGURE, maximum=FIGURE, items=1000, fewest=1)
+    num_samples: int = key(minimum=1, maximum=COUNT)
+    steps: int = key(minimum=1, maximum=COUNT)
+    guidance_scale: float = key(minimum=0.0, maximum=FIGURE)
+    precision: float | None = key(None, **SHARE)
+    recall: float | None = key(None, **SHARE)
+    class_agreement: float | None = key(None, **SHARE)
+    style_agreement: dict[str, float] | None = key(None, **SHARE)
+    held_out: dict[str, float] | None = key(None, minimum=0.0, maximum=COUNT)
+    psnr_db: float | None = key(None, minimum=-FIGURE, maximum=FIGURE)
+    grid: str | None = key(None, path=True)
+    folder: str | None = key(None, path=True)
+    weights: str | None = key(None)
+
+
+@dataclass(kw_only=True)
+class Reference:
+    """evaluate/reference.json."""
+
+    extractor: str = key()
+    real_floor: float = key(minimum=-1.0, maximum=FIGURE)
+    extractor_accuracy: float | None = key(None, **SHARE)
+    classifier: str | None = key(None)
+    classifier_accuracy: float | None = key(None, **SHARE)
+
+
+@dataclass(kw_only=True)
+class Latency:
+    """evaluate/latency.json, as the report reads it."""
+
+    batch_size: int = key(minimum=1, maximum=2**20)
+    threads: int = key(minimum=1, maximum=4096)
+    environment: Environment = key()
+    speedup: dict[str, float] = key(dict, **MS)
+
+
+@dataclass(kw_only=True)
+class Latencies(Latency):
+    """evaluate/latency.json, as its stage reads it: milliseconds by model and runtime."""
+
+    latency_ms: dict[str, dict[str, float]] = key(**MS, items=1000)
+
+
+@dataclass(kw_only=True)
+class Curve:
+    """One line of evaluate/curves.json."""
+
+    steps: list[float] = key(minimum=0.0, maximum=COUNT, fewest=1)
+    values: list[float] = key(minimum=-FIGURE, maximum=FIGURE, fewest=1)
+
+
+@dataclass(kw_only=True)
+class Captions:
+    """evaluate/captions.json."""
+
+    captions: list[str] = key(free=True, length=(0, 10**6), fewest=1)
+    shown: int = key(minimum=1, maximum=1000)
+    held_out: list[str] = key(list, free=True, length=(0, 10**6))
+
+
+@dataclass(kw_only=True)
+class Telemetry:
+    """A line of telemetry.jsonl."""
+
+    step: int = key(minimum=0, maximum=COUNT)
+
+
+@dataclass(kw_only=True)
+class Verified:
+    """verify.json of an export that was run."""
+
+    relative_error: float = key(minimum=0.0, maximum=FIGURE)
+    tolerance: float = key(minimum=0.0, maximum=FIGURE)
+    psnr_db: float | None = key(None, minimum=-FIGURE, maximum=FIGURE)
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """bench.json of such an export."""
+
+    initializer_bytes: float = key(minimum=0.0, maximum=FIGURE)
+    initializer_shrink: float = key(minimum=0.0, maximum=FIGURE)
+
+
+@dataclass(kw_only=True)
+class OutputError:
+    """What quantisation did to a network's output."""
+
+    sqnr_db: float = key(minimum=-FIGURE, maximum=FIGURE)
+
+
+@dataclass(kw_only=True)
+class Quantization:
+    """quantized/quantization.json."""
+
+    average_bits: float = key(above=0.0, maximum=64.0)
+    error: dict[str, dict[str, OutputError]] = key(items=1000)
+
+
+# -------------------------------------------------------------------- caches, extractors, configs
+
+
+@dataclass(kw_only=True)
+class Extractor:
+    """extractor.json."""
+
+    name: str = key()
+    accuracy: float = key(**SHARE)
+    shape: list[int] = key(minimum=1, maximum=SIDE, items=3, fewest=3)
+    hash: str = key()
+    num_classes: int = key(minimum=1, maximum=10**7)
+
+
+@dataclass(kw_only=True)
+class LatentIndex:
+    """index.json of a latent cache."""
+
+    format: int = key()
+    dataset: str = key()
+    vae: str = key()
+    count: int = key(minimum=1, maximum=COUNT)
+    shape: list[int] = key(minimum=1, maximum=SIDE, items=3, fewest=3)
+    shard_rows: int = key(minimum=1, maximum=2**30)
+    label_names: list[str] = key(free=True, length=(0, 10**6))
+
+
+@dataclass(kw_only=True)
+class TextIndex:
+    """index.json of a cache of text embeddings."""
+
+    format: int = key()
+    captions: str = key()
+    encoders: str = key()
+    dims: list[int] = key(minimum=0, maximum=WIDTH, items=2, fewest=1)
+
+
+@dataclass(kw_only=True)
+class ScaleRecord:
+    """Activation scales of a layer, one a bucket of timesteps."""
+
+    scale: list[float] = key(minimum=0.0, maximum=FIGURE)
+    zero_point: list[int] = key(minimum=-(2**31), maximum=2**31)
+
+
+@dataclass(kw_only=True)
+class Scales:
+    """A file of activation scales."""
+
+    edges: list[float] = key(minimum=-FIGURE, maximum=FIGURE, items=10**5)
+    layers: dict[str, ScaleRecord] = key(items=10**6)
+
+
+@dataclass(kw_only=True)
+class NetConfig:
+    """config.json of a denoiser of either family: the sizes that are built from it."""
+
+    sample_size: int = key(1, minimum=1, maximum=SIDE)
+    patch_size: int = key(1, minimum=1, maximum=SIDE)
+    in_channels: int = key(1, minimum=1, maximum=WIDTH)
+    hidden_size: int = key(1, minimum=1, maximum=WIDTH)
+    num_layers: int | list[int] | None = key(1, minimum=0, maximum=LAYERS, items=100)
+    num_attention_heads: int = key(1, minimum=1, maximum=HEADS)
+    num_key_value_heads: int | None = key(None, minimum=1, maximum=HEADS)
+    num_text_key_value_heads: int | None = key(None, minimum=1, maximum=HEADS)
+    attention_head_dim: int | None = key(None, minimum=1, maximum=WIDTH)
+    mlp_ratio: float | None = key(None, above=0.0, maximum=1024.0)
+    mlp_ratios: list[float] | None = key(None, above=0.0, maximum=1024.0, items=100)
+    num_classes: int | None = key(None, minimum=0, maximum=10**7)
+    layers: list[dict[str, Any]] | None = key(None, items=LAYERS)
+    text_dims: list[int] = key(list, minimum=0, maximum=WIDTH, items=100)
+    text_width: int | None = key(None, minimum=1, maximum=WIDTH)
+    subnets: dict[str, float] | None = key(None, above=0.0, maximum=1.0, items=1000)
+
+
+@dataclass(kw_only=True)
+class ElasticModel(NetConfig):
+    """What a recipe's elastic.model names: what is left out would be the largest net's."""
+
+    num_layers: list[int] = key(minimum=0, maximum=LAYERS, items=100, fewest=1)
+    num_attention_heads: int = key(minimum=1, maximum=HEADS)
+    attention_head_dim: int = key(minimum=1, maximum=WIDTH)
+
+
+@dataclass(kw_only=True)
+class PipelineIndex:
+    """model_index.json."""
+
+    id2label: dict[str, str] | None = key(None, free=True, length=(0, 10**6))
+
+
+@dataclass(kw_only=True)
+class SchedulerConfig:
+    """scheduler_config.json."""
+
+    _class_name: str = key()
