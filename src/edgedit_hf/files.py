@@ -531,7 +531,13 @@ WRITTEN_SUFFIXES = (".json", ".safetensors", ".onnx", ".data", ".pte", ".mlmodel
 
 
 def foreign_to_pipeline(folder: Path) -> str | None:
-    """What tells a folder from a pipeline folder or export that a command of ours wrote, in words; `None`: nothing."""
+    """What tells a folder from a pipeline folder or export that a command of ours wrote, in words; `None`: nothing. A run's stages are not a command's."""
+    if owned := sorted(STAGE_FILES & set(os.listdir(folder))):
+        return f"is the folder of a stage of a run (it holds {owned[0]})"
+    return _foreign(folder)
+
+
+def _foreign(folder: Path) -> str | None:
     index = folder / ("model_index.json" if (folder / "model_index.json").is_file() else "contract.json")
     try:
         values = json.loads(index.read_text(encoding="utf-8"))
@@ -551,10 +557,10 @@ def foreign_to_pipeline(folder: Path) -> str | None:
 
 
 def foreign_to_student(folder: Path) -> str | None:
-    """[`foreign_to_pipeline`] for a folder of which only a chosen student may be replaced, or a stage that has not written its own yet."""
+    """What tells a folder from a student that was selected, or from a stage that has not written its own yet, in words; `None`: nothing."""
     if {entry.name for entry in folder.iterdir()} <= STAGE_FILES:
         return None
-    return foreign_to_pipeline(folder) if (folder / "choice.json").is_file() else "is not a student that was selected"
+    return _foreign(folder) if (folder / "choice.json").is_file() else "is not a student that was selected"
 
 
 def check_output(

@@ -169,6 +169,7 @@ def test_an_input_of_any_name(tmp_path):
         (lambda folder: (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}'), "not a pipeline folder"),
         (lambda folder: (folder / "model_index.json").write_text("[]"), "not a pipeline folder"),
         (lambda folder: (folder / "model_index.json").unlink(), "not a pipeline folder"),
+        (lambda folder: (folder / "stage.json").write_text("{}"), "the folder of a stage of a run .*stage.json"),
     ],
 )
 def test_only_what_we_wrote_is_replaced(tmp_path, change, said):
