@@ -164,3 +164,11 @@ def test_a_search_of_another_bank_is_refused(judged):
     (judged / "bank" / "index.json").write_text((judged / "bank" / "index.json").read_text() + "\n")
     with pytest.raises(EdgeDiTError, match="search was made from another .*index.json than is there now: delete .*search and run stage search"):
         build_report(judged)
+
+
+def test_inputs_of_a_stage_that_are_none_are_refused(tmp_path, run_dir):
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    path = copy / "student" / "stage.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "inputs": None}))
+    with pytest.raises(EdgeDiTError, match="inputs is None"):
+        build_report(copy)

@@ -236,6 +236,7 @@ class Stage:
     """stage.json of any stage."""
 
     config: dict[str, Any] = key()
+    inputs: dict[str, Any] = key(dict, items=1000)
     seed: int = key(minimum=0, maximum=2**64)
     steps: int = key(minimum=0, maximum=COUNT)
     seconds: float = key(minimum=0.0, maximum=1e12)
