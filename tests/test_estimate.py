@@ -176,6 +176,10 @@ def test_latents_are_counted_with_the_vae_that_makes_them(configured, tmp_path):
     convolution = 2 * 16 * 16 * 8 * 9  # the first of the encoder, one channel to eight, 3 × 3
     assert row.before > 1438 * convolution / 1e9 and row.seconds > row.before
     assert counted(configured())["teacher"].before == 0
+    AutoencoderKL(in_channels=3, **blocks, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4).save_pretrained(tmp_path / "colour")
+    with pytest.raises(EdgeDiTError, match="have 1 channels, but the VAE takes 3"):
+        counted(configured(f"data.vae={tmp_path / 'colour'}", "data.resolution=16"))
+    assert counted(configured("data.vae=not-here", "data.resolution=16"))["teacher"].before > row.before  # taken to be as large as Stable Diffusion's
 
 
 PAPER = """

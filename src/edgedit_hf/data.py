@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -587,6 +588,13 @@ def _encode(vae: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     return latents
 
 
+def check_vae_takes(shape: Sequence[int], config: Mapping[str, Any]) -> None:
+    """Raise unless an autoencoder with this config encodes images of shape `(C, H, W)`."""
+    channels = config.get("in_channels") or config["input_channels"]
+    if shape[0] != channels:
+        raise EdgeDiTError(f"The images have {shape[0]} channels, but the VAE takes {channels}; set channels to {channels}.")
+
+
 def cache_latents(
     dataset: ImageDataset, vae: torch.nn.Module, folder: str | os.PathLike, batch_size: int = 16, progress: bool = True
 ) -> LatentDataset:
@@ -603,9 +611,7 @@ def cache_latents(
         progress: show a progress bar on a terminal.
     """
     folder = Path(folder)
-    channels = vae.config.get("in_channels") or vae.config["input_channels"]
-    if dataset.shape[0] != channels:
-        raise EdgeDiTError(f"The images have {dataset.shape[0]} channels, but the VAE takes {channels}; set channels to {channels}.")
+    check_vae_takes(dataset.shape, vae.config)
     factors = [vae.config.get("scaling_factor"), vae.config.get("shift_factor")]
     if latent_scale(vae.config).mean is not None:
         factors += [vae.config["latents_mean"], vae.config["latents_std"]]

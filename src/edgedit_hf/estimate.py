@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
+from .data import check_vae_takes
 from .distill.schedule import PROCESS_BYTES, MemoryModel, pairs_of, plan_bank, prefix_cost, wanted_proxies
 from .errors import EdgeDiTError
 from .genotype import LayerSpec
@@ -97,18 +98,20 @@ class Workload:
     assumed: list[str] = field(default_factory=list)
 
 
-def meta_vae(path: str, assumed: list[str]) -> AutoencoderKL | Any:
-    """The autoencoder on the meta device, or one like Stable Diffusion's if it is not on this machine."""
+def meta_vae(path: str, assumed: list[str], shape: Sequence[int]) -> AutoencoderKL | Any:
+    """The autoencoder for images of shape `(C, H, W)` on the meta device, or one like Stable Diffusion's if it is not on this machine."""
     from diffusers import AutoencoderTiny
 
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     with torch.device("meta"):
         try:
             values = AutoencoderKL.load_config(path, local_files_only=True)
-            return classes[values["_class_name"]].from_config(values)
+            vae = classes[values["_class_name"]].from_config(values)
         except (OSError, KeyError):
             assumed.append(f"the VAE {path} is not here: taken to be like Stable Diffusion's (factor 8, 4 channels)")
-            return AutoencoderKL(**SD_VAE, **SD_BLOCKS)
+            return AutoencoderKL(**SD_VAE, **SD_BLOCKS, in_channels=shape[0], out_channels=shape[0])
+    check_vae_takes(shape, vae.config)
+    return vae
 
 
 def _flops(call) -> float:
@@ -135,7 +138,7 @@ def workload(config: RunConfig) -> Workload:
         assumed.append(f"data.source {data.source} is not here: taken to hold {count:,} images of {classes} classes, as ImageNet does")
     pixels, encode, decode = shape[0] * shape[1] * shape[2], 0.0, 0.0
     if data.vae is not None:
-        vae = meta_vae(data.vae, assumed)
+        vae = meta_vae(data.vae, assumed, shape)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         latent = (vae.config.latent_channels, shape[1] // factor, shape[2] // factor)
         encode = _flops(lambda: vae.encode(torch.empty(1, *shape)))

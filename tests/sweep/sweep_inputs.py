@@ -527,7 +527,7 @@ def readers() -> list[Reader]:
             "text_to_image",
             ["t2i/evaluate/*.json", "t2i/*/stage.json", "t2i/*/run.json", "t2i/*/telemetry.jsonl"],
             [],
-            ["t2i/report*"],
+            ["t2i/report*", "t2i/*/stage.json", "t2i/*/run.json", "t2i/*/telemetry.jsonl"],
             "tiny-t2i.yaml",
             folder="t2i",
         ),

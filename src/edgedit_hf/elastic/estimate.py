@@ -56,7 +56,7 @@ def data_shapes(config: RunConfig, assumed: list[str]) -> tuple[list[tuple[int, 
         dataset = load_run_captions(config)
         shapes, count = dataset.shapes, len(dataset)
     if data.vae is not None:
-        vae = meta_vae(data.vae, assumed)
+        vae = meta_vae(data.vae, assumed, shapes[0])
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         shapes = [(vae.config.latent_channels, height // factor, width // factor) for _, height, width in shapes]
     return shapes, count
