@@ -12,6 +12,7 @@ from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import file_sha256, pipeline_weights_hash
+from edgedit_hf.genotype import Genotype
 from edgedit_hf.hub import comparison_table, metric_label, scaled, write_card
 from edgedit_hf.report import build_report, write_report
 
@@ -153,6 +154,28 @@ def test_figures_of_other_weights_are_refused_and_the_stage_is_named(judged, mak
         write_card(judged / "student-tuned", report, repo_id="me/digits", license="mit")
     assert (judged / "student-tuned" / "README.md").read_text() == card
     shutil.rmtree(judged / "student-tuned")  # to save space: the figures still are what was measured
+    build_report(judged)
+
+
+def test_figures_without_hashes_are_refused_where_the_model_is_another(judged, make_transformer):
+    """As the version before wrote them: no weights beside the figures, no format in run.json."""
+    path, run = judged / "evaluate" / "student-tuned.json", judged / "student-tuned" / "run.json"
+    entry = json.loads(path.read_text())
+    layers = make_transformer().config
+    own = Genotype.from_layers(layers.layers, layers.hidden_size).hash
+    old = {**{key: value for key, value in entry.items() if key not in ("folder", "weights")}, "genotype_hash": own}
+    path.write_text(json.dumps(old))
+    made = json.loads(run.read_text())
+    run.write_text(json.dumps({key: value for key, value in made.items() if key != "format"}))
+    build_report(judged)
+    run.write_text(json.dumps(made))  # tuned again, by this version
+    with pytest.raises(EdgeDiTError, match="figures of 'student-tuned' are of an earlier version.* made after them: delete .*evaluate.* run stage evaluate"):
+        build_report(judged)
+    run.write_text(json.dumps({key: value for key, value in made.items() if key != "format"}))
+    path.write_text(json.dumps({**old, "genotype_hash": "0" * 16}))  # another genotype was selected since
+    with pytest.raises(EdgeDiTError, match=f"student-tuned holds the genotype {own} now, not {'0' * 16}"):
+        build_report(judged)
+    shutil.rmtree(judged / "student-tuned")
     build_report(judged)
 
 

@@ -19,7 +19,7 @@ from .files import atomic_write_json, atomic_write_text, file_sha256, pipeline_w
 from .genotype import Genotype
 from .hub import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
 from .recipes import RunConfig
-from .records import BankFigures, Bench, Choice, Curve, FrontFigures, Latency, Model, Reference, SearchState, Stage, Table, Verified
+from .records import Asked, BankFigures, Bench, Choice, Curve, FrontFigures, Latency, Model, Reference, SearchState, Stage, Table, Verified
 from .schema import read_record
 from .search_space import OPTIONS, SearchSpace
 
@@ -110,11 +110,15 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
 def check_judged(run_dir: Path, models: Sequence[Mapping[str, Any]], made_by: str) -> None:
     """Raise unless the weights that models were judged with (`weights`) are those that their `folder` holds now.
 
-    Runs that recorded no hashes, and models whose folder is not there any more, are taken as they are.
+    Earlier versions recorded no hashes: their figures are refused where the folder was made anew since, or holds another architecture. Models
+    whose folder is not there any more are taken as they are.
     """
     current: dict[Path, str | None] = {}
     for model in models:
-        if model.get("weights") is None or model.get("folder") is None:
+        if model.get("weights") is None:
+            _check_judged_before(run_dir, model, made_by)
+            continue
+        if model.get("folder") is None:
             continue
         folder = run_dir / model["folder"]
         if folder not in current:
@@ -124,6 +128,25 @@ def check_judged(run_dir: Path, models: Sequence[Mapping[str, Any]], made_by: st
                 f"The figures of {model['name']!r} are those of other weights ({model['weights']}) than {folder} holds now ({current[folder]}): "
                 f"delete {run_dir / 'evaluate'} and run {made_by} again."
             )
+
+
+def _check_judged_before(run_dir: Path, model: Mapping[str, Any], made_by: str) -> None:
+    """[`check_judged`] of figures that an earlier version wrote."""
+    own = {"exported": f"exported/{model['name']}", "subnet": "elastic"}.get(model["stage"], model["name"])
+    folder, stage = run_dir / own, run_dir / Path(own).parts[0]
+    if not (folder / "model_index.json").is_file():
+        return
+    since, was, now = None, model.get("genotype_hash"), None
+    if (run := optional_record(stage / "run.json", Asked)) and "format" in run:
+        since = "was made after them"
+    elif was is not None and "layers" in (config := optional_record(folder / "transformer" / "config.json", dict[str, Any]) or {}):
+        now = Genotype.from_layers(config["layers"], config["hidden_size"]).hash
+        since = None if now == was else f"holds the genotype {now} now, not {was}"
+    if since:
+        raise EdgeDiTError(
+            f"The figures of {model['name']!r} are of an earlier version, which recorded no weights, and {folder} {since}: "
+            f"delete {run_dir / 'evaluate'}, and what was made of the student before, and run {made_by} again."
+        )
 
 
 def optional_record(path: Path, schema: Any) -> Any:
