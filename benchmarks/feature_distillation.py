@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "training"))
 
-from reference import load_reference  # noqa: E402
+from reference import load_extractor, real_features  # noqa: E402
 from train_teacher import train_denoiser  # noqa: E402
 
 from edgedit_hf.distill.proxy_bank import ProxyBank  # noqa: E402
@@ -58,7 +58,9 @@ def main() -> None:
     genotype = Genotype.from_layers(student.transformer.config.layers, student.transformer.config.hidden_size)
     bank = ProxyBank(config.folder("bank"), teacher.transformer)
     dataset, _ = load_training_set(config, accelerator)
-    extractor, real = load_reference(config, load_run_images(config))
+    images = load_run_images(config)
+    extractor = load_extractor(config, images, accelerator.device)
+    real = real_features(extractor, images)
     options = dataclasses.replace(config.tune, steps=arguments.steps or max(1, config.teacher.steps // 4))
     places = sorted({round(options.steps * i / POINTS) for i in range(POINTS + 1)})
 

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT / "training"))
 import quantize  # noqa: E402
 import train_teacher  # noqa: E402
 from diffusers_dit import fail  # noqa: E402
-from reference import load_reference, real_features  # noqa: E402
+from reference import load_extractor, real_features  # noqa: E402
 
 from edgedit_hf.data import to_bytes  # noqa: E402
 from edgedit_hf.files import check_output  # noqa: E402
@@ -163,11 +163,9 @@ def main() -> None:
         runs = {"RTN 4.3": folder / "groups" / "quantized", "k-means 4.3, nearest": folder / "nearest" / "quantized"}
         runs |= {"k-means 4.3": made / "quantized-untuned", BEST: made / "quantized"}
         images, beside = load_run_images(config), Path(source).parent / "evaluate" / "extractor"
-        if beside.is_dir():  # of the run that the pipeline is from
-            extractor = FeatureExtractor.load(beside)
-            real = real_features(extractor, images)
-        else:
-            extractor, real = load_reference(config, images, accelerator.device)
+        # Of the run that the pipeline is from, if it has one.
+        extractor = FeatureExtractor.load(beside) if beside.is_dir() else load_extractor(config, images, accelerator.device)
+        real = real_features(extractor, images)
 
         options = {"batch_size": config.quantize.sampling_batch_size, **sampling}
         calls = record(pipeline, config.quantize.calibration_images, **options).calls

@@ -154,7 +154,7 @@ def world(tmp_path_factory, make_transformer):
                 patch.setattr(plots, draw, lambda *arguments, **options: None)
             draw_elastic_figures(other, build_elastic_report(other))
 
-    write(root / "quantization.json", {"average_bits": 4.3, "error": {"full": {"untuned": {"sqnr_db": 20.0}}}})
+    write(root / "quantization.json", {"average_bits": 4.3, "error": {"untuned": {"full": {"sqnr_db": 20.0}, "small": {"sqnr_db": None}}}})
     return {
         "elastic stage": File(other / "elastic" / "stage.json", other_report),
         "elastic evaluation": File(other / "evaluate" / "stage.json", other_report),

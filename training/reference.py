@@ -14,12 +14,6 @@ REAL_IMAGES = 50_000  # more add nothing to the distance's precision at the samp
 CHUNK = 1000
 
 
-def load_reference(config: RunConfig, images: ImageDataset, device: torch.device, held_out: ImageDataset | None = None):
-    """(extractor, features of the real training images `[N, D]`), see [`load_extractor`]."""
-    extractor = load_extractor(config, images, device, held_out)
-    return extractor, real_features(extractor, images)
-
-
 def load_extractor(config: RunConfig, images: ImageDataset, device: torch.device, held_out: ImageDataset | None = None):
     """The run's extractor, trained now if it has none; `device`: where Inception runs; `held_out`: default the run's own."""
     folder = config.folder("evaluate", "extractor")

@@ -358,6 +358,20 @@ class Verified:
 
 
 @dataclass(kw_only=True)
+class Hashed:
+    """A file of an export."""
+
+    sha256: str = key()
+
+
+@dataclass(kw_only=True)
+class ContractFiles:
+    """contract.json, as loading an export compares its files with it."""
+
+    files: dict[str, Hashed] = key(items=10**6)
+
+
+@dataclass(kw_only=True)
 class Bench:
     """bench.json of such an export."""
 
@@ -369,7 +383,7 @@ class Bench:
 class OutputError:
     """What quantisation did to a network's output."""
 
-    sqnr_db: float = key(minimum=-FIGURE, maximum=FIGURE)
+    sqnr_db: float | None = key(minimum=-FIGURE, maximum=FIGURE)  # null: there is no error at all
 
 
 @dataclass(kw_only=True)
@@ -462,6 +476,21 @@ class ElasticModel(NetConfig):
     num_layers: list[int] = key(minimum=0, maximum=LAYERS, items=100, fewest=1)
     num_attention_heads: int = key(minimum=1, maximum=HEADS)
     attention_head_dim: int = key(minimum=1, maximum=WIDTH)
+
+
+@dataclass(kw_only=True)
+class Adapter:
+    """adapter_config.json of a LoRA, or what a LoRA file says of itself."""
+
+    lora_alpha: float = key(1.0, minimum=-FIGURE, maximum=FIGURE)
+    use_rslora: bool | None = key(None)
+
+
+@dataclass(kw_only=True)
+class Named:
+    """A config.json or model_index.json of diffusers: its class, or [file, class] with code of its own."""
+
+    _class_name: str | list[str] = key()
 
 
 @dataclass(kw_only=True)
