@@ -16,11 +16,13 @@ from functools import partial
 from accelerate import Accelerator
 
 from edgedit_hf.export.pipeline import export_pipeline
-from edgedit_hf.files import atomic_write_json, changed_file, file_record, read_json, weights_hash
+from edgedit_hf.files import atomic_write_json, changed_file, file_record, weights_hash
 from edgedit_hf.launch import load_pipeline, recipe_main
 from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
+from edgedit_hf.records import Listed
 from edgedit_hf.run_state import RunState
+from edgedit_hf.schema import read_record
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
@@ -42,7 +44,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         return
     outputs = [state.folder / f"{kind}-{dtype}" for kind, dtype in exports]
     progress = state.folder / "progress.json"  # the files of every finished export: one that was damaged since is made again
-    made = read_json(progress, "this stage") if progress.exists() else {}
+    made = read_record(progress, dict[str, dict[str, Listed]], "this stage") if progress.exists() else {}
     intact = [output.name in made and changed_file(output, made[output.name]) is None for output in outputs]
     state.continue_at((*intact, False).index(False))
     for index in state.steps():

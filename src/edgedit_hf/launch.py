@@ -20,12 +20,12 @@ from .captions import CaptionedDataset, cache_captioned_latents, load_captioned,
 from .data import ImageDataset, LatentDataset, cache_latents, load_images, open_latents
 from .diffusion import make_scheduler
 from .errors import EdgeDiTError
-from .files import ask_nothing, check_finite, check_links, check_output, read_json, release_locks
+from .files import ask_nothing, check_links, check_output, read_json, release_locks
 from .genotype import Genotype
-from .models.checkpoints import check_size, load_original, locate, only_variant, pipeline_variant, weight_files
+from .models.checkpoints import check_size, check_weights, load_original, locate, only_variant, pipeline_variant, weight_files
 from .models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from .pipelines.pipeline_edgedit import EdgeDiTPipeline
-from .pipelines.usable import check_usable
+from .pipelines.usable import check_scheduler, check_usable
 from .recipes import RunConfig, load_config, unused
 from .records import PipelineIndex, SchedulerConfig
 from .run_state import close_progress, on_main
@@ -338,6 +338,22 @@ def _check_transformer(folder: Path) -> None:
         check_size(path.parent, config, weight_files(path.parent))
 
 
+def load_scheduler(folder: Path) -> Any:
+    """The scheduler in a folder; whatever is wrong with it is one [`EdgeDiTError`]."""
+    import diffusers
+
+    name = read_record(folder / "scheduler_config.json", SchedulerConfig, "save_pretrained")["_class_name"]
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise EdgeDiTError(f"{folder} has a scheduler of class {name!r}, which diffusers does not have.")
+    try:
+        scheduler = kind.from_pretrained(folder)
+    except Exception as error:  # every scheduler has its own
+        raise EdgeDiTError(f"The scheduler {folder} cannot be loaded: {type(error).__name__} {_first_line(error)}") from error
+    check_scheduler(scheduler, str(folder.parent))
+    return scheduler
+
+
 def load_original_pipeline(path: str | Path, *, vae: str | None = None, **options: Any) -> EdgeDiTPipeline:
     """A pipeline around a foreign checkpoint: what `edgedit convert` writes.
 
@@ -349,8 +365,6 @@ def load_original_pipeline(path: str | Path, *, vae: str | None = None, **option
         vae: an AutoencoderKL or AutoencoderTiny (folder or Hub id) that decodes its latents.
         options: further arguments of [`load_original`].
     """
-    import diffusers
-
     hub = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
     path = locate(path, **hub)
     transformer = load_original(path, **options)
@@ -358,13 +372,8 @@ def load_original_pipeline(path: str | Path, *, vae: str | None = None, **option
     if vae is not None:
         decoder = load_vae(vae)
     if (path / "model_index.json").is_file():
-        index = read_record(path / "model_index.json", PipelineIndex, "save_pretrained")
-        labels = index.get("id2label")
-        name = read_record(path / "scheduler" / "scheduler_config.json", SchedulerConfig, "save_pretrained")["_class_name"]
-        kind = getattr(diffusers, name, None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-            raise EdgeDiTError(f"{path} has a scheduler of class {name!r}, which diffusers does not have.")
-        scheduler = kind.from_pretrained(path / "scheduler")
+        labels = read_record(path / "model_index.json", PipelineIndex, "save_pretrained").get("id2label")
+        scheduler = load_scheduler(path / "scheduler")
         if decoder is None and (path / "vae").is_dir():
             decoder = load_vae(str(path / "vae"), use_safetensors=None)
     if decoder is not None and decoder.config.latent_channels != transformer.config.in_channels:
@@ -453,16 +462,6 @@ def load_teacher(config: RunConfig) -> EdgeDiTPipeline:
     pipeline = load_pipeline(teacher_path(config), "stage teacher (training/train_teacher.py)")
     check_weights(pipeline.transformer, f"The teacher {teacher_path(config)}")
     return pipeline
-
-
-def check_weights(model: torch.nn.Module, what: str) -> None:
-    """Raise unless all weights are finite and no layer is all zeros: nothing can be learned from such a network, and what fails is far from the cause."""
-    check_finite(model.state_dict(), what, "train or convert it anew.")
-    for name, layers in model.named_children():
-        for index, layer in enumerate(layers if isinstance(layers, torch.nn.ModuleList) else ()):
-            parameters = list(layer.parameters())
-            if parameters and not any(parameter.any() for parameter in parameters):
-                raise EdgeDiTError(f"{what}: every weight of its layer {name}.{index} is 0, it is no trained network; train or convert it anew.")
 
 
 def check_fits_data(model_config: Any, dataset: ImageDataset | LatentDataset) -> None:

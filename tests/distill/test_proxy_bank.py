@@ -268,5 +268,5 @@ def test_a_teacher_whose_layers_are_all_zero_makes_no_bank_and_they_are_named(ma
     with torch.no_grad():
         for parameter in empty.blocks[2].parameters():
             parameter.zero_()
-    with pytest.raises(EdgeDiTError, match=r"layers \[2\] of the teacher are zero"):
+    with pytest.raises(EdgeDiTError, match="teacher of the bank: every weight of its layer blocks.2 is 0"):
         ProxyBank.create(tmp_path, empty, SearchSpace.for_config(empty.config))

@@ -122,7 +122,7 @@ def test_an_export_says_which_file_was_changed(received):
     checked = subprocess.run([sys.executable, received / "sample_min.py", "--check"], capture_output=True, text=True)
     assert checked.returncode == 1 and f"FAIL  transformer/onnx/model.onnx has the SHA-256 {file_sha256(file)}" in checked.stdout
     (received / "contract.json").write_text('{"files": 3}')
-    with pytest.raises(EdgeDiTError, match="contract.json has no list of files"):
+    with pytest.raises(EdgeDiTError, match="contract.json does not describe an export's list of files"):
         OnnxEdgeDiTTransformer2DModel.from_pretrained(received / "transformer")
 
 

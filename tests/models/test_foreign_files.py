@@ -338,7 +338,7 @@ def test_a_config_that_claims_more_than_the_files_hold_is_refused_before_anythin
         with pytest.raises(EdgeDiTError, match=said):
             load(tmp_path)
     if changes.get("num_layers") == 10**9:
-        with pytest.raises(EdgeDiTError, match="1000000000 layers"):
+        with pytest.raises(EdgeDiTError, match="num_layers is 1000000000"):
             describe(str(tmp_path))
         with pytest.raises(ValueError, match="at most 4096"):
             EdgeDiTTransformer2DModel.from_pretrained(tmp_path / "transformer")

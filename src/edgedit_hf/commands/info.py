@@ -106,12 +106,9 @@ def _elastic_facts(config: dict[str, Any]) -> dict[str, Any]:
 
 def _edgedit_facts(config: dict[str, Any]) -> dict[str, Any]:
     from ..genotype import Genotype
-    from ..models.transformer_edgedit import MAX_LAYERS
     from ..search_space import BYTES, model_cost
 
     if config.get("layers") is None:
-        if config["num_layers"] > MAX_LAYERS:
-            raise EdgeDiTError(f"The config has {config['num_layers']} layers; at most {MAX_LAYERS} are counted.")
         sizes = (config["num_layers"], config["hidden_size"], config["num_attention_heads"], config["mlp_ratio"])
         config["layers"] = Genotype.original(*sizes).to_layers()
     cost = model_cost(config)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import EdgeDiTError
-from ..files import ask_nothing, hash_json, weights_hash
+from ..files import ask_nothing, class_name, hash_json, weights_hash
 from ..latents import is_video, latent_scale
 from ..models.checkpoints import pipeline_variant
 
@@ -463,8 +463,7 @@ def teacher_family(path_or_id: str | Path) -> str:
         raise EdgeDiTError(
             f"There is no pipeline in {path_or_id} ({' '.join(str(error).split())[:200]}); give a pipeline folder or a Hub id (organisation/name)."
         ) from error
-    name = index["_class_name"]
-    name = name[-1] if isinstance(name, (list, tuple)) else name  # with code of its own: [file, class]
+    name = class_name(index)
     if name not in FAMILIES:
         raise EdgeDiTError(f"The teacher {path_or_id} is a {name}; it must be a flow pipeline that is known here: {', '.join(FAMILIES)}.")
     scheduler = str(index.get("scheduler", ["", ""])[1])

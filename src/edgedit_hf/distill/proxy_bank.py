@@ -19,6 +19,7 @@ from safetensors.torch import load, save_file
 from ..errors import EdgeDiTError
 from ..files import aside_of, atomic_write_json, check_finite, explain_write_errors, file_sha256, read_json, weights_hash
 from ..genotype import Genotype, LayerSpec
+from ..models.checkpoints import check_weights
 from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
 from ..records import BankIndex
 from ..schema import held_to, shorten
@@ -59,9 +60,7 @@ class ProxyBank:
     @classmethod
     def create(cls, folder: str | os.PathLike, teacher: EdgeDiTTransformer2DModel, space: SearchSpace) -> ProxyBank:
         """An empty bank. [`~ProxyBank.write_proxy`] and [`~ProxyBank.write_index`] fill it."""
-        check_finite(teacher.state_dict(), "The teacher of the bank", "use a teacher of before they did, or train it again.")
-        if empty := [index for index, block in enumerate(teacher.blocks) if not any(bool(p.any()) for p in block.parameters())]:
-            raise EdgeDiTError(f"All weights of layers {empty} of the teacher are zero, so there is nothing to distil; use a trained teacher.")
+        check_weights(teacher, "The teacher of the bank")
         index = {"format": FORMAT, "teacher_hash": weights_hash(teacher.state_dict()), "space": space.to_dict(), "entries": {}}
         atomic_write_json(Path(folder, "index.json"), index)
         return cls(folder, teacher)

@@ -21,8 +21,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import BaseOutput
 
 from ..errors import EdgeDiTError
-from ..files import copy_tree, file_sha256
+from ..files import copy_tree, file_sha256, read_json
 from ..latency.runners import ExecutorchSession, session_options
+from ..records import ContractFiles
+from ..schema import read_record
 from .parts import MODULATED
 
 STEMS = {"denoiser": "model", "text_encoder": "model"}  # file names of parts that are not named after the part
@@ -119,11 +121,8 @@ def check_hashes(folder: Path, format: str) -> None:
     if not path.is_file():
         return
     prefix = f"{folder.name}/{format}/"
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["files"]
-        expected = {name.removeprefix(prefix): str(facts["sha256"]) for name, facts in listed.items() if name.startswith(prefix)}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EdgeDiTError(f"{path} has no list of files ({type(error).__name__}: {error}); export the pipeline again.") from None
+    listed = read_record(path, ContractFiles, "the export", "an export's list of files")["files"]
+    expected = {name.removeprefix(prefix): facts["sha256"] for name, facts in listed.items() if name.startswith(prefix)}
     there = {file.relative_to(folder / format).as_posix(): file for file in sorted((folder / format).rglob("*")) if file.is_file()}
     missing = sorted(set(expected) - set(there))
     if missing:
@@ -224,11 +223,11 @@ class ExportedComponent(ConfigMixin):
 
     @classmethod
     def _read_config(cls, folder: Path) -> dict[str, Any]:
-        try:
-            values = json.loads((folder / cls.config_name).read_text(encoding="utf-8"))
-            return {key: value for key, value in values.items() if not key.startswith("_")}
-        except (ValueError, AttributeError) as error:
-            raise EdgeDiTError(f"{folder / cls.config_name} is not the config of a component ({error}); export it again.") from error
+        path = folder / cls.config_name
+        values = read_json(path, "the export")
+        if not isinstance(values, dict):
+            raise EdgeDiTError(f"{path} is not the config of a component (a {type(values).__name__}); export it again.")
+        return {key: value for key, value in values.items() if not key.startswith("_")}
 
     def save_config(self, save_directory: str | os.PathLike) -> None:
         """Write `config.json`."""

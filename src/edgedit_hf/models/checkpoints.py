@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
-import json
 import math
 import os
 import pickle
@@ -24,7 +23,9 @@ import torch
 from safetensors import safe_open
 
 from ..errors import EdgeDiTError
-from ..files import check_finite
+from ..files import check_finite, parse_json
+from ..records import Adapter
+from ..schema import held_to
 from .transformer_edgedit import EdgeDiTTransformer2DModel, sincos_position_embedding
 
 FAMILIES = ("dit", "sit", "mdt")
@@ -256,7 +257,7 @@ def weight_files(folder: Path, stem: str = STEM, variant: str | None = None) -> 
             if not index.is_file():
                 continue
             try:
-                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                files = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
             except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
                 raise EdgeDiTError(f"{index} is no index of weight files ({type(error).__name__}: {error}).") from error
             if any(not isinstance(file, str) or Path(file).name != file for file in files):
@@ -394,7 +395,7 @@ def _read_folder(path: Path, variant: str | None = None) -> _Source:
     """A diffusers transformer's folder, or the transformer of a pipeline's folder."""
     folder = path / "transformer" if (path / "model_index.json").is_file() else path
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         name = config["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EdgeDiTError(f"{folder} has no readable config.json of a diffusers model ({type(error).__name__}: {error}).") from error
@@ -439,6 +440,16 @@ def check_size(folder: Path, config: Mapping[str, Any], files: Sequence[Path]) -
             f"The config.json of {folder} describes {layers} layers with at least {weights} weights, but its weight files have "
             f"{sum(file.stat().st_size for file in files)} bytes; config and weights must come from the same model."
         )
+
+
+def check_weights(model: torch.nn.Module, what: str) -> None:
+    """Raise unless all weights are finite and no layer is all zeros: nothing can be learned from such a network, and what fails is far from the cause."""
+    check_finite(model.state_dict(), what, "train or convert it anew.")
+    for name, layers in model.named_children():
+        for index, layer in enumerate(layers if isinstance(layers, torch.nn.ModuleList) else ()):
+            parameters = list(layer.parameters())
+            if parameters and not any(parameter.any() for parameter in parameters):
+                raise EdgeDiTError(f"{what}: every weight of its layer {name}.{index} is 0, it is no trained network; train or convert it anew.")
 
 
 # -------------------------------------------------------------------- conversions
@@ -680,17 +691,15 @@ def _read_lora(path: Path) -> dict[str, torch.Tensor]:
         raise EdgeDiTError(f"{path} is no LoRA adapter: expected a .safetensors file, or a folder with {' or '.join(names)}.")
     tensors = _read_tensors(file)
     check_finite(tensors, f"The adapter {path}", "take one of before they did.")
-    options: dict[str, Any] = {}
     with safe_open(file, framework="pt") as opened:
         metadata = (opened.metadata() or {}).get("lora_adapter_metadata")
     beside = file.parent / "adapter_config.json"
     try:
-        if metadata:
-            options = {key.removeprefix("transformer."): value for key, value in json.loads(metadata).items()}
-        elif beside.is_file():
-            options = json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError as error:
+        text = metadata or (beside.read_text(encoding="utf-8") if beside.is_file() else "{}")
+        options = {key.removeprefix("transformer."): value for key, value in parse_json(text).items()}
+    except (OSError, ValueError, AttributeError) as error:
         raise EdgeDiTError(f"The options of the adapter {path} are not JSON: {error}.") from error
+    held_to(options, Adapter, file if metadata else beside, "peft", "a LoRA adapter")
     for key in ("use_dora", "rank_pattern", "alpha_pattern"):
         if options.get(key):
             raise EdgeDiTError(f"The adapter {path} has {key} {options[key]!r}; only plain LoRA can be fused. Merge it with peft first.")

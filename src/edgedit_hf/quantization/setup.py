@@ -12,7 +12,8 @@ from torch import nn
 
 from ..captions import TextTable, text_table
 from ..errors import EdgeDiTError
-from ..launch import check_weights, load_pipeline, load_run_captions
+from ..launch import load_pipeline, load_run_captions
+from ..models.checkpoints import check_weights
 from ..recipes import RunConfig
 from .calibration import CHECK_STREAM, output_error, record, replay
 from .layers import quantizable_layers, quantized_weights
