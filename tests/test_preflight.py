@@ -154,3 +154,20 @@ def test_places_that_cannot_be_written(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file"]
     with pytest.raises(EdgeDiTError, match=r"The run will write 1000000000.00 GB below .*, but its disk has .* GB left"):
         check_space(tmp_path / "new", 1e18, "The run")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("scheduler/scheduler_config.json", "[]", "must hold keys and values"),
+        ("scheduler/scheduler_config.json", '{"_class_name": "Nobody"}', "a scheduler of class 'Nobody', which diffusers does not have"),
+        ("scheduler/scheduler_config.json", '{"_class_name": "DDIMScheduler", "num_train_timesteps": "many"}', "scheduler"),
+        ("model_index.json", "[]", "must hold keys and values"),
+        ("model_index.json", '{"_class_name": ["own", "SomebodysPipeline"]}', "holds a SomebodysPipeline"),
+    ],
+)
+def test_a_given_teacher_with_a_damaged_config(tmp_path, make_transformer, file, text, said):
+    EdgeDiTPipeline(make_transformer(sample_size=8, in_channels=1), make_scheduler("epsilon")).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / file).write_text(text)
+    with pytest.raises(EdgeDiTError, match=said):
+        preflight(config(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}"), COMPRESS)

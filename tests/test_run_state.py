@@ -623,3 +623,31 @@ def test_a_folder_of_somebody_elses_is_no_stage(tmp_path):
         with pytest.raises(EdgeDiTError, match="holds model_index.json, but no run.json of stage teacher"):
             RunState(tmp_path / "teacher", "teacher", {}, 1)
     assert {path.name: path.read_text() for path in (tmp_path / "teacher").iterdir() if path.name != "run.lock"} == {"model_index.json": "mine"}
+
+
+MAIN_ALONE = """
+import sys
+from accelerate import Accelerator
+from edgedit_hf.run_state import on_main
+
+def work():
+    raise {"missing": FileNotFoundError(2, "gone", "there"), "bug": KeyError("name")}[sys.argv[1]]
+
+accelerator = Accelerator(cpu=True)
+try:
+    on_main(work, accelerator)
+except Exception as error:
+    print(f"{accelerator.process_index} {type(error).__name__} {error}\\n", end="", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_no_process_waits_for_a_main_one_that_failed_in_whatever_way(tmp_path):
+    (tmp_path / "alone.py").write_text(MAIN_ALONE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "alone.py"]
+    for kind, said in (
+        ("missing", ["0 FileNotFoundError [Errno 2] gone: 'there'", "1 FileNotFoundError [Errno 2] gone: 'there'"]),
+        ("bug", ["0 KeyError 'name'", "1 RuntimeError KeyError on the main process: 'name'"]),
+    ):
+        done = subprocess.run([*launcher, kind], capture_output=True, text=True, timeout=300)
+        assert sorted(done.stdout.splitlines()) == said, done.stderr

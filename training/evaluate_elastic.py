@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from edgedit_hf.captions import STYLES, CaptionedDataset, parse_caption, style_words
 from edgedit_hf.data import to_bytes
-from edgedit_hf.files import atomic_write_json, file_sha256, pipeline_weights_hash
+from edgedit_hf.files import atomic_write_json, file_sha256
 from edgedit_hf.latency.protocol import environment, measure
 from edgedit_hf.launch import load_pipeline, load_run_captions, load_run_images, recipe_main
 from edgedit_hf.metrics.features import IndependentClassifier
@@ -31,7 +31,7 @@ from edgedit_hf.pipelines.sampling import generate_from_captions
 from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.records import ElasticStage, Latencies
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run_state import RunState, pipeline_weights_hash
 from edgedit_hf.schema import read_record
 from edgedit_hf.search_space import BYTES, elastic_cost
 

@@ -25,7 +25,7 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export.executorch import export_executorch
 from edgedit_hf.export.onnx import export_onnx, quantize_int8
 from edgedit_hf.export.verify import weight_bytes
-from edgedit_hf.files import atomic_write_json, pipeline_weights_hash, weights_hash
+from edgedit_hf.files import atomic_write_json, weights_hash
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.latency.protocol import environment, measure, paired_ratio
 from edgedit_hf.latency.runners import TorchRunner, executorch_runner, onnx_runner
@@ -36,7 +36,7 @@ from edgedit_hf.pipelines.sampling import generate
 from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.records import Latencies
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run_state import RunState, pipeline_weights_hash
 from edgedit_hf.schema import read_record
 from edgedit_hf.search.plots import save_montage
 from edgedit_hf.search_space import BYTES, Cost, model_cost

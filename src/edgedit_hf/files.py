@@ -225,12 +225,12 @@ class FolderLock:
 
     def _holder(self) -> dict[str, Any] | None:
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            found = parse_json(self.path.read_text(encoding="utf-8"))
             if isinstance(found, dict):
                 return found
         except FileNotFoundError:
             return None
-        except (ValueError, RecursionError):
+        except ValueError:
             pass
         raise EdgeDiTError(f"{self.path} is damaged, so nobody can tell who works in {self.path.parent}; if no process does, delete that file.")
 
@@ -293,42 +293,6 @@ def changed_file(folder: str | os.PathLike, record: Mapping[str, Mapping[str, An
         if not trusted and file_sha256(path) != was["sha256"]:
             return f"{path} holds other bytes than were written"
     return None
-
-
-def _listed(path: Path) -> dict[str, dict[str, Any]]:
-    """The [`file_record`] in a stage's `stage.json`, if there is one."""
-    stage = read_json(path, "a stage")
-    files = stage.get("files", {}) if isinstance(stage, dict) else None
-    keys = {"size": int, "mtime_ns": int, "sha256": str}
-    if not isinstance(files, dict) or not all(isinstance(e, dict) and all(isinstance(e.get(k), t) for k, t in keys.items()) for e in files.values()):
-        raise EdgeDiTError(f"{path} does not list its files as a stage writes them; it is damaged. Delete {path.parent} and run the stage again.")
-    return files
-
-
-NO_WEIGHTS = (".json", ".txt", ".md", ".py", ".jinja", ".model", ".yaml")  # suffixes beside weights in a component's folder
-
-
-def pipeline_weights_hash(folder: str | os.PathLike) -> str | None:
-    """First 16 hex digits of the SHA-256 over the weight files of a pipeline folder's components; `None` where there is no such folder.
-
-    Equal weights in equal files give equal hashes wherever the folder lies. Large files whose hash a stage has recorded are not read again.
-    """
-    folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        return None
-    index, known = read_json(folder / "model_index.json", "save_pretrained"), {}
-    if not isinstance(index, dict):
-        raise EdgeDiTError(f"{folder / 'model_index.json'} holds {type(index).__name__}; it must hold keys and values. save_pretrained writes it.")
-    for root in (folder.parent, folder):
-        if (root / "stage.json").is_file():
-            known |= {root / name: entry for name, entry in _listed(root / "stage.json").items()}
-    digest = hashlib.sha256()
-    for name in sorted(name for name, value in index.items() if isinstance(value, list) and Path(name).name == name):
-        for path in sorted(path for path in (folder / name).rglob("*") if path.is_file() and path.suffix not in NO_WEIGHTS):
-            about, entry = path.stat(), known.get(path, {})
-            recorded = about.st_size > HASHED_ALWAYS and (about.st_size, about.st_mtime_ns) == (entry.get("size"), entry.get("mtime_ns"))
-            digest.update(f"{path.relative_to(folder).as_posix()} {entry['sha256'] if recorded else file_sha256(path)}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 # -------------------------------------------------------------------- writing
@@ -530,6 +494,12 @@ STAGE_FILES = {"run.json", "stage.json", "telemetry.jsonl", "checkpoints", "run.
 WRITTEN_SUFFIXES = (".json", ".safetensors", ".onnx", ".data", ".pte", ".mlmodel", ".bin", ".py", ".txt", ".model", ".jinja")
 
 
+def class_name(config: Mapping[str, Any]) -> Any:
+    """The class that a config.json or model_index.json names; with code of its own stands [file, class]."""
+    name = config.get("_class_name")
+    return name[-1] if isinstance(name, list) and name else name
+
+
 def foreign_to_pipeline(folder: Path) -> str | None:
     """What tells a folder from a pipeline folder or export that a command of ours wrote, in words; `None`: nothing. A run's stages are not a command's."""
     if owned := sorted(STAGE_FILES & set(os.listdir(folder))):
@@ -540,10 +510,9 @@ def foreign_to_pipeline(folder: Path) -> str | None:
 def _foreign(folder: Path) -> str | None:
     index = folder / ("model_index.json" if (folder / "model_index.json").is_file() else "contract.json")
     try:
-        values = json.loads(index.read_text(encoding="utf-8"))
-        name = values.get("_class_name")
-        ours = (name[-1] if isinstance(name, list) and name else name) in PIPELINES or "contract_version" in values
-    except (OSError, ValueError, AttributeError):
+        values = read_json(index, "save_pretrained")
+        ours = isinstance(values, dict) and (class_name(values) in PIPELINES or "contract_version" in values)
+    except EdgeDiTError:
         ours = False
     if not ours:
         return "is not a pipeline folder"
@@ -593,7 +562,7 @@ def check_output(
             raise EdgeDiTError(f"{output} exists and {found}; it is left as it is. Choose another output.")
         if not overwrite:
             raise EdgeDiTError(f"{output} holds a pipeline already; choose another output, or allow overwriting it (--overwrite).")
-    _check_writable(real, output)
+    check_writable(real if foreign is None else aside_of(real), output)  # a folder that is replaced is written beside its place
 
 
 def check_place(output: str | os.PathLike) -> Path:
@@ -604,7 +573,7 @@ def check_place(output: str | os.PathLike) -> Path:
     if os.path.islink(text.rstrip("/")):
         raise EdgeDiTError(f"The output {text} is a link to {os.path.realpath(text)}; give the folder itself.")
     real = Path(os.path.realpath(text))
-    for place, name in ((Path.cwd(), "the current folder"), (Path.home(), "your home folder")):
+    for place, name in ((Path.cwd(), "the current folder"), (os.path.expanduser("~"), "your home folder")):
         if _within(Path(os.path.realpath(place)), real):
             raise EdgeDiTError(f"The output {text!r} is {real}, which is or holds {name}; give a folder of its own.")
     if real.exists() and not real.is_dir():
@@ -635,15 +604,24 @@ def _relation(output: Path, given: str | os.PathLike) -> str | None:
     return "is" if inside and holds else "lies in" if inside else "holds" if holds else None
 
 
-def _check_writable(real: Path, output: str | os.PathLike) -> None:
-    """Try to make a folder where `real` goes: hours later would be late to find out."""
-    place = real.parent
-    while not place.exists() and place != place.parent:
-        place = place.parent
+def check_writable(path: str | os.PathLike, named: str | os.PathLike | None = None) -> None:
+    """Raise unless a folder is at a path, or could be made there, that this process may write into: hours later would be late to find out.
+
+    It is tried with a folder that is removed at once. `named`: what messages call the path.
+    """
+    named, place = path if named is None else named, Path(path)
+    if "\0" in str(path):
+        raise EdgeDiTError(f"The path {str(named)!r} holds a NUL byte; choose another output.")
+    longest = os.pathconf("/", "PC_NAME_MAX")
+    if any(len(os.fsencode(part)) > longest for part in place.parts):
+        shown = os.fspath(named)
+        shown = shown if len(shown) < 100 else f"{shown[:60]}…"
+        raise EdgeDiTError(f"Cannot write {shown}: a name in it, with what is added while it is written, is longer than {longest} bytes; choose another.")
     try:
-        for part in (*real.relative_to(place).parts, aside_of(real).name):
-            with contextlib.suppress(FileNotFoundError):
-                os.lstat(place / part)
+        while not os.path.lexists(place) and place != place.parent:
+            place = place.parent
+        if not place.is_dir():
+            raise EdgeDiTError(f"Cannot write {named}: {place} is not a folder; choose a folder you may write to.")
         os.rmdir(tempfile.mkdtemp(prefix=".edgedit-", dir=place))
     except OSError as error:
-        raise EdgeDiTError(f"Cannot write {output} ({os.strerror(error.errno)}); choose a place, with space, where you may write.") from error
+        raise EdgeDiTError(f"Cannot write {named} ({os.strerror(error.errno)}); choose a place, with space, where you may write.") from error

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EdgeDiTError
-from .files import atomic_write_text, pipeline_weights_hash
+from .files import atomic_write_text
 from .markup import MARKUP, markdown, one_line
 from .recipes import LICENSE, REPO_ID
+from .run_state import pipeline_weights_hash
 from .schema import shorten
 
 # What readers call the models of a run, by their name in report.json, in the order in which they are compared.

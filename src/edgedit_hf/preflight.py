@@ -25,10 +25,12 @@ from .elastic.estimate import data_shapes
 from .elastic.setup import new_elastic
 from .errors import EdgeDiTError
 from .estimate import Machine, estimate, workload
-from .files import atomic_write_json, hash_json, read_json
-from .launch import TEXT_TO_IMAGE_VAES, VAES, load_run_captions, load_run_images, read_genotype, search_space_of, teacher_path
+from .files import atomic_write_json, check_writable, class_name, hash_json
+from .launch import TEXT_TO_IMAGE_VAES, VAES, load_run_captions, load_run_images, load_scheduler, read_genotype, search_space_of, teacher_path
 from .metrics.features import InceptionExtractor, check_classifiable
 from .recipes import OptimisationConfig, RunConfig
+from .records import Named
+from .schema import read_record
 from .search_space import SearchSpace
 
 COMPRESS = ("teacher", "bank", "latency", "search", "student", "tune", "export", "evaluate")
@@ -55,9 +57,9 @@ def preflight(config: RunConfig, stages: Sequence[str], processes: int = 1, dry_
     """
     if config.student.genotype is not None:
         stages = [stage for stage in stages if stage not in ("latency", "search")]
-    for stage in stages:
-        check_writable(config.folder(FOLDERS.get(stage, stage)))
     left = [stage for stage in stages if not config.folder(FOLDERS.get(stage, stage), "stage.json").exists()]
+    for stage in left:
+        check_writable(config.folder(FOLDERS.get(stage, stage)))
     notes: list[str] = []
     check_batches(config, left, processes)
     check_sampling(config, left)
@@ -84,26 +86,6 @@ def _noted(notes: list[str], check: Callable[..., None], *arguments: Any) -> Non
 
 
 # -------------------------------------------------------------------- places
-
-
-def check_writable(path: str | os.PathLike) -> None:
-    """Raise unless a folder is there, or could be made, that this process may write to. Nothing is written."""
-    path = Path(path)
-    if "\0" in str(path):
-        raise EdgeDiTError(f"The path {str(path)!r} holds a NUL byte; choose another output_dir.")
-    try:
-        longest = os.pathconf("/", "PC_NAME_MAX")
-        if any(len(os.fsencode(part)) > longest for part in path.parts):
-            raise EdgeDiTError(f"Cannot write {str(path)[:60]}…: a name in it is longer than {longest} bytes; choose another output_dir.")
-        place = path
-        while not os.path.lexists(place) and place != place.parent:
-            place = place.parent
-        if not place.is_dir():
-            raise EdgeDiTError(f"Cannot write {path}: {place} is not a folder; choose a folder you may write to.")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise EdgeDiTError(f"Cannot write {path}: {place} may not be written to; choose a folder you may write to.")
-    except OSError as error:
-        raise EdgeDiTError(f"Cannot write {path} ({error.strerror}); choose a folder you may write to.") from None
 
 
 def check_space(path: str | os.PathLike, needed: float, what: str) -> None:
@@ -151,15 +133,8 @@ def check_steps(key: str, steps: int, scheduler: Any) -> None:
 
 def _scheduler(config: RunConfig) -> Any:
     """The scheduler that the run samples with: of a teacher that is brought along, or the recipe's."""
-    import diffusers
-
     folder = Path(teacher_path(config), "scheduler")
-    if (folder / "scheduler_config.json").is_file():
-        values = read_json(folder / "scheduler_config.json", "save_pretrained")
-        kind = getattr(diffusers, str(values.get("_class_name")), None)
-        if isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin):
-            return kind.from_config(values)
-    return make_scheduler(config.teacher.prediction_type)
+    return load_scheduler(folder) if (folder / "scheduler_config.json").is_file() else make_scheduler(config.teacher.prediction_type)
 
 
 def check_tools(config: RunConfig, stages: Sequence[str]) -> None:
@@ -206,7 +181,7 @@ def _check_given(key: str, path: str | None, kinds: Sequence[str], notes: list[s
         about = next((folder / name for name in ("model_index.json", "config.json") if (folder / name).is_file()), None)
         if about is None:
             raise EdgeDiTError(f"{key} is {path}, without model_index.json and config.json; give a folder that save_pretrained wrote, or convert it.")
-        name = read_json(about, "save_pretrained").get("_class_name")
+        name = class_name(read_record(about, Named, "save_pretrained"))
         if name not in kinds:
             raise EdgeDiTError(f"{key} is {path}, which holds a {name}; it must be one of {', '.join(kinds)}.")
     check_weight_files(folder)
@@ -260,8 +235,6 @@ def _check_card(config: RunConfig) -> None:
         validate_repo_id(config.card.repo_id)
     except HFValidationError as error:
         raise EdgeDiTError(f"card.repo_id is {config.card.repo_id!r}: {' '.join(str(error).split())}") from None
-    if not config.card.license.strip() or "\n" in config.card.license:
-        raise EdgeDiTError(f"card.license is {config.card.license!r}; give an identifier of the Hub, such as apache-2.0 or other.")
 
 
 def _check_text_to_image(config: RunConfig, stages: Sequence[str], notes: list[str], dry_run: bool) -> None:
@@ -295,8 +268,7 @@ def _check_pictures(config: RunConfig, stages: Sequence[str], dry_run: bool, not
         notes.append(f"Not checked: the images of {source}, which is not here.")
         return
     marker = config.folder("images-checked.json")
-    known = read_json(marker, "a run's start") if marker.is_file() else {}
-    known = known if isinstance(known, dict) else {}
+    known = read_record(marker, dict[str, str], "a run's start") if marker.is_file() else {}
     for split in splits:
         dataset = (load_run_captions if captioned else load_run_images)(config, split)
         if judged and split == "train" and config.evaluate.extractor == "classifier":

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EdgeDiTError
-from .files import atomic_write_json, atomic_write_text, file_sha256, pipeline_weights_hash
+from .files import atomic_write_json, atomic_write_text, file_sha256
 from .genotype import Genotype
 from .hub import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
 from .recipes import RunConfig
 from .records import Asked, BankFigures, Bench, Choice, Curve, FrontFigures, Latency, Model, Reference, SearchState, Stage, Table, Verified
+from .run_state import pipeline_weights_hash
 from .schema import read_record
 from .search_space import OPTIONS, SearchSpace
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import EdgeDiTError
 from .files import (
+    HASHED_ALWAYS,
     STAGE_FILES,
     FolderLock,
     atomic_folder,
@@ -34,6 +36,7 @@ from .files import (
     check_finite_files,
     explain_write_errors,
     file_record,
+    file_sha256,
     fsync_path,
     is_finite,
     publish_into,
@@ -42,7 +45,7 @@ from .files import (
     sync_tree,
     versions,
 )
-from .records import Asked, Checkpoint, Results
+from .records import Asked, Checkpoint, Named, Results
 from .schema import held_to, read_record
 
 if TYPE_CHECKING:
@@ -212,6 +215,31 @@ def replace_results(folder: str | os.PathLike) -> Iterator[Path]:
             lock.release()
 
 
+NO_WEIGHTS = (".json", ".txt", ".md", ".py", ".jinja", ".model", ".yaml")  # suffixes beside weights in a component's folder
+
+
+def pipeline_weights_hash(folder: str | os.PathLike) -> str | None:
+    """First 16 hex digits of the SHA-256 over the weight files of a pipeline folder's components; `None` where there is no such folder.
+
+    Equal weights in equal files give equal hashes wherever the folder lies. Large files whose hash a stage has recorded are not read again.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        return None
+    index, known = read_record(folder / "model_index.json", Named, "save_pretrained"), {}
+    for root in (folder.parent, folder):
+        if (root / "stage.json").is_file():
+            listed = read_record(root / "stage.json", Results, "the stage").get("files", {})
+            known |= {root / name: entry for name, entry in listed.items()}
+    digest = hashlib.sha256()
+    for name in sorted(name for name, value in index.items() if isinstance(value, list) and Path(name).name == name != ".."):
+        for path in sorted(path for path in (folder / name).rglob("*") if path.is_file() and path.suffix not in NO_WEIGHTS):
+            about, entry = path.stat(), known.get(path, {})
+            recorded = about.st_size > HASHED_ALWAYS and (about.st_size, about.st_mtime_ns) == (entry.get("size"), entry.get("mtime_ns"))
+            digest.update(f"{path.relative_to(folder).as_posix()} {entry['sha256'] if recorded else file_sha256(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
     """Dotted name and both values of the first place where two nested plain values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -239,22 +267,23 @@ FORMAT = 2  # of run.json; 1, without the key, did not record all inputs
 
 
 def on_main(work: Callable[[], Any], accelerator: Accelerator | None) -> None:
-    """Do it on the main process while the others wait; an [`EdgeDiTError`] there is raised on all."""
-    world_size = 1 if accelerator is None else accelerator.num_processes
-    said: list[str | None] = [None]
-    if accelerator is None or accelerator.is_main_process:
+    """Do it on the main process while the others wait; what it raises there is raised on all, so that none waits for ever."""
+    if accelerator is None or accelerator.num_processes == 1:
+        work()
+        return
+    from accelerate.utils import broadcast_object_list
+
+    said: list[Exception | None] = [None]
+    cause = None
+    if accelerator.is_main_process:
         try:
             work()
-        except EdgeDiTError as error:
-            if world_size == 1:
-                raise
-            said = [str(error)]
-    if world_size > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(said)
+        except Exception as error:
+            cause, plain = error, type(error) is EdgeDiTError or isinstance(error, OSError) and type(error).__module__ == "builtins"
+            said = [error if plain else RuntimeError(f"{type(error).__name__} on the main process: {error}")]  # others may not know the class
+    broadcast_object_list(said)
     if said[0] is not None:
-        raise EdgeDiTError(said[0])
+        raise said[0] if cause is None else cause
 
 
 SHARED = {"extractor", "reference.json"}  # of the stage `evaluate`, whose folder the search uses before it
