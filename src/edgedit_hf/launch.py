@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -92,13 +93,11 @@ def recipe_main(
 def check_run_folder(config: RunConfig) -> None:
     """Raise unless the run may write into its `output_dir`. An input in it is another stage's folder of such a run, or is refused."""
     keys = ("data.source", "data.vae", "teacher.path", "student.genotype", "text.encoder", "text.encoder_2", "knowledge.teacher", "quantize.path")
-    given = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in (*keys, "quantize.prompts")}
-    output = Path(config.output_dir)
-    inputs = []
-    for path in filter(None, given.values()):
-        parts = Path(os.path.abspath(path)).parts[len(Path(os.path.abspath(output)).parts) :]
-        stage = output / parts[0] if parts and Path(os.path.abspath(path)).is_relative_to(os.path.abspath(output)) else None
-        if stage is None or not (stage / "run.json").is_file():
+    given = [operator.attrgetter(key)(config) for key in (*keys, "quantize.prompts")]
+    output, inputs = Path(os.path.realpath(config.output_dir)), []
+    for path in map(os.path.expanduser, filter(None, given)):
+        real = Path(os.path.realpath(path))
+        if real == output or not real.is_relative_to(output) or not (output / real.relative_to(output).parts[0] / "run.json").is_file():
             inputs.append(path)
     check_output(config.output_dir, inputs, foreign=None)
 

@@ -205,6 +205,9 @@ def test_a_run_may_read_an_earlier_stage_of_its_own_folder(tmp_path):
         check_run_folder(config)
     (tmp_path / "run" / "student-tuned" / "run.json").write_text("{}")
     check_run_folder(config)
+    (tmp_path / "other").symlink_to(tmp_path)  # the same folder under another name
+    config.quantize.path = str(tmp_path / "other" / "run" / "student-tuned")
+    check_run_folder(config)
 
 
 def test_a_place_that_cannot_be_written_is_found_at_once(tmp_path):
