@@ -29,10 +29,10 @@ $(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt
 	@touch $@
 
 demo: install
-	$(OFFLINE) $(BIN)/edgedit train compress --config training/recipes/digits.yaml
+	$(OFFLINE) $(BIN)/edgedit train compress --config_file training/accelerate/cpu.yaml --config training/recipes/digits.yaml
 
 demo-t2i: install
-	$(OFFLINE) $(BIN)/edgedit train text-to-image --config training/recipes/digits-t2i.yaml
+	$(OFFLINE) $(BIN)/edgedit train text-to-image --config_file training/accelerate/cpu.yaml --config training/recipes/digits-t2i.yaml
 
 test: install
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
