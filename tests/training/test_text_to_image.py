@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from edgedit_hf import ElasticDiTPipeline
 from edgedit_hf.captions import HELD_OUT, parse_caption
+from edgedit_hf.commands.cli import main
 from edgedit_hf.elastic_report import spread, write_elastic_report
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.pipelines.sampling import generate_from_captions
@@ -83,6 +84,14 @@ def test_what_is_missing_is_named(whole, tmp_path):
         write_elastic_report(tmp_path / "nothing")
     with pytest.raises(EdgeDiTError, match=r"stage.json does not exist.*train_elastic.py"):
         write_elastic_report(tmp_path)
+
+
+def test_the_command_writes_the_report_of_this_family(whole, tmp_path, capsys):
+    before = (whole / "report.json").read_bytes()
+    (whole / "report.json").unlink()
+    assert main(["report", str(whole)]) == 0 and (whole / "report.json").read_bytes() == before
+    (tmp_path / "elastic").mkdir()
+    assert main(["report", str(tmp_path)]) == 2 and "train_elastic.py" in capsys.readouterr().err
 
 
 def test_shown_captions_differ():
