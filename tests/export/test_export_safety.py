@@ -1,6 +1,9 @@
 """Exports that were received, damaged or asked for something that cannot be; int8 files row by row."""
 
+import copy
+import functools
 import json
+import operator
 import shutil
 import subprocess
 import sys
@@ -184,7 +187,27 @@ def test_sample_min_ends_in_one_line(received, tmp_path):
     with open("/dev/full", "w") as full:
         assert "No space" in run("--reference", stdout=full, stderr=subprocess.PIPE).stderr
     (received / "reference.safetensors").write_bytes(b"short")
-    assert len(run("--reference", code=70).stderr.splitlines()) == 1
+    assert "reference.safetensors is damaged" in run("--reference").stderr
+    contract = json.loads((received / "contract.json").read_text())
+    contract["artefacts"]["denoiser"]["file"] = "../transformer/onnx/model.onnx"
+    (received / "contract.json").write_text(json.dumps(contract))
+    assert "not in this folder" in run("--reference").stderr
+
+
+PLACES = ["format", "files sample_min.py", "artefacts denoiser inputs", "schedule steps", "guidance rows", "reference file", "labels count"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_contract_is_read_by_its_form(received, place):
+    contract, keys = json.loads((received / "contract.json").read_text()), place.split()
+    assert sample_min.misfit(contract, sample_min.CONTRACT) is None
+    for value in (None, [1], {"a": 1}, float("nan"), True):
+        changed = copy.deepcopy(contract)
+        functools.reduce(operator.getitem, keys[:-1], changed)[keys[-1]] = value
+        assert ": ".join(["contract.json", *keys]) in sample_min.misfit(changed, sample_min.CONTRACT)
+    if keys[0] != "files":  # whichever files it lists
+        del functools.reduce(operator.getitem, keys[:-1], changed)[keys[-1]]
+        assert sample_min.misfit(changed, sample_min.CONTRACT) == f"{': '.join(['contract.json', *keys[:-1]])} lacks {keys[-1]}"
 
 
 def test_token_ids_have_one_shape(tmp_path):

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
+from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.pipelines.sampling import generate
 
 
@@ -38,3 +40,16 @@ def test_a_set_can_be_made_in_pieces(pipeline):
 def test_unconditional(make_transformer):
     images, labels = generate(EdgeDiTPipeline(make_transformer(num_classes=0), make_scheduler("epsilon")), 3, steps=1)
     assert labels is None and len(images) == 3
+
+
+def test_the_pipeline_is_left_as_it_was(make_transformer):
+    """Its progress bar, also after a call that fails: an ε-prediction's first step divides by a signal of zero."""
+    usual = make_scheduler("epsilon")
+    pipeline = EdgeDiTPipeline(make_transformer(), usual)
+    pipeline.set_progress_bar_config(leave=False)
+    generate(pipeline, 2, steps=1)
+    assert pipeline._progress_bar_config == {"leave": False}
+    pipeline.scheduler = DDIMScheduler.from_config(usual.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(EdgeDiTError, match="After 3 steps the latents hold NaN or infinite values.*DDIMScheduler"):
+        generate(pipeline, 2, steps=3)
+    assert pipeline._progress_bar_config == {"leave": False}

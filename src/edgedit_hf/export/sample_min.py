@@ -32,15 +32,70 @@ import numpy as np
 def read_safetensors(path):
     """Tensors by name: 8 bytes with the header's length, the header (JSON), the data."""
     data = Path(path).read_bytes()
-    start = 8 + struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8:start])
-    header.pop("__metadata__", None)
     types = {"F32": "<f4", "I64": "<i8", "I32": "<i4", "U8": "u1"}
     tensors = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        tensors[name] = np.frombuffer(data[start + first : start + last], types[entry["dtype"]]).reshape(entry["shape"])
+    try:
+        start = 8 + struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            tensors[name] = np.frombuffer(data[start + first : start + last], types[entry["dtype"]]).reshape(entry["shape"])
+    except (struct.error, LookupError, ValueError, TypeError, AttributeError) as error:
+        sys.exit(f"{path} is damaged ({type(error).__name__}: {error}); take the export again.")
     return tensors
+
+
+TENSOR = {"name": str, "dtype": str, "shape": list}
+TOKENIZER = {"file": (None, str), "rule": str, "max_tokens": int, "bos_token_id": (None, int), "eos_token_id": (None, int)}
+TOKENIZER |= {"pad_token_id": int, "vocabulary": int}
+CONTRACT = {  # what this program reads of contract.json: (None, x) may be null, [x] is a list of x, "*" stands for every name
+    "format": str,
+    "split": bool,
+    "files": {"*": {"sha256": str}},
+    "artefacts": {"*": {"file": str, "precision": str, "tolerance": float, "inputs": [TENSOR], "outputs": [{"name": str}]}},
+    "latents": {"multiply": [float], "add": [float]},
+    "schedule": {"init_noise_sigma": float, "steps": [{"timestep": float, "input_scale": float, "x": list, "m": list}]},
+    "guidance": {"rows": int, "scale": float, "channels": (None, int)},
+    "labels": (None, {"count": int, "null": (None, int)}),
+    "text": (None, {"encoders": [{"artefact": (None, str), "tokens": int, "width": int, "open": bool, "tokenizer": (None, TOKENIZER)}]}),
+    "reference": {"file": str, "tolerance": float, "image_psnr": float},
+}
+
+
+def misfit(value, form, name="contract.json"):
+    """Where and how a value differs from its form, or `None`."""
+    if isinstance(form, tuple):
+        return None if value is None else misfit(value, form[1], name)
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return f"{name} is {value!r:.80}, not an object"
+        pairs = [(key, form["*"]) for key in value] if "*" in form else form.items()
+        missing = [key for key, _ in pairs if key not in value]
+        if missing:
+            return f"{name} lacks {missing[0]}"
+        return next(filter(None, (misfit(value[key], part, f"{name}: {key}") for key, part in pairs)), None)
+    if isinstance(form, list):
+        if not isinstance(value, list):
+            return f"{name} is {value!r:.80}, not a list"
+        return next(filter(None, (misfit(part, form[0], f"{name}[{index}]") for index, part in enumerate(value))), None)
+    right = isinstance(value, (int, float)) if form is float else isinstance(value, form)
+    if not right or (isinstance(value, bool) and form is not bool) or (form is float and not np.isfinite(value)):
+        return f"{name} is {value!r:.80}, not {form.__name__}"
+    return None
+
+
+def read_contract(folder):
+    """contract.json of an export, whose files lie in that folder."""
+    contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
+    wrong = misfit(contract, CONTRACT)
+    tokenizers = [] if wrong or contract["text"] is None else [encoder["tokenizer"] for encoder in contract["text"]["encoders"] if encoder["tokenizer"]]
+    for name in () if wrong else [entry["file"] for entry in (*contract["artefacts"].values(), contract["reference"], *tokenizers) if entry["file"]]:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            wrong = f"contract.json names the file {name!r}, which is not in this folder"
+    if wrong:
+        sys.exit(f"{wrong}; the export is damaged, take it again.")
+    return contract
 
 
 MAKER = b"Software\0sample_min.py"  # by which an older image of this program is known, which a new one may replace
@@ -310,7 +365,7 @@ def main():
     parser.add_argument("--check", action="store_true", help="compare with reference.safetensors instead")
     args = parser.parse_args()
     folder = Path(__file__).resolve().parent
-    contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
+    contract = read_contract(folder)
     if not args.check:
         check_image_path(args.output, [args.token_ids])
 

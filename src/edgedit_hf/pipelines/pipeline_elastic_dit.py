@@ -635,6 +635,12 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                                 conditioning = {}
                     progress_bar.update()
 
+        if not torch.isfinite(latents).all():
+            raise ValueError(
+                f"After {self.num_timesteps} steps the latents hold NaN or infinite values, though the transformer's first output did not: see whether "
+                f"{type(self.scheduler).__name__} is the scheduler (and has the config) of this model, and try less guidance than {self.guidance_scale:g}."
+            )
+
         # 5. Decode
         images = latents if output_type == "latent" else self._postprocess(self.decode(latents), output_type)
         self.maybe_free_model_hooks()

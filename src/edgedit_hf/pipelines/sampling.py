@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from ..diffusion import draws
+from ..errors import EdgeDiTError
 from .pipeline_edgedit import EdgeDiTPipeline
 from .pipeline_elastic_dit import ElasticDiTPipeline
 
 EVALUATION_STREAM = 1  # keeps the noise of evaluation apart from that of training
+
+
+@contextmanager
+def quiet_call(pipeline: Any) -> Iterator[None]:
+    """A call of a pipeline without its progress bar, which is shown as before afterwards; what the pipeline refuses is an [`EdgeDiTError`]."""
+    shown = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(**{**shown, "disable": True})
+    try:
+        yield
+    except EdgeDiTError:
+        raise
+    except ValueError as error:
+        raise EdgeDiTError(str(error)) from error
+    finally:
+        pipeline.set_progress_bar_config(**shown)
 
 
 @torch.no_grad()
@@ -40,15 +58,13 @@ def generate(
     shape = (config["in_channels"], size, size)
     classes = config["num_classes"]
     labels = torch.arange(first, first + num_images) % classes if classes else None
-    pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in range(first, first + num_images, batch_size):
         rows = range(start, min(start + batch_size, first + num_images))
         latents = draws(seed, 0, rows, shape, stream=EVALUATION_STREAM).noise
         asked = {"batch_size": len(rows)} if labels is None else {"class_labels": labels[rows.start - first : rows.stop - first]}
-        batch = pipeline(
-            **asked, latents=latents, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="pt"
-        ).images
+        with quiet_call(pipeline):
+            batch = pipeline(**asked, latents=latents, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="pt").images
         images.append(batch.float().cpu() * 2 - 1)
     return torch.cat(images), labels
 
@@ -72,13 +88,13 @@ def generate_from_captions(
     """
     config = pipeline.transformer.config
     shape = (config["in_channels"], config["sample_size"], config["sample_size"])
-    pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in range(0, len(captions), batch_size):
         rows = range(start, min(start + batch_size, len(captions)))
         latents = draws(seed, 0, rows, shape, stream=EVALUATION_STREAM).noise
         prompts = [captions[row] for row in rows]
         asked = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "subnet": subnet}
-        batch = pipeline(prompts, latents=latents, output_type="pt", **asked).images
+        with quiet_call(pipeline):
+            batch = pipeline(prompts, latents=latents, output_type="pt", **asked).images
         images.append(batch.float().cpu() * 2 - 1)
     return torch.cat(images)

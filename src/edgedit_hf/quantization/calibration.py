@@ -24,6 +24,7 @@ from torch import nn
 from ..diffusion import draws
 from ..errors import EdgeDiTError
 from ..models.transformer_elastic_dit import ElasticCompression
+from ..pipelines.sampling import quiet_call
 
 CALIBRATION_STREAM, CHECK_STREAM = 20, 21  # of `diffusion.draws`: noise that quantisation is fitted to, and that it is judged by
 MOMENTS_BYTES = 2 << 30  # second moments held at a time, by default
@@ -125,8 +126,6 @@ def record(
     classes, text = config.get("num_classes"), "text_dims" in config
     if text and not prompts:
         raise EdgeDiTError("Text to image is calibrated with prompts, but none are given; give some that your users could write.")
-    shown = getattr(pipeline, "_progress_bar_config", {})
-    pipeline.set_progress_bar_config(disable=True)
     calls: list[ModelCall] = []
     latents, labels = [], []
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "latent"}
@@ -142,14 +141,10 @@ def record(
             asked = {"batch_size": len(rows)}
         noise = draws(seed, 0, rows, shape, stream=stream).noise
         batch_calls: list[ModelCall] = []
-        with _recorded(pipeline.transformer, batch_calls):
+        with _recorded(pipeline.transformer, batch_calls), quiet_call(pipeline):
             latents.append(pipeline(**asked, latents=noise, **options).images.float().cpu())
         calls += batch_calls if keep_calls else []
-    pipeline.set_progress_bar_config(**shown)
-    made = torch.cat(latents)
-    if not torch.isfinite(made).all():
-        raise EdgeDiTError(f"{int((~torch.isfinite(made)).flatten(1).any(1).sum())} of {images} samples are NaN or infinite; use the pipeline in float32.")
-    return Recording(calls, made, (labels if text else torch.tensor(labels)) if labels else None)
+    return Recording(calls, torch.cat(latents), (labels if text else torch.tensor(labels)) if labels else None)
 
 
 def spread(calls: Sequence[ModelCall], timesteps: int) -> list[ModelCall]:
