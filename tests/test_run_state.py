@@ -651,3 +651,13 @@ def test_no_process_waits_for_a_main_one_that_failed_in_whatever_way(tmp_path):
     ):
         done = subprocess.run([*launcher, kind], capture_output=True, text=True, timeout=300)
         assert sorted(done.stdout.splitlines()) == said, done.stderr
+
+
+def test_images_that_an_earlier_version_read_are_said_to_be(tmp_path):
+    RunState(tmp_path / "teacher", "teacher", {}, 1, inputs={"data": "a"})
+    path = tmp_path / "teacher" / "run.json"
+    with pytest.raises(EdgeDiTError, match="inputs.data = 'b' is asked for. Use the old value"):
+        RunState(tmp_path / "teacher", "teacher", {}, 1, inputs={"data": "b"})
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "format"}))
+    with pytest.raises(EdgeDiTError, match="inputs.data = 'b' is asked for. An earlier version made it.* keep its teacher by teacher.path. Use the old value"):
+        RunState(tmp_path / "teacher", "teacher", {}, 1, inputs={"data": "b"})

@@ -396,8 +396,10 @@ class RunState:
         old, new = ({key: without_keys(record.get(key), ignored) for key in asked} for record in (found, asked))
         if (difference := first_difference(old, new)) is not None:
             name, before, now = difference
+            earlier = "An earlier version made it, which read and divided images in another way: finish it there, or keep its teacher by teacher.path. "
+            earlier = earlier if name == "inputs.data" and "format" not in found else ""
             raise EdgeDiTError(
-                f"{self.folder} was made with {name} = {before!r}, but now {name} = {now!r} is asked for. "
+                f"{self.folder} was made with {name} = {before!r}, but now {name} = {now!r} is asked for. {earlier}"
                 f"Use the old value, another output_dir, or delete {self.folder} to make it anew."
             )
         self._record = found
