@@ -557,6 +557,29 @@ def test_offloaded_modulations_are_read_from_their_file_and_come_back(make_trans
         model.offload_modulation(tmp_path / "modulation.safetensors")
 
 
+@torch.no_grad()
+def test_another_file_in_the_place_of_offloaded_modulations_is_refused(make_transformer, tmp_path):
+    model, other = make_transformer(), make_transformer()
+    expected = output(model)
+    for each, name in ((model, "ours"), (other, "other")):
+        each.offload_modulation(tmp_path / name)
+    ours = (tmp_path / "ours").read_bytes()
+    others = ((tmp_path / "other").read_bytes(), "is not the file that offload_modulation")
+    for content, said in (others, (b"short", "cannot be read"), (None, "cannot be read")):
+        (tmp_path / "ours").unlink()
+        if content is not None:
+            (tmp_path / "ours").write_bytes(content)
+        else:
+            (tmp_path / "ours").mkdir()
+        for use in (model.restore_modulation, lambda: model.precompute_modulation(*inputs()[1:])):
+            with pytest.raises(ValueError, match=said):
+                use()
+    (tmp_path / "ours").rmdir()
+    (tmp_path / "ours").write_bytes(ours)
+    model.restore_modulation()
+    assert torch.equal(output(model), expected)
+
+
 def test_a_table_that_does_not_fit_is_refused(make_transformer):
     model = make_transformer()
     table = model.precompute_modulation(torch.tensor([1.0]), torch.tensor([1, 2]))

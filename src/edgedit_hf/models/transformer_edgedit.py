@@ -8,10 +8,12 @@ Shapes: B batch, C latent channels, H Ã— W latent size, P patch size, N = (H/P)Â
 A attention width of a layer, h heads, L layers, G = H/P tokens a side, V visible tokens of a masked input.
 """
 
+import contextlib
 import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -362,6 +364,7 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * self.out_channels)
         self.gradient_checkpointing = False
         self._modulation_file: str | None = None
+        self._modulation_tag: str | None = None
         self.reset_parameters()
 
     @classmethod
@@ -490,7 +493,7 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
             for index, block in enumerate(self.blocks):
                 fill(slice(6 * index, 6 * index + 6), block.modulation)
         else:
-            with safe_open(self._modulation_file, framework="pt") as file:
+            with self._stored_modulations() as file:
                 for index in range(len(self.blocks)):
                     fill(slice(6 * index, 6 * index + 6), self._stored_modulation(file, index))
         fill(slice(6 * len(self.blocks), None), self.modulation_out)
@@ -511,12 +514,23 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         expected = 2 * len(self.blocks)
         if len(state) != expected:
             raise ValueError(f"The modulation layers hold {len(state)} tensors, not {expected}: unload their adapters, or dequantise them, first.")
-        aside = f"{os.fspath(path)}.tmp-{os.getpid()}"
-        save_file(state, aside)
+        aside, tag = f"{os.fspath(path)}.tmp-{os.getpid()}", uuid.uuid4().hex
+        save_file(state, aside, {"tag": tag})
         os.replace(aside, path)
         for block in self.blocks:
             block.modulation = None
-        self._modulation_file = os.fspath(path)
+        self._modulation_file, self._modulation_tag = os.fspath(path), tag
+
+    @contextlib.contextmanager
+    def _stored_modulations(self) -> Iterator[Any]:
+        """The file of [`offload_modulation`], opened; a ValueError if it is another one by now."""
+        try:
+            with safe_open(self._modulation_file, framework="pt") as file:
+                if (file.metadata() or {}).get("tag") != self._modulation_tag:
+                    raise ValueError(f"{self._modulation_file} is not the file that offload_modulation() wrote; put that one back, or load the model again.")
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"The modulation weights in {self._modulation_file} cannot be read ({error}); put them back or load the model again.") from error
 
     def _stored_modulation(self, file: Any, index: int, copy: bool = False) -> nn.Linear:
         """The adaLN layer of a block, read from the open file of [`offload_modulation`] to where the model is; without `copy`, on CPUs, it is
@@ -532,7 +546,7 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         """Undo [`offload_modulation`]; the file stays."""
         if self._modulation_file is None:
             return
-        with safe_open(self._modulation_file, framework="pt") as file:
+        with self._stored_modulations() as file:
             for index, block in enumerate(self.blocks):
                 block.modulation = self._stored_modulation(file, index, copy=True)
         self._modulation_file = None
