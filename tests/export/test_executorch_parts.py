@@ -15,6 +15,7 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export.executorch import form_of, lower_executorch, quantize_linears, quantized_weight
 from edgedit_hf.export.parts import edgedit_parts, elastic_parts, share, text_encoder_part, vae_parts
 from edgedit_hf.export.xnnpack import FormLinear
+from edgedit_hf.files import aside_of
 from edgedit_hf.latency.runners import ExecutorchSession
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.quantization.affine import quantize_affine
@@ -194,7 +195,7 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path):
     model = small_elastic(num_layers=[0, 1, 0])
     conditioner, *_ = elastic_parts(model, (4, 4), 1, True, [1, 1])
     path = tmp_path / "model.pte"
-    os.symlink("/dev/full", tmp_path / f".model.pte.tmp-{os.getpid()}")
+    os.symlink("/dev/full", aside_of(path))
     with pytest.raises(EdgeDiTError, match="No space left on the disk of .*model.pte"):
         lower_executorch(conditioner, path, profile_runs=0)
     assert list(tmp_path.iterdir()) == []

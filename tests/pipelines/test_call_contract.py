@@ -353,6 +353,12 @@ def test_one_step_of_a_schedule_with_a_shifted_terminal_is_an_error_that_names_i
     assert float(family.pipe.scheduler.timesteps[-1]) == pytest.approx(100.0)
 
 
+def test_a_scheduler_config_of_a_wrong_type_is_an_error_that_names_the_scheduler(family, make_transformer):
+    family = flow(family, make_transformer, shift_terminal="text")
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler makes no timesteps with its config"):
+        family.call(family.what, num_inference_steps=2)
+
+
 def test_dynamic_shifting_follows_the_number_of_tokens(family, make_transformer):
     family = flow(family, make_transformer, use_dynamic_shifting=True)
     family.call(family.what[:1])

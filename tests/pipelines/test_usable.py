@@ -23,7 +23,7 @@ def folder(make_transformer, tmp_path_factory):
     "file, key, value, words",
     [
         ("transformer/config.json", "norm_eps", "text", "a finite number"),
-        ("transformer/config.json", "norm_eps", float("nan"), "a finite number"),
+        ("transformer/config.json", "norm_eps", float("nan"), "NaN, which is no number"),
         ("transformer/config.json", "frequency_shift", [], "a finite number"),
         ("transformer/config.json", "timestep_scale", True, "a finite number"),
         ("model_index.json", "guidance_channels", "text", "a whole number"),

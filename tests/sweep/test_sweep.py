@@ -15,17 +15,6 @@ SWEEP = Path(__file__).with_name("sweep.py")
 SHARE = {"quick": "0.012", "whole": "0.12"}
 """Of all cases, always the same ones: a full sweep takes hours."""
 
-REMAINING = {  # to be mended; what is here and passes is an error too
-    "an elastic model < t2i/elastic/scheduler/scheduler_config.json: shift_terminal = '../../etc/passwd'": "diffusers' scheduler raises a TypeError",
-    "from_pretrained of onnx-split < onnx-split/scheduler/scheduler_config.json: rescale_betas_zero_snr = 'text'": "a step of the scheduler gives NaN",
-    "from_pretrained of pte < pte/scheduler/scheduler_config.json: rescale_betas_zero_snr = 5": "as before",
-    "sample_min.py of onnx-split < onnx-split/contract.json: files.sample_min.py = '../../etc/passwd'": "the contract is read without a schema: exit code 70",
-    "sample_min.py of onnx-split < onnx-split/contract.json: reference = 5": "as before",
-    "sample_min.py of onnx-split < onnx-split/contract.json: guidance.channels = ''": "as before",
-    "sample_min.py of t2i-onnx < t2i-onnx/contract.json: labels = {}": "as before",
-    "sample_min.py of pte < pte/contract.json: without text": "as before",
-}
-
 
 def sweep(results: Path, *arguments: str) -> set[str]:
     """Names of the bad cases."""
@@ -44,4 +33,4 @@ def test_a_sample_of_options_recipe_keys_and_files_of_a_run(tmp_path, make_trans
 
 @pytest.mark.slow
 def test_a_share_of_the_whole_sweep(tmp_path):
-    assert sweep(tmp_path / "results.jsonl", "--share", SHARE["whole"]) == set(REMAINING)
+    assert sweep(tmp_path / "results.jsonl", "--share", SHARE["whole"]) == set()

@@ -334,7 +334,10 @@ class EdgeDiTPipeline(DiffusionPipeline):
         if config.get("use_dynamic_shifting"):  # as in diffusers' Flux pipeline: linear in the number of tokens
             slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
             shift["mu"] = config.base_shift + slope * (tokens - config.base_image_seq_len)
-        self.scheduler.set_timesteps(steps, device="cpu", **shift)
+        try:
+            self.scheduler.set_timesteps(steps, device="cpu", **shift)
+        except TypeError as error:
+            raise ValueError(f"{name} makes no timesteps with its config ({error}); load the scheduler of this model again.") from error
         timesteps = self.scheduler.timesteps
         if not torch.isfinite(timesteps.float()).all():
             raise ValueError(f"{name} makes of {steps} steps the timesteps {timesteps.tolist()[:4]} …; they must be finite. Take another number of steps.")
