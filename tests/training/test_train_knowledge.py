@@ -101,7 +101,7 @@ def test_a_teacher_that_cannot_teach_is_one_line(fail, encoders, tmp_path):
     for name, said in (
         ("latents", "another latent space: channels is 4 there and 1 for the student"),
         ("pixart", "is a PixArtSigmaPipeline; it must be a flow pipeline"),
-        ("nothing", "There is no pipeline in"),
+        ("nothing", "there is no such folder; give a folder or a Hub id"),
     ):
         line = fail("train_elastic", tmp_path / "run", *encoders, f"knowledge.teacher={tmp_path / name}", **OPTIONS)
         assert said in line, line
