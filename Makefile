@@ -37,8 +37,10 @@ demo-t2i: install
 test: install
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
+# PART=demos, kills, sweep or rest runs that part of them alone.
+PART ?=
 test-slow: install
-	$(OFFLINE) $(BIN)/python -m pytest -q -m slow
+	$(OFFLINE) $(BIN)/python -m pytest -q -m "slow$(if $(PART), and $(if $(filter rest,$(PART)),not (demos or kills or sweep),$(PART)))"
 
 clean:
 	rm -rf runs build dist .pytest_cache .ruff_cache src/*.egg-info

@@ -54,6 +54,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.kills
 def test_bad_input_of_two_processes_is_said_once(tmp_path):
     overrides = ("teacher.learning_rate=1e10", "teacher.max_grad_norm=0.0", "teacher.log_every=1", "teacher.warmup_steps=0", "teacher.steps=200")
     process = start(tmp_path / "run", *overrides, processes=2)
@@ -65,6 +66,7 @@ def test_bad_input_of_two_processes_is_said_once(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.kills
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number, to_group", [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)])
 def test_a_signal_saves_and_ends_with_its_code(tmp_path, processes, number, to_group):
@@ -81,6 +83,7 @@ def test_a_signal_saves_and_ends_with_its_code(tmp_path, processes, number, to_g
 
 
 @pytest.mark.slow
+@pytest.mark.kills
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_at_any_moment_of_the_start(tmp_path, processes):
     for delay in (0.5, 2, 5, 8):

@@ -32,5 +32,6 @@ def test_a_sample_of_options_recipe_keys_and_files_of_a_run(tmp_path, make_trans
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_a_share_of_the_whole_sweep(tmp_path):
     assert sweep(tmp_path / "results.jsonl", "--share", SHARE["whole"]) == set()

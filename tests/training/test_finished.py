@@ -9,7 +9,7 @@ import pytest
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.report import write_report
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.kills]
 
 
 @pytest.fixture(scope="module")

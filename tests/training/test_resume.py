@@ -85,6 +85,7 @@ def test_ctrl_c_saves_and_the_rerun_continues(recipes, whole_run, result_files, 
 
 
 @pytest.mark.slow
+@pytest.mark.kills
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95])
 @pytest.mark.parametrize("name", ["train_teacher", "distill_proxies", "finetune", "export_student", "evaluate_models"])

@@ -100,6 +100,7 @@ def test_shown_captions_differ():
 
 
 @pytest.mark.slow
+@pytest.mark.demos
 def test_the_demo_follows_its_captions_at_every_width(recipes, tmp_path):
     """What `make demo-t2i` runs after installing."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "training/accelerate/cpu.yaml", "training/text_to_image.py"]
