@@ -103,7 +103,10 @@ def test_a_signal_at_any_point_of_a_stage_ends_in_the_same_weights(recipes, whol
     time.sleep(share * seconds)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode in (0, {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}[number]), output
+    # Once the stage is done and Python on its way out, a signal does what it does by default: shells call that 130 and 143 too.
+    codes = {0, {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}[number]}
+    codes |= {-number} if (folder / stage / "stage.json").exists() else set()
+    assert process.returncode in codes, output
     assert "Traceback" not in output
     if number != signal.SIGKILL:
         assert not list(folder.rglob("run.lock"))
