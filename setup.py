@@ -1,4 +1,5 @@
-"""The project is described by setup.cfg. This only keeps `optimum` out of the list of top-level names that the package claims:
+"""The project is described by setup.cfg. This only keeps `optimum` out of the list of top-level names that the package
+claims:
 
 its command lies in optimum's namespace, and diffusers would warn of two distributions called optimum at every import.
 """

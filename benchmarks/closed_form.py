@@ -1,15 +1,19 @@
-"""What closed-form starts are worth: against random initialisation trained until it no longer improves, and against copied weights.
+"""What closed-form starts are worth: against random initialisation trained until it no longer improves, and against
+copied weights.
 
     python benchmarks/closed_form.py RUN [--config FILE] [--layers 0,2,4] [--json] [--check]
 
-RUN is a run of compress.py, or of train_teacher.py alone. For a few of its teacher's layers, and for the pairs that begin there, every kind
-of proxy starts three ways: at random (Xavier), with copied (truncated) teacher weights, and in closed form. Prints the normalised feature
-loss on held-out draws
- 1. of copied and closed-form starts of every kind at some step counts of the bank's schedule, in which a proxy's peak rate follows its start;
- 2. of random MLP and attention proxies after their full budget, with the closed form beside it, no step taken. The budget is --budget steps
-    of the bank's schedule (warm-up, cosine), doubled once, from scratch, if the last tenth of the steps gained 1 % or more.
---check fails unless the closed form, untrained, beats every random MLP and attention proxy after that (one that still gains: even if it gained
-as much ten times more), beats the copied start at every step count for every kind, and is never above where it started.
+RUN is a run of compress.py, or of train_teacher.py alone. For a few of its teacher's layers, and for the pairs that
+begin there, every kind of proxy starts three ways: at random (Xavier), with copied (truncated) teacher weights, and in
+closed form. Prints the normalised feature loss on held-out draws
+ 1. of copied and closed-form starts of every kind at some step counts of the bank's schedule, in which a proxy's peak
+    rate follows its start;
+ 2. of random MLP and attention proxies after their full budget, with the closed form beside it, no step taken. The
+    budget is --budget steps of the bank's schedule (warm-up, cosine), doubled once, from scratch, if the last tenth of
+    the steps gained 1 % or more.
+--check fails unless the closed form, untrained, beats every random MLP and attention proxy after that (one that still
+gains: even if it gained as much ten times more), beats the copied start at every step count for every kind, and is
+never above where it started.
 """
 
 import argparse
@@ -30,7 +34,14 @@ from distill_proxies import CALIBRATION_STREAM, TEST_STREAM, TRAIN_STREAM, featu
 from edgedit_hf.distill.closed_form import closed_form_block, truncated_block  # noqa: E402
 from edgedit_hf.distill.feature_loss import rate_scale  # noqa: E402
 from edgedit_hf.distill.proxy_group import Features, Proxy, held_out_losses, new_optimizer, random_block, train_step  # noqa: E402
-from edgedit_hf.launch import learning_rate_at, load_teacher, load_training_set, make_accelerator, search_space_of, set_learning_rate  # noqa: E402
+from edgedit_hf.launch import (  # noqa: E402
+    learning_rate_at,
+    load_teacher,
+    load_training_set,
+    make_accelerator,
+    search_space_of,
+    set_learning_rate,
+)
 from edgedit_hf.recipes import RunConfig, load_config  # noqa: E402
 from edgedit_hf.search_space import OPTIONS, can_merge  # noqa: E402
 
@@ -43,10 +54,21 @@ FINAL_SHARE = 0.02  # of the peak rate, as in distill_proxies.py
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--config", type=Path, default=ROOT / "training" / "recipes" / "digits.yaml", help="the recipe RUN was made with")
-    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="as given when RUN was made")
-    parser.add_argument("--layers", help="teacher layers, with commas; default the first ones of the first and the middle pair")
-    parser.add_argument("--budget", type=int, default=6000, help="steps of random proxies, doubled once if they have not plateaued")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=ROOT / "training" / "recipes" / "digits.yaml",
+        help="the recipe RUN was made with",
+    )
+    parser.add_argument(
+        "--override", action="append", default=[], metavar="KEY=VALUE", help="as given when RUN was made"
+    )
+    parser.add_argument(
+        "--layers", help="teacher layers, with commas; default the first ones of the first and the middle pair"
+    )
+    parser.add_argument(
+        "--budget", type=int, default=6000, help="steps of random proxies, doubled once if they have not plateaued"
+    )
     parser.add_argument("--steps", type=int, default=MARKS[-1], help="steps of copied and closed-form starts")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument("--check", action="store_true", help="exit with 1 unless the closed form is better throughout")
@@ -73,44 +95,74 @@ def main() -> None:
     seconds = (time.monotonic() - started) / len(closed)
     untrained = held_out_losses(closed, bench.test)
 
-    print(f"normalised held-out loss, {config.bank.calibration_samples} calibration images, {seconds:.1f} s a closed form")
+    print(
+        f"normalised held-out loss, {config.bank.calibration_samples} calibration images, {seconds:.1f} s a closed form"
+    )
     marks = [mark for mark in MARKS if mark < arguments.steps] + [arguments.steps]
     copied = {
         place: (layer, truncated_block(bench.teacher.blocks[layer.source[0]], layer.attention_dim, layer.mlp_ratio))
         for place, (layer, _) in closed.items()
     }
-    curves = {"copied": bench.curves(copied, arguments.steps, marks), "closed form": bench.curves(closed, arguments.steps, marks)}
+    curves = {
+        "copied": bench.curves(copied, arguments.steps, marks),
+        "closed form": bench.curves(closed, arguments.steps, marks),
+    }
     print(f"{'layer':>5}  {'kind':<18}{'start':<13}" + "".join(f"{f'step {mark}':>10}" for mark in marks))
     for i, option in closed:
         for start, found in curves.items():
-            print(f"{i:>5}  {option:<18}{start:<13}" + "".join(f"{loss:>10.5f}" for loss in found[i, option]), flush=True)
+            print(
+                f"{i:>5}  {option:<18}{start:<13}" + "".join(f"{loss:>10.5f}" for loss in found[i, option]), flush=True
+            )
 
     print()
     alone = {place: layer for place, layer in single.items() if place[1] != "both"}
     random = bench.plateaus(alone, arguments.budget)
-    print("\n" + f"{'layer':>5}  {'kind':<16}{'random, half':>14}{'plateau':>10}{'steps':>8}{'last tenth':>12}{'closed form, 0 steps':>22}{'ratio':>8}")
+    print(
+        "\n" + f"{'layer':>5}  "
+        f"{'kind':<16}{'random, half':>14}{'plateau':>10}{'steps':>8}{'last tenth':>12}"
+        f"{'closed form, 0 steps':>22}{'ratio':>8}"
+    )
     for (i, option), row in random.items():
         row["closed_form"] = untrained[i, option]
         row["ratio"] = row["loss"] / row["closed_form"]
         print(
-            f"{i:>5}  {option:<16}{row['half']:>14.5f}{row['loss']:>10.5f}{row['steps']:>8}{row['gain']:>11.2%} {row['closed_form']:>22.5f}"
-            f"{row['ratio']:>8.1f}"
+            f"{i:>5}  {option:<16}{row['half']:>14.5f}{row['loss']:>10.5f}{row['steps']:>8}{row['gain']:>11.2%} "
+            f"{row['closed_form']:>22.5f}{row['ratio']:>8.1f}"
         )
 
-    ahead = {place: min(a / b for a, b in zip(curves["copied"][place], curves["closed form"][place])) for place in closed}
+    ahead = {
+        place: min(a / b for a, b in zip(curves["copied"][place], curves["closed form"][place])) for place in closed
+    }
     rise = {place: max(losses) / losses[0] - 1 for place, losses in curves["closed form"].items()}
     least, highest = min(row["ratio"] for row in random.values()), max(rise.values())
-    print(f"\nrandom at its plateau / closed form untrained: least {least:.1f}, median {median(row['ratio'] for row in random.values()):.1f}")
-    print(f"copied / closed form, least over step counts and kinds: {min(ahead.values()):.2f}; most that a closed form rose: {highest:.2%}")
+    print(
+        f"\nrandom at its plateau / closed form untrained: least {least:.1f}, median "
+        f"{median(row['ratio'] for row in random.values()):.1f}"
+    )
+    print(
+        f"copied / closed form, least over step counts and kinds: {min(ahead.values()):.2f}; most that a closed form "
+        f"rose: {highest:.2%}"
+    )
     if arguments.json:
 
         def named(values: dict) -> dict:
             return {f"{i}/{option}": value for (i, option), value in values.items()}
 
         curves = {start: named(found) for start, found in curves.items()}
-        print(json.dumps({"random": named(random), "marks": marks, "curves": curves, "copied_ratio": named(ahead), "rise": named(rise)}))
+        print(
+            json.dumps(
+                {
+                    "random": named(random),
+                    "marks": marks,
+                    "curves": curves,
+                    "copied_ratio": named(ahead),
+                    "rise": named(rise),
+                }
+            )
+        )
     if arguments.check:
-        # One that still gains at the largest budget must stay behind if it gained as much as in its last tenth ten times more.
+        # One that still gains at the largest budget must stay behind if it gained as much as in its last tenth ten
+        # times more.
         unsettled = [
             f"{i}/{option}"
             for (i, option), row in random.items()
@@ -119,7 +171,11 @@ def main() -> None:
         failures = [
             f"random proxies still gain: {unsettled}" if unsettled else "",
             f"a random proxy at its plateau is only {least:.2f} times the untrained closed form" if least <= 1 else "",
-            *(f"{option} of layer {i}: the copied start is ahead, {ratio:.2f}" for (i, option), ratio in ahead.items() if ratio <= 1),
+            *(
+                f"{option} of layer {i}: the copied start is ahead, {ratio:.2f}"
+                for (i, option), ratio in ahead.items()
+                if ratio <= 1
+            ),
             f"a closed form rises by {highest:.2%} before it falls" if highest > 0 else "",
         ]
         if any(failures):
@@ -139,11 +195,16 @@ class Bench:
 
     def at(self, step: int, stream: int, depth: int) -> Features:
         config = self.config
-        return features_at(self.teacher, self.dataset, config.bank.batch_size, config.seed, step, stream, self.device, "no", depth)
+        return features_at(
+            self.teacher, self.dataset, config.bank.batch_size, config.seed, step, stream, self.device, "no", depth
+        )
 
     def features(self, stream: int, samples: int) -> list[Features]:
         """At least so many images' features of all layers, in batches."""
-        return [self.at(step, stream, len(self.teacher.blocks)) for step in range(-(-samples // self.config.bank.batch_size))]
+        return [
+            self.at(step, stream, len(self.teacher.blocks))
+            for step in range(-(-samples // self.config.bank.batch_size))
+        ]
 
     def curves(self, blocks: dict, steps: int, marks: list[int]) -> dict[tuple, list[float]]:
         """Held-out losses of these blocks, trained from copies, at some step counts of a schedule of `steps` steps."""
@@ -151,12 +212,16 @@ class Bench:
         starts = held_out_losses(blocks, self.test)
         for place, (layer, block) in blocks.items():
             block = copy.deepcopy(block).to(self.device).requires_grad_(True)
-            proxies[place] = Proxy(layer, block, new_optimizer(options.optimizer, block.parameters(), options.learning_rate))
+            proxies[place] = Proxy(
+                layer, block, new_optimizer(options.optimizer, block.parameters(), options.learning_rate)
+            )
         depth = max(layer.source[-1] for layer, _ in blocks.values()) + 1
         found: dict[tuple, list[float]] = {place: [] for place in blocks}
         for step in tqdm(range(steps + 1), desc=f"{len(blocks)} proxies", mininterval=10, leave=False):
             if step in marks:
-                for place, loss in held_out_losses({p: (x.layer, x.block) for p, x in proxies.items()}, self.test).items():
+                for place, loss in held_out_losses(
+                    {p: (x.layer, x.block) for p, x in proxies.items()}, self.test
+                ).items():
                     found[place].append(loss)
             if step < steps:
                 rate = learning_rate_at(step, options.learning_rate, options.warmup_steps, steps, FINAL_SHARE)
@@ -166,18 +231,31 @@ class Bench:
         return found
 
     def plateaus(self, layers: dict, budget: int) -> dict[tuple, dict[str, float]]:
-        """Random proxies after the first budget, of some doublings, in whose last tenth they gain less than [`PLATEAU_GAIN`]."""
+        """Random proxies after the first budget, of some doublings, in whose last tenth they gain less than
+        [`PLATEAU_GAIN`].
+        """
         done: dict[tuple, dict[str, float]] = {}
         for _ in range(MOST_DOUBLINGS + 1):
-            left = {place: layer for place, layer in layers.items() if place not in done or done[place]["gain"] >= PLATEAU_GAIN}
+            left = {
+                place: layer
+                for place, layer in layers.items()
+                if place not in done or done[place]["gain"] >= PLATEAU_GAIN
+            }
             if not left:
                 break
             blocks = {
-                place: (layer, random_block(self.teacher.new_block(layer.to_dict()), self.config.seed, str(place))) for place, layer in left.items()
+                place: (layer, random_block(self.teacher.new_block(layer.to_dict()), self.config.seed, str(place)))
+                for place, layer in left.items()
             }
-            for place, (half, before, last) in self.curves(blocks, budget, [budget // 2, budget * 9 // 10, budget]).items():
+            for place, (half, before, last) in self.curves(
+                blocks, budget, [budget // 2, budget * 9 // 10, budget]
+            ).items():
                 done[place] = {"half": half, "loss": last, "steps": budget, "gain": 1 - last / before}
-                print(f"random {place[1]} of layer {place[0]} after {budget} steps: {last:.5f}, {1 - last / before:.2%} in the last tenth", flush=True)
+                print(
+                    f"random {place[1]} of layer {place[0]} after {budget} steps: {last:.5f}, {1 - last / before:.2%} "
+                    "in the last tenth",
+                    flush=True,
+                )
             budget *= 2
         return {place: done[place] for place in layers}
 

@@ -1,4 +1,6 @@
-"""What the benchmarks of the forward and of sampling share: the same random weights in this package's transformer and in diffusers'."""
+"""What the benchmarks of the forward and of sampling share: the same random weights in this package's transformer and
+in diffusers'.
+"""
 
 import sys
 
@@ -8,7 +10,8 @@ from diffusers import DiTTransformer2DModel
 
 from edgedit_hf import EdgeDiTTransformer2DModel
 
-# What diffusers' class computes (its timestep frequencies and one epsilon are not the original's), so that outputs can be compared.
+# What diffusers' class computes (its timestep frequencies and one epsilon are not the original's), so that outputs can
+# be compared.
 DIFFUSERS_NUMERICS = {"frequency_shift": 1.0, "mlp_norm_eps": 1e-5}
 
 
@@ -22,7 +25,9 @@ def _fill(model: torch.nn.Module, dtype: torch.dtype, device: str, seed: int) ->
 
 
 def _buffers_to(model: torch.nn.Module, device: str | torch.device) -> torch.nn.Module:
-    """Move the buffers in the types they have: the models' own `.to()` warns about the modules that diffusers keeps in float32."""
+    """Move the buffers in the types they have: the models' own `.to()` warns about the modules that diffusers keeps in
+    float32.
+    """
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer.to(device)
@@ -35,8 +40,12 @@ def preset_config(preset: str):
         return EdgeDiTTransformer2DModel.from_preset(preset).config
 
 
-def random_transformer(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0, **config) -> EdgeDiTTransformer2DModel:
-    """This package's transformer of a preset's size (but for `config`) with every weight random, as diffusers' class would compute it."""
+def random_transformer(
+    preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0, **config
+) -> EdgeDiTTransformer2DModel:
+    """This package's transformer of a preset's size (but for `config`) with every weight random, as diffusers' class
+    would compute it.
+    """
     with init_empty_weights():
         model = EdgeDiTTransformer2DModel.from_preset(preset, **DIFFUSERS_NUMERICS, **config)
     return _fill(model, dtype, device, seed)
@@ -57,13 +66,17 @@ def _empty_twin(config) -> DiTTransformer2DModel:
         )
 
 
-def random_diffusers_transformer(preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> DiTTransformer2DModel:
+def random_diffusers_transformer(
+    preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> DiTTransformer2DModel:
     """diffusers' transformer of a preset's size with random weights of its own."""
     return _fill(_empty_twin(preset_config(preset)), dtype, device, seed)
 
 
 def diffusers_twin(model: EdgeDiTTransformer2DModel) -> DiTTransformer2DModel:
-    """diffusers' transformer with the weights of `model`, and with its own 28 copies of the embedders, as a checkpoint gives it."""
+    """diffusers' transformer with the weights of `model`, and with its own 28 copies of the embedders, as a checkpoint
+    gives it.
+    """
     twin = _empty_twin(model.config)
     state = {}
 
@@ -71,9 +84,18 @@ def diffusers_twin(model: EdgeDiTTransformer2DModel) -> DiTTransformer2DModel:
         for part in ("weight", "bias"):
             state[f"{target}.{part}"] = model.get_parameter(f"{source}.{part}").clone()
 
-    for target, source in {"pos_embed.proj": "patch_embed", "proj_out_1": "modulation_out", "proj_out_2": "proj_out"}.items():
+    for target, source in {
+        "pos_embed.proj": "patch_embed",
+        "proj_out_1": "modulation_out",
+        "proj_out_2": "proj_out",
+    }.items():
         put(target, source)
-    names = {"attn1.to_out.0": "attn.to_out", "ff.net.0.proj": "mlp.proj_in", "ff.net.2": "mlp.proj_out", "norm1.linear": "modulation"}
+    names = {
+        "attn1.to_out.0": "attn.to_out",
+        "ff.net.0.proj": "mlp.proj_in",
+        "ff.net.2": "mlp.proj_out",
+        "norm1.linear": "modulation",
+    }
     for index, block in enumerate(model.blocks):
         stem = f"transformer_blocks.{index}."
         for target, source in names.items():

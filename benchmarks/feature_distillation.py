@@ -1,12 +1,14 @@
-"""What feature-wise distillation is worth: the same genotype, tuned for the same steps, from distilled and from random proxies.
+"""What feature-wise distillation is worth: the same genotype, tuned for the same steps, from distilled and from random
+proxies.
 
     python benchmarks/feature_distillation.py RUN [--config FILE] [--steps N] [--seeds 3] [--json] [--check]
 
-RUN is a finished run of compress.py. For every seed the student is assembled twice from its bank (distilled proxies; DiT's random
-initialisation), both are fine-tuned on the same batches and noise, and the Fréchet distance of the averaged weights is measured along the
-way. Prints the distances, and their ratio at the end; writes RUN/evaluate/curves.json, which the report draws. --check fails unless
-random is worse by 1.1 for every seed. The default budget is a quarter of the teacher's own training, as in the paper (100K of 400K steps):
-tuned for long enough, a network this small forgets what it started from.
+RUN is a finished run of compress.py. For every seed the student is assembled twice from its bank (distilled proxies;
+DiT's random initialisation), both are fine-tuned on the same batches and noise, and the Fréchet distance of the
+averaged weights is measured along the way. Prints the distances, and their ratio at the end; writes
+RUN/evaluate/curves.json, which the report draws. --check fails unless random is worse by 1.1 for every seed. The
+default budget is a quarter of the teacher's own training, as in the paper (100K of 400K steps): tuned for long enough,
+a network this small forgets what it started from.
 """
 
 import argparse
@@ -29,7 +31,14 @@ from train_teacher import train_denoiser  # noqa: E402
 from edgedit_hf.distill.proxy_bank import ProxyBank  # noqa: E402
 from edgedit_hf.files import atomic_write_json  # noqa: E402
 from edgedit_hf.genotype import Genotype  # noqa: E402
-from edgedit_hf.launch import load_pipeline, load_run_images, load_teacher, load_training_set, make_accelerator, with_transformer  # noqa: E402
+from edgedit_hf.launch import (  # noqa: E402
+    load_pipeline,
+    load_run_images,
+    load_teacher,
+    load_training_set,
+    make_accelerator,
+    with_transformer,
+)
 from edgedit_hf.metrics.generative import frechet_distance  # noqa: E402
 from edgedit_hf.pipelines.sampling import generate  # noqa: E402
 from edgedit_hf.recipes import load_config  # noqa: E402
@@ -42,13 +51,22 @@ POINTS = 3  # places on each curve besides its start
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--config", type=Path, default=ROOT / "training" / "recipes" / "digits.yaml", help="the recipe RUN was made with")
-    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="as given when RUN was made")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=ROOT / "training" / "recipes" / "digits.yaml",
+        help="the recipe RUN was made with",
+    )
+    parser.add_argument(
+        "--override", action="append", default=[], metavar="KEY=VALUE", help="as given when RUN was made"
+    )
     parser.add_argument("--steps", type=int, help="tuning steps; default a quarter of teacher.steps")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=1000, help="images a distance")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--check", action="store_true", help=f"exit with 1 unless random / distilled is at least {REQUIRED_RATIO}")
+    parser.add_argument(
+        "--check", action="store_true", help=f"exit with 1 unless random / distilled is at least {REQUIRED_RATIO}"
+    )
     arguments = parser.parse_args()
 
     config = load_config(arguments.config, [*arguments.override, f"output_dir={arguments.run}"])
@@ -88,7 +106,9 @@ def main() -> None:
                     values.append(distance(averaged))
 
             with tempfile.TemporaryDirectory() as folder:
-                state = RunState(folder, f"{label}, seed {seed}", {}, options.steps, seed=1000 + seed, checkpoint_every=options.steps)
+                state = RunState(
+                    folder, f"{label}, seed {seed}", {}, options.steps, seed=1000 + seed, checkpoint_every=options.steps
+                )
                 train_denoiser(
                     model,
                     dataset,
@@ -101,16 +121,35 @@ def main() -> None:
                 )
             runs.append(values)
 
-    print(f"Fréchet distance ({extractor.name}, n={arguments.samples}), {arguments.seeds} seeds, genotype {genotype.hash}")
+    print(
+        f"Fréchet distance ({extractor.name}, n={arguments.samples}), {arguments.seeds} seeds, genotype {genotype.hash}"
+    )
     print(f"{'tuning steps':<20}" + "".join(f"{place:>10}" for place in places))
     means = {label: [mean(values) for values in zip(*runs)] for label, runs in curves.items()}
     for label, values in means.items():
         print(f"{label:<20}" + "".join(f"{value:>10.3f}" for value in values))
     ratios = [b[-1] / a[-1] for a, b in zip(curves["distilled proxies"], curves["random proxies"])]
-    print("random / distilled after tuning: " + ", ".join(f"{ratio:.2f}" for ratio in ratios) + f"; mean {mean(ratios):.2f}")
-    atomic_write_json(config.folder("evaluate", "curves.json"), {label: {"steps": places, "values": values} for label, values in means.items()})
+    print(
+        "random / distilled after tuning: "
+        + ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        + f"; mean {mean(ratios):.2f}"
+    )
+    atomic_write_json(
+        config.folder("evaluate", "curves.json"),
+        {label: {"steps": places, "values": values} for label, values in means.items()},
+    )
     if arguments.json:
-        print(json.dumps({"steps": places, "curves": curves, "ratios": ratios, "samples": arguments.samples, "extractor": extractor.name}))
+        print(
+            json.dumps(
+                {
+                    "steps": places,
+                    "curves": curves,
+                    "ratios": ratios,
+                    "samples": arguments.samples,
+                    "extractor": extractor.name,
+                }
+            )
+        )
     if arguments.check and min(ratios) < REQUIRED_RATIO:
         sys.exit(f"random proxies must be worse by {REQUIRED_RATIO}; the smallest ratio is {min(ratios):.2f}")
 

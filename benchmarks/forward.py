@@ -1,11 +1,13 @@
 """One forward of this package's transformer against diffusers' DiTTransformer2DModel at the same weights.
 
-    python benchmarks/forward.py [--preset DiT-XL/2] [--batches 1 2 8] [--dtypes fp32 bf16] [--device cpu] [--json] [--check]
+    python benchmarks/forward.py [--preset DiT-XL/2] [--batches 1 2 8] [--dtypes fp32 bf16] [--device cpu] [--json]
+    [--check]
 
-Both are timed interleaved in this process, and with them the model's matrix products alone (its own weights and shapes, nothing
-between them): the share of that rate that a forward reaches says what is left to gain. Peak memory is measured in a process of its own
-for each. On a GPU compiled models (by repeated block) and CUDA graphs are timed too. --check (CPU): at least 0.97 of diffusers' speed at
-batch 8 and 1.00 at smaller batches in fp32, 1.05 in bf16 at batch 1, and, with `fuse_gelu`, 0.92 of the matrix rate in fp32.
+Both are timed interleaved in this process, and with them the model's matrix products alone (its own weights and shapes,
+nothing between them): the share of that rate that a forward reaches says what is left to gain. Peak memory is measured
+in a process of its own for each. On a GPU compiled models (by repeated block) and CUDA graphs are timed too. --check
+(CPU): at least 0.97 of diffusers' speed at batch 8 and 1.00 at smaller batches in fp32, 1.05 in bf16 at batch 1, and,
+with `fuse_gelu`, 0.92 of the matrix rate in fp32.
 """
 
 import argparse
@@ -15,7 +17,15 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from diffusers_dit import diffusers_twin, fail, peak_bytes, preset_config, random_diffusers_transformer, random_transformer, weight_bytes
+from diffusers_dit import (
+    diffusers_twin,
+    fail,
+    peak_bytes,
+    preset_config,
+    random_diffusers_transformer,
+    random_transformer,
+    weight_bytes,
+)
 
 from edgedit_hf.latency.protocol import environment, measure, paired_ratio
 from edgedit_hf.latency.runners import example_inputs
@@ -31,7 +41,9 @@ def matrix_products(model, batch: int):
     tokens, device, dtype = len(model.pos_embed), model.device, model.dtype
     width = model.config.hidden_size
     rows = torch.randn(batch, tokens, width, device=device, dtype=dtype)
-    hidden = torch.randn(batch, tokens, max(b.mlp.proj_in.out_features for b in model.blocks), device=device, dtype=dtype)
+    hidden = torch.randn(
+        batch, tokens, max(b.mlp.proj_in.out_features for b in model.blocks), device=device, dtype=dtype
+    )
     conditioning = torch.randn(batch, width, device=device, dtype=dtype)
     heads = model.blocks[0].attn.heads
     query = torch.randn(batch * heads, tokens, width // heads, device=device, dtype=dtype)
@@ -102,7 +114,11 @@ def graph_of(call):
 def memory_of(which: str, preset: str, dtype: str, batch: int) -> None:
     """In a process of its own: print the peak resident bytes that building a model and one forward add."""
     before = peak_bytes()
-    model = random_transformer(preset, DTYPES[dtype]) if which == "ours" else random_diffusers_transformer(preset, DTYPES[dtype])
+    model = (
+        random_transformer(preset, DTYPES[dtype])
+        if which == "ours"
+        else random_diffusers_transformer(preset, DTYPES[dtype])
+    )
     inputs = example_inputs(preset_config(preset), batch)
     forward_of(model, (inputs["sample"].to(model.dtype), inputs["timestep"], inputs["class_labels"]))()
     print(json.dumps({"weights": weight_bytes(model), "peak": peak_bytes() - before}))
@@ -112,7 +128,11 @@ def compare(arguments, dtype: str, batch: int, ours, theirs) -> dict:
     """Times and ratios of one precision and batch."""
     device = arguments.device
     inputs = example_inputs(ours.config, batch)
-    inputs = (inputs["sample"].to(device, DTYPES[dtype]), inputs["timestep"].to(device), inputs["class_labels"].to(device))
+    inputs = (
+        inputs["sample"].to(device, DTYPES[dtype]),
+        inputs["timestep"].to(device),
+        inputs["class_labels"].to(device),
+    )
     ours_call, theirs_call = forward_of(ours, inputs), forward_of(theirs, inputs)
     products, flops = matrix_products(ours, batch)
     reference = theirs_call().float()
@@ -122,7 +142,9 @@ def compare(arguments, dtype: str, batch: int, ours, theirs) -> dict:
         calls["ours fused"] = fused_of(ours, ours_call)
     else:
         for name, model, call in (("ours", ours, ours_call), ("diffusers", theirs, theirs_call)):
-            calls[f"{name} graph"] = graph_of(torch.inference_mode()(lambda m=model: m(inputs[0], timestep=inputs[1], class_labels=inputs[2])))
+            calls[f"{name} graph"] = graph_of(
+                torch.inference_mode()(lambda m=model: m(inputs[0], timestep=inputs[1], class_labels=inputs[2]))
+            )
             call()
     timings = measure(calls, warmup=1, repeats=arguments.repeats, max_seconds=arguments.max_seconds)
     row = {
@@ -151,7 +173,11 @@ def compiled(arguments, dtype: str, batch: int, ours, theirs) -> dict:
     eager = forward_of(diffusers_twin(ours), inputs)
     ours.compile_repeated_blocks(fullgraph=True)
     theirs.compile()
-    calls = {"diffusers": eager, "ours compiled": forward_of(ours, inputs), "diffusers compiled": forward_of(theirs, inputs)}
+    calls = {
+        "diffusers": eager,
+        "ours compiled": forward_of(ours, inputs),
+        "diffusers compiled": forward_of(theirs, inputs),
+    }
     timings = measure(calls, warmup=3, repeats=arguments.repeats)
     return {
         "dtype": dtype,
@@ -174,7 +200,9 @@ def problems(rows: list[dict]) -> list[str]:
         if row["dtype"] == "fp32" and share < MATRIX_SHARE:
             found.append(f"{name}: {share:.3f} of the matrix rate, at least {MATRIX_SHARE} wanted")
         if not row["relative_error"] <= TOLERANCE[row["dtype"]]:
-            found.append(f"{name}: outputs differ by {row['relative_error']:.2g}, at most {TOLERANCE[row['dtype']]} wanted")
+            found.append(
+                f"{name}: outputs differ by {row['relative_error']:.2g}, at most {TOLERANCE[row['dtype']]} wanted"
+            )
     return found
 
 
@@ -197,11 +225,23 @@ def main() -> None:
         return
 
     rows, memory = [], {}
-    print(f"{'':<6} {'batch':>5} {'ours':>9} {'diffusers':>10} {'speedup':>8} {'GFLOP/s':>8} {'of matrix rate':>15} {'error':>8}")
+    print(
+        f"{'':<6} {'batch':>5} {'ours':>9} {'diffusers':>10} {'speedup':>8} {'GFLOP/s':>8} {'of matrix rate':>15} "
+        f"{'error':>8}"
+    )
     for dtype in arguments.dtypes:
         if arguments.device == "cpu":
             for which in ("ours", "diffusers"):
-                command = [sys.executable, __file__, "--memory-of", which, "--preset", arguments.preset, "--dtypes", dtype]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--memory-of",
+                    which,
+                    "--preset",
+                    arguments.preset,
+                    "--dtypes",
+                    dtype,
+                ]
                 command += ["--batches", str(max(arguments.batches)), "--threads", str(arguments.threads)]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 memory[f"{which}-{dtype}"] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -211,10 +251,14 @@ def main() -> None:
             row = compare(arguments, dtype, batch, ours, theirs)
             rows.append(row)
             print(
-                f"{dtype:<6} {batch:>5} {row['ms']['ours']:>6.0f} ms {row['ms']['diffusers']:>7.0f} ms {row['speedup']:>8.3f} "
-                f"{row['gflops_per_second']:>8.0f} {row['matrix_share']:>6.3f} ({row['matrix_share_diffusers']:.3f}) "
-                f"{row['relative_error']:>10.1e}"
-                + (f"   fused: {row['speedup ours fused']:.3f}, {row['matrix_share_fused']:.3f} of the rate" if "ours fused" in row["ms"] else ""),
+                f"{dtype:<6} {batch:>5} {row['ms']['ours']:>6.0f} ms {row['ms']['diffusers']:>7.0f} ms "
+                f"{row['speedup']:>8.3f} {row['gflops_per_second']:>8.0f} {row['matrix_share']:>6.3f} "
+                f"({row['matrix_share_diffusers']:.3f}) {row['relative_error']:>10.1e}"
+                + (
+                    f"   fused: {row['speedup ours fused']:.3f}, {row['matrix_share_fused']:.3f} of the rate"
+                    if "ours fused" in row["ms"]
+                    else ""
+                ),
                 flush=True,
             )
             for key in (key for key in row if key.endswith(" graph")):
@@ -222,10 +266,16 @@ def main() -> None:
         if arguments.device != "cpu":
             rows_compiled = [compiled(arguments, dtype, batch, ours, theirs) for batch in arguments.batches]
             for row in rows_compiled:
-                print(f"    compiled, batch {row['batch']}: {row['speedup ours compiled']:.3f}, diffusers {row['speedup diffusers compiled']:.3f}")
+                print(
+                    f"    compiled, batch {row['batch']}: {row['speedup ours compiled']:.3f}, diffusers "
+                    f"{row['speedup diffusers compiled']:.3f}"
+                )
         del ours, theirs
     for name, entry in memory.items():
-        print(f"{name}: weights {entry['weights'] / 1e9:.3f} GB, peak {entry['peak'] / 1e9:.2f} GB (batch {max(arguments.batches)})")
+        print(
+            f"{name}: weights {entry['weights'] / 1e9:.3f} GB, peak {entry['peak'] / 1e9:.2f} GB (batch "
+            f"{max(arguments.batches)})"
+        )
     result = {"preset": arguments.preset, "rows": rows, "memory": memory, "environment": environment(arguments.threads)}
     if arguments.json:
         print(json.dumps(result))

@@ -2,9 +2,9 @@
 
     python benchmarks/int8.py [--preset DiT-XL/2] [--batches 1 2] [--json] [--check]
 
-Exports a random network of the preset's size to dynamic int8 (signed per-channel weights) in a process of its own, loads it back as the
-component that `DiffusionPipeline.from_pretrained` gives, and times it interleaved with the eager model in fp32 and bf16. --check: at least
-1.3 times the faster of the two.
+Exports a random network of the preset's size to dynamic int8 (signed per-channel weights) in a process of its own,
+loads it back as the component that `DiffusionPipeline.from_pretrained` gives, and times it interleaved with the eager
+model in fp32 and bf16. --check: at least 1.3 times the faster of the two.
 """
 
 import argparse
@@ -62,9 +62,16 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--preset", arguments.preset, "--export-to", folder]
-        subprocess.run(command, check=True)  # quantising a large network needs several times its size: not in this process
-        component = OnnxEdgeDiTTransformer2DModel.from_pretrained(Path(folder, "transformer"), num_threads=arguments.threads)
-        models = {"fp32": random_transformer(arguments.preset, torch.float32), "bf16": random_transformer(arguments.preset, torch.bfloat16)}
+        subprocess.run(
+            command, check=True
+        )  # quantising a large network needs several times its size: not in this process
+        component = OnnxEdgeDiTTransformer2DModel.from_pretrained(
+            Path(folder, "transformer"), num_threads=arguments.threads
+        )
+        models = {
+            "fp32": random_transformer(arguments.preset, torch.float32),
+            "bf16": random_transformer(arguments.preset, torch.bfloat16),
+        }
         print(f"{'batch':>5} {'fp32':>9} {'bf16':>9} {'int8':>9} {'speedup':>8} {'error':>8}")
         for batch in arguments.batches:
             calls = {name: TorchRunner(model, batch, arguments.threads) for name, model in models.items()}
@@ -83,7 +90,11 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"preset": arguments.preset, "rows": rows, "environment": environment(arguments.threads)}))
     if arguments.check:
-        slow = [f"batch {r['batch']}: int8 {r['speedup']:.3f} times as fast, at least {REQUIRED} wanted" for r in rows if r["speedup"] < REQUIRED]
+        slow = [
+            f"batch {r['batch']}: int8 {r['speedup']:.3f} times as fast, at least {REQUIRED} wanted"
+            for r in rows
+            if r["speedup"] < REQUIRED
+        ]
         fail(slow)
 
 

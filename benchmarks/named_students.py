@@ -1,12 +1,15 @@
-"""Latency of the paper's students EdgeDiT-1 and EdgeDiT-6 against their teacher DiT-XL/2, side by side in three runtimes.
+"""Latency of the paper's students EdgeDiT-1 and EdgeDiT-6 against their teacher DiT-XL/2, side by side in three
+runtimes.
 
-    python benchmarks/named_students.py [--runtimes torch onnxruntime executorch] [--batch 1] [--run RUN] [--json] [--check]
+    python benchmarks/named_students.py [--runtimes torch onnxruntime executorch] [--batch 1] [--run RUN] [--json]
+    [--check]
 
-Every network is exported (ONNX Runtime, ExecuTorch) in a process of its own and then timed interleaved with the others of its runtime, fp32.
-In PyTorch it runs as in the pipeline, with its modulations computed beforehand.
-Latency does not depend on the weights, which are random; with --run, the folder of a run with an XL teacher and bank, the students are
-first assembled from the bank, saved, loaded and sampled, and these are the networks that are timed. The figures to compare with are the
-ratio of the FLOPs and the published speed-ups on phones. --check: at least 0.97 of the FLOP ratio in every runtime.
+Every network is exported (ONNX Runtime, ExecuTorch) in a process of its own and then timed interleaved with the others
+of its runtime, fp32. In PyTorch it runs as in the pipeline, with its modulations computed beforehand.
+Latency does not depend on the weights, which are random; with --run, the folder of a run with an XL teacher and bank,
+the students are first assembled from the bank, saved, loaded and sampled, and these are the networks that are timed.
+The figures to compare with are the ratio of the FLOPs and the published speed-ups on phones. --check: at least 0.97 of
+the FLOP ratio in every runtime.
 """
 
 import argparse
@@ -57,9 +60,14 @@ def assemble(run: Path, folder: Path) -> None:
         pipeline.save_pretrained(folder / name.replace("/", "-"))
         loaded = DiffusionPipeline.from_pretrained(folder / name)
         loaded.set_progress_bar_config(disable=True)
-        latents = loaded([207], num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(0)).images
+        latents = loaded(
+            [207], num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(0)
+        ).images
         parameters = sum(p.numel() for p in loaded.transformer.parameters())
-        print(f"{name}: assembled, saved, loaded and sampled; {parameters / 1e6:.2f} M weights, latents finite: {bool(latents.isfinite().all())}")
+        print(
+            f"{name}: assembled, saved, loaded and sampled; {parameters / 1e6:.2f} M weights, latents finite: "
+            f"{bool(latents.isfinite().all())}"
+        )
         if not latents.isfinite().all():
             sys.exit(f"{name} samples values that are not finite.")
 
@@ -111,15 +119,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--max-seconds", type=float, default=60.0, help="of timed calls, a runtime")
-    parser.add_argument("--run", type=Path, help="a run with an XL teacher and a bank that holds both students' proxies")
+    parser.add_argument(
+        "--run", type=Path, help="a run with an XL teacher and a bank that holds both students' proxies"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--check", action="store_true", help=f"exit with 1 unless every speed-up is {REQUIRED} of the FLOP ratio")
+    parser.add_argument(
+        "--check", action="store_true", help=f"exit with 1 unless every speed-up is {REQUIRED} of the FLOP ratio"
+    )
     parser.add_argument("--export", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--assembled", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.export:
-        export(arguments.export[0], arguments.export[1], arguments.batch, Path(arguments.export[2]), arguments.assembled)
+        export(
+            arguments.export[0], arguments.export[1], arguments.batch, Path(arguments.export[2]), arguments.assembled
+        )
         return
 
     flops = {name: model_cost(preset_config(name)).flops for name in (TEACHER, *STUDENTS)}
@@ -129,23 +143,44 @@ def main() -> None:
         if arguments.run:
             assembled = Path(folder, "assembled")
             assemble(arguments.run, assembled)
-        print(f"{'runtime':<12} {'network':<10} {'ms':>7} {'speed-up':>9} {'FLOP ratio':>11} {'of it':>6}   published (iPhone, S25 Ultra)")
+        print(
+            f"{'runtime':<12} {'network':<10} {'ms':>7} {'speed-up':>9} {'FLOP ratio':>11} {'of it':>6}   published "
+            "(iPhone, S25 Ultra)"
+        )
         for runtime in arguments.runtimes:
             with tempfile.TemporaryDirectory() as scratch:
                 timings = measure(
-                    runners(arguments, runtime, Path(scratch), assembled), warmup=1, repeats=arguments.repeats, max_seconds=arguments.max_seconds
+                    runners(arguments, runtime, Path(scratch), assembled),
+                    warmup=1,
+                    repeats=arguments.repeats,
+                    max_seconds=arguments.max_seconds,
                 )
             for name in STUDENTS:
                 speedup, ratio = paired_ratio(timings[TEACHER], timings[name]), flops[TEACHER] / flops[name]
-                row = {"runtime": runtime, "network": name, "teacher_ms": timings[TEACHER].median_ms, "ms": timings[name].median_ms}
+                row = {
+                    "runtime": runtime,
+                    "network": name,
+                    "teacher_ms": timings[TEACHER].median_ms,
+                    "ms": timings[name].median_ms,
+                }
                 rows.append({**row, "speedup": speedup, "flop_ratio": ratio, "share": speedup / ratio})
                 phones = ", ".join(f"{ms[TEACHER] / ms[name]:.2f}" for ms in PUBLISHED_MS.values())
-                print(f"{runtime:<12} {name:<10} {row['ms']:>7.0f} {speedup:>9.3f} {ratio:>11.3f} {speedup / ratio:>6.3f}   {phones}", flush=True)
+                print(
+                    f"{runtime:<12} {name:<10} {row['ms']:>7.0f} {speedup:>9.3f} {ratio:>11.3f} "
+                    f"{speedup / ratio:>6.3f}   {phones}",
+                    flush=True,
+                )
     if arguments.json:
         print(json.dumps({"batch": arguments.batch, "rows": rows, "environment": environment(arguments.threads)}))
     if arguments.check:
         low = [r for r in rows if r["share"] < REQUIRED]
-        fail([f"{r['network']} in {r['runtime']}: {r['speedup']:.3f}, {r['share']:.3f} of the FLOP ratio, {REQUIRED} wanted" for r in low])
+        fail(
+            [
+                f"{r['network']} in {r['runtime']}: {r['speedup']:.3f}, {r['share']:.3f} of the FLOP ratio, {REQUIRED} "
+                "wanted"
+                for r in low
+            ]
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Whole pipelines: EdgeDiTPipeline against diffusers' DiTPipeline at the same weights, scheduler, seed and guidance.
 
-    python benchmarks/sampling.py [--preset DiT-XL/2] [--steps 50] [--dtypes fp32 bf16] [--device cpu] [--json] [--check]
+    python benchmarks/sampling.py [--preset DiT-XL/2] [--steps 50] [--dtypes fp32 bf16] [--device cpu] [--json]
+    [--check]
 
-One image with guidance (a batch of two), decoded by the same small autoencoder, in interleaved rounds. Also the weights that each holds,
-and what this package's transformer holds while it samples with its adaLN weights released to disk. --check (CPU): at least 1.02 times
-diffusers' speed in fp32 and 1.08 in bf16, equal images in fp32, weights at most 0.905 of diffusers' and 0.63 when released.
+One image with guidance (a batch of two), decoded by the same small autoencoder, in interleaved rounds. Also the weights
+that each holds, and what this package's transformer holds while it samples with its adaLN weights released to disk.
+--check (CPU): at least 1.02 times diffusers' speed in fp32 and 1.08 in bf16, equal images in fp32, weights at most
+0.905 of diffusers' and 0.63 when released.
 """
 
 import argparse
@@ -32,8 +34,14 @@ def pipelines(preset: str, dtype: torch.dtype, device: str) -> dict:
     """Both pipelines around the same weights."""
     transformer = random_transformer(preset, dtype, device)
     torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(4, 4, 4, 4), down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                        latent_channels=4, norm_num_groups=4).to(device, dtype).eval()  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    vae.to(device, dtype).eval()
     scheduler = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False)
     twin = diffusers_twin(transformer)
     twin.config.num_embeds_ada_norm = transformer.config.num_classes
@@ -52,8 +60,14 @@ def sample(pipeline, steps: int, device: str):
         torch.cuda.synchronize()
     start = time.perf_counter()
     generator = torch.Generator(device).manual_seed(0)
-    labels = torch.tensor([LABEL % pipeline.transformer.config.get("num_classes", 1000)]) if isinstance(pipeline, EdgeDiTPipeline) else [LABEL]
-    images = pipeline(labels, guidance_scale=GUIDANCE, num_inference_steps=steps, generator=generator, output_type="np").images
+    labels = (
+        torch.tensor([LABEL % pipeline.transformer.config.get("num_classes", 1000)])
+        if isinstance(pipeline, EdgeDiTPipeline)
+        else [LABEL]
+    )
+    images = pipeline(
+        labels, guidance_scale=GUIDANCE, num_inference_steps=steps, generator=generator, output_type="np"
+    ).images
     if device != "cpu":
         torch.cuda.synchronize()
     return images, time.perf_counter() - start
@@ -98,10 +112,15 @@ def problems(rows: list[dict], device: str) -> list[str]:
     found = []
     for row in rows:
         if device == "cpu" and row["speedup"] < REQUIRED[row["dtype"]]:
-            found.append(f"{row['dtype']}: {row['speedup']:.3f} times diffusers' speed, at least {REQUIRED[row['dtype']]} wanted")
+            found.append(
+                f"{row['dtype']}: {row['speedup']:.3f} times diffusers' speed, at least {REQUIRED[row['dtype']]} wanted"
+            )
         if row["dtype"] == "fp32" and not row["difference"] <= MOST_DIFFERENCE:
             found.append(f"fp32: images differ by {row['difference']:.2g}, at most {MOST_DIFFERENCE} wanted")
-        for what, ratio, most in (("weights", row["weight_ratio"], MOST_WEIGHTS), ("released", row["released"]["ratio"], MOST_RELEASED)):
+        for what, ratio, most in (
+            ("weights", row["weight_ratio"], MOST_WEIGHTS),
+            ("released", row["released"]["ratio"], MOST_RELEASED),
+        ):
             if ratio > most:
                 found.append(f"{row['dtype']}: {what} {ratio:.4f} of diffusers', at most {most} wanted")
     return found
@@ -131,7 +150,16 @@ def main() -> None:
             flush=True,
         )
     if arguments.json:
-        print(json.dumps({"preset": arguments.preset, "steps": arguments.steps, "rows": rows, "environment": environment(arguments.threads)}))
+        print(
+            json.dumps(
+                {
+                    "preset": arguments.preset,
+                    "steps": arguments.steps,
+                    "rows": rows,
+                    "environment": environment(arguments.threads),
+                }
+            )
+        )
     if arguments.check:
         fail(problems(rows, arguments.device))
 

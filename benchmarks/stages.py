@@ -1,20 +1,24 @@
-"""What three stages and sparse attention buy at 1024 × 1024: PixArt-like baselines against the elastic net's stages, in ONNX Runtime.
+"""What three stages and sparse attention buy at 1024 × 1024: PixArt-like baselines against the elastic net's stages, in
+ONNX Runtime.
 
     python benchmarks/stages.py [--heads 12] [--latents 128] [--json] [--check]
 
-One image of 16 × 128 × 128 latents (4096 tokens), 2 × 128 text tokens, 24 layers, heads of 72 channels, fp32. The default width, 12 heads, is
-that of the sub-network "tiny" of `elastic-dit-1.6b`. SnapGen++'s steps (arXiv:2601.08303, fig. 3):
+One image of 16 × 128 × 128 latents (4096 tokens), 2 × 128 text tokens, 24 layers, heads of 72 channels, fp32. The
+default width, 12 heads, is that of the sub-network "tiny" of `elastic-dit-1.6b`. SnapGen++'s steps (arXiv:2601.08303,
+fig. 3):
 
-- PixArt: diffusers' PixArtTransformer2DModel of that depth and width: what one would use instead (MLP ratio 4, a key/value head a query head).
-- A: all 24 layers at full resolution, of this package's blocks: full attention, one key/value head, MLP ratio 3, no skips. (It is the class with
-  the stages 0/0/24, so it has their down- and up-sample too, half a percent of its FLOPs.)
+- PixArt: diffusers' PixArtTransformer2DModel of that depth and width: what one would use instead (MLP ratio 4, a
+  key/value head a query head).
+- A: all 24 layers at full resolution, of this package's blocks: full attention, one key/value head, MLP ratio 3, no
+  skips. (It is the class with the stages 0/0/24, so it has their down- and up-sample too, half a percent of its FLOPs.)
 - B: three stages of 4/12/8 layers, of which Middle works on a quarter of the tokens.
 - C: B with adaptive sparse self-attention in Down and Up.
 - D: as shipped: 6/8/10 layers, long skips in Middle, a key/value head for four query heads, MLP ratio 4 in Down and Up.
 
-Each is exported in a process of its own, which also profiles one run by operator; then all are timed interleaved. A speedup over A is split into
-the ratio of the FLOPs (of all matrix products) and that of the rates at which they are done, which is what softmax, memory traffic and
-small operators cost or save. --check: C at least 2.0 times as fast as PixArt and as A.
+Each is exported in a process of its own, which also profiles one run by operator; then all are timed interleaved. A
+speedup over A is split into the ratio of the FLOPs (of all matrix products) and that of the rates at which they are
+done, which is what softmax, memory traffic and small operators cost or save. --check: C at least 2.0 times as fast as
+PixArt and as A.
 """
 
 import argparse
@@ -40,11 +44,19 @@ VARIANTS = ("PixArt", "A", "B", "C", "D")
 PUBLISHED_MS = {"A": 2000, "B": 550, "C": 293, "D": 360}  # iPhone 16 Pro Max, SnapGen++ fig. 3
 CHANNELS, HEAD_CHANNELS, DEPTH, TEXT_TOKENS, TEXT_DIMS = 16, 72, 24, 128, (512, 2560)
 REQUIRED = 2.0
-KINDS = {"Attention": "attention", "MatMul": "linear", "Gemm": "linear", "FusedMatMul": "linear", "FusedGemm": "linear"}  # of operators
+KINDS = {
+    "Attention": "attention",
+    "MatMul": "linear",
+    "Gemm": "linear",
+    "FusedMatMul": "linear",
+    "FusedGemm": "linear",
+}  # of operators
 
 
 class Denoiser(nn.Module):
-    """One forward on tensors alone: latents `(1, 16, H, W)`, timestep `(1,)` and the text tokens of two encoders, `(1, 128, dim)` each."""
+    """One forward on tensors alone: latents `(1, 16, H, W)`, timestep `(1,)` and the text tokens of two encoders, `(1,
+    128, dim)` each.
+    """
 
     input_names, output_names = ["hidden_states", "timestep", "text_1", "text_2"], ["sample"]
 
@@ -71,17 +83,26 @@ class PixArtDenoiser(nn.Module):
 
 def denoiser(variant: str, heads: int, latents: int) -> nn.Module:
     """A variant with newly initialised weights."""
-    common = {"num_attention_heads": heads, "attention_head_dim": HEAD_CHANNELS, "in_channels": CHANNELS, "sample_size": latents}
+    common = {
+        "num_attention_heads": heads,
+        "attention_head_dim": HEAD_CHANNELS,
+        "in_channels": CHANNELS,
+        "sample_size": latents,
+    }
     if variant == "PixArt":
         text = {"cross_attention_dim": heads * HEAD_CHANNELS, "caption_channels": TEXT_DIMS[1]}
-        model = PixArtTransformer2DModel(**common, **text, out_channels=CHANNELS, num_layers=DEPTH, use_additional_conditions=False)
+        model = PixArtTransformer2DModel(
+            **common, **text, out_channels=CHANNELS, num_layers=DEPTH, use_additional_conditions=False
+        )
         return PixArtDenoiser(model.eval().requires_grad_(False))
     common |= {"text_dims": TEXT_DIMS, "subnets": None}
     if variant == "D":
         model = ElasticDiTTransformer2DModel(**common, num_key_value_heads=max(1, heads // 4))
     else:
         layers = [0, 0, DEPTH] if variant == "A" else [4, 12, 8]
-        model = ElasticDiTTransformer2DModel(**common, num_key_value_heads=1, num_layers=layers, mlp_ratios=[3.0, 3.0, 3.0])
+        model = ElasticDiTTransformer2DModel(
+            **common, num_key_value_heads=1, num_layers=layers, mlp_ratios=[3.0, 3.0, 3.0]
+        )
         for block in model.middle_blocks:
             block.long_skip = None
     if variant in "AB":
@@ -95,14 +116,19 @@ def denoiser(variant: str, heads: int, latents: int) -> nn.Module:
 def example(variant: str, latents: int) -> dict[str, torch.Tensor]:
     """Inputs by name."""
     generator = torch.Generator().manual_seed(0)
-    inputs = {"hidden_states": torch.randn(1, CHANNELS, latents, latents, generator=generator), "timestep": torch.tensor([500.0])}
+    inputs = {
+        "hidden_states": torch.randn(1, CHANNELS, latents, latents, generator=generator),
+        "timestep": torch.tensor([500.0]),
+    }
     texts = [(2 * TEXT_TOKENS, TEXT_DIMS[1])] if variant == "PixArt" else [(TEXT_TOKENS, dim) for dim in TEXT_DIMS]
     names = PixArtDenoiser.input_names[2:] if variant == "PixArt" else Denoiser.input_names[2:]
     return inputs | {name: torch.randn(1, *shape, generator=generator) for name, shape in zip(names, texts)}
 
 
 def export(variant: str, heads: int, latents: int, threads: int, path: Path) -> None:
-    """Write a variant as ONNX, and print its weights, the FLOPs of its matrix products, and where one run's time goes, as JSON."""
+    """Write a variant as ONNX, and print its weights, the FLOPs of its matrix products, and where one run's time goes,
+    as JSON.
+    """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         module = denoiser(variant, heads, latents)
         module(*(torch.empty_like(value) for value in example(variant, latents).values()))
@@ -112,7 +138,9 @@ def export(variant: str, heads: int, latents: int, threads: int, path: Path) -> 
     module, inputs = denoiser(variant, heads, latents), example(variant, latents)
     proto = lower(module, tuple(inputs.values()), dynamic=False, opset=DEFAULT_OPSET)
     for node in proto.graph.node:
-        if variant == "PixArt" and node.op_type == "Squeeze":  # its squeeze(1) of the tokens, which does nothing, is exported as if it did
+        if (
+            variant == "PixArt" and node.op_type == "Squeeze"
+        ):  # its squeeze(1) of the tokens, which does nothing, is exported as if it did
             node.op_type = "Identity"
             del node.input[1:]
     save_onnx(proto, path)
@@ -133,29 +161,47 @@ def export(variant: str, heads: int, latents: int, threads: int, path: Path) -> 
 
 def table(rows: dict[str, dict]) -> None:
     """Print the comparison."""
-    print(f"{'':<7} {'weights':>9} {'GFLOPs':>7} {'(attention)':>12} {'ms':>8} {'speedup over A':>15} {'= FLOPs':>8} {'x rate':>7} {'paper':>8} {'speedup':>8}")
+    print(
+        f"{'':<7} {'weights':>9} {'GFLOPs':>7} {'(attention)':>12} {'ms':>8} {'speedup over A':>15} {'= FLOPs':>8} "
+        f"{'x rate':>7} {'paper':>8} {'speedup':>8}"
+    )
     for variant, row in rows.items():
         flops = sum(row["flops"].values())
-        paper = f"{PUBLISHED_MS[variant]:>5} ms {PUBLISHED_MS['A'] / PUBLISHED_MS[variant]:>8.2f}" if variant in PUBLISHED_MS else ""
+        paper = (
+            f"{PUBLISHED_MS[variant]:>5} ms {PUBLISHED_MS['A'] / PUBLISHED_MS[variant]:>8.2f}"
+            if variant in PUBLISHED_MS
+            else ""
+        )
         print(
-            f"{variant:<7} {row['weights'] / 1e6:>7.1f} M {flops / 1e9:>7.0f} {row['flops']['attention'] / 1e9:>12.0f} {row['ms']:>8.0f} "
-            f"{row['speedup']['A']:>15.2f} {row['flops_ratio']:>8.2f} {row['speedup']['A'] / row['flops_ratio']:>7.2f} {paper:>17}"
+            f"{variant:<7} {row['weights'] / 1e6:>7.1f} M {flops / 1e9:>7.0f} {row['flops']['attention'] / 1e9:>12.0f} "
+            f"{row['ms']:>8.0f} {row['speedup']['A']:>15.2f} {row['flops_ratio']:>8.2f} "
+            f"{row['speedup']['A'] / row['flops_ratio']:>7.2f} {paper:>17}"
         )
     print("\nwhere one run's time goes (a profiled run each, ms): softmax is in the attention operator")
     for variant, row in rows.items():
         rate = {kind: row["flops"][kind] / 1e6 / row["profile_ms"][kind] for kind in ("attention", "linear")}
-        parts = "   ".join(f"{kind} {spent:>6.0f}" + (f" ({rate[kind]:.0f} GFLOP/s)" if kind in rate else "") for kind, spent in row["profile_ms"].items())
+        parts = "   ".join(
+            f"{kind} {spent:>6.0f}" + (f" ({rate[kind]:.0f} GFLOP/s)" if kind in rate else "")
+            for kind, spent in row["profile_ms"].items()
+        )
         print(f"{variant:<7} {parts}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=int, default=12, help="width in heads of 72 channels, a multiple of 4: 12, 16 and 32 are tiny, small and full")
+    parser.add_argument(
+        "--heads",
+        type=int,
+        default=12,
+        help="width in heads of 72 channels, a multiple of 4: 12, 16 and 32 are tiny, small and full",
+    )
     parser.add_argument("--latents", type=int, default=128, help="latents a side")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--check", action="store_true", help=f"exit with 1 unless C is {REQUIRED} times as fast as PixArt and A")
+    parser.add_argument(
+        "--check", action="store_true", help=f"exit with 1 unless C is {REQUIRED} times as fast as PixArt and A"
+    )
     parser.add_argument("--export", nargs=2, metavar=("VARIANT", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -183,10 +229,20 @@ def main() -> None:
     table(rows)
     if arguments.json:
         sizes = {"heads": arguments.heads, "latents": arguments.latents}
-        print(json.dumps({**sizes, "rows": rows, "published_ms": PUBLISHED_MS, "environment": environment(arguments.threads)}))
+        print(
+            json.dumps(
+                {**sizes, "rows": rows, "published_ms": PUBLISHED_MS, "environment": environment(arguments.threads)}
+            )
+        )
     if arguments.check:
         least = rows["C"]["speedup"]
-        fail([f"C is {ratio:.2f} times as fast as {base}, at least {REQUIRED} wanted" for base, ratio in least.items() if ratio < REQUIRED])
+        fail(
+            [
+                f"C is {ratio:.2f} times as fast as {base}, at least {REQUIRED} wanted"
+                for base, ratio in least.items()
+                if ratio < REQUIRED
+            ]
+        )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """A few real optimiser steps of every training stage at the size of DiT-XL/2: seconds a step, memory, finite losses.
 
-    python benchmarks/xl_steps.py [--preset DiT-XL/2] [--steps 3] [--batch-size 1] [--memory-budget-gb 8] [--init copy] [--threads 2] [--json] [--check]
+    python benchmarks/xl_steps.py [--preset DiT-XL/2] [--steps 3] [--batch-size 1] [--memory-budget-gb 8] [--init copy]
+    [--threads 2] [--json] [--check]
 
-Runs training/train_teacher.py (from scratch), distill_proxies.py (the proxies of EdgeDiT-1; of a student like it for other presets) and
-finetune.py (that student) as a user does, each in its own process, with training/recipes/imagenet256-edgedit1.yaml as the recipe. What the
-recipe expects from outside is made up in a temporary folder: random images of 1,000 classes, a small random autoencoder of factor 8, a
-random teacher. Needs about 16 GB of memory and 30 GB of disk for DiT-XL/2.
+Runs training/train_teacher.py (from scratch), distill_proxies.py (the proxies of EdgeDiT-1; of a student like it for
+other presets) and finetune.py (that student) as a user does, each in its own process, with
+training/recipes/imagenet256-edgedit1.yaml as the recipe. What the recipe expects from outside is made up in a temporary
+folder: random images of 1,000 classes, a small random autoencoder of factor 8, a random teacher. Needs about 16 GB of
+memory and 30 GB of disk for DiT-XL/2.
 
-Prints, a stage, the median seconds of a step (of the bank: over all its groups of proxies), the process's peak resident memory, what the
-dry run says of both, and the last loss. --check fails unless all losses are finite and memory is within 1.5 times the dry run's either way.
+Prints, a stage, the median seconds of a step (of the bank: over all its groups of proxies), the process's peak resident
+memory, what the dry run says of both, and the last loss. --check fails unless all losses are finite and memory is
+within 1.5 times the dry run's either way.
 """
 
 import argparse
@@ -46,7 +49,9 @@ MEMORY_FACTOR = 1.5  # the dry run must be within it
 
 @dataclass(frozen=True)
 class Stage:
-    """One recipe of the benchmark: its script, its name in the dry run, the folder of its telemetry, overrides of its own."""
+    """One recipe of the benchmark: its script, its name in the dry run, the folder of its telemetry, overrides of its
+    own.
+    """
 
     script: str
     stage: str
@@ -63,7 +68,14 @@ def make_inputs(folder: Path, preset: str) -> None:
         Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    vae = AutoencoderKL(**blocks, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=256)
+    vae = AutoencoderKL(
+        **blocks,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=256,
+    )
     vae.save_pretrained(folder / "vae")
     teacher = EdgeDiTTransformer2DModel.from_preset(preset)
     for linear in (*(block.modulation for block in teacher.blocks), teacher.modulation_out, teacher.proj_out):
@@ -72,7 +84,9 @@ def make_inputs(folder: Path, preset: str) -> None:
 
 
 def student_of(preset: str, folder: Path) -> str:
-    """A student of this teacher as recipes name it: EdgeDiT-1, or one like it (an eighth of the pairs merged, MLPs halved everywhere)."""
+    """A student of this teacher as recipes name it: EdgeDiT-1, or one like it (an eighth of the pairs merged, MLPs
+    halved everywhere).
+    """
     if preset == "DiT-XL/2":
         return "EdgeDiT-1"
     with torch.device("meta"):
@@ -116,7 +130,9 @@ def run_recipe(script: str, options: list[str]) -> int:
 
 
 def read_telemetry(folder: Path) -> tuple[float, float]:
-    """Seconds that a step takes, and the last loss. Runs of neighbouring steps are a bank's groups, which a step of the bank adds up."""
+    """Seconds that a step takes, and the last loss. Runs of neighbouring steps are a bank's groups, which a step of the
+    bank adds up.
+    """
     lines = [json.loads(line) for line in (folder / "telemetry.jsonl").read_text().splitlines()]
     groups: list[list[float]] = [[]]
     for before, after in itertools.pairwise(lines):
@@ -129,7 +145,9 @@ def read_telemetry(folder: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="DiT-XL/2", choices=[name for name, sizes in PRESETS.items() if "layers" not in sizes])
+    parser.add_argument(
+        "--preset", default="DiT-XL/2", choices=[name for name, sizes in PRESETS.items() if "layers" not in sizes]
+    )
     parser.add_argument("--steps", type=int, default=3, help="of every stage; at least 2")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--memory-budget-gb", type=float, default=8.0, help="of the proxy bank")
@@ -137,7 +155,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where the temporary folder goes")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--check", action="store_true", help=f"exit with 1 unless losses are finite and memory is within {MEMORY_FACTOR}× the dry run's")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help=f"exit with 1 unless losses are finite and memory is within {MEMORY_FACTOR}× the dry run's",
+    )
     arguments = parser.parse_args()
     if arguments.steps < 2:
         parser.error("--steps must be at least 2: the first step is not timed")
@@ -150,9 +172,11 @@ def main() -> None:
         student = student_of(arguments.preset, folder)
         common = [
             f"data={{source: {folder / 'images'}, resolution: 256, vae: {folder / 'vae'}, num_workers: 0}}",
-            f"teacher={{patch_size: {sizes['patch_size']}, hidden_size: {sizes['hidden_size']}, num_layers: {sizes['num_layers']}}}",
+            f"teacher={{patch_size: {sizes['patch_size']}, hidden_size: {sizes['hidden_size']}, "
+            f"num_layers: {sizes['num_layers']}}}",
             f"teacher={{num_heads: {sizes['num_attention_heads']}, path: {folder / 'given'}}}",
-            f"bank={{only: [{student}], init: {arguments.init}, calibration_samples: {arguments.batch_size}, both_steps: 0, warmup_steps: 1}}",
+            f"bank={{only: [{student}], init: {arguments.init}, calibration_samples: {arguments.batch_size}, "
+            "both_steps: 0, warmup_steps: 1}",
             f"bank.memory_budget_gb={arguments.memory_budget_gb}",
             f"student.genotype={student}",
             "tune={teacher_more_steps: false, warmup_steps: 1}",
@@ -160,7 +184,10 @@ def main() -> None:
             f"output_dir={folder / 'run'}",
         ]
         for section in ("teacher", "tune"):
-            common.append(f"{section}={{steps: {arguments.steps}, batch_size: {arguments.batch_size}, gradient_accumulation: 1, log_every: 1}}")
+            common.append(
+                f"{section}={{steps: {arguments.steps}, batch_size: {arguments.batch_size}, "
+                "gradient_accumulation: 1, log_every: 1}"
+            )
         common.append(f"bank={{steps: {arguments.steps}, batch_size: {arguments.batch_size}, log_every: 1}}")
         if arguments.preset != "DiT-XL/2":
             common.append("bank.reduced_attention_dim=null")
@@ -175,35 +202,70 @@ def main() -> None:
             expected = {row.stage: row for row in estimate(load_config(RECIPE, overrides))}[stage.stage]
             started = time.monotonic()
             peak = run_recipe(stage.script, [part for text in overrides for part in ("--override", text)])
-            rows[stage.stage] = {"all_seconds": time.monotonic() - started, "peak_gb": peak / 1e9, "expected_gb": expected.memory / 1e9}
+            rows[stage.stage] = {
+                "all_seconds": time.monotonic() - started,
+                "peak_gb": peak / 1e9,
+                "expected_gb": expected.memory / 1e9,
+            }
             if stage.stage != "student":
                 seconds, loss = read_telemetry(folder / "run" / stage.folder)
-                rows[stage.stage] |= {"step_seconds": seconds, "expected_step_seconds": (expected.seconds - expected.before) / arguments.steps, "loss": loss}
+                rows[stage.stage] |= {
+                    "step_seconds": seconds,
+                    "expected_step_seconds": (expected.seconds - expected.before) / arguments.steps,
+                    "loss": loss,
+                }
             if stage.stage == "bank":
                 record = json.loads((folder / "run" / "bank" / "stage.json").read_text())
-                rows["bank"] |= {"proxies": record["proxies"], "groups": record["ranks"][0], "budget_gb": arguments.memory_budget_gb}
+                rows["bank"] |= {
+                    "proxies": record["proxies"],
+                    "groups": record["ranks"][0],
+                    "budget_gb": arguments.memory_budget_gb,
+                }
             if stage.stage == "teacher":
-                shutil.rmtree(folder / "run" / "teacher")  # the later stages compress the given one; room for their files
+                shutil.rmtree(
+                    folder / "run" / "teacher"
+                )  # the later stages compress the given one; room for their files
 
     print_table(rows, arguments)
     fits = all(1 / MEMORY_FACTOR <= row["peak_gb"] / row["expected_gb"] <= MEMORY_FACTOR for row in rows.values())
     finite = all(math.isfinite(row.get("loss", 0.0)) for row in rows.values())
     if arguments.json:
-        print(json.dumps({"preset": arguments.preset, "steps": arguments.steps, "stages": rows, "environment": environment(arguments.threads)}))
+        print(
+            json.dumps(
+                {
+                    "preset": arguments.preset,
+                    "steps": arguments.steps,
+                    "stages": rows,
+                    "environment": environment(arguments.threads),
+                }
+            )
+        )
     if arguments.check and not (fits and finite):
         sys.exit(f"required: finite losses, memory within {MEMORY_FACTOR}× of the dry run's")
 
 
 def print_table(rows: dict[str, dict], arguments: argparse.Namespace) -> None:
     """A line a stage."""
-    print(f"{arguments.preset}, {arguments.steps} steps of {arguments.batch_size} images of 256 × 256, fp32, {arguments.threads} threads")
-    print(f"{'stage':<9}{'s a step':>10}{'dry run':>10}{'peak GB':>10}{'dry run':>10}{'last loss':>11}{'whole stage':>13}")
+    print(
+        f"{arguments.preset}, {arguments.steps} steps of {arguments.batch_size} images of 256 × 256, fp32, "
+        f"{arguments.threads} threads"
+    )
+    print(
+        f"{'stage':<9}{'s a step':>10}{'dry run':>10}{'peak GB':>10}{'dry run':>10}{'last loss':>11}{'whole stage':>13}"
+    )
     for name, row in rows.items():
         step, expected = (f"{row[key]:.2f}" if key in row else "" for key in ("step_seconds", "expected_step_seconds"))
         loss = f"{row['loss']:.4g}" if "loss" in row else ""
-        print(f"{name:<9}{step:>10}{expected:>10}{row['peak_gb']:>10.2f}{row['expected_gb']:>10.2f}{loss:>11}{row['all_seconds']:>11.0f} s")
+        print(
+            f"{name:<9}{step:>10}{expected:>10}{row['peak_gb']:>10.2f}{row['expected_gb']:>10.2f}"
+            f"{loss:>11}{row['all_seconds']:>11.0f} s"
+        )
     bank = rows["bank"]
-    print(f"bank: {bank['proxies']} proxies in {len(bank['groups'])} groups under a budget of {bank['budget_gb']:g} GB, peaks of the groups", end=" ")
+    print(
+        f"bank: {bank['proxies']} proxies in {len(bank['groups'])} groups under a budget of {bank['budget_gb']:g} GB, "
+        "peaks of the groups",
+        end=" ",
+    )
     print(", ".join(f"{group['peak_gb']:.2f} GB" for group in bank["groups"]))
 
 

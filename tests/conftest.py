@@ -1,4 +1,6 @@
-"""What every test shares: an environment without network, a cache of its own, tiny real models, child processes, a Hub cache."""
+"""What every test shares: an environment without network, a cache of its own, tiny real models, child processes, a Hub
+cache.
+"""
 
 import hashlib
 import json
@@ -40,7 +42,9 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def make_transformer():
-    """`make_transformer(seed=0, **config)`: a tiny transformer whose every weight is random (a fresh DiT predicts zero)."""
+    """`make_transformer(seed=0, **config)`: a tiny transformer whose every weight is random (a fresh DiT predicts
+    zero).
+    """
     import torch
 
     from edgedit_hf import EdgeDiTTransformer2DModel
@@ -58,7 +62,9 @@ def make_transformer():
 
 @pytest.fixture(scope="session")
 def run_python():
-    """`run_python(code, *args, env={})`: run a program in a fresh interpreter outside the checkout; returns its stdout."""
+    """`run_python(code, *args, env={})`: run a program in a fresh interpreter outside the checkout; returns its
+    stdout.
+    """
 
     def run(code: str, *args, env: dict | None = None, expect: int = 0) -> str:
         done = subprocess.run(
@@ -77,10 +83,11 @@ def run_python():
 
 @pytest.fixture
 def make_hub_cache(tmp_path):
-    """`make_hub_cache(folder, "org/name", listing=True)`: the folder as a Hub repository in a cache, as a download leaves it.
+    """`make_hub_cache(folder, "org/name", listing=True)`: the folder as a Hub repository in a cache, as a download
+    leaves it.
 
-    `listing` also stores the repository's file list, from which diffusers decides offline which files it needs. Returns the path for
-    `HF_HUB_CACHE` (or `cache_dir`).
+    `listing` also stores the repository's file list, from which diffusers decides offline which files it needs. Returns
+    the path for `HF_HUB_CACHE` (or `cache_dir`).
     """
 
     def make(folder: Path, repo_id: str, listing: bool = True) -> Path:
@@ -109,7 +116,9 @@ def make_hub_cache(tmp_path):
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """The part of the Hub's HTTP interface that downloading a model needs: its description, its file list, its files."""
+    """The part of the Hub's HTTP interface that downloading a model needs: its description, its file list, its
+    files.
+    """
 
     repositories: dict[str, Path]
 
@@ -139,7 +148,9 @@ class _Hub(BaseHTTPRequestHandler):
             return self._answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=commit)
         names = [path.relative_to(folder).as_posix() for path in files]
         if parts[2:3] == ["tree"]:
-            answer = [{"type": "file", "path": n, "size": p.stat().st_size, "oid": "0" * 40} for n, p in zip(names, files)]
+            answer = [
+                {"type": "file", "path": n, "size": p.stat().st_size, "oid": "0" * 40} for n, p in zip(names, files)
+            ]
         else:
             answer = {"id": name, "modelId": name, "sha": commit, "siblings": [{"rfilename": n} for n in names]}
         return self._answer(json.dumps(answer).encode(), Content_Type="application/json")
@@ -152,7 +163,8 @@ class _Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def make_hub_server(tmp_path):
-    """`make_hub_server({"org/name": folder, …})`: a Hub on the loopback interface, to download from as from the real one.
+    """`make_hub_server({"org/name": folder, …})`: a Hub on the loopback interface, to download from as from the real
+    one.
 
     Returns the environment of a child process that uses it, with an empty cache.
     """
@@ -164,7 +176,11 @@ def make_hub_server(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         online = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
-        return {**online, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_CACHE": str(tmp_path / "downloaded")}
+        return {
+            **online,
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_CACHE": str(tmp_path / "downloaded"),
+        }
 
     yield make
     for server in servers:

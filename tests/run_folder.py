@@ -1,4 +1,6 @@
-"""A small run folder for the tests of report and card: real classes write what is cheap, the measured values are made up."""
+"""A small run folder for the tests of report and card: real classes write what is cheap, the measured values are made
+up.
+"""
 
 from pathlib import Path
 
@@ -46,7 +48,14 @@ def make_run(folder: Path, transformer, evaluated: bool = True) -> Path:
         losses = {"random": 1.1, "copied": 3 * before, "closed_form": before, "after": after}
         if space.option_of(layer) == "both":
             losses["combined"] = before
-        record = {"loss_before": before, "loss_after": after, "losses": losses, "curve": [[0, before], [1, after]], "steps": 1, "seed": 5}
+        record = {
+            "loss_before": before,
+            "loss_after": after,
+            "losses": losses,
+            "curve": [[0, before], [1, after]],
+            "steps": 1,
+            "seed": 5,
+        }
         entries[bank.key(layer)] = bank.write_proxy(layer, bank.new_block(layer), record)
     bank.write_index(entries)
 
@@ -124,7 +133,12 @@ def write_evaluation(folder: Path, transformer, choice, rng) -> None:
         "count": 64,
     }
     atomic_write_json(folder / "evaluate" / "reference.json", reference)
-    latency = {"batch_size": 32, "threads": 2, "environment": {"cpu": "a <fast> processor"}, "speedup": {"onnxruntime-fp32": 1.59}}
+    latency = {
+        "batch_size": 32,
+        "threads": 2,
+        "environment": {"cpu": "a <fast> processor"},
+        "speedup": {"onnxruntime-fp32": 1.59},
+    }
     atomic_write_json(folder / "evaluate" / "latency.json", latency)
     curves = {"distilled proxies": {"steps": [0, 5, 10], "values": [9.0, 3.0, 1.7]}}
     atomic_write_json(folder / "evaluate" / "curves.json", curves)

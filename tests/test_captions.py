@@ -1,4 +1,6 @@
-"""Captions that fit their images, sources and bad ones, buckets, the stream of batches, cached latents and text embeddings."""
+"""Captions that fit their images, sources and bad ones, buckets, the stream of batches, cached latents and text
+embeddings.
+"""
 
 import json
 import math
@@ -44,7 +46,9 @@ def save_captioned(folder: Path, sizes=SIZES, captions_of=lambda i: f"picture {i
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for i, (height, width) in enumerate(sizes):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
+            folder / f"{i:02d}.png"
+        )
         line = {"file_name": f"{i:02d}.png"} | ({} if captions_of(i) is None else {key: captions_of(i)})
         lines.append(json.dumps(line) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
@@ -82,7 +86,10 @@ def test_measures_see_what_they_are_named_after():
     thin, thick = measure_style(bar(lambda y: 3, 1)), measure_style(bar(lambda y: 3, 3))
     assert thick["stroke"] > 1.5 * thin["stroke"] and thick["width"] > thin["width"]
     assert abs(float(thin["slant"])) < 1e-12
-    right, left = measure_style(bar(lambda y: 6 - y, 2)), measure_style(bar(lambda y: y - 1, 2))  # the top leans right: /
+    right, left = (
+        measure_style(bar(lambda y: 6 - y, 2)),
+        measure_style(bar(lambda y: y - 1, 2)),
+    )  # the top leans right: /
     assert right["slant"] == pytest.approx(1) and left["slant"] == pytest.approx(-1)
     # A line one pixel wide has 1 pixel of area a unit of length and two sides.
     assert float(thin["stroke"]) == pytest.approx(2 * 6 / (2 * 6 + math.sqrt(2)), abs=0.15)
@@ -114,7 +121,11 @@ def test_style_words_are_frequent_balanced_and_leave_the_middle_out(digits):
     nothing = sum(not any(list(parse_caption(caption).values())[1:]) for caption in train.captions)
     assert nothing > 0.05 * len(train)
     # No word stands for a digit: each digit has each word, or it is held out.
-    pairs = Counter((digit, word) for digit, caption in zip(train.labels.tolist(), train.captions) for word in parse_caption(caption).values())
+    pairs = Counter(
+        (digit, word)
+        for digit, caption in zip(train.labels.tolist(), train.captions)
+        for word in parse_caption(caption).values()
+    )
     for digit in range(10):
         for word in words:
             assert (pairs[digit, word] == 0) == ((digit, word) in HELD_OUT)
@@ -134,7 +145,9 @@ def test_held_out_combinations_are_only_in_their_split(digits):
     images = {bytes(image.numpy()) for split in digits.values() for image in split.batch(range(len(split)))["images"]}
     assert len(images) == 1797
     # Apart from the held-out images the split is that of load_images.
-    assert {bytes(i.numpy()) for i in train.batch(range(len(train)))["images"]} <= {bytes(i.numpy()) for i in load_images().batch(range(1438))["images"]}
+    assert {bytes(i.numpy()) for i in train.batch(range(len(train)))["images"]} <= {
+        bytes(i.numpy()) for i in load_images().batch(range(1438))["images"]
+    }
 
 
 def test_captions_are_a_function_of_the_seed(digits):
@@ -156,7 +169,12 @@ def test_captions_read_back(template, numeral):
 
 
 def test_captions_of_other_words():
-    assert parse_caption("A Wide EIGHT, Slanted to the right!") == {"digit": 8, "stroke": None, "width": "wide", "slant": "right"}
+    assert parse_caption("A Wide EIGHT, Slanted to the right!") == {
+        "digit": 8,
+        "stroke": None,
+        "width": "wide",
+        "slant": "right",
+    }
     assert parse_caption("a cat")["digit"] is None and parse_caption("number 12")["digit"] is None
 
 
@@ -165,8 +183,15 @@ def test_captions_of_other_words():
 
 def test_a_folder_with_metadata(pictures):
     dataset = load_captioned(str(pictures), resolution=16, validation_fraction=0)
-    assert dataset.captions == [f"picture {i}" for i in range(len(SIZES))] and dataset.shape == (3, 16, 16) and dataset.labels is None
-    train, validation = (load_captioned(str(pictures), split, resolution=16, validation_fraction=0.3) for split in ("train", "validation"))
+    assert (
+        dataset.captions == [f"picture {i}" for i in range(len(SIZES))]
+        and dataset.shape == (3, 16, 16)
+        and dataset.labels is None
+    )
+    train, validation = (
+        load_captioned(str(pictures), split, resolution=16, validation_fraction=0.3)
+        for split in ("train", "validation")
+    )
     assert len(train) and len(validation) and sorted(train.captions + validation.captions) == dataset.captions
     batch = dataset.batch([4, 2])
     assert batch["rows"].tolist() == [4, 2] and torch.equal(batch["images"][1], dataset.batch([2])["images"][0])
@@ -183,7 +208,9 @@ def test_a_saved_dataset_with_its_own_validation_and_other_columns(tmp_path):
     datasets.DatasetDict(train=part(3, 0), test=part(2, 10)).save_to_disk(tmp_path / "set")
     found = load_captioned(str(tmp_path / "set"), "validation", caption_column="words")
     assert found.captions == ["no 10", "no 11"] and found.shape == (1, 8, 8)
-    with pytest.raises(EdgeDiTError, match=r"no column of captions \(text, caption, .*its columns are \['picture', 'words'\]"):
+    with pytest.raises(
+        EdgeDiTError, match=r"no column of captions \(text, caption, .*its columns are \['picture', 'words'\]"
+    ):
         load_captioned(str(tmp_path / "set"))
 
 
@@ -229,7 +256,10 @@ def test_an_unreadable_image_is_named(tmp_path, buckets):
         ({"source": "FOLDER", "buckets": ["16x"]}, "'16x' is not a size"),
         ({"source": "FOLDER", "buckets": ["0x16"]}, "'0x16' is not a size"),
         ({"source": "FOLDER", "buckets": ["16x8", "16 x 8"]}, "is there twice"),
-        ({"source": "FOLDER", "caption_column": "capt"}, r"no column of texts 'capt'; its columns are \['image', 'text'\]"),
+        (
+            {"source": "FOLDER", "caption_column": "capt"},
+            r"no column of texts 'capt'; its columns are \['image', 'text'\]",
+        ),
         ({"source": "FOLDER"}, "00.png|01.png|is 60x20, but the first one is 40x40"),
         ({"source": "./nowhere"}, "'./nowhere' does not exist"),
         ({"channels": 2}, "channels is 2"),
@@ -245,7 +275,11 @@ def test_bad_arguments(pictures, arguments, said):
 def test_an_empty_set(tmp_path):
     import datasets
 
-    empty = datasets.Dataset.from_dict({"image": [], "text": []}).cast_column("image", datasets.Image()).cast_column("text", datasets.Value("string"))
+    empty = (
+        datasets.Dataset.from_dict({"image": [], "text": []})
+        .cast_column("image", datasets.Image())
+        .cast_column("text", datasets.Value("string"))
+    )
     empty.save_to_disk(tmp_path / "empty")
     with pytest.raises(EdgeDiTError, match="is empty"):
         load_captioned(str(tmp_path / "empty"))
@@ -257,7 +291,15 @@ def test_an_empty_set(tmp_path):
 def test_the_nearest_aspect_ratio_wins_and_then_the_largest_that_is_filled():
     sizes = parse_buckets(["128x128", "160x96", "96×160", " 64 x 64 "])
     assert sizes == [(128, 128), (160, 96), (96, 160), (64, 64)]
-    for size, bucket in [((256, 256), 0), ((128, 128), 0), ((127, 127), 3), ((20, 20), 3), ((300, 100), 1), ((90, 160), 2), ((110, 100), 3)]:
+    for size, bucket in [
+        ((256, 256), 0),
+        ((128, 128), 0),
+        ((127, 127), 3),
+        ((20, 20), 3),
+        ((300, 100), 1),
+        ((90, 160), 2),
+        ((110, 100), 3),
+    ]:
         assert nearest_bucket(*size, sizes) == bucket, size
     # 4:5 is nearer to 1:1 than to 3:5 by log ratio: log 1.25 < log (5/3) - log 1.25.
     assert nearest_bucket(500, 400, sizes) == 0
@@ -268,11 +310,15 @@ def test_every_image_is_in_its_bucket_covered_and_centred(bucketed):
     assert bucketed.bucket_of.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2]
     batch = bucketed.batch([5, 2])  # 90x30 and 60x20: exactly 3:1
     assert batch["images"].shape == (2, 3, 48, 16)
-    wanted = Image.fromarray(np.random.default_rng(5).integers(0, 256, (90, 30, 3), dtype=np.uint8)).resize((16, 48), Image.Resampling.BICUBIC)
+    wanted = Image.fromarray(np.random.default_rng(5).integers(0, 256, (90, 30, 3), dtype=np.uint8)).resize(
+        (16, 48), Image.Resampling.BICUBIC
+    )
     assert torch.allclose(batch["images"][0], torch.from_numpy(np.array(wanted)).permute(2, 0, 1) / 127.5 - 1)
     wide = np.random.default_rng(4).integers(0, 256, (30, 80, 3), dtype=np.uint8)  # 8:3 loses rows: 80 x 27 of 80 x 30
     wanted = Image.fromarray(wide).crop((0, 1, 80, 28)).resize((48, 16), Image.Resampling.BICUBIC)
-    assert torch.allclose(bucketed.batch([4])["images"][0], torch.from_numpy(np.array(wanted)).permute(2, 0, 1) / 127.5 - 1)
+    assert torch.allclose(
+        bucketed.batch([4])["images"][0], torch.from_numpy(np.array(wanted)).permute(2, 0, 1) / 127.5 - 1
+    )
     with pytest.raises(EdgeDiTError, match="one size"):
         bucketed.batch([0, 1])
     with pytest.raises(EdgeDiTError, match="3 shapes"):
@@ -299,7 +345,9 @@ def test_empty_buckets_are_left_out(pictures):
 
 
 def test_one_bucket_a_batch_in_exact_proportion_and_every_image_once_an_epoch():
-    bucket_of = torch.tensor([0] * 12 + [1] * 6 + [2] * 3)[torch.randperm(21, generator=torch.Generator().manual_seed(0))]
+    bucket_of = torch.tensor([0] * 12 + [1] * 6 + [2] * 3)[
+        torch.randperm(21, generator=torch.Generator().manual_seed(0))
+    ]
     seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
     order = []
     for step in range(42):
@@ -319,7 +367,9 @@ def test_the_stream_is_a_function_of_seed_and_step(bucketed):
     whole = {step: batch for step, _, batch in caption_loader(bucketed, 4, 3, 0, 12)}
     for step, rows, batch in caption_loader(bucketed, 4, 3, 5, 12, rank=1, world_size=2, num_workers=1):
         assert rows.tolist() == [2, 3]
-        assert torch.equal(batch["images"], whole[step]["images"][2:]) and torch.equal(batch["rows"], whole[step]["rows"][2:])
+        assert torch.equal(batch["images"], whole[step]["images"][2:]) and torch.equal(
+            batch["rows"], whole[step]["rows"][2:]
+        )
     assert len({batch["images"].shape for batch in whole.values()}) == 3
     with pytest.raises(EdgeDiTError, match="cannot be divided between 3 ranks"):
         next(caption_loader(bucketed, 4, 3, 0, 1, world_size=3))
@@ -341,7 +391,12 @@ def vae():
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
-    blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    blocks = {
+        "encoder_block_out_channels": (8, 8),
+        "decoder_block_out_channels": (8, 8),
+        "num_encoder_blocks": (1, 1),
+        "num_decoder_blocks": (1, 1),
+    }
     return AutoencoderTiny(latent_channels=4, **blocks).eval().requires_grad_(False)
 
 
@@ -371,7 +426,9 @@ class Texts:
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-        words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "cat": 3, "dog": 4, "black": 5}, unk_token="<unk>"))
+        words = Tokenizer(
+            models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "cat": 3, "dog": 4, "black": 5}, unk_token="<unk>")
+        )
         words.pre_tokenizer = pre_tokenizers.Whitespace()
         self.tokenizer_2 = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
         torch.manual_seed(seed)
@@ -383,7 +440,9 @@ class Texts:
 
     def encode_prompt(self, prompt, max_sequence_length=16):
         self.encoded += prompt
-        found = self.tokenizer_2(prompt, padding=True, truncation=True, max_length=max_sequence_length, return_tensors="pt")
+        found = self.tokenizer_2(
+            prompt, padding=True, truncation=True, max_length=max_sequence_length, return_tensors="pt"
+        )
         states = self.text_encoder_2(input_ids=found.input_ids, attention_mask=found.attention_mask).last_hidden_state
         return [None, states], [None, found.attention_mask.bool()]
 
@@ -405,7 +464,9 @@ def test_text_table_gives_each_row_its_caption(small_shards, monkeypatch, tmp_pa
     assert Counter(texts.encoded)["a cat"] == 1  # equal captions are encoded once (the first, also to find the widths)
     embeds, masks = table.batch(torch.tensor([4, 0, 2, 3]))
     assert embeds[0] is None and masks[0] is None
-    assert embeds[1].shape == (4, 5, 8) and embeds[1].dtype == torch.float32 and masks[1].sum(1).tolist() == [5, 2, 2, 1]
+    assert (
+        embeds[1].shape == (4, 5, 8) and embeds[1].dtype == torch.float32 and masks[1].sum(1).tolist() == [5, 2, 2, 1]
+    )
     for row, caption in enumerate(["a black black cat dog", "a cat", "a cat", "cat"]):
         (_, states), _ = texts.encode_prompt([caption])
         torch.testing.assert_close(embeds[1][row][masks[1][row]], states[0])
@@ -432,7 +493,10 @@ def test_text_table_continues_where_it_was_killed(small_shards, tmp_path):
     texts = Texts()
     text_table(texts, CAPTIONS, tmp_path / "killed", batch_size=2)
     assert sorted(texts.encoded) == sorted(set(CAPTIONS))[2:4]
-    files = [{str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()} for folder in tmp_path.iterdir()]
+    files = [
+        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+        for folder in tmp_path.iterdir()
+    ]
     assert files[0] == files[1]
 
 
@@ -478,6 +542,9 @@ def test_the_hash_of_encoders_sees_weights_and_vocabulary_but_not_use():
     texts.encode_prompt(["a cat", "a black dog"])  # sets padding and truncation in the tokenizer
     assert encoders_hash(texts) == before
     assert encoders_hash(texts, 16) == before != encoders_hash(texts, 8)
-    assert encoders_hash(SimpleNamespace(config={}, text_encoder=texts.text_encoder_2, tokenizer=texts.tokenizer_2)) != before
+    assert (
+        encoders_hash(SimpleNamespace(config={}, text_encoder=texts.text_encoder_2, tokenizer=texts.tokenizer_2))
+        != before
+    )
     texts.tokenizer_2.add_tokens(["bird"])
     assert encoders_hash(texts) != before

@@ -53,7 +53,11 @@ def test_info_prints_the_published_figures(name, capsys):
     assert f"{parameters} M" in printed and f"{gflops} GFLOPs" in printed
     assert main(["info", name, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (f"{facts['parameters'] / 1e6:.2f}", f"{facts['flops'] / 1e9:.2f}", facts["layers"]) == (parameters, gflops, layers)
+    assert (f"{facts['parameters'] / 1e6:.2f}", f"{facts['flops'] / 1e9:.2f}", facts["layers"]) == (
+        parameters,
+        gflops,
+        layers,
+    )
     assert facts["bytes"]["fp32"] == 4 * facts["weights"] == 8 * facts["bytes"]["int4"]
 
 

@@ -16,7 +16,15 @@ import torch
 from PIL import Image
 
 from edgedit_hf import data
-from edgedit_hf.data import ImageDataset, batch_indices, cache_latents, check_images, load_images, open_latents, step_loader
+from edgedit_hf.data import (
+    ImageDataset,
+    batch_indices,
+    cache_latents,
+    check_images,
+    load_images,
+    open_latents,
+    step_loader,
+)
 from edgedit_hf.errors import EdgeDiTError
 
 
@@ -87,7 +95,9 @@ def test_class_folders(class_folders):
     wanted = torch.from_numpy(np.array(picture(12))).permute(2, 0, 1) / 127.5 - 1
     assert torch.allclose(batch["images"][0], wanted) and batch["labels"].tolist() == [1]
     parts = [load_images(str(class_folders), split, validation_fraction=0.4) for split in ("train", "validation")]
-    assert sorted(torch.cat([part.labels for part in parts]).tolist()) == dataset.labels.tolist() and all(map(len, parts))
+    assert sorted(torch.cat([part.labels for part in parts]).tolist()) == dataset.labels.tolist() and all(
+        map(len, parts)
+    )
     assert parts[0].labels.unique().tolist() == [0, 1, 2]
 
 
@@ -118,7 +128,9 @@ def test_a_file_that_comes_or_goes_moves_no_other(tmp_path):
 
     train, held_out = names("train"), names("validation")
     # An independent reading of the rule: the hash of seed and name, as a number in [0, 1).
-    shares = {name: int(hashlib.sha256(f"7 {name}".encode()).hexdigest()[:16], 16) / 16**16 for name in train | held_out}
+    shares = {
+        name: int(hashlib.sha256(f"7 {name}".encode()).hexdigest()[:16], 16) / 16**16 for name in train | held_out
+    }
     assert held_out == {name for name, share in shares.items() if share < 0.3} and len(train | held_out) == 80
     fingerprint = load_images(str(tmp_path / "set"), validation_fraction=0.3, seed=7).fingerprint
     gone = sorted(held_out)[3]
@@ -130,14 +142,19 @@ def test_a_file_that_comes_or_goes_moves_no_other(tmp_path):
     picture(999).save(tmp_path / "set" / "a" / "later.png")
     assert names("train") - {"a/later.png"} == train and names("validation") - {"a/later.png"} == held_out - {gone}
     (tmp_path / "set").rename(tmp_path / "moved")
-    assert len(load_images(str(tmp_path / "moved"), "validation", validation_fraction=0.3, seed=7)) in (len(held_out) - 1, len(held_out))
+    assert len(load_images(str(tmp_path / "moved"), "validation", validation_fraction=0.3, seed=7)) in (
+        len(held_out) - 1,
+        len(held_out),
+    )
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.99])
 def test_small_folders_give_both_parts(tmp_path, fraction):
     save_pictures(tmp_path / "a", 2)
     save_pictures(tmp_path / "b", 1, first=5)
-    train, held_out = (load_images(str(tmp_path), split, validation_fraction=fraction) for split in ("train", "validation"))
+    train, held_out = (
+        load_images(str(tmp_path), split, validation_fraction=fraction) for split in ("train", "validation")
+    )
     assert sorted(train.labels.unique().tolist()) == [0, 1] and held_out.labels.tolist() == [0]
 
 
@@ -300,7 +317,9 @@ def test_transparency_shows_the_background(tmp_path, kind, background):
     given = {"transparency": image.info["transparency"]} if "transparency" in image.info else {}
     image.save(tmp_path / "a.png", **given)
     under = {"white": (255, 255, 255), "black": (0, 0, 0), "#1080f0": (0x10, 0x80, 0xF0)}[background]
-    found = everything(load_images(str(tmp_path), channels=3, background=background, validation_fraction=0))["images"][0]
+    found = everything(load_images(str(tmp_path), channels=3, background=background, validation_fraction=0))["images"][
+        0
+    ]
     over = np.array(image.convert("L").getpixel((0, 0)) if "L" in kind.split()[0] else COLOUR, dtype=float) * np.ones(3)
     if kind in ("RGB tRNS", "RGBA", "P", "P alphas"):
         over = np.array(COLOUR, dtype=float)
@@ -328,7 +347,12 @@ def test_files_that_viewers_show_alike_are_alike(tmp_path):
 def test_grey_samples_of_few_bits_have_their_transparent_value(tmp_path):
     # A PNG of 4-bit grey whose value 15 (white) is transparent; Pillow reads 255, and the tRNS chunk says 15.
     rows = b"".join(b"\0" + bytes([0x0F, 0xF5]) for _ in range(4))
-    chunks = [(b"IHDR", (4).to_bytes(4, "big") * 2 + bytes([4, 0, 0, 0, 0])), (b"tRNS", bytes([0, 15])), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [
+        (b"IHDR", (4).to_bytes(4, "big") * 2 + bytes([4, 0, 0, 0, 0])),
+        (b"tRNS", bytes([0, 15])),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
     png = b"".join(len(d).to_bytes(4, "big") + k + d + zlib.crc32(k + d).to_bytes(4, "big") for k, d in chunks)
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + png)
     image = everything(load_images(str(tmp_path), background="black", validation_fraction=0))["images"][0, 0]
@@ -342,10 +366,14 @@ def test_the_fingerprint_sees_a_background_that_shows(tmp_path):
 
     see_through, opaque = transparent("RGBA")[0], picture(0).convert("RGBA")
     assert fingerprint(see_through, "white") == fingerprint(see_through, "#ffffff") != fingerprint(see_through, "black")
-    assert fingerprint(opaque, "white") == fingerprint(opaque, "black") and fingerprint(picture(0), "white") == fingerprint(picture(0), "black")
+    assert fingerprint(opaque, "white") == fingerprint(opaque, "black") and fingerprint(
+        picture(0), "white"
+    ) == fingerprint(picture(0), "black")
     # Without transparency it is the hash that it always was.
     header = {"shape": (3, 8, 8), "label_names": [], "pixel_max": 255, "count": 1}
-    digest = hashlib.sha256(json.dumps(header).encode() + hashlib.sha256((tmp_path / "a.png").read_bytes()).digest() + bytes(8))
+    digest = hashlib.sha256(
+        json.dumps(header).encode() + hashlib.sha256((tmp_path / "a.png").read_bytes()).digest() + bytes(8)
+    )
     assert fingerprint(picture(0), "white") == digest.hexdigest()
 
 
@@ -354,12 +382,23 @@ def test_a_colour_profile_is_applied(tmp_path):
 
     image, srgb = picture(0), ImageCms.createProfile("sRGB")
     linear = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ"))  # not a profile of RGB: ignored, as viewers do
-    for name, profile in (("a", ImageCms.ImageCmsProfile(srgb).tobytes()), ("b", b"nonsense"), ("c", linear.tobytes()), ("d", None)):
+    for name, profile in (
+        ("a", ImageCms.ImageCmsProfile(srgb).tobytes()),
+        ("b", b"nonsense"),
+        ("c", linear.tobytes()),
+        ("d", None),
+    ):
         image.save(tmp_path / f"{name}.png", **({"icc_profile": profile} if profile else {}))
     batch = everything(load_images(str(tmp_path), validation_fraction=0))["images"]
     assert all(torch.equal(batch[i], batch[3]) for i in range(3))
     # A profile with red and blue exchanged: what it describes is the picture with its channels exchanged.
-    swapped = bytearray(ImageCms.ImageCmsProfile(srgb).tobytes().replace(b"rXYZ", b"qXYZ").replace(b"bXYZ", b"rXYZ").replace(b"qXYZ", b"bXYZ"))
+    swapped = bytearray(
+        ImageCms.ImageCmsProfile(srgb)
+        .tobytes()
+        .replace(b"rXYZ", b"qXYZ")
+        .replace(b"bXYZ", b"rXYZ")
+        .replace(b"qXYZ", b"bXYZ")
+    )
     swapped = bytes(swapped).replace("sRGB".encode("utf-16-be"), "BGR!".encode("utf-16-be")).replace(b"sRGB", b"BGR!")
     image.save(tmp_path / "a.png", icc_profile=swapped)
     found = load_images(str(tmp_path), validation_fraction=0)
@@ -380,7 +419,9 @@ def test_pictures_are_decoded_as_datasets_does(tmp_path, orientation):
     wide = orientation >= 5
     if wide:
         (tmp_path / "3.tif").unlink()
-    theirs = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), cache_dir=str(tmp_path.parent / "cache"))["train"]
+    theirs = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), cache_dir=str(tmp_path.parent / "cache"))[
+        "train"
+    ]
     ours = load_images(str(tmp_path), validation_fraction=0, channels=3)
     assert len(ours) == len(theirs)
     for i, row in enumerate(theirs):
@@ -433,7 +474,11 @@ def parquet_of(*rows: dict) -> bytes:
     return buffer.getvalue()
 
 
-LINES = [{"file_name": "02.png", "text": "two"}, {"file_name": "./sub/00.PNG", "text": "zero"}, {"file_name": "01.png", "text": "one"}]
+LINES = [
+    {"file_name": "02.png", "text": "two"},
+    {"file_name": "./sub/00.PNG", "text": "zero"},
+    {"file_name": "01.png", "text": "one"},
+]
 FOLDERS = {
     "classes": {"a": ["0.png", "1.JPG"], "b": ["2.PNG", "0.jpeg"]},
     "flat": {".": ["b.png", "a.webp", "c.tiff", ".hidden.png"]},
@@ -448,14 +493,18 @@ FOLDERS = {
     "csv with a mark": {".": ["01.png", "02.png"], "sub": ["00.PNG"], "metadata.csv": csv_of(*LINES, bom=True)},
     "parquet": {".": ["01.png", "02.png"], "sub": ["00.PNG"], "metadata.parquet": parquet_of(*LINES)},
     "metadata in folders": {
-        "x": ["0.png"], "y": ["0.png"],
-        "x/metadata.jsonl": jsonl({"file_name": "0.png", "text": "x"}), "y/metadata.jsonl": jsonl({"file_name": "0.png", "text": "y"}),
+        "x": ["0.png"],
+        "y": ["0.png"],
+        "x/metadata.jsonl": jsonl({"file_name": "0.png", "text": "x"}),
+        "y/metadata.jsonl": jsonl({"file_name": "0.png", "text": "y"}),
     },
     "metadata of splits": {
-        "train": ["0.png"], "test": ["1.png"],
-        "train/metadata.csv": csv_of({"file_name": "0.png", "label": 4}), "test/metadata.csv": csv_of({"file_name": "1.png", "label": 2}),
+        "train": ["0.png"],
+        "test": ["1.png"],
+        "train/metadata.csv": csv_of({"file_name": "0.png", "label": 4}),
+        "test/metadata.csv": csv_of({"file_name": "1.png", "label": 2}),
     },
-}  # fmt: skip
+}
 
 
 def make_folder(root: Path, content: dict) -> Path:
@@ -490,11 +539,19 @@ def test_folders_are_read_as_datasets_reads_them(tmp_path, name):
 def test_marks_of_patterns_are_ordinary_characters(tmp_path):
     names = ["[1].png", "p::q.png", "z*?.png", "!{a}.png", "file:x.png", "%20 é.png"]
     folder = make_folder(tmp_path / "a::b [c]*", {"x[1]": names, "y::z": ["0.png"]})
-    assert [(Path(path).name, label) for path, label in rows_of(folder)["train"]] == [*((name, "x[1]") for name in sorted(names)), ("0.png", "y::z")]
+    assert [(Path(path).name, label) for path, label in rows_of(folder)["train"]] == [
+        *((name, "x[1]") for name in sorted(names)),
+        ("0.png", "y::z"),
+    ]
     assert load_images(str(folder), validation_fraction=0).shape == (3, 8, 8)
-    plain = make_folder(tmp_path / "p [c]*", {".": names, "metadata.jsonl": jsonl(*({"file_name": name, "text": name} for name in names))})
+    plain = make_folder(
+        tmp_path / "p [c]*",
+        {".": names, "metadata.jsonl": jsonl(*({"file_name": name, "text": name} for name in names))},
+    )
     assert [(Path(path).name, text) for path, text in rows_of(plain)["train"]] == [(name, name) for name in names]
-    there = make_folder(tmp_path / "q::r", {".": ["0.png"], "metadata.jsonl": jsonl({"file_name": "0.png", "text": "zero"})})
+    there = make_folder(
+        tmp_path / "q::r", {".": ["0.png"], "metadata.jsonl": jsonl({"file_name": "0.png", "text": "zero"})}
+    )
     with pytest.raises(EdgeDiTError, match="has '::' in its path, .* rename it"):
         load_images(str(there))
 
@@ -580,8 +637,16 @@ FIRST = '{"file_name": "cat/00.png", "label": %s}'
         (None, {"label_column": "kind"}, r"no column 'kind'; its columns are \['image', 'label'\]"),
         (None, {"split": "validation", "validation_fraction": 0}, "leaves none to validate on"),
         (damage, {"validation_fraction": 0}, "dog/03.png is corrupt or truncated"),
-        (lambda root: (root / "dog/03.png").write_bytes(b""), {"validation_fraction": 0}, "dog/03.png is corrupt or truncated"),
-        (lambda root: (root / "dog/03.png").write_text("not an image"), {"validation_fraction": 0}, "dog/03.png is corrupt or truncated"),
+        (
+            lambda root: (root / "dog/03.png").write_bytes(b""),
+            {"validation_fraction": 0},
+            "dog/03.png is corrupt or truncated",
+        ),
+        (
+            lambda root: (root / "dog/03.png").write_text("not an image"),
+            {"validation_fraction": 0},
+            "dog/03.png is corrupt or truncated",
+        ),
         (
             lambda root: picture(0, size=(8, 9)).save(root / "dog/03.png"),
             {"validation_fraction": 0},
@@ -599,14 +664,22 @@ FIRST = '{"file_name": "cat/00.png", "label": %s}'
         (metadata(FIRST % 0.5), {}, "labels must be integers or strings"),
         (metadata(FIRST % 1, FIRST % "null"), {}, "Row 1 of .* has no label"),
         (metadata(FIRST % 1, FIRST % 0), {}, "'cat/00.png' of .* is labelled twice, '1' and '0'; keep one"),
-        (metadata(FIRST % 200_000_000), {}, "'label' of .* makes 200,000,001 classes of 1 images, as an id would; set label_column"),
+        (
+            metadata(FIRST % 200_000_000),
+            {},
+            "'label' of .* makes 200,000,001 classes of 1 images, as an id would; set label_column",
+        ),
         (lambda root: os.mkfifo(root / "cat" / "z.png"), {}, r"cat/z.png is a pipe \(FIFO\), not a file; remove it"),
         (lambda root: os.mkfifo(root / "metadata.jsonl"), {}, "metadata.jsonl is a pipe"),
         (lambda root: (root / "z.PNG").symlink_to("nowhere"), {}, "z.PNG is a link that leads nowhere"),
         (lambda root: (root / "z.png").symlink_to("z.png"), {}, "z.png is a link that leads nowhere"),
         (lambda root: (root / "z.png").symlink_to("/dev/zero"), {}, "z.png is a device"),
         (lambda root: (root / os.fsdecode(b"\xff.png")).write_bytes(b""), {}, "is not UTF-8; rename it"),
-        (lambda root: os.mkfifo(root / "pipe") or metadata('{"file_name": "pipe", "label": 1}')(root), {}, "pipe is a pipe .FIFO., not a file"),
+        (
+            lambda root: os.mkfifo(root / "pipe") or metadata('{"file_name": "pipe", "label": 1}')(root),
+            {},
+            "pipe is a pipe .FIFO., not a file",
+        ),
         (None, {"background": "#12"}, "background is '#12'; it must be a colour's name"),
         (None, {"background": "#11223344"}, "background is '#11223344'"),
         (None, {"background": ""}, "background is ''"),
@@ -645,17 +718,23 @@ def test_every_damaged_image_is_named_before_it_is_needed(class_folders, monkeyp
     damage(class_folders)
     for options in ({}, {"resolution": 16}):
         dataset = load_images(str(class_folders), validation_fraction=0, **options)
-        with pytest.raises(EdgeDiTError, match="^The image .*dog/03.png is corrupt or truncated .* replace or remove it.$"):
+        with pytest.raises(
+            EdgeDiTError, match="^The image .*dog/03.png is corrupt or truncated .* replace or remove it.$"
+        ):
             check_images(dataset)
     for name in ("cat/01.png", "test/00.png"):
         (class_folders / name).write_text("nothing")
-    with pytest.raises(EdgeDiTError, match="3 of 15 images cannot be used: .*cat/01.png is .*dog/03.png is .*test/00.png is"):
+    with pytest.raises(
+        EdgeDiTError, match="3 of 15 images cannot be used: .*cat/01.png is .*dog/03.png is .*test/00.png is"
+    ):
         check_images(dataset)
     (class_folders / "test" / "00.png").unlink()
     with pytest.raises(EdgeDiTError, match="cat/01.png is .*dog/03.png is .*test/00.png cannot be read .No such file"):
         check_images(dataset)
     monkeypatch.setattr(data, "NAMED", 1)
-    with pytest.raises(EdgeDiTError, match="3 of 15 images cannot be used: .*cat/01.png is [^;]*; replace or remove it. … and 2 more$"):
+    with pytest.raises(
+        EdgeDiTError, match="3 of 15 images cannot be used: .*cat/01.png is [^;]*; replace or remove it. … and 2 more$"
+    ):
         check_images(dataset)
 
 

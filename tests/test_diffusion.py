@@ -9,7 +9,15 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from scipy import stats
 from torch.distributions import Normal, kl_divergence
 
-from edgedit_hf.diffusion import PREDICTION_TYPES, TRAIN_TIMESTEPS, Diffusion, alphas_cumprod, draws, drop_labels, make_scheduler
+from edgedit_hf.diffusion import (
+    PREDICTION_TYPES,
+    TRAIN_TIMESTEPS,
+    Diffusion,
+    alphas_cumprod,
+    draws,
+    drop_labels,
+    make_scheduler,
+)
 from edgedit_hf.errors import EdgeDiTError
 
 BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -43,7 +51,9 @@ def test_flow_is_the_rectified_flow_of_diffusers():
     timesteps = reference.timesteps[[0, 1, 250, 500, 998, 999]]
     assert timesteps[0] == 1000 and timesteps[-1] == 1
     x0, noise = batch(len(timesteps))
-    torch.testing.assert_close(process.noisy(x0, noise, timesteps), reference.scale_noise(x0, timesteps, noise), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        process.noisy(x0, noise, timesteps), reference.scale_noise(x0, timesteps, noise), rtol=0, atol=1e-5
+    )
     assert torch.equal(process.noisy(x0, noise, torch.zeros(6)), x0)
     assert torch.equal(process.noisy(x0, noise, torch.full((6,), 1000.0)), noise)
     # The velocity is the derivative of x_t with respect to σ = t / 1000.
@@ -85,7 +95,8 @@ def test_training_timesteps():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(("x0",), "prediction_type is 'x0'"), (("flow_prediction", True), "flow matching has no variance to learn")]
+    ("arguments", "said"),
+    [(("x0",), "prediction_type is 'x0'"), (("flow_prediction", True), "flow matching has no variance to learn")],
 )
 def test_processes_that_make_no_sense_are_refused(arguments, said):
     with pytest.raises(EdgeDiTError, match=said):
@@ -93,7 +104,10 @@ def test_processes_that_make_no_sense_are_refused(arguments, said):
 
 
 def test_the_process_of_a_model_is_that_of_its_config(make_transformer):
-    assert Diffusion.for_config(make_transformer(prediction_type="flow_prediction").config).prediction_type == "flow_prediction"
+    assert (
+        Diffusion.for_config(make_transformer(prediction_type="flow_prediction").config).prediction_type
+        == "flow_prediction"
+    )
     assert Diffusion.for_config(make_transformer(learn_sigma=True).config).learn_sigma
 
 
@@ -118,7 +132,9 @@ def bound_by_bayes(eps, v, x0, noise, t: int) -> torch.Tensor:
     if t == 0:
         return -Normal(x0_model, variance.sqrt()).log_prob(x0).mean() / math.log(2)
     true, model = posterior(x0, t)[0], posterior(x0_model, t)[0]
-    return kl_divergence(Normal(true, smallest.sqrt().expand_as(true)), Normal(model, variance.sqrt())).mean() / math.log(2)
+    return kl_divergence(
+        Normal(true, smallest.sqrt().expand_as(true)), Normal(model, variance.sqrt())
+    ).mean() / math.log(2)
 
 
 def test_the_bound_of_the_learned_variance_is_that_of_bayes_rule():
@@ -141,7 +157,10 @@ def test_the_smallest_variance_is_that_of_diffusers():
         process = Diffusion("epsilon", learn_sigma=True)
         shifts = torch.full_like(x0, 0.3)
         # With v = -1 only the squared shift of the mean is left of the KL divergence, over twice the smallest variance.
-        bound = process.loss(torch.cat([noise + shifts, -torch.ones_like(x0)], 1), x0, noise, torch.tensor([t])).item() - 0.09
+        bound = (
+            process.loss(torch.cat([noise + shifts, -torch.ones_like(x0)], 1), x0, noise, torch.tensor([t])).item()
+            - 0.09
+        )
         scheduler.set_timesteps(1000)
         means = [scheduler.step(eps, t, process.noisy(x0, noise, torch.tensor([t]))) for eps in (noise, noise + shifts)]
         alpha, beta = scheduler.alphas[t].item(), scheduler.betas[t].item()
@@ -165,7 +184,9 @@ def test_a_perfect_prediction_with_the_true_variance_costs_nothing():
 def test_the_bound_teaches_the_variance_and_leaves_the_mean_alone():
     x0, noise = batch()
     output = torch.randn(len(x0), 4, 4, 4, generator=torch.Generator().manual_seed(3), requires_grad=True)
-    (hybrid,) = torch.autograd.grad(Diffusion("epsilon", learn_sigma=True).loss(output, x0, noise, TIMESTEPS).sum(), output)
+    (hybrid,) = torch.autograd.grad(
+        Diffusion("epsilon", learn_sigma=True).loss(output, x0, noise, TIMESTEPS).sum(), output
+    )
     (simple,) = torch.autograd.grad(Diffusion("epsilon").loss(output, x0, noise, TIMESTEPS).sum(), output)
     torch.testing.assert_close(hybrid[:, :2], simple[:, :2])
     assert hybrid[:, 2:].abs().amin() > 0 and not simple[:, 2:].any()
@@ -196,7 +217,9 @@ def test_draws_of_other_arguments_are_independent():
 
 
 def test_draws_of_the_greatest_seeds_differ():
-    greatest = [draws(2**63 - 1 + i, 0, [0], (4,)).noise for i in (0, 1, 2)]  # the last two belong to the streams of the greatest seed
+    greatest = [
+        draws(2**63 - 1 + i, 0, [0], (4,)).noise for i in (0, 1, 2)
+    ]  # the last two belong to the streams of the greatest seed
     assert len({tuple(noise.flatten().tolist()) for noise in greatest}) == 3
 
 

@@ -76,15 +76,32 @@ def test_times_scale_with_the_work(configured):
         return rows[of].seconds / rows[to].seconds
 
     assert ratio("teacher.steps=600", "tune.steps=300", of="teacher", to="tune") == pytest.approx(2)
-    assert ratio("teacher.batch_size=64", "tune.batch_size=256", "teacher.steps=500", of="teacher", to="tune") == pytest.approx(1 / 4)
-    assert ratio("tune.teacher_more_steps=true", "tune.steps=500", "teacher.steps=500", of="tune", to="teacher") == pytest.approx(2)
+    assert ratio(
+        "teacher.batch_size=64", "tune.batch_size=256", "teacher.steps=500", of="teacher", to="tune"
+    ) == pytest.approx(1 / 4)
+    assert ratio(
+        "tune.teacher_more_steps=true", "tune.steps=500", "teacher.steps=500", of="tune", to="teacher"
+    ) == pytest.approx(2)
     assert ratio("tune.output_kd=1", "tune.steps=600", "teacher.steps=800", of="tune", to="teacher") == pytest.approx(1)
-    assert ratio("teacher.gradient_checkpointing=true", "teacher.steps=500", of="teacher", to="tune") == pytest.approx(4 / 3)
-    assert ratio("student.max_flops_ratio=0.5", "teacher.steps=500", of="tune", to="teacher") == pytest.approx(1 / 2, rel=1e-4)
+    assert ratio("teacher.gradient_checkpointing=true", "teacher.steps=500", of="teacher", to="tune") == pytest.approx(
+        4 / 3
+    )
+    assert ratio("student.max_flops_ratio=0.5", "teacher.steps=500", of="tune", to="teacher") == pytest.approx(
+        1 / 2, rel=1e-4
+    )
     # A bank's step costs a teacher forward and three forwards of every proxy.
-    bank = ("bank.steps=1000", "bank.both_steps=0", "bank.init=copy", "bank.calibration_samples=1", "teacher.steps=1000")
+    bank = (
+        "bank.steps=1000",
+        "bank.both_steps=0",
+        "bank.init=copy",
+        "bank.calibration_samples=1",
+        "teacher.steps=1000",
+    )
     large = ratio(*bank, "bank.batch_size=128", of="bank", to="teacher")
-    assert large == pytest.approx(2 * ratio(*bank, "bank.batch_size=64", of="bank", to="teacher"), rel=0.01) and 1 < large < 20
+    assert (
+        large == pytest.approx(2 * ratio(*bank, "bank.batch_size=64", of="bank", to="teacher"), rel=0.01)
+        and 1 < large < 20
+    )
 
 
 def test_a_training_step_costs_three_forwards_of_its_batch(configured, make_transformer):
@@ -99,7 +116,10 @@ def test_processes_share_training_and_nothing_else(configured):
     for stage in ("teacher", "tune"):
         assert two[stage].seconds == pytest.approx(one[stage].seconds / 2)
     # The second rank runs the whole prefix, the first its half.
-    assert one["bank"].seconds / 2 < two["bank"].seconds < 0.6 * one["bank"].seconds and two["bank"].memory < one["bank"].memory
+    assert (
+        one["bank"].seconds / 2 < two["bank"].seconds < 0.6 * one["bank"].seconds
+        and two["bank"].memory < one["bank"].memory
+    )
     for stage in ("latency", "search", "student", "export", "evaluate"):
         assert two[stage].seconds == one[stage].seconds and two[stage].processes == 1
 
@@ -126,7 +146,9 @@ def test_what_training_keeps_is_what_autograd_saves(configured, make_transformer
     assert output.requires_grad
     kept = sum(storage.nbytes() for storage in saved.values())
     rows = {
-        batch: counted(configured("teacher={hidden_size: 64, num_layers: 3, num_heads: 2}", f"teacher.batch_size={batch}"))["teacher"].memory
+        batch: counted(
+            configured("teacher={hidden_size: 64, num_layers: 3, num_heads: 2}", f"teacher.batch_size={batch}")
+        )["teacher"].memory
         for batch in (256, 512)
     }
     assert rows[512] - rows[256] == pytest.approx(kept, rel=0.1)
@@ -143,17 +165,24 @@ def test_micro_batches_and_checkpointing_save_memory(configured):
 
 
 def test_the_bank_keeps_to_its_budget_in_groups(configured):
-    wide = ("teacher={hidden_size: 1024, num_layers: 24, num_heads: 16}", "bank={calibration_samples: 1, batch_size: 4}")
+    wide = (
+        "teacher={hidden_size: 1024, num_layers: 24, num_heads: 16}",
+        "bank={calibration_samples: 1, batch_size: 4}",
+    )
     whole = counted(configured(*wide))["bank"]
     budget = 0.5 * whole.memory / 1e9
     grouped = counted(configured(*wide, f"bank.memory_budget_gb={budget}"))["bank"]
-    assert grouped.memory <= 1e9 * budget and grouped.seconds > whole.seconds  # a further group runs the teacher's prefix again
+    assert (
+        grouped.memory <= 1e9 * budget and grouped.seconds > whole.seconds
+    )  # a further group runs the teacher's prefix again
     states = counted(configured(*wide, "bank.optimizer=adamw8bit"))["bank"]
     assert states.memory < whole.memory and states.disk == whole.disk
 
 
 def test_a_teacher_that_is_brought_along_costs_nothing(configured, make_transformer, tmp_path):
-    new_pipeline(make_transformer(num_layers=6), None, [str(i) for i in range(10)], RunConfig()).save_pretrained(tmp_path / "given")
+    new_pipeline(make_transformer(num_layers=6), None, [str(i) for i in range(10)], RunConfig()).save_pretrained(
+        tmp_path / "given"
+    )
     rows = counted(configured(f"teacher.path={tmp_path / 'given'}", "teacher.num_layers=2"))
     assert rows["teacher"].seconds == 0 and rows["bank"].seconds > 0
     assert rows["bank"].disk == counted(configured("teacher.num_layers=6"))["bank"].disk
@@ -170,16 +199,22 @@ def test_a_given_genotype_needs_no_search(configured, make_transformer, tmp_path
 
 def test_latents_are_counted_with_the_vae_that_makes_them(configured, tmp_path):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    small = AutoencoderKL(in_channels=1, out_channels=1, **blocks, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4)
+    small = AutoencoderKL(
+        in_channels=1, out_channels=1, **blocks, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4
+    )
     small.save_pretrained(tmp_path / "vae")
     row = counted(configured(f"data.vae={tmp_path / 'vae'}", "data.resolution=16", "teacher.steps=1"))["teacher"]
     convolution = 2 * 16 * 16 * 8 * 9  # the first of the encoder, one channel to eight, 3 × 3
     assert row.before > 1438 * convolution / 1e9 and row.seconds > row.before
     assert counted(configured())["teacher"].before == 0
-    AutoencoderKL(in_channels=3, **blocks, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4).save_pretrained(tmp_path / "colour")
+    AutoencoderKL(
+        in_channels=3, **blocks, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4
+    ).save_pretrained(tmp_path / "colour")
     with pytest.raises(EdgeDiTError, match="have 1 channels, but the VAE takes 3"):
         counted(configured(f"data.vae={tmp_path / 'colour'}", "data.resolution=16"))
-    assert counted(configured("data.vae=not-here", "data.resolution=16"))["teacher"].before > row.before  # taken to be as large as Stable Diffusion's
+    assert (
+        counted(configured("data.vae=not-here", "data.resolution=16"))["teacher"].before > row.before
+    )  # taken to be as large as Stable Diffusion's
 
 
 PAPER = """
@@ -199,11 +234,18 @@ def test_the_paper_recipe_is_estimated_without_anything_of_its_own(repository, r
     assert "1 × A100:" in lines[0] and "8 × A100:" in lines[0]
     assert [line.split()[0] for line in lines[1:10]] == [*STAGES, "all"]
     devices = {line.split()[0]: re.findall(r"\b(?:cpu|[18] GPUs?)(?= )", line) for line in lines[1:9]}
-    assert devices["tune"] == devices["bank"] == ["1 GPU", "8 GPUs"] and devices["search"] == devices["evaluate"] == ["1 GPU", "1 GPU"]
+    assert devices["tune"] == devices["bank"] == ["1 GPU", "8 GPUs"] and devices["search"] == devices["evaluate"] == [
+        "1 GPU",
+        "1 GPU",
+    ]
     assert devices["latency"] == devices["export"] == ["cpu", "cpu"]
     assert all(float(held) < 80 for held in re.findall(r"([\d.]+) GB", lines[9])[2:])  # both GPU columns fit
     said = [line for line in lines if line.startswith("Assumed: ")]
-    assert [next(word for word in ("data.source", "VAE", "teacher.path") if word in line) for line in said] == ["data.source", "VAE", "teacher.path"]
+    assert [next(word for word in ("data.source", "VAE", "teacher.path") if word in line) for line in said] == [
+        "data.source",
+        "VAE",
+        "teacher.path",
+    ]
     assert int(lines[-1].split()[1]) < 1800  # MB; the teacher alone would be 2,700
     assert not (tmp_path / "run").exists()
 
@@ -227,11 +269,19 @@ def test_a_real_run_needs_what_was_estimated(configured, repository, run_python,
     rows = by_stage(configured(*overrides))
     arguments = [part for override in ("threads=1", *overrides) for part in ("--override", override)]
     for script, stage in (("train_teacher", "teacher"), ("distill_proxies", "bank")):
-        printed = run_python(MEASURED, repository / "training" / f"{script}.py", "--config", tmp_path / "recipe.yaml", *arguments)
+        printed = run_python(
+            MEASURED, repository / "training" / f"{script}.py", "--config", tmp_path / "recipe.yaml", *arguments
+        )
         record = json.loads((tmp_path / "run" / stage / "stage.json").read_text())
-        peak = int(printed.split()[-1]) if stage == "teacher" else 1e9 * max(group["peak_gb"] for group in record["ranks"][0])
+        peak = (
+            int(printed.split()[-1])
+            if stage == "teacher"
+            else 1e9 * max(group["peak_gb"] for group in record["ranks"][0])
+        )
         assert peak / 1.5 < rows[stage].memory < 1.5 * peak, stage
-        assert record["seconds"] / 2.5 < rows[stage].seconds < 2.5 * record["seconds"], stage  # 1.5 where nothing else runs
+        assert record["seconds"] / 2.5 < rows[stage].seconds < 2.5 * record["seconds"], (
+            stage
+        )  # 1.5 where nothing else runs
 
 
 def test_what_cannot_run_is_said_before_anything_runs(configured):

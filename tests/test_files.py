@@ -1,4 +1,6 @@
-"""Files that others can trust: what killed processes leave is cleared up, one process works in a folder, results are what was written."""
+"""Files that others can trust: what killed processes leave is cleared up, one process works in a folder, results are
+what was written.
+"""
 
 import json
 import os
@@ -76,7 +78,11 @@ def test_a_folder_replaced_under_sigkill_is_old_or_new_at_the_next_start_and_not
 def test_asides_of_running_processes_and_of_other_hosts_stay(tmp_path):
     alive, dead = os.getpid(), gone()
     kept = [f".a.tmp-{alive}", aside_of(tmp_path / "a").name, f".a.tmp-ffffff-{dead}-77", ".hidden", ".a.other-3"]
-    left = [f".a.tmp-{dead}", aside_of(tmp_path / "a").name.replace(f"-{alive}-", f"-{dead}-"), aside_of(tmp_path / "b").name + "9"]
+    left = [
+        f".a.tmp-{dead}",
+        aside_of(tmp_path / "a").name.replace(f"-{alive}-", f"-{dead}-"),
+        aside_of(tmp_path / "b").name + "9",
+    ]
     for name in kept + left:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("")
@@ -126,7 +132,10 @@ def holder(tmp_path):
 
 
 def test_a_second_process_is_told_who_works_in_the_folder(tmp_path, holder):
-    with pytest.raises(EdgeDiTError, match=rf"in use by process {holder.pid} on {socket.gethostname()} .*Wait for it or stop it.*delete .*run\.lock"):
+    with pytest.raises(
+        EdgeDiTError,
+        match=rf"in use by process {holder.pid} on {socket.gethostname()} .*Wait for it or stop it.*delete .*run\.lock",
+    ):
         FolderLock(tmp_path).acquire()
     FolderLock(tmp_path).release()  # not ours: it stays
     assert json.loads((tmp_path / "run.lock").read_text())["pid"] == holder.pid
@@ -138,7 +147,11 @@ def test_a_second_process_is_told_who_works_in_the_folder(tmp_path, holder):
 
 
 def test_a_lock_ends_with_its_process(tmp_path, run_python):
-    run_python("import sys\nfrom edgedit_hf.files import FolderLock\nFolderLock(sys.argv[1]).acquire()\nraise SystemExit(3)", tmp_path, expect=3)
+    run_python(
+        "import sys\nfrom edgedit_hf.files import FolderLock\nFolderLock(sys.argv[1]).acquire()\nraise SystemExit(3)",
+        tmp_path,
+        expect=3,
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -200,7 +213,11 @@ def test_a_large_file_is_hashed_again_only_when_its_time_differs(tmp_path, monke
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
 def test_only_finite_weights_pass_in_every_type(tmp_path, dtype):
-    good = {"a": torch.tensor(3 * [torch.finfo(dtype).max], dtype=torch.float64).to(dtype), "n": torch.arange(3), "e": torch.zeros(0, dtype=dtype)}
+    good = {
+        "a": torch.tensor(3 * [torch.finfo(dtype).max], dtype=torch.float64).to(dtype),
+        "n": torch.arange(3),
+        "e": torch.zeros(0, dtype=dtype),
+    }
     bad = {**good, "b": torch.tensor([1.0, float("nan")]).to(dtype)}
     check_finite(good, "model", "remedy")
     save_file(good, tmp_path / "good.safetensors")
@@ -208,5 +225,7 @@ def test_only_finite_weights_pass_in_every_type(tmp_path, dtype):
     save_file(bad, tmp_path / "bad.safetensors")
     with pytest.raises(EdgeDiTError, match="model: 1 of 4 tensors hold NaN or infinite values, the first is b; remedy"):
         check_finite(bad, "model", "remedy")
-    with pytest.raises(EdgeDiTError, match="model: 1 of 4 tensors of bad.safetensors hold NaN .* the first is b; remedy"):
+    with pytest.raises(
+        EdgeDiTError, match="model: 1 of 4 tensors of bad.safetensors hold NaN .* the first is b; remedy"
+    ):
         check_finite_files(tmp_path, "model", "remedy")

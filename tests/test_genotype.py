@@ -44,10 +44,21 @@ def test_facts_about_a_genotype():
 
 def test_equal_genotypes_have_equal_text_and_hash_and_others_do_not():
     genotype = mixed()
-    whole_numbers = Genotype(tuple(dataclasses.replace(layer, mlp_ratio=int(layer.mlp_ratio)) for layer in genotype.layers), 32)
-    assert whole_numbers == genotype and whole_numbers.to_json() == genotype.to_json() and whole_numbers.hash == genotype.hash
+    whole_numbers = Genotype(
+        tuple(dataclasses.replace(layer, mlp_ratio=int(layer.mlp_ratio)) for layer in genotype.layers), 32
+    )
+    assert (
+        whole_numbers == genotype
+        and whole_numbers.to_json() == genotype.to_json()
+        and whole_numbers.hash == genotype.hash
+    )
     assert len(genotype.hash) == 16 and int(genotype.hash, 16) >= 0
-    others = [Genotype.original(5, 32, 2), Genotype.original(4, 32, 2), Genotype.original(5, 32, 4), Genotype.original(5, 32, 2, 2.0)]
+    others = [
+        Genotype.original(5, 32, 2),
+        Genotype.original(4, 32, 2),
+        Genotype.original(5, 32, 4),
+        Genotype.original(5, 32, 2, 2.0),
+    ]
     assert len({genotype.hash, *(other.hash for other in others)}) == 5
 
 
@@ -92,7 +103,9 @@ def test_a_layer_with_a_missing_key_or_that_is_none_is_refused():
 
 
 @pytest.mark.parametrize(
-    "sources", [[], [[1]], [[0], [2]], [[0], [0]], [[1], [0]], [[0, 1], [1]], [[0], [1, 2], [4]]], ids=lambda sources: str(sources)
+    "sources",
+    [[], [[1]], [[0], [2]], [[0], [0]], [[1], [0]], [[0, 1], [1]], [[0], [1, 2], [4]]],
+    ids=lambda sources: str(sources),
 )
 def test_every_teacher_layer_is_replaced_once_and_in_order(sources):
     with pytest.raises(EdgeDiTError, match="must replace teacher layers 0 … n-1 once each, in order"):

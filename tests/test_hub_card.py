@@ -56,7 +56,10 @@ def test_text_loads_compares_and_reproduces(report, tmp_path):
     assert all(line.startswith("|") and line.count("|") == table[0].count("|") for line in table)
     assert "Fréchet distance (digits-cnn, n=64)" in table[0] and "| student, tuned |" in "\n".join(table)
     recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
-    assert recipe["seed"] == 5 and recipe["teacher"]["hidden_size"] == report["reproduce"]["config"]["teacher"]["hidden_size"]
+    assert (
+        recipe["seed"] == 5
+        and recipe["teacher"]["hidden_size"] == report["reproduce"]["config"]["teacher"]["hidden_size"]
+    )
     assert "## Limits" in card and "FID" not in card and "{{" not in card and "{%" not in card
 
 
@@ -90,7 +93,22 @@ def test_recipe_of_the_report_is_one_that_loads(report, tmp_path):
 HOSTILE = "](javascript:x)|<b>*a*`c`\n---\n# title\n```\n[x]: http://evil\r\n| a | b |\n{{ 7*7 }} $x$ ~~y~~ __z__ &lt;"
 
 
-STRUCTURE = ("html", "fence", "link", "image", "heading", "em_", "strong", "s_", "bullet", "ordered", "blockquote", "hr", "table", "code_block")
+STRUCTURE = (
+    "html",
+    "fence",
+    "link",
+    "image",
+    "heading",
+    "em_",
+    "strong",
+    "s_",
+    "bullet",
+    "ordered",
+    "blockquote",
+    "hr",
+    "table",
+    "code_block",
+)
 
 
 def visible(markdown: str) -> tuple[str, list]:
@@ -118,7 +136,9 @@ def test_names_of_others_stay_text_in_the_card(report, tmp_path):
         data = metadata(card)
         assert set(data) == set(metadata(plain)) and data["license"] == "mit"
         body, before = card.split("\n---\n", 1)[1], plain.split("\n---\n", 1)[1]
-        found, wanted = ([token.type for token in visible(text)[1] if token.type.startswith(STRUCTURE)] for text in (body, before))
+        found, wanted = (
+            [token.type for token in visible(text)[1] if token.type.startswith(STRUCTURE)] for text in (body, before)
+        )
         assert found == wanted  # no link, no HTML, no heading, no emphasis, no block of code more than without
         assert "49" not in body
 

@@ -1,4 +1,6 @@
-"""The order of the house: a module imports only what stands above it, model files stand alone, and importing stays light."""
+"""The order of the house: a module imports only what stands above it, model files stand alone, and importing stays
+light.
+"""
 
 import ast
 import sys
@@ -47,7 +49,10 @@ ORDER = [
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in ((names,) if isinstance(names, str) else names)}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "botorch", "gpytorch", "onnx", "onnxruntime"}
-LIGHT_MODULES = "errors entry markup files schema records genotype search_space recipes run_state registration commands optimum_register".split()
+LIGHT_MODULES = (
+    "errors entry markup files schema records genotype search_space recipes run_state registration "
+    "commands optimum_register"
+).split()
 SELF_CONTAINED = {"torch", "diffusers", "safetensors", "numpy", "PIL"} | sys.stdlib_module_names
 
 
@@ -104,7 +109,9 @@ def test_a_module_imports_only_what_stands_above_it(path):
         assert PLACE[parts[1]] <= place, f"{path}:{line} imports {name}, which stands below {entry(path)}"
 
 
-@pytest.mark.parametrize("path", sorted([*SOURCE.glob("models/transformer_*.py"), *SOURCE.glob("pipelines/pipeline_*.py")]), ids=str)
+@pytest.mark.parametrize(
+    "path", sorted([*SOURCE.glob("models/transformer_*.py"), *SOURCE.glob("pipelines/pipeline_*.py")]), ids=str
+)
 def test_model_and_pipeline_files_stand_alone(path):
     foreign = [f"{line}: {name}" for line, name in imports(path) if name.split(".")[0] not in SELF_CONTAINED]
     assert not foreign, f"{path} ships to the Hub as it is, but imports {foreign}"

@@ -1,4 +1,6 @@
-"""What all recipes share: exit codes, the accelerator, loading of data and pipelines with one clear error each, learning rates."""
+"""What all recipes share: exit codes, the accelerator, loading of data and pipelines with one clear error each,
+learning rates.
+"""
 
 import json
 import math
@@ -7,7 +9,14 @@ import sys
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from safetensors.torch import load_file, save_file
 
 from edgedit_hf import EdgeDiTPipeline
@@ -65,7 +74,9 @@ def tiny_vae():
 def launch(tmp_path, monkeypatch, capsys):
     """`launch(run, *arguments)`: a recipe's command line; returns (exit code, stdout, stderr)."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"output_dir: {tmp_path / 'run'}\nthreads: 1\nteacher: {{hidden_size: 32, num_layers: 2, num_heads: 2}}\n")
+    recipe.write_text(
+        f"output_dir: {tmp_path / 'run'}\nthreads: 1\nteacher: {{hidden_size: 32, num_layers: 2, num_heads: 2}}\n"
+    )
 
     def run_it(run, *arguments: str):
         monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", str(recipe), *arguments])
@@ -107,7 +118,10 @@ def test_bad_input_is_one_line_and_exit_code_2(launch):
 
 
 def test_an_interruption_is_exit_code_130(launch):
-    assert launch(raising(Interrupted("Stopped at step 3 of 9 of demo; saved.")))[::2] == (130, "Stopped at step 3 of 9 of demo; saved.\n")
+    assert launch(raising(Interrupted("Stopped at step 3 of 9 of demo; saved.")))[::2] == (
+        130,
+        "Stopped at step 3 of 9 of demo; saved.\n",
+    )
     assert launch(raising(KeyboardInterrupt()))[::2] == (130, "Interrupted. Run the same command to continue.\n")
 
 
@@ -215,12 +229,24 @@ def change_config(**changes):
         (lambda folder: (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink(), "cannot be loaded"),
         (lambda folder: (folder / "transformer" / "config.json").write_text("{"), "cannot be loaded"),
         (lambda folder: (folder / "model_index.json").write_text('{"_class_name": "NoPipeline"}'), "cannot be loaded"),
-        (lambda folder: (folder / "model_index.json").unlink(), "There is no pipeline in .* written by stage teacher, run that first"),
+        (
+            lambda folder: (folder / "model_index.json").unlink(),
+            "There is no pipeline in .* written by stage teacher, run that first",
+        ),
         (change_config(layers=[]), "do not fit"),
         (change_config(layers=[{"source": [0]}]), "cannot be loaded"),
         (change_config(hidden_size=64), "cannot be loaded"),
     ],
-    ids=["truncated", "no weights", "no config", "unknown class", "no index", "fewer layers", "foreign layers", "another width"],
+    ids=[
+        "truncated",
+        "no weights",
+        "no config",
+        "unknown class",
+        "no index",
+        "fewer layers",
+        "foreign layers",
+        "another width",
+    ],
 )
 def test_a_pipeline_that_cannot_be_used_is_one_clear_error(damaged, change, said):
     assert re.search(said, damaged(change))
@@ -237,9 +263,16 @@ def test_a_pipeline_of_another_class_is_refused(tmp_path):
 
 
 def test_a_new_teacher_is_what_the_recipe_says(tmp_path):
-    config = configured(tmp_path, "teacher={hidden_size: 32, num_layers: 3, num_heads: 2, patch_size: 4, learn_sigma: true}")
+    config = configured(
+        tmp_path, "teacher={hidden_size: 32, num_layers: 3, num_heads: 2, patch_size: 4, learn_sigma: true}"
+    )
     model = new_teacher(config, (3, 16, 16), 7)
-    assert (model.config.sample_size, model.config.in_channels, model.config.num_classes, model.out_channels) == (16, 3, 7, 6)
+    assert (model.config.sample_size, model.config.in_channels, model.config.num_classes, model.out_channels) == (
+        16,
+        3,
+        7,
+        6,
+    )
     assert len(model.blocks) == 3 and model.config.hidden_size == 32 and model.config.patch_size == 4
     config.teacher.conditional = False
     assert new_teacher(config, (3, 16, 16), 7).label_embedder is None
@@ -265,7 +298,12 @@ def test_data_that_fits_its_model_and_data_that_does_not(make_transformer, image
 def test_the_training_set_is_images_or_cached_latents(images, tiny_vae, tmp_path):
     accelerator = make_accelerator(configured(tmp_path, "threads=0"))
     pixels, vae = load_training_set(configured(tmp_path), accelerator)
-    assert vae is None and pixels.shape == (1, 8, 8) and pixels.fingerprint == images.fingerprint and pixels.num_classes == 10
+    assert (
+        vae is None
+        and pixels.shape == (1, 8, 8)
+        and pixels.fingerprint == images.fingerprint
+        and pixels.num_classes == 10
+    )
 
     tiny_vae.save_pretrained(tmp_path / "vae")
     config = configured(tmp_path, f"data.vae={tmp_path / 'vae'}")
@@ -284,7 +322,9 @@ def test_an_autoencoder_that_cannot_be_used_is_one_clear_error(make_transformer,
     tiny_vae.save_pretrained(tmp_path / "vae")
     load_vae(str(tmp_path / "vae"))
     make_transformer().save_pretrained(tmp_path / "dit")
-    with pytest.raises(EdgeDiTError, match="is a EdgeDiTTransformer2DModel; it must be one of AutoencoderKL, AutoencoderTiny"):
+    with pytest.raises(
+        EdgeDiTError, match="is a EdgeDiTTransformer2DModel; it must be one of AutoencoderKL, AutoencoderTiny"
+    ):
         load_vae(str(tmp_path / "dit"))
     with pytest.raises(EdgeDiTError, match="The VAE .*none' cannot be loaded"):
         load_vae(str(tmp_path / "none"))
@@ -323,7 +363,9 @@ def test_the_learning_rate_warms_up_and_decays_to_its_final_share():
     assert rates[-1] == pytest.approx(0.1, rel=1e-2) and min(rates[10:]) >= 0.1
     assert learning_rate_at(110, 2.0, 10, 110, 0.05) == pytest.approx(0.1)
     assert learning_rate_at(0, 2.0, 0, 1, 0.05) == 2.0
-    assert all(math.isfinite(learning_rate_at(step, 1.0, 50, 20, 0.0)) for step in range(20))  # a warm-up longer than the run
+    assert all(
+        math.isfinite(learning_rate_at(step, 1.0, 50, 20, 0.0)) for step in range(20)
+    )  # a warm-up longer than the run
 
 
 def test_every_group_gets_the_learning_rate():
@@ -338,7 +380,9 @@ def test_every_group_gets_the_learning_rate():
 
 def with_remote_code(folder):
     """A text encoder whose config and tokenizer name code of their own, which leaves a mark when it runs."""
-    (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass Tokens: pass\n")
+    (folder / "code.py").write_text(
+        f"open({str(folder / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass Tokens: pass\n"
+    )
     auto = {"AutoConfig": "code.Config", "AutoModel": "code.Model", "AutoTokenizer": ["code.Tokens", None]}
     (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto, "tokenizer_class": "Tokens"}))

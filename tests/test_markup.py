@@ -11,7 +11,17 @@ from markdown_it import MarkdownIt
 from edgedit_hf.markup import code, csv_cell, fenced, markdown, one_line, quoted
 
 NAMES = [
-    *("plain", "](javascript:x)|<b>", "[x](http://evil)", "![x](y)", "<script>alert(1)</script>", "a|b|c", "`c` ``d``", "`", "*a* **b** _c_ __d__ ~~e~~"),
+    *(
+        "plain",
+        "](javascript:x)|<b>",
+        "[x](http://evil)",
+        "![x](y)",
+        "<script>alert(1)</script>",
+        "a|b|c",
+        "`c` ``d``",
+        "`",
+        "*a* **b** _c_ __d__ ~~e~~",
+    ),
     *(
         "# a",
         "- a",
@@ -53,7 +63,11 @@ def test_a_name_is_read_as_it_stands(name):
         f"| {markdown(name)} | 2 |\n|---|---|\n| 1 | {markdown(name)} |",
     ):
         tokens = parsed(page)
-        said = [words("".join(part.content for part in token.children if part.type == "text")) for token in tokens if token.type == "inline"]
+        said = [
+            words("".join(part.content for part in token.children if part.type == "text"))
+            for token in tokens
+            if token.type == "inline"
+        ]
         kinds = {token.type.removesuffix("_open") for token in tokens if token.type.endswith("_open")}
         assert kinds <= {"paragraph", "heading", "table", "thead", "tbody", "tr", "th", "td"} and not any(
             token.type.startswith(("html", "image")) for token in tokens
@@ -67,7 +81,9 @@ def test_code_and_literals_hold_the_name(name):
         spans = [token.content for token in parsed(page) if token.type == "code_inline"]
         assert [words(span).replace("\\|", "|") for span in spans] == [words(name)]
     (block,) = [token for token in parsed(f"a\n\n{fenced(name, 'yaml')}\n\n# b") if token.type == "fence"]
-    assert block.info == "yaml" and block.content.rstrip("\n") == MarkdownIt().parse(f"~~~~~~\n{name}\n~~~~~~")[0].content.rstrip("\n")
+    assert block.info == "yaml" and block.content.rstrip("\n") == MarkdownIt().parse(f"~~~~~~\n{name}\n~~~~~~")[
+        0
+    ].content.rstrip("\n")
     assert json.loads(quoted(name)) == name and "\n" not in quoted(name)
     assert ast.literal_eval(quoted("a\"b'\\n")) == "a\"b'\\n"
 
@@ -76,4 +92,16 @@ def test_no_cell_is_a_formula():
     cells = ["=1+1", "+1", "-1", "@x", "\t=1", "|x", "plain", -0.5, 3, "a=b", ""]
     file = io.StringIO()
     csv.writer(file).writerow([csv_cell(cell) for cell in cells])
-    assert next(csv.reader(io.StringIO(file.getvalue()))) == ["'=1+1", "'+1", "'-1", "'@x", "'\t=1", "'|x", "plain", "-0.5", "3", "a=b", ""]
+    assert next(csv.reader(io.StringIO(file.getvalue()))) == [
+        "'=1+1",
+        "'+1",
+        "'-1",
+        "'@x",
+        "'\t=1",
+        "'|x",
+        "plain",
+        "-0.5",
+        "3",
+        "a=b",
+        "",
+    ]

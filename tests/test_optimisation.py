@@ -1,4 +1,6 @@
-"""Optimiser, moving average and scaler in a checkpoint: by name, whatever the order; refused where they are of another model."""
+"""Optimiser, moving average and scaler in a checkpoint: by name, whatever the order; refused where they are of another
+model.
+"""
 
 import copy
 
@@ -19,14 +21,23 @@ def make_net(order=("one", "two", "three"), width: int = 3) -> torch.nn.ModuleDi
 
 
 def loop(net: torch.nn.Module, decayed: bool = False, **parts) -> tuple[torch.optim.Optimizer, EMAModel, Optimisation]:
-    groups = [{"params": [p for n, p in net.named_parameters() if n.endswith("bias")], "weight_decay": 0.0},
-              {"params": [p for n, p in net.named_parameters() if n.endswith("weight")]}] if decayed else net.parameters()  # fmt: skip
+    groups = (
+        [
+            {"params": [p for n, p in net.named_parameters() if n.endswith("bias")], "weight_decay": 0.0},
+            {"params": [p for n, p in net.named_parameters() if n.endswith("weight")]},
+        ]
+        if decayed
+        else net.parameters()
+    )
     optimizer, ema = torch.optim.AdamW(groups, lr=0.1), EMAModel(net.parameters(), decay=0.5)
     return optimizer, ema, Optimisation(optimizer, net.named_parameters(), ema, **parts)
 
 
 def gradient(name: str, step: int) -> torch.Tensor:
-    return torch.randn(3 if name.endswith("bias") else (3, 3), generator=torch.Generator().manual_seed(100 * step + sum(map(ord, name))))
+    return torch.randn(
+        3 if name.endswith("bias") else (3, 3),
+        generator=torch.Generator().manual_seed(100 * step + sum(map(ord, name))),
+    )
 
 
 def train(net, optimizer, ema, step: int) -> None:
@@ -53,7 +64,10 @@ def test_a_state_finds_its_parameters_in_another_order(decayed, scaled, tmp_path
         train(model, *parts, 1)
     assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in net.state_dict().items())
     averages = dict(zip(dict(net.named_parameters()), ema.shadow_params))
-    assert all(torch.equal(averages[name], average) for name, average in zip(dict(other.named_parameters()), ema_2.shadow_params))
+    assert all(
+        torch.equal(averages[name], average)
+        for name, average in zip(dict(other.named_parameters()), ema_2.shadow_params)
+    )
     assert ema_2.optimization_step == 2 and (again is None or again.get_scale() == scaler.get_scale())
     by_position = loop(other)[0]
     by_position.load_state_dict(copy.deepcopy(loop(net)[0].state_dict()))  # PyTorch sees no fault
@@ -80,7 +94,10 @@ def test_it_loads_what_the_parts_themselves_would(tmp_path):
         ({"order": ("one", "two", "other")}, "2 missing .other.bias., 2 unknown .three.bias."),
         ({"width": 4}, r"6 unequal .one.weight of shape \[3, 3\], but here \[4, 4\]."),
         ({"decayed": True}, r"groups its parameters by \[6\], this one by \[3, 3\]"),
-        ({"scaler": torch.amp.GradScaler("cpu")}, "holds ema, groups, optimizer, shapes, but .*scaler.* are needed.*mixed precision"),
+        (
+            {"scaler": torch.amp.GradScaler("cpu")},
+            "holds ema, groups, optimizer, shapes, but .*scaler.* are needed.*mixed precision",
+        ),
     ],
     ids=["more", "fewer", "others", "shape", "groups", "parts"],
 )
@@ -90,7 +107,9 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing(change, said):
     train(net, optimizer, ema, 0)
     state = optimisation.state_dict()
     other = make_net(**{key: value for key, value in change.items() if key in ("order", "width")})
-    optimizer, ema, fresh = loop(other, **{key: value for key, value in change.items() if key not in ("order", "width")})
+    optimizer, ema, fresh = loop(
+        other, **{key: value for key, value in change.items() if key not in ("order", "width")}
+    )
     with pytest.raises(EdgeDiTError, match=said):
         fresh.load_state_dict(state)
     assert not optimizer.state and ema.optimization_step == 0
@@ -110,7 +129,9 @@ def test_a_checkpoint_by_position_of_an_earlier_version_is_refused(tmp_path):
         if step == 1:
             break
     run = new_run()
-    with pytest.raises(EdgeDiTError, match="holds model, optimizer, ema, but model, optimisation are needed.*delete the checkpoint"):
+    with pytest.raises(
+        EdgeDiTError, match="holds model, optimizer, ema, but model, optimisation are needed.*delete the checkpoint"
+    ):
         run.track(model=net, optimisation=optimisation)
     with pytest.raises(EdgeDiTError, match="another version"):
         optimisation.load_state_dict(optimizer.state_dict())

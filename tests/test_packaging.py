@@ -1,4 +1,6 @@
-"""What is installed: every package and data file, and (slow) that a pip user in an empty folder has what a clone has."""
+"""What is installed: every package and data file, and (slow) that a pip user in an empty folder has what a clone
+has.
+"""
 
 import configparser
 import json
@@ -23,7 +25,11 @@ def setup_cfg(repository):
 
 
 def _requirements(text: str) -> list[str]:
-    return [re.split(r"[<>=~!\[; ]", line.strip())[0].lower().replace("_", "-") for line in text.splitlines() if line.strip()]
+    return [
+        re.split(r"[<>=~!\[; ]", line.strip())[0].lower().replace("_", "-")
+        for line in text.splitlines()
+        if line.strip()
+    ]
 
 
 def test_every_package_is_listed(setup_cfg, repository):
@@ -55,7 +61,18 @@ def wheel(repository, tmp_path_factory):
         shutil.copytree(repository / name, sources / name, ignore=ignore)
     for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md"):
         shutil.copy(repository / name, sources / name)
-    build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder, sources]
+    build = [
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--wheel-dir",
+        folder,
+        sources,
+    ]
     subprocess.run([sys.executable, *map(str, build)], check=True, capture_output=True, text=True)
     (built,) = folder.glob("*.whl")
     return built
@@ -66,7 +83,11 @@ def test_the_wheel_holds_code_recipes_and_templates(wheel, repository):
     names = set(archive.namelist())
     (top_level,) = [name for name in names if name.endswith("dist-info/top_level.txt")]
     assert archive.read(top_level).decode().split() == ["edgedit_hf"]
-    mapped = {"src/edgedit_hf/optimum_register": "optimum/commands/register", "src": "", "training": "edgedit_hf/training"}
+    mapped = {
+        "src/edgedit_hf/optimum_register": "optimum/commands/register",
+        "src": "",
+        "training": "edgedit_hf/training",
+    }
     mapped["hub_cards"] = "edgedit_hf/hub_cards"
     for folder, target in mapped.items():
         for path in (repository / folder).rglob("*"):
@@ -82,13 +103,15 @@ def test_the_wheel_holds_code_recipes_and_templates(wheel, repository):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """A fresh environment with the wheel installed and the tested dependencies; returns its bin folder and an empty folder."""
+    """A fresh environment with the wheel installed and the tested dependencies; returns its bin folder and an empty
+    folder.
+    """
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder / "venv", with_pip=False)
     here = Path(sysconfig.get_path("purelib"))
     there = folder / "venv" / here.relative_to(sys.prefix)
-    # The dependencies are linked rather than installed again, into the same folder, as pip would put them: optimum-cli finds
-    # our command only beside optimum's own files.
+    # The dependencies are linked rather than installed again, into the same folder, as pip would put them: optimum-cli
+    # finds our command only beside optimum's own files.
     for entry in here.iterdir():
         if entry.name == "optimum":
             shutil.copytree(entry, there / entry.name)
@@ -130,7 +153,9 @@ def test_a_pip_user_has_what_a_clone_has(installed, repository):
     planned = python(*launch, "training/compress.py", "--config", "run.yaml", "--dry-run")
     assert "teacher" in planned and "export" in planned and not (empty / "runs").exists()
 
-    templates = python("-c", "import importlib.resources as r; print([p.name for p in r.files('edgedit_hf.hub_cards').iterdir()])")
+    templates = python(
+        "-c", "import importlib.resources as r; print([p.name for p in r.files('edgedit_hf.hub_cards').iterdir()])"
+    )
     for path in (repository / "hub_cards").glob("*.jinja"):
         assert path.name in templates
     assert "--format" in python("-m", "optimum.commands.optimum_cli", "export", "edgedit", "--help")

@@ -1,4 +1,6 @@
-"""What would stop a run after hours stops it, and its `--dry-run`, before the first stage; what is not here is only noted."""
+"""What would stop a run after hours stops it, and its `--dry-run`, before the first stage; what is not here is only
+noted.
+"""
 
 import json
 import os
@@ -41,7 +43,12 @@ def test_recipes_that_work_pass_and_a_dry_run_writes_nothing(tmp_path, dry_run):
 def test_what_is_not_here_is_noted(tmp_path):
     notes = preflight(config(tmp_path, recipe="imagenet256-edgedit1.yaml"), COMPRESS, dry_run=True)
     said = " ".join(notes)
-    for words in ("teacher.path ./runs/dit-xl-2-256, which is not here", "data.vae stabilityai", "images of ILSVRC/imagenet-1k", "Inception weights"):
+    for words in (
+        "teacher.path ./runs/dit-xl-2-256, which is not here",
+        "data.vae stabilityai",
+        "images of ILSVRC/imagenet-1k",
+        "Inception weights",
+    ):
         assert words in said
     assert not list(tmp_path.iterdir())
     with pytest.raises(EdgeDiTError, match="Inception weights .* do not exist"):
@@ -52,7 +59,10 @@ def test_what_is_not_here_is_noted(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["teacher.batch_size=30", "teacher.gradient_accumulation=4"], "teacher.batch_size 30 is not a multiple of processes × gradient_accumulation = 8"),
+        (
+            ["teacher.batch_size=30", "teacher.gradient_accumulation=4"],
+            "teacher.batch_size 30 is not a multiple of processes × gradient_accumulation = 8",
+        ),
         (["tune.batch_size=31"], "tune.batch_size 31"),
         (["student.genotype=EdgeDiT-1"], "teacher"),
         (["student.genotype=no.json"], "student.genotype names 'no.json'"),
@@ -88,14 +98,20 @@ def test_settings_that_a_later_stage_of_text_to_image_would_refuse(tmp_path, ove
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
-def test_a_damaged_held_out_image_is_found_before_the_first_stage_and_by_no_stage_that_does_not_use_it(tmp_path, monkeypatch, dry_run):
+def test_a_damaged_held_out_image_is_found_before_the_first_stage_and_by_no_stage_that_does_not_use_it(
+    tmp_path, monkeypatch, dry_run
+):
     monkeypatch.setattr("edgedit_hf.data.IN_MEMORY_BYTES", 0)  # as of a set that is not decoded at once
     source = f"data.source={images(tmp_path / 'images')}"
     from edgedit_hf.launch import load_run_images
 
     run = config(tmp_path / "run", source, "teacher.conditional=false")
     first = load_run_images(run, "validation").batch([0])["images"][0, 0].numpy()
-    held_out = [path for path in (tmp_path / "images").rglob("*.png") if np.allclose(np.asarray(Image.open(path)) / 127.5 - 1, first, atol=1e-3)]
+    held_out = [
+        path
+        for path in (tmp_path / "images").rglob("*.png")
+        if np.allclose(np.asarray(Image.open(path)) / 127.5 - 1, first, atol=1e-3)
+    ]
     assert len(held_out) == 1
     held_out[0].write_bytes(held_out[0].read_bytes()[:60])
     with pytest.raises(EdgeDiTError, match=str(held_out[0])):
@@ -125,8 +141,12 @@ def test_a_given_teacher_with_a_short_schedule_or_a_file_cut_short(tmp_path, mak
     EdgeDiTPipeline(make_transformer(sample_size=8, in_channels=1), scheduler).save_pretrained(tmp_path / "teacher")
     run = config(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}")
     assert preflight(run, COMPRESS) == []
-    with pytest.raises(EdgeDiTError, match="evaluate.sampling_steps is 51, but the schedule of DDIMScheduler has 50 timesteps"):
-        preflight(config(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}", "evaluate.sampling_steps=51"), COMPRESS)
+    with pytest.raises(
+        EdgeDiTError, match="evaluate.sampling_steps is 51, but the schedule of DDIMScheduler has 50 timesteps"
+    ):
+        preflight(
+            config(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}", "evaluate.sampling_steps=51"), COMPRESS
+        )
     path = next((tmp_path / "teacher" / "transformer").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(EdgeDiTError, match=f"{path} cannot be read"):
@@ -146,13 +166,14 @@ def test_places_that_cannot_be_written(tmp_path):
         (tmp_path / "file" / "run", "is not a folder"),
         (tmp_path / ("x" * 300), "longer than 255 bytes"),
         (Path("a\0b"), "NUL byte"),
-
     ):
         with pytest.raises(EdgeDiTError, match=said):
             check_writable(path)
     check_writable(tmp_path / "new" / "deep")
     assert sorted(os.listdir(tmp_path)) == ["file"]
-    with pytest.raises(EdgeDiTError, match=r"The run will write 1000000000.00 GB below .*, but its disk has .* GB left"):
+    with pytest.raises(
+        EdgeDiTError, match=r"The run will write 1000000000.00 GB below .*, but its disk has .* GB left"
+    ):
         check_space(tmp_path / "new", 1e18, "The run")
 
 
@@ -160,14 +181,24 @@ def test_places_that_cannot_be_written(tmp_path):
     ("file", "text", "said"),
     [
         ("scheduler/scheduler_config.json", "[]", "must hold keys and values"),
-        ("scheduler/scheduler_config.json", '{"_class_name": "Nobody"}', "a scheduler of class 'Nobody', which diffusers does not have"),
-        ("scheduler/scheduler_config.json", '{"_class_name": "DDIMScheduler", "num_train_timesteps": "many"}', "scheduler"),
+        (
+            "scheduler/scheduler_config.json",
+            '{"_class_name": "Nobody"}',
+            "a scheduler of class 'Nobody', which diffusers does not have",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            '{"_class_name": "DDIMScheduler", "num_train_timesteps": "many"}',
+            "scheduler",
+        ),
         ("model_index.json", "[]", "must hold keys and values"),
         ("model_index.json", '{"_class_name": ["own", "SomebodysPipeline"]}', "holds a SomebodysPipeline"),
     ],
 )
 def test_a_given_teacher_with_a_damaged_config(tmp_path, make_transformer, file, text, said):
-    EdgeDiTPipeline(make_transformer(sample_size=8, in_channels=1), make_scheduler("epsilon")).save_pretrained(tmp_path / "teacher")
+    EdgeDiTPipeline(make_transformer(sample_size=8, in_channels=1), make_scheduler("epsilon")).save_pretrained(
+        tmp_path / "teacher"
+    )
     (tmp_path / "teacher" / file).write_text(text)
     with pytest.raises(EdgeDiTError, match=said):
         preflight(config(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}"), COMPRESS)

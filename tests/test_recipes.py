@@ -24,7 +24,12 @@ def load(tmp_path):
 def test_keys_that_are_left_out_have_their_defaults(load):
     assert load("") == load("# nothing") == load("teacher:\nbank:\n") == RunConfig()
     config = load("seed: 3\nteacher: {steps: 7, learning_rate: 1e-4}\nexport: {dtypes: [fp32]}\n")
-    assert (config.seed, config.teacher.steps, config.teacher.learning_rate, config.export.dtypes) == (3, 7, 1e-4, ["fp32"])
+    assert (config.seed, config.teacher.steps, config.teacher.learning_rate, config.export.dtypes) == (
+        3,
+        7,
+        1e-4,
+        ["fp32"],
+    )
     config.seed, config.export.dtypes = 0, ["fp32", "int8"]
     config.teacher = dataclasses.replace(config.teacher, steps=1000, learning_rate=1e-3)
     assert config == RunConfig()
@@ -49,13 +54,20 @@ def test_the_paper_recipe_gives_and_explains_every_key_of_its_stages(repository)
         if entry.name in text_to_image:
             continue
         section = getattr(config, entry.name)
-        keys = [entry.name] if not dataclasses.is_dataclass(section) else [key.name for key in dataclasses.fields(section)]
+        keys = (
+            [entry.name] if not dataclasses.is_dataclass(section) else [key.name for key in dataclasses.fields(section)]
+        )
         if dataclasses.is_dataclass(section):
             assert set(keys) == set(values[entry.name]), entry.name
         for key in keys:
             assert any(line.strip().startswith(f"{key}: ") and "  # " in line for line in lines), key
     assert (config.tune.steps, config.evaluate.samples, config.teacher.steps) == (100_000, 50_000, 400_000)
-    assert (config.teacher.hidden_size, config.teacher.num_layers, config.bank.reduced_attention_dim, config.bank.only) == (1152, 28, 512, None)
+    assert (
+        config.teacher.hidden_size,
+        config.teacher.num_layers,
+        config.bank.reduced_attention_dim,
+        config.bank.only,
+    ) == (1152, 28, 512, None)
 
 
 def test_sections_and_folders(load):
@@ -95,9 +107,15 @@ def test_sections_and_folders(load):
         ("teacher: {learning_rate: .nan}", "teacher.learning_rate is nan; it must be at least 0"),
         ("data: {channels: 2}", "data.channels is 2; it must be one of None, 1, 3"),
         ("search: {acquisition: ei}", "search.acquisition is 'ei'; it must be one of qlogehvi, qlognehvi, ehvi"),
-        ("teacher: {hidden_size: 128, num_heads: 5}", "teacher.hidden_size 128 is not a multiple of teacher.num_heads 5"),
+        (
+            "teacher: {hidden_size: 128, num_heads: 5}",
+            "teacher.hidden_size 128 is not a multiple of teacher.num_heads 5",
+        ),
         ("teacher: {hidden_size: 30, num_heads: 3}", "teacher.hidden_size 30 is not a multiple of 4"),
-        ("teacher: {prediction_type: flow_prediction, learn_sigma: true}", "learn_sigma needs teacher.prediction_type epsilon"),
+        (
+            "teacher: {prediction_type: flow_prediction, learn_sigma: true}",
+            "learn_sigma needs teacher.prediction_type epsilon",
+        ),
         ("search: {initial: 9, evaluations: 8}", "search.initial 9 exceeds search.evaluations 8"),
         ("export: {dtypes: [fp32, int3]}", "export.dtypes holds 'int3'; it may hold fp32, int8"),
         ("export: {executorch: [int3]}", "export.executorch holds 'int3'; it may hold fp32, int8, int4"),
@@ -173,15 +191,21 @@ def test_the_written_recipe_is_the_defaults_with_every_key_explained(load):
     for entry in dataclasses.fields(RunConfig):
         section = getattr(RunConfig(), entry.name)
         if not dataclasses.is_dataclass(section):
-            assert any(line.startswith(f"{entry.name}: ") and line.endswith(f"  # {entry.metadata['doc']}") for line in lines)
+            assert any(
+                line.startswith(f"{entry.name}: ") and line.endswith(f"  # {entry.metadata['doc']}") for line in lines
+            )
             continue
         assert f"{entry.name}:  # {type(section).__doc__}" in lines
         for key in dataclasses.fields(section):
             assert key.metadata["doc"] and key.name in values[entry.name]
-            assert any(line.startswith(f"  {key.name}: ") and line.endswith(f"  # {key.metadata['doc']}") for line in lines)
+            assert any(
+                line.startswith(f"  {key.name}: ") and line.endswith(f"  # {key.metadata['doc']}") for line in lines
+            )
 
 
-@pytest.mark.parametrize("path", ["runs/x", "org/name", "a b: c # d", "über", "null", "3", "'quoted'", "1e-3", "- x", "C:\\x"])
+@pytest.mark.parametrize(
+    "path", ["runs/x", "org/name", "a b: c # d", "über", "null", "3", "'quoted'", "1e-3", "- x", "C:\\x"]
+)
 def test_given_values_are_written_so_that_they_read_back(load, path):
     config = load(commented_yaml([f"teacher.path={path}", f"output_dir={path}"]))
     assert config.teacher.path == config.output_dir == path
@@ -194,7 +218,11 @@ def test_given_values_are_written_so_that_they_read_back(load, path):
 KEYS = [
     (section.name, entry)
     for section in dataclasses.fields(RunConfig)
-    for entry in (dataclasses.fields(getattr(RunConfig(), section.name)) if dataclasses.is_dataclass(getattr(RunConfig(), section.name)) else [section])
+    for entry in (
+        dataclasses.fields(getattr(RunConfig(), section.name))
+        if dataclasses.is_dataclass(getattr(RunConfig(), section.name))
+        else [section]
+    )
 ]
 VALUES = {
     "nan": ".nan",
@@ -226,7 +254,16 @@ VALUES = {
 }
 
 
-PARSED = ("very long", "deep", "deeper", "too many digits", "tagged", "code", "bytes", "no boolean")  # decided before any key is looked at
+PARSED = (
+    "very long",
+    "deep",
+    "deeper",
+    "too many digits",
+    "tagged",
+    "code",
+    "bytes",
+    "no boolean",
+)  # decided before any key is looked at
 
 
 def test_no_value_of_any_key_ends_in_another_error_or_is_taken_beyond_its_range(load):
@@ -244,7 +281,9 @@ def test_no_value_of_any_key_ends_in_another_error_or_is_taken_beyond_its_range(
             taken = getattr(config, name) if "." not in name else getattr(getattr(config, section), entry.name)
             if isinstance(taken, str):
                 assert "str" in kind and rule.length[0] <= len(taken) <= rule.length[1], (name, label)
-                assert label in ("nan", "inf", "a date", "no date", "beyond floats", "a long part") or rule.length[0] == 0, (name, label)
+                assert (
+                    label in ("nan", "inf", "a date", "no date", "beyond floats", "a long part") or rule.length[0] == 0
+                ), (name, label)
                 assert label != "a long part" or not rule.path, name
             elif isinstance(taken, list):
                 assert label == "a list" and "list" in kind, (name, label)
@@ -256,7 +295,10 @@ def test_every_number_has_both_ends_of_a_range():
     for section, entry in KEYS:
         rule = entry.metadata["rule"]
         if "int" in str(entry.type) or "float" in str(entry.type):
-            low, high = rule.minimum if rule.above is None else rule.above, rule.maximum if rule.below is None else rule.below
+            low, high = (
+                rule.minimum if rule.above is None else rule.above,
+                rule.maximum if rule.below is None else rule.below,
+            )
             assert rule.choices or low is not None and high is not None, (section, entry.name)
 
 
@@ -271,14 +313,21 @@ def test_every_number_has_both_ends_of_a_range():
         ("evaluate: {sampling_steps: 1001}", "evaluate.sampling_steps is 1001; it must be at most 1000"),
         (f"seed: {2**63}", f"seed is {2**63}; it must be at most {2**63 - 1}"),
         ("output_dir: ''", "output_dir is ''; it must not be empty"),
-        ("bank: {reduced_mlp_ratio: 0.005}", r"bank.reduced_mlp_ratio 0.005 leaves an MLP of teacher.hidden_size 128 no neuron; it must be at least 0.00781"),
+        (
+            "bank: {reduced_mlp_ratio: 0.005}",
+            r"bank.reduced_mlp_ratio 0.005 leaves an MLP of teacher.hidden_size 128 no neuron; it must be at least "
+            r"0.00781",
+        ),
         ("bank: {reduced_attention_dim: 30}", "bank.reduced_attention_dim 30 is not a multiple of teacher.num_heads 4"),
         ("elastic: {subnets: [../x=0.5]}", "elastic.subnets holds '../x=0.5'; it may hold name=width"),
         ("data: {split: test}", "data.split is 'test', but data.source is 'digits'"),
         ("data: {label_column: x}", "data.label_column is 'x', but data.source is 'digits'"),
         ("knowledge: {quantization: 4bit}", "knowledge.quantization is '4bit', but knowledge.teacher is null"),
         ("quantize: {group_size: 32}", "quantize.group_size is 32, but quantize.scheme is 'palette'"),
-        ("quantize: {rows_per_palette: 8, scheme: affine}", "quantize.rows_per_palette is 8, but quantize.scheme is 'affine'"),
+        (
+            "quantize: {rows_per_palette: 8, scheme: affine}",
+            "quantize.rows_per_palette is 8, but quantize.scheme is 'affine'",
+        ),
         ("elastic: {balance: none, balance_limit: 3}", "elastic.balance_limit is 3.0, but elastic.balance is 'none'"),
         ("seed: 1\nseed: 2", "the key 'seed' stands there twice"),
         ("teacher: {steps: 3}\ntune: {steps: 3, steps: 4}", "the key 'steps' stands there twice"),
@@ -287,8 +336,16 @@ def test_every_number_has_both_ends_of_a_range():
         ("? {a: b}\n: 1", "is not YAML"),
         ("a: &a [*a]", "is not YAML: it holds itself"),
         ("a: " + "[" * 400 + "]" * 400, "is not YAML: it is nested more than 20 deep"),
-        ("a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)), "more than 10000 values"),
-        ("a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 18)), "more than 10000 values"),
+        (
+            "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)),
+            "more than 10000 values",
+        ),
+        (
+            "a0: &a0 {x: 1}\n"
+            + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 18)),
+            "more than 10000 values",
+        ),
         ("# " + "x" * 2**18, "has more than 262144 bytes"),
     ],
 )
@@ -299,13 +356,30 @@ def test_what_cannot_work_or_is_never_read_is_refused(load, text, said):
 
 def test_anchors_and_dates_that_are_meant_are_read(load):
     config = load("output_dir: 2026-01-01\nteacher: &long {steps: 5, ema_decay: 0.9}\ntune:\n  <<: *long\n  steps: 7\n")
-    assert (config.output_dir, config.teacher.steps, config.tune.steps, config.tune.ema_decay) == ("2026-01-01", 5, 7, 0.9)
+    assert (config.output_dir, config.teacher.steps, config.tune.steps, config.tune.ema_decay) == (
+        "2026-01-01",
+        5,
+        7,
+        0.9,
+    )
 
 
-@pytest.mark.parametrize("name", ["debug.yaml", "debug-t2i.yaml", "digits-t2i.yaml", "debug-quantize.yaml", "digits.yaml", "imagenet256-edgedit1.yaml"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "debug.yaml",
+        "debug-t2i.yaml",
+        "digits-t2i.yaml",
+        "debug-quantize.yaml",
+        "digits.yaml",
+        "imagenet256-edgedit1.yaml",
+    ],
+)
 def test_the_shipped_recipes_and_the_written_one_go_on_working(repository, tmp_path, name):
     path = repository / "training" / "recipes" / name
-    assert load_config(path, ["student.genotype=EdgeDiT-1", "bank.only=[EdgeDiT-1]", "text.encoder=a/b", "text.encoder_2=none"])
+    assert load_config(
+        path, ["student.genotype=EdgeDiT-1", "bank.only=[EdgeDiT-1]", "text.encoder=a/b", "text.encoder_2=none"]
+    )
     (tmp_path / "all.yaml").write_text(commented_yaml())
     assert unused(load_config(tmp_path / "all.yaml")) == []
 
@@ -315,5 +389,7 @@ def test_what_a_choice_makes_useless_is_said_not_refused(load):
         "student.genotype makes search.samples, student.max_flops_ratio of no use"
     ]
     assert unused(load("teacher: {path: a/b, steps: 3}")) == ["teacher.path makes teacher.steps of no use"]
-    assert unused(load("text: {encoder: a/b, encoder_2: none, steps: 3}")) == ["text.encoder and text.encoder_2 makes text.steps of no use"]
+    assert unused(load("text: {encoder: a/b, encoder_2: none, steps: 3}")) == [
+        "text.encoder and text.encoder_2 makes text.steps of no use"
+    ]
     assert unused(load("text: {encoder: a/b, steps: 3}")) == []

@@ -1,4 +1,6 @@
-"""diffusers knows the package's classes whichever is imported first, from folders and from the Hub; and without the package, by trust."""
+"""diffusers knows the package's classes whichever is imported first, from folders and from the Hub; and without the
+package, by trust.
+"""
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ def generate(pipeline, latents):
     return pipeline(**what, latents=latents, num_inference_steps=3, output_type="pt").images
 """
 
-PACKAGE_FIRST = LOAD + """
+PACKAGE_FIRST = (
+    LOAD
+    + """
 import sys
 import edgedit_hf
 
@@ -27,7 +31,8 @@ tensors = load_file(sys.argv[1] + "/expected.safetensors")
 pipeline = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])
 assert type(pipeline) is edgedit_hf.EdgeDiTPipeline is diffusers.EdgeDiTPipeline
 assert (generate(pipeline, tensors["latents"]) == tensors["images"]).all()
-assert not any(type(finder).__module__.startswith("edgedit_hf") for finder in sys.meta_path), "the import hook removes itself"
+ours = [type(finder).__module__ for finder in sys.meta_path if type(finder).__module__.startswith("edgedit_hf")]
+assert not ours, "the import hook removes itself"
 
 for repo in ("acme/listed", "acme/unlisted"):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(repo)
@@ -46,8 +51,11 @@ except AttributeError as error:
 else:
     raise AssertionError("unknown names must stay unknown")
 """
+)
 
-DIFFUSERS_FIRST = LOAD + """
+DIFFUSERS_FIRST = (
+    LOAD
+    + """
 import sys
 import diffusers
 from diffusers import DiffusionPipeline
@@ -63,8 +71,11 @@ for source in (sys.argv[1], "acme/listed"):
     assert (generate(pipeline, tensors["latents"]) == tensors["images"]).all()
 pipeline.save_pretrained(sys.argv[2])
 """
+)
 
-WITHOUT_THE_PACKAGE = LOAD + """
+WITHOUT_THE_PACKAGE = (
+    LOAD
+    + """
 import sys
 
 class NotInstalled:
@@ -78,7 +89,8 @@ from safetensors.torch import load_file
 bundle, saved, plain, cache = sys.argv[1:]
 tensors = load_file(bundle + "/expected.safetensors")
 
-for source, where in ((bundle, {}), ("acme/bundled", {}), ("acme/cached", {"cache_dir": cache, "local_files_only": True})):
+cached = {"cache_dir": cache, "local_files_only": True}
+for source, where in ((bundle, {}), ("acme/bundled", {}), ("acme/cached", cached)):
     try:
         DiffusionPipeline.from_pretrained(source, **where)
     except ValueError as error:
@@ -101,18 +113,23 @@ else:
     raise AssertionError("a folder without code needs the package")
 assert "edgedit_hf" not in sys.modules
 """
+)
 
 
 def both_families(script: str) -> pytest.MarkDecorator:
     """The test for each of the two families, with the script that names the classes of that one."""
     return pytest.mark.parametrize(
-        "saved, script", [(family, script.replace("EdgeDiT", family)) for family in ("EdgeDiT", "ElasticDiT")], indirect=["saved"]
+        "saved, script",
+        [(family, script.replace("EdgeDiT", family)) for family in ("EdgeDiT", "ElasticDiT")],
+        indirect=["saved"],
     )
 
 
 @pytest.fixture
 def saved(request, make_transformer, tmp_path):
-    """A pipeline folder, the same with bundled code, and in both what it must generate; `request.param` names the family."""
+    """A pipeline folder, the same with bundled code, and in both what it must generate; `request.param` names the
+    family.
+    """
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
     from safetensors.torch import save_file
 
@@ -120,7 +137,9 @@ def saved(request, make_transformer, tmp_path):
         pipeline = EdgeDiTPipeline(make_transformer(num_classes=2), DDIMScheduler(), id2label={0: "cat", 1: "dog"})
     else:
         net = ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug")
-        torch.nn.init.normal_(net.proj_out.weight, generator=torch.Generator().manual_seed(0))  # a fresh net predicts zero
+        torch.nn.init.normal_(
+            net.proj_out.weight, generator=torch.Generator().manual_seed(0)
+        )  # a fresh net predicts zero
         pipeline = ElasticDiTPipeline(net, FlowMatchEulerDiscreteScheduler())
     plain, bundle = tmp_path / "plain", tmp_path / "bundle"
     pipeline.save_pretrained(plain)

@@ -17,7 +17,9 @@ from edgedit_hf.hub import comparison_table, metric_label, scaled, write_card
 from edgedit_hf.report import build_report, write_report
 from edgedit_hf.run_state import pipeline_weights_hash
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +35,29 @@ def page(run_dir):
 def test_report_json_holds_every_figure(run_dir, page):
     report = json.loads((run_dir / "report.json").read_text())
     assert report == json.loads(json.dumps(build_report(run_dir)))
-    assert [m["name"] for m in report["models"]] == ["teacher", "teacher-more-steps", "student", "student-tuned", "onnx-int8"]
-    assert report["seed"] == 5 and "torch" in report["versions"] and set(report["seconds"]) >= {"teacher", "bank", "search"}
+    assert [m["name"] for m in report["models"]] == [
+        "teacher",
+        "teacher-more-steps",
+        "student",
+        "student-tuned",
+        "onnx-int8",
+    ]
+    assert (
+        report["seed"] == 5
+        and "torch" in report["versions"]
+        and set(report["seconds"]) >= {"teacher", "bank", "search"}
+    )
     assert report["bank"]["proxies"] == 20 and report["genotype"]["num_teacher_layers"] == 4
     assert len(report["search"]["hypervolume"]) == len(report["search"]["random_hypervolume"]) == 10
     assert report["search"]["chosen"]["code"] in [entry["code"] for entry in report["search"]["front"]]
     starts = report["bank"]["median_losses"]
-    assert set(starts) == {f"{merged}{option}" for merged in ("", "merged ") for option in ("original", "mlp", "attention", "both")} - {"original"}
-    assert set(starts["both"]) == {"random", "copied", "closed_form", "combined", "after"} and "combined" not in starts["mlp"]
+    assert set(starts) == {
+        f"{merged}{option}" for merged in ("", "merged ") for option in ("original", "mlp", "attention", "both")
+    } - {"original"}
+    assert (
+        set(starts["both"]) == {"random", "copied", "closed_form", "combined", "after"}
+        and "combined" not in starts["mlp"]
+    )
     ratios = report["ratios"]
     assert ratios["against"]["teacher-more-steps"]["distance"][METRIC] == pytest.approx(1.7 / 1.6)
     assert ratios["against"]["teacher"]["distance"][METRIC] == pytest.approx(1.7 / 2.0)
@@ -73,7 +90,11 @@ def test_stages_that_have_not_run_are_left_out(tmp_path, make_transformer):
 
 @pytest.mark.parametrize(
     ("file", "stage"),
-    [("bank/index.json", "stage bank"), ("search/front.json", "stage search"), ("student/choice.json", "stage student")],
+    [
+        ("bank/index.json", "stage bank"),
+        ("search/front.json", "stage search"),
+        ("student/choice.json", "stage student"),
+    ],
 )
 def test_missing_and_damaged_files_name_their_stage(tmp_path, run_dir, file, stage):
     folder = shutil.copytree(run_dir, tmp_path / "run")
@@ -111,18 +132,35 @@ def test_a_grid_outside_the_run_is_not_read(tmp_path, run_dir):
 def test_words_for_metrics_and_counts():
     assert metric_label("fid[digits-cnn,n=2000]") == "Fréchet distance (digits-cnn, n=2,000)"
     assert metric_label("fid[inception,n=50000]") == "FID (n=50,000)"
-    assert [scaled(v) for v in (950, 88_312, 1_812_345, 675_130_000, 1.2e12)] == ["950", "88.3 k", "1.81 M", "675 M", "1,200 G"]
+    assert [scaled(v) for v in (950, 88_312, 1_812_345, 675_130_000, 1.2e12)] == [
+        "950",
+        "88.3 k",
+        "1.81 M",
+        "675 M",
+        "1,200 G",
+    ]
     assert comparison_table([])[1] == []
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
 def test_page_opens_in_a_browser(page, tmp_path):
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
-    command = [CHROMIUM, *flags.split(), "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,844"]
-    # Evaluated by the browser after loading: pictures that did not decode, and whether the page is wider than the phone.
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+        "--disable-component-update"
+    )
+    command = [
+        CHROMIUM,
+        *flags.split(),
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=390,844",
+    ]
+    # Evaluated by the browser after loading: pictures that did not decode, and whether the page is wider than the
+    # phone.
     probe = (
-        "<script>onload = () => document.body.append(`PROBE ${[...document.images].filter(i => !i.naturalWidth).length} broken "
-        "${document.images.length} images ${document.documentElement.scrollWidth <= innerWidth}`)</script></body>"
+        "<script>onload = () => document.body.append(`PROBE ${[...document.images].filter(i => "
+        "!i.naturalWidth).length} broken ${document.images.length} images ${document.documentElement.scrollWidth <= "
+        "innerWidth}`)</script></body>"
     )
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text().replace("</body>", probe))
@@ -139,7 +177,11 @@ def judged(run_dir, make_transformer, tmp_path):
     shutil.copytree(run_dir, folder)
     EdgeDiTPipeline(make_transformer(), make_scheduler("epsilon")).save_pretrained(folder / "student-tuned")
     path = folder / "evaluate" / "student-tuned.json"
-    entry = {**json.loads(path.read_text()), "folder": "student-tuned", "weights": pipeline_weights_hash(folder / "student-tuned")}
+    entry = {
+        **json.loads(path.read_text()),
+        "folder": "student-tuned",
+        "weights": pipeline_weights_hash(folder / "student-tuned"),
+    }
     path.write_text(json.dumps(entry))
     return folder
 
@@ -147,11 +189,19 @@ def judged(run_dir, make_transformer, tmp_path):
 def test_figures_of_other_weights_are_refused_and_the_stage_is_named(judged, make_transformer, tmp_path):
     report = json.loads(json.dumps(build_report(judged)))
     assert write_card(judged / "student-tuned", report, repo_id="me/digits", license="mit").is_file()
-    EdgeDiTPipeline(make_transformer(seed=1), make_scheduler("epsilon")).save_pretrained(judged / "student-tuned")  # a new tuning
-    with pytest.raises(EdgeDiTError, match=f"figures of 'student-tuned' are those of other weights .* delete {judged / 'evaluate'} and run stage evaluate"):
+    EdgeDiTPipeline(make_transformer(seed=1), make_scheduler("epsilon")).save_pretrained(
+        judged / "student-tuned"
+    )  # a new tuning
+    with pytest.raises(
+        EdgeDiTError,
+        match=f"figures of 'student-tuned' are those of other weights .* delete {judged / 'evaluate'} and run stage "
+        "evaluate",
+    ):
         build_report(judged)
     card = (judged / "student-tuned" / "README.md").read_text()
-    with pytest.raises(EdgeDiTError, match="figures of 'student-tuned' are those of other weights .* run stage evaluate again"):
+    with pytest.raises(
+        EdgeDiTError, match="figures of 'student-tuned' are those of other weights .* run stage evaluate again"
+    ):
         write_card(judged / "student-tuned", report, repo_id="me/digits", license="mit")
     assert (judged / "student-tuned" / "README.md").read_text() == card
     shutil.rmtree(judged / "student-tuned")  # to save space: the figures still are what was measured
@@ -170,7 +220,11 @@ def test_figures_without_hashes_are_refused_where_the_model_is_another(judged, m
     run.write_text(json.dumps({key: value for key, value in made.items() if key != "format"}))
     build_report(judged)
     run.write_text(json.dumps(made))  # tuned again, by this version
-    with pytest.raises(EdgeDiTError, match="figures of 'student-tuned' are of an earlier version.* made after them: delete .*evaluate.* run stage evaluate"):
+    with pytest.raises(
+        EdgeDiTError,
+        match="figures of 'student-tuned' are of an earlier version.* made after them: delete .*evaluate.* run stage "
+        "evaluate",
+    ):
         build_report(judged)
     run.write_text(json.dumps({key: value for key, value in made.items() if key != "format"}))
     path.write_text(json.dumps({**old, "genotype_hash": "0" * 16}))  # another genotype was selected since
@@ -186,7 +240,10 @@ def test_a_search_of_another_bank_is_refused(judged):
     path.write_text(json.dumps({**stage, "inputs": {"bank": file_sha256(judged / "bank" / "index.json")}}))
     build_report(judged)
     (judged / "bank" / "index.json").write_text((judged / "bank" / "index.json").read_text() + "\n")
-    with pytest.raises(EdgeDiTError, match="search was made from another .*index.json than is there now: delete .*search and run stage search"):
+    with pytest.raises(
+        EdgeDiTError,
+        match="search was made from another .*index.json than is there now: delete .*search and run stage search",
+    ):
         build_report(judged)
 
 

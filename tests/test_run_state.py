@@ -1,4 +1,6 @@
-"""Run folders: files that are whole or absent, state that round-trips, and runs that end the same however often they are stopped."""
+"""Run folders: files that are whole or absent, state that round-trips, and runs that end the same however often they
+are stopped.
+"""
 
 import errno
 import importlib.metadata
@@ -16,8 +18,26 @@ from safetensors.torch import save_file
 
 from edgedit_hf.diffusion import draws
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.files import atomic_folder, atomic_write_json, atomic_write_text, file_sha256, hash_json, publish_into, read_json, weights_hash
-from edgedit_hf.run_state import STAGE_LABEL, Facts, Interrupted, RunState, first_difference, load_state, replace_results, save_state
+from edgedit_hf.files import (
+    atomic_folder,
+    atomic_write_json,
+    atomic_write_text,
+    file_sha256,
+    hash_json,
+    publish_into,
+    read_json,
+    weights_hash,
+)
+from edgedit_hf.run_state import (
+    STAGE_LABEL,
+    Facts,
+    Interrupted,
+    RunState,
+    first_difference,
+    load_state,
+    replace_results,
+    save_state,
+)
 
 STEPS = 9
 
@@ -42,11 +62,15 @@ def small_disk(tmp_path):
         pytest.skip("there is no mount command to make a small file system with")
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"mounting a small file system is not permitted here: {mounted.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)  # tensors that were loaded from there still map their files
+    subprocess.run(
+        ["umount", "--lazy", folder], check=True
+    )  # tensors that were loaded from there still map their files
 
 
 def fill(folder) -> None:
@@ -61,7 +85,11 @@ def fill(folder) -> None:
 
 
 def test_hashes_depend_on_content_alone(tmp_path):
-    assert hash_json({"a": 1, "b": [1.5, None]}) == hash_json({"b": [1.5, None], "a": 1}) != hash_json({"a": 1, "b": [1.5, 0]})
+    assert (
+        hash_json({"a": 1, "b": [1.5, None]})
+        == hash_json({"b": [1.5, None], "a": 1})
+        != hash_json({"a": 1, "b": [1.5, 0]})
+    )
     (tmp_path / "file").write_bytes(b"abc")
     assert file_sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     state = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.tensor(1)}
@@ -159,11 +187,16 @@ def test_a_full_disk_is_one_clear_error_and_old_content_stays(small_disk):
     fill(small_disk)
     with pytest.raises(EdgeDiTError, match="No space left on the disk of .*a.json; free some"):
         atomic_write_text(small_disk / "a.json", "x" * 10_000)
-    with pytest.raises(EdgeDiTError, match="No space left on the disk of .*model"), atomic_folder(small_disk / "model") as aside:
+    with (
+        pytest.raises(EdgeDiTError, match="No space left on the disk of .*model"),
+        atomic_folder(small_disk / "model") as aside,
+    ):
         save_file({"weight": torch.zeros(10_000)}, aside / "model.safetensors")  # not an OSError in safetensors
     (small_disk / "ballast").unlink()
     assert sorted(contents(small_disk)) == ["a.json", "model/model.safetensors"]
-    assert (small_disk / "a.json").read_text() == "old" and file_sha256(small_disk / "model" / "model.safetensors") == old
+    assert (small_disk / "a.json").read_text() == "old" and file_sha256(
+        small_disk / "model" / "model.safetensors"
+    ) == old
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
@@ -232,7 +265,14 @@ def test_optimiser_and_average_round_trip(tmp_path):
 def test_plain_values_and_odd_tensors_round_trip(tmp_path):
     base = torch.arange(12.0).view(3, 4)
     state = {
-        "tensors": (base, base[:, 1:3], base.mT, torch.tensor(2.5), torch.zeros(0, 3), torch.ones(2, dtype=torch.bfloat16)),
+        "tensors": (
+            base,
+            base[:, 1:3],
+            base.mT,
+            torch.tensor(2.5),
+            torch.zeros(0, 3),
+            torch.ones(2, dtype=torch.bfloat16),
+        ),
         "plain": {1: None, "nested": [True, 2, 3.5, "text", ()], "inf": float("inf")},
     }
     save_state(tmp_path, state, "odd")
@@ -263,7 +303,9 @@ class Stop(Exception):
 
 def train(folder, at=None, action=None, config=None, steps: int = STEPS, **options):
     """A whole stage; `action(run, loss)` is called after the optimiser step `at` and may return another loss."""
-    run = RunState(folder, "demo", config or {"rate": 0.01}, steps, **{"checkpoint_every": 2, "log_every": 3, **options})
+    run = RunState(
+        folder, "demo", config or {"rate": 0.01}, steps, **{"checkpoint_every": 2, "log_every": 3, **options}
+    )
     model, optimizer, ema = optimised(0)
     start = run.track(model=model, optimizer=optimizer, ema=ema)
     for step in run.steps():
@@ -329,7 +371,9 @@ def test_telemetry_holds_means_over_the_interval(uninterrupted):
 def test_interrupted_anywhere_and_continued_the_result_is_the_same(uninterrupted, tmp_path, at):
     with pytest.raises(Stop):
         train(tmp_path, at, stop)
-    assert [path.name for path in (tmp_path / "checkpoints").glob("*")] == ([f"step-{at // 2 * 2:09d}"] if at >= 2 else [])
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*")] == (
+        [f"step-{at // 2 * 2:09d}"] if at >= 2 else []
+    )
     with open(tmp_path / "telemetry.jsonl", "a") as file:
         file.write('{"stage": "demo", "st')  # a line cut by a kill
     run = RunState(tmp_path, "demo", {"rate": 0.01}, STEPS)
@@ -388,7 +432,10 @@ def test_a_second_signal_does_not_wait(tmp_path):
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint_before(uninterrupted, tmp_path, value):
-    with pytest.raises(EdgeDiTError, match=rf"demo: loss is {value} at step 8; the checkpoint step-000000006 before it is kept. Lower the"):
+    with pytest.raises(
+        EdgeDiTError,
+        match=rf"demo: loss is {value} at step 8; the checkpoint step-000000006 before it is kept. Lower the",
+    ):
         train(tmp_path, 6, lambda run, loss: torch.tensor(float(value)), log_every=100)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000006"]
     assert final(tmp_path) == uninterrupted[1]
@@ -459,7 +506,10 @@ def test_finished_is_not_believed_when_results_are_not_what_was_written(tmp_path
         path.unlink()
     else:
         path.write_bytes(content[: len(content) // 2] if damage == "halved" else content[:-1] + b"x")
-    with pytest.raises(EdgeDiTError, match=f"Stage demo had finished, but .*weights.safetensors .*Put the file back, or delete {tmp_path}"):
+    with pytest.raises(
+        EdgeDiTError,
+        match=f"Stage demo had finished, but .*weights.safetensors .*Put the file back, or delete {tmp_path}",
+    ):
         RunState(tmp_path, "demo", {}, 1)
     path.write_bytes(content)  # put back, with another time
     assert RunState(tmp_path, "demo", {}, 1).finished and not (tmp_path / "run.lock").exists()
@@ -498,7 +548,11 @@ def test_weights_that_are_not_finite_are_never_kept_and_a_lower_rate_continues_b
         run._tracked["model"].state_dict()["0.weight"][0, 0] = float("nan")
 
     config = {"tune": {"learning_rate": 1.0, "warmup_steps": 0, "depth": 1}}
-    with pytest.raises(EdgeDiTError, match=r"demo: model.0.weight holds NaN or infinite values after step 9; the checkpoint step-000000008 before it is kept"):
+    with pytest.raises(
+        EdgeDiTError,
+        match=r"demo: model.0.weight holds NaN or infinite values after step 9; the checkpoint step-000000008 before "
+        r"it is kept",
+    ):
         train(tmp_path, STEPS - 1, spoil, config=config)
     assert not (tmp_path / "stage.json").exists()
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-000000008"]
@@ -526,7 +580,12 @@ def test_weights_that_are_not_finite_are_not_published(tmp_path):
     run = RunState(tmp_path, "demo", {}, 1)
     for _ in run.steps():
         pass
-    with pytest.raises(EdgeDiTError, match="Stage demo: 1 of 1 tensors of model.safetensors hold NaN .*nothing was published"), run.publish() as aside:
+    with (
+        pytest.raises(
+            EdgeDiTError, match="Stage demo: 1 of 1 tensors of model.safetensors hold NaN .*nothing was published"
+        ),
+        run.publish() as aside,
+    ):
         save_file({"weight": torch.tensor([float("inf")])}, aside / "model.safetensors")
     assert not (tmp_path / "model.safetensors").exists()
 
@@ -622,7 +681,9 @@ def test_a_folder_of_somebody_elses_is_no_stage(tmp_path):
     for _ in range(2):
         with pytest.raises(EdgeDiTError, match="holds model_index.json, but no run.json of stage teacher"):
             RunState(tmp_path / "teacher", "teacher", {}, 1)
-    assert {path.name: path.read_text() for path in (tmp_path / "teacher").iterdir() if path.name != "run.lock"} == {"model_index.json": "mine"}
+    assert {path.name: path.read_text() for path in (tmp_path / "teacher").iterdir() if path.name != "run.lock"} == {
+        "model_index.json": "mine"
+    }
 
 
 MAIN_ALONE = """
@@ -644,7 +705,15 @@ except Exception as error:
 @pytest.mark.slow
 def test_no_process_waits_for_a_main_one_that_failed_in_whatever_way(tmp_path):
     (tmp_path / "alone.py").write_text(MAIN_ALONE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "alone.py"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        tmp_path / "alone.py",
+    ]
     for kind, said in (
         ("missing", ["0 FileNotFoundError [Errno 2] gone: 'there'", "1 FileNotFoundError [Errno 2] gone: 'there'"]),
         ("bug", ["0 KeyError 'name'", "1 RuntimeError KeyError on the main process: 'name'"]),
@@ -659,5 +728,9 @@ def test_images_that_an_earlier_version_read_are_said_to_be(tmp_path):
     with pytest.raises(EdgeDiTError, match="inputs.data = 'b' is asked for. Use the old value"):
         RunState(tmp_path / "teacher", "teacher", {}, 1, inputs={"data": "b"})
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "format"}))
-    with pytest.raises(EdgeDiTError, match="inputs.data = 'b' is asked for. An earlier version made it.* keep its teacher by teacher.path. Use the old value"):
+    with pytest.raises(
+        EdgeDiTError,
+        match="inputs.data = 'b' is asked for. An earlier version made it.* keep its teacher by teacher.path. Use the "
+        "old value",
+    ):
         RunState(tmp_path / "teacher", "teacher", {}, 1, inputs={"data": "b"})

@@ -1,4 +1,6 @@
-"""The search space: its size, its codec over all of it, the paper's two stages; and the closed-form costs of what it holds."""
+"""The search space: its size, its codec over all of it, the paper's two stages; and the closed-form costs of what it
+holds.
+"""
 
 import itertools
 import random
@@ -38,7 +40,12 @@ def test_size_and_dimension(num_layers):
 
 def test_the_options_are_those_of_the_paper():
     s = SearchSpace(28, 1152, 16)
-    assert [s.option_shape(option) for option in OPTIONS] == [(1152, 16, 4.0), (1152, 16, 2.0), (512, 16, 4.0), (512, 16, 2.0)]
+    assert [s.option_shape(option) for option in OPTIONS] == [
+        (1152, 16, 4.0),
+        (1152, 16, 2.0),
+        (512, 16, 4.0),
+        (512, 16, 2.0),
+    ]
     assert default_attention_dim(1152, 16) == 512
     assert len(s.proxies()) == len(set(s.proxies())) == 28 * 3 + 14 * 4 == 140
     for width, heads in ((384, 6), (768, 12), (1024, 16), (128, 4), (32, 2)):
@@ -105,7 +112,9 @@ def test_the_cubes_faces_belong_to_it_and_points_outside_are_clipped():
 
 
 def test_a_code_reads_as_documented():
-    genotype = space(5).from_code((4 * OPTIONS.index("mlp") + OPTIONS.index("attention"), 16 + OPTIONS.index("both"), 1))
+    genotype = space(5).from_code(
+        (4 * OPTIONS.index("mlp") + OPTIONS.index("attention"), 16 + OPTIONS.index("both"), 1)
+    )
     assert genotype.layers == (
         LayerSpec((0,), 64, 2, 2.0),
         LayerSpec((1,), 32, 2, 4.0),
@@ -167,7 +176,10 @@ def test_stages_and_spaces_round_trip_as_plain_values():
         (lambda s: s.from_code((-1, 0, 0)), "Entry 0 of the code is -1"),
         (lambda s: s.stage("merge").from_code((1, 0, 0)), r"Entry 0 of the code is 1; this space allows \[0, 16\]"),
         (lambda s: s.decode([0.5] * 4), "has 4 coordinates; this space has 5"),
-        (lambda s: s.code(Genotype.original(4, 64, 2)), "replaces 4 layers of width 64, but the teacher has 5 of width 64"),
+        (
+            lambda s: s.code(Genotype.original(4, 64, 2)),
+            "replaces 4 layers of width 64, but the teacher has 5 of width 64",
+        ),
         (lambda s: s.code(Genotype.original(5, 32, 2)), "5 layers of width 32"),
         (lambda s: s.code(Genotype.original(5, 64, 4)), "none of this teacher's options"),
         (lambda s: s.option_shape("smaller"), "option is 'smaller'"),
@@ -207,7 +219,10 @@ def test_a_space_that_makes_no_sense_is_refused(sizes, said):
 
 def test_the_space_of_a_model_is_that_of_its_config(make_transformer):
     config = make_transformer().config
-    assert SearchSpace.for_config(config, reduced_attention_dim=16).to_dict() == SearchSpace(4, 32, 2, reduced_attention_dim=16).to_dict()
+    assert (
+        SearchSpace.for_config(config, reduced_attention_dim=16).to_dict()
+        == SearchSpace(4, 32, 2, reduced_attention_dim=16).to_dict()
+    )
     compressed = SearchSpace.for_config(config).from_code((5, 16)).to_layers()
     with pytest.raises(EdgeDiTError, match="2 different layer shapes and 1 merged layers"):
         SearchSpace.for_config({**config, "layers": compressed})

@@ -1,1 +1,3 @@
-"""One Accelerate recipe a stage; in an installed package: `edgedit_hf.training`, copied out by `edgedit recipes copy`."""
+"""One Accelerate recipe a stage; in an installed package: `edgedit_hf.training`, copied out by `edgedit recipes
+copy`.
+"""

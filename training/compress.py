@@ -1,9 +1,10 @@
-"""The whole loop from one YAML: teacher → proxy bank → latency table → search → student → fine-tuning → export → evaluation → report.
+"""The whole loop from one YAML: teacher → proxy bank → latency table → search → student → fine-tuning → export →
+evaluation → report.
 
     edgedit train compress --config training/recipes/digits.yaml [--override key=value] [--dry-run]
 
-All stages run in this process, which spares nine imports of torch and diffusers; each can be run alone with the same YAML
-(train_teacher.py, distill_proxies.py, …). Finished stages are skipped, interrupted ones continue.
+All stages run in this process, which spares nine imports of torch and diffusers; each can be run alone with the same
+YAML (train_teacher.py, distill_proxies.py, …). Finished stages are skipped, interrupted ones continue.
 """
 
 if __name__ == "__main__":
@@ -46,19 +47,31 @@ STAGES = {
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
-    stages = {stage: run_stage for stage, run_stage in STAGES.items() if config.student.genotype is None or stage not in ("latency", "search")}
+    stages = {
+        stage: run_stage
+        for stage, run_stage in STAGES.items()
+        if config.student.genotype is None or stage not in ("latency", "search")
+    }
     on_gpus = accelerator.num_processes if accelerator.device.type == "cuda" else 0
-    started, expected, correction = time.monotonic(), {row.stage: row.seconds for row in estimate(config, on_gpus=on_gpus)}, 1.0
+    started, expected, correction = (
+        time.monotonic(),
+        {row.stage: row.seconds for row in estimate(config, on_gpus=on_gpus)},
+        1.0,
+    )
     for number, stage in enumerate(stages, 1):
         left = correction * sum(expected[later] for later in list(stages)[number - 1 :])
         STAGE_LABEL.set(f"[{number}/{len(stages)}, about {left / 60:.0f} min left in all] ")
         stage_started = time.monotonic()
         stages[stage](config, accelerator)
         accelerator.wait_for_everyone()
-        if (took := time.monotonic() - stage_started) > 10:  # what the machine does is a better guide than the estimate before the start
+        if (
+            took := time.monotonic() - stage_started
+        ) > 10:  # what the machine does is a better guide than the estimate before the start
             correction = took / max(1.0, expected[stage])
     if config.student.genotype is not None:
-        accelerator.print(f"{config.folder('evaluate')} holds the figures; a report needs a search, which student.genotype replaces")
+        accelerator.print(
+            f"{config.folder('evaluate')} holds the figures; a report needs a search, which student.genotype replaces"
+        )
     elif accelerator.is_main_process:
         report = write_report(config.output_dir)
         figures = read_json(config.folder("report.json"), "the report")

@@ -1,13 +1,15 @@
-"""Stage 2: the proxy bank. Every smaller stand-in of every teacher layer is distilled on its own from the teacher's features.
+"""Stage 2: the proxy bank. Every smaller stand-in of every teacher layer is distilled on its own from the teacher's
+features.
 
     edgedit train bank --config training/recipes/digits.yaml [--memory-budget-gb 16]
 
-One teacher forward a step yields input and output of all layers and so feeds all proxies; features never touch the disk. Ranks own
-disjoint ranges of layers that cost alike, and run only the teacher prefix these need. Where memory is short, a rank's proxies visit the
-device in groups, one after the other, each for all its steps; the result is the same to the last bit. Single reductions are trained
-first; "both" starts from the attention of one and the MLP of another and is then trained like the rest. With `accelerate launch
---mixed_precision bf16` the teacher's weights and all matrix products are in bf16; proxies and optimisers stay in fp32.
-Writes <output_dir>/bank (one safetensors file a proxy, index.json).
+One teacher forward a step yields input and output of all layers and so feeds all proxies; features never touch the
+disk. Ranks own disjoint ranges of layers that cost alike, and run only the teacher prefix these need. Where memory is
+short, a rank's proxies visit the device in groups, one after the other, each for all its steps; the result is the same
+to the last bit. Single reductions are trained first; "both" starts from the attention of one and the MLP of another and
+is then trained like the rest. With `accelerate launch --mixed_precision bf16` the teacher's weights and all matrix
+products are in bf16; proxies and optimisers stay in fp32. Writes <output_dir>/bank (one safetensors file a proxy,
+index.json).
 """
 
 if __name__ == "__main__":
@@ -51,8 +53,12 @@ CLASS_DROPOUT = 0.1  # features are distilled with and without a class, as guida
 TRAIN_STREAM, CALIBRATION_STREAM, TEST_STREAM = 0, 2, 3
 
 
-def features_at(teacher, dataset, rows: int, seed: int, step: int, stream: int, device, precision: str, depth: int) -> Features:
-    """Teacher features of the images and noise of a step: functions of (seed, stream, step), whatever the rank or group."""
+def features_at(
+    teacher, dataset, rows: int, seed: int, step: int, stream: int, device, precision: str, depth: int
+) -> Features:
+    """Teacher features of the images and noise of a step: functions of (seed, stream, step), whatever the rank or
+    group.
+    """
     batch = dataset.batch(batch_indices(len(dataset), rows, seed + stream, step))
     drawn = draws(seed, step, range(rows), batch["images"].shape[1:], stream=stream)
     diffusion, classes = Diffusion.for_config(teacher.config), teacher.config.num_classes
@@ -65,12 +71,16 @@ def features_at(teacher, dataset, rows: int, seed: int, step: int, stream: int, 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
     options, device, precision = config.bank, accelerator.device, accelerator.mixed_precision
     if precision not in ("no", "bf16"):
-        raise EdgeDiTError(f"The proxy bank is made in fp32 or bf16, not {precision}; launch with --mixed_precision no or bf16.")
+        raise EdgeDiTError(
+            f"The proxy bank is made in fp32 or bf16, not {precision}; launch with --mixed_precision no or bf16."
+        )
     dataset, _ = load_training_set(config, accelerator)
     teacher = load_teacher(config).transformer.eval().requires_grad_(False)
     check_fits_data(teacher.config, dataset)
     space = search_space_of(config, teacher.config)
-    wanted = wanted_proxies(space, [read_genotype(name, "bank.only") for name in options.only] if options.only is not None else None)
+    wanted = wanted_proxies(
+        space, [read_genotype(name, "bank.only") for name in options.only] if options.only is not None else None
+    )
     memory = MemoryModel(
         space,
         dict(teacher.config),
@@ -86,7 +96,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     plans = plan_bank(wanted, memory, accelerator.num_processes, budget)
     plan = plans[accelerator.process_index]
     both_steps = options.both_steps if any(space.option_of(layer) == "both" for layer in wanted) else 0
-    # Ranks go through their groups in step; one with fewer waits at the end. The last step of a round writes the group's files.
+    # Ranks go through their groups in step; one with fewer waits at the end. The last step of a round writes the
+    # group's files.
     length = options.steps + both_steps + 1
     state = RunState(
         config.folder("bank"),
@@ -114,16 +125,24 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
     def batches(stream: int, depth: int) -> Iterator[Features]:
         """The calibration or held-out images, a batch at a time."""
-        return (features_of(rows, step=i, stream=stream, depth=depth) for i in range(-(-options.calibration_samples // rows)))
+        return (
+            features_of(rows, step=i, stream=stream, depth=depth)
+            for i in range(-(-options.calibration_samples // rows))
+        )
 
     def new_proxy(layer: LayerSpec, block) -> Proxy:
         block = (bank.new_block(layer) if block is None else block).to(device).requires_grad_(True)
-        return Proxy(layer, block, proxy_group.new_optimizer(options.optimizer, block.parameters(), options.learning_rate))
+        return Proxy(
+            layer, block, proxy_group.new_optimizer(options.optimizer, block.parameters(), options.learning_rate)
+        )
 
     def start(members: Group) -> None:
         """Put the group's single reductions on the device, and measure how all its proxies would start."""
         for pair in pairs_of(members.layers):
-            calibration, test = ([f.needed_by(pair) for f in batches(stream, depth_of(pair))] for stream in (CALIBRATION_STREAM, TEST_STREAM))
+            calibration, test = (
+                [f.needed_by(pair) for f in batches(stream, depth_of(pair))]
+                for stream in (CALIBRATION_STREAM, TEST_STREAM)
+            )
             calibration = Features.cat(calibration)
             for layer in pair:
                 key = bank.key(layer)
@@ -192,7 +211,9 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 def describe_proxy(proxy: Proxy, starts: dict[str, float], both: bool, config: RunConfig) -> dict:
-    """What the bank's index says of a trained proxy, see [`ProxyBank.entries`]; `starts` are the losses of its untrained stand-ins."""
+    """What the bank's index says of a trained proxy, see [`ProxyBank.entries`]; `starts` are the losses of its
+    untrained stand-ins.
+    """
     (_, before), (steps, after) = proxy.curve[0], proxy.curve[-1]
     losses = {**starts, **({"combined": before} if both else {}), "after": after}
     record = {"loss_before": before, "loss_after": after, "losses": losses, "curve": proxy.curve}
@@ -207,4 +228,6 @@ def describe_group(members: Group, peak: int) -> dict:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, {"--memory-budget-gb": "bank.memory_budget_gb"}, check=partial(preflight, stages=("bank",)))
+    recipe_main(
+        run, __doc__, {"--memory-budget-gb": "bank.memory_budget_gb"}, check=partial(preflight, stages=("bank",))
+    )

@@ -2,9 +2,9 @@
 
     edgedit train evaluate-elastic --config training/recipes/digits-t2i.yaml
 
-Writes <output_dir>/evaluate: reference.json, captions.json, latency.json, and a JSON and the images (safetensors) of each sub-network: Fréchet
-distance, cost, measured latency, and, of the embedded digits, how many show the digit and the style that their caption says, also for
-combinations that training never saw.
+Writes <output_dir>/evaluate: reference.json, captions.json, latency.json, and a JSON and the images (safetensors) of
+each sub-network: Fréchet distance, cost, measured latency, and, of the embedded digits, how many show the digit and the
+style that their caption says, also for combinations that training never saw.
 """
 
 if __name__ == "__main__":
@@ -39,17 +39,28 @@ SHOWN = 10  # captions at the head of the list, whose images the report shows: o
 
 
 def judged_captions(held_out: CaptionedDataset, count: int) -> list[str]:
-    """`count` captions of held-out images, again from the first where there are fewer; the digits' begin with one of each that has a style."""
+    """`count` captions of held-out images, again from the first where there are fewer; the digits' begin with one of
+    each that has a style.
+    """
     captions = held_out.captions
     if held_out.label_names:
-        telling = sorted(range(len(captions)), key=lambda row: -sum(parse_caption(captions[row])[style] is not None for style in STYLES))
-        first = [next(row for row in telling if held_out.labels[row] == digit) for digit in range(len(held_out.label_names))]
-        captions = [captions[row] for row in first] + [caption for row, caption in enumerate(captions) if row not in first]
+        telling = sorted(
+            range(len(captions)),
+            key=lambda row: -sum(parse_caption(captions[row])[style] is not None for style in STYLES),
+        )
+        first = [
+            next(row for row in telling if held_out.labels[row] == digit) for digit in range(len(held_out.label_names))
+        ]
+        captions = [captions[row] for row in first] + [
+            caption for row, caption in enumerate(captions) if row not in first
+        ]
     return [captions[i % len(captions)] for i in range(count)]
 
 
 def agreement(images: torch.Tensor, captions: list[str], classifier: IndependentClassifier) -> dict[str, float]:
-    """Shares of generated digits that are what their caption says: the digit (`class_agreement`), and each style, where one is said."""
+    """Shares of generated digits that are what their caption says: the digit (`class_agreement`), and each style, where
+    one is said.
+    """
     said = [parse_caption(caption) for caption in captions]
     digits = torch.tensor([one["digit"] for one in said])
     found = style_words(images, digits)
@@ -64,7 +75,9 @@ def agreement(images: torch.Tensor, captions: list[str], classifier: Independent
 def measure_latencies(pipeline: ElasticDiTPipeline, config: RunConfig) -> dict:
     """Median milliseconds of a forward of every sub-network as a stand-alone net in torch, timed in turns."""
     options, model, threads = config.evaluate, pipeline.transformer, torch.get_num_threads()
-    text, masks = pipeline.encode_prompt(judged_captions(load_run_captions(config, "validation"), options.latency_batch_size))
+    text, masks = pipeline.encode_prompt(
+        judged_captions(load_run_captions(config, "validation"), options.latency_batch_size)
+    )
     count, size = options.latency_batch_size, model.config.sample_size
     inputs = torch.randn(count, model.config.in_channels, size, size), torch.linspace(1, 999, count), text, masks
     runners = {name: partial(model.extract_subnet(name).eval(), *inputs) for name in model.subnet_names}
@@ -124,12 +137,16 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     pipeline.to(accelerator.device)
     metric = f"fid[{extractor.name},n={options.samples}]"
     sampling = {"steps": options.sampling_steps, "guidance_scale": options.guidance_scale}
-    state.continue_at(next((i for i, name in enumerate(names) if not (state.folder / f"{name}.json").exists()), len(names)))
+    state.continue_at(
+        next((i for i, name in enumerate(names) if not (state.folder / f"{name}.json").exists()), len(names))
+    )
     for index in state.steps():
         name = names[index]
         cost = elastic_cost(pipeline.transformer.config, name)
         made = {
-            key: generate_from_captions(pipeline, captions, subnet=name, seed=config.seed, batch_size=options.batch_size, **sampling)
+            key: generate_from_captions(
+                pipeline, captions, subnet=name, seed=config.seed, batch_size=options.batch_size, **sampling
+            )
             for key, captions in sets.items()
         }
         distance = frechet_distance(extractor.features(made["captions"]), real)

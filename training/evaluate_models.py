@@ -1,8 +1,10 @@
-"""Stage 8: judge every model of the run alike: Fréchet distance, precision, recall, class agreement, cost, measured latency, samples.
+"""Stage 8: judge every model of the run alike: Fréchet distance, precision, recall, class agreement, cost, measured
+latency, samples.
 
     edgedit train evaluate --config training/recipes/digits.yaml
 
-Writes <output_dir>/evaluate: reference.json, latency.json, and a JSON, a PNG and the images (safetensors) of each model.
+Writes <output_dir>/evaluate: reference.json, latency.json, and a JSON, a PNG and the images (safetensors) of each
+model.
 """
 
 if __name__ == "__main__":
@@ -60,7 +62,9 @@ CHUNK = 2000  # images that are held as floats at a time: 1.6 GB of 256 × 256 p
 
 
 def measure_latencies(pipelines: dict, config: RunConfig) -> dict:
-    """Whole networks of each architecture in torch, ONNX Runtime (fp32 and int8) and, where exported, ExecuTorch: interleaved in one run."""
+    """Whole networks of each architecture in torch, ONNX Runtime (fp32 and int8) and, where exported, ExecuTorch:
+    interleaved in one run.
+    """
     options, threads = config.evaluate, config.latency.threads
     runners, hashes = {}, {}
     with TemporaryDirectory() as folder:
@@ -103,11 +107,14 @@ def bytes_by_precision(transformer, cost: Cost) -> dict[str, int]:
     return {transformer.config.precision: sum(weight_bytes(transformer.path).values())}
 
 
-def judge(pipeline, config: RunConfig, extractor, classifier, accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor, float | None]:
-    """A model's images as bytes `(n, C, H, W)`, their features `(n, D)`, and how many show their class (`None` without labels or classifier).
+def judge(
+    pipeline, config: RunConfig, extractor, classifier, accelerator: Accelerator
+) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+    """A model's images as bytes `(n, C, H, W)`, their features `(n, D)`, and how many show their class (`None` without
+    labels or classifier).
 
-    A torch model runs on the accelerator's device meanwhile. Its images are in the launch's precision, unless exports, which have a
-    precision of their own, are compared with them.
+    A torch model runs on the accelerator's device meanwhile. Its images are in the launch's precision, unless exports,
+    which have a precision of their own, are compared with them.
     """
     options = config.evaluate
     eager = isinstance(pipeline.transformer, torch.nn.Module)
@@ -142,11 +149,18 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     folders["teacher"] = teacher_path(config)
     judged = [(name, stage) for name, stage in MODELS if options.exports or stage != "exported"]
     if not (folders["student-tuned"] / "model_index.json").exists():
-        raise EdgeDiTError(f"There is no pipeline in {folders['student-tuned']}; it is written by stage tune (training/finetune.py), run that first.")
-    present = [(name, stage) for name, stage in judged if name == "teacher" or (folders[name] / "model_index.json").exists()]
+        raise EdgeDiTError(
+            f"There is no pipeline in {folders['student-tuned']}; it is written by stage tune (training/finetune.py), "
+            "run that first."
+        )
+    present = [
+        (name, stage) for name, stage in judged if name == "teacher" or (folders[name] / "model_index.json").exists()
+    ]
     weights = {name: pipeline_weights_hash(folders[name]) for name, _ in present}
     if weights["teacher"] is None:  # of the Hub, or missing
-        weights["teacher"] = weights_hash(load_pipeline(folders["teacher"], "stage teacher (training/train_teacher.py)").transformer.state_dict())
+        weights["teacher"] = weights_hash(
+            load_pipeline(folders["teacher"], "stage teacher (training/train_teacher.py)").transformer.state_dict()
+        )
     images = load_run_images(config)
     extractor = load_extractor(config, images, accelerator.device)
     timed = f"{config.latency.threads} threads, executorch {config.export.executorch}"
@@ -168,13 +182,17 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     metric = f"fid[{extractor.name},n={options.samples}]"
     if not (state.folder / "latency.json").exists():
         judged_weights = {name: weights[name] for name in ("teacher", "student-tuned")}
-        atomic_write_json(state.folder / "latency.json", {**measure_latencies(pipelines, config), "weights": judged_weights})
+        atomic_write_json(
+            state.folder / "latency.json", {**measure_latencies(pipelines, config), "weights": judged_weights}
+        )
     latency = read_record(state.folder / "latency.json", Latencies, "this stage")["latency_ms"]
 
     def file(name: str, suffix: str) -> Path:
         return state.folder / (name.replace("/", "-").removeprefix("exported-") + suffix)
 
-    state.continue_at(next((i for i, (name, _) in enumerate(present) if not file(name, ".json").exists()), len(present)))
+    state.continue_at(
+        next((i for i, (name, _) in enumerate(present) if not file(name, ".json").exists()), len(present))
+    )
     for index in state.steps():
         name, stage = present[index]
         pipeline = pipelines[name]
@@ -209,7 +227,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             result["class_agreement"] = agreement
         save_file({"images": bytes_of}, file(name, ".safetensors"))
         if stage == "exported":
-            # Against the same images from PyTorch in fp32: what lowering and quantising changed. None: not one 8-bit value.
+            # Against the same images from PyTorch in fp32: what lowering and quantising changed. None: not one 8-bit
+            # value.
             eager = load_file(file("student-tuned", ".safetensors"))["images"]
             result["psnr_db"] = None if torch.equal(bytes_of, eager) else psnr(bytes_of.numpy(), eager.numpy(), 255.0)
         columns = model["num_classes"] if 2 <= model["num_classes"] <= 16 else 8

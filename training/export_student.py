@@ -2,8 +2,8 @@
 
     edgedit train export --config training/recipes/digits.yaml
 
-Writes <output_dir>/exported/onnx-fp32, onnx-int8, executorch-…: pipeline folders that DiffusionPipeline.from_pretrained loads, with the runtime
-underneath. `optimum-cli export edgedit` does the same for any pipeline.
+Writes <output_dir>/exported/onnx-fp32, onnx-int8, executorch-…: pipeline folders that DiffusionPipeline.from_pretrained
+loads, with the runtime underneath. `optimum-cli export edgedit` does the same for any pipeline.
 """
 
 if __name__ == "__main__":
@@ -30,7 +30,9 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         return
     source = config.folder("student-tuned")
     pipeline = load_pipeline(source, "stage tune (training/finetune.py)")
-    exports = [("onnx", dtype) for dtype in config.export.dtypes] + [("executorch", dtype) for dtype in config.export.executorch]
+    exports = [("onnx", dtype) for dtype in config.export.dtypes] + [
+        ("executorch", dtype) for dtype in config.export.executorch
+    ]
     state = RunState(
         config.folder("exported"),
         "export",
@@ -43,7 +45,9 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     if state.finished:
         return
     outputs = [state.folder / f"{kind}-{dtype}" for kind, dtype in exports]
-    progress = state.folder / "progress.json"  # the files of every finished export: one that was damaged since is made again
+    progress = (
+        state.folder / "progress.json"
+    )  # the files of every finished export: one that was damaged since is made again
     made = read_record(progress, dict[str, dict[str, Listed]], "this stage") if progress.exists() else {}
     intact = [output.name in made and changed_file(output, made[output.name]) is None for output in outputs]
     state.continue_at((*intact, False).index(False))

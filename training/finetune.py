@@ -1,9 +1,11 @@
-"""Stage 6: fine-tune the assembled student; train the teacher on for the same steps, which is the fair thing to compare with.
+"""Stage 6: fine-tune the assembled student; train the teacher on for the same steps, which is the fair thing to compare
+with.
 
     edgedit train tune --config training/recipes/digits.yaml
 
-Writes <output_dir>/student-tuned, and (tune.teacher_more_steps) teacher-more-steps, (tune.random_proxies) student-random-proxies.
-The student learns the diffusion objective plus `tune.output_kd` times the distance to the teacher's output.
+Writes <output_dir>/student-tuned, and (tune.teacher_more_steps) teacher-more-steps, (tune.random_proxies)
+student-random-proxies. The student learns the diffusion objective plus `tune.output_kd` times the distance to the
+teacher's output.
 """
 
 if __name__ == "__main__":
@@ -20,7 +22,14 @@ from edgedit_hf import EdgeDiTTransformer2DModel
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.files import weights_hash
 from edgedit_hf.genotype import Genotype
-from edgedit_hf.launch import check_fits_data, load_pipeline, load_teacher, load_training_set, recipe_main, with_transformer
+from edgedit_hf.launch import (
+    check_fits_data,
+    load_pipeline,
+    load_teacher,
+    load_training_set,
+    recipe_main,
+    with_transformer,
+)
 from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
 from edgedit_hf.run_state import RunState
@@ -31,7 +40,11 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     dataset, _ = load_training_set(config, accelerator)
     student = load_pipeline(config.folder("student"), "stage student (training/select_student.py)")
     # At the size of DiT-XL/2 the teacher is 2.7 GB a process, which most fine-tuning has no use for.
-    teacher = load_teacher(config).transformer if options.output_kd or options.random_proxies or options.teacher_more_steps else None
+    teacher = (
+        load_teacher(config).transformer
+        if options.output_kd or options.random_proxies or options.teacher_more_steps
+        else None
+    )
 
     def random_student() -> EdgeDiTTransformer2DModel:
         genotype = Genotype.from_layers(student.transformer.config.layers, student.transformer.config.hidden_size)
@@ -60,7 +73,16 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             continue
         # The teacher's distance to itself starts at zero and would only hold it back: it trains on the data alone.
         kd = 0.0 if name == "teacher-more-steps" else options.output_kd
-        model = train_denoiser(model, dataset, options, state, accelerator, teacher if kd else None, kd, num_workers=config.data.num_workers).cpu()
+        model = train_denoiser(
+            model,
+            dataset,
+            options,
+            state,
+            accelerator,
+            teacher if kd else None,
+            kd,
+            num_workers=config.data.num_workers,
+        ).cpu()
         if accelerator.is_main_process:
             with state.publish() as folder:
                 with_transformer(student, model).save_pretrained(folder)

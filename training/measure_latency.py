@@ -1,8 +1,10 @@
-"""Stage 3: the latency table. Every distinct block shape is lowered and timed once, in the runtime and precision that will ship.
+"""Stage 3: the latency table. Every distinct block shape is lowered and timed once, in the runtime and precision that
+will ship.
 
     edgedit train latency --config training/recipes/digits.yaml
 
-Writes <output_dir>/latency/table.json. It is an input of the search, told apart by its hash: measured once, never in passing.
+Writes <output_dir>/latency/table.json. It is an input of the search, told apart by its hash: measured once, never in
+passing.
 """
 
 if __name__ == "__main__":
@@ -29,7 +31,13 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     options = config.latency
     teacher = load_teacher(config).transformer.config
     space = search_space_of(config, teacher)
-    state = RunState(config.folder("latency"), "latency", {**config.section("latency"), "space": space.to_dict()}, options.repeats, unit="round")
+    state = RunState(
+        config.folder("latency"),
+        "latency",
+        {**config.section("latency"), "space": space.to_dict()},
+        options.repeats,
+        unit="round",
+    )
     if state.finished:
         return
     rounds = state.steps()
@@ -45,7 +53,10 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         progress=lambda done, asked: next(rounds, None),
     )
     if (residual := table.to_dict()["fit_residual"]) > BUSY_RESIDUAL:
-        print(f"latency: the fit is off by {residual:.0%}; something else was running. Delete {state.folder} and measure again.")
+        print(
+            f"latency: the fit is off by {residual:.0%}; something else was running. Delete {state.folder} and measure "
+            "again."
+        )
     table.to_json(state.folder / "table.json")
     state.finish(prediction=table.to_dict()["prediction"])
 

@@ -4,11 +4,14 @@
 
  1. Calibrate: sample with the pipeline, guidance on, and record what its network and every layer see.
  2. Sensitivity: quantise one layer at a time, in every form it may take, and measure the error of the network's output.
- 3. Allocate: the forms whose summed error is least within quantize.budget_bits; quantise. That is <output_dir>/quantized-untuned.
- 4. Self-distil: tune biases, norms and modulation, with the weights frozen, to the unquantised network's output on its own samples, noised.
+ 3. Allocate: the forms whose summed error is least within quantize.budget_bits; quantise. That is
+    <output_dir>/quantized-untuned.
+ 4. Self-distil: tune biases, norms and modulation, with the weights frozen, to the unquantised network's output on its
+    own samples, noised.
 
-Writes <output_dir>/quantized, a pipeline folder that DiffusionPipeline.from_pretrained loads, with quantization.json: the form and bits of every
-layer, bytes, and the output's signal-to-noise ratio by timestep before and after step 4. Interrupted or killed, run it again: it continues.
+Writes <output_dir>/quantized, a pipeline folder that DiffusionPipeline.from_pretrained loads, with quantization.json:
+the form and bits of every layer, bytes, and the output's signal-to-noise ratio by timestep before and after step 4.
+Interrupted or killed, run it again: it continues.
 """
 
 if __name__ == "__main__":
@@ -38,7 +41,14 @@ from edgedit_hf.quantization.gptq import quantize_compensated
 from edgedit_hf.quantization.layers import dequantize_model, quantizable_layers, quantized_weights, set_quantized_weight
 from edgedit_hf.quantization.quantize import quantize_weight
 from edgedit_hf.quantization.quantizer import mark_quantized
-from edgedit_hf.quantization.self_distillation import POOL_STREAM, SamplePool, TunedState, step_draws, step_subnet, tuned_parameters
+from edgedit_hf.quantization.self_distillation import (
+    POOL_STREAM,
+    SamplePool,
+    TunedState,
+    step_draws,
+    step_subnet,
+    tuned_parameters,
+)
 from edgedit_hf.quantization.sensitivity import Candidate, allocate, candidate_specs, replaced_weight_error
 from edgedit_hf.quantization.setup import (
     KINDS,
@@ -63,7 +73,11 @@ def quantize_layers(config: RunConfig, accelerator: Accelerator) -> None:
     """Steps 1 to 3, on the main process."""
     options = config.quantize
     pipeline = load_source(config)
-    model, widths, prompts = pipeline.transformer.eval().requires_grad_(False), widths_of(pipeline), load_prompts(config, pipeline)
+    model, widths, prompts = (
+        pipeline.transformer.eval().requires_grad_(False),
+        widths_of(pipeline),
+        load_prompts(config, pipeline),
+    )
     layers = quantizable_layers(model)
     names = list(layers)
     state = RunState(
@@ -81,25 +95,46 @@ def quantize_layers(config: RunConfig, accelerator: Accelerator) -> None:
         return
     pipeline.to(accelerator.device)
     sampling = sampling_options(config, prompts)
-    calls = [call for width in widths for call in record(pipeline, options.calibration_images, subnet=width, **sampling).calls]
-    judged = [call for width in widths for call in spread(record(pipeline, options.sensitivity_images, subnet=width, **sampling).calls, options.timesteps)]
+    calls = [
+        call
+        for width in widths
+        for call in record(pipeline, options.calibration_images, subnet=width, **sampling).calls
+    ]
+    judged = [
+        call
+        for width in widths
+        for call in spread(
+            record(pipeline, options.sensitivity_images, subnet=width, **sampling).calls, options.timesteps
+        )
+    ]
     references = [replay(model, call) for call in judged]
     if not any(reference.any() for reference in references):
-        raise EdgeDiTError("The network predicts zeros alone, so there is no error to measure; train it before it is quantised.")
+        raise EdgeDiTError(
+            "The network predicts zeros alone, so there is no error to measure; train it before it is quantised."
+        )
     batches = moment_batches(model, names) if options.compensate else [names]
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
-    specs = {name: candidate_specs(layer.weight.shape, options.scheme, options.rows_per_palette, options.group_size) for name, layer in layers.items()}
+    specs = {
+        name: candidate_specs(layer.weight.shape, options.scheme, options.rows_per_palette, options.group_size)
+        for name, layer in layers.items()
+    }
 
     def stored(name: str, spec: dict | None) -> int:
         weight = layers[name].weight
         return 8 * weight.element_size() * weight.numel() if spec is None else spec_bits(spec, tuple(weight.shape))
 
     # Fails now, not after hours, if even the smallest forms exceed the budget.
-    allocate({name: [Candidate(spec, stored(name, spec), 0.0) for spec in forms] for name, forms in specs.items()}, sizes, options.budget_bits)
+    allocate(
+        {name: [Candidate(spec, stored(name, spec), 0.0) for spec in forms] for name, forms in specs.items()},
+        sizes,
+        options.budget_bits,
+    )
 
     def quantized(name: str, spec: dict, moments: dict[str, torch.Tensor]):
         weight = layers[name].weight
-        return quantize_compensated(weight, spec, moments[name]) if options.compensate else quantize_weight(weight, spec)
+        return (
+            quantize_compensated(weight, spec, moments[name]) if options.compensate else quantize_weight(weight, spec)
+        )
 
     def moments_of(batch: list[str]) -> dict[str, torch.Tensor]:
         return second_moments(model, calls, batch) if options.compensate else {}
@@ -114,12 +149,18 @@ def quantize_layers(config: RunConfig, accelerator: Accelerator) -> None:
         for spec in specs[name]:
             error = {"mse": 0.0, "sqnr_db": None}  # of a layer that stays as it is
             if spec is not None:
-                error = replaced_weight_error(model, name, quantized(name, spec, moments).dequantize(), judged, references).to_dict()
-            rows.append({"spec": spec, "num_bits": stored(name, spec), "mse": error["mse"], "sqnr_db": error["sqnr_db"]})
+                error = replaced_weight_error(
+                    model, name, quantized(name, spec, moments).dequantize(), judged, references
+                ).to_dict()
+            rows.append(
+                {"spec": spec, "num_bits": stored(name, spec), "mse": error["mse"], "sqnr_db": error["sqnr_db"]}
+            )
         measured[name] = rows
         state.log(mse=rows[0]["mse"])
 
-    candidates = {name: [Candidate(row["spec"], row["num_bits"], row["mse"]) for row in measured[name]] for name in names}
+    candidates = {
+        name: [Candidate(row["spec"], row["num_bits"], row["mse"]) for row in measured[name]] for name in names
+    }
     chosen = allocate(candidates, sizes, options.budget_bits)
     judge = Judge(pipeline, options.calibration_images, **sampling)
     samples = {}
@@ -135,21 +176,40 @@ def quantize_layers(config: RunConfig, accelerator: Accelerator) -> None:
     mark_quantized(model)
     error = judge(model)
     by_layer = {
-        name: {"spec": choice.spec, "weights": sizes[name], "num_bits": choice.num_bits, "mse": choice.error, "candidates": measured[name]}
+        name: {
+            "spec": choice.spec,
+            "weights": sizes[name],
+            "num_bits": choice.num_bits,
+            "mse": choice.error,
+            "candidates": measured[name],
+        }
         for name, choice in chosen.chosen.items()
     }
-    allocation = {"budget_bits": options.budget_bits, "average_bits": chosen.average_bits, "summed_mse": chosen.error, "summed_mse_bound": chosen.bound}
+    allocation = {
+        "budget_bits": options.budget_bits,
+        "average_bits": chosen.average_bits,
+        "summed_mse": chosen.error,
+        "summed_mse_bound": chosen.bound,
+    }
     with state.publish() as folder:
         pipeline.to("cpu").save_pretrained(folder)
-        atomic_write_json(folder / RECORD, {**allocation, "bytes": weight_bytes(folder), "error": {"untuned": error}, "layers": by_layer})
+        atomic_write_json(
+            folder / RECORD,
+            {**allocation, "bytes": weight_bytes(folder), "error": {"untuned": error}, "layers": by_layer},
+        )
         if samples:
             save_file(samples, folder / SAMPLES)
     state.finish(average_bits=chosen.average_bits)
 
 
 def what_decides(config: RunConfig) -> dict:
-    """The keys that steps 1 to 3 depend on: those of the self-distillation's loop may change without making them anew."""
-    loop = "steps batch_size learning_rate final_learning_rate warmup_steps weight_decay max_grad_norm ema_decay gradient_accumulation".split()
+    """The keys that steps 1 to 3 depend on: those of the self-distillation's loop may change without making them
+    anew.
+    """
+    loop = (
+        "steps batch_size learning_rate final_learning_rate warmup_steps weight_decay max_grad_norm ema_decay "
+        "gradient_accumulation"
+    ).split()
     loop += ["gradient_checkpointing", "checkpoint_every", "log_every", "dropout"]
     values = config.section("quantize")["quantize"]
     return {key: value for key, value in values.items() if key not in loop} | {"tuned": values["steps"] > 0}
@@ -188,7 +248,9 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
         model.enable_gradient_checkpointing()
     parameters, names = list(tuned.values()), getattr(model, "subnet_names", [])
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
-    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # norms and modulation of the other widths
+    accelerator.ddp_handler = DistributedDataParallelKwargs(
+        find_unused_parameters=True
+    )  # norms and modulation of the other widths
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(parameters, decay=options.ema_decay, foreach=True)
     ema.to(accelerator.device)
@@ -202,16 +264,26 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
     classes, channels = model.config.get("num_classes", 0), model.config["in_channels"]
     per_piece = options.batch_size // (accelerator.num_processes * options.gradient_accumulation)
     for step in state.steps():
-        rate = learning_rate_at(step, options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate)
+        rate = learning_rate_at(
+            step, options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate
+        )
         set_learning_rate(optimizer, rate)
         width = step_subnet(names, config.seed, step)
         asked = {} if width is None else {"subnet": width}
         for index in range(options.gradient_accumulation):
             first = (accelerator.process_index * options.gradient_accumulation + index) * per_piece
-            drawn = step_draws(config.seed, step, range(first, first + per_piece), pool.latents.shape[1:], len(pool.latents))
-            condition = {name: on_device(value, accelerator.device) for name, value in pool.condition(drawn, options.dropout, classes).items()}
+            drawn = step_draws(
+                config.seed, step, range(first, first + per_piece), pool.latents.shape[1:], len(pool.latents)
+            )
+            condition = {
+                name: on_device(value, accelerator.device)
+                for name, value in pool.condition(drawn, options.dropout, classes).items()
+            }
             t = diffusion.timesteps(drawn.time)
-            noisy, t = diffusion.noisy(pool.latents[drawn.samples], drawn.noise, t).to(accelerator.device), t.to(accelerator.device)
+            noisy, t = (
+                diffusion.noisy(pool.latents[drawn.samples], drawn.noise, t).to(accelerator.device),
+                t.to(accelerator.device),
+            )
             with nullcontext() if index == options.gradient_accumulation - 1 else accelerator.no_sync(wrapped):
                 with accelerator.autocast():
                     with torch.no_grad():
@@ -235,12 +307,25 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
         found["error"]["tuned"] = judge(packed.transformer.to(accelerator.device).eval())
         with state.publish() as folder:
             packed.to("cpu").save_pretrained(folder)
-            atomic_write_json(folder / RECORD, {**found, "bytes": weight_bytes(folder), "tuned_parameters": sum(p.numel() for p in parameters)})
+            atomic_write_json(
+                folder / RECORD,
+                {**found, "bytes": weight_bytes(folder), "tuned_parameters": sum(p.numel() for p in parameters)},
+            )
         for width, error in found["error"]["tuned"].items():
             # No ratio (`None`): there is no error at all.
-            before, after = (math.inf if ratio is None else ratio for ratio in (found["error"]["untuned"][width]["sqnr_db"], error["sqnr_db"]))
-            advice = "" if after >= before else f"; {start} is the better one: lower quantize.learning_rate or give more steps"
-            print(f"{width}: {found['average_bits']:.2f} bits, output {before:.1f} dB → {after:.1f} dB above the quantisation error{advice}")
+            before, after = (
+                math.inf if ratio is None else ratio
+                for ratio in (found["error"]["untuned"][width]["sqnr_db"], error["sqnr_db"])
+            )
+            advice = (
+                ""
+                if after >= before
+                else f"; {start} is the better one: lower quantize.learning_rate or give more steps"
+            )
+            print(
+                f"{width}: {found['average_bits']:.2f} bits, output {before:.1f} dB → {after:.1f} dB above the "
+                f"quantisation error{advice}"
+            )
     accelerator.free_memory()
     state.finish(average_bits=read_record(start / RECORD, Quantization, made_by)["average_bits"])
 
@@ -256,7 +341,10 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     options = config.quantize
     share = accelerator.num_processes * options.gradient_accumulation
     if options.batch_size % share:
-        raise EdgeDiTError(f"batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change one.")
+        raise EdgeDiTError(
+            f"batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change "
+            "one."
+        )
     if accelerator.is_main_process:
         quantize_layers(config, accelerator)
     accelerator.wait_for_everyone()

@@ -1,12 +1,19 @@
-"""What models are judged by: a feature extractor trained on the data, the real images' features, an independent classifier. Not a stage
-of its own: search and evaluation call it, and the extractor is trained once a run (<output_dir>/evaluate/extractor)."""
+"""What models are judged by: a feature extractor trained on the data, the real images' features, an independent
+classifier. Not a stage of its own: search and evaluation call it, and the extractor is trained once a run
+(<output_dir>/evaluate/extractor).
+"""
 
 import torch
 
 from edgedit_hf.data import ImageDataset
 from edgedit_hf.files import atomic_write_json
 from edgedit_hf.launch import load_run_images
-from edgedit_hf.metrics.features import FeatureExtractor, InceptionExtractor, train_classifier, train_independent_classifier
+from edgedit_hf.metrics.features import (
+    FeatureExtractor,
+    InceptionExtractor,
+    train_classifier,
+    train_independent_classifier,
+)
 from edgedit_hf.metrics.generative import frechet_distance
 from edgedit_hf.recipes import RunConfig
 
@@ -15,7 +22,9 @@ CHUNK = 1000
 
 
 def load_extractor(config: RunConfig, images: ImageDataset, device: torch.device, held_out: ImageDataset | None = None):
-    """The run's extractor, trained now if it has none; `device`: where Inception runs; `held_out`: default the run's own."""
+    """The run's extractor, trained now if it has none; `device`: where Inception runs; `held_out`: default the run's
+    own.
+    """
     folder = config.folder("evaluate", "extractor")
     if config.evaluate.extractor == "inception":
         return InceptionExtractor(device)
@@ -35,8 +44,12 @@ def real_features(extractor, images: ImageDataset) -> torch.Tensor:
     return torch.cat([extractor.features(images.batch(piece)["images"]) for piece in pieces])
 
 
-def describe_reference(config: RunConfig, images: ImageDataset, extractor, real: torch.Tensor, held_out: ImageDataset | None = None):
-    """Write `evaluate/reference.json` (accuracies, the distance of held-out real images); returns the independent classifier."""
+def describe_reference(
+    config: RunConfig, images: ImageDataset, extractor, real: torch.Tensor, held_out: ImageDataset | None = None
+):
+    """Write `evaluate/reference.json` (accuracies, the distance of held-out real images); returns the independent
+    classifier.
+    """
     held_out = held_out or load_run_images(config, "validation")
     others = real_features(extractor, held_out)
     classifier = train_independent_classifier(images, validation=held_out) if images.num_classes else None

@@ -1,10 +1,11 @@
-"""Stage 4: search the front of Fréchet distance against latency by multi-objective Bayesian optimisation (GP surrogates, qLogEHVI).
+"""Stage 4: search the front of Fréchet distance against latency by multi-objective Bayesian optimisation (GP
+surrogates, qLogEHVI).
 
     edgedit train search --config training/recipes/digits.yaml
 
-A genotype is judged by images of the student that the bank assembles for it, not yet tuned, and by the latency table. Random search
-spends the same budget for comparison. All state is JSON, written after every evaluation: killed at any point, it continues.
-Writes <output_dir>/search: state.json, random.json, front.json.
+A genotype is judged by images of the student that the bank assembles for it, not yet tuned, and by the latency table.
+Random search spends the same budget for comparison. All state is JSON, written after every evaluation: killed at any
+point, it continues. Writes <output_dir>/search: state.json, random.json, front.json.
 """
 
 if __name__ == "__main__":
@@ -77,7 +78,12 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         return (quality(genotype), table.latency_ms(genotype)), {"parameters": cost.parameters, "flops": cost.flops}
 
     names = ("merge.json", "state.json", "random.json")
-    told = {name: len(read_record(state.folder / name, SearchState, "this stage")["told"]) if (state.folder / name).exists() else 0 for name in names}
+    told = {
+        name: len(read_record(state.folder / name, SearchState, "this stage")["told"])
+        if (state.folder / name).exists()
+        else 0
+        for name in names
+    }
     state.continue_at(told["merge.json"] + told["state.json"] + max(0, told["random.json"] - options.initial))
     progress = state.steps()
 
@@ -96,7 +102,9 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
     def bayes(space: SearchSpace, evaluations: int, name: str, reference=None) -> AskTellSearch:
         initial = min(options.initial, evaluations)
-        return evaluate_all(BayesSearch(space, evaluations, config.seed, initial, reference, acquisition=options.acquisition), name)
+        return evaluate_all(
+            BayesSearch(space, evaluations, config.seed, initial, reference, acquisition=options.acquisition), name
+        )
 
     if options.mode == "joint":
         found = bayes(bank.space, options.evaluations, "state.json")
@@ -111,7 +119,12 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     progress.close()
     whole = Genotype.from_layers(teacher_config["layers"], teacher_config["hidden_size"])
     cost = model_cost(teacher_config)
-    teacher = {"path": config.teacher.path, "latency_ms": table.latency_ms(whole), "parameters": cost.parameters, "flops": cost.flops}
+    teacher = {
+        "path": config.teacher.path,
+        "latency_ms": table.latency_ms(whole),
+        "parameters": cost.parameters,
+        "flops": cost.flops,
+    }
     atomic_write_json(state.folder / "front.json", {**summary(found, random), "teacher": teacher})
     state.finish()
 

@@ -2,8 +2,8 @@
 
     edgedit train student --config training/recipes/digits.yaml [--override student.genotype=EdgeDiT-1]
 
-Writes <output_dir>/student, a pipeline folder, with choice.json. `edgedit select` picks another point later. A given genotype needs no
-search.
+Writes <output_dir>/student, a pipeline folder, with choice.json. `edgedit select` picks another point later. A given
+genotype needs no search.
 """
 
 if __name__ == "__main__":
@@ -36,7 +36,9 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         return
     front = config.folder("search", "front.json")
     read_record(front, Front, "stage search (training/search_architecture.py)")
-    state = RunState(config.folder("student"), "student", config.section("student"), 1, inputs={"front": file_sha256(front)})
+    state = RunState(
+        config.folder("student"), "student", config.section("student"), 1, inputs={"front": file_sha256(front)}
+    )
     if state.finished:
         return
     for _ in state.steps():

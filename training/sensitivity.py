@@ -2,11 +2,12 @@
 
     edgedit train sensitivity --config training/recipes/digits.yaml
 
-For every place of the teacher: MLP ratio 1, 2, 3; two narrower attentions; two or three neighbours merged into one. Each change starts in
-closed form and is then tuned for a few steps on the teacher's features. Measured before and after: the layer's own normalised feature
-loss on held-out features, and the whole model's relative output error with that one change, and with the same change everywhere at once.
-Works change by change, one teacher forward a step for all its places. Needs the teacher alone; the main process does all the work.
-Writes <output_dir>/sensitivity: table.json, table.csv, table.md, plot.png.
+For every place of the teacher: MLP ratio 1, 2, 3; two narrower attentions; two or three neighbours merged into one.
+Each change starts in closed form and is then tuned for a few steps on the teacher's features. Measured before and
+after: the layer's own normalised feature loss on held-out features, and the whole model's relative output error with
+that one change, and with the same change everywhere at once. Works change by change, one teacher forward a step for all
+its places. Needs the teacher alone; the main process does all the work. Writes <output_dir>/sensitivity: table.json,
+table.csv, table.md, plot.png.
 """
 
 if __name__ == "__main__":
@@ -31,7 +32,14 @@ from edgedit_hf.distill.proxy_group import Features, Proxy, ProxyGroup, held_out
 from edgedit_hf.distill.sensitivity import disjoint, relative_output_error, single_changes, spliced_student
 from edgedit_hf.files import atomic_write_json, atomic_write_text, weights_hash
 from edgedit_hf.genotype import LayerSpec
-from edgedit_hf.launch import check_fits_data, learning_rate_at, load_teacher, load_training_set, recipe_main, set_learning_rate
+from edgedit_hf.launch import (
+    check_fits_data,
+    learning_rate_at,
+    load_teacher,
+    load_training_set,
+    recipe_main,
+    set_learning_rate,
+)
 from edgedit_hf.markup import csv_cell, markdown
 from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig
@@ -43,9 +51,13 @@ OUTPUT_STREAM = 4  # noise that whole models are judged on
 
 
 class Judge:
-    """Relative output error of a changed teacher at evenly spaced timesteps, on images and noise that are a function of the seed."""
+    """Relative output error of a changed teacher at evenly spaced timesteps, on images and noise that are a function of
+    the seed.
+    """
 
-    def __init__(self, teacher, dataset, samples: int, count: int, batch_size: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, teacher, dataset, samples: int, count: int, batch_size: int, seed: int, device: torch.device
+    ) -> None:
         self.teacher = teacher
         self.timesteps = [round(1000 * (i + 0.5) / count) for i in range(count)]
         diffusion = Diffusion.for_config(teacher.config)
@@ -110,14 +122,20 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     group = ProxyGroup(new_proxy)
 
     def measure(name: str, when: str) -> None:
-        """Note the damage of every place of the change, and of all places at once, `when` ("before" or "after" the tune)."""
+        """Note the damage of every place of the change, and of all places at once, `when` ("before" or "after" the
+        tune).
+        """
         losses = held_out_losses(group.blocks(), test)
         places = {key: [(proxy.layer, proxy.block)] for key, proxy in group.proxies.items()}
         everywhere = disjoint(proxy.layer for proxy in group.proxies.values())
-        places[f"{name}: all"] = [(proxy.layer, proxy.block) for proxy in group.proxies.values() if proxy.layer in everywhere]
+        places[f"{name}: all"] = [
+            (proxy.layer, proxy.block) for proxy in group.proxies.values() if proxy.layer in everywhere
+        ]
         for key, blocks in places.items():
             errors = judge(blocks)
-            row = group.written.setdefault(key, {"change": name, "layers": [list(layer.source) for layer, _ in blocks], **saved(teacher, blocks)})
+            row = group.written.setdefault(
+                key, {"change": name, "layers": [list(layer.source) for layer, _ in blocks], **saved(teacher, blocks)}
+            )
             row[f"layer_{when}"] = losses.get(key)
             row[f"model_{when}"] = statistics.fmean(errors)
             row[f"model_{when}_by_timestep"] = errors
@@ -142,11 +160,16 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         rate = learning_rate_at(local, options.learning_rate, options.warmup_steps, options.steps, 0.02)
         for key, proxy in group.proxies.items():
             set_learning_rate(proxy.optimizer, rate * rate_scale(group.written[key]["layer_before"]))
-        state.log(loss=train_step(group.proxies.values(), features_of(options.batch_size, local, TRAIN_STREAM), "normalised"))
+        state.log(
+            loss=train_step(group.proxies.values(), features_of(options.batch_size, local, TRAIN_STREAM), "normalised")
+        )
 
     rows = list(group.written.values())
     hash_ = weights_hash(teacher.state_dict())
-    atomic_write_json(state.folder / "table.json", {"teacher_hash": hash_, "timesteps": judge.timesteps, "steps": options.steps, "rows": rows})
+    atomic_write_json(
+        state.folder / "table.json",
+        {"teacher_hash": hash_, "timesteps": judge.timesteps, "steps": options.steps, "rows": rows},
+    )
     atomic_write_text(state.folder / "table.csv", as_csv(rows))
     atomic_write_text(state.folder / "table.md", as_markdown(rows, options.steps))
     sensitivity_plot(state.folder / "plot.png", rows, len(teacher.blocks))
@@ -168,26 +191,41 @@ def as_csv(rows: list[dict]) -> str:
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({**row, "change": csv_cell(row["change"]), "layers": " ".join("+".join(map(str, source)) for source in row["layers"])})
+        writer.writerow(
+            {
+                **row,
+                "change": csv_cell(row["change"]),
+                "layers": " ".join("+".join(map(str, source)) for source in row["layers"]),
+            }
+        )
     return text.getvalue()
 
 
 def as_markdown(rows: list[dict], steps: int) -> str:
     """One line a change: damage of a single place (median, worst) and of all places at once."""
     lines = [
-        f"Damage at the closed-form start → after {steps} steps. Layer: normalised feature loss. Model: relative output error.",
+        f"Damage at the closed-form start → after {steps} steps. Layer: normalised feature loss. Model: relative "
+        "output error.",
         "",
-        "| change | FLOPs everywhere | layer, median | layer, worst | model, median | model, worst | worst place | model, everywhere |",
+        "| change | FLOPs everywhere | layer, median | layer, worst | model, median | model, worst | worst place | "
+        "model, everywhere |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(row["change"] for row in rows):
         *places, everywhere = [row for row in rows if row["change"] == name]
 
         def pair(quantity: str, reduce, among=places) -> str:
-            return " → ".join(f"{reduce([row[f'{quantity}_{when}'] for row in among]):.3g}" for when in ("before", "after"))
+            return " → ".join(
+                f"{reduce([row[f'{quantity}_{when}'] for row in among]):.3g}" for when in ("before", "after")
+            )
 
         worst = max(places, key=lambda row: row["model_after"])["layers"][0]
-        cells = [pair("layer", statistics.median), pair("layer", max), pair("model", statistics.median), pair("model", max)]
+        cells = [
+            pair("layer", statistics.median),
+            pair("layer", max),
+            pair("model", statistics.median),
+            pair("model", max),
+        ]
         cells += ["–".join(map(str, sorted({worst[0], worst[-1]}))), pair("model", max, [everywhere])]
         lines.append(f"| {markdown(name)} | {everywhere['flops']:.0%} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

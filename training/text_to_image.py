@@ -1,9 +1,10 @@
-"""Text to image, the whole loop from one YAML: text encoders → elastic supernet → evaluation of every sub-network → report.
+"""Text to image, the whole loop from one YAML: text encoders → elastic supernet → evaluation of every sub-network →
+report.
 
     edgedit train text-to-image --config training/recipes/digits-t2i.yaml [--override key=value] [--dry-run]
 
-All stages run in this process; each can be run alone with the same YAML (train_text_encoders.py, train_elastic.py, evaluate_elastic.py).
-Finished stages are skipped, interrupted ones continue.
+All stages run in this process; each can be run alone with the same YAML (train_text_encoders.py, train_elastic.py,
+evaluate_elastic.py). Finished stages are skipped, interrupted ones continue.
 """
 
 if __name__ == "__main__":
@@ -40,4 +41,10 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, {"--teacher": "knowledge.teacher"}, dry_run=print_elastic_estimate, check=partial(preflight, stages=TEXT_TO_IMAGE))
+    recipe_main(
+        run,
+        __doc__,
+        {"--teacher": "knowledge.teacher"},
+        dry_run=print_elastic_estimate,
+        check=partial(preflight, stages=TEXT_TO_IMAGE),
+    )

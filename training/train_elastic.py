@@ -2,14 +2,16 @@
 
     edgedit train elastic --config training/recipes/digits-t2i.yaml [--override elastic.steps=2000]
 
-Each step runs the full net and one sampled sub-network (or two: elastic.sampling sandwich) on the same batch, noise and timesteps: flow loss
-on each, plus the sub-network's distance to the full net's velocity; their gradients are balanced where they share weights (elastic/losses.py).
-With --teacher PATH_OR_ID (knowledge.teacher) the full net also learns from a large flow pipeline on the same latents (distill/knowledge.py).
-Writes <output_dir>/elastic, a pipeline folder with the averaged (EMA) supernet and the text encoders of stage text; the validation loss of
-every width is in its stage.json. Interrupted or killed, run it again: it continues from the last checkpoint to the same final weights.
+Each step runs the full net and one sampled sub-network (or two: elastic.sampling sandwich) on the same batch, noise and
+timesteps: flow loss on each, plus the sub-network's distance to the full net's velocity; their gradients are balanced
+where they share weights (elastic/losses.py). With --teacher PATH_OR_ID (knowledge.teacher) the full net also learns
+from a large flow pipeline on the same latents (distill/knowledge.py). Writes <output_dir>/elastic, a pipeline folder
+with the averaged (EMA) supernet and the text encoders of stage text; the validation loss of every width is in its
+stage.json. Interrupted or killed, run it again: it continues from the last checkpoint to the same final weights.
 
-Memory for W weights: 4 bytes each for weights, moving average, two moments, and one gradient for every network of a step (full and sampled):
-24·W with one sub-network a step. training/accelerate/fsdp.yaml shards all of it between GPUs (FSDP2); such a run continues on as many.
+Memory for W weights: 4 bytes each for weights, moving average, two moments, and one gradient for every network of a
+step (full and sampled): 24·W with one sub-network a step. training/accelerate/fsdp.yaml shards all of it between GPUs
+(FSDP2); such a run continues on as many.
 """
 
 if __name__ == "__main__":
@@ -30,7 +32,13 @@ from edgedit_hf.captions import CaptionedDataset, TextTable, caption_loader
 from edgedit_hf.diffusion import TRAIN_TIMESTEPS, Diffusion, draws
 from edgedit_hf.elastic.estimate import print_elastic_estimate
 from edgedit_hf.elastic.knowledge import Knowledge, load_knowledge
-from edgedit_hf.elastic.losses import balance_scale, combine_gradients, distillation_loss, take_gradients, validation_losses
+from edgedit_hf.elastic.losses import (
+    balance_scale,
+    combine_gradients,
+    distillation_loss,
+    take_gradients,
+    validation_losses,
+)
 from edgedit_hf.elastic.sampling import drop_texts, step_subnets, text_uniforms
 from edgedit_hf.elastic.setup import load_text_table, new_elastic, new_elastic_pipeline
 from edgedit_hf.elastic.sharding import ShardedModel, ShardedOptimisation, whole
@@ -60,7 +68,9 @@ class MicroBatch(NamedTuple):
         return ~torch.stack([mask.any(1) for mask in self.masks if mask is not None]).any(0)
 
 
-def micro_batches(batch: dict, texts: TextTable, rows: list[int], step: int, seed: int, options: ElasticConfig, device) -> list[MicroBatch]:
+def micro_batches(
+    batch: dict, texts: TextTable, rows: list[int], step: int, seed: int, options: ElasticConfig, device
+) -> list[MicroBatch]:
     """A rank's part of a step's batch with noise, timesteps and dropped texts, in `gradient_accumulation` pieces."""
     diffusion, count = Diffusion("flow_prediction"), options.gradient_accumulation
     drawn = draws(seed, step, rows, batch["images"].shape[1:])
@@ -72,7 +82,11 @@ def micro_batches(batch: dict, texts: TextTable, rows: list[int], step: int, see
     def pieces(tensor: torch.Tensor | None) -> list[torch.Tensor | None]:
         return [None] * count if tensor is None else list(tensor.to(device).chunk(count))
 
-    by_tensor = [*map(pieces, tensors), *([list(part) for part in zip(*map(pieces, parts))] for parts in (text, masks)), pieces(batch["rows"])]
+    by_tensor = [
+        *map(pieces, tensors),
+        *([list(part) for part in zip(*map(pieces, parts))] for parts in (text, masks)),
+        pieces(batch["rows"]),
+    ]
     return [MicroBatch(*values) for values in zip(*by_tensor)]
 
 
@@ -89,28 +103,39 @@ def train_supernet(
 ) -> tuple[ElasticDiTTransformer2DModel, dict[str, float]]:
     """The training loop; returns the model with its averaged weights, and the validation losses of its widths.
 
-    A stand-alone net (no sub-networks) trains as one network does: that is the reference that a supernet is compared with.
-    With `knowledge` the full net learns from a teacher too.
+    A stand-alone net (no sub-networks) trains as one network does: that is the reference that a supernet is compared
+    with. With `knowledge` the full net learns from a teacher too.
     """
     share = accelerator.num_processes * options.gradient_accumulation
     if options.batch_size % share:
-        raise EdgeDiTError(f"batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change one.")
+        raise EdgeDiTError(
+            f"batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change "
+            "one."
+        )
     diffusion, names = Diffusion("flow_prediction"), model.subnet_names
     full = names[-1] if names else "full"
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.train().requires_grad_(True)
     projection = [] if knowledge is None else knowledge.parameters()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
-    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # norms and modulation of the other widths
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+    )
+    accelerator.ddp_handler = DistributedDataParallelKwargs(
+        find_unused_parameters=True
+    )  # norms and modulation of the other widths
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if projection:  # no part of the network that is wrapped, nor sharded with it
         optimizer.add_param_group({"params": projection})
-    ema = EMAModel(model.parameters(), decay=options.ema_decay, foreach=not accelerator.is_fsdp2)  # sharded tensors have no foreach copy
+    ema = EMAModel(
+        model.parameters(), decay=options.ema_decay, foreach=not accelerator.is_fsdp2
+    )  # sharded tensors have no foreach copy
     ema.to(accelerator.device)
 
     tracked = {} if knowledge is None else {"projector": knowledge.projector}
-    beside = [(f"projector.{name}", parameter) for module in tracked.values() for name, parameter in module.named_parameters()]
+    beside = [
+        (f"projector.{name}", parameter) for module in tracked.values() for name, parameter in module.named_parameters()
+    ]
     parts = (ShardedModel(model), ShardedOptimisation) if accelerator.is_fsdp2 else (model, Optimisation)
     optimisation = parts[1](optimizer, model.named_parameters(), ema, accelerator.scaler, beside)
     start = run.track(model=parts[0], optimisation=optimisation, **tracked)
@@ -126,7 +151,9 @@ def train_supernet(
         num_workers=num_workers,
     )
     for step, (_, rows, batch) in zip(run.steps(), batches):
-        rate = learning_rate_at(step, options.learning_rate, options.warmup_steps, run.total_steps, options.final_learning_rate)
+        rate = learning_rate_at(
+            step, options.learning_rate, options.warmup_steps, run.total_steps, options.final_learning_rate
+        )
         set_learning_rate(optimizer, rate)
         pieces = micro_batches(batch, texts, rows.tolist(), step, run.seed, options, accelerator.device)
         sampled = step_subnets(names, run.seed, step, options.sampling)
@@ -136,7 +163,10 @@ def train_supernet(
                 # Gradients of all but the last micro-batch stay on their rank.
                 with nullcontext() if index == len(pieces) - 1 else accelerator.no_sync(wrapped):
                     with accelerator.autocast():
-                        asked = {"return_features": name == full and knowledge is not None, "subnet": name if names else None}
+                        asked = {
+                            "return_features": name == full and knowledge is not None,
+                            "subnet": name if names else None,
+                        }
                         output = wrapped(piece.noisy, piece.t, piece.text, piece.masks, **asked)
                     velocity = output.sample
                     flow = diffusion.loss(velocity, piece.x0, piece.noise, piece.t)
@@ -145,7 +175,9 @@ def train_supernet(
                         targets.append(velocity.detach())
                         if knowledge is not None:
                             sigma = piece.t / TRAIN_TIMESTEPS
-                            taught, distances = knowledge.loss(flow, velocity, output.features, piece.noisy, sigma, piece.rows, piece.without_text)
+                            taught, distances = knowledge.loss(
+                                flow, velocity, output.features, piece.noisy, sigma, piece.rows, piece.without_text
+                            )
                             total = taught.mean()
                             run.log(**distances)
                     else:
@@ -156,7 +188,10 @@ def train_supernet(
                 run.log(**{f"loss_{name}": loss})
             gradients.append(take_gradients(model.parameters()))
         of_full, *of_subs = gradients
-        scales = [balance_scale(of_full, of_sub, options.balance_limit) if options.balance == "gradient_norm" else 1.0 for of_sub in of_subs]
+        scales = [
+            balance_scale(of_full, of_sub, options.balance_limit) if options.balance == "gradient_norm" else 1.0
+            for of_sub in of_subs
+        ]
         for parameter, gradient in zip(model.parameters(), combine_gradients(of_full, of_subs, scales)):
             parameter.grad = gradient
         run.log(**{f"balance_{name}": scale for name, scale in zip(sampled, scales)})
@@ -213,15 +248,36 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         held_out_texts = load_text_table(config, accelerator, encoders, held_out.captions, "validation")
 
         def validate(network: torch.nn.Module) -> dict[str, float]:
-            return validation_losses(network, model, held_out, held_out_texts, options.validation_samples, options.batch_size, config.seed, accelerator)
+            return validation_losses(
+                network,
+                model,
+                held_out,
+                held_out_texts,
+                options.validation_samples,
+                options.batch_size,
+                config.seed,
+                accelerator,
+            )
 
-    model, losses = train_supernet(model, dataset, texts, options, state, accelerator, validate, config.data.num_workers, knowledge)
+    model, losses = train_supernet(
+        model, dataset, texts, options, state, accelerator, validate, config.data.num_workers, knowledge
+    )
     if accelerator.is_main_process:
         with state.publish() as folder:
             new_elastic_pipeline(config, model.cpu(), vae).save_pretrained(folder)
-    drawn = [name for step in range(options.steps) for name in step_subnets(model.subnet_names, config.seed, step, options.sampling)]
+    drawn = [
+        name
+        for step in range(options.steps)
+        for name in step_subnets(model.subnet_names, config.seed, step, options.sampling)
+    ]
     state.finish(validation=losses, sampled={name: drawn.count(name) for name in model.subnet_names[:-1]})
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, {"--teacher": "knowledge.teacher"}, dry_run=print_elastic_estimate, check=partial(preflight, stages=("elastic",)))
+    recipe_main(
+        run,
+        __doc__,
+        {"--teacher": "knowledge.teacher"},
+        dry_run=print_elastic_estimate,
+        check=partial(preflight, stages=("elastic",)),
+    )

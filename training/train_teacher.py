@@ -2,8 +2,8 @@
 
     edgedit train teacher --config training/recipes/digits.yaml [--override teacher.steps=2000]
 
-Writes <output_dir>/teacher, a pipeline folder with the averaged (EMA) weights. With `teacher.path` set there is nothing to do.
-Interrupted or killed, run it again: it continues from the last checkpoint to the same final weights.
+Writes <output_dir>/teacher, a pipeline folder with the averaged (EMA) weights. With `teacher.path` set there is nothing
+to do. Interrupted or killed, run it again: it continues from the last checkpoint to the same final weights.
 """
 
 if __name__ == "__main__":
@@ -23,7 +23,14 @@ from edgedit_hf.data import step_loader
 from edgedit_hf.diffusion import Diffusion, draws, drop_labels
 from edgedit_hf.distill.output_loss import output_loss
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.launch import learning_rate_at, load_training_set, new_pipeline, new_teacher, recipe_main, set_learning_rate
+from edgedit_hf.launch import (
+    learning_rate_at,
+    load_training_set,
+    new_pipeline,
+    new_teacher,
+    recipe_main,
+    set_learning_rate,
+)
 from edgedit_hf.optimisation import Optimisation
 from edgedit_hf.preflight import preflight
 from edgedit_hf.recipes import RunConfig, TeacherConfig, TuneConfig
@@ -43,27 +50,37 @@ def train_denoiser(
 ) -> EdgeDiTTransformer2DModel:
     """The diffusion training loop of teachers and students; returns the model with its averaged weights.
 
-    `teacher` with `output_kd` > 0 adds the distance to the teacher's output. `on_step(step, ema_model)` is called after every step.
+    `teacher` with `output_kd` > 0 adds the distance to the teacher's output. `on_step(step, ema_model)` is called after
+    every step.
     """
     share = accelerator.num_processes * options.gradient_accumulation
     if options.batch_size % share:
-        raise EdgeDiTError(f"batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change one.")
+        raise EdgeDiTError(
+            f"batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change "
+            "one."
+        )
     diffusion = Diffusion.for_config(model.config)
     classes, channels = model.config.num_classes, model.config.in_channels
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.train().requires_grad_(True)
-    if model.side_blocks:  # they serve masked inputs (MDT), which there are none of here; ranks would wait for their gradients
+    if (
+        model.side_blocks
+    ):  # they serve masked inputs (MDT), which there are none of here; ranks would wait for their gradients
         model.side_blocks.requires_grad_(False)
         model.mask_token.requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+    )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(model.parameters(), decay=options.ema_decay, foreach=True)
     ema.to(accelerator.device)
     if teacher is not None:
         teacher.to(accelerator.device).eval().requires_grad_(False)
 
-    start = run.track(model=model, optimisation=Optimisation(optimizer, model.named_parameters(), ema, accelerator.scaler))
+    start = run.track(
+        model=model, optimisation=Optimisation(optimizer, model.named_parameters(), ema, accelerator.scaler)
+    )
     ema.to(accelerator.device)
     batches = step_loader(
         dataset,
@@ -76,10 +93,14 @@ def train_denoiser(
         num_workers=num_workers,
     )
     for step, (_, rows, batch) in zip(run.steps(), batches):
-        rate = learning_rate_at(step, options.learning_rate, options.warmup_steps, run.total_steps, options.final_learning_rate)
+        rate = learning_rate_at(
+            step, options.learning_rate, options.warmup_steps, run.total_steps, options.final_learning_rate
+        )
         set_learning_rate(optimizer, rate)
         drawn = draws(run.seed, step, rows.tolist(), batch["images"].shape[1:])
-        pieces = zip(*(tensor.chunk(options.gradient_accumulation) for tensor in (batch["images"], batch["labels"], *drawn)))
+        pieces = zip(
+            *(tensor.chunk(options.gradient_accumulation) for tensor in (batch["images"], batch["labels"], *drawn))
+        )
         for index, piece in enumerate(pieces):
             x0, labels, u, drop, noise = (tensor.to(accelerator.device) for tensor in piece)
             t = diffusion.timesteps(u)

@@ -2,9 +2,10 @@
 
     edgedit train text --config training/recipes/digits-t2i.yaml [--override text.steps=1000]
 
-The CLIP-type encoder learns which caption belongs to which image, the T5-type one to guess masked words. Writes <output_dir>/text with
-tokenizer, text_encoder, tokenizer_2, text_encoder_2. An encoder that text.encoder or text.encoder_2 names is used as it is instead.
-Interrupted or killed, run it again: it continues from the last checkpoint to the same final weights.
+The CLIP-type encoder learns which caption belongs to which image, the T5-type one to guess masked words. Writes
+<output_dir>/text with tokenizer, text_encoder, tokenizer_2, text_encoder_2. An encoder that text.encoder or
+text.encoder_2 names is used as it is instead. Interrupted or killed, run it again: it continues from the last
+checkpoint to the same final weights.
 """
 
 if __name__ == "__main__":
@@ -41,8 +42,11 @@ IMAGE_NOISE = 0.4  # its standard deviation: the image encoder, which is thrown 
 # -------------------------------------------------------------------- tokenizers
 
 
-def train_tokenizer(captions: Sequence[str], vocabulary_size: int, kind: str, max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of lower-cased text: it knows every string, and has few tokens for what the captions say.
+def train_tokenizer(
+    captions: Sequence[str], vocabulary_size: int, kind: str, max_length: int
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of lower-cased text: it knows every string, and has few tokens for what the captions
+    say.
 
     Args:
         kind: "clip" (begin and end token around a prompt) or "t5" (end token after it, and a mask token).
@@ -50,7 +54,11 @@ def train_tokenizer(captions: Sequence[str], vocabulary_size: int, kind: str, ma
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     # CLIPTextModel takes an end token with the number 2 for one of an old, wrong config.
-    special = ["<pad>", "<|startoftext|>", "<unk>", "<|endoftext|>"] if kind == "clip" else ["<pad>", "</s>", "<unk>", "<mask>"]
+    special = (
+        ["<pad>", "<|startoftext|>", "<unk>", "<|endoftext|>"]
+        if kind == "clip"
+        else ["<pad>", "</s>", "<unk>", "<mask>"]
+    )
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -64,14 +72,27 @@ def train_tokenizer(captions: Sequence[str], vocabulary_size: int, kind: str, ma
     tokenizer.train_from_iterator(sorted(set(captions)), trainer)
     around = "<|startoftext|> $A <|endoftext|>" if kind == "clip" else "$A </s>"
     ends = [token for token in special if token in around]
-    tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=[(token, special.index(token)) for token in ends])
-    names = {"bos_token": special[1], "eos_token": special[3]} if kind == "clip" else {"eos_token": special[1], "mask_token": special[3]}
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=around, special_tokens=[(token, special.index(token)) for token in ends]
+    )
+    names = (
+        {"bos_token": special[1], "eos_token": special[3]}
+        if kind == "clip"
+        else {"eos_token": special[1], "mask_token": special[3]}
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", **names, model_max_length=max_length, padding_side="right"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        **names,
+        model_max_length=max_length,
+        padding_side="right",
     )
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str], max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def tokenize(
+    tokenizer: PreTrainedTokenizerFast, captions: Sequence[str], max_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token numbers and attention mask, each `[N, T]` int64."""
     tokens = tokenizer(list(captions), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     return tokens["input_ids"], tokens["attention_mask"]
@@ -108,7 +129,11 @@ class Learners(nn.Module):
         super().__init__()
         if clip is not None:
             width = clip.config.hidden_size
-            self.clip, self.project, self.image = clip, nn.Linear(width, width, bias=False), ImageEncoder(channels, side, width)
+            self.clip, self.project, self.image = (
+                clip,
+                nn.Linear(width, width, bias=False),
+                ImageEncoder(channels, side, width),
+            )
         if t5 is not None:
             self.t5, self.guess = t5, nn.Linear(t5.config.d_model, t5.config.vocab_size)
 
@@ -124,13 +149,18 @@ class Learners(nn.Module):
         """Logits `[B, T, vocabulary]`."""
         return self.guess(self.t5(input_ids=ids, attention_mask=mask).last_hidden_state)
 
-    def forward(self, images, clip_tokens, t5_tokens) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        pair = (self.embed_captions(*clip_tokens), self.embed_images(images)) if clip_tokens is not None else (None, None)
+    def forward(
+        self, images, clip_tokens, t5_tokens
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        pair = (
+            (self.embed_captions(*clip_tokens), self.embed_images(images)) if clip_tokens is not None else (None, None)
+        )
         return *pair, self.guess_tokens(*t5_tokens) if t5_tokens is not None else None
 
 
 def contrastive_loss(text: torch.Tensor, image: torch.Tensor, same: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Symmetric cross-entropy of matching captions and images (CLIP, arXiv:2103.00020), equal captions sharing the target.
+    """Symmetric cross-entropy of matching captions and images (CLIP, arXiv:2103.00020), equal captions sharing the
+    target.
 
     Args:
         text, image: unit vectors `[B, D]`.
@@ -150,8 +180,12 @@ def gather_rows(rows: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def choose_masked(ids: torch.Tensor, mask: torch.Tensor, eos: int, share: float, seed: int, step: int, rows: Sequence[int]) -> torch.Tensor:
-    """Which tokens to mask, `[B, T]` bool: a share of each caption's own, at least one; a function of (seed, step, row)."""
+def choose_masked(
+    ids: torch.Tensor, mask: torch.Tensor, eos: int, share: float, seed: int, step: int, rows: Sequence[int]
+) -> torch.Tensor:
+    """Which tokens to mask, `[B, T]` bool: a share of each caption's own, at least one; a function of (seed, step,
+    row).
+    """
     noise = draws(seed, step, rows, ids.shape[1:], MASK_STREAM).noise
     noise = noise.masked_fill((mask == 0) | (ids == eos), torch.inf)
     threshold = NormalDist().inv_cdf(min(max(share, 1e-9), 1 - 1e-9))
@@ -159,7 +193,9 @@ def choose_masked(ids: torch.Tensor, mask: torch.Tensor, eos: int, share: float,
 
 
 def masked_loss(logits: torch.Tensor, ids: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the masked tokens: mean over a caption's, then over captions (so that ranks with equal rows may be averaged)."""
+    """Cross-entropy of the masked tokens: mean over a caption's, then over captions (so that ranks with equal rows may
+    be averaged).
+    """
     loss = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none") * masked
     return (loss.sum(1) / masked.sum(1).clamp_min(1)).mean()
 
@@ -168,17 +204,22 @@ def masked_loss(logits: torch.Tensor, ids: torch.Tensor, masked: torch.Tensor) -
 
 
 @torch.inference_mode()
-def judge_clip(model: Learners, tokenizer: PreTrainedTokenizerFast, dataset: CaptionedDataset, max_tokens: int) -> dict[str, float]:
+def judge_clip(
+    model: Learners, tokenizer: PreTrainedTokenizerFast, dataset: CaptionedDataset, max_tokens: int
+) -> dict[str, float]:
     """Does a caption find its image? Shares of right answers.
 
-    `retrieval_top1`, `retrieval_top5`: an image's own caption among those of all images of one bucket. Of the digits also zero-shot
-    answers from the image alone: `digit` (of ten), and for each style which of its two words fits, where one does (of two).
+    `retrieval_top1`, `retrieval_top5`: an image's own caption among those of all images of one bucket. Of the digits
+    also zero-shot answers from the image alone: `digit` (of ten), and for each style which of its two words fits, where
+    one does (of two).
     """
     device = model.project.weight.device
 
     def embed(captions: Sequence[str]) -> torch.Tensor:
         ids, mask = tokenize(tokenizer, captions, max_tokens)
-        return torch.cat([model.embed_captions(*(part.to(device) for part in pair)) for pair in zip(ids.split(256), mask.split(256))])
+        return torch.cat(
+            [model.embed_captions(*(part.to(device) for part in pair)) for pair in zip(ids.split(256), mask.split(256))]
+        )
 
     rows = dataset.rows_of(int(dataset.bucket_of.mode().values))[:JUDGED]
     images = torch.cat([dataset.batch(part)["images"] for part in rows.split(256)])
@@ -194,7 +235,11 @@ def judge_clip(model: Learners, tokenizer: PreTrainedTokenizerFast, dataset: Cap
     digits = dataset.labels[rows]
 
     def concept(digit: int, words: dict[str, str]) -> torch.Tensor:
-        said = [write_caption(digit, words, template, numeral) for template in range(len(TEMPLATES)) for numeral in (False, True)]
+        said = [
+            write_caption(digit, words, template, numeral)
+            for template in range(len(TEMPLATES))
+            for numeral in (False, True)
+        ]
         return F.normalize(embed(said).mean(0), dim=0)
 
     guessed = (vectors @ torch.stack([concept(digit, {}) for digit in range(10)]).T).argmax(1).cpu()
@@ -209,14 +254,18 @@ def judge_clip(model: Learners, tokenizer: PreTrainedTokenizerFast, dataset: Cap
 
 
 @torch.inference_mode()
-def judge_t5(model: Learners, tokenizer: PreTrainedTokenizerFast, dataset: CaptionedDataset, options: TextConfig, seed: int) -> dict[str, float]:
+def judge_t5(
+    model: Learners, tokenizer: PreTrainedTokenizerFast, dataset: CaptionedDataset, options: TextConfig, seed: int
+) -> dict[str, float]:
     """`masked_tokens`: the share of masked tokens of captions that was guessed rightly."""
     device = model.guess.weight.device
     captions = dataset.captions[:JUDGED]
     ids, mask = tokenize(tokenizer, captions, T5_TOKENS)
     masked = choose_masked(ids, mask, tokenizer.eos_token_id, options.mask_share, seed, 0, range(len(ids)))
     parts = zip(ids.masked_fill(masked, tokenizer.mask_token_id).split(256), mask.split(256))
-    guessed = torch.cat([model.guess_tokens(part.to(device), there.to(device)).argmax(-1).cpu() for part, there in parts])
+    guessed = torch.cat(
+        [model.guess_tokens(part.to(device), there.to(device)).argmax(-1).cpu() for part, there in parts]
+    )
     return {"masked_tokens": float((guessed == ids)[masked].float().mean())}
 
 
@@ -230,7 +279,10 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         accelerator.print(f"text: {options.encoder} and {options.encoder_2} are used as they are")
         return
     if options.batch_size % accelerator.num_processes:
-        raise EdgeDiTError(f"text.batch_size {options.batch_size} is not a multiple of {accelerator.num_processes} processes; change one.")
+        raise EdgeDiTError(
+            f"text.batch_size {options.batch_size} is not a multiple of {accelerator.num_processes} processes; change "
+            "one."
+        )
     dataset = load_run_captions(config)
     state = RunState(
         config.folder("text"),
@@ -250,14 +302,30 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     width, layers, heads = options.hidden_size, options.num_layers, options.num_heads
     if options.encoder is None:
         tokenizers["clip"] = train_tokenizer(dataset.captions, options.vocabulary_size, "clip", options.max_tokens)
-        special = {f"{name}_token_id": getattr(tokenizers["clip"], f"{name}_token_id") for name in ("pad", "bos", "eos")}
-        sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": heads}
-        positions = {"vocab_size": len(tokenizers["clip"]), "max_position_embeddings": options.max_tokens, "projection_dim": width}
+        special = {
+            f"{name}_token_id": getattr(tokenizers["clip"], f"{name}_token_id") for name in ("pad", "bos", "eos")
+        }
+        sizes = {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+        }
+        positions = {
+            "vocab_size": len(tokenizers["clip"]),
+            "max_position_embeddings": options.max_tokens,
+            "projection_dim": width,
+        }
         clip = CLIPTextModel(CLIPTextConfig(**sizes, **positions, **special))
     if options.encoder_2 is None:
         tokenizers["t5"] = train_tokenizer(dataset.captions, options.vocabulary_size, "t5", T5_TOKENS)
         sizes = {"d_model": width, "d_kv": width // heads, "d_ff": 2 * width, "num_layers": layers, "num_heads": heads}
-        kind = {"feed_forward_proj": "gated-silu", "dropout_rate": 0.0, "pad_token_id": 0, "eos_token_id": tokenizers["t5"].eos_token_id}
+        kind = {
+            "feed_forward_proj": "gated-silu",
+            "dropout_rate": 0.0,
+            "pad_token_id": 0,
+            "eos_token_id": tokenizers["t5"].eos_token_id,
+        }
         t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizers["t5"]), **sizes, **kind))
     limits = {"clip": options.max_tokens, "t5": T5_TOKENS}
     tokens = {kind: tokenize(tokenizer, dataset.captions, limits[kind]) for kind, tokenizer in tokenizers.items()}
@@ -269,25 +337,40 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     start = state.track(model=model, optimisation=Optimisation(optimizer, model.named_parameters()))
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    batches = caption_loader(dataset, options.batch_size, config.seed, start, options.steps, rank, ranks, config.data.num_workers)
+    batches = caption_loader(
+        dataset, options.batch_size, config.seed, start, options.steps, rank, ranks, config.data.num_workers
+    )
     for step, (_, places, batch) in zip(state.steps(), batches):
-        set_learning_rate(optimizer, learning_rate_at(step, options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate))
+        set_learning_rate(
+            optimizer,
+            learning_rate_at(
+                step, options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate
+            ),
+        )
         mine = {kind: (ids[batch["rows"]], mask[batch["rows"]]) for kind, (ids, mask) in tokens.items()}
         inputs = {kind: tuple(part.to(accelerator.device) for part in pair) for kind, pair in mine.items()}
         if t5 is not None:
             ids, mask = mine["t5"]
-            masked = choose_masked(ids, mask, tokenizers["t5"].eos_token_id, options.mask_share, config.seed, step, places.tolist())
+            masked = choose_masked(
+                ids, mask, tokenizers["t5"].eos_token_id, options.mask_share, config.seed, step, places.tolist()
+            )
             masked = masked.to(accelerator.device)
             ids, mask = inputs["t5"]
             inputs["t5"] = ids.masked_fill(masked, tokenizers["t5"].mask_token_id), mask
-        images = batch["images"] + IMAGE_NOISE * draws(config.seed, step, places.tolist(), batch["images"].shape[1:], NOISE_STREAM).noise
+        images = (
+            batch["images"]
+            + IMAGE_NOISE * draws(config.seed, step, places.tolist(), batch["images"].shape[1:], NOISE_STREAM).noise
+        )
         text, image, logits = wrapped(images.to(accelerator.device), inputs.get("clip"), inputs.get("t5"))
         total = 0.0
         if clip is not None:
             numbers = gather_rows(caption_of[batch["rows"]].to(accelerator.device), accelerator)
             same = numbers[:, None] == numbers
-            # Every rank has the loss of the whole batch and gradients of its own rows; their mean over the ranks is 1/ranks of what is meant.
-            loss = contrastive_loss(gather_rows(text, accelerator), gather_rows(image, accelerator), same, options.temperature)
+            # Every rank has the loss of the whole batch and gradients of its own rows; their mean over the ranks is
+            # 1/ranks of what is meant.
+            loss = contrastive_loss(
+                gather_rows(text, accelerator), gather_rows(image, accelerator), same, options.temperature
+            )
             total = total + ranks * loss
             state.log(contrast=loss)
         if t5 is not None:
@@ -302,7 +385,13 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     model.eval()
     facts: dict[str, dict] = {}
     if accelerator.is_main_process:
-        for split in ("validation", "held_out") if config.data.source == "digits" else ("validation",) if config.data.validation_fraction else ():
+        for split in (
+            ("validation", "held_out")
+            if config.data.source == "digits"
+            else ("validation",)
+            if config.data.validation_fraction
+            else ()
+        ):
             judged = load_run_captions(config, split)
             facts[split] = judge_clip(model, tokenizers["clip"], judged, options.max_tokens) if clip is not None else {}
             if t5 is not None:

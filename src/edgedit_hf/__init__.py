@@ -1,7 +1,8 @@
 """edgedit_hf: compress a diffusion transformer into one a phone can run.
 
-`import edgedit_hf` is light: nothing heavy is imported until a name is used. It also makes `DiffusionPipeline.from_pretrained` know
-the classes of this package, whether diffusers is imported before or after ([`registration`]).
+`import edgedit_hf` is light: nothing heavy is imported until a name is used. It also makes
+`DiffusionPipeline.from_pretrained` know the classes of this package, whether diffusers is imported before or after
+([`registration`]).
 """
 
 import importlib as _importlib
@@ -40,7 +41,20 @@ _NAMES = {
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
 }
-_MODULES = ("data", "diffusion", "distill", "export", "latency", "metrics", "models", "pipelines", "quantization", "recipes", "report", "search")
+_MODULES = (
+    "data",
+    "diffusion",
+    "distill",
+    "export",
+    "latency",
+    "metrics",
+    "models",
+    "pipelines",
+    "quantization",
+    "recipes",
+    "report",
+    "search",
+)
 
 __all__ = [*_NAMES, *_MODULES, "__version__"]
 

@@ -1,7 +1,8 @@
-"""Captioned images (the embedded digits, folders, `datasets` ids) in buckets of sizes, and what text encoders made of their captions.
+"""Captioned images (the embedded digits, folders, `datasets` ids) in buckets of sizes, and what text encoders made of
+their captions.
 
-Shapes: N images, C channels, H height, W width, T tokens, D width of a text encoder. Images are float32 in [-1, 1]. As in
-[`data`], the stream of batches is a function of (seed, step) alone.
+Shapes: N images, C channels, H height, W width, T tokens, D width of a text encoder. Images are float32 in [-1, 1]. As
+in [`data`], the stream of batches is a function of (seed, step) alone.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ from .schema import read_record
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 STYLES = {"stroke": ("thin", "thick"), "width": ("narrow", "wide"), "slant": ("left", "right")}
-"""Style words of the digits: what each says about, and its word for the lower and the upper end of [`measure_style`]."""
+"""Style words of the digits: what each says about, and its word for the lower and the upper end of
+[`measure_style`].
+"""
 
 STYLE_SHARE = 0.3  # of a digit's images at either end of a measure that get its word; those between get none
 MENTIONED = 0.8  # probability that a caption says a word that fits
@@ -113,11 +116,14 @@ def style_thresholds() -> dict[str, torch.Tensor]:
     measures = measure_style(digits.batch(range(len(digits)))["images"])
     ends = torch.tensor([STYLE_SHARE, 1 - STYLE_SHARE], dtype=torch.float64)
     of_digit = [digits.labels == digit for digit in range(10)]
-    return {style: torch.stack([values[rows].quantile(ends) for rows in of_digit]) for style, values in measures.items()}
+    return {
+        style: torch.stack([values[rows].quantile(ends) for rows in of_digit]) for style, values in measures.items()
+    }
 
 
 def style_words(images: torch.Tensor, digits: Sequence[int] | torch.Tensor) -> list[dict[str, str | None]]:
-    """The words of [`STYLES`] that fit each image (None: neither), e.g. `{"stroke": "thick", "width": None, "slant": "left"}`.
+    """The words of [`STYLES`] that fit each image (None: neither), e.g. `{"stroke": "thick", "width": None, "slant":
+    "left"}`.
 
     Args:
         images: `[N, C, H, W]` in [-1, 1], generated ones too.
@@ -159,9 +165,15 @@ def write_caption(digit: int, words: Mapping[str, str | None], template: int = 0
 
 
 def parse_caption(caption: str) -> dict[str, Any]:
-    """`{"digit": int or None, "stroke": "thick", "thin" or None, "width": …, "slant": …}`: what a caption says about a digit."""
+    """`{"digit": int or None, "stroke": "thick", "thin" or None, "width": …, "slant": …}`: what a caption says about a
+    digit.
+    """
     tokens = re.findall(r"[a-z]+|[0-9]+", caption.lower())
-    digits = [NUMBERS.index(token) if token in NUMBERS else int(token) for token in tokens if token in NUMBERS or re.fullmatch("[0-9]", token)]
+    digits = [
+        NUMBERS.index(token) if token in NUMBERS else int(token)
+        for token in tokens
+        if token in NUMBERS or re.fullmatch("[0-9]", token)
+    ]
     said = {style: next((token for token in tokens if token in words), None) for style, words in STYLES.items()}
     return {"digit": digits[0] if digits else None, **said}
 
@@ -223,7 +235,9 @@ class CaptionedDataset(Dataset):
         for bucket, part in enumerate(self.parts):
             rows = self.rows_of(bucket)
             if len(rows) != len(part):
-                raise EdgeDiTError(f"Bucket {bucket} has {len(rows)} captions, but {len(part)} images; every image needs one.")
+                raise EdgeDiTError(
+                    f"Bucket {bucket} has {len(rows)} captions, but {len(part)} images; every image needs one."
+                )
             self._place[rows] = torch.arange(len(rows))
 
     def __len__(self) -> int:
@@ -233,7 +247,9 @@ class CaptionedDataset(Dataset):
     def shape(self) -> tuple[int, int, int]:
         """The one shape of all images."""
         if len(self.shapes) > 1:
-            raise EdgeDiTError(f"The images have {len(self.shapes)} shapes, {self.shapes}; this needs one, set data.resolution.")
+            raise EdgeDiTError(
+                f"The images have {len(self.shapes)} shapes, {self.shapes}; this needs one, set data.resolution."
+            )
         return self.shapes[0]
 
     @functools.cached_property
@@ -250,7 +266,10 @@ class CaptionedDataset(Dataset):
         rows = torch.as_tensor(np.asarray(indices, dtype=np.int64))
         buckets = self.bucket_of[rows].unique().tolist()
         if len(buckets) != 1:
-            raise EdgeDiTError(f"A batch needs images of one size, but these are of {[self.shapes[b] for b in buckets]}; ask for one bucket's.")
+            raise EdgeDiTError(
+                f"A batch needs images of one size, but these are of {[self.shapes[b] for b in buckets]}; ask for one "
+                "bucket's."
+            )
         return {"images": self.parts[buckets[0]].batch(self._place[rows].numpy())["images"], "rows": rows}
 
 
@@ -301,9 +320,10 @@ def load_captioned(
         split: "train", "validation" (as in [`data.load_images`]), or, of the digits, "held_out": the images of the
             combinations [`HELD_OUT`], which the other two lack.
         caption_column: default the first of "text", "caption", "prompt", "description" that is there.
-        buckets: sizes, height x width ("160x96"), instead of a resolution. An image goes where [`nearest_bucket`] says, is
-            resized to cover that size and cropped to it, in the centre. Buckets without images are left out.
-        resolution, channels, image_column, validation_fraction, seed, data_split, background: as in [`data.load_images`].
+        buckets: sizes, height x width ("160x96"), instead of a resolution. An image goes where [`nearest_bucket`] says,
+            is resized to cover that size and cropped to it, in the centre. Buckets without images are left out.
+        resolution, channels, image_column, validation_fraction, seed, data_split, background: as in
+        [`data.load_images`].
 
     Raises:
         EdgeDiTError: the source cannot be used; the message says why and what to do.
@@ -314,16 +334,22 @@ def load_captioned(
         raise EdgeDiTError(f"buckets {list(buckets)} and resolution {resolution} exclude each other; give one.")
     if source == "digits":
         if buckets:
-            raise EdgeDiTError(f"The embedded digits all have one size, not buckets {list(buckets)}; set resolution instead.")
+            raise EdgeDiTError(
+                f"The embedded digits all have one size, not buckets {list(buckets)}; set resolution instead."
+            )
         digits = load_digit_images(resolution, channels, labelled=True)
         captions, held_out = _digit_captions(digits, seed)
         rows = np.flatnonzero(held_out)
         if split != "held_out":
             rows = np.setdiff1d(own_split(digits.labels.numpy(), split, validation_fraction, seed, source), rows)
         part = digits.subset(rows)
-        return CaptionedDataset([part], np.zeros(len(rows)), [captions[row] for row in rows], part.labels, part.label_names)
+        return CaptionedDataset(
+            [part], np.zeros(len(rows)), [captions[row] for row in rows], part.labels, part.label_names
+        )
     if split == "held_out":
-        raise EdgeDiTError(f"Only the embedded digits have a split 'held_out', {source!r} has not; use 'train' or 'validation'.")
+        raise EdgeDiTError(
+            f"Only the embedded digits have a split 'held_out', {source!r} has not; use 'train' or 'validation'."
+        )
     splits, chosen, own_validation = open_source(source, split, data_split, label_column="")
     caption_column = caption_column_of(splits[data_split], caption_column, source)
     sizes = parse_buckets(buckets) or [None if resolution is None else (resolution, resolution)]
@@ -331,14 +357,22 @@ def load_captioned(
     captions = read_captions(splits[chosen], caption_column, rows_at[0], f"{chosen!r} of {source!r}")
     rows = np.arange(len(captions))
     if not own_validation:
-        rows = own_split(np.zeros(len(captions)), split, validation_fraction, seed, source, file_names(rows_at[0], source))
+        rows = own_split(
+            np.zeros(len(captions)), split, validation_fraction, seed, source, file_names(rows_at[0], source)
+        )
     bucket_of = np.zeros(len(rows), dtype=np.int64)
     if len(sizes) > 1:
-        stored = [rows_at[0].stored_size(row) for row in tqdm(rows, desc="Measuring images", delay=5, leave=False, disable=None)]
+        stored = [
+            rows_at[0].stored_size(row)
+            for row in tqdm(rows, desc="Measuring images", delay=5, leave=False, disable=None)
+        ]
         bucket_of = np.asarray([nearest_bucket(*size, sizes) for size in stored])
     filled, bucket_of = np.unique(bucket_of, return_inverse=True)
     name = set_name(source)
-    parts = [ImageDataset(rows_at[bucket], indices=rows[bucket_of == place], name=name) for place, bucket in enumerate(filled)]
+    parts = [
+        ImageDataset(rows_at[bucket], indices=rows[bucket_of == place], name=name)
+        for place, bucket in enumerate(filled)
+    ]
     for part in parts:
         part.batch([0])  # decodes a small set, and so finds its damaged images, now
     return CaptionedDataset(parts, bucket_of, [captions[row] for row in rows])
@@ -347,12 +381,18 @@ def load_captioned(
 def read_captions(table: Any, column: str, images: EncodedRows, name: str) -> list[str]:
     """The captions of a `datasets` table, stripped; one that is missing or empty is an error that names its image."""
     if column not in table.features:
-        raise EdgeDiTError(f"{name} has no column {column!r}; its columns are {table.column_names}. Set caption_column to one that is there.")
+        raise EdgeDiTError(
+            f"{name} has no column {column!r}; its columns are {table.column_names}. Set caption_column to one that is "
+            "there."
+        )
     captions = []
     for row, caption in enumerate(table.select_columns([column]).with_format("arrow")[:][column].to_pylist()):
         if caption is None or not caption.strip():
             problem = "no" if caption is None else "an empty"
-            raise EdgeDiTError(f"Row {row} of {name} ({images.where(row)}) has {problem} {column!r}; write a caption or remove the row.")
+            raise EdgeDiTError(
+                f"Row {row} of {name} ({images.where(row)}) has {problem} {column!r}; write a caption or remove the "
+                "row."
+            )
         captions.append(caption.strip())
     return captions
 
@@ -363,8 +403,9 @@ def read_captions(table: Any, column: str, images: EncodedRows, name: str) -> li
 def bucket_batch(bucket_of: torch.Tensor, batch_size: int, seed: int, step: int) -> np.ndarray:
     """Positions of the global batch `step`, all of one bucket, `[batch_size]` int64; a function of the arguments alone.
 
-    N steps in a row draw every row's bucket once, in random order: buckets come exactly in proportion to their size. A bucket's
-    batches are its own endless stream of permutations, as in [`data.batch_indices`]. With one bucket both are the same.
+    N steps in a row draw every row's bucket once, in random order: buckets come exactly in proportion to their size. A
+    bucket's batches are its own endless stream of permutations, as in [`data.batch_indices`]. With one bucket both are
+    the same.
     """
     round_, place = divmod(step, len(bucket_of))
     order = bucket_of.numpy()[epoch_order(len(bucket_of), seed, -1 - round_)]
@@ -393,7 +434,11 @@ def caption_loader(
 
 
 def cache_captioned_latents(
-    dataset: CaptionedDataset, vae: torch.nn.Module, folder: str | os.PathLike, batch_size: int = 16, progress: bool = True
+    dataset: CaptionedDataset,
+    vae: torch.nn.Module,
+    folder: str | os.PathLike,
+    batch_size: int = 16,
+    progress: bool = True,
 ) -> CaptionedDataset:
     """[`data.cache_latents`] of every bucket, in a folder each; opens what is there already."""
     for bucket, part in enumerate(dataset.parts):
@@ -411,7 +456,8 @@ def open_captioned_latents(dataset: CaptionedDataset, folder: str | os.PathLike)
 
 
 class TextTable:
-    """The encoded captions that [`text_table`] wrote, by row of the set. Of each only the tokens its mask keeps are stored.
+    """The encoded captions that [`text_table`] wrote, by row of the set. Of each only the tokens its mask keeps are
+    stored.
 
     Attributes:
         dims: width of every encoder's tokens; 0 where there is no encoder.
@@ -424,7 +470,9 @@ class TextTable:
         index = _read_text_index(self.folder)
         unique = sorted(set(captions))
         if index["captions"] != hash_json(unique):
-            raise EdgeDiTError(f"The text cache {str(self.folder)!r} was made of other captions; delete it and run the command again.")
+            raise EdgeDiTError(
+                f"The text cache {str(self.folder)!r} was made of other captions; delete it and run the command again."
+            )
         self.dims: list[int] = index["dims"]
         self.fingerprint: str = hash_json([index["captions"], index["encoders"], list(captions)])
         number = {caption: place for place, caption in enumerate(unique)}
@@ -433,11 +481,17 @@ class TextTable:
         shards = range(-(-len(unique) // TEXT_SHARD))
         missing = [shard for shard in shards if not _text_shard(self.folder, shard).is_file()]
         if missing:
-            raise EdgeDiTError(f"The text cache {str(self.folder)!r} is unfinished: {len(missing)} of {len(shards)} parts are missing. Run the command again.")
+            raise EdgeDiTError(
+                f"The text cache {str(self.folder)!r} is unfinished: {len(missing)} of {len(shards)} parts are "
+                "missing. Run the command again."
+            )
         for shard in shards:
             self._check(shard, min(TEXT_SHARD, len(unique) - shard * TEXT_SHARD))
         # Of every encoder and shard, where each caption's tokens begin and end: [captions + 1].
-        self._ends = [[self._file(shard).get_tensor(f"ends_{i}") for shard in shards] if dim else [] for i, dim in enumerate(self.dims)]
+        self._ends = [
+            [self._file(shard).get_tensor(f"ends_{i}") for shard in shards] if dim else []
+            for i, dim in enumerate(self.dims)
+        ]
         self.lengths = [max((int(ends.diff().max()) for ends in parts), default=0) for parts in self._ends]
 
     def _check(self, shard: int, captions: int) -> None:
@@ -449,14 +503,21 @@ class TextTable:
                 continue
             tokens, ends = f"tokens_{encoder}", f"ends_{encoder}"
             shapes = [file.get_slice(name).get_shape() if name in names else None for name in (tokens, ends)]
-            right = shapes[0] is not None and len(shapes[0]) == 2 and shapes[0][1] == dim and shapes[1] == [captions + 1]
+            right = (
+                shapes[0] is not None and len(shapes[0]) == 2 and shapes[0][1] == dim and shapes[1] == [captions + 1]
+            )
             if right:
                 places = file.get_tensor(ends)
-                right = not places.is_floating_point() and bool((places.diff() >= 0).all()) and [int(places[0]), int(places[-1])] == [0, shapes[0][0]]
+                right = (
+                    not places.is_floating_point()
+                    and bool((places.diff() >= 0).all())
+                    and [int(places[0]), int(places[-1])] == [0, shapes[0][0]]
+                )
             if not right:
                 raise EdgeDiTError(
-                    f"{path} is damaged: its tokens and their places of encoder {encoder + 1} have the shapes {shapes}, {captions} captions of width {dim} are "
-                    f"wanted; delete {str(path.parent)!r} and run the command again, it makes that part anew."
+                    f"{path} is damaged: its tokens and their places of encoder {encoder + 1} have the shapes "
+                    f"{shapes}, {captions} captions of width {dim} are wanted; delete {str(path.parent)!r} and run the "
+                    "command again, it makes that part anew."
                 )
 
     def __len__(self) -> int:
@@ -471,7 +532,10 @@ class TextTable:
             try:
                 self._files[shard] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise EdgeDiTError(f"{path} is damaged ({error}); delete {str(path.parent)!r} and run the command again, it makes that part anew.") from error
+                raise EdgeDiTError(
+                    f"{path} is damaged ({error}); delete {str(path.parent)!r} and run the command again, it makes "
+                    "that part anew."
+                ) from error
         return self._files[shard]
 
     @functools.cached_property
@@ -479,7 +543,10 @@ class TextTable:
         size = sum(4 * dim * int(ends[-1]) for dim, parts in zip(self.dims, self._ends) for ends in parts)
         if size > IN_MEMORY_BYTES:
             return None
-        return [[self._file(shard).get_tensor(f"tokens_{i}").float() for shard in range(len(parts))] for i, parts in enumerate(self._ends)]
+        return [
+            [self._file(shard).get_tensor(f"tokens_{i}").float() for shard in range(len(parts))]
+            for i, parts in enumerate(self._ends)
+        ]
 
     def _tokens(self, encoder: int, number: int) -> torch.Tensor:
         shard, place = divmod(number, TEXT_SHARD)
@@ -489,7 +556,9 @@ class TextTable:
         return self._file(shard).get_slice(f"tokens_{encoder}")[start:end].float()
 
     def batch(self, rows: Sequence[int] | torch.Tensor) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-        """Of every encoder the tokens `[n, T_i, D_i]` float32 (0 where the mask is) and their mask `[n, T_i]` bool; None, None without one."""
+        """Of every encoder the tokens `[n, T_i, D_i]` float32 (0 where the mask is) and their mask `[n, T_i]` bool;
+        None, None without one.
+        """
         numbers = self._number[np.asarray(rows, dtype=np.int64)]
         embeds: list[torch.Tensor | None] = []
         masks: list[torch.Tensor | None] = []
@@ -517,21 +586,38 @@ def _read_text_index(folder: Path) -> dict:
     index = read_record(folder / "index.json", TextIndex, "text_table", "a text cache")
     if index["format"] != TEXT_FORMAT:
         raise EdgeDiTError(
-            f"{folder / 'index.json'} does not describe a text cache of format {TEXT_FORMAT}, but of {index['format']}; choose another folder."
+            f"{folder / 'index.json'} does not describe a text cache of format {TEXT_FORMAT}, but of "
+            f"{index['format']}; choose another folder."
         )
     return index
 
 
 def encoders_hash(pipeline: Any, max_sequence_length: int | None = None) -> str:
-    """Hash of what a pipeline's text encoders make of a prompt: weights, tokenizers, the length that prompts are cut to."""
+    """Hash of what a pipeline's text encoders make of a prompt: weights, tokenizers, the length that prompts are cut
+    to.
+    """
     content: list[Any] = [max_sequence_length or pipeline.config.get("max_sequence_length")]
     for suffix in ("", "_2"):
         encoder, tokenizer = (getattr(pipeline, f"{part}{suffix}", None) for part in ("text_encoder", "tokenizer"))
         if encoder is not None:
             rules = json.loads(tokenizer.backend_tokenizer.to_str())
-            rules = {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}  # set by every call
-            facts = [type(encoder).__name__, weights_hash(encoder.state_dict()), str(encoder.dtype), tokenizer.model_max_length]
-            content.append([suffix, *facts, hash_json(rules), {name: str(token) for name, token in tokenizer.special_tokens_map.items()}])
+            rules = {
+                name: rule for name, rule in rules.items() if name not in ("truncation", "padding")
+            }  # set by every call
+            facts = [
+                type(encoder).__name__,
+                weights_hash(encoder.state_dict()),
+                str(encoder.dtype),
+                tokenizer.model_max_length,
+            ]
+            content.append(
+                [
+                    suffix,
+                    *facts,
+                    hash_json(rules),
+                    {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+                ]
+            )
     return hash_json(content)
 
 
@@ -565,7 +651,10 @@ def text_table(
 
     def encode(texts: list[str]) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
         embeds, masks = pipeline.encode_prompt(texts, **options)
-        masks = [tokens.new_ones(tokens.shape[:2]) if mask is None and tokens is not None else mask for tokens, mask in zip(embeds, masks)]
+        masks = [
+            tokens.new_ones(tokens.shape[:2]) if mask is None and tokens is not None else mask
+            for tokens, mask in zip(embeds, masks)
+        ]
         return [None if tokens is None else (tokens.cpu(), mask.bool().cpu()) for tokens, mask in zip(embeds, masks)]
 
     if (folder / "index.json").exists():
@@ -573,8 +662,8 @@ def text_table(
         for name, value in made_from.items():
             if index[name] != value:
                 raise EdgeDiTError(
-                    f"The text cache {str(folder)!r} was made with the {name} {index[name]}, but this run has the {name} {value}; "
-                    "choose another folder or delete this one."
+                    f"The text cache {str(folder)!r} was made with the {name} {index[name]}, but this run has the "
+                    f"{name} {value}; choose another folder or delete this one."
                 )
     else:
         dims = [0 if part is None else part[0].shape[-1] for part in encode(unique[:1])]
@@ -583,12 +672,19 @@ def text_table(
     shards = range(-(-len(unique) // TEXT_SHARD))
     if all(_text_shard(folder, shard).is_file() for shard in shards):
         return TextTable(folder, captions)
-    with FolderLock(folder), tqdm(total=len(unique), desc="Encoding captions", unit="caption", disable=None if progress else True) as bar:
+    with (
+        FolderLock(folder),
+        tqdm(total=len(unique), desc="Encoding captions", unit="caption", disable=None if progress else True) as bar,
+    ):
         sweep(folder)
         for shard in shards:
             texts = unique[shard * TEXT_SHARD : (shard + 1) * TEXT_SHARD]
             if not _text_shard(folder, shard).is_file():
-                _write_text_shard(folder, shard, [encode(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)])
+                _write_text_shard(
+                    folder,
+                    shard,
+                    [encode(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)],
+                )
             bar.update(len(texts))
     return TextTable(folder, captions)
 
@@ -600,7 +696,10 @@ def _write_text_shard(folder: Path, shard: int, batches: list[list[tuple[torch.T
             continue
         tokens = torch.cat([embeds[mask] for embeds, mask in parts])
         if not torch.isfinite(tokens).all():
-            raise EdgeDiTError(f"Text encoder {encoder + 1} ({tokens.dtype}) gives embeddings that are NaN or infinite; use it in float32.")
+            raise EdgeDiTError(
+                f"Text encoder {encoder + 1} ({tokens.dtype}) gives embeddings that are NaN or infinite; use it in "
+                "float32."
+            )
         counts = torch.cat([mask.sum(1) for _, mask in parts])
         content[f"tokens_{encoder}"] = tokens.contiguous()
         content[f"ends_{encoder}"] = F.pad(counts.cumsum(0), (1, 0))

@@ -26,7 +26,16 @@ from tqdm.auto import tqdm
 
 from .errors import EdgeDiTError
 from .files import FolderLock, atomic_folder, atomic_write_json, hash_json, sweep, weights_hash
-from .image_sources import HELD_OUT_NAMES, ArrayRows, EncodedRows, image_column_of, image_rows, open_splits, parse_background, read_labels
+from .image_sources import (
+    HELD_OUT_NAMES,
+    ArrayRows,
+    EncodedRows,
+    image_column_of,
+    image_rows,
+    open_splits,
+    parse_background,
+    read_labels,
+)
 from .latents import encode, latent_scale
 from .records import LatentIndex
 from .schema import read_record
@@ -117,8 +126,8 @@ class ImageDataset(_MapDataset):
     def fingerprint(self) -> str:
         """SHA-256 over shape, names, labels and the images as they are stored. Reads every image once.
 
-        Encoded files are hashed, not what a decoder makes of them, so it depends on neither paths nor machines; with a transparent image goes
-        the background that shows through it.
+        Encoded files are hashed, not what a decoder makes of them, so it depends on neither paths nor machines; with a
+        transparent image goes the background that shows through it.
         """
         header = {
             "shape": self.shape,
@@ -183,12 +192,19 @@ class ImageDataset(_MapDataset):
 
 
 def check_images(dataset: ImageDataset | Dataset) -> None:
-    """Decode every image of a set (an [`ImageDataset`], or what has some as `parts`) once, and name those that cannot be used.
+    """Decode every image of a set (an [`ImageDataset`], or what has some as `parts`) once, and name those that cannot
+    be used.
 
     Raises:
         EdgeDiTError: there are such images.
     """
-    found = [problem for part in getattr(dataset, "parts", [dataset]) if isinstance(part, ImageDataset) for problem in part.problems() if problem]
+    found = [
+        problem
+        for part in getattr(dataset, "parts", [dataset])
+        if isinstance(part, ImageDataset)
+        for problem in part.problems()
+        if problem
+    ]
     if not found:
         return
     if len(found) == 1:
@@ -233,7 +249,11 @@ def load_images(
     check_arguments(split, ("train", "validation"), resolution, channels, validation_fraction)
     colour = parse_background(background)
     if source == "digits":
-        dataset, own_validation, names = load_digit_images(resolution, channels, labelled=label_column != ""), False, None
+        dataset, own_validation, names = (
+            load_digit_images(resolution, channels, labelled=label_column != ""),
+            False,
+            None,
+        )
     else:
         splits, chosen, own_validation = open_source(source, split, data_split, label_column)
         labels, classes = read_labels(splits, data_split, chosen, label_column, source)
@@ -268,7 +288,9 @@ def set_name(source: str) -> str:
 
 
 def open_source(source: str, split: str, data_split: str, label_column: str | None) -> tuple[dict, str, bool]:
-    """All splits of a source, the one that `split` is read from, and whether the source has validation images itself."""
+    """All splits of a source, the one that `split` is read from, and whether the source has validation images
+    itself.
+    """
     splits = open_splits(source, label_column)
     if data_split not in splits:
         raise EdgeDiTError(
@@ -311,15 +333,22 @@ def check_labels_agree(names: Sequence[str] | None, dataset: ImageDataset, sourc
     for name, label in zip(names or (), dataset.labels.tolist()):
         if label_of.setdefault(name, label) != label:
             there = [dataset.label_names[number] for number in (label_of[name], label)]
-            raise EdgeDiTError(f"The image {name!r} of {source!r} is labelled twice, {there[0]!r} and {there[1]!r}; keep one line of the metadata.")
+            raise EdgeDiTError(
+                f"The image {name!r} of {source!r} is labelled twice, {there[0]!r} and {there[1]!r}; keep one line of "
+                "the metadata."
+            )
 
 
-def own_split(labels: np.ndarray, split: str, fraction: float, seed: int, source: str, names: Sequence[str] | None = None) -> np.ndarray:
+def own_split(
+    labels: np.ndarray, split: str, fraction: float, seed: int, source: str, names: Sequence[str] | None = None
+) -> np.ndarray:
     """Sorted positions of "train" or "validation" in a set that has no validation images of its own.
 
     `names`: of images that are files. Theirs and the seed decide, so that a file that comes or goes moves no other.
     """
-    train, validation = stratified_split(labels, fraction, seed) if names is None else split_by_name(labels, names, fraction, seed)
+    train, validation = (
+        stratified_split(labels, fraction, seed) if names is None else split_by_name(labels, names, fraction, seed)
+    )
     if split == "validation" and len(validation) == 0:
         raise EdgeDiTError(
             f"validation_fraction {fraction} of the {len(labels)} images of {source!r} leaves none to validate on; "
@@ -342,12 +371,19 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     return np.setdiff1d(np.arange(len(labels)), validation), validation
 
 
-def split_by_name(labels: np.ndarray, names: Sequence[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted positions (kept, held out). An image is held out with probability `fraction`, by the hash of its name and the seed.
+def split_by_name(
+    labels: np.ndarray, names: Sequence[str], fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted positions (kept, held out). An image is held out with probability `fraction`, by the hash of its name and
+    the seed.
 
-    Of every class one is kept, and of a set where a class has two or more at least one is held out: those with the largest and smallest hash.
+    Of every class one is kept, and of a set where a class has two or more at least one is held out: those with the
+    largest and smallest hash.
     """
-    draws = [int.from_bytes(hashlib.sha256(f"{seed} {name}".encode(errors="surrogateescape")).digest()[:8], "big") for name in names]
+    draws = [
+        int.from_bytes(hashlib.sha256(f"{seed} {name}".encode(errors="surrogateescape")).digest()[:8], "big")
+        for name in names
+    ]
     share = np.array(draws, dtype=np.float64) / 2**64
     held_out = share < fraction
     spare = np.zeros(len(names), dtype=bool)  # of classes with two or more
@@ -524,10 +560,17 @@ class LatentDataset(_MapDataset):
 
     def _check(self, shard: int, rows: int) -> None:
         """Raise unless a part holds as many latents and labels, of the shape, as the index says."""
-        file, path, wanted = self._file(shard), _shard_file(self.folder, shard), {"latents": [rows, *self.shape], "labels": [rows]}
+        file, path, wanted = (
+            self._file(shard),
+            _shard_file(self.folder, shard),
+            {"latents": [rows, *self.shape], "labels": [rows]},
+        )
         found = {name: file.get_slice(name).get_shape() if name in file.keys() else None for name in wanted}
         if found != wanted:
-            raise EdgeDiTError(f"{path} is damaged: it holds {found}, its index says {wanted}; delete {str(path.parent)!r} and run cache_latents again.")
+            raise EdgeDiTError(
+                f"{path} is damaged: it holds {found}, its index says {wanted}; delete {str(path.parent)!r} and run "
+                "cache_latents again."
+            )
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_files": {}}  # open files do not travel to data-loading processes
@@ -559,7 +602,8 @@ def _read_index(folder: Path) -> dict:
     index = read_record(folder / "index.json", LatentIndex, "cache_latents", "a latent cache")
     if index["format"] != LATENT_FORMAT:
         raise EdgeDiTError(
-            f"{folder / 'index.json'} does not describe a latent cache of format {LATENT_FORMAT}, but of {index['format']}; choose another folder."
+            f"{folder / 'index.json'} does not describe a latent cache of format {LATENT_FORMAT}, but of "
+            f"{index['format']}; choose another folder."
         )
     return index
 
@@ -592,7 +636,9 @@ def check_vae_takes(shape: Sequence[int], config: Mapping[str, Any]) -> None:
     """Raise unless an autoencoder with this config encodes images of shape `(C, H, W)`."""
     channels = config.get("in_channels") or config["input_channels"]
     if shape[0] != channels:
-        raise EdgeDiTError(f"The images have {shape[0]} channels, but the VAE takes {channels}; set channels to {channels}.")
+        raise EdgeDiTError(
+            f"The images have {shape[0]} channels, but the VAE takes {channels}; set channels to {channels}."
+        )
 
 
 def cache_latents(
@@ -628,7 +674,10 @@ def cache_latents(
                     f"{name} {value}; choose another folder or delete this one."
                 )
         if index["count"] != len(dataset):
-            raise EdgeDiTError(f"The latent cache {str(folder)!r} is of {index['count']} images, but there are {len(dataset)}; delete the folder.")
+            raise EdgeDiTError(
+                f"The latent cache {str(folder)!r} is of {index['count']} images, but there are {len(dataset)}; delete "
+                "the folder."
+            )
     else:
         shape = _encode(vae, dataset.batch([0])["images"]).shape[1:]
         index = {
@@ -643,7 +692,10 @@ def cache_latents(
     if all(_shard_file(folder, shard).is_file() for shard in range(_num_shards(index))):
         return LatentDataset(folder)
     rows = index["shard_rows"]
-    with FolderLock(folder), tqdm(total=len(dataset), desc="Encoding latents", unit="image", disable=None if progress else True) as bar:
+    with (
+        FolderLock(folder),
+        tqdm(total=len(dataset), desc="Encoding latents", unit="image", disable=None if progress else True) as bar,
+    ):
         sweep(folder)
         for shard in range(_num_shards(index)):
             positions = np.arange(shard * rows, min((shard + 1) * rows, len(dataset)))

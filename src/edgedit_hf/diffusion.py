@@ -1,8 +1,10 @@
-"""Noising, targets, conversions between predictions, and the randomness of training: the one place that knows the signs.
+"""Noising, targets, conversions between predictions, and the randomness of training: the one place that knows the
+signs.
 
 Two parametrisations, both with the timestep on the scale 0 … 1000 that the models take:
 
-- `epsilon`: DDPM with DiT's linear betas 1e-4 … 0.02 over 1000 steps: x_t = √ᾱ_t x0 + √(1−ᾱ_t) ε, target ε; optionally a learned variance.
+- `epsilon`: DDPM with DiT's linear betas 1e-4 … 0.02 over 1000 steps: x_t = √ᾱ_t x0 + √(1−ᾱ_t) ε, target ε; optionally
+  a learned variance.
 - `flow_prediction`: x_t = (1−σ) x0 + σ ε with σ = t / 1000, target the velocity ε − x0 (σ = 1 is noise).
 
 Shapes: x0, noise, x_t `(B, C, H, W)`; t `(B,)`.
@@ -47,7 +49,9 @@ def draws(seed: int, step: int, rows: Sequence[int], shape: Sequence[int], strea
     uniforms = np.empty((len(rows), 2))
     noise = np.empty((len(rows), math.prod(shape)), dtype=np.float32)
     for i, row in enumerate(rows):
-        generator = np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=[0, int(row), step, 0]))
+        generator = np.random.Generator(
+            np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=[0, int(row), step, 0])
+        )
         uniforms[i] = generator.random(2)
         generator.standard_normal(out=noise[i], dtype=np.float32)
     time, drop = torch.from_numpy(uniforms).float().unbind(1)
@@ -88,7 +92,9 @@ class Diffusion:
         return cls(config["prediction_type"], config["learn_sigma"])
 
     def timesteps(self, u: torch.Tensor) -> torch.Tensor:
-        """Training timesteps from uniform numbers: uniform integers (DDPM), or 1000·σ with σ logit-normal (Esser et al., 2024)."""
+        """Training timesteps from uniform numbers: uniform integers (DDPM), or 1000·σ with σ logit-normal (Esser et
+        al., 2024).
+        """
         if self.prediction_type == "epsilon":
             return (u * TRAIN_TIMESTEPS).long().clamp(max=TRAIN_TIMESTEPS - 1)
         return torch.sigmoid(torch.special.ndtri(u.double())).float() * TRAIN_TIMESTEPS
@@ -116,7 +122,8 @@ class Diffusion:
         return (x_t - sigma * output) / alpha if self.prediction_type == "epsilon" else x_t - sigma * output
 
     def loss(self, output: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Per-sample training loss `(B,)`: mean squared error, plus the variational bound of the learned variance (DiT's hybrid).
+        """Per-sample training loss `(B,)`: mean squared error, plus the variational bound of the learned variance
+        (DiT's hybrid).
 
         Args:
             output: the model's output, `(B, C, H, W)` or `(B, 2C, H, W)` with learned variance.
@@ -130,8 +137,9 @@ class Diffusion:
     def _variational_bound(
         self, eps: torch.Tensor, v: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
-        # Nichol & Dhariwal (2021), eq. 15-16: KL between the true posterior and the model's, in bits a dimension; the mean is detached,
-        # so that only the variance learns from it. At t = 0 the decoder likelihood is the Gaussian density at x0 (continuous data).
+        # Nichol & Dhariwal (2021), eq. 15-16: KL between the true posterior and the model's, in bits a dimension; the
+        # mean is detached, so that only the variance learns from it. At t = 0 the decoder likelihood is the Gaussian
+        # density at x0 (continuous data).
         acp = self._alphas_cumprod.double().to(t.device)
         shape = (-1,) + (1,) * (x0.ndim - 1)
         a_t = acp[t]
@@ -159,7 +167,9 @@ class Diffusion:
 
 
 def make_scheduler(prediction_type: str):
-    """The scheduler that a pipeline of this parametrisation is saved with: DDIM, or the flow-matching Euler scheduler."""
+    """The scheduler that a pipeline of this parametrisation is saved with: DDIM, or the flow-matching Euler
+    scheduler.
+    """
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     if prediction_type == "flow_prediction":

@@ -1,4 +1,6 @@
-"""The report of a text-to-image run: `report.json`, the PNGs, and `report.html`. As [`report`], it measures nothing and reads what the stages wrote."""
+"""The report of a text-to-image run: `report.json`, the PNGs, and `report.html`. As [`report`], it measures nothing and
+reads what the stages wrote.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ from .records import Captions, ElasticEvaluation, ElasticStage, Latency, Model, 
 from .report import FORMAT, Figure, check_judged, optional_record, render_html, reproduce
 from .schema import convert, read_lines, read_record
 
-STAGES = {"text": "stage text (training/train_text_encoders.py)", "elastic": "stage elastic (training/train_elastic.py)"}
+STAGES = {
+    "text": "stage text (training/train_text_encoders.py)",
+    "elastic": "stage elastic (training/train_elastic.py)",
+}
 JUDGED_BY = "stage evaluate (training/evaluate_elastic.py)"
 
 
@@ -23,8 +28,9 @@ def build_elastic_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     """Everything that a text-to-image run measured, as `report.json` holds it.
 
     Returns:
-        `models` (the sub-networks, the narrowest first; see evaluate/<name>.json), `sampled` (how often each was drawn), `text` (what the
-        encoders learned), `versions`, `seed`, `seconds` per stage, `reproduce`, and `reference`, `latency`.
+        `models` (the sub-networks, the narrowest first; see evaluate/<name>.json), `sampled` (how often each was
+        drawn), `text` (what the encoders learned), `versions`, `seed`, `seconds` per stage, `reproduce`, and
+        `reference`, `latency`.
 
     Raises:
         EdgeDiTError: a needed file is missing (the stage that writes it is named) or damaged.
@@ -34,18 +40,33 @@ def build_elastic_report(run_dir: str | os.PathLike) -> dict[str, Any]:
         raise EdgeDiTError(f"{run_dir} is not a folder; give the output_dir of a run.")
     trained = read_record(run_dir / "elastic" / "stage.json", ElasticStage, STAGES["elastic"])
     judged = read_record(run_dir / "evaluate" / "stage.json", ElasticEvaluation, JUDGED_BY)
-    stages = {"text": optional_record(run_dir / "text" / "stage.json", TextStage), "elastic": trained, "evaluate": judged}
+    stages = {
+        "text": optional_record(run_dir / "text" / "stage.json", TextStage),
+        "elastic": trained,
+        "evaluate": judged,
+    }
     stages = {name: stage for name, stage in stages.items() if stage}
-    models = [read_record(run_dir / "evaluate" / f"{name}.json", Model, JUDGED_BY) for name in judged["config"]["subnets"]]
+    models = [
+        read_record(run_dir / "evaluate" / f"{name}.json", Model, JUDGED_BY) for name in judged["config"]["subnets"]
+    ]
     check_judged(run_dir, models, JUDGED_BY)
     for model in models:  # what the page needs of every width alike
-        lacks = [name for name in ("class_agreement", "style_agreement", "held_out") if ("class_agreement" in models[0]) != (model.get(name) is not None)]
+        lacks = [
+            name
+            for name in ("class_agreement", "style_agreement", "held_out")
+            if ("class_agreement" in models[0]) != (model.get(name) is not None)
+        ]
         lacks += [] if "validation_loss" in model["metrics"] else ["metrics.validation_loss"]
-        lacks += [name for name, value in models[0]["metrics"].items() if name.startswith("fid[") and model["metrics"].get(name) is None]
+        lacks += [
+            name
+            for name, value in models[0]["metrics"].items()
+            if name.startswith("fid[") and model["metrics"].get(name) is None
+        ]
         if lacks or model.get("held_out") is not None and "class_agreement" not in model["held_out"]:
             raise EdgeDiTError(
-                f"{run_dir / 'evaluate' / model['name']}.json and {models[0]['name']}.json differ in {', '.join(lacks or ['held_out.class_agreement'])}: "
-                f"one is damaged or foreign. {JUDGED_BY} writes them, run that stage again."
+                f"{run_dir / 'evaluate' / model['name']}.json and {models[0]['name']}.json differ in "
+                f"{', '.join(lacks or ['held_out.class_agreement'])}: one is damaged or foreign. {JUDGED_BY} writes "
+                "them, run that stage again."
             )
     report = {
         "format": FORMAT,
@@ -66,17 +87,26 @@ def build_elastic_report(run_dir: str | os.PathLike) -> dict[str, Any]:
 
 
 def training_curves(run_dir: Path, report: Mapping[str, Any]) -> dict[str, tuple[list[int], list[float]]]:
-    """Flow loss of every sub-network against the supernet's steps, from the telemetry; means over a fiftieth of the run."""
+    """Flow loss of every sub-network against the supernet's steps, from the telemetry; means over a fiftieth of the
+    run.
+    """
     lines = read_lines(run_dir / "elastic" / "telemetry.jsonl", Telemetry, STAGES["elastic"])
     bin_size, curves = max(1, report["elastic_steps"] // 50), {}
     for name in (model["name"] for model in report["models"]):
         bins: dict[int, list[float]] = {}
         for line in lines:
             if f"loss_{name}" in line:
-                loss = convert(line[f"loss_{name}"], float, f"loss_{name} at step {line['step']} of {run_dir / 'elastic' / 'telemetry.jsonl'}")
+                loss = convert(
+                    line[f"loss_{name}"],
+                    float,
+                    f"loss_{name} at step {line['step']} of {run_dir / 'elastic' / 'telemetry.jsonl'}",
+                )
                 bins.setdefault(-(-line["step"] // bin_size), []).append(loss)
         if bins:
-            curves[name] = ([number * bin_size for number in bins], [sum(values) / len(values) for values in bins.values()])
+            curves[name] = (
+                [number * bin_size for number in bins],
+                [sum(values) / len(values) for values in bins.values()],
+            )
     return curves
 
 
@@ -88,7 +118,14 @@ def draw_elastic_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figur
     names = [model["name"] for model in report["models"]]
     images = {name: _images(run_dir / "evaluate" / f"{name}.safetensors", captions) for name in names}
     rows = ", ".join(names)
-    wanted = [("samples", "captions", "Samples", "A column is one caption and one noise, a row one width of the same supernet.")]
+    wanted = [
+        (
+            "samples",
+            "captions",
+            "Samples",
+            "A column is one caption and one noise, a row one width of the same supernet.",
+        )
+    ]
     if "held_out" in captions:
         text = "No training image was of such a digit in such a style; digit and style were seen apart."
         wanted.append(("held-out", "held_out", "Combinations that training never saw", text))
@@ -96,15 +133,26 @@ def draw_elastic_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figur
     for file, key, title, text in wanted:
         shown = spread(captions[key], captions["shown"]) if key == "held_out" else list(range(captions["shown"]))
         prompts = [captions[key][index] for index in shown]
-        plots.caption_grid(folder / f"{file}.png", prompts, {name: images[name][key][shown].transpose(0, 2, 3, 1) for name in names})
-        figures.append(Figure(f"{file}.png", title, f"Generated images, a row each of {rows}, for the captions: {'; '.join(prompts)}.", text))
+        plots.caption_grid(
+            folder / f"{file}.png", prompts, {name: images[name][key][shown].transpose(0, 2, 3, 1) for name in names}
+        )
+        figures.append(
+            Figure(
+                f"{file}.png",
+                title,
+                f"Generated images, a row each of {rows}, for the captions: {'; '.join(prompts)}.",
+                text,
+            )
+        )
     curves = training_curves(run_dir, report)
     if curves:
         plots.curve_plot(folder / "curves.png", curves, ylabel="flow loss", xlabel="steps of the supernet")
         ends = ", ".join(f"{name} {values[-1]:.3g}" for name, (_, values) in curves.items())
         drawn = " and ".join(f"{name} {count:,} times" for name, count in report["sampled"].items())
         text = f"Every step trained the full net and a drawn sub-network: {drawn} of {report['elastic_steps']:,} steps."
-        figures.append(Figure("curves.png", "Training", f"Flow loss of every width against steps; in the end: {ends}.", text))
+        figures.append(
+            Figure("curves.png", "Training", f"Flow loss of every width against steps; in the end: {ends}.", text)
+        )
     return figures
 
 
@@ -120,7 +168,10 @@ def _images(path: Path, captions: Mapping[str, Any]) -> dict[str, Any]:
     wanted = {name: len(captions[name]) for name in ("captions", "held_out") if name in captions}
     found = {name: len(images[name]) if name in images and images[name].ndim == 4 else 0 for name in wanted}
     if found != wanted or captions["shown"] > wanted["captions"]:
-        raise EdgeDiTError(f"{path} holds {found} images, captions.json {wanted} captions; {JUDGED_BY} writes both, run that stage again.")
+        raise EdgeDiTError(
+            f"{path} holds {found} images, captions.json {wanted} captions; {JUDGED_BY} writes both, run that stage "
+            "again."
+        )
     return images
 
 
@@ -129,7 +180,10 @@ def spread(captions: list[str], count: int) -> list[int]:
     kinds: dict[Any, list[int]] = {}
     for caption in dict.fromkeys(captions):
         said = parse_caption(caption)
-        kind = (said["digit"], *(word for style in STYLES if (word := said[style]) and is_held_out(said["digit"], {style: word})))
+        kind = (
+            said["digit"],
+            *(word for style in STYLES if (word := said[style]) and is_held_out(said["digit"], {style: word})),
+        )
         kinds.setdefault(kind, []).append(captions.index(caption))
     turns = max(map(len, kinds.values()))
     order = [places[turn] for turn in range(turns) for places in kinds.values() if turn < len(places)]
@@ -140,20 +194,33 @@ def headlines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(figure, what it is) for the top of the page."""
     narrowest, widest = report["models"][0], report["models"][-1]
     lines = [(f"{len(report['models'])}", "widths in one set of weights")]
-    lines.append((f"{narrowest['parameters'] / widest['parameters']:.0%}", f"of the full net's parameters in {narrowest['name']}"))
+    lines.append(
+        (
+            f"{narrowest['parameters'] / widest['parameters']:.0%}",
+            f"of the full net's parameters in {narrowest['name']}",
+        )
+    )
     if "class_agreement" in narrowest:
         worst = min(report["models"], key=lambda model: model["class_agreement"])
-        lines.append((f"{worst['class_agreement']:.1%}", f"of digits as the caption says, at the least ({worst['name']})"))
+        lines.append(
+            (f"{worst['class_agreement']:.1%}", f"of digits as the caption says, at the least ({worst['name']})")
+        )
         unseen = min(report["models"], key=lambda model: model["held_out"]["class_agreement"])
-        lines.append((f"{unseen['held_out']['class_agreement']:.1%}", f"in combinations never trained ({unseen['name']})"))
+        lines.append(
+            (f"{unseen['held_out']['class_agreement']:.1%}", f"in combinations never trained ({unseen['name']})")
+        )
     distance = next((name for name in narrowest["metrics"] if name.startswith("fid[")), None)
     if distance is not None:
-        lines += [(f"{model['metrics'][distance]:.3g}", f"{metric_label(distance)}, {model['name']}") for model in (narrowest, widest)]
+        lines += [
+            (f"{model['metrics'][distance]:.3g}", f"{metric_label(distance)}, {model['name']}")
+            for model in (narrowest, widest)
+        ]
     return lines
 
 
 def write_elastic_report(run_dir: str | os.PathLike) -> Path:
-    """Write `report.json`, the PNGs and `run.yaml` below `report/`, and the self-contained `report.html` of a text-to-image run.
+    """Write `report.json`, the PNGs and `run.yaml` below `report/`, and the self-contained `report.html` of a
+    text-to-image run.
 
     Returns:
         Path of the HTML file.

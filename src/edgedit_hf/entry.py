@@ -1,4 +1,5 @@
-"""How every command line of the package ends: one line on stderr and an exit code. No torch; nothing of ours but `errors`.
+"""How every command line of the package ends: one line on stderr and an exit code. No torch; nothing of ours but
+`errors`.
 
 | code | what happened |
 | --- | --- |
@@ -29,7 +30,9 @@ from .errors import EdgeDiTError
 BAD_INPUT, BUG, INTERRUPTED, TERMINATED, BROKEN_PIPE = 2, 70, 130, 143, 141
 TRACEBACK = "EDGEDIT_TRACEBACK"
 LAUNCHED = "EDGEDIT_LAUNCHED"
-"""Set by `edgedit train` for the processes that it starts: of several, the launcher says what the first to fail has to say."""
+"""Set by `edgedit train` for the processes that it starts: of several, the launcher says what the first to fail has to
+say.
+"""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "unable to allocate")
 
 
@@ -37,7 +40,9 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, where Ctrl-C would be a `KeyboardInterrupt`."""
 
 
-_received: list[int] = []  # signals since the outermost `signals`: some libraries turn the exception of one into another
+_received: list[
+    int
+] = []  # signals since the outermost `signals`: some libraries turn the exception of one into another
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
@@ -47,7 +52,9 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
-    """Within it Ctrl-C and SIGTERM raise, though SIGINT may have been ignored at the start, as for a job in a script's background."""
+    """Within it Ctrl-C and SIGTERM raise, though SIGINT may have been ignored at the start, as for a job in a script's
+    background.
+    """
     _received.clear()
     before = {}
     with contextlib.suppress(ValueError):  # not the main thread
@@ -79,9 +86,11 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def starting() -> None:
-    """Until [`started`], Ctrl-C and SIGTERM end the process at once, and an error that nobody catches ends it in one line.
+    """Until [`started`], Ctrl-C and SIGTERM end the process at once, and an error that nobody catches ends it in one
+    line.
 
-    Importing torch and diffusers takes seconds, and the exception of a signal may be swallowed by any of a thousand modules.
+    Importing torch and diffusers takes seconds, and the exception of a signal may be swallowed by any of a thousand
+    modules.
     """
     with contextlib.suppress(ValueError):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -116,9 +125,17 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, (ValueError, UnicodeError)) and ("embedded null" in text or "surrogates not allowed" in text):
         return BAD_INPUT, f"a file name holds a character that no file name may hold ({text}); give another name."
     if isinstance(error, MemoryError) or any(words in text.lower() for words in OUT_OF_MEMORY):
-        return BAD_INPUT, f"out of memory ({text[:200] or type(error).__name__}); ask for less at once (batch size, model, resolution), or free some."
+        return (
+            BAD_INPUT,
+            f"out of memory ({text[:200] or type(error).__name__}); ask for less at once (batch size, model, "
+            "resolution), or free some.",
+        )
     shown = f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
-    return BUG, f"this is a fault of edgedit_hf, not of your input: {shown}. Please report it; {TRACEBACK}=1 in the environment shows the traceback."
+    return (
+        BUG,
+        f"this is a fault of edgedit_hf, not of your input: {shown}. Please report it; {TRACEBACK}=1 in the "
+        "environment shows the traceback.",
+    )
 
 
 def _explain_os_error(error: OSError, text: str) -> str:
@@ -130,7 +147,9 @@ def _explain_os_error(error: OSError, text: str) -> str:
         return f"no space left on the disk{f' of {name}' if name else ''}; free some and run the same command again."
     if error.errno == errno.ENOENT and not name:  # tempfile's: no folder for temporary files
         return f"{text}; free some space there, or set TMPDIR."
-    remedy = "choose a shorter name" if error.errno == errno.ENAMETOOLONG else "look at that path and at your rights there"
+    remedy = (
+        "choose a shorter name" if error.errno == errno.ENAMETOOLONG else "look at that path and at your rights there"
+    )
     return f"{name}: {reason}; {remedy}." if name else f"{text}."
 
 
@@ -173,7 +192,12 @@ def _discard(stream: Any) -> None:
 
 
 def guard(
-    work: Callable[[], Any], program: str, *, interrupted: str | None = None, pipe_closed: int = 0, at_end: Callable[[], None] = lambda: None
+    work: Callable[[], Any],
+    program: str,
+    *,
+    interrupted: str | None = None,
+    pipe_closed: int = 0,
+    at_end: Callable[[], None] = lambda: None,
 ) -> int:
     """Do the work of a command line; whatever happens, end it in at most one line on stderr and return the exit code.
 
@@ -181,7 +205,8 @@ def guard(
         work: parses the arguments, too: `SystemExit` of argparse keeps its code.
         program: what the line begins with.
         interrupted: the line after Ctrl-C or SIGTERM, if it is another than that it was interrupted.
-        pipe_closed: code for a stdout whose reader has gone (`… | head`): 0 where printing is the last thing that is done.
+        pipe_closed: code for a stdout whose reader has gone (`… | head`): 0 where printing is the last thing that is
+            done.
         at_end: called before the line is printed, such as to close progress bars.
     """
     with contextlib.suppress(AttributeError, ValueError, OSError):
@@ -216,7 +241,9 @@ def guard(
 
 
 def _say(line: str, code: int) -> None:
-    """Of several processes, all that stop at the same step say so once, and [`LAUNCHED`] ones leave an error to the launcher."""
+    """Of several processes, all that stop at the same step say so once, and [`LAUNCHED`] ones leave an error to the
+    launcher.
+    """
     rank, file = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_ERROR_FILE")
     if code in (INTERRUPTED, TERMINATED):
         if rank == "0":

@@ -1,7 +1,7 @@
 """What a run will cost, a stage, before anything runs: closed-form FLOPs and bytes, here and on one and eight GPUs.
 
-Nothing of the run's size is allocated, and nothing outside this machine is asked: what is not here yet (a teacher to be converted, a data
-set or an autoencoder of the Hub) is replaced by an assumption that is printed.
+Nothing of the run's size is allocated, and nothing outside this machine is asked: what is not here yet (a teacher to be
+converted, a data set or an autoencoder of the Hub) is replaced by an assumption that is printed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,22 @@ from .search_space import BYTES, OPTIONS, Cost, SearchSpace, layer_cost, model_c
 
 LIBRARIES = 0.15e9  # what botorch and ONNX Runtime add to a process
 BACKWARD = 2  # a backward costs two forwards
-UPDATE_BYTES = 40  # moved a weight and step: AdamW reads four values and writes three, the moving average reads two and writes one
+UPDATE_BYTES = (
+    40  # moved a weight and step: AdamW reads four values and writes three, the moving average reads two and writes one
+)
 TABLE_ROUND_NETWORKS = 12  # networks timed in a round of the latency table, as FLOPs of as many teachers
-TABLE_DEPTHS = (2, 6)  # the table's networks: two depths of every shape, and three whole ones, together twice the teacher
+TABLE_DEPTHS = (
+    2,
+    6,
+)  # the table's networks: two depths of every shape, and three whole ones, together twice the teacher
 CHUNK = 2000  # images that stage evaluate holds as floats at a time
 CG_ITERATIONS = 30  # of a closed-form refit, with two products of 2·M·F·D FLOPs each
 JUDGED = 7  # times that every proxy sees the held-out images: three starts and four points of its curve
-SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}  # assumed where the VAE is not here
+SD_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}  # assumed where the VAE is not here
 SD_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 IMAGENET = {"classes": 1000, "images": 1_281_167}  # assumed where the data set is not here
 
@@ -44,7 +53,8 @@ class Machine:
     """What estimates are for: processes of one machine, one device each.
 
     Args:
-        flops: FLOPs a second that a process reaches in matrix products of the launch's precision. fp32_flops: in float32.
+        flops: FLOPs a second that a process reaches in matrix products of the launch's precision. fp32_flops: in
+            float32.
         conv_flops: in the VAE's convolutions, which run in float32 (TF32 on a GPU).
         update_bytes: bytes a second that an optimiser's update moves.
         gpu: whether `memory` of the estimates is a GPU's; stages that need none run on the host's CPU as `host` says.
@@ -61,17 +71,22 @@ class Machine:
 
 
 def gpus(count: int, host: Machine) -> Machine:
-    """A100-SXM4-80GB in bf16: 312, 156 and 19.5 TFLOP/s in bf16, TF32 and fp32 at peak, 2.04 TB/s (NVIDIA's data sheet). Assumed reached:
-    40 % of the first two, 80 % of the others; transfers between GPUs are taken to hide behind the backward pass."""
-    return Machine(f"{count} × A100", count, 0.4 * 312e12, 0.8 * 19.5e12, 0.4 * 156e12, 0.8 * 2.04e12, gpu=True, host=host)
+    """A100-SXM4-80GB in bf16: 312, 156 and 19.5 TFLOP/s in bf16, TF32 and fp32 at peak, 2.04 TB/s (NVIDIA's data
+    sheet). Assumed reached: 40 % of the first two, 80 % of the others; transfers between GPUs are taken to hide behind
+    the backward pass.
+    """
+    return Machine(
+        f"{count} × A100", count, 0.4 * 312e12, 0.8 * 19.5e12, 0.4 * 156e12, 0.8 * 2.04e12, gpu=True, host=host
+    )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cost of one stage: seconds, peak bytes of memory a process (of its GPU, where it has one), bytes on disk when it is finished.
+    """Cost of one stage: seconds, peak bytes of memory a process (of its GPU, where it has one), bytes on disk when it
+    is finished.
 
-    `device`: where the work is done, by how many processes; stages without a data-parallel loop use the main process alone.
-    `before`: seconds of these that pass before a first training step (latents, starts of proxies).
+    `device`: where the work is done, by how many processes; stages without a data-parallel loop use the main process
+    alone. `before`: seconds of these that pass before a first training step (latents, starts of proxies).
     """
 
     stage: str
@@ -99,7 +114,9 @@ class Workload:
 
 
 def meta_vae(path: str, assumed: list[str], shape: Sequence[int]) -> AutoencoderKL | Any:
-    """The autoencoder for images of shape `(C, H, W)` on the meta device, or one like Stable Diffusion's if it is not on this machine."""
+    """The autoencoder for images of shape `(C, H, W)` on the meta device, or one like Stable Diffusion's if it is not
+    on this machine.
+    """
     from diffusers import AutoencoderTiny
 
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -124,18 +141,26 @@ def workload(config: RunConfig) -> Workload:
     """Sizes of a run, from what is on this machine; nothing is downloaded and no teacher loaded.
 
     Raises:
-        EdgeDiTError: local data cannot be used, the teacher's sizes do not fit the data, or `teacher.path` is not EdgeDiT's.
+        EdgeDiTError: local data cannot be used, the teacher's sizes do not fit the data, or `teacher.path` is not
+            EdgeDiT's.
     """
     assumed: list[str] = []
     data, source = config.data, Path(config.data.source).expanduser()
-    of_hub = data.source.partition(":")[0].count("/") == 1 and not data.source.startswith((".", "/", "~")) and not source.exists()
+    of_hub = (
+        data.source.partition(":")[0].count("/") == 1
+        and not data.source.startswith((".", "/", "~"))
+        and not source.exists()
+    )
     if not of_hub or data.resolution is None:
         images = load_run_images(config)
         count, shape, classes = len(images), images.shape, images.num_classes
     else:
         count, classes = IMAGENET["images"], IMAGENET["classes"]
         shape = (data.channels or 3, data.resolution, data.resolution)
-        assumed.append(f"data.source {data.source} is not here: taken to hold {count:,} images of {classes} classes, as ImageNet does")
+        assumed.append(
+            f"data.source {data.source} is not here: taken to hold {count:,} images of {classes} classes, as ImageNet "
+            "does"
+        )
     pixels, encode, decode = shape[0] * shape[1] * shape[2], 0.0, 0.0
     if data.vae is not None:
         vae = meta_vae(data.vae, assumed, shape)
@@ -152,7 +177,9 @@ def workload(config: RunConfig) -> Workload:
 
 
 def _given_teacher(path: str | None, assumed: list[str]) -> EdgeDiTTransformer2DModel | None:
-    """The teacher that is brought along, on the meta device; `None`: it is not here (or none is), the recipe's sizes count."""
+    """The teacher that is brought along, on the meta device; `None`: it is not here (or none is), the recipe's sizes
+    count.
+    """
     if path is None:
         return None
     try:
@@ -161,7 +188,9 @@ def _given_teacher(path: str | None, assumed: list[str]) -> EdgeDiTTransformer2D
         assumed.append(f"teacher.path {path} is not here: taken to have the sizes in the recipe's section teacher")
         return None
     if values.get("_class_name") != EdgeDiTTransformer2DModel.__name__:
-        raise EdgeDiTError(f"teacher.path {path} holds a {values.get('_class_name')}; convert it first: edgedit convert {path} OUT")
+        raise EdgeDiTError(
+            f"teacher.path {path} holds a {values.get('_class_name')}; convert it first: edgedit convert {path} OUT"
+        )
     return EdgeDiTTransformer2DModel.from_config(values)
 
 
@@ -169,9 +198,13 @@ def _given_teacher(path: str | None, assumed: list[str]) -> EdgeDiTTransformer2D
 
 
 def here(config: RunConfig, model_config: dict[str, Any]) -> Machine:
-    """This machine, with rates measured in about a second each: a forward of the teacher's first layers, and an optimiser's update."""
+    """This machine, with rates measured in about a second each: a forward of the teacher's first layers, and an
+    optimiser's update.
+    """
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    layer = layer_cost(model_config["hidden_size"], SearchSpace.for_config(model_config).option_shape("original"), 1).weights
+    layer = layer_cost(
+        model_config["hidden_size"], SearchSpace.for_config(model_config).option_shape("original"), 1
+    ).weights
     layers = model_config["layers"][: max(1, min(len(model_config["layers"]), int(5e7 / layer)))]
     small = {"layers": layers, "num_layers": len(layers), "long_skips": None, "decoder_start": None, "side_layers": 0}
     model = EdgeDiTTransformer2DModel.with_config(model_config, **small).eval()
@@ -186,7 +219,9 @@ def here(config: RunConfig, model_config: dict[str, Any]) -> Machine:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    updates = UPDATE_BYTES * 0.7 * weights / median_seconds(optimizer.step)  # without the moving average, it moves 28 of 40 bytes
+    updates = (
+        UPDATE_BYTES * 0.7 * weights / median_seconds(optimizer.step)
+    )  # without the moving average, it moves 28 of 40 bytes
     return Machine("here", 1, rate, rate, rate, updates)
 
 
@@ -221,24 +256,32 @@ class _Estimator:
         """The student's cost: the given genotype's, else the largest that the limits allow."""
         given = self.config.student
         if given.genotype is not None:
-            return model_cost({**self.work.model, "layers": read_genotype(given.genotype, "student.genotype").to_layers()})
+            return model_cost(
+                {**self.work.model, "layers": read_genotype(given.genotype, "student.genotype").to_layers()}
+            )
         weights = round(self.teacher.weights * min(1.0, given.max_parameters_ratio or 1.0))
         flops = round(self.teacher.flops * min(1.0, given.max_flops_ratio or 1.0))
         return Cost(weights, weights, flops // 2, flops)
 
     def activations(self, batch: int, checkpointing: bool = False) -> float:
-        """Bytes that autograd keeps of all layers: 32 + 16·A/D + 8·(MLP ratio) a token and channel in fp32 (counted with saved-tensor
-        hooks), half as many in bf16; with checkpointing the input of every layer, and one layer."""
+        """Bytes that autograd keeps of all layers: 32 + 16·A/D + 8·(MLP ratio) a token and channel in fp32 (counted
+        with saved-tensor hooks), half as many in bf16; with checkpointing the input of every layer, and one layer."""
         token = batch * self.tokens * self.space.hidden_size
         layer = token * (48 + 8 * self.space.mlp_ratio) * (0.5 if self.bf16 else 1)
         return layer + self.space.num_layers * 4 * token if checkpointing else self.space.num_layers * layer
 
     def training(self, cost: Cost, options: OptimisationConfig) -> tuple[float, float]:
-        """Seconds and bytes a process. Data parallel: each of N processes holds everything and does an N-th of the batch."""
+        """Seconds and bytes a process. Data parallel: each of N processes holds everything and does an N-th of the
+        batch.
+        """
         machine = self.machine
         forwards = 1 + BACKWARD + options.gradient_checkpointing
-        step = forwards * options.batch_size * cost.flops / (machine.processes * machine.flops) + UPDATE_BYTES * cost.weights / machine.update_bytes
-        # Weights, gradients, two moments, moving average; buckets of the gradients' all-reduce; copies of the weights that autocast keeps.
+        step = (
+            forwards * options.batch_size * cost.flops / (machine.processes * machine.flops)
+            + UPDATE_BYTES * cost.weights / machine.update_bytes
+        )
+        # Weights, gradients, two moments, moving average; buckets of the gradients' all-reduce; copies of the weights
+        # that autocast keeps.
         held = cost.weights * (20 + (4 if machine.processes > 1 else 0) + (2 if self.bf16 else 0))
         micro = -(-options.batch_size // (machine.processes * options.gradient_accumulation))
         return options.steps * step, held + self.activations(micro, options.gradient_checkpointing)
@@ -249,9 +292,18 @@ class _Estimator:
         return images * (steps * doubled * cost.flops + self.work.decode_flops) / self.machine.flops
 
     def judging(self, batch: int, networks: int, images: int) -> float:
-        """Bytes that sampling needs on its device; on the CPU the images that are floats lie there too, twice while they are joined."""
-        batch_bytes = batch * (2 * self.tokens * self.space.hidden_size * 4 * 8 + 4 * 16 * self.work.pixels * bool(self.work.decode_flops))
-        return self.base + 4 * networks * self.teacher.weights + batch_bytes + (0 if self.machine.gpu else 8 * images * self.work.pixels)
+        """Bytes that sampling needs on its device; on the CPU the images that are floats lie there too, twice while
+        they are joined.
+        """
+        batch_bytes = batch * (
+            2 * self.tokens * self.space.hidden_size * 4 * 8 + 4 * 16 * self.work.pixels * bool(self.work.decode_flops)
+        )
+        return (
+            self.base
+            + 4 * networks * self.teacher.weights
+            + batch_bytes
+            + (0 if self.machine.gpu else 8 * images * self.work.pixels)
+        )
 
     def latents(self) -> float:
         """Seconds of caching the latents, which the main process does before the first stage that trains."""
@@ -265,7 +317,9 @@ class _Estimator:
             return Estimate("teacher", 0.0, 0.0, 0.0, self.device)
         seconds, held = self.training(self.teacher, options)
         disk, before = 4.0 * self.teacher.weights, self.latents()
-        return Estimate("teacher", before + seconds, self.base + held, disk, self.device, self.machine.processes, before)
+        return Estimate(
+            "teacher", before + seconds, self.base + held, disk, self.device, self.machine.processes, before
+        )
 
     def stage_bank(self) -> Estimate:
         options, machine, space = self.config.bank, self.machine, self.space
@@ -285,8 +339,14 @@ class _Estimator:
         budget = None if options.memory_budget_gb is None else 1e9 * options.memory_budget_gb
         plans = plan_bank(wanted, memory, min(machine.processes, len(pairs_of(wanted))), budget)
         # Ranks go through their groups in step with each other: the slowest group of every round counts.
-        rounds = list(zip_longest(*([self._group_seconds(group.layers) for group in plan] for plan in plans), fillvalue=(0.0, 0.0)))
-        before = sum(max(starts for starts, _ in group) for group in rounds) + (self.latents() if self.config.teacher.path is not None else 0.0)
+        rounds = list(
+            zip_longest(
+                *([self._group_seconds(group.layers) for group in plan] for plan in plans), fillvalue=(0.0, 0.0)
+            )
+        )
+        before = sum(max(starts for starts, _ in group) for group in rounds) + (
+            self.latents() if self.config.teacher.path is not None else 0.0
+        )
         seconds = before + sum(max(trained for _, trained in group) for group in rounds)
         held = max(group.predicted_bytes for plan in plans for group in plan) + (self.base if machine.gpu else 0)
         disk = 4.0 * memory.weights(wanted)
@@ -306,19 +366,35 @@ class _Estimator:
             if not costs:
                 return 0.0
             products = (1 + BACKWARD) * options.batch_size * sum(c.flops for c in costs) / machine.flops
-            return prefix(depths[-1], options.batch_size) + products + 28 * sum(c.weights for c in costs) / machine.update_bytes
+            return (
+                prefix(depths[-1], options.batch_size)
+                + products
+                + 28 * sum(c.weights for c in costs) / machine.update_bytes
+            )
 
         both = [layer for layer in layers if self.space.option_of(layer) == "both"]
-        trained = options.steps * step(layer for layer in layers if self.space.option_of(layer) != "both") + options.both_steps * step(both)
+        trained = options.steps * step(
+            layer for layer in layers if self.space.option_of(layer) != "both"
+        ) + options.both_steps * step(both)
         count = options.calibration_samples
         forwards = sum(layer_cost(self.space.hidden_size, layer.shape, self.tokens).flops for layer in layers)
-        judged = JUDGED * count * forwards / machine.flops + sum(2 * prefix(depth, count) for depth in depths) + JUDGED * prefix(depths[-1], count)
+        judged = (
+            JUDGED * count * forwards / machine.flops
+            + sum(2 * prefix(depth, count) for depth in depths)
+            + JUDGED * prefix(depths[-1], count)
+        )
         fitted = sum(map(self._fit_flops, layers)) / machine.fp32_flops if options.init == "closed_form" else 0.0
         return judged + fitted, trained
 
     def _fit_flops(self, layer: LayerSpec) -> float:
-        """A closed-form start: Gram matrices and conjugate gradients of attention outputs and MLP neurons, before and after selection."""
-        rows, width, merged = self.config.bank.calibration_samples * self.tokens, self.space.hidden_size, len(layer.source)
+        """A closed-form start: Gram matrices and conjugate gradients of attention outputs and MLP neurons, before and
+        after selection.
+        """
+        rows, width, merged = (
+            self.config.bank.calibration_samples * self.tokens,
+            self.space.hidden_size,
+            len(layer.source),
+        )
         neurons, kept = merged * int(width * self.space.mlp_ratio), int(width * layer.mlp_ratio)
         sizes = [kept]
         if layer.attention_dim < width or merged > 1:
@@ -332,20 +408,43 @@ class _Estimator:
         options, space = self.config.latency, self.space
         trunk = trunk_cost(self.work.model, self.tokens).weights
         shapes = [layer_cost(space.hidden_size, space.option_shape(option), self.tokens).weights for option in OPTIONS]
-        networks = sum(trunk + depth * weights for weights in shapes for depth in TABLE_DEPTHS) + 2 * self.teacher.weights
-        seconds = 10 + TABLE_ROUND_NETWORKS * options.repeats * 2 * options.batch_size * self.teacher.flops / self.host.fp32_flops
-        held = PROCESS_BYTES + LIBRARIES + BYTES[options.precision] * networks + 8 * self.teacher.weights  # all are loaded, one is being lowered
+        networks = (
+            sum(trunk + depth * weights for weights in shapes for depth in TABLE_DEPTHS) + 2 * self.teacher.weights
+        )
+        seconds = (
+            10
+            + TABLE_ROUND_NETWORKS
+            * options.repeats
+            * 2
+            * options.batch_size
+            * self.teacher.flops
+            / self.host.fp32_flops
+        )
+        held = (
+            PROCESS_BYTES + LIBRARIES + BYTES[options.precision] * networks + 8 * self.teacher.weights
+        )  # all are loaded, one is being lowered
         return Estimate("latency", seconds, held, 1e4)
 
     def stage_search(self) -> Estimate:
         options = self.config.search
         genotypes = options.evaluations + (options.evaluations - options.initial if options.random_baseline else 0)
-        smallest = model_cost({**self.work.model, "layers": self.space.from_code([codes[-1] for codes in self.space.allowed]).to_layers()})
+        smallest = model_cost(
+            {**self.work.model, "layers": self.space.from_code([codes[-1] for codes in self.space.allowed]).to_layers()}
+        )
         flops = (self.teacher.flops + smallest.flops) // 2  # of a genotype, on average
         mean = Cost(self.teacher.parameters, self.teacher.weights, flops // 2, flops)
-        one = self.sampling(mean, options.samples, options.sampling_steps, options.guidance_scale) + 4 * self.teacher.weights / 5e8
+        one = (
+            self.sampling(mean, options.samples, options.sampling_steps, options.guidance_scale)
+            + 4 * self.teacher.weights / 5e8
+        )
         batch = min(options.samples, self.config.evaluate.batch_size)
-        return Estimate("search", 5 + 0.5 * options.evaluations + genotypes * one, self.judging(batch, 2, options.samples), 1e5, self.device)
+        return Estimate(
+            "search",
+            5 + 0.5 * options.evaluations + genotypes * one,
+            self.judging(batch, 2, options.samples),
+            1e5,
+            self.device,
+        )
 
     def stage_student(self) -> Estimate:
         held = PROCESS_BYTES + 4 * (self.teacher.weights + self.student.weights)
@@ -357,8 +456,14 @@ class _Estimator:
         seconds, held = zip(*(self.training(cost, options) for cost in runs))
         more = 0.0
         if options.output_kd:  # a forward of the teacher for every step of a student
-            more = sum(s for s, cost in zip(seconds, runs) if cost is self.student) * self.teacher.flops / ((1 + BACKWARD) * self.student.flops)
-        keeps_teacher = options.output_kd or (not self.machine.gpu and (options.random_proxies or options.teacher_more_steps))
+            more = (
+                sum(s for s, cost in zip(seconds, runs) if cost is self.student)
+                * self.teacher.flops
+                / ((1 + BACKWARD) * self.student.flops)
+            )
+        keeps_teacher = options.output_kd or (
+            not self.machine.gpu and (options.random_proxies or options.teacher_more_steps)
+        )
         held = max(*held, held[0] + 4 * self.teacher.weights if keeps_teacher else 0)
         disk = 4.0 * sum(cost.weights for cost in runs)
         return Estimate("tune", sum(seconds) + more, self.base + held, disk, self.device, self.machine.processes)
@@ -378,7 +483,13 @@ class _Estimator:
         seconds = 10 + teachers * self.sampling(self.teacher, *asked) + students * self.sampling(self.student, *asked)
         seconds += exports * self.sampling(self.student, *asked) * self.machine.flops / self.host.fp32_flops
         runtimes = 3 + len(self.config.export.executorch)
-        seconds += runtimes * options.latency_repeats * options.latency_batch_size * (self.teacher.flops + self.student.flops) / self.host.fp32_flops
+        seconds += (
+            runtimes
+            * options.latency_repeats
+            * options.latency_batch_size
+            * (self.teacher.flops + self.student.flops)
+            / self.host.fp32_flops
+        )
         models = teachers + students + exports
         networks = 1 if self.machine.gpu else models + runtimes
         held = self.judging(options.batch_size, networks, min(options.samples, CHUNK))
@@ -427,13 +538,24 @@ def print_table(machines: Sequence[Machine], tables: Sequence[list[Estimate]], a
     local = machines[0]
     header = [f"{'stage':<9}"]
     for machine in machines:
-        header.append(f"{machine.name + ':':>10} {'time':>8} {'memory':>9}" + (f" {'disk':>9}" if machine is local else ""))
+        header.append(
+            f"{machine.name + ':':>10} {'time':>8} {'memory':>9}" + (f" {'disk':>9}" if machine is local else "")
+        )
     print(" ".join(header))
     for rows in zip(*tables):
         cells = [f"{rows[0].stage:<9}"]
         for machine, row in zip(machines, rows):
-            where = "" if not machine.gpu else row.device if row.device == "cpu" else f"{row.processes} GPU" + "s" * (row.processes > 1)
-            cells.append(f"{where:>10} {_duration(row.seconds):>8} {row.memory / 1e9:>6.2f} GB" + (f" {row.disk / 1e9:>6.2f} GB" if machine is local else ""))
+            where = (
+                ""
+                if not machine.gpu
+                else row.device
+                if row.device == "cpu"
+                else f"{row.processes} GPU" + "s" * (row.processes > 1)
+            )
+            cells.append(
+                f"{where:>10} {_duration(row.seconds):>8} {row.memory / 1e9:>6.2f} GB"
+                + (f" {row.disk / 1e9:>6.2f} GB" if machine is local else "")
+            )
         print(" ".join(cells))
     cells = [f"{'all':<9}"]
     for machine, rows in zip(machines, tables):
@@ -442,9 +564,10 @@ def print_table(machines: Sequence[Machine], tables: Sequence[list[Estimate]], a
         cells.append(f"{'':>10} {_duration(sum(row.seconds for row in rows)):>8} {memory / 1e9:>6.2f} GB{disk}")
     print(" ".join(cells))
     print(
-        f"Closed-form FLOPs. here: {local.flops / 1e9:.0f} GFLOP/s, measured just now with {torch.get_num_threads()} threads; nothing was written. GPUs: A100 "
-        "80 GB in bf16 at 40 % of 312 TFLOP/s; stages on 1 GPU of 8 use the main process alone, those on the CPU run as they do here. "
-        "Memory: of a process, or of its GPU; disk: of results, checkpoints apart."
+        f"Closed-form FLOPs. here: {local.flops / 1e9:.0f} GFLOP/s, measured just now with {torch.get_num_threads()} "
+        "threads; nothing was written. GPUs: A100 80 GB in bf16 at 40 % of 312 TFLOP/s; stages on 1 GPU of 8 use the "
+        "main process alone, those on the CPU run as they do here. Memory: of a process, or of its GPU; disk: of "
+        "results, checkpoints apart."
     )
     for line in assumed:
         print(f"Assumed: {line}.")

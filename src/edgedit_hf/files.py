@@ -23,8 +23,8 @@ from typing import Any
 from .errors import EdgeDiTError
 
 PACKAGES = (
-    "edgedit_hf torch diffusers transformers accelerate peft huggingface-hub datasets optimum bitsandbytes botorch evaluate onnx "
-    "onnxruntime executorch torchao numpy"
+    "edgedit_hf torch diffusers transformers accelerate peft huggingface-hub datasets optimum bitsandbytes botorch "
+    "evaluate onnx onnxruntime executorch torchao numpy"
 ).split()
 
 
@@ -55,7 +55,9 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def weights_hash(state_dict: Mapping[str, Any]) -> str:
-    """First 16 hex digits of the SHA-256 over names, shapes and bytes of a state dict's tensors (on any device, any dtype)."""
+    """First 16 hex digits of the SHA-256 over names, shapes and bytes of a state dict's tensors (on any device, any
+    dtype).
+    """
     import torch
 
     digest = hashlib.sha256()
@@ -67,7 +69,8 @@ def weights_hash(state_dict: Mapping[str, Any]) -> str:
 
 
 def check_finite(state_dict: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Raise unless every value of a state dict's floating-point tensors is finite: nothing else is published, converted or sampled from.
+    """Raise unless every value of a state dict's floating-point tensors is finite: nothing else is published, converted
+    or sampled from.
 
     Args:
         what: whose weights they are, for the message. remedy: what the user can do.
@@ -77,7 +80,10 @@ def check_finite(state_dict: Mapping[str, Any], what: str, remedy: str) -> None:
     """
     bad = [name for name, tensor in state_dict.items() if not is_finite(tensor)]
     if bad:
-        raise EdgeDiTError(f"{what}: {len(bad)} of {len(state_dict)} tensors hold NaN or infinite values, the first is {bad[0]}; {remedy}")
+        raise EdgeDiTError(
+            f"{what}: {len(bad)} of {len(state_dict)} tensors hold NaN or infinite values, the first is {bad[0]}; "
+            f"{remedy}"
+        )
 
 
 def is_finite(tensor: Any) -> bool:
@@ -102,7 +108,10 @@ def check_finite_files(folder: str | os.PathLike, what: str, remedy: str) -> Non
             bad = [name for name in names if not is_finite(file.get_tensor(name))]
         if bad:
             where = path.relative_to(folder)
-            raise EdgeDiTError(f"{what}: {len(bad)} of {len(names)} tensors of {where} hold NaN or infinite values, the first is {bad[0]}; {remedy}")
+            raise EdgeDiTError(
+                f"{what}: {len(bad)} of {len(names)} tensors of {where} hold NaN or infinite values, the first is "
+                f"{bad[0]}; {remedy}"
+            )
 
 
 # -------------------------------------------------------------------- processes and what they leave behind
@@ -128,11 +137,15 @@ def _host_tag() -> str:
 
 
 def aside_of(path: Path, kind: str = "tmp") -> Path:
-    """The hidden neighbour of `path` that this process writes before it takes the place of `path` (`"old"`: that the old content is moved to)."""
+    """The hidden neighbour of `path` that this process writes before it takes the place of `path` (`"old"`: that the
+    old content is moved to).
+    """
     return path.with_name(f".{path.name}.{kind}-{_host_tag()}-{os.getpid()}-{_started(os.getpid())}")
 
 
-_ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?:(?P<host>[0-9a-f]{6})-)?(?P<pid>\d{1,10})(?:-(?P<started>\w+))?")
+_ASIDE = re.compile(
+    r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?:(?P<host>[0-9a-f]{6})-)?(?P<pid>\d{1,10})(?:-(?P<started>\w+))?"
+)
 
 
 def _abandoned(found: re.Match) -> bool:
@@ -144,7 +157,9 @@ def _abandoned(found: re.Match) -> bool:
 
 
 def sweep(folder: str | os.PathLike, name: str | None = None) -> None:
-    """Remove what killed processes left in a folder (of the entry `name`, or of all), and bring back what they had only moved aside."""
+    """Remove what killed processes left in a folder (of the entry `name`, or of all), and bring back what they had only
+    moved aside.
+    """
     entries = [(match, path) for path in sorted(Path(folder).glob(".*")) if (match := _ASIDE.fullmatch(path.name))]
     for match, path in entries:
         if name not in (None, match["name"]) or not _abandoned(match):
@@ -162,7 +177,8 @@ def sweep(folder: str | os.PathLike, name: str | None = None) -> None:
 class FolderLock:
     """One process at a time works in a folder: the file `run.lock` in it names who does.
 
-    The lock of a process that is gone is taken over where that can be known, on the same host. A process may take its own lock again.
+    The lock of a process that is gone is taken over where that can be known, on the same host. A process may take its
+    own lock again.
 
     Args:
         folder: must exist.
@@ -232,11 +248,20 @@ class FolderLock:
             return None
         except ValueError:
             pass
-        raise EdgeDiTError(f"{self.path} is damaged, so nobody can tell who works in {self.path.parent}; if no process does, delete that file.")
+        raise EdgeDiTError(
+            f"{self.path} is damaged, so nobody can tell who works in {self.path.parent}; if no process does, delete "
+            "that file."
+        )
 
     def _refusal(self, holder: Mapping[str, Any]) -> EdgeDiTError:
-        who = f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')}: {holder.get('command')})"
-        return EdgeDiTError(f"{self.path.parent} is in use by {who}. Wait for it or stop it; if it is gone, delete {self.path} and run again.")
+        who = (
+            f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')}: "
+            f"{holder.get('command')})"
+        )
+        return EdgeDiTError(
+            f"{self.path.parent} is in use by {who}. Wait for it or stop it; if it is gone, delete {self.path} and run "
+            "again."
+        )
 
 
 def release_locks() -> None:
@@ -250,7 +275,9 @@ atexit.register(release_locks)
 
 @contextlib.contextmanager
 def _exclusively(folder: Path) -> Iterator[None]:
-    """One process of this host at a time, where the file system can: looking at a lock and taking it belong together."""
+    """One process of this host at a time, where the file system can: looking at a lock and taking it belong
+    together.
+    """
     import fcntl
 
     handle = os.open(folder, os.O_RDONLY)
@@ -269,19 +296,27 @@ HASHED_ALWAYS = 8 << 20  # bytes; a larger file is hashed again only when its si
 
 
 def file_record(folder: str | os.PathLike, left_out: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
-    """Size, time of change and SHA-256 of every file below a folder, by relative path; hidden entries and top-level ones in `left_out` apart."""
+    """Size, time of change and SHA-256 of every file below a folder, by relative path; hidden entries and top-level
+    ones in `left_out` apart.
+    """
     folder, left_out = Path(folder), set(left_out)
     record = {}
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if path.is_file() and parts[0] not in left_out and not any(part.startswith(".") for part in parts):
             about = path.stat()
-            record["/".join(parts)] = {"size": about.st_size, "mtime_ns": about.st_mtime_ns, "sha256": file_sha256(path)}
+            record["/".join(parts)] = {
+                "size": about.st_size,
+                "mtime_ns": about.st_mtime_ns,
+                "sha256": file_sha256(path),
+            }
     return record
 
 
 def changed_file(folder: str | os.PathLike, record: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """What differs between a folder and its [`file_record`], in words; `None`: nothing does. Other files do not count."""
+    """What differs between a folder and its [`file_record`], in words; `None`: nothing does. Other files do not
+    count.
+    """
     for name, was in record.items():
         path = Path(folder, name)
         if not path.is_file():
@@ -300,7 +335,9 @@ def changed_file(folder: str | os.PathLike, record: Mapping[str, Mapping[str, An
 
 @contextlib.contextmanager
 def explain_write_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turn a full disk or a forbidden folder, met in the block while writing `path`, into one clear [`EdgeDiTError`]."""
+    """Turn a full disk or a forbidden folder, met in the block while writing `path`, into one clear
+    [`EdgeDiTError`].
+    """
     from safetensors import SafetensorError
 
     try:
@@ -310,9 +347,21 @@ def explain_write_errors(path: str | os.PathLike) -> Iterator[None]:
         in_text = re.search(r"\(os error (\d+)\)", str(error))
         number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
         if number in (errno.ENOSPC, errno.EDQUOT):
-            raise EdgeDiTError(f"No space left on the disk of {path}; free some and run the same command again, it continues.") from error
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.ENAMETOOLONG):
-            raise EdgeDiTError(f"Cannot write {path} ({os.strerror(number)}); choose a folder you may write to.") from error
+            raise EdgeDiTError(
+                f"No space left on the disk of {path}; free some and run the same command again, it continues."
+            ) from error
+        if number in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EEXIST,
+            errno.EFBIG,
+            errno.ENAMETOOLONG,
+        ):
+            raise EdgeDiTError(
+                f"Cannot write {path} ({os.strerror(number)}); choose a folder you may write to."
+            ) from error
         raise
 
 
@@ -351,7 +400,9 @@ JSON_BYTES = 2**29  # no file of ours comes near
 
 
 def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
-    """The values of a JSON text; NaN and infinities, which are no JSON, only with `nan`. Whatever is wrong with it is a `ValueError`."""
+    """The values of a JSON text; NaN and infinities, which are no JSON, only with `nan`. Whatever is wrong with it is a
+    `ValueError`.
+    """
 
     def refuse(name: str) -> float:
         raise ValueError(f"it holds {name}, which is no number")
@@ -367,7 +418,9 @@ def read_json(path: str | os.PathLike, made_by: str, *, nan: bool = False) -> An
     path = Path(path)
     try:
         if (size := path.stat().st_size) > JSON_BYTES:
-            raise EdgeDiTError(f"{path} has {size} bytes, more than {JSON_BYTES}; it is damaged or foreign. {made_by} writes it.")
+            raise EdgeDiTError(
+                f"{path} has {size} bytes, more than {JSON_BYTES}; it is damaged or foreign. {made_by} writes it."
+            )
         return parse_json(path.read_text(encoding="utf-8"), nan=nan)
     except FileNotFoundError:
         raise EdgeDiTError(f"{path} does not exist; it is written by {made_by}, run that first.") from None
@@ -381,7 +434,9 @@ def read_json(path: str | os.PathLike, made_by: str, *, nan: bool = False) -> An
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a new empty folder beside `path`; if the block succeeds its content is synced and takes the place of `path`."""
+    """Yields a new empty folder beside `path`; if the block succeeds its content is synced and takes the place of
+    `path`.
+    """
     path = Path(path)
     aside = aside_of(path)
     with explain_write_errors(path):
@@ -406,7 +461,9 @@ def sync_tree(folder: Path) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Move a complete folder onto `target`, which may exist. Killed between the two renames, [`sweep`] brings the old one back."""
+    """Move a complete folder onto `target`, which may exist. Killed between the two renames, [`sweep`] brings the old
+    one back.
+    """
     old = aside_of(target, "old")
     if target.exists():
         os.rename(target, old)
@@ -422,7 +479,9 @@ def replace_folder(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def publish_into(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yields an empty folder; what is put there is synced and moved into `folder`, entry by entry, when the block succeeds."""
+    """Yields an empty folder; what is put there is synced and moved into `folder`, entry by entry, when the block
+    succeeds.
+    """
     folder = Path(folder)
     aside = folder / ".publish"
     with explain_write_errors(folder):
@@ -447,7 +506,9 @@ def publish_into(folder: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def ask_nothing(trusted: bool = False) -> Iterator[None]:
-    """Within it transformers refuses the code of a repository, where it would ask at the terminal whether to run it (`trusted`: as usual)."""
+    """Within it transformers refuses the code of a repository, where it would ask at the terminal whether to run it
+    (`trusted`: as usual).
+    """
     from transformers import dynamic_module_utils as loading
 
     before = loading.TIME_OUT_REMOTE_CODE
@@ -459,19 +520,26 @@ def ask_nothing(trusted: bool = False) -> Iterator[None]:
 
 
 def check_links(folder: str | os.PathLike) -> None:
-    """Raise if something in a folder is a link out of it: what is copied from a received folder is what was received, not a file of this machine.
+    """Raise if something in a folder is a link out of it: what is copied from a received folder is what was received,
+    not a file of this machine.
 
     The Hub's cache is such links: into `blobs/` of the same repository they are followed.
     """
     folder = Path(folder)
     real = Path(os.path.realpath(folder))
-    snapshot = next((place for place in real.parents if place.parent.name == "snapshots"), real if real.parent.name == "snapshots" else None)
+    snapshot = next(
+        (place for place in real.parents if place.parent.name == "snapshots"),
+        real if real.parent.name == "snapshots" else None,
+    )
     allowed = [real] if snapshot is None else [snapshot, snapshot.parent.parent / "blobs"]
     for root, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(root, name)
             if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(place) for place in allowed):
-                raise EdgeDiTError(f"{path} is a link to {os.path.realpath(path)}, outside of {folder}; it is not copied. Put the file itself there.")
+                raise EdgeDiTError(
+                    f"{path} is a link to {os.path.realpath(path)}, outside of {folder}; it is not copied. Put the "
+                    "file itself there."
+                )
 
 
 def copy_tree(source: str | os.PathLike, target: str | os.PathLike) -> None:
@@ -487,11 +555,32 @@ def copy_tree(source: str | os.PathLike, target: str | os.PathLike) -> None:
 PIPELINES = ("EdgeDiTPipeline", "ElasticDiTPipeline")
 COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 WRITTEN = {  # beside the components of a pipeline folder, by our own commands
-    *("model_index.json", "contract.json", "reference.safetensors", "sample_min.py", "PORTING.md", "verify.json", "bench.json", "delegation.json"),
+    *(
+        "model_index.json",
+        "contract.json",
+        "reference.safetensors",
+        "sample_min.py",
+        "PORTING.md",
+        "verify.json",
+        "bench.json",
+        "delegation.json",
+    ),
     *("choice.json", "quantization.json", "pipeline_edgedit.py", "pipeline_elastic_dit.py"),
 }
 STAGE_FILES = {"run.json", "stage.json", "telemetry.jsonl", "checkpoints", "run.lock", ".publish"}
-WRITTEN_SUFFIXES = (".json", ".safetensors", ".onnx", ".data", ".pte", ".mlmodel", ".bin", ".py", ".txt", ".model", ".jinja")
+WRITTEN_SUFFIXES = (
+    ".json",
+    ".safetensors",
+    ".onnx",
+    ".data",
+    ".pte",
+    ".mlmodel",
+    ".bin",
+    ".py",
+    ".txt",
+    ".model",
+    ".jinja",
+)
 
 
 def class_name(config: Mapping[str, Any]) -> Any:
@@ -501,7 +590,9 @@ def class_name(config: Mapping[str, Any]) -> Any:
 
 
 def foreign_to_pipeline(folder: Path) -> str | None:
-    """What tells a folder from a pipeline folder or export that a command of ours wrote, in words; `None`: nothing. A run's stages are not a command's."""
+    """What tells a folder from a pipeline folder or export that a command of ours wrote, in words; `None`: nothing. A
+    run's stages are not a command's.
+    """
     if owned := sorted(STAGE_FILES & set(os.listdir(folder))):
         return f"is the folder of a stage of a run (it holds {owned[0]})"
     return _foreign(folder)
@@ -519,14 +610,20 @@ def _foreign(folder: Path) -> str | None:
     for root, folders, files in os.walk(folder):
         for entry in sorted((*folders, *files)):
             path = Path(root, entry)
-            known = entry in WRITTEN | STAGE_FILES or entry in COMPONENTS if Path(root) == folder else entry in folders or entry.endswith(WRITTEN_SUFFIXES)
+            known = (
+                entry in WRITTEN | STAGE_FILES or entry in COMPONENTS
+                if Path(root) == folder
+                else entry in folders or entry.endswith(WRITTEN_SUFFIXES)
+            )
             if path.is_symlink() or not known:
                 return f"holds {path.relative_to(folder)}, which this package did not write"
     return None
 
 
 def foreign_to_student(folder: Path) -> str | None:
-    """What tells a folder from a student that was selected, or from a stage that has not written its own yet, in words; `None`: nothing."""
+    """What tells a folder from a student that was selected, or from a stage that has not written its own yet, in words;
+    `None`: nothing.
+    """
     if {entry.name for entry in folder.iterdir()} <= STAGE_FILES:
         return None
     return _foreign(folder) if (folder / "choice.json").is_file() else "is not a student that was selected"
@@ -545,24 +642,32 @@ def check_output(
         output: the folder.
         inputs: what the command reads: files and folders; what does not exist, such as a Hub id, is left out.
         overwrite: whether an older result of ours may be replaced.
-        foreign: says what in an existing folder is not ours; `None`: single files are written into it, and its others stay.
+        foreign: says what in an existing folder is not ours; `None`: single files are written into it, and its others
+            stay.
 
     Raises:
-        EdgeDiTError: it has no name, is a link, is or holds the current or the home folder, is, holds or lies in an input, holds what is not
-            ours, or cannot be written. Allowing to overwrite changes nothing about these.
+        EdgeDiTError: it has no name, is a link, is or holds the current or the home folder, is, holds or lies in an
+            input, holds what is not ours, or cannot be written. Allowing to overwrite changes nothing about these.
     """
     real = check_place(output)
     for given in inputs:
         relation = _relation(real, given) if given is not None and os.fspath(given) else None
         if relation is not None:
-            raise EdgeDiTError(f"The output {output} {relation} the input {given}, which would be lost or changed; choose another output.")
+            raise EdgeDiTError(
+                f"The output {output} {relation} the input {given}, which would be lost or changed; choose another "
+                "output."
+            )
     if real.exists() and foreign is not None and any(real.iterdir()):
         found = foreign(real)
         if found is not None:
             raise EdgeDiTError(f"{output} exists and {found}; it is left as it is. Choose another output.")
         if not overwrite:
-            raise EdgeDiTError(f"{output} holds a pipeline already; choose another output, or allow overwriting it (--overwrite).")
-    check_writable(real if foreign is None else aside_of(real), output)  # a folder that is replaced is written beside its place
+            raise EdgeDiTError(
+                f"{output} holds a pipeline already; choose another output, or allow overwriting it (--overwrite)."
+            )
+    check_writable(
+        real if foreign is None else aside_of(real), output
+    )  # a folder that is replaced is written beside its place
 
 
 def check_place(output: str | os.PathLike) -> Path:
@@ -605,7 +710,8 @@ def _relation(output: Path, given: str | os.PathLike) -> str | None:
 
 
 def check_writable(path: str | os.PathLike, named: str | os.PathLike | None = None) -> None:
-    """Raise unless a folder is at a path, or could be made there, that this process may write into: hours later would be late to find out.
+    """Raise unless a folder is at a path, or could be made there, that this process may write into: hours later would
+    be late to find out.
 
     It is tried with a folder that is removed at once. `named`: what messages call the path.
     """
@@ -616,7 +722,10 @@ def check_writable(path: str | os.PathLike, named: str | os.PathLike | None = No
     if any(len(os.fsencode(part)) > longest for part in place.parts):
         shown = os.fspath(named)
         shown = shown if len(shown) < 100 else f"{shown[:60]}…"
-        raise EdgeDiTError(f"Cannot write {shown}: a name in it, with what is added while it is written, is longer than {longest} bytes; choose another.")
+        raise EdgeDiTError(
+            f"Cannot write {shown}: a name in it, with what is added while it is written, is longer than {longest} "
+            "bytes; choose another."
+        )
     try:
         while not os.path.lexists(place) and place != place.parent:
             place = place.parent
@@ -624,4 +733,6 @@ def check_writable(path: str | os.PathLike, named: str | os.PathLike | None = No
             raise EdgeDiTError(f"Cannot write {named}: {place} is not a folder; choose a folder you may write to.")
         os.rmdir(tempfile.mkdtemp(prefix=".edgedit-", dir=place))
     except OSError as error:
-        raise EdgeDiTError(f"Cannot write {named} ({os.strerror(error.errno)}); choose a place, with space, where you may write.") from error
+        raise EdgeDiTError(
+            f"Cannot write {named} ({os.strerror(error.errno)}); choose a place, with space, where you may write."
+        ) from error

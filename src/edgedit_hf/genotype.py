@@ -51,7 +51,8 @@ class LayerSpec:
             raise EdgeDiTError(f"mlp_ratio is {self.mlp_ratio}; it must be a number greater than 0.")
         if self.attention_dim > WIDTH or self.mlp_ratio > RATIO:
             raise EdgeDiTError(
-                f"A layer has attention_dim {shorten(self.attention_dim)} and mlp_ratio {self.mlp_ratio}; they must be at most {WIDTH} and {RATIO}."
+                f"A layer has attention_dim {shorten(self.attention_dim)} and mlp_ratio {self.mlp_ratio}; they must be "
+                f"at most {WIDTH} and {RATIO}."
             )
 
     @property
@@ -79,7 +80,9 @@ class LayerSpec:
             attention_dim, num_heads = operator.index(layer["attention_dim"]), operator.index(layer["num_heads"])
             mlp_ratio = float(layer["mlp_ratio"])
         except (TypeError, ValueError, OverflowError) as error:
-            raise EdgeDiTError(f"A layer of a genotype reads {shorten(dict(layer))}, which is not a layer: {str(error)[:200]}.") from None
+            raise EdgeDiTError(
+                f"A layer of a genotype reads {shorten(dict(layer))}, which is not a layer: {str(error)[:200]}."
+            ) from None
         return cls(source, attention_dim, num_heads, mlp_ratio)
 
 
@@ -87,8 +90,8 @@ class LayerSpec:
 class Genotype:
     """The whole architecture of a student: its layers in order, and the residual width they share with the teacher.
 
-    The sources of the layers, read in order, must be 0, 1, 2, … without gap or repetition: every teacher layer is replaced
-    exactly once.
+    The sources of the layers, read in order, must be 0, 1, 2, … without gap or repetition: every teacher layer is
+    replaced exactly once.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -98,15 +101,21 @@ class Genotype:
         sources = [i for layer in self.layers for i in layer.source]
         if not sources or sources != list(range(len(sources))):
             raise EdgeDiTError(
-                f"The layers' sources read {shorten(sources)}; a genotype must replace teacher layers 0 … n-1 once each, in order."
+                f"The layers' sources read {shorten(sources)}; a genotype must replace teacher layers 0 … n-1 once "
+                "each, in order."
             )
         if not 1 <= self.hidden_size <= WIDTH:
-            raise EdgeDiTError(f"hidden_size is {shorten(self.hidden_size)}; it must be at least 1 and at most {WIDTH}.")
+            raise EdgeDiTError(
+                f"hidden_size is {shorten(self.hidden_size)}; it must be at least 1 and at most {WIDTH}."
+            )
         if len(sources) > LAYERS:
             raise EdgeDiTError(f"The genotype replaces {len(sources)} teacher layers; it may replace at most {LAYERS}.")
         for index, layer in enumerate(self.layers):
             if int(self.hidden_size * layer.mlp_ratio) < 1:
-                raise EdgeDiTError(f"Layer {index}: mlp_ratio {layer.mlp_ratio} of hidden_size {self.hidden_size} leaves no neuron; take a larger one.")
+                raise EdgeDiTError(
+                    f"Layer {index}: mlp_ratio {layer.mlp_ratio} of hidden_size {self.hidden_size} leaves no neuron; "
+                    "take a larger one."
+                )
 
     @property
     def num_teacher_layers(self) -> int:
@@ -146,7 +155,9 @@ class Genotype:
         try:
             data = parse_json(text)
         except ValueError as error:
-            raise EdgeDiTError(f"The genotype is not JSON ({error}); expected what Genotype.to_json() writes.") from None
+            raise EdgeDiTError(
+                f"The genotype is not JSON ({error}); expected what Genotype.to_json() writes."
+            ) from None
         if not isinstance(data, dict) or set(data) != {"hidden_size", "layers"}:
             keys = shorten(sorted(data)) if isinstance(data, dict) else type(data).__name__
             raise EdgeDiTError(f"The genotype holds {keys}; expected exactly the keys ['hidden_size', 'layers'].")
@@ -155,4 +166,6 @@ class Genotype:
     @classmethod
     def original(cls, num_layers: int, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> Genotype:
         """The teacher itself: every layer as it is."""
-        return cls(tuple(LayerSpec((i,), hidden_size, num_heads, float(mlp_ratio)) for i in range(num_layers)), hidden_size)
+        return cls(
+            tuple(LayerSpec((i,), hidden_size, num_heads, float(mlp_ratio)) for i in range(num_layers)), hidden_size
+        )

@@ -71,7 +71,8 @@ def scaled(value: float) -> str:
 
 
 def comparison_table(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table that sets the models of a report side by side; columns nobody has a value for are left out.
+    """Header and rows of the table that sets the models of a report side by side; columns nobody has a value for are
+    left out.
 
     Args:
         models: `report["models"]`.
@@ -132,22 +133,28 @@ def render_card(
 
     if not re.fullmatch(REPO_ID, repo_id) or not re.fullmatch(LICENSE, license):
         raise EdgeDiTError(
-            f"The card is for repo_id {shorten(repo_id)} and license {shorten(license)}; the Hub takes organisation/name and an identifier such as "
-            "apache-2.0, of letters, digits, '-', '_' and '.'."
+            f"The card is for repo_id {shorten(repo_id)} and license {shorten(license)}; the Hub takes "
+            "organisation/name and an identifier such as apache-2.0, of letters, digits, '-', '_' and '.'."
         )
     models = {m["name"]: m for m in report["models"]}
     if model not in models:
-        raise EdgeDiTError(f"The report has no model {model!r}; it has {sorted(models) or 'none, run stage evaluate first'}.")
+        raise EdgeDiTError(
+            f"The report has no model {model!r}; it has {sorted(models) or 'none, run stage evaluate first'}."
+        )
     entry, data = models[model], report["reproduce"]["config"].get("data", {}).get("source", "unknown")
     figures = {key: (metric_label(key), value) for key, value in entry["metrics"].items() if key.startswith("fid[")}
-    figures |= {key: (key, entry[key]) for key in ("precision", "recall", "class_agreement") if entry.get(key) is not None}
+    figures |= {
+        key: (key, entry[key]) for key in ("precision", "recall", "class_agreement") if entry.get(key) is not None
+    }
     results = [
         EvalResult(
             task_type=PIPELINE_TAG,
             task_name="image generation",
             dataset_type=one_line(Path(data).name),
             dataset_name=one_line(Path(data).name),
-            metric_type="frechet_distance" if key.startswith("fid[") and not label.startswith("FID") else key.split("[")[0],
+            metric_type="frechet_distance"
+            if key.startswith("fid[") and not label.startswith("FID")
+            else key.split("[")[0],
             metric_name=one_line(label.replace("_", " ")),
             metric_value=value,
         )
@@ -192,8 +199,8 @@ def write_card(folder: str | os.PathLike, report: Mapping[str, Any], **options: 
     current = None if judged is None else pipeline_weights_hash(folder)
     if current not in (None, judged):
         raise EdgeDiTError(
-            f"The report's figures of {wanted!r} are those of other weights ({judged}) than {folder} holds ({current}); run stage evaluate again, "
-            "write the report anew, then the card."
+            f"The report's figures of {wanted!r} are those of other weights ({judged}) than {folder} holds "
+            f"({current}); run stage evaluate again, write the report anew, then the card."
         )
     atomic_write_text(path, render_card(report, **options))
     return path

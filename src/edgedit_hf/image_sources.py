@@ -40,8 +40,9 @@ TABLE_SUFFIXES = (".parquet", ".arrow", ".tar", ".csv", ".json", ".jsonl")
 class ArrayRows:
     """Images that are an array already, `[N, C, H, W]` uint8.
 
-    Rows of any kind have `shape` (C, H, W), `len`, `encoded(i)` (the stored bytes), `reading(i, bytes)` (what beside them decides about
-    the pixels; mostly nothing), `pixels(i)` (`[C, H, W]` uint8) and `check(i)`, which raises what `pixels` would.
+    Rows of any kind have `shape` (C, H, W), `len`, `encoded(i)` (the stored bytes), `reading(i, bytes)` (what beside
+    them decides about the pixels; mostly nothing), `pixels(i)` (`[C, H, W]` uint8) and `check(i)`, which raises what
+    `pixels` would.
     """
 
     def __init__(self, pixels: np.ndarray) -> None:
@@ -71,8 +72,9 @@ class ArrayRows:
 class EncodedRows:
     """Images of a `datasets` table (one column, not decoded), decoded one by one to `[C, H, W]` uint8.
 
-    `size` (height, width) is what all are resized and centre-cropped to; default: they must have the first one's size. `background` (RGB)
-    is what shows through transparent pixels. The first image whose header can be read decides what is left open.
+    `size` (height, width) is what all are resized and centre-cropped to; default: they must have the first one's size.
+    `background` (RGB) is what shows through transparent pixels. The first image whose header can be read decides what
+    is left open.
     """
 
     def __init__(
@@ -121,7 +123,9 @@ class EncodedRows:
         if first is None or first["bytes"] is not None:  # all that follows would read the whole table
             return None
         rows = self._table.with_format("arrow")[:][self._column].to_pylist()
-        return [row["path"] for row in rows] if all(row and row["bytes"] is None and row["path"] for row in rows) else None
+        return (
+            [row["path"] for row in rows] if all(row and row["bytes"] is None and row["path"] for row in rows) else None
+        )
 
     def encoded(self, index: int) -> bytes:
         row = self._table[int(index)][self._column]
@@ -147,7 +151,8 @@ class EncodedRows:
             raise
         except Image.DecompressionBombError as error:
             raise EdgeDiTError(
-                f"The image {self.where(index)} claims to be too large to be decoded safely ({error}); scale it down or remove it."
+                f"The image {self.where(index)} claims to be too large to be decoded safely ({error}); scale it down "
+                "or remove it."
             ) from error
         except Exception as error:  # decoders raise nearly anything on damaged bytes
             raise EdgeDiTError(
@@ -174,19 +179,28 @@ class EncodedRows:
         """Grey or RGB, as the set is."""
         if self._colour_is_error and image.mode not in GREY_MODES:
             raise EdgeDiTError(
-                f"The image {self.where(index)} has colours (mode {image.mode}), but the first one is grey; set channels to 1 or 3."
+                f"The image {self.where(index)} has colours (mode {image.mode}), but the first one is grey; set "
+                "channels to 1 or 3."
             )
         try:
             return image.convert(self._mode)
         except ValueError as error:  # Pillow converts most modes, but not LAB
-            raise EdgeDiTError(f"The image {self.where(index)} has mode {image.mode}, which cannot be used ({error}); save it as RGB.") from error
+            raise EdgeDiTError(
+                f"The image {self.where(index)} has mode {image.mode}, which cannot be used ({error}); save it as RGB."
+            ) from error
 
     def reading(self, index: int, encoded: bytes) -> str:
-        """What beside its bytes decides about an image's pixels: its background if it is transparent somewhere, that its colours are converted."""
+        """What beside its bytes decides about an image's pixels: its background if it is transparent somewhere, that
+        its colours are converted.
+        """
         try:
             image = Image.open(io.BytesIO(encoded))
             said = "sRGB " if _profile(image) else ""
-            if image.has_transparency_data and image.mode[0] not in "IF" and image.convert("RGBA").getextrema()[3][0] < 255:
+            if (
+                image.has_transparency_data
+                and image.mode[0] not in "IF"
+                and image.convert("RGBA").getextrema()[3][0] < 255
+            ):
                 said += "on {:02x}{:02x}{:02x}".format(*self._background)
             return said
         except Exception:  # whoever decodes it will say what is wrong
@@ -225,14 +239,19 @@ def parse_background(text: str) -> tuple[int, int, int]:
     except (ValueError, AttributeError):
         colour = ()
     if len(colour) != 3:
-        raise EdgeDiTError(f"background is {text!r}; it must be a colour's name, such as 'white', or '#rrggbb' (in quotes, as # begins a comment).")
+        raise EdgeDiTError(
+            f"background is {text!r}; it must be a colour's name, such as 'white', or '#rrggbb' (in quotes, as # "
+            "begins a comment)."
+        )
     return colour
 
 
 def opaque(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """An image with its transparent parts laid on a background: then of mode L if image and background are grey, else RGB.
+    """An image with its transparent parts laid on a background: then of mode L if image and background are grey, else
+    RGB.
 
-    Transparency is an alpha channel (RGBA, LA, PA), a palette's, or one colour that a PNG or GIF declares to be transparent (tRNS).
+    Transparency is an alpha channel (RGBA, LA, PA), a palette's, or one colour that a PNG or GIF declares to be
+    transparent (tRNS).
     """
     if not image.has_transparency_data:
         return image
@@ -249,7 +268,9 @@ def _is_grey(image: Image.Image, background: tuple[int, int, int]) -> bool:
 
 
 def _sample_scale(image: Image.Image) -> int:
-    """What a grey PNG's transparent value is to be multiplied by: Pillow stretches samples of 1, 2 and 4 bits to 8, but not that value."""
+    """What a grey PNG's transparent value is to be multiplied by: Pillow stretches samples of 1, 2 and 4 bits to 8, but
+    not that value.
+    """
     value = image.info.get("transparency")
     if image.format != "PNG" or not image.tile or not isinstance(value, int):
         return 1
@@ -270,7 +291,9 @@ def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
 
 
 def in_srgb(image: Image.Image) -> Image.Image:
-    """An image with the colours that its profile describes, as sRGB; without a profile the numbers are taken to be sRGB."""
+    """An image with the colours that its profile describes, as sRGB; without a profile the numbers are taken to be
+    sRGB.
+    """
     profile = _profile(image)
     if profile is None:
         return image
@@ -280,7 +303,9 @@ def in_srgb(image: Image.Image) -> Image.Image:
     if space is None or (space == "L" and image.has_transparency_data):
         return image
     try:
-        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB" if space == "L" else space)
+        converted = ImageCms.profileToProfile(
+            image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB" if space == "L" else space
+        )
     except (OSError, ImageCms.PyCMSError):  # a profile of another colour space than the image's
         return image
     return converted.convert(space)
@@ -382,7 +407,10 @@ def _open_folder(folder: Path, label_column: str | None) -> dict[str, datasets.D
         return _image_tables(files, labelled=label_column != "" and depths == {2})
     _check_name(whole, "::")
     drop_labels = None if tables else (label_column == "" or depths == {1})
-    lists = {split: DataFilesList(paths, [(str(os.stat(path).st_mtime),) for path in paths]) for split, paths in files.items()}
+    lists = {
+        split: DataFilesList(paths, [(str(os.stat(path).st_mtime),) for path in paths])
+        for split, paths in files.items()
+    }
     splits = dict(datasets.load_dataset("imagefolder", data_files=lists, drop_labels=drop_labels))
     if tables:
         _say_what_is_left_out(splits, [os.path.join(whole, *parts) for parts in images], whole)
@@ -390,7 +418,9 @@ def _open_folder(folder: Path, label_column: str | None) -> dict[str, datasets.D
 
 
 def _image_tables(files: dict[str, list[str]], labelled: bool) -> dict[str, datasets.Dataset]:
-    """Tables of image files as `datasets` makes them of class folders; it would lose, without a word, a file with :: in its path."""
+    """Tables of image files as `datasets` makes them of class folders; it would lose, without a word, a file with :: in
+    its path.
+    """
     import datasets
 
     features, of_file = {"image": datasets.Image()}, {}
@@ -408,7 +438,8 @@ Parts = tuple[str, ...]  # of a path below the folder
 
 
 def _scan(folder: Path) -> tuple[list[Parts], list[Parts], list[Parts], list[Parts]]:
-    """Images, metadata, zip archives and other tables below a folder, links followed; what is no file but named like one is an error.
+    """Images, metadata, zip archives and other tables below a folder, links followed; what is no file but named like
+    one is an error.
 
     A link to a folder that it lies in is left out: what is there is seen anyway.
     """
@@ -425,22 +456,36 @@ def _scan(folder: Path) -> tuple[list[Parts], list[Parts], list[Parts], list[Par
             state = os.stat(here)
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         except OSError as error:
-            raise EdgeDiTError(f"The folder {here} cannot be read ({error.strerror}); allow it, or move it away.") from error
+            raise EdgeDiTError(
+                f"The folder {here} cannot be read ({error.strerror}); allow it, or move it away."
+            ) from error
         this = (state.st_dev, state.st_ino)
         if this in above:
             continue
         visits[this] = visits.get(this, 0) + 1
         if visits[this] > MOST_VISITS:
-            raise EdgeDiTError(f"More than {MOST_VISITS} links lead to the folder {os.path.realpath(here)}, {here} is one; keep one.")
+            raise EdgeDiTError(
+                f"More than {MOST_VISITS} links lead to the folder {os.path.realpath(here)}, {here} is one; keep one."
+            )
         for entry in entries:
             name, suffix = entry.name, Path(entry.name).suffix.lower()
             if name.startswith("."):
                 continue
-            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # of a link to itself `is_dir` raises
+            if (
+                os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+            ):  # of a link to itself `is_dir` raises
                 if not name.startswith("__"):
                     waiting.append(((*parts, name), above | {this}))
                 continue
-            kind = images if suffix in ImageFolder.EXTENSIONS else tables if name in METADATA_NAMES else archives if suffix == ".zip" else others
+            kind = (
+                images
+                if suffix in ImageFolder.EXTENSIONS
+                else tables
+                if name in METADATA_NAMES
+                else archives
+                if suffix == ".zip"
+                else others
+            )
             if kind is others and suffix not in TABLE_SUFFIXES:
                 continue
             if not name.isprintable() and not _is_utf8(name):
@@ -470,10 +515,15 @@ def _kind_of(path: str) -> str:
 
 
 def _check_name(folder: str, *foreign: str) -> None:
-    """Of a folder of tables: they are found by the `datasets` library, which reads such marks in a path as patterns or as links of a chain."""
+    """Of a folder of tables: they are found by the `datasets` library, which reads such marks in a path as patterns or
+    as links of a chain.
+    """
     for mark in foreign:
         if mark in folder:
-            raise EdgeDiTError(f"The folder {folder!r} has {mark!r} in its path, below which the datasets library finds no tables; rename it.")
+            raise EdgeDiTError(
+                f"The folder {folder!r} has {mark!r} in its path, below which the datasets library finds no tables; "
+                "rename it."
+            )
 
 
 def _say_what_is_left_out(splits: dict[str, datasets.Dataset], images: list[str], folder: str) -> None:
@@ -483,11 +533,19 @@ def _say_what_is_left_out(splits: dict[str, datasets.Dataset], images: list[str]
     lines = collections.Counter()
     for table in splits.values():
         for column in [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]:
-            rows = table.select_columns([column]).cast_column(column, datasets.Image(decode=False)).with_format("arrow")[:][column].to_pylist()
+            rows = (
+                table.select_columns([column])
+                .cast_column(column, datasets.Image(decode=False))
+                .with_format("arrow")[:][column]
+                .to_pylist()
+            )
             lines.update(row["path"] for row in rows if row and row["path"])
     for paths, said in (
         ([path for path in images if path not in lines], "named by no line of the metadata, and left out"),
-        ([path for path, count in lines.items() if count > 1], "named by several lines of the metadata, and count once a line"),
+        (
+            [path for path, count in lines.items() if count > 1],
+            "named by several lines of the metadata, and count once a line",
+        ),
     ):
         if paths:
             named = ", ".join(os.path.relpath(path, folder) for path in paths[:5]) + (", …" if len(paths) > 5 else "")
@@ -530,10 +588,16 @@ def image_column_of(table: datasets.Dataset, column: str | None, source: str) ->
 
 def caption_column_of(table: datasets.Dataset, column: str | None, source: str) -> str:
     """The column of captions that was asked for, or the first usual one."""
-    texts = [name for name, feature in table.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")]
+    texts = [
+        name for name, feature in table.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
+    ]
     found = [name for name in CAPTION_NAMES if name in texts] if column is None else [column] if column in texts else []
     if not found:
-        wanted = f"no column of captions ({', '.join(CAPTION_NAMES)})" if column is None else f"no column of texts {column!r}"
+        wanted = (
+            f"no column of captions ({', '.join(CAPTION_NAMES)})"
+            if column is None
+            else f"no column of texts {column!r}"
+        )
         raise EdgeDiTError(
             f"{source!r} has {wanted}; its columns are {table.column_names}, with texts {texts}. Set caption_column to "
             "one with captions; a folder of images needs them in metadata.jsonl, as text beside file_name."
@@ -615,6 +679,6 @@ def _check_classes(count: int, images: int, column: str, source: str) -> None:
     """Of a column that does not name its classes: there must be images for them, else it is an id."""
     if count > MANY_CLASSES and 2 * count > images:
         raise EdgeDiTError(
-            f"The column {column!r} of {source!r} makes {count:,} classes of {images:,} images, as an id would; set label_column to the column of "
-            "classes ('' for none), or number the classes 0, 1, 2, … without gaps."
+            f"The column {column!r} of {source!r} makes {count:,} classes of {images:,} images, as an id would; set "
+            "label_column to the column of classes ('' for none), or number the classes 0, 1, 2, … without gaps."
         )

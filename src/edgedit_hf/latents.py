@@ -1,10 +1,12 @@
 """Latents as a denoiser sees them and as a VAE gives and takes them: one pair of functions for every VAE class.
 
     x = (z - shift) · scaling                    z = x / scaling + shift
-    x = (z - mean) · scaling / std               z = x · std / scaling + mean        with latents_mean and latents_std in the config
+    x = (z - mean) · scaling / std               z = x · std / scaling + mean        with latents_mean and latents_std
+    in the config
 
-z are the VAE's own latents, x those of the denoiser, as pipelines of diffusers have them (SDXL's, Qwen-Image's). The pipeline files repeat the
-right column, because they must stand alone, and `contract.json` holds its numbers; tests hold all of them together.
+z are the VAE's own latents, x those of the denoiser, as pipelines of diffusers have them (SDXL's, Qwen-Image's). The
+pipeline files repeat the right column, because they must stand alone, and `contract.json` holds its numbers; tests hold
+all of them together.
 
 Shapes: B images, C channels of the latents, H × W their size.
 """
@@ -36,15 +38,25 @@ def latent_scale(config: Mapping[str, Any]) -> LatentScale:
         EdgeDiTError: the numbers cannot be divided by, or there is not one mean a standard deviation.
     """
     scaling, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
-    mean, std = (None if config.get(name) is None else tuple(map(float, config[name])) for name in ("latents_mean", "latents_std"))
+    mean, std = (
+        None if config.get(name) is None else tuple(map(float, config[name]))
+        for name in ("latents_mean", "latents_std")
+    )
     if mean is None or std is None:
         mean = std = None  # as diffusers: both, or none
-    elif len(mean) != len(std) or not all(map(math.isfinite, mean)) or not all(math.isfinite(value) and value > 0 for value in std):
+    elif (
+        len(mean) != len(std)
+        or not all(map(math.isfinite, mean))
+        or not all(math.isfinite(value) and value > 0 for value in std)
+    ):
         raise EdgeDiTError(
-            f"The VAE's config has the latents_mean {list(mean)} and the latents_std {list(std)}; it needs a number and a positive one a channel."
+            f"The VAE's config has the latents_mean {list(mean)} and the latents_std {list(std)}; it needs a number "
+            "and a positive one a channel."
         )
     if not math.isfinite(scaling) or not math.isfinite(shift):
-        raise EdgeDiTError(f"The VAE's config has the scaling_factor {scaling} and the shift_factor {shift}; both must be finite.")
+        raise EdgeDiTError(
+            f"The VAE's config has the scaling_factor {scaling} and the shift_factor {shift}; both must be finite."
+        )
     return LatentScale(scaling, shift if mean is None else 0.0, mean, std)
 
 
@@ -54,8 +66,13 @@ def _factors(config: Mapping[str, Any], latents: torch.Tensor) -> tuple[torch.Te
     if mean is None:
         return shift, scaling
     if len(mean) != latents.shape[1]:
-        raise EdgeDiTError(f"The VAE's config has {len(mean)} latents_mean and latents_std, but its latents have {latents.shape[1]} channels; correct them.")
-    by_channel = [torch.tensor(values, device=latents.device).view(1, -1, *[1] * (latents.ndim - 2)) for values in (mean, std)]
+        raise EdgeDiTError(
+            f"The VAE's config has {len(mean)} latents_mean and latents_std, but its latents have {latents.shape[1]} "
+            "channels; correct them."
+        )
+    by_channel = [
+        torch.tensor(values, device=latents.device).view(1, -1, *[1] * (latents.ndim - 2)) for values in (mean, std)
+    ]
     return by_channel[0], scaling / by_channel[1]
 
 

@@ -23,7 +23,15 @@ from .diffusion import make_scheduler
 from .errors import EdgeDiTError
 from .files import ask_nothing, check_links, check_output, read_json, release_locks
 from .genotype import Genotype
-from .models.checkpoints import check_size, check_weights, load_original, locate, only_variant, pipeline_variant, weight_files
+from .models.checkpoints import (
+    check_size,
+    check_weights,
+    load_original,
+    locate,
+    only_variant,
+    pipeline_variant,
+    weight_files,
+)
 from .models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from .pipelines.pipeline_edgedit import EdgeDiTPipeline
 from .pipelines.usable import check_scheduler, check_usable
@@ -46,13 +54,17 @@ def recipe_main(
     How it ends: [`entry`].
 
     Args:
-        flags: further options of the recipe and the keys that they set, e.g. `{"--memory-budget-gb": "bank.memory_budget_gb"}`.
+        flags: further options of the recipe and the keys that they set, e.g. `{"--memory-budget-gb":
+            "bank.memory_budget_gb"}`.
         dry_run: prints what the run will cost; default [`estimate.print_estimate`], of the stages of EdgeDiT.
-        check: [`preflight.preflight`] of the recipe's stages: raises what would stop them later, returns what it could not check.
+        check: [`preflight.preflight`] of the recipe's stages: raises what would stop them later, returns what it could
+            not check.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="recipe, e.g. training/recipes/digits.yaml")
-    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="e.g. teacher.steps=100; may be repeated")
+    parser.add_argument(
+        "--override", action="append", default=[], metavar="KEY=VALUE", help="e.g. teacher.steps=100; may be repeated"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print time, memory and disk a stage, and stop")
     for flag, key in flags.items():
         parser.add_argument(flag, dest=key, metavar="VALUE", help=f"the same as --override {key}=VALUE")
@@ -91,19 +103,36 @@ def recipe_main(
 
 
 def check_run_folder(config: RunConfig) -> None:
-    """Raise unless the run may write into its `output_dir`. An input in it is another stage's folder of such a run, or is refused."""
-    keys = ("data.source", "data.vae", "teacher.path", "student.genotype", "text.encoder", "text.encoder_2", "knowledge.teacher", "quantize.path")
+    """Raise unless the run may write into its `output_dir`. An input in it is another stage's folder of such a run, or
+    is refused.
+    """
+    keys = (
+        "data.source",
+        "data.vae",
+        "teacher.path",
+        "student.genotype",
+        "text.encoder",
+        "text.encoder_2",
+        "knowledge.teacher",
+        "quantize.path",
+    )
     given = [operator.attrgetter(key)(config) for key in (*keys, "quantize.prompts")]
     output, inputs = Path(os.path.realpath(config.output_dir)), []
     for path in map(os.path.expanduser, filter(None, given)):
         real = Path(os.path.realpath(path))
-        if real == output or not real.is_relative_to(output) or not (output / real.relative_to(output).parts[0] / "run.json").is_file():
+        if (
+            real == output
+            or not real.is_relative_to(output)
+            or not (output / real.relative_to(output).parts[0] / "run.json").is_file()
+        ):
             inputs.append(path)
     check_output(config.output_dir, inputs, foreign=None)
 
 
 def make_accelerator(config: RunConfig) -> Any:
-    """The Accelerator of this process (mixed precision as launched), with PyTorch's threads shared between the processes of a machine."""
+    """The Accelerator of this process (mixed precision as launched), with PyTorch's threads shared between the
+    processes of a machine.
+    """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -142,7 +171,9 @@ TEXT_TO_IMAGE_VAES = (*VAES, "AutoencoderDC", "AutoencoderKLQwenImage")
 
 
 def load_vae(path: str, use_safetensors: bool | None = True, kinds: Sequence[str] = VAES) -> torch.nn.Module:
-    """An autoencoder of diffusers, of one of these classes, from a folder or Hub id (`use_safetensors`: as in diffusers)."""
+    """An autoencoder of diffusers, of one of these classes, from a folder or Hub id (`use_safetensors`: as in
+    diffusers).
+    """
     import diffusers
 
     try:
@@ -150,7 +181,9 @@ def load_vae(path: str, use_safetensors: bool | None = True, kinds: Sequence[str
         if name not in kinds:
             raise EdgeDiTError(f"The VAE {path!r} is a {name}; it must be one of {', '.join(kinds)}.")
         variant = only_variant(Path(path))
-        vae, info = getattr(diffusers, name).from_pretrained(path, use_safetensors=use_safetensors, variant=variant, output_loading_info=True)
+        vae, info = getattr(diffusers, name).from_pretrained(
+            path, use_safetensors=use_safetensors, variant=variant, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         if isinstance(error, EdgeDiTError):
             raise
@@ -163,8 +196,12 @@ def load_vae(path: str, use_safetensors: bool | None = True, kinds: Sequence[str
     return vae.eval().requires_grad_(False)
 
 
-def load_training_set(config: RunConfig, accelerator: Any) -> tuple[ImageDataset | LatentDataset, torch.nn.Module | None]:
-    """What the denoiser is trained on (images, or cached latents) and the VAE, if any. The main process writes the cache."""
+def load_training_set(
+    config: RunConfig, accelerator: Any
+) -> tuple[ImageDataset | LatentDataset, torch.nn.Module | None]:
+    """What the denoiser is trained on (images, or cached latents) and the VAE, if any. The main process writes the
+    cache.
+    """
     images = load_run_images(config)
     if config.data.vae is None:
         return images, None
@@ -194,7 +231,9 @@ def load_run_captions(config: RunConfig, split: str = "train") -> CaptionedDatas
     )
 
 
-def load_captioned_set(config: RunConfig, accelerator: Any, split: str = "train") -> tuple[CaptionedDataset, torch.nn.Module | None]:
+def load_captioned_set(
+    config: RunConfig, accelerator: Any, split: str = "train"
+) -> tuple[CaptionedDataset, torch.nn.Module | None]:
     """Captioned images, or their cached latents, and the VAE, if any. The main process writes the cache."""
     images = load_run_captions(config, split)
     if config.data.vae is None:
@@ -210,14 +249,20 @@ def load_captioned_set(config: RunConfig, accelerator: Any, split: str = "train"
 # -------------------------------------------------------------------- text encoders
 
 
-TEXT_MODELS = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
+TEXT_MODELS = {
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+    "t5": "T5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
 """Classes of text encoders by their config's model_type; Gemma's have an AutoModel each."""
 
 
 def load_text_encoder(path: str | Path) -> tuple[Any, Any]:
     """A text encoder of transformers (CLIP-, T5- or Gemma-type) and its tokenizer, from a folder or Hub id.
 
-    The tokenizer is looked for beside the weights, or, of a local `…/text_encoder`, in `…/tokenizer` next to it, as pipelines have it.
+    The tokenizer is looked for beside the weights, or, of a local `…/text_encoder`, in `…/tokenizer` next to it, as
+    pipelines have it.
     """
     import transformers
     from transformers.utils import cached_file
@@ -225,57 +270,77 @@ def load_text_encoder(path: str | Path) -> tuple[Any, Any]:
     source = str(path)
     folder = Path(source)
     if not folder.is_dir() and (isinstance(path, Path) or source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise EdgeDiTError(f"There is no text encoder in {source}: the folder does not exist; give a folder or a Hub id (organisation/name).")
+        raise EdgeDiTError(
+            f"There is no text encoder in {source}: the folder does not exist; give a folder or a Hub id "
+            "(organisation/name)."
+        )
     beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
     tokenizer_source = str(beside) if beside.is_dir() and not list(folder.glob("tokenizer*")) else source
     try:
         kind = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
         if kind not in TEXT_MODELS and not kind.startswith("gemma"):
-            raise EdgeDiTError(f"The text encoder {source} is a {kind!r}; it must be one of {', '.join(TEXT_MODELS)}, or a Gemma.")
+            raise EdgeDiTError(
+                f"The text encoder {source} is a {kind!r}; it must be one of {', '.join(TEXT_MODELS)}, or a Gemma."
+            )
         loader = getattr(transformers, TEXT_MODELS.get(kind, "AutoModel"))
         variant = only_variant(folder, "model")
-        encoder, info = loader.from_pretrained(source, dtype="auto", variant=variant, trust_remote_code=False, output_loading_info=True)
+        encoder, info = loader.from_pretrained(
+            source, dtype="auto", variant=variant, trust_remote_code=False, output_loading_info=True
+        )
     except EdgeDiTError:
         raise
     except Exception as error:  # transformers, huggingface_hub and safetensors each have their own
         raise EdgeDiTError(f"The text encoder {source} cannot be loaded: {_first_line(error)}") from error
     if info["missing_keys"]:
         raise EdgeDiTError(
-            f"The weights of the text encoder {source} lack {len(info['missing_keys'])} that its config asks for, such as "
-            f"{sorted(info['missing_keys'])[0]!r}; give an encoder whose config and weights belong together."
+            f"The weights of the text encoder {source} lack {len(info['missing_keys'])} that its config asks for, such "
+            f"as {sorted(info['missing_keys'])[0]!r}; give an encoder whose config and weights belong together."
         )
     if Path(tokenizer_source).is_dir():
         check_links(tokenizer_source)  # its files are copied into every pipeline that is made with it
     # Without these transformers would make a tokenizer that knows no words.
     files = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
     if not any(cached_file(tokenizer_source, name, _raise_exceptions_for_missing_entries=False) for name in files):
-        raise EdgeDiTError(f"The text encoder {source} has no tokenizer beside it (none of {', '.join(files)}); put the one there that it was trained with.")
+        raise EdgeDiTError(
+            f"The text encoder {source} has no tokenizer beside it (none of {', '.join(files)}); put the one there "
+            "that it was trained with."
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_source, trust_remote_code=False)
     except Exception as error:
-        raise EdgeDiTError(f"The tokenizer of the text encoder {source} cannot be loaded: {_first_line(error)}") from error
+        raise EdgeDiTError(
+            f"The tokenizer of the text encoder {source} cannot be loaded: {_first_line(error)}"
+        ) from error
     rows = encoder.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise EdgeDiTError(
-            f"The tokenizer in {tokenizer_source} has {len(tokenizer)} tokens, but the text encoder {source} embeds only {rows}; give the "
-            "tokenizer that the encoder was trained with."
+            f"The tokenizer in {tokenizer_source} has {len(tokenizer)} tokens, but the text encoder {source} embeds "
+            f"only {rows}; give the tokenizer that the encoder was trained with."
         )
     return encoder.eval().requires_grad_(False), tokenizer
 
 
 def load_text(config: RunConfig) -> tuple[Any, Any, Any, Any]:
-    """(text_encoder, tokenizer, text_encoder_2, tokenizer_2) of the run: its own, or those that `text` names; None for 'none'."""
+    """(text_encoder, tokenizer, text_encoder_2, tokenizer_2) of the run: its own, or those that `text` names; None for
+    'none'.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # as diffusers' in `recipe_main`
     given = {"": config.text.encoder, "_2": config.text.encoder_2}
     if set(given.values()) == {"none"}:
-        raise EdgeDiTError("text.encoder and text.encoder_2 are both 'none'; captions need one, set the other to null or to an encoder.")
+        raise EdgeDiTError(
+            "text.encoder and text.encoder_2 are both 'none'; captions need one, set the other to null or to an "
+            "encoder."
+        )
     found: list[Any] = []
     for suffix, path in given.items():
         own = config.folder("text", f"text_encoder{suffix}")
         if path is None and not own.is_dir():
-            raise EdgeDiTError(f"There is no text encoder in {own}; it is written by stage text (training/train_text_encoders.py), run that first.")
+            raise EdgeDiTError(
+                f"There is no text encoder in {own}; it is written by stage text (training/train_text_encoders.py), "
+                "run that first."
+            )
         found += (None, None) if path == "none" else load_text_encoder(own if path is None else path)
     return tuple(found)
 
@@ -287,7 +352,13 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_code: bool = False, kind: str | Sequence[str] = "EdgeDiTPipeline") -> Any:
+def load_pipeline(
+    path: str | Path,
+    made_by: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    kind: str | Sequence[str] = "EdgeDiTPipeline",
+) -> Any:
     """A pipeline of this package in float32 from a folder or Hub id; whatever is wrong with it is one [`EdgeDiTError`].
 
     Args:
@@ -301,7 +372,11 @@ def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_
     source = str(path)
     local = isinstance(path, Path) or source.startswith((".", "/", "~")) or source.count("/") != 1
     if local and not Path(source, "model_index.json").is_file():
-        remedy = f"it is written by {made_by}, run that first" if made_by else "give a pipeline folder or a Hub id (organisation/name)"
+        remedy = (
+            f"it is written by {made_by}, run that first"
+            if made_by
+            else "give a pipeline folder or a Hub id (organisation/name)"
+        )
         if Path(source).is_file() or Path(source, "config.json").is_file():
             remedy = f"if it is a DiT, SiT or MDT checkpoint, convert it first: edgedit convert {source} OUT"
         raise EdgeDiTError(f"There is no pipeline in {source}; {remedy}.")
@@ -313,10 +388,16 @@ def load_pipeline(path: str | Path, made_by: str | None = None, *, trust_remote_
         if local:
             _check_transformer(Path(source))
         with ask_nothing(trust_remote_code):
-            pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust_remote_code, variant=variant)
+            pipeline = DiffusionPipeline.from_pretrained(
+                source, dtype=torch.float32, trust_remote_code=trust_remote_code, variant=variant
+            )
     except Exception as error:  # diffusers, huggingface_hub and safetensors each have their own, without a common base
         said = " ".join(str(error).split())
-        remedy = " Download the repository (hf download) and give its folder: then the variant that is there is taken." if "variant" in said else ""
+        remedy = (
+            " Download the repository (hf download) and give its folder: then the variant that is there is taken."
+            if "variant" in said
+            else ""
+        )
         raise EdgeDiTError(f"The pipeline {source} cannot be loaded: {said}{remedy}") from error
     # By name: a class that came as code with the pipeline is another object.
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
@@ -348,7 +429,9 @@ def load_scheduler(folder: Path) -> Any:
     try:
         scheduler = kind.from_pretrained(folder)
     except Exception as error:  # every scheduler has its own
-        raise EdgeDiTError(f"The scheduler {folder} cannot be loaded: {type(error).__name__} {_first_line(error)}") from error
+        raise EdgeDiTError(
+            f"The scheduler {folder} cannot be loaded: {type(error).__name__} {_first_line(error)}"
+        ) from error
     check_scheduler(scheduler, str(folder.parent))
     return scheduler
 
@@ -356,8 +439,8 @@ def load_scheduler(folder: Path) -> Any:
 def load_original_pipeline(path: str | Path, *, vae: str | None = None, **options: Any) -> EdgeDiTPipeline:
     """A pipeline around a foreign checkpoint: what `edgedit convert` writes.
 
-    Of a diffusers `DiTPipeline` scheduler, VAE and class names are kept. A weights file gets the scheduler that its parametrisation needs
-    (DDIM, or flow matching for SiT), and guides as many channels as its own repository does.
+    Of a diffusers `DiTPipeline` scheduler, VAE and class names are kept. A weights file gets the scheduler that its
+    parametrisation needs (DDIM, or flow matching for SiT), and guides as many channels as its own repository does.
 
     Args:
         path: as [`load_original`].
@@ -377,15 +460,17 @@ def load_original_pipeline(path: str | Path, *, vae: str | None = None, **option
             decoder = load_vae(str(path / "vae"), use_safetensors=None)
     if decoder is not None and decoder.config.latent_channels != transformer.config.in_channels:
         raise EdgeDiTError(
-            f"The VAE has {decoder.config.latent_channels} latent channels, the transformer takes {transformer.config.in_channels}; give the "
-            "VAE that it was trained with."
+            f"The VAE has {decoder.config.latent_channels} latent channels, the transformer takes "
+            f"{transformer.config.in_channels}; give the VAE that it was trained with."
         )
     return EdgeDiTPipeline(
         transformer=transformer,
         scheduler=scheduler,
         vae=decoder,
         id2label=labels,
-        guidance_channels=3 if path.is_file() and transformer.config.in_channels > 3 and transformer.config.num_classes else None,
+        guidance_channels=3
+        if path.is_file() and transformer.config.in_channels > 3 and transformer.config.num_classes
+        else None,
     )
 
 
@@ -395,12 +480,17 @@ def teacher_path(config: RunConfig) -> str | Path:
 
 
 def check_memory(weights: int, what: str) -> None:
-    """Raise if a new network's float32 weights do not fit into this machine's memory; not if it is made on the meta device."""
+    """Raise if a new network's float32 weights do not fit into this machine's memory; not if it is made on the meta
+    device.
+    """
     if torch.get_default_device().type == "meta" or not hasattr(os, "sysconf"):
         return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * weights > memory:
-        raise EdgeDiTError(f"{what} has {weights:,} weights, {4 * weights / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB of memory. Make it smaller.")
+        raise EdgeDiTError(
+            f"{what} has {weights:,} weights, {4 * weights / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB of "
+            "memory. Make it smaller."
+        )
 
 
 def new_teacher(config: RunConfig, shape: Sequence[int], num_classes: int) -> EdgeDiTTransformer2DModel:
@@ -413,11 +503,17 @@ def new_teacher(config: RunConfig, shape: Sequence[int], num_classes: int) -> Ed
     channels, height, width = shape
     if height != width or height % options.patch_size:
         raise EdgeDiTError(
-            f"The data has shape {tuple(shape)}; it must be square with a side that teacher.patch_size {options.patch_size} divides. "
-            "Set data.resolution or the patch size."
+            f"The data has shape {tuple(shape)}; it must be square with a side that teacher.patch_size "
+            f"{options.patch_size} divides. Set data.resolution or the patch size."
         )
     layers = Genotype.original(options.num_layers, options.hidden_size, options.num_heads).to_layers()
-    sizes = {"sample_size": height, "patch_size": options.patch_size, "in_channels": channels, "hidden_size": options.hidden_size, "layers": layers}
+    sizes = {
+        "sample_size": height,
+        "patch_size": options.patch_size,
+        "in_channels": channels,
+        "hidden_size": options.hidden_size,
+        "layers": layers,
+    }
     kind = {"num_classes": num_classes if options.conditional else 0, "learn_sigma": options.learn_sigma}
     check_memory(model_cost({**sizes, **kind}).weights, "The teacher of this recipe")
     return EdgeDiTTransformer2DModel(
@@ -449,7 +545,9 @@ def read_genotype(name: str, key: str) -> Genotype:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         students = ", ".join(preset for preset, sizes in PRESETS.items() if "layers" in sizes)
-        raise EdgeDiTError(f"{key} names {name!r}, which is neither a student preset ({students}) nor a genotype file: {error}") from None
+        raise EdgeDiTError(
+            f"{key} names {name!r}, which is neither a student preset ({students}) nor a genotype file: {error}"
+        ) from None
     try:
         return Genotype.from_json(text)
     except EdgeDiTError as error:
@@ -468,12 +566,21 @@ def check_fits_data(model_config: Any, dataset: ImageDataset | LatentDataset) ->
     size = model_config["sample_size"]
     wanted = (model_config["in_channels"], size, size)
     if tuple(dataset.shape) != wanted:
-        raise EdgeDiTError(f"The data has shape {tuple(dataset.shape)}, the model needs {wanted}; set data.resolution, data.channels or data.vae.")
+        raise EdgeDiTError(
+            f"The data has shape {tuple(dataset.shape)}, the model needs {wanted}; set data.resolution, data.channels "
+            "or data.vae."
+        )
     classes = model_config["num_classes"]
     if classes and classes < dataset.num_classes:
-        raise EdgeDiTError(f"The data has {dataset.num_classes} classes, so labels up to {dataset.num_classes - 1}, but the model only {classes}.")
+        raise EdgeDiTError(
+            f"The data has {dataset.num_classes} classes, so labels up to {dataset.num_classes - 1}, but the model "
+            f"only {classes}."
+        )
     if classes and not dataset.num_classes:
-        raise EdgeDiTError(f"The model has {classes} classes, but the data has no labels; set data.label_column or use an unconditional model.")
+        raise EdgeDiTError(
+            f"The model has {classes} classes, but the data has no labels; set data.label_column or use an "
+            "unconditional model."
+        )
 
 
 def new_pipeline(transformer: Any, vae: Any, label_names: Sequence[str], config: RunConfig) -> EdgeDiTPipeline:
@@ -489,10 +596,16 @@ def new_pipeline(transformer: Any, vae: Any, label_names: Sequence[str], config:
 
 
 def with_components(pipeline: Any, **components: Any) -> Any:
-    """The same pipeline (labels, defaults, all other components) around other components, with a scheduler of its own: a scheduler has state."""
+    """The same pipeline (labels, defaults, all other components) around other components, with a scheduler of its own:
+    a scheduler has state.
+    """
     names = inspect.signature(type(pipeline).__init__).parameters
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    kept = {name: pipeline.components[name] if name in pipeline.components else pipeline.config[name] for name in names if name != "self"}
+    kept = {
+        name: pipeline.components[name] if name in pipeline.components else pipeline.config[name]
+        for name in names
+        if name != "self"
+    }
     other = type(pipeline)(**{**kept, "scheduler": scheduler, **components})
     other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
     return other

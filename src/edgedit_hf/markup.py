@@ -1,4 +1,6 @@
-"""Text of others (names of models, data, extractors, labels) inside Markdown, code and tables, where it must stay text. No torch."""
+"""Text of others (names of models, data, extractors, labels) inside Markdown, code and tables, where it must stay text.
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,11 @@ def quoted(text: Any) -> str:
 
 def csv_cell(value: Any) -> Any:
     """A cell that no spreadsheet takes for a formula; numbers stay as they are."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "|", "%")) else value
+    return (
+        f"'{value}"
+        if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "|", "%"))
+        else value
+    )
 
 
 MARKUP = {"markdown": markdown, "code": code, "fenced": fenced, "quoted": quoted}

@@ -1,7 +1,8 @@
-"""Before the first stage: everything that can be checked without running it. What would stop a later stage stops the run now.
+"""Before the first stage: everything that can be checked without running it. What would stop a later stage stops the
+run now.
 
-`--dry-run` checks the same; what is not on this machine yet (a data set or model of the Hub, a teacher to be converted) it cannot check, and
-says so. Stages that are finished are not looked at.
+`--dry-run` checks the same; what is not on this machine yet (a data set or model of the Hub, a teacher to be converted)
+it cannot check, and says so. Stages that are finished are not looked at.
 """
 
 from __future__ import annotations
@@ -26,7 +27,16 @@ from .elastic.setup import new_elastic
 from .errors import EdgeDiTError
 from .estimate import Machine, estimate, workload
 from .files import atomic_write_json, check_writable, class_name, hash_json
-from .launch import TEXT_TO_IMAGE_VAES, VAES, load_run_captions, load_run_images, load_scheduler, read_genotype, search_space_of, teacher_path
+from .launch import (
+    TEXT_TO_IMAGE_VAES,
+    VAES,
+    load_run_captions,
+    load_run_images,
+    load_scheduler,
+    read_genotype,
+    search_space_of,
+    teacher_path,
+)
 from .metrics.features import InceptionExtractor, check_classifiable
 from .recipes import OptimisationConfig, RunConfig
 from .records import Named
@@ -47,7 +57,8 @@ def preflight(config: RunConfig, stages: Sequence[str], processes: int = 1, dry_
     Args:
         stages: of `COMPRESS` or `TEXT_TO_IMAGE`, or "quantize" or "sensitivity".
         processes: that will share a batch.
-        dry_run: nothing may be written or fetched. What this machine lacks is noted, and large sets of images are not decoded.
+        dry_run: nothing may be written or fetched. What this machine lacks is noted, and large sets of images are not
+            decoded.
 
     Returns:
         what could not be checked or is not here, in words.
@@ -110,14 +121,25 @@ def check_batches(config: RunConfig, stages: Sequence[str], processes: int) -> N
             continue
         if isinstance(options, OptimisationConfig) and options.batch_size % (processes * options.gradient_accumulation):
             share = processes * options.gradient_accumulation
-            raise EdgeDiTError(f"{stage}.batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change one.")
+            raise EdgeDiTError(
+                f"{stage}.batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = "
+                f"{share}; change one."
+            )
         if stage == "text" and options.batch_size % processes:
-            raise EdgeDiTError(f"text.batch_size {options.batch_size} is not a multiple of {processes} processes; change one.")
+            raise EdgeDiTError(
+                f"text.batch_size {options.batch_size} is not a multiple of {processes} processes; change one."
+            )
 
 
 def check_sampling(config: RunConfig, stages: Sequence[str]) -> None:
     """Raise unless the schedules have as many timesteps as are asked for."""
-    asked = {"search": ("search",), "evaluate": ("evaluate",), "export": ("evaluate",), "evaluate-elastic": ("evaluate",), "elastic": ("evaluate",)}
+    asked = {
+        "search": ("search",),
+        "evaluate": ("evaluate",),
+        "export": ("evaluate",),
+        "evaluate-elastic": ("evaluate",),
+        "elastic": ("evaluate",),
+    }
     for stage, sections in asked.items():
         for section in sections if stage in stages else ():
             scheduler = make_scheduler("flow_prediction") if "elastic" in stage else _scheduler(config)
@@ -128,21 +150,36 @@ def check_steps(key: str, steps: int, scheduler: Any) -> None:
     """Raise unless a scheduler can take this number of steps."""
     most = scheduler.config.get("num_train_timesteps")
     if most is not None and steps > most:
-        raise EdgeDiTError(f"{key} is {steps}, but the schedule of {type(scheduler).__name__} has {most} timesteps; take at most that many.")
+        raise EdgeDiTError(
+            f"{key} is {steps}, but the schedule of {type(scheduler).__name__} has {most} timesteps; take at most that "
+            "many."
+        )
 
 
 def _scheduler(config: RunConfig) -> Any:
     """The scheduler that the run samples with: of a teacher that is brought along, or the recipe's."""
     folder = Path(teacher_path(config), "scheduler")
-    return load_scheduler(folder) if (folder / "scheduler_config.json").is_file() else make_scheduler(config.teacher.prediction_type)
+    return (
+        load_scheduler(folder)
+        if (folder / "scheduler_config.json").is_file()
+        else make_scheduler(config.teacher.prediction_type)
+    )
 
 
 def check_tools(config: RunConfig, stages: Sequence[str]) -> None:
     """Raise unless the libraries and files are here that the stages need beside the usual ones."""
-    executorch = [f"export.executorch {config.export.executorch}"] if config.export.executorch and {"export", "evaluate"} & set(stages) else []
-    executorch += ["latency.runtime executorch"] if config.latency.runtime == "executorch" and "latency" in stages else []
+    executorch = (
+        [f"export.executorch {config.export.executorch}"]
+        if config.export.executorch and {"export", "evaluate"} & set(stages)
+        else []
+    )
+    executorch += (
+        ["latency.runtime executorch"] if config.latency.runtime == "executorch" and "latency" in stages else []
+    )
     if executorch and importlib.util.find_spec("executorch") is None:
-        raise EdgeDiTError(f"{executorch[0]} needs ExecuTorch, which is not installed: pip install 'edgedit_hf[executorch]'.")
+        raise EdgeDiTError(
+            f"{executorch[0]} needs ExecuTorch, which is not installed: pip install 'edgedit_hf[executorch]'."
+        )
     if "bank" in stages:
         new_optimizer(config.bank.optimizer, [torch.nn.Parameter(torch.zeros(1))], 1e-3)
     if config.evaluate.extractor == "inception" and {"search", "evaluate", "evaluate-elastic"} & set(stages):
@@ -161,18 +198,24 @@ def check_weight_files(folder: Path) -> None:
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise EdgeDiTError(f"{path} cannot be read ({error}); it is damaged or no safetensors file, get it again.") from None
+            raise EdgeDiTError(
+                f"{path} cannot be read ({error}); it is damaged or no safetensors file, get it again."
+            ) from None
 
 
 def _check_given(key: str, path: str | None, kinds: Sequence[str], notes: list[str], dry_run: bool) -> None:
-    """A pipeline or model that the recipe names: of one of these classes, with whole files. What is not here yet is noted."""
+    """A pipeline or model that the recipe names: of one of these classes, with whole files. What is not here yet is
+    noted.
+    """
     if path is None or path == "none":
         return
     folder = Path(path).expanduser()
     if not folder.exists():
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
             if not dry_run:
-                raise EdgeDiTError(f"{key} is {path}, but there is no such folder; give a folder or a Hub id (organisation/name).")
+                raise EdgeDiTError(
+                    f"{key} is {path}, but there is no such folder; give a folder or a Hub id (organisation/name)."
+                )
             notes.append(f"Not checked: {key} {path}, which is not here.")
         elif not _cached(path):
             notes.append(f"Not checked: {key} {path}, which is not on this machine yet.")
@@ -180,7 +223,10 @@ def _check_given(key: str, path: str | None, kinds: Sequence[str], notes: list[s
     if kinds:
         about = next((folder / name for name in ("model_index.json", "config.json") if (folder / name).is_file()), None)
         if about is None:
-            raise EdgeDiTError(f"{key} is {path}, without model_index.json and config.json; give a folder that save_pretrained wrote, or convert it.")
+            raise EdgeDiTError(
+                f"{key} is {path}, without model_index.json and config.json; give a folder that save_pretrained wrote, "
+                "or convert it."
+            )
         name = class_name(read_record(about, Named, "save_pretrained"))
         if name not in kinds:
             raise EdgeDiTError(f"{key} is {path}, which holds a {name}; it must be one of {', '.join(kinds)}.")
@@ -200,7 +246,9 @@ def _cached(path: str) -> bool:
 # -------------------------------------------------------------------- the two kinds of run
 
 
-def _check_compression(config: RunConfig, stages: Sequence[str], processes: int, notes: list[str], dry_run: bool) -> None:
+def _check_compression(
+    config: RunConfig, stages: Sequence[str], processes: int, notes: list[str], dry_run: bool
+) -> None:
     _check_given("teacher.path", config.teacher.path, ("EdgeDiTPipeline",), notes, dry_run)
     _check_given("data.vae", config.data.vae, VAES, notes, dry_run)
     work = workload(config)
@@ -224,7 +272,10 @@ def _check_genotype(config: RunConfig, space: SearchSpace, wanted: Sequence[Any]
     needed = {(layer.source, space.option_of(layer)) for layer in wanted_proxies(space, [genotype])}
     if missing := needed - {(layer.source, space.option_of(layer)) for layer in wanted}:
         name = config.student.genotype
-        raise EdgeDiTError(f"student.genotype {name} needs {len(missing)} proxies that bank.only {config.bank.only} does not make; add it there.")
+        raise EdgeDiTError(
+            f"student.genotype {name} needs {len(missing)} proxies that bank.only {config.bank.only} does not make; "
+            "add it there."
+        )
 
 
 def _check_card(config: RunConfig) -> None:
@@ -243,7 +294,10 @@ def _check_text_to_image(config: RunConfig, stages: Sequence[str], notes: list[s
         _check_given(f"text.{key}", getattr(config.text, key), (), notes, dry_run)
     _check_given("knowledge.teacher", config.knowledge.teacher, (), notes, dry_run)
     if config.text.encoder == config.text.encoder_2 == "none":
-        raise EdgeDiTError("text.encoder and text.encoder_2 are both 'none'; captions need one, set the other to null or to an encoder.")
+        raise EdgeDiTError(
+            "text.encoder and text.encoder_2 are both 'none'; captions need one, set the other to null or to an "
+            "encoder."
+        )
     if {"elastic", "evaluate-elastic"} & set(stages):
         dims = [config.text.hidden_size if path is None else 0 for path in (config.text.encoder, config.text.encoder_2)]
         shapes, _ = data_shapes(config, [])
@@ -255,11 +309,19 @@ def _check_text_to_image(config: RunConfig, stages: Sequence[str], notes: list[s
 
 
 def _check_pictures(config: RunConfig, stages: Sequence[str], dry_run: bool, notes: list[str]) -> None:
-    """Open the images of every split that a stage reads, and decode each once; `images-checked.json` notes that they were."""
+    """Open the images of every split that a stage reads, and decode each once; `images-checked.json` notes that they
+    were.
+    """
     captioned = bool(set(stages) & set(TEXT_TO_IMAGE))
     splits = ["train"] if set(stages) & {"teacher", "bank", "tune", "sensitivity", "text", "elastic"} else []
     judged = {"search", "evaluate", "evaluate-elastic"} & set(stages)
-    if judged or "elastic" in stages and config.elastic.validation_samples or "text" in stages and config.data.validation_fraction:
+    if (
+        judged
+        or "elastic" in stages
+        and config.elastic.validation_samples
+        or "text" in stages
+        and config.data.validation_fraction
+    ):
         splits = ["train", "validation"]
     if captioned and judged and config.data.source == "digits":
         splits.append("held_out")
@@ -272,10 +334,19 @@ def _check_pictures(config: RunConfig, stages: Sequence[str], dry_run: bool, not
     for split in splits:
         dataset = (load_run_captions if captioned else load_run_images)(config, split)
         if judged and split == "train" and config.evaluate.extractor == "classifier":
-            images = load_run_images(config) if captioned and dataset.label_names else dataset.parts[0] if captioned else dataset
+            images = (
+                load_run_images(config)
+                if captioned and dataset.label_names
+                else dataset.parts[0]
+                if captioned
+                else dataset
+            )
             check_classifiable(images, "labels" if images.num_classes else "rotation")
         if dry_run and len(dataset) > DECODED_IN_A_DRY_RUN:
-            notes.append(f"Not checked: the {len(dataset):,} images of split {split}, which a run decodes before its first stage.")
+            notes.append(
+                f"Not checked: the {len(dataset):,} images of split {split}, which a run decodes before its first "
+                "stage."
+            )
             continue
         labels = None if dataset.labels is None else dataset.labels.tolist()
         key = hash_json([config.section("data"), config.seed, len(dataset), labels])

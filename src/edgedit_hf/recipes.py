@@ -1,7 +1,7 @@
 """The one YAML that every stage reads: its schema, defaults, comments, overrides and checks. No torch.
 
-A run is described by one file with a section a stage. Each recipe in training/ reads the same file and uses its own section, so
-`train_teacher.py` and `compress.py` never disagree. Unknown keys and values of a wrong type are errors.
+A run is described by one file with a section a stage. Each recipe in training/ reads the same file and uses its own
+section, so `train_teacher.py` and `compress.py` never disagree. Unknown keys and values of a wrong type are errors.
 """
 
 from __future__ import annotations
@@ -25,27 +25,50 @@ WIDTH, LAYERS, HEADS = 2**16, 1000, 1024  # of networks
 TIMESTEPS = 1000  # of the training schedule; more denoising steps than that there are not
 REPEATS, THREADS, PROCESSES = 10**5, 1024, 512
 LARGEST = 1e38  # float32 holds no more: weights of losses, learning rates
-SEED = 2**63 - 1  # torch takes 64 bits and refuses more, and the streams of a run are the seed and a small number added to it
+SEED = (
+    2**63 - 1
+)  # torch takes 64 bits and refuses more, and the streams of a run are the seed and a small number added to it
 
 
 @dataclass
 class DataConfig:
     """Images to learn from."""
 
-    source: str = key("digits", "'digits' (scikit-learn's, offline), a folder (class folders or metadata.jsonl), or a `datasets` id", path=True)
+    source: str = key(
+        "digits",
+        "'digits' (scikit-learn's, offline), a folder (class folders or metadata.jsonl), or a `datasets` id",
+        path=True,
+    )
     split: str = key("train", "split of a `datasets` id to train on")
-    resolution: int | None = key(None, "resize and centre-crop to this many pixels; null keeps the size the images have", minimum=2, maximum=2**14)
+    resolution: int | None = key(
+        None,
+        "resize and centre-crop to this many pixels; null keeps the size the images have",
+        minimum=2,
+        maximum=2**14,
+    )
     buckets: list[str] | None = key(
-        None, "text-to-image: sizes (height x width: '128x128', '160x96') in place of resolution; an image goes to the nearest", items=1000
+        None,
+        "text-to-image: sizes (height x width: '128x128', '160x96') in place of resolution; an image goes to the "
+        "nearest",
+        items=1000,
     )
     channels: int | None = key(None, "1 (grey) or 3 (RGB); null keeps what the first image has", (None, 1, 3))
     background: str = key("white", "colour behind transparent images: a name, or '#rrggbb' in quotes")
     image_column: str | None = key(None, "column that holds the images; null takes the first image column")
-    label_column: str | None = key(None, "column that holds the classes; null takes 'label' or the only class column", length=(0, 4096))
-    caption_column: str | None = key(None, "text-to-image: column that holds the captions; null takes 'text', 'caption', 'prompt' or 'description'")
-    validation_fraction: float = key(0.2, "share held out where the data set has no split of its own", minimum=0.0, below=1.0)
+    label_column: str | None = key(
+        None, "column that holds the classes; null takes 'label' or the only class column", length=(0, 4096)
+    )
+    caption_column: str | None = key(
+        None, "text-to-image: column that holds the captions; null takes 'text', 'caption', 'prompt' or 'description'"
+    )
+    validation_fraction: float = key(
+        0.2, "share held out where the data set has no split of its own", minimum=0.0, below=1.0
+    )
     vae: str | None = key(
-        None, "AutoencoderKL or -Tiny, text-to-image also -DC or -KLQwenImage (folder or Hub id): work in its cached latents; null: pixels", path=True
+        None,
+        "AutoencoderKL or -Tiny, text-to-image also -DC or -KLQwenImage (folder or Hub id): work in its cached "
+        "latents; null: pixels",
+        path=True,
     )
     num_workers: int = key(0, "worker processes of the data loader", minimum=0, maximum=PROCESSES)
 
@@ -61,7 +84,9 @@ class OptimisationConfig:
     warmup_steps: int = key(50, "linear warm-up", minimum=0, maximum=STEPS)
     weight_decay: float = key(0.0, "weight decay of AdamW", minimum=0.0, maximum=1e6)
     max_grad_norm: float = key(1.0, "gradient clipping; 0 clips nothing", minimum=0.0, maximum=LARGEST)
-    ema_decay: float = key(0.995, "exponential moving average of the weights; the average is what is saved", minimum=0.0, below=1.0)
+    ema_decay: float = key(
+        0.995, "exponential moving average of the weights; the average is what is saved", minimum=0.0, below=1.0
+    )
     gradient_accumulation: int = key(1, "micro-batches a step", minimum=1, maximum=BATCH)
     gradient_checkpointing: bool = key(False, "recompute activations to save memory")
     checkpoint_every: int = key(200, "steps between checkpoints", minimum=1, maximum=STEPS)
@@ -79,12 +104,18 @@ class DenoiserConfig(OptimisationConfig):
 class TeacherConfig(DenoiserConfig):
     """The network that is compressed: trained here, or brought along with `path`."""
 
-    path: str | None = key(None, "a trained EdgeDiT pipeline (folder or Hub id) to compress; null trains one with the keys below", path=True)
+    path: str | None = key(
+        None,
+        "a trained EdgeDiT pipeline (folder or Hub id) to compress; null trains one with the keys below",
+        path=True,
+    )
     patch_size: int = key(2, "side of the patches", minimum=1, maximum=256)
     hidden_size: int = key(128, "residual width", minimum=4, maximum=WIDTH)
     num_layers: int = key(6, "transformer layers", minimum=1, maximum=LAYERS)
     num_heads: int = key(4, "attention heads", minimum=1, maximum=HEADS)
-    prediction_type: str = key("epsilon", "epsilon (DDPM schedule of DiT) or flow_prediction (flow matching)", ("epsilon", "flow_prediction"))
+    prediction_type: str = key(
+        "epsilon", "epsilon (DDPM schedule of DiT) or flow_prediction (flow matching)", ("epsilon", "flow_prediction")
+    )
     learn_sigma: bool = key(False, "also learn the variance (epsilon only)")
     conditional: bool = key(True, "false trains an unconditional model even if the data has labels (num_classes: 0)")
 
@@ -95,21 +126,56 @@ class BankConfig:
 
     reduced_mlp_ratio: float = key(2.0, "MLP ratio of the reduced options", above=0.0, maximum=64.0)
     reduced_attention_dim: int | None = key(
-        None, "attention width of the reduced options; null: 4/9 of the hidden size, rounded to 8·heads", minimum=1, maximum=WIDTH
+        None,
+        "attention width of the reduced options; null: 4/9 of the hidden size, rounded to 8·heads",
+        minimum=1,
+        maximum=WIDTH,
     )
-    init: str = key("closed_form", "start of a proxy: closed_form, copy (truncated teacher weights) or random", ("closed_form", "copy", "random"))
+    init: str = key(
+        "closed_form",
+        "start of a proxy: closed_form, copy (truncated teacher weights) or random",
+        ("closed_form", "copy", "random"),
+    )
     only: list[str] | None = key(
-        None, "make only what these genotypes need: preset names (EdgeDiT-1) or genotype JSON files; null makes all", items=1000, path=True
+        None,
+        "make only what these genotypes need: preset names (EdgeDiT-1) or genotype JSON files; null makes all",
+        items=1000,
+        path=True,
     )
-    calibration_samples: int = key(256, "images that closed-form starts are fitted to, and as many held-out ones to judge by", minimum=1, maximum=IMAGES)
+    calibration_samples: int = key(
+        256,
+        "images that closed-form starts are fitted to, and as many held-out ones to judge by",
+        minimum=1,
+        maximum=IMAGES,
+    )
     steps: int = key(200, "optimiser steps of every proxy", minimum=0, maximum=STEPS)
-    both_steps: int = key(100, "steps of the proxies that combine a reduced attention with a reduced MLP", minimum=0, maximum=STEPS)
+    both_steps: int = key(
+        100, "steps of the proxies that combine a reduced attention with a reduced MLP", minimum=0, maximum=STEPS
+    )
     batch_size: int = key(32, "images a step; one teacher forward feeds all proxies", minimum=1, maximum=BATCH)
-    learning_rate: float = key(1e-3, "peak learning rate of AdamW for proxies that start far off; nearer ones get less", minimum=0.0, maximum=LARGEST)
-    warmup_steps: int = key(30, "linear warm-up (full first steps undo part of a closed-form start)", minimum=0, maximum=STEPS)
-    optimizer: str = key("adamw", "adamw, or adamw8bit (bitsandbytes: a quarter of the optimiser's memory)", ("adamw", "adamw8bit"))
-    memory_budget_gb: float | None = key(None, "memory a process may use; proxies then take turns on the device; null: no bound", minimum=0.0, maximum=1e6)
-    loss: str = key("normalised", "normalised (by the layer's own update) or plain (the paper's squared error)", ("normalised", "plain"))
+    learning_rate: float = key(
+        1e-3,
+        "peak learning rate of AdamW for proxies that start far off; nearer ones get less",
+        minimum=0.0,
+        maximum=LARGEST,
+    )
+    warmup_steps: int = key(
+        30, "linear warm-up (full first steps undo part of a closed-form start)", minimum=0, maximum=STEPS
+    )
+    optimizer: str = key(
+        "adamw", "adamw, or adamw8bit (bitsandbytes: a quarter of the optimiser's memory)", ("adamw", "adamw8bit")
+    )
+    memory_budget_gb: float | None = key(
+        None,
+        "memory a process may use; proxies then take turns on the device; null: no bound",
+        minimum=0.0,
+        maximum=1e6,
+    )
+    loss: str = key(
+        "normalised",
+        "normalised (by the layer's own update) or plain (the paper's squared error)",
+        ("normalised", "plain"),
+    )
     checkpoint_every: int = key(100, "steps between checkpoints", minimum=1, maximum=STEPS)
     log_every: int = key(20, "steps between lines of telemetry", minimum=1, maximum=STEPS)
 
@@ -120,8 +186,12 @@ class LatencyConfig:
 
     batch_size: int = key(32, "images a forward", minimum=1, maximum=BATCH)
     threads: int = key(2, "threads of the runtime", minimum=1, maximum=THREADS)
-    runtime: str = key("onnxruntime", "runtime that will ship: onnxruntime or executorch", ("onnxruntime", "executorch"))
-    precision: str = key("fp32", "precision of the measured artefacts: fp32, int8, or int4 (executorch only)", ("fp32", "int8", "int4"))
+    runtime: str = key(
+        "onnxruntime", "runtime that will ship: onnxruntime or executorch", ("onnxruntime", "executorch")
+    )
+    precision: str = key(
+        "fp32", "precision of the measured artefacts: fp32, int8, or int4 (executorch only)", ("fp32", "int8", "int4")
+    )
     repeats: int = key(40, "measurements a shape; the median counts", minimum=3, maximum=REPEATS)
 
 
@@ -129,7 +199,11 @@ class LatencyConfig:
 class SearchConfig:
     """Two objectives, both minimised: Fréchet distance of the assembled, untuned student, and table latency."""
 
-    mode: str = key("joint", "joint (20 choices a pair of layers) or two-stage (the paper: merges first, then options)", ("joint", "two-stage"))
+    mode: str = key(
+        "joint",
+        "joint (20 choices a pair of layers) or two-stage (the paper: merges first, then options)",
+        ("joint", "two-stage"),
+    )
     acquisition: str = key("qlogehvi", "qlogehvi, qlognehvi or ehvi (the paper's)", ("qlogehvi", "qlognehvi", "ehvi"))
     evaluations: int = key(24, "genotypes to evaluate", minimum=2, maximum=10**4)
     initial: int = key(8, "of these, how many form the space-filling start", minimum=2, maximum=10**4)
@@ -144,13 +218,26 @@ class SearchConfig:
 class StudentConfig:
     """Which point of the front becomes the student."""
 
-    genotype: str | None = key(None, "a preset (EdgeDiT-1) or a genotype JSON file to build instead: no latency table, search and report then", path=True)
-    max_latency_ms: float | None = key(None, "latency budget (table latency); null: see max_latency_ratio", above=0.0, maximum=1e9)
-    max_latency_ratio: float | None = key(
-        0.7, "budget as a share of the teacher's table latency; null with max_latency_ms null: knee point", above=0.0, maximum=1.0
+    genotype: str | None = key(
+        None,
+        "a preset (EdgeDiT-1) or a genotype JSON file to build instead: no latency table, search and report then",
+        path=True,
     )
-    max_parameters_ratio: float | None = key(0.8, "parameters at most this share of the teacher's; null: no bound", above=0.0, maximum=1.0)
-    max_flops_ratio: float | None = key(0.75, "FLOPs at most this share of the teacher's; null: no bound", above=0.0, maximum=1.0)
+    max_latency_ms: float | None = key(
+        None, "latency budget (table latency); null: see max_latency_ratio", above=0.0, maximum=1e9
+    )
+    max_latency_ratio: float | None = key(
+        0.7,
+        "budget as a share of the teacher's table latency; null with max_latency_ms null: knee point",
+        above=0.0,
+        maximum=1.0,
+    )
+    max_parameters_ratio: float | None = key(
+        0.8, "parameters at most this share of the teacher's; null: no bound", above=0.0, maximum=1.0
+    )
+    max_flops_ratio: float | None = key(
+        0.75, "FLOPs at most this share of the teacher's; null: no bound", above=0.0, maximum=1.0
+    )
 
 
 @dataclass
@@ -159,9 +246,16 @@ class TuneConfig(DenoiserConfig):
 
     steps: int = key(500, "optimiser steps", minimum=1, maximum=STEPS)
     learning_rate: float = key(5e-4, "peak learning rate of AdamW", minimum=0.0, maximum=LARGEST)
-    output_kd: float = key(0.0, "weight of the distance to the teacher's output, for a teacher that has converged", minimum=0.0, maximum=LARGEST)
+    output_kd: float = key(
+        0.0,
+        "weight of the distance to the teacher's output, for a teacher that has converged",
+        minimum=0.0,
+        maximum=LARGEST,
+    )
     teacher_more_steps: bool = key(True, "train the teacher on for the same steps too")
-    random_proxies: bool = key(False, "also tune the same genotype from untrained random proxies (what feature distillation is worth)")
+    random_proxies: bool = key(
+        False, "also tune the same genotype from untrained random proxies (what feature distillation is worth)"
+    )
 
 
 @dataclass
@@ -172,7 +266,11 @@ class EvaluateConfig:
     sampling_steps: int = key(20, "denoising steps", minimum=1, maximum=TIMESTEPS)
     guidance_scale: float = key(1.5, "classifier-free guidance", minimum=0.0, maximum=1000.0)
     batch_size: int = key(250, "images a sampling batch", minimum=1, maximum=BATCH)
-    extractor: str = key("classifier", "features of the Fréchet distance: classifier (trained on the data) or inception", ("classifier", "inception"))
+    extractor: str = key(
+        "classifier",
+        "features of the Fréchet distance: classifier (trained on the data) or inception",
+        ("classifier", "inception"),
+    )
     extractor_steps: int = key(300, "training steps of the classifier", minimum=1, maximum=STEPS)
     exports: bool = key(True, "judge the exported networks too; their runtimes use the CPU alone")
     grid: int = key(8, "rows of the sample grids", minimum=1, maximum=1000)
@@ -184,10 +282,14 @@ class EvaluateConfig:
 class ExportConfig:
     """Artefacts for the phone's runtime."""
 
-    dtypes: list[str] = key(lambda: ["fp32", "int8"], "precisions of the ONNX exports: fp32, int8", choices=("fp32", "int8"), items=10)
+    dtypes: list[str] = key(
+        lambda: ["fp32", "int8"], "precisions of the ONNX exports: fp32, int8", choices=("fp32", "int8"), items=10
+    )
     executorch: list[str] = key(
-        lambda: [], "precisions of the ExecuTorch exports: fp32, int8 (8da8w), int4 (8da4w); needs edgedit_hf[executorch]",
-        choices=("fp32", "int8", "int4"), items=10
+        lambda: [],
+        "precisions of the ExecuTorch exports: fp32, int8 (8da8w), int4 (8da4w); needs edgedit_hf[executorch]",
+        choices=("fp32", "int8", "int4"),
+        items=10,
     )
     threads: int = key(2, "threads of the runtime when exports are timed", minimum=1, maximum=THREADS)
 
@@ -205,12 +307,28 @@ class CardConfig:
 
 @dataclass
 class SensitivityConfig:
-    """Optional study (training/sensitivity.py): what every single change of a layer costs, before and after a short tune."""
+    """Optional study (training/sensitivity.py): what every single change of a layer costs, before and after a short
+    tune.
+    """
 
-    calibration_samples: int = key(256, "images that starts are fitted to, and as many held-out ones to judge by", minimum=1, maximum=IMAGES)
-    steps: int = key(100, "feature-distillation steps of every changed layer; 0 judges the closed-form starts alone", minimum=0, maximum=STEPS)
-    batch_size: int = key(32, "images a step; one teacher forward feeds all places of a change", minimum=1, maximum=BATCH)
-    learning_rate: float = key(1e-3, "peak learning rate of AdamW for proxies that start far off; nearer ones get less", minimum=0.0, maximum=LARGEST)
+    calibration_samples: int = key(
+        256, "images that starts are fitted to, and as many held-out ones to judge by", minimum=1, maximum=IMAGES
+    )
+    steps: int = key(
+        100,
+        "feature-distillation steps of every changed layer; 0 judges the closed-form starts alone",
+        minimum=0,
+        maximum=STEPS,
+    )
+    batch_size: int = key(
+        32, "images a step; one teacher forward feeds all places of a change", minimum=1, maximum=BATCH
+    )
+    learning_rate: float = key(
+        1e-3,
+        "peak learning rate of AdamW for proxies that start far off; nearer ones get less",
+        minimum=0.0,
+        maximum=LARGEST,
+    )
     warmup_steps: int = key(30, "linear warm-up", minimum=0, maximum=STEPS)
     samples: int = key(64, "images a timestep that whole models are judged by", minimum=1, maximum=IMAGES)
     timesteps: int = key(5, "timesteps, evenly spaced, that whole models are judged at", minimum=1, maximum=TIMESTEPS)
@@ -222,9 +340,22 @@ class SensitivityConfig:
 class TextConfig:
     """Text-to-image: the text encoders. Two small ones are trained on the captions, or others brought along."""
 
-    encoder: str | None = key(None, "CLIP-type encoder with its tokenizer (folder or Hub id), used as it is; null trains one; 'none' goes without", path=True)
-    encoder_2: str | None = key(None, "T5- or Gemma-type encoder with its tokenizer (folder or Hub id); null trains a T5-type; 'none' goes without", path=True)
-    vocabulary_size: int = key(512, "tokens at most of each tokenizer; the 256 bytes and the special tokens are among them", minimum=260, maximum=10**6)
+    encoder: str | None = key(
+        None,
+        "CLIP-type encoder with its tokenizer (folder or Hub id), used as it is; null trains one; 'none' goes without",
+        path=True,
+    )
+    encoder_2: str | None = key(
+        None,
+        "T5- or Gemma-type encoder with its tokenizer (folder or Hub id); null trains a T5-type; 'none' goes without",
+        path=True,
+    )
+    vocabulary_size: int = key(
+        512,
+        "tokens at most of each tokenizer; the 256 bytes and the special tokens are among them",
+        minimum=260,
+        maximum=10**6,
+    )
     max_tokens: int = key(32, "tokens that the CLIP-type encoder reads at a time", minimum=4, maximum=2**13)
     hidden_size: int = key(64, "width of both encoders", minimum=4, maximum=WIDTH)
     num_layers: int = key(2, "layers of each", minimum=1, maximum=LAYERS)
@@ -242,19 +373,52 @@ class TextConfig:
 
 @dataclass
 class ElasticConfig(OptimisationConfig):
-    """Text-to-image: the elastic supernet. Each step trains the full net and sub-networks of it on the same batch, noise and timesteps."""
+    """Text-to-image: the elastic supernet. Each step trains the full net and sub-networks of it on the same batch,
+    noise and timesteps.
+    """
 
-    model: str = key("elastic-dit-digits", "a preset (elastic-dit-1.6b, -digits, -debug), or a JSON file with a model's config", path=True)
-    subnets: list[str] | None = key(
-        None, "sub-networks beside the full net and their shares of its width, e.g. [tiny=0.375, small=0.5]; null: the model's", items=100
+    model: str = key(
+        "elastic-dit-digits",
+        "a preset (elastic-dit-1.6b, -digits, -debug), or a JSON file with a model's config",
+        path=True,
     )
-    sampling: str = key("one", "sub-networks of a step: one (drawn uniformly), or sandwich (the narrowest and one of the others)", ("one", "sandwich"))
-    distillation: float = key(1.0, "weight of a sub-network's squared distance to the full net's velocity", minimum=0.0, maximum=LARGEST)
-    balance: str = key("gradient_norm", "gradient_norm (equal norms of both networks on the weights they share) or none", ("gradient_norm", "none"))
-    balance_limit: float = key(10.0, "a sub-network's gradient is scaled by at most this, and at least its inverse", minimum=1.0, maximum=LARGEST)
-    text_dropout: float = key(0.3, "share of captions dropped, each text encoder on its own; without any is its square: for guidance", minimum=0.0, maximum=1.0)
-    validation_samples: int = key(256, "held-out images that every width's loss is measured on; 0 measures none", minimum=0, maximum=IMAGES)
-    validate_every: int = key(0, "steps between these measurements, of the averaged weights; 0: at the end only", minimum=0, maximum=STEPS)
+    subnets: list[str] | None = key(
+        None,
+        "sub-networks beside the full net and their shares of its width, e.g. [tiny=0.375, small=0.5]; null: the "
+        "model's",
+        items=100,
+    )
+    sampling: str = key(
+        "one",
+        "sub-networks of a step: one (drawn uniformly), or sandwich (the narrowest and one of the others)",
+        ("one", "sandwich"),
+    )
+    distillation: float = key(
+        1.0, "weight of a sub-network's squared distance to the full net's velocity", minimum=0.0, maximum=LARGEST
+    )
+    balance: str = key(
+        "gradient_norm",
+        "gradient_norm (equal norms of both networks on the weights they share) or none",
+        ("gradient_norm", "none"),
+    )
+    balance_limit: float = key(
+        10.0,
+        "a sub-network's gradient is scaled by at most this, and at least its inverse",
+        minimum=1.0,
+        maximum=LARGEST,
+    )
+    text_dropout: float = key(
+        0.3,
+        "share of captions dropped, each text encoder on its own; without any is its square: for guidance",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    validation_samples: int = key(
+        256, "held-out images that every width's loss is measured on; 0 measures none", minimum=0, maximum=IMAGES
+    )
+    validate_every: int = key(
+        0, "steps between these measurements, of the averaged weights; 0: at the end only", minimum=0, maximum=STEPS
+    )
 
     def widths(self) -> dict[str, float] | None:
         """The sub-networks' shares of the full width, the full net included; `None`: the model's own."""
@@ -266,11 +430,20 @@ class ElasticConfig(OptimisationConfig):
 
 @dataclass
 class KnowledgeConfig:
-    """Text-to-image: a large flow teacher that the full net of the supernet also learns from (the sub-networks learn from the full net)."""
+    """Text-to-image: a large flow teacher that the full net of the supernet also learns from (the sub-networks learn
+    from the full net).
+    """
 
-    teacher: str | None = key(None, "a flow pipeline of diffusers or of ours on the same latents (folder or Hub id); null: learn from data alone", path=True)
+    teacher: str | None = key(
+        None,
+        "a flow pipeline of diffusers or of ours on the same latents (folder or Hub id); null: learn from data alone",
+        path=True,
+    )
     output_weight: float = key(
-        1.0, "share of the timestep-aware scaling of its velocity's distance; 1 is SnapGen++, 0 leaves the data alone", minimum=0.0, maximum=LARGEST
+        1.0,
+        "share of the timestep-aware scaling of its velocity's distance; 1 is SnapGen++, 0 leaves the data alone",
+        minimum=0.0,
+        maximum=LARGEST,
     )
     feature_weight: float = key(1.0, "weight of the distance to its last layer's tokens", minimum=0.0, maximum=LARGEST)
     guidance_scale: float = key(1.0, "learn from its guided velocity; 1: unguided", minimum=0.0, maximum=1000.0)
@@ -279,26 +452,62 @@ class KnowledgeConfig:
 
 @dataclass
 class QuantizeConfig(OptimisationConfig):
-    """Low-bit weights (training/quantize.py): sensitivity of the layers, allocation of bits, self-distillation. Needs a pipeline, no data."""
+    """Low-bit weights (training/quantize.py): sensitivity of the layers, allocation of bits, self-distillation. Needs a
+    pipeline, no data.
+    """
 
-    path: str | None = key(None, "the pipeline to quantise (folder or Hub id); null: the run's student-tuned, or else its elastic", path=True)
-    subnet: str | None = key(None, "of a supernet: quantise this sub-network alone, as a stand-alone net; null: the supernet, tuned at every width")
-    scheme: str = key("palette", "palette (k-means; SnapGen++, Core ML) or affine (symmetric groups; ONNX Runtime, ExecuTorch)", ("palette", "affine"))
-    budget_bits: float = key(4.3, "stored bits a weight on average (indices, palettes, scales), from 4 to 8", minimum=4.0, maximum=8.0)
+    path: str | None = key(
+        None,
+        "the pipeline to quantise (folder or Hub id); null: the run's student-tuned, or else its elastic",
+        path=True,
+    )
+    subnet: str | None = key(
+        None,
+        "of a supernet: quantise this sub-network alone, as a stand-alone net; null: the supernet, tuned at every "
+        "width",
+    )
+    scheme: str = key(
+        "palette",
+        "palette (k-means; SnapGen++, Core ML) or affine (symmetric groups; ONNX Runtime, ExecuTorch)",
+        ("palette", "affine"),
+    )
+    budget_bits: float = key(
+        4.3, "stored bits a weight on average (indices, palettes, scales), from 4 to 8", minimum=4.0, maximum=8.0
+    )
     rows_per_palette: int | None = key(
-        None, "output rows that share a 4-bit palette, 0: all; null: the allocation chooses for every layer", minimum=0, maximum=BATCH
+        None,
+        "output rows that share a 4-bit palette, 0: all; null: the allocation chooses for every layer",
+        minimum=0,
+        maximum=BATCH,
     )
     group_size: int = key(64, "inputs that share a scale (affine)", minimum=1, maximum=WIDTH)
     compensate: bool = key(True, "round with error compensation (GPTQ); false rounds to the nearest")
-    prompts: str | None = key(None, "text to image: file with a prompt a line, to calibrate and tune with; null: the captions of `data`", path=True)
-    calibration_images: int = key(64, "images that are sampled to calibrate, and as many to judge by", minimum=1, maximum=IMAGES)
-    sampling_steps: int | None = key(None, "denoising steps of all images sampled here; null: the pipeline's default", minimum=1, maximum=TIMESTEPS)
-    guidance_scale: float | None = key(None, "their guidance; null: the pipeline's default", minimum=0.0, maximum=1000.0)
+    prompts: str | None = key(
+        None,
+        "text to image: file with a prompt a line, to calibrate and tune with; null: the captions of `data`",
+        path=True,
+    )
+    calibration_images: int = key(
+        64, "images that are sampled to calibrate, and as many to judge by", minimum=1, maximum=IMAGES
+    )
+    sampling_steps: int | None = key(
+        None, "denoising steps of all images sampled here; null: the pipeline's default", minimum=1, maximum=TIMESTEPS
+    )
+    guidance_scale: float | None = key(
+        None, "their guidance; null: the pipeline's default", minimum=0.0, maximum=1000.0
+    )
     sensitivity_images: int = key(16, "images that the sensitivity of layers is measured on", minimum=1, maximum=IMAGES)
     timesteps: int = key(8, "timesteps, evenly spread, that it is measured at", minimum=1, maximum=TIMESTEPS)
-    samples: int = key(1024, "samples of the unquantised network that self-distillation adds noise to", minimum=1, maximum=IMAGES)
+    samples: int = key(
+        1024, "samples of the unquantised network that self-distillation adds noise to", minimum=1, maximum=IMAGES
+    )
     sampling_batch_size: int = key(64, "images a sampling batch", minimum=1, maximum=BATCH)
-    dropout: float = key(0.3, "share of labels or texts dropped in self-distillation, for classifier-free guidance", minimum=0.0, maximum=1.0)
+    dropout: float = key(
+        0.3,
+        "share of labels or texts dropped in self-distillation, for classifier-free guidance",
+        minimum=0.0,
+        maximum=1.0,
+    )
     steps: int = key(1000, "steps of self-distillation; 0: none", minimum=0, maximum=STEPS)
     batch_size: int = key(64, "noisy samples a step, over all processes and accumulation", minimum=1, maximum=BATCH)
 
@@ -309,7 +518,9 @@ class RunConfig:
 
     output_dir: str = key("runs/edgedit", "folder of the run; every stage has a folder in it", path=True)
     seed: int = key(0, "seed of everything", minimum=0, maximum=SEED)
-    threads: int = key(2, "threads of PyTorch on the CPU, a process; 0 leaves PyTorch's choice", minimum=0, maximum=THREADS)
+    threads: int = key(
+        2, "threads of PyTorch on the CPU, a process; 0 leaves PyTorch's choice", minimum=0, maximum=THREADS
+    )
     data: DataConfig = field(default_factory=DataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     bank: BankConfig = field(default_factory=BankConfig)
@@ -358,7 +569,8 @@ def _loader() -> type:
             self.depth, self.sizes = 0, {}
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            # An alias is counted with all that it stands for: ten of ten of ten … are few bytes, but fill the memory when they are read.
+            # An alias is counted with all that it stands for: ten of ten of ten … are few bytes, but fill the memory
+            # when they are read.
             event, mark = self.peek_event(), self.peek_event().start_mark
             self.depth += 1
             node = super().compose_node(parent, index) if self.depth <= DEPTH else None
@@ -380,7 +592,9 @@ def _loader() -> type:
             for name, _ in node.value:
                 if isinstance(name, yaml.ScalarNode) and name.value != "<<":
                     if name.value in seen:
-                        raise yaml.MarkedYAMLError(f"the key {shorten(name.value)} stands there twice", problem_mark=name.start_mark)
+                        raise yaml.MarkedYAMLError(
+                            f"the key {shorten(name.value)} stands there twice", problem_mark=name.start_mark
+                        )
                     seen.add(name.value)
             return super().construct_mapping(node, deep)
 
@@ -400,7 +614,11 @@ def _parse(text: str) -> Any:
     except RecursionError:
         raise ValueError(f"it is nested more than {DEPTH} deep") from None
     except Exception as error:  # a constructor lets through whatever int() and its like raise
-        said = " ".join(str(error).split()) if isinstance(error, yaml.YAMLError) else f"a value in it cannot be read: {error}"
+        said = (
+            " ".join(str(error).split())
+            if isinstance(error, yaml.YAMLError)
+            else f"a value in it cannot be read: {error}"
+        )
         raise ValueError(said[:500]) from None
     finally:
         if loader is not None:
@@ -415,7 +633,9 @@ def _read_recipe(path: Path) -> Any:
         with open(path, "rb") as file:
             content = file.read(RECIPE_BYTES + 1)
     except OSError as error:
-        raise EdgeDiTError(f"The recipe {shorten(str(path))[1:-1]} cannot be read ({error.strerror}); {remedy}.") from None
+        raise EdgeDiTError(
+            f"The recipe {shorten(str(path))[1:-1]} cannot be read ({error.strerror}); {remedy}."
+        ) from None
     except ValueError as error:
         raise EdgeDiTError(f"The recipe {shorten(str(path))} cannot be read ({error}); {remedy}.") from None
     if len(content) > RECIPE_BYTES:
@@ -430,7 +650,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe and apply `section.key=value` overrides (values are YAML).
 
     Raises:
-        EdgeDiTError: the file is missing or not YAML; a key is unknown (the nearest is named) or its value does not fit.
+        EdgeDiTError: the file is missing or not YAML; a key is unknown (the nearest is named) or its value does not
+            fit.
     """
     path = Path(path)
     values = _read_recipe(path)
@@ -439,7 +660,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
-            raise EdgeDiTError(f"--override {shorten(text)} has no '='; write section.key=value, e.g. teacher.steps=100.")
+            raise EdgeDiTError(
+                f"--override {shorten(text)} has no '='; write section.key=value, e.g. teacher.steps=100."
+            )
         try:
             nested: Any = _parse(value)
         except ValueError as error:
@@ -455,19 +678,28 @@ def _check(config: RunConfig, source: str) -> None:
     teacher, search = config.teacher, config.search
     if teacher.hidden_size % teacher.num_heads:
         raise EdgeDiTError(
-            f"{source}: teacher.hidden_size {teacher.hidden_size} is not a multiple of teacher.num_heads {teacher.num_heads}; change one."
+            f"{source}: teacher.hidden_size {teacher.hidden_size} is not a multiple of teacher.num_heads "
+            f"{teacher.num_heads}; change one."
         )
     if teacher.hidden_size % 4:
-        raise EdgeDiTError(f"{source}: teacher.hidden_size {teacher.hidden_size} is not a multiple of 4, as its position embedding needs.")
+        raise EdgeDiTError(
+            f"{source}: teacher.hidden_size {teacher.hidden_size} is not a multiple of 4, as its position embedding "
+            "needs."
+        )
     if teacher.learn_sigma and teacher.prediction_type != "epsilon":
         raise EdgeDiTError(
             f"{source}: teacher.learn_sigma needs teacher.prediction_type epsilon, not {teacher.prediction_type}: "
             "flow matching has no variance to learn."
         )
     if config.data.buckets is not None and config.data.resolution is not None:
-        raise EdgeDiTError(f"{source}: data.buckets and data.resolution {config.data.resolution} exclude each other; set one to null.")
+        raise EdgeDiTError(
+            f"{source}: data.buckets and data.resolution {config.data.resolution} exclude each other; set one to null."
+        )
     if config.text.hidden_size % config.text.num_heads:
-        raise EdgeDiTError(f"{source}: text.hidden_size {config.text.hidden_size} is not a multiple of text.num_heads {config.text.num_heads}; change one.")
+        raise EdgeDiTError(
+            f"{source}: text.hidden_size {config.text.hidden_size} is not a multiple of text.num_heads "
+            f"{config.text.num_heads}; change one."
+        )
     for text in config.elastic.subnets or ():
         name, _, width = text.partition("=")
         try:  # the name becomes one of files
@@ -476,30 +708,43 @@ def _check(config: RunConfig, source: str) -> None:
             usable = False
         if not usable:
             raise EdgeDiTError(
-                f"{source}: elastic.subnets holds {shorten(text)}; it may hold name=width with a width between 0 and 1, e.g. small=0.5 "
-                "(names of letters, digits, '_', '-' and '.')."
+                f"{source}: elastic.subnets holds {shorten(text)}; it may hold name=width with a width between 0 and "
+                "1, e.g. small=0.5 (names of letters, digits, '_', '-' and '.')."
             )
     if config.elastic.subnets is not None and len(config.elastic.widths()) != len(config.elastic.subnets) + 1:
-        raise EdgeDiTError(f"{source}: elastic.subnets {config.elastic.subnets} holds a name twice; give every sub-network its own.")
+        raise EdgeDiTError(
+            f"{source}: elastic.subnets {config.elastic.subnets} holds a name twice; give every sub-network its own."
+        )
     if search.initial > search.evaluations:
-        raise EdgeDiTError(f"{source}: search.initial {search.initial} exceeds search.evaluations {search.evaluations}.")
+        raise EdgeDiTError(
+            f"{source}: search.initial {search.initial} exceeds search.evaluations {search.evaluations}."
+        )
     if config.latency.runtime == "onnxruntime" and config.latency.precision == "int4":
-        raise EdgeDiTError(f"{source}: latency.precision int4 needs latency.runtime executorch; ONNX Runtime has fp32 and int8.")
+        raise EdgeDiTError(
+            f"{source}: latency.precision int4 needs latency.runtime executorch; ONNX Runtime has fp32 and int8."
+        )
     bank = config.bank
     if teacher.path is None:  # of a given teacher the search space says it
         if int(teacher.hidden_size * bank.reduced_mlp_ratio) < 1:
             raise EdgeDiTError(
-                f"{source}: bank.reduced_mlp_ratio {bank.reduced_mlp_ratio} leaves an MLP of teacher.hidden_size {teacher.hidden_size} no neuron; "
-                f"it must be at least {1 / teacher.hidden_size:.3g}."
+                f"{source}: bank.reduced_mlp_ratio {bank.reduced_mlp_ratio} leaves an MLP of teacher.hidden_size "
+                f"{teacher.hidden_size} no neuron; it must be at least {1 / teacher.hidden_size:.3g}."
             )
         if bank.reduced_attention_dim is not None and bank.reduced_attention_dim % teacher.num_heads:
             raise EdgeDiTError(
-                f"{source}: bank.reduced_attention_dim {bank.reduced_attention_dim} is not a multiple of teacher.num_heads {teacher.num_heads}; change one."
+                f"{source}: bank.reduced_attention_dim {bank.reduced_attention_dim} is not a multiple of "
+                f"teacher.num_heads {teacher.num_heads}; change one."
             )
     if not re.fullmatch(REPO_ID, config.card.repo_id):
-        raise EdgeDiTError(f"{source}: card.repo_id is {shorten(config.card.repo_id)}; it must be organisation/name, of letters, digits, '-', '_' and '.'.")
+        raise EdgeDiTError(
+            f"{source}: card.repo_id is {shorten(config.card.repo_id)}; it must be organisation/name, of letters, "
+            "digits, '-', '_' and '.'."
+        )
     if not re.fullmatch(LICENSE, config.card.license):
-        raise EdgeDiTError(f"{source}: card.license is {shorten(config.card.license)}; it must be an identifier of the Hub such as apache-2.0.")
+        raise EdgeDiTError(
+            f"{source}: card.license is {shorten(config.card.license)}; it must be an identifier of the Hub such as "
+            "apache-2.0."
+        )
     for names, why in _unread(config):
         for name, value in _changed(config, names):
             raise EdgeDiTError(f"{source}: {name} is {shorten(value)}, but {why}, so nothing reads it; leave it out.")
@@ -524,15 +769,27 @@ def _unread(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def unused(config: RunConfig) -> list[str]:
-    """What a recipe sets for stages that its own choice replaces, a sentence a choice. Recipes keep such values for the next run."""
+    """What a recipe sets for stages that its own choice replaces, a sentence a choice. Recipes keep such values for the
+    next run.
+    """
     found = []
     training = tuple(f"teacher.{entry.name}" for entry in dataclasses.fields(TeacherConfig) if entry.name != "path")
-    text = tuple(f"text.{entry.name}" for entry in dataclasses.fields(TextConfig) if not entry.name.startswith("encoder"))
+    text = tuple(
+        f"text.{entry.name}" for entry in dataclasses.fields(TextConfig) if not entry.name.startswith("encoder")
+    )
     for chosen, names in (
         ("teacher.path", training if config.teacher.path is not None else ()),
-        ("student.genotype", ("search", *("student.max_" + name for name in STUDENT_BOUNDS)) if config.student.genotype is not None else ()),
+        (
+            "student.genotype",
+            ("search", *("student.max_" + name for name in STUDENT_BOUNDS))
+            if config.student.genotype is not None
+            else (),
+        ),
         ("text.encoder and text.encoder_2", text if None not in (config.text.encoder, config.text.encoder_2) else ()),
-        ("evaluate.extractor inception", ("evaluate.extractor_steps",) if config.evaluate.extractor == "inception" else ()),
+        (
+            "evaluate.extractor inception",
+            ("evaluate.extractor_steps",) if config.evaluate.extractor == "inception" else (),
+        ),
     ):
         if ignored := [name for name, _ in _changed(config, names)]:
             found.append(f"{chosen} makes {', '.join(ignored)} of no use")

@@ -1,10 +1,10 @@
 """Every change of diffusers' look-up tables, in one place. Imports neither torch nor diffusers.
 
-diffusers knows a third-party class only if its tables say so: `LOADABLE_CLASSES` decides what `model_index.json` records for a
-component and whether a Hub repository that names `edgedit_hf` may be loaded at all, a pipeline's `_class_name` is looked up as an
-attribute of the `diffusers` module, and the `quant_method` of a config.json in two mappings of quantisers. [`register`] makes these
-entries: at once where diffusers' modules that hold them are loaded, otherwise right after they are, through import hooks that remove
-themselves.
+diffusers knows a third-party class only if its tables say so: `LOADABLE_CLASSES` decides what `model_index.json`
+records for a component and whether a Hub repository that names `edgedit_hf` may be loaded at all, a pipeline's
+`_class_name` is looked up as an attribute of the `diffusers` module, and the `quant_method` of a config.json in two
+mappings of quantisers. [`register`] makes these entries: at once where diffusers' modules that hold them are loaded,
+otherwise right after they are, through import hooks that remove themselves.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ COMPONENTS = {
     "SchedulerMixin": METHODS,
     "ExportedComponent": METHODS,
 }
-# Classes that diffusers looks up as its own attributes, by the name in `_class_name`. Not the exported models: diffusers asks every
-# library for every name in COMPONENTS, and would import their module to load any pipeline.
+# Classes that diffusers looks up as its own attributes, by the name in `_class_name`. Not the exported models:
+# diffusers asks every library for every name in COMPONENTS, and would import their module to load any pipeline.
 CLASSES = ("EdgeDiTPipeline", "EdgeDiTTransformer2DModel", "ElasticDiTPipeline", "ElasticDiTTransformer2DModel")
 
 
 def register() -> None:
-    """Make diffusers know this package's classes, now or as soon as its modules are imported. Calling it again changes nothing."""
+    """Make diffusers know this package's classes, now or as soon as its modules are imported. Calling it again changes
+    nothing.
+    """
     for name, patch in ((TABLES, _patch), (QUANTIZERS, _patch_quantizers)):
         if name in sys.modules:
             importlib.import_module(name)  # another thread may be in the middle of importing it: wait for its end
@@ -49,7 +51,8 @@ def _patch() -> None:
     tables.LOADABLE_CLASSES[PACKAGE] = dict(COMPONENTS)
     tables.ALL_IMPORTABLE_CLASSES.update(COMPONENTS)
 
-    # A module's own __getattr__ is asked before its class's, so our names resolve lazily and all others go on to diffusers.
+    # A module's own __getattr__ is asked before its class's, so our names resolve lazily and all others go on to
+    # diffusers.
     diffusers: ModuleType = sys.modules["diffusers"]
 
     def getattr_of_diffusers(name: str):

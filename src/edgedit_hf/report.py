@@ -1,7 +1,7 @@
 """The report of a run: one `report.json` with every figure, the PNGs, and one `report.html` that needs nothing else.
 
-It measures nothing: everything is read from the files that the stages wrote. What a run does not have (yet) is left out; a
-file without which there is no report is an error that names the stage to run.
+It measures nothing: everything is read from the files that the stages wrote. What a run does not have (yet) is left
+out; a file without which there is no report is an error that names the stage to run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,21 @@ from .files import atomic_write_json, atomic_write_text, file_sha256
 from .genotype import Genotype
 from .hub import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
 from .recipes import RunConfig
-from .records import Asked, BankFigures, Bench, Choice, Curve, FrontFigures, Latency, Model, Reference, SearchState, Stage, Table, Verified
+from .records import (
+    Asked,
+    BankFigures,
+    Bench,
+    Choice,
+    Curve,
+    FrontFigures,
+    Latency,
+    Model,
+    Reference,
+    SearchState,
+    Stage,
+    Table,
+    Verified,
+)
 from .run_state import pipeline_weights_hash
 from .schema import read_record
 from .search_space import OPTIONS, SearchSpace
@@ -31,8 +45,13 @@ STAGES = {
     "student": "stage student (training/select_student.py)",
     "evaluate": "stage evaluate (training/evaluate_models.py)",
 }
-READ = {"search": {"bank": "bank/index.json", "latency": "latency/table.json"}, "student": {"front": "search/front.json"}}  # files by input
-STAGE_ORDER = "teacher bank latency search student student-tuned student-random-proxies teacher-more-steps exported evaluate".split()
+READ = {
+    "search": {"bank": "bank/index.json", "latency": "latency/table.json"},
+    "student": {"front": "search/front.json"},
+}  # files by input
+STAGE_ORDER = (
+    "teacher bank latency search student student-tuned student-random-proxies teacher-more-steps exported evaluate"
+).split()
 SAMPLE_PANELS = ("teacher", "student", "student-tuned", "onnx-int8")
 
 
@@ -40,11 +59,12 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     """Everything that a run measured, as `report.json` holds it.
 
     Args:
-        run_dir: a run folder whose search has finished and whose student is chosen; evaluation and exports are taken if there.
+        run_dir: a run folder whose search has finished and whose student is chosen; evaluation and exports are taken if
+            there.
 
     Returns:
-        `models` (a list; see the keys of evaluate/<name>.json), `versions`, `seed`, `seconds` per stage, `search`, `bank`,
-        `genotype`, `ratios`, `reproduce`; and `reference`, `latency`, `exported`, `curves` if the run has them.
+        `models` (a list; see the keys of evaluate/<name>.json), `versions`, `seed`, `seconds` per stage, `search`,
+        `bank`, `genotype`, `ratios`, `reproduce`; and `reference`, `latency`, `exported`, `curves` if the run has them.
 
     Raises:
         EdgeDiTError: a needed file is missing (the stage that writes it is named) or damaged.
@@ -56,13 +76,18 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     state = read_record(run_dir / "search" / "state.json", SearchState, STAGES["search"])
     front = read_record(run_dir / "search" / "front.json", FrontFigures, STAGES["search"])
     choice = read_record(run_dir / "student" / "choice.json", Choice, STAGES["student"])
-    settings = (optional_record(run_dir / "search" / "merge.json", SearchState) or state)["settings"]  # merge.json: first of two stages
+    settings = (optional_record(run_dir / "search" / "merge.json", SearchState) or state)[
+        "settings"
+    ]  # merge.json: first of two stages
     stages = {name: stage for name in STAGE_ORDER if (stage := optional_record(run_dir / name / "stage.json", Stage))}
     for stage, files in READ.items():
         for name, file in files.items():
             was, path = stages.get(stage, {}).get("inputs", {}).get(name), run_dir / file
             if was is not None and path.is_file() and file_sha256(path) != was:
-                raise EdgeDiTError(f"{run_dir / stage} was made from another {path} than is there now: delete {run_dir / stage} and run {STAGES[stage]} again.")
+                raise EdgeDiTError(
+                    f"{run_dir / stage} was made from another {path} than is there now: delete {run_dir / stage} and "
+                    f"run {STAGES[stage]} again."
+                )
     models = _models(run_dir)
     check_judged(run_dir, models, STAGES["evaluate"])
     report = {
@@ -89,14 +114,22 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
         "reference": optional_record(run_dir / "evaluate" / "reference.json", Reference),
         "latency": _latency(run_dir),
         "exported": {
-            folder.name: {name: optional_record(folder / f"{name}.json", schema) for name, schema in (("verify", Verified), ("bench", Bench))}
+            folder.name: {
+                name: optional_record(folder / f"{name}.json", schema)
+                for name, schema in (("verify", Verified), ("bench", Bench))
+            }
             for folder in sorted((run_dir / "exported").glob("*-*"))
             if (folder / "verify.json").exists()
         },
         "curves": optional_record(run_dir / "evaluate" / "curves.json", dict[str, Curve]),
     }
-    if uneven := [name for name, curve in (optional["curves"] or {}).items() if len(curve["steps"]) != len(curve["values"])]:
-        raise EdgeDiTError(f"{run_dir / 'evaluate' / 'curves.json'}: the curve {uneven[0]!r} has another number of steps than of values; make it anew.")
+    if uneven := [
+        name for name, curve in (optional["curves"] or {}).items() if len(curve["steps"]) != len(curve["values"])
+    ]:
+        raise EdgeDiTError(
+            f"{run_dir / 'evaluate' / 'curves.json'}: the curve {uneven[0]!r} has another number of steps than of "
+            "values; make it anew."
+        )
     report.update({key: value for key, value in optional.items() if value})
     if "search" in stages and "reference" in report:
         samples = (stages["search"]["config"].get("search") or {}).get("samples")
@@ -111,8 +144,8 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
 def check_judged(run_dir: Path, models: Sequence[Mapping[str, Any]], made_by: str) -> None:
     """Raise unless the weights that models were judged with (`weights`) are those that their `folder` holds now.
 
-    Earlier versions recorded no hashes: their figures are refused where the folder was made anew since, or holds another architecture. Models
-    whose folder is not there any more are taken as they are.
+    Earlier versions recorded no hashes: their figures are refused where the folder was made anew since, or holds
+    another architecture. Models whose folder is not there any more are taken as they are.
     """
     current: dict[Path, str | None] = {}
     for model in models:
@@ -126,8 +159,8 @@ def check_judged(run_dir: Path, models: Sequence[Mapping[str, Any]], made_by: st
             current[folder] = pipeline_weights_hash(folder)
         if current[folder] not in (None, model["weights"]):
             raise EdgeDiTError(
-                f"The figures of {model['name']!r} are those of other weights ({model['weights']}) than {folder} holds now ({current[folder]}): "
-                f"delete {run_dir / 'evaluate'} and run {made_by} again."
+                f"The figures of {model['name']!r} are those of other weights ({model['weights']}) than {folder} holds "
+                f"now ({current[folder]}): delete {run_dir / 'evaluate'} and run {made_by} again."
             )
 
 
@@ -140,13 +173,15 @@ def _check_judged_before(run_dir: Path, model: Mapping[str, Any], made_by: str) 
     since, was, now = None, model.get("genotype_hash"), None
     if (run := optional_record(stage / "run.json", Asked)) and "format" in run:
         since = "was made after them"
-    elif was is not None and "layers" in (config := optional_record(folder / "transformer" / "config.json", dict[str, Any]) or {}):
+    elif was is not None and "layers" in (
+        config := optional_record(folder / "transformer" / "config.json", dict[str, Any]) or {}
+    ):
         now = Genotype.from_layers(config["layers"], config["hidden_size"]).hash
         since = None if now == was else f"holds the genotype {now} now, not {was}"
     if since:
         raise EdgeDiTError(
-            f"The figures of {model['name']!r} are of an earlier version, which recorded no weights, and {folder} {since}: "
-            f"delete {run_dir / 'evaluate'}, and what was made of the student before, and run {made_by} again."
+            f"The figures of {model['name']!r} are of an earlier version, which recorded no weights, and {folder} "
+            f"{since}: delete {run_dir / 'evaluate'}, and what was made of the student before, and run {made_by} again."
         )
 
 
@@ -163,7 +198,11 @@ def _points(run_dir: Path, *names: str) -> list[list[float]]:
 
 def _models(run_dir: Path) -> list[dict[str, Any]]:
     other = ("stage.json", "run.json", "reference.json", "latency.json", "captions.json", "curves.json")
-    found = [read_record(path, Model, STAGES["evaluate"]) for path in sorted((run_dir / "evaluate").glob("*.json")) if path.name not in other]
+    found = [
+        read_record(path, Model, STAGES["evaluate"])
+        for path in sorted((run_dir / "evaluate").glob("*.json"))
+        if path.name not in other
+    ]
     models = {model["name"]: model for model in found}
     return [models.pop(name) for name in MODEL_LABELS if name in models] + list(models.values())
 
@@ -183,7 +222,10 @@ def _bank_summary(index: Mapping[str, Any]) -> dict[str, Any]:
             for name, group in by_option.items()
         },
         "median_losses": {
-            name: {start: statistics.median(e["losses"][start] for e in group) for start in sorted(set.intersection(*(set(e["losses"]) for e in group)))}
+            name: {
+                start: statistics.median(e["losses"][start] for e in group)
+                for start in sorted(set.intersection(*(set(e["losses"]) for e in group)))
+            }
             for name, group in by_option.items()
             if all("losses" in e for e in group)  # older banks record none
         },
@@ -211,12 +253,18 @@ def _latency(run_dir: Path) -> dict[str, Any]:
     kept = {key: measured[key] for key in ("batch_size", "threads", "environment", "speedup") if key in measured}
     table = optional_record(run_dir / "latency" / "table.json", Table)
     if table:
-        kept["table"] = {key: table[key] for key in ("runtime", "precision", "batch", "threads", "hash", "prediction") if key in table}
+        kept["table"] = {
+            key: table[key]
+            for key in ("runtime", "precision", "batch", "threads", "hash", "prediction")
+            if key in table
+        }
     return kept
 
 
 def _ratios(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Student against teacher. Cost and distance as student / teacher, speed as teacher / student, shares as differences."""
+    """Student against teacher. Cost and distance as student / teacher, speed as teacher / student, shares as
+    differences.
+    """
     by_name = {m["name"]: m for m in models}
     student, teacher = by_name.get("student-tuned", by_name.get("student")), by_name.get("teacher")
     if student is None or teacher is None:
@@ -226,7 +274,9 @@ def _ratios(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "parameters": student["parameters"] / teacher["parameters"],
         "flops": student["flops"] / teacher["flops"],
         "speedup": _quotients(teacher["latency_ms"], student["latency_ms"]),
-        "against": {name: _compare(student, by_name[name]) for name in ("teacher", "teacher-more-steps") if name in by_name},
+        "against": {
+            name: _compare(student, by_name[name]) for name in ("teacher", "teacher-more-steps") if name in by_name
+        },
     }
     if "student-random-proxies" in by_name:
         ratios["random_proxies"] = _compare(by_name["student-random-proxies"], student)
@@ -250,16 +300,26 @@ def _compare(model: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str
 
 
 def _quotients(numerators: Mapping[str, float], denominators: Mapping[str, float]) -> dict[str, float]:
-    return {key: value / denominators[key] for key, value in numerators.items() if denominators.get(key) and value is not None}
+    return {
+        key: value / denominators[key]
+        for key, value in numerators.items()
+        if denominators.get(key) and value is not None
+    }
 
 
 def reproduce(run_dir: Path, seed: int, stages: Mapping[str, Mapping[str, Any]], recipe: str) -> dict[str, Any]:
-    """The settings that the stages say they ran with, and the command that runs them again (`recipe`: a file of training/)."""
+    """The settings that the stages say they ran with, and the command that runs them again (`recipe`: a file of
+    training/).
+    """
     import yaml
 
     sections = [field.name for field in dataclasses.fields(RunConfig)]
     used = {key: value for stage in stages.values() for key, value in stage["config"].items() if key in sections}
-    config = {"output_dir": f"runs/{run_dir.resolve().name}-again", "seed": seed, **{key: used[key] for key in sections if key in used}}
+    config = {
+        "output_dir": f"runs/{run_dir.resolve().name}-again",
+        "seed": seed,
+        **{key: used[key] for key in sections if key in used},
+    }
     return {
         "command": "edgedit recipes copy training\n"
         f"accelerate launch --config_file training/accelerate/cpu.yaml training/{recipe} --config run.yaml",
@@ -302,7 +362,9 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
             try:
                 panels[MODEL_LABELS[model["name"]]] = np.asarray(Image.open(grid).convert("RGB"))
             except Exception as error:  # decoders raise nearly anything on damaged bytes
-                raise EdgeDiTError(f"The image {grid} cannot be read ({error}); {STAGES['evaluate']} writes it, run that stage again.") from error
+                raise EdgeDiTError(
+                    f"The image {grid} cannot be read ({error}); {STAGES['evaluate']} writes it, run that stage again."
+                ) from error
     if panels:
         plots.sample_grid(folder / "samples.png", panels)
         names = ", ".join(panels)
@@ -314,7 +376,8 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
     add(
         "genotype",
         "The student's layers",
-        f"Teacher with {genotype['num_teacher_layers']} layers above the student with {len(student.layers)}: {options}.",
+        f"Teacher with {genotype['num_teacher_layers']} layers above the student with {len(student.layers)}: "
+        f"{options}.",
         f"{options}. Wide cells replace two teacher layers.",
     )
 
@@ -331,8 +394,8 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
     add(
         "pareto",
         "Quality against latency",
-        f"Scatter plot of {len(search['points'])} searched genotypes, their Pareto front of {len(search['front'])} points, "
-        "the teacher and the chosen student.",
+        f"Scatter plot of {len(search['points'])} searched genotypes, their Pareto front of {len(search['front'])} "
+        "points, the teacher and the chosen student.",
         f"Every point is a student assembled from the bank, not yet tuned. Chosen: {chosen['reason']}.",
     )
     traces = {"Bayesian search": search["hypervolume"]}
@@ -344,15 +407,17 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
         "hypervolume",
         "What the search gained",
         f"Hypervolume against evaluations; in the end: {ends}.",
-        f"Area below the reference point (distance {search['reference'][0]:.3g}, {search['reference'][1]:.3g} ms) that the "
-        f"front dominates; in the end: {ends}.",
+        f"Area below the reference point (distance {search['reference'][0]:.3g}, {search['reference'][1]:.3g} ms) that "
+        f"the front dominates; in the end: {ends}.",
     )
     plots.proxy_loss_plot(folder / "proxies.png", report["bank"]["entries"])
     add(
         "proxies",
         "The proxy blocks",
-        f"Feature loss of {report['bank']['proxies']} proxy blocks before and after distillation, grouped by kind, and of other starts.",
-        f"Each of the {report['bank']['proxies']} blocks was distilled on its own from the teacher's features. {_starts_in_words(report['bank'])}".strip(),
+        f"Feature loss of {report['bank']['proxies']} proxy blocks before and after distillation, grouped by kind, and "
+        "of other starts.",
+        f"Each of the {report['bank']['proxies']} blocks was distilled on its own from the teacher's features. "
+        f"{_starts_in_words(report['bank'])}".strip(),
     )
     if report.get("curves"):
         series = {name: (curve["steps"], curve["values"]) for name, curve in report["curves"].items()}
@@ -374,7 +439,11 @@ def _starts_in_words(bank: Mapping[str, Any]) -> str:
     for name, losses in bank["median_losses"].items():
         values = [f"{label} {losses[start]:.2g}" for start, (_, _, label) in PROXY_STARTS.items() if start in losses]
         words = name.removesuffix(name.split()[-1]) + OPTION_LABELS[name.split()[-1]]
-        parts.append(f"{words}: {', '.join(values)}, distilled {losses['after']:.2g}" if "after" in losses else f"{words}: {', '.join(values)}")
+        parts.append(
+            f"{words}: {', '.join(values)}, distilled {losses['after']:.2g}"
+            if "after" in losses
+            else f"{words}: {', '.join(values)}"
+        )
     return f"Median held-out losses, where 1 is a layer left out. {'; '.join(parts)}." if parts else ""
 
 
@@ -392,21 +461,32 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     figures = draw_figures(run_dir, report)
     atomic_write_json(run_dir / "report.json", report)
     atomic_write_text(run_dir / "report" / "run.yaml", report["reproduce"]["yaml"])
-    atomic_write_text(run_dir / "report.html", render_html("report.html.jinja", report, figures, headlines(report), run_dir / "report"))
+    atomic_write_text(
+        run_dir / "report.html",
+        render_html("report.html.jinja", report, figures, headlines(report), run_dir / "report"),
+    )
     return run_dir / "report.html"
 
 
-def render_html(page: str, report: Mapping[str, Any], figures: Sequence[Figure], headlines: Sequence[tuple[str, str]], folder: Path) -> str:
+def render_html(
+    page: str, report: Mapping[str, Any], figures: Sequence[Figure], headlines: Sequence[tuple[str, str]], folder: Path
+) -> str:
     """A page of hub_cards/ with the figures of `folder` embedded; `headlines`: (figure, what it is) for its top."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(template), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(template),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"scaled": scaled, "metric_label": metric_label, "latency_label": latency_label}
     header, rows = comparison_table(report["models"])
     pictures = [(f, base64.b64encode((folder / f.file).read_bytes()).decode("ascii")) for f in figures]
-    return environment.get_template(page).render(report=report, header=header, rows=rows, headlines=headlines, pictures=pictures)
+    return environment.get_template(page).render(
+        report=report, header=header, rows=rows, headlines=headlines, pictures=pictures
+    )
 
 
 def headlines(report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,10 +1,10 @@
 """Run folders: progress and JSONL telemetry, checkpoints in safetensors + JSON, exact resume. Shared by every recipe.
 
-A stage owns one folder. While it runs the folder holds `run.json` (what was asked), `telemetry.jsonl` and `checkpoints/`; when it has
-finished, its results and, written last, `stage.json`. A stage that was killed at any moment is run again with the same
-arguments and continues from its newest complete checkpoint; a finished one is skipped, if its results are still the bytes that
-`stage.json` lists: one whose results were changed, damaged or deleted is refused, as nobody but the user can tell what is to be kept.
-While a process works in the folder, `run.lock` says which.
+A stage owns one folder. While it runs the folder holds `run.json` (what was asked), `telemetry.jsonl` and
+`checkpoints/`; when it has finished, its results and, written last, `stage.json`. A stage that was killed at any moment
+is run again with the same arguments and continues from its newest complete checkpoint; a finished one is skipped, if
+its results are still the bytes that `stage.json` lists: one whose results were changed, damaged or deleted is refused,
+as nobody but the user can tell what is to be kept. While a process works in the folder, `run.lock` says which.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ if TYPE_CHECKING:
 
 
 def save_state(folder: str | os.PathLike, state: Any, name: str = "state") -> None:
-    """Write nested dicts/lists of tensors and plain values (e.g. an optimiser's `state_dict()`) as `name.safetensors` + `name.json`."""
+    """Write nested dicts/lists of tensors and plain values (e.g. an optimiser's `state_dict()`) as `name.safetensors` +
+    `name.json`.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -95,7 +97,8 @@ def load_state(folder: str | os.PathLike, name: str = "state") -> Any:
         tensors = load_file(Path(folder, f"{name}.safetensors"))
     except (SafetensorError, OSError) as error:
         raise EdgeDiTError(
-            f"The checkpoint {folder} cannot be read ({error}); delete that folder to continue from the one before it, or start anew."
+            f"The checkpoint {folder} cannot be read ({error}); delete that folder to continue from the one before it, "
+            "or start anew."
         ) from error
 
     def decode(value: dict) -> Any:
@@ -118,7 +121,8 @@ def load_state(folder: str | os.PathLike, name: str = "state") -> Any:
         return decode(plain)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise EdgeDiTError(
-            f"The checkpoint {folder} cannot be read ({path.name}: {error!r}); delete that folder to continue from the one before it, or start anew."
+            f"The checkpoint {folder} cannot be read ({path.name}: {error!r}); delete that folder to continue from the "
+            "one before it, or start anew."
         ) from error
 
 
@@ -165,7 +169,9 @@ def first_non_finite(state: Any, name: str = "") -> str | None:
 
     if isinstance(state, torch.Tensor):
         return None if is_finite(state) else name
-    parts = state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    parts = (
+        state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    )
     found = (first_non_finite(part, f"{name}.{key}" if name else str(key)) for key, part in parts)
     return next((bad for bad in found if bad is not None), None)
 
@@ -174,7 +180,9 @@ NO_RESULT = ("num_workers", "log_every", "checkpoint_every")
 """Keys of any section that no result depends on: changing them neither refuses a folder nor makes it anew."""
 
 AFTER_NAN = ("learning_rate", "warmup_steps", "max_grad_norm")
-"""Keys that may change once a stage was stopped by values that are not finite; it continues from its checkpoint with the new ones."""
+"""Keys that may change once a stage was stopped by values that are not finite; it continues from its checkpoint with
+the new ones.
+"""
 
 OWN_FILES = ("run.json", "stage.json", "telemetry.jsonl", "checkpoints", FolderLock.NAME)
 LATER_FILES = ("README.md", "curves.json")  # of a card, of a benchmark: written into finished folders
@@ -190,9 +198,11 @@ def without_keys(value: Any, names: tuple[str, ...]) -> Any:
 
 @contextlib.contextmanager
 def replace_results(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yields an empty folder; what is put there takes the place of `folder` at once, of a stage's folder of all its results.
+    """Yields an empty folder; what is put there takes the place of `folder` at once, of a stage's folder of all its
+    results.
 
-    What a stage says of itself stays (`run.json`, `telemetry.jsonl`), and `stage.json`, if it is finished, lists the new files.
+    What a stage says of itself stays (`run.json`, `telemetry.jsonl`), and `stage.json`, if it is finished, lists the
+    new files.
     """
     folder = Path(folder)
     sweep(folder.parent, folder.name)
@@ -209,19 +219,32 @@ def replace_results(folder: str | os.PathLike) -> Iterator[Path]:
                     if (folder / name).is_file():
                         shutil.copy2(folder / name, aside / name)
                 if (folder / "stage.json").is_file():
-                    atomic_write_json(aside / "stage.json", {**read_record(folder / "stage.json", Results, "the stage"), "files": record})
+                    atomic_write_json(
+                        aside / "stage.json",
+                        {**read_record(folder / "stage.json", Results, "the stage"), "files": record},
+                    )
     finally:
         if stage and (folder / "stage.json").is_file():
             lock.release()
 
 
-NO_WEIGHTS = (".json", ".txt", ".md", ".py", ".jinja", ".model", ".yaml")  # suffixes beside weights in a component's folder
+NO_WEIGHTS = (
+    ".json",
+    ".txt",
+    ".md",
+    ".py",
+    ".jinja",
+    ".model",
+    ".yaml",
+)  # suffixes beside weights in a component's folder
 
 
 def pipeline_weights_hash(folder: str | os.PathLike) -> str | None:
-    """First 16 hex digits of the SHA-256 over the weight files of a pipeline folder's components; `None` where there is no such folder.
+    """First 16 hex digits of the SHA-256 over the weight files of a pipeline folder's components; `None` where there is
+    no such folder.
 
-    Equal weights in equal files give equal hashes wherever the folder lies. Large files whose hash a stage has recorded are not read again.
+    Equal weights in equal files give equal hashes wherever the folder lies. Large files whose hash a stage has recorded
+    are not read again.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
@@ -232,11 +255,20 @@ def pipeline_weights_hash(folder: str | os.PathLike) -> str | None:
             listed = read_record(root / "stage.json", Results, "the stage").get("files", {})
             known |= {root / name: entry for name, entry in listed.items()}
     digest = hashlib.sha256()
-    for name in sorted(name for name, value in index.items() if isinstance(value, list) and Path(name).name == name != ".."):
-        for path in sorted(path for path in (folder / name).rglob("*") if path.is_file() and path.suffix not in NO_WEIGHTS):
+    for name in sorted(
+        name for name, value in index.items() if isinstance(value, list) and Path(name).name == name != ".."
+    ):
+        for path in sorted(
+            path for path in (folder / name).rglob("*") if path.is_file() and path.suffix not in NO_WEIGHTS
+        ):
             about, entry = path.stat(), known.get(path, {})
-            recorded = about.st_size > HASHED_ALWAYS and (about.st_size, about.st_mtime_ns) == (entry.get("size"), entry.get("mtime_ns"))
-            digest.update(f"{path.relative_to(folder).as_posix()} {entry['sha256'] if recorded else file_sha256(path)}\n".encode())
+            recorded = about.st_size > HASHED_ALWAYS and (about.st_size, about.st_mtime_ns) == (
+                entry.get("size"),
+                entry.get("mtime_ns"),
+            )
+            digest.update(
+                f"{path.relative_to(folder).as_posix()} {entry['sha256'] if recorded else file_sha256(path)}\n".encode()
+            )
     return digest.hexdigest()[:16]
 
 
@@ -244,7 +276,9 @@ def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any]
     """Dotted name and both values of the first place where two nested plain values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}, key=str):
-            if (found := first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))) is not None:
+            if (
+                found := first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            ) is not None:
                 return found
         return None
     return None if old == new else (path, old, new)
@@ -267,7 +301,9 @@ FORMAT = 2  # of run.json; 1, without the key, did not record all inputs
 
 
 def on_main(work: Callable[[], Any], accelerator: Accelerator | None) -> None:
-    """Do it on the main process while the others wait; what it raises there is raised on all, so that none waits for ever."""
+    """Do it on the main process while the others wait; what it raises there is raised on all, so that none waits for
+    ever.
+    """
     if accelerator is None or accelerator.num_processes == 1:
         work()
         return
@@ -279,8 +315,13 @@ def on_main(work: Callable[[], Any], accelerator: Accelerator | None) -> None:
         try:
             work()
         except Exception as error:
-            cause, plain = error, type(error) is EdgeDiTError or isinstance(error, OSError) and type(error).__module__ == "builtins"
-            said = [error if plain else RuntimeError(f"{type(error).__name__} on the main process: {error}")]  # others may not know the class
+            cause, plain = (
+                error,
+                type(error) is EdgeDiTError or isinstance(error, OSError) and type(error).__module__ == "builtins",
+            )
+            said = [
+                error if plain else RuntimeError(f"{type(error).__name__} on the main process: {error}")
+            ]  # others may not know the class
     broadcast_object_list(said)
     if said[0] is not None:
         raise said[0] if cause is None else cause
@@ -348,14 +389,21 @@ class RunState:
         self._shown: dict[str, float] = {}
         self._stop = 0
         self._started = time.monotonic()
-        self._asked = {"stage": stage, "config": json.loads(json.dumps(dict(config))), "inputs": dict(inputs or {}), "seed": seed}
+        self._asked = {
+            "stage": stage,
+            "config": json.loads(json.dumps(dict(config))),
+            "inputs": dict(inputs or {}),
+            "seed": seed,
+        }
         self._lock = FolderLock(self.folder)
         self._record: dict[str, Any] = {}
         self._changed: dict[str, Any] = {}
         on_main(self._open, accelerator)
 
     def _open(self) -> None:
-        """Take the folder: clear up after killed processes, lock it, and compare what was asked with what it was made with."""
+        """Take the folder: clear up after killed processes, lock it, and compare what was asked with what it was made
+        with.
+        """
         with explain_write_errors(self.folder):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             sweep(self.folder.parent, self.folder.name)
@@ -376,11 +424,15 @@ class RunState:
     def _compare(self) -> None:
         path = self.folder / "run.json"
         if not path.exists():
-            foreign = sorted(entry.name for entry in self.folder.iterdir() if entry.name not in STAGE_FILES | SHARED and not entry.name.startswith("."))
+            foreign = sorted(
+                entry.name
+                for entry in self.folder.iterdir()
+                if entry.name not in STAGE_FILES | SHARED and not entry.name.startswith(".")
+            )
             if foreign:
                 raise EdgeDiTError(
-                    f"{self.folder} holds {foreign[0]}, but no run.json of stage {self.stage}, which would write over it; it is left as it is. Choose another "
-                    "output_dir, or move the folder away."
+                    f"{self.folder} holds {foreign[0]}, but no run.json of stage {self.stage}, which would write over "
+                    "it; it is left as it is. Choose another output_dir, or move the folder away."
                 )
             self._record = {**self._asked, "format": FORMAT}
             atomic_write_json(path, self._record)
@@ -396,7 +448,10 @@ class RunState:
         old, new = ({key: without_keys(record.get(key), ignored) for key in asked} for record in (found, asked))
         if (difference := first_difference(old, new)) is not None:
             name, before, now = difference
-            earlier = "An earlier version made it, which read and divided images in another way: finish it there, or keep its teacher by teacher.path. "
+            earlier = (
+                "An earlier version made it, which read and divided images in another way: finish it there, or "
+                "keep its teacher by teacher.path. "
+            )
             earlier = earlier if name == "inputs.data" and "format" not in found else ""
             raise EdgeDiTError(
                 f"{self.folder} was made with {name} = {before!r}, but now {name} = {now!r} is asked for. {earlier}"
@@ -412,7 +467,11 @@ class RunState:
             newest = self._newest_checkpoint()
             change = {"step": 0 if newest is None else int(newest.name[5:]), **self._changed}
             changes = [*found.get("changes", []), change]
-            self._record = {**{k: v for k, v in found.items() if k != "aborted"}, "config": self._asked["config"], "changes": changes}
+            self._record = {
+                **{k: v for k, v in found.items() if k != "aborted"},
+                "config": self._asked["config"],
+                "changes": changes,
+            }
             atomic_write_json(path, self._record)
 
     def _check_results(self) -> None:
@@ -420,13 +479,15 @@ class RunState:
         changed = changed_file(self.folder, stage.get("files", {}))  # older runs list none
         if changed is not None:
             raise EdgeDiTError(
-                f"Stage {self.stage} had finished, but since then its results were changed: {changed}. Put the file back, or delete "
-                f"{self.folder} and run the same command: the stage is then done again."
+                f"Stage {self.stage} had finished, but since then its results were changed: {changed}. Put the file "
+                f"back, or delete {self.folder} and run the same command: the stage is then done again."
             )
 
     @property
     def finished(self) -> bool:
-        """Whether the stage was completed, by this or an earlier process, and its results are there as they were written."""
+        """Whether the stage was completed, by this or an earlier process, and its results are there as they were
+        written.
+        """
         return (self.folder / "stage.json").exists()
 
     def barrier(self) -> None:
@@ -454,17 +515,28 @@ class RunState:
                 )
             if state["objects"].keys() != objects.keys():
                 raise EdgeDiTError(
-                    f"{newest} holds {', '.join(state['objects'])}, but {', '.join(objects)} are needed: it was written by another version of "
-                    "edgedit_hf, or with another mixed precision. Finish the stage with those, or delete the checkpoint."
+                    f"{newest} holds {', '.join(state['objects'])}, but {', '.join(objects)} are needed: it was "
+                    "written by another version of edgedit_hf, or with another mixed precision. Finish the stage with "
+                    "those, or delete the checkpoint."
                 )
             try:
                 for name, thing in objects.items():
                     thing.load_state_dict(state["objects"][name])
             except EdgeDiTError:
                 raise
-            except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of torch, or of whoever reads its state
+            except (
+                KeyError,
+                IndexError,
+                TypeError,
+                ValueError,
+                AttributeError,
+                RuntimeError,
+            ) as error:  # of torch, or of whoever reads its state
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                raise EdgeDiTError(f"The checkpoint {newest} does not fit what stage {self.stage} tracks ({why}); delete it to start anew.") from error
+                raise EdgeDiTError(
+                    f"The checkpoint {newest} does not fit what stage {self.stage} tracks ({why}); delete it to start "
+                    "anew."
+                ) from error
             self.step = state["step"]
             self.seconds_before = state["seconds"]
         if self.is_main:
@@ -521,7 +593,10 @@ class RunState:
                 }
                 bad = first_non_finite(state["objects"])
             if self._any(bad is not None):
-                raise self._not_finite(f"{bad or 'the state of another process'} holds NaN or infinite values after {self.unit} {self.step}")
+                raise self._not_finite(
+                    f"{bad or 'the state of another process'} holds NaN or infinite values after {self.unit} "
+                    f"{self.step}"
+                )
             if self.is_main or self.sharded:
                 save_state(aside, state, self._state_name())
             self.barrier()
@@ -547,7 +622,10 @@ class RunState:
 
         handlers = {}
         with contextlib.suppress(ValueError):  # not the main thread: no handlers, Ctrl-C behaves as usual
-            for number in (signal.SIGINT, signal.SIGTERM):  # also where they were ignored, as in a script's background jobs
+            for number in (
+                signal.SIGINT,
+                signal.SIGTERM,
+            ):  # also where they were ignored, as in a script's background jobs
                 handlers[number] = signal.signal(number, self._on_signal) or signal.SIG_DFL
         bar = tqdm(
             total=self.total_steps,
@@ -575,7 +653,9 @@ class RunState:
                 if stop:
                     self._lock.release()
                     raise Interrupted(
-                        f"Stopped at {self.unit} {self.step} of {self.total_steps} of {self.stage}; saved. Run the same command to continue.", 128 + stop
+                        f"Stopped at {self.unit} {self.step} of {self.total_steps} of {self.stage}; saved. Run the "
+                        "same command to continue.",
+                        128 + stop,
                     )
         finally:
             bar.close()
@@ -585,7 +665,10 @@ class RunState:
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._stop:  # a second signal does not wait for the step
             if number == signal.SIGTERM:
-                raise Interrupted(f"Stopped at once in {self.stage} by a second signal. Run the same command to continue.", 128 + number)
+                raise Interrupted(
+                    f"Stopped at once in {self.stage} by a second signal. Run the same command to continue.",
+                    128 + number,
+                )
             raise KeyboardInterrupt
         self._stop = number
 
@@ -606,7 +689,9 @@ class RunState:
         return int(signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0)
 
     def log(self, **metrics: Any) -> None:
-        """Numbers or 0-d tensors of this step; their mean over the interval is shown and written every `log_every` steps."""
+        """Numbers or 0-d tensors of this step; their mean over the interval is shown and written every `log_every`
+        steps.
+        """
         for name, value in metrics.items():
             value = value.detach().double() if hasattr(value, "detach") else float(value)
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -626,7 +711,9 @@ class RunState:
         self.write_telemetry(means)
 
     def _not_finite(self, what: str) -> EdgeDiTError:
-        """Note in `run.json` that the stage was stopped, so that the keys of `AFTER_NAN` may change; returns what to raise."""
+        """Note in `run.json` that the stage was stopped, so that the keys of `AFTER_NAN` may change; returns what to
+        raise.
+        """
         newest = self._newest_checkpoint()
         kept = f"the checkpoint {newest.name} before it is kept" if newest else "no checkpoint was written yet"
         if self.is_main:
@@ -634,15 +721,19 @@ class RunState:
             atomic_write_json(self.folder / "run.json", self._record)
             self._lock.release()
         return EdgeDiTError(
-            f"{self.stage}: {what}; {kept}. Lower the learning rate, lengthen the warm-up, or look at the data; then run again: "
-            f"{', '.join(AFTER_NAN)} may now change, and it continues {'from there' if newest else 'at the start'}."
+            f"{self.stage}: {what}; {kept}. Lower the learning rate, lengthen the warm-up, or look at the data; then "
+            f"run again: {', '.join(AFTER_NAN)} may now change, and it continues "
+            f"{'from there' if newest else 'at the start'}."
         )
 
     def write_telemetry(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to `telemetry.jsonl`."""
         if self.is_main:
             line = {"stage": self.stage, "step": self.step, "seconds": round(self.seconds, 3), **metrics}
-            with explain_write_errors(self.folder), open(self.folder / "telemetry.jsonl", "a", encoding="utf-8") as file:
+            with (
+                explain_write_errors(self.folder),
+                open(self.folder / "telemetry.jsonl", "a", encoding="utf-8") as file,
+            ):
                 file.write(json.dumps(line) + "\n")
 
     # ---------------------------------------------------------------- the end
@@ -652,7 +743,11 @@ class RunState:
         """[`publish_into`] the stage's folder, unless a weight is not finite. Call it on the main process."""
         with publish_into(self.folder) as aside:
             yield aside
-            check_finite_files(aside, f"Stage {self.stage}", f"nothing was published. Look at its input, or delete {self.folder} and lower its learning rate.")
+            check_finite_files(
+                aside,
+                f"Stage {self.stage}",
+                f"nothing was published. Look at its input, or delete {self.folder} and lower its learning rate.",
+            )
 
     def finish(self, **facts: Any) -> None:
         """Mark the stage as finished (`stage.json`) and drop its checkpoints."""

@@ -1,4 +1,6 @@
-"""Schemas: dataclasses whose fields say type, range and meaning, for values that others wrote: recipes and the JSON files of a run. No torch."""
+"""Schemas: dataclasses whose fields say type, range and meaning, for values that others wrote: recipes and the JSON
+files of a run. No torch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from .errors import EdgeDiTError
 from .files import parse_json, read_json
 
 SIMPLE = (bool, int, float, str)
-# Control characters and line separators, which end or falsify paths, lines and tables; halves of surrogate pairs, which cannot be written.
+# Control characters and line separators, which end or falsify paths, lines and tables; halves of surrogate pairs, which
+# cannot be written.
 STRANGE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -114,9 +117,14 @@ def _text(value: str, name: str, rule: Rule) -> None:
     if rule.free:
         return
     if (strange := STRANGE.search(value)) is not None:
-        raise EdgeDiTError(f"{name} is {shorten(value)}; it holds the character {strange[0]!r}, which it must not; write it without.")
+        raise EdgeDiTError(
+            f"{name} is {shorten(value)}; it holds the character {strange[0]!r}, which it must not; write it without."
+        )
     if rule.file and not re.fullmatch(r"\w[\w.-]{0,127}", value):
-        raise EdgeDiTError(f"{name} is {shorten(value)}; it may hold letters, digits, '_', '-' and '.', and begin with one of the first three.")
+        raise EdgeDiTError(
+            f"{name} is {shorten(value)}; it may hold letters, digits, '_', '-' and '.', and begin with one of the "
+            "first three."
+        )
     if rule.path and any(len(part.encode()) > 255 for part in value.split("/")):
         raise EdgeDiTError(f"{name} is {shorten(value)}; the names in it must have at most 255 bytes.")
 
@@ -146,7 +154,9 @@ def convert(value: Any, hint: Any, name: str, rule: Rule = Rule(), *, text_numbe
             try:
                 value = value if int in options and kind is int else float(value)
             except OverflowError:
-                raise EdgeDiTError(f"{name} is {shorten(value)}; it must be a number that floating point can hold.") from None
+                raise EdgeDiTError(
+                    f"{name} is {shorten(value)}; it must be a number that floating point can hold."
+                ) from None
             _number(value, name, rule)
         elif kind is str:
             _text(value, name, rule)
@@ -157,18 +167,25 @@ def convert(value: Any, hint: Any, name: str, rule: Rule = Rule(), *, text_numbe
         origin, inner = typing.get_origin(option), typing.get_args(option)
         if origin is list and kind is list:
             _count(value, name, rule)
-            if inner[0] in SIMPLE and not all(type(item) is inner[0] or inner[0] is float and type(item) is int for item in value):
+            if inner[0] in SIMPLE and not all(
+                type(item) is inner[0] or inner[0] is float and type(item) is int for item in value
+            ):
                 break
             return [_item(item, inner[0], name, place, rule, text_numbers) for place, item in enumerate(value)]
         if origin is dict and kind is dict:
             _count(value, name, rule)
             if not all(isinstance(entry, str) for entry in value):
                 break
-            return {entry: convert(item, inner[1], f"{name}.{shorten(entry)[1:-1]}", rule, text_numbers=text_numbers) for entry, item in value.items()}
+            return {
+                entry: convert(item, inner[1], f"{name}.{shorten(entry)[1:-1]}", rule, text_numbers=text_numbers)
+                for entry, item in value.items()
+            }
         if dataclasses.is_dataclass(option) and kind is dict:
             check(value, option, name)
             return value
-    raise EdgeDiTError(f"{name} is {shorten(value)} ({kind.__name__}); it must be {' or '.join(map(_wanted, options))}.")
+    raise EdgeDiTError(
+        f"{name} is {shorten(value)} ({kind.__name__}); it must be {' or '.join(map(_wanted, options))}."
+    )
 
 
 def _count(value: list | dict, name: str, rule: Rule) -> None:
@@ -205,7 +222,8 @@ def _fields(schema: type) -> dict[str, tuple[Any, Rule, bool]]:
 
 
 def fill(target: Any, values: Any, source: str, prefix: str = "") -> list[str]:
-    """Set fields of a dataclass, and of the dataclasses in it, from nested plain values: every key must be one of its fields.
+    """Set fields of a dataclass, and of the dataclasses in it, from nested plain values: every key must be one of its
+    fields.
 
     Args:
         source: what messages call the values' place. prefix: dotted name of `target` in it.
@@ -214,7 +232,9 @@ def fill(target: Any, values: Any, source: str, prefix: str = "") -> list[str]:
         the dotted names that were set.
     """
     if not isinstance(values, dict):
-        raise EdgeDiTError(f"{source}: {prefix or 'the file'} holds {type(values).__name__}; it must hold keys and values.")
+        raise EdgeDiTError(
+            f"{source}: {prefix or 'the file'} holds {type(values).__name__}; it must hold keys and values."
+        )
     fields, given = _fields(type(target)), []
     for entry, value in values.items():
         name = f"{prefix}.{entry}" if prefix else str(entry)
@@ -233,26 +253,33 @@ def fill(target: Any, values: Any, source: str, prefix: str = "") -> list[str]:
 
 
 def check(values: Any, schema: type, name: str = "") -> None:
-    """Raise [`EdgeDiTError`] unless plain values are what a schema says. Keys that it does not know are let pass: newer versions write more.
+    """Raise [`EdgeDiTError`] unless plain values are what a schema says. Keys that it does not know are let pass: newer
+    versions write more.
 
     Args:
         name: what messages call the values; without one they are the content of a file.
     """
     if not isinstance(values, Mapping):
-        raise EdgeDiTError(f"{name or 'it'} is {shorten(values)} ({type(values).__name__}); it must hold keys and values.")
+        raise EdgeDiTError(
+            f"{name or 'it'} is {shorten(values)} ({type(values).__name__}); it must hold keys and values."
+        )
     for entry, (hint, rule, needed) in _fields(schema).items():
         whole = f"{name}.{entry}" if name else entry
         if entry in values:
             convert(values[entry], hint, whole, rule)
         elif needed:
-            raise EdgeDiTError(f"{whole} is missing beside {shorten(sorted(map(str, values)))}; it must be {_wanted(hint)}.")
+            raise EdgeDiTError(
+                f"{whole} is missing beside {shorten(sorted(map(str, values)))}; it must be {_wanted(hint)}."
+            )
 
 
 def read_record(path: str | os.PathLike, schema: Any, made_by: str, what: str = "what is written there") -> Any:
-    """Read a JSON file and hold it against its schema; its values come back as they stand, also those that the schema does not know.
+    """Read a JSON file and hold it against its schema; its values come back as they stand, also those that the schema
+    does not know.
 
     Args:
-        schema: a dataclass with [`key`]s, or a type hint as [`convert`] takes them. made_by: the stage that writes the file.
+        schema: a dataclass with [`key`]s, or a type hint as [`convert`] takes them. made_by: the stage that writes the
+            file.
         what: words for what it should hold, e.g. "a latent cache".
 
     Raises:
@@ -263,17 +290,27 @@ def read_record(path: str | os.PathLike, schema: Any, made_by: str, what: str = 
     return values
 
 
-def held_to(values: Any, schema: Any, source: str | os.PathLike, made_by: str, what: str = "what is written there") -> None:
+def held_to(
+    values: Any, schema: Any, source: str | os.PathLike, made_by: str, what: str = "what is written there"
+) -> None:
     """Hold the content of a file against its schema, as [`read_record`] does."""
     try:
         check(values, schema) if dataclasses.is_dataclass(schema) else convert(values, schema, "it")
     except EdgeDiTError as error:
-        again = f"{made_by} writes it, run that stage again" if made_by.startswith("stage ") else f"{made_by} writes it, make it anew"
-        raise EdgeDiTError(f"{source} does not describe {what}: {str(error).removesuffix('.')}. It is damaged or foreign; {again}.") from None
+        again = (
+            f"{made_by} writes it, run that stage again"
+            if made_by.startswith("stage ")
+            else f"{made_by} writes it, make it anew"
+        )
+        raise EdgeDiTError(
+            f"{source} does not describe {what}: {str(error).removesuffix('.')}. It is damaged or foreign; {again}."
+        ) from None
 
 
 def read_lines(path: str | os.PathLike, schema: type, made_by: str) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object a line, as [`read_record`]; a last line that a kill cut off is left out."""
+    """The objects of a file with one JSON object a line, as [`read_record`]; a last line that a kill cut off is left
+    out.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -285,7 +322,9 @@ def read_lines(path: str | os.PathLike, schema: type, made_by: str) -> list[dict
         try:
             values = parse_json(line, nan=True)
         except ValueError as error:
-            raise EdgeDiTError(f"Line {number} of {path} is not JSON ({error}); it is damaged. It is written by {made_by}.") from None
+            raise EdgeDiTError(
+                f"Line {number} of {path} is not JSON ({error}); it is damaged. It is written by {made_by}."
+            ) from None
         held_to(values, schema, f"Line {number} of {path}", made_by)
         found.append(values)
     return found

@@ -1,8 +1,9 @@
 """SearchSpace: which genotypes are legal, the [0, 1]^L codec of the search, and closed-form costs. No torch.
 
-A pair of neighbouring teacher layers is either kept as two layers, each one of four options, or merged into one layer of four
-options: 4·4 + 4 = 20 choices a pair, 20^(L/2) genotypes (EdgeDiT, joint space). A last odd layer has the four options alone.
-The paper searches in two stages instead (first which pairs to merge, then the option of each remaining layer): [`SearchSpace.stage`].
+A pair of neighbouring teacher layers is either kept as two layers, each one of four options, or merged into one layer
+of four options: 4·4 + 4 = 20 choices a pair, 20^(L/2) genotypes (EdgeDiT, joint space). A last odd layer has the four
+options alone. The paper searches in two stages instead (first which pairs to merge, then the option of each remaining
+layer): [`SearchSpace.stage`].
 """
 
 from __future__ import annotations
@@ -60,20 +61,24 @@ class SearchSpace:
         self.reduced_attention_dim = int(reduced_attention_dim)
         if not self.reduced_mlp_ratio < self.mlp_ratio or not self.reduced_attention_dim < self.hidden_size:
             raise EdgeDiTError(
-                f"The reduced sizes (MLP ratio {self.reduced_mlp_ratio}, attention width {self.reduced_attention_dim}) must be "
-                f"below the teacher's ({self.mlp_ratio}, {self.hidden_size}); set reduced_mlp_ratio and reduced_attention_dim."
+                f"The reduced sizes (MLP ratio {self.reduced_mlp_ratio}, attention width {self.reduced_attention_dim}) "
+                f"must be below the teacher's ({self.mlp_ratio}, {self.hidden_size}); set reduced_mlp_ratio and "
+                "reduced_attention_dim."
             )
         neurons = int(self.hidden_size * self.reduced_mlp_ratio) if self.reduced_mlp_ratio > 0 else 0
         if neurons < 1 or self.reduced_attention_dim < 1 or self.reduced_attention_dim % self.num_heads:
             raise EdgeDiTError(
-                f"The reduced sizes (MLP ratio {self.reduced_mlp_ratio}, so {neurons} of {int(self.hidden_size * self.mlp_ratio)} neurons, attention "
-                f"width {self.reduced_attention_dim}) must leave at least one neuron and a width that the {self.num_heads} heads divide; set "
-                "reduced_mlp_ratio and reduced_attention_dim (in a recipe, of its section bank)."
+                f"The reduced sizes (MLP ratio {self.reduced_mlp_ratio}, so {neurons} of "
+                f"{int(self.hidden_size * self.mlp_ratio)} neurons, attention width {self.reduced_attention_dim}) must "
+                f"leave at least one neuron and a width that the {self.num_heads} heads divide; set reduced_mlp_ratio "
+                "and reduced_attention_dim (in a recipe, of its section bank)."
             )
         full = [range(UNMERGED + 4)] * (self.num_layers // 2) + [range(4)] * (self.num_layers % 2)
         allowed = full if allowed is None else allowed
         if len(allowed) != len(full) or any(not set(a) or not set(a) <= set(f) for a, f in zip(allowed, full)):
-            raise EdgeDiTError(f"allowed must hold {len(full)} non-empty lists of codes below 20 (4 for a last odd layer).")
+            raise EdgeDiTError(
+                f"allowed must hold {len(full)} non-empty lists of codes below 20 (4 for a last odd layer)."
+            )
         self.allowed = tuple(tuple(sorted(set(codes))) for codes in allowed)
 
     @classmethod
@@ -88,10 +93,13 @@ class SearchSpace:
             )
         attention_dim, num_heads, mlp_ratio = shapes.pop()
         if attention_dim != teacher.hidden_size:
-            raise EdgeDiTError(f"The teacher's attention width {attention_dim} is not its hidden size {teacher.hidden_size}.")
+            raise EdgeDiTError(
+                f"The teacher's attention width {attention_dim} is not its hidden size {teacher.hidden_size}."
+            )
         if "allowed" not in sizes:
             sizes["allowed"] = [
-                range(UNMERGED + 4) if can_merge(config, 2 * pair) else range(UNMERGED) for pair in range(len(teacher.layers) // 2)
+                range(UNMERGED + 4) if can_merge(config, 2 * pair) else range(UNMERGED)
+                for pair in range(len(teacher.layers) // 2)
             ] + [range(4)] * (len(teacher.layers) % 2)
         return cls(len(teacher.layers), teacher.hidden_size, num_heads, mlp_ratio, **sizes)
 
@@ -139,7 +147,8 @@ class SearchSpace:
                 return option
         raise EdgeDiTError(
             f"A layer of shape {layer.shape} (attention_dim, num_heads, mlp_ratio) is none of this teacher's options "
-            f"{[self.option_shape(o) for o in OPTIONS]}: the genotype belongs to another teacher or another search space."
+            f"{[self.option_shape(o) for o in OPTIONS]}: the genotype belongs to another teacher or another "
+            "search space."
         )
 
     def proxies(self) -> list[LayerSpec]:
@@ -155,8 +164,9 @@ class SearchSpace:
         """One integer a pair (0…19), and one (0…3) for a last odd layer."""
         if genotype.num_teacher_layers != self.num_layers or genotype.hidden_size != self.hidden_size:
             raise EdgeDiTError(
-                f"The genotype replaces {genotype.num_teacher_layers} layers of width {genotype.hidden_size}, but the teacher has "
-                f"{self.num_layers} of width {self.hidden_size}; use the genotype with the teacher it was made for."
+                f"The genotype replaces {genotype.num_teacher_layers} layers of width {genotype.hidden_size}, but the "
+                f"teacher has {self.num_layers} of width {self.hidden_size}; use the genotype with the teacher it was "
+                "made for."
             )
         at = {layer.source: OPTIONS.index(self.option_of(layer)) for layer in genotype.layers}
         code = []
@@ -167,7 +177,9 @@ class SearchSpace:
             elif (first,) in at and (first + 1,) in at:
                 code.append(4 * at[(first,)] + at[(first + 1,)])
             else:
-                raise EdgeDiTError(f"The genotype merges {genotype.merged}; only the pairs (0, 1), (2, 3), … may be merged.")
+                raise EdgeDiTError(
+                    f"The genotype merges {genotype.merged}; only the pairs (0, 1), (2, 3), … may be merged."
+                )
         if self.num_layers % 2:
             code.append(at[(self.num_layers - 1,)])
         return self._check(tuple(code))
@@ -194,8 +206,9 @@ class SearchSpace:
                 raise EdgeDiTError(f"Entry {pair} of the code is {choice}; this space allows {list(codes)} there.")
         return code
 
-    # A pair's code is a path of two coordinates: the first picks the option of the first layer (or "merged", 4), the second
-    # the option of the second layer (or of the merged one). The cells of [0,1]² then are the pair's choices, one to one.
+    # A pair's code is a path of two coordinates: the first picks the option of the first layer (or "merged", 4), the
+    # second the option of the second layer (or of the merged one). The cells of [0,1]² then are the pair's choices, one
+    # to one.
     @staticmethod
     def _path(choice: int) -> tuple[int, int]:
         return (4, choice - UNMERGED) if choice >= UNMERGED else (choice // 4, choice % 4)
@@ -236,8 +249,8 @@ class SearchSpace:
     def features(self, genotype: Genotype) -> list[float]:
         """Additive binary description for a surrogate: a genotype that changes one choice stays near its neighbour.
 
-        Five numbers a pair: merged; reduced MLP and reduced attention of the first layer; the same of the second (a merged layer
-        counts as both). Two for a last odd layer.
+        Five numbers a pair: merged; reduced MLP and reduced attention of the first layer; the same of the second (a
+        merged layer counts as both). Two for a last odd layer.
         """
         row: list[float] = []
         for pair, choice in enumerate(self.code(genotype)):
@@ -268,7 +281,9 @@ class SearchSpace:
 
     def stage(self, name: str, genotype: Genotype | None = None) -> SearchSpace:
         """The paper's sequential mode: `"merge"` decides which pairs become one layer (2^(L/2) genotypes, all layers
-        otherwise original); `"options"`, given that stage's genotype, decides the option of each remaining layer (4^n)."""
+        otherwise original); `"options"`, given that stage's genotype, decides the option of each remaining layer
+        (4^n).
+        """
         odd = self.num_layers % 2
         if name == "merge":
             allowed = [(0, UNMERGED)] * self.num_pairs + [(0,)] * odd
@@ -276,7 +291,9 @@ class SearchSpace:
             merged = [choice >= UNMERGED for choice in self.code(genotype)[: self.num_pairs]]
             allowed = [range(UNMERGED, UNMERGED + 4) if m else range(UNMERGED) for m in merged] + [range(4)] * odd
         else:
-            raise EdgeDiTError(f"stage({name!r}) is not a stage; use 'merge', or 'options' with the genotype that stage 'merge' chose.")
+            raise EdgeDiTError(
+                f"stage({name!r}) is not a stage; use 'merge', or 'options' with the genotype that stage 'merge' chose."
+            )
         return SearchSpace(**{**self.to_dict(), "allowed": allowed})
 
     def to_dict(self) -> dict:
@@ -293,7 +310,9 @@ class SearchSpace:
 
 
 def can_merge(config: Mapping, first: int) -> bool:
-    """Whether teacher layers `first` and `first + 1` may become one: no long skip starts or ends, and no decoder begins, between them."""
+    """Whether teacher layers `first` and `first + 1` may become one: no long skip starts or ends, and no decoder
+    begins, between them.
+    """
     skips = config.get("long_skips") or []
     return all(start != first and end != first + 1 for start, end in skips) and config.get("decoder_start") != first + 1
 
@@ -307,8 +326,9 @@ BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 class Cost:
     """Cost of one forward of one image.
 
-    `parameters` includes the fixed position embedding, as published counts do; `weights` does not. FLOPs are 2 a multiply-accumulate
-    plus 4 an element of every LayerNorm and 1 an element of GELU and SiLU (the counter whose total for DiT-XL/2 is the published 237.34 G).
+    `parameters` includes the fixed position embedding, as published counts do; `weights` does not. FLOPs are 2 a
+    multiply-accumulate plus 4 an element of every LayerNorm and 1 an element of GELU and SiLU (the counter whose total
+    for DiT-XL/2 is the published 237.34 G).
     """
 
     parameters: int
@@ -318,7 +338,10 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
-            self.parameters + other.parameters, self.weights + other.weights, self.macs + other.macs, self.flops + other.flops
+            self.parameters + other.parameters,
+            self.weights + other.weights,
+            self.macs + other.macs,
+            self.flops + other.flops,
         )
 
     def bytes(self, precision: str) -> int:
@@ -343,8 +366,8 @@ def layer_cost(hidden_size: int, shape: tuple[int, int, float], tokens: int) -> 
 
 
 def trunk_cost(config: Mapping, tokens: int) -> Cost:
-    """Cost of everything outside the layers' options: embedders, final layer, and what MDT adds (long skips, position biases, side
-    blocks; the latter are weights that sampling does not run)."""
+    """Cost of everything outside the layers' options: embedders, final layer, and what MDT adds (long skips, position
+    biases, side blocks; the latter are weights that sampling does not run)."""
     d, patch, channels = config["hidden_size"], config["patch_size"], config["in_channels"]
     out = channels * (2 if config["learn_sigma"] else 1) * patch * patch
     frequencies = 256
@@ -373,7 +396,9 @@ def trunk_cost(config: Mapping, tokens: int) -> Cost:
 
 
 def model_cost(config: Mapping, height: int | None = None, width: int | None = None) -> Cost:
-    """Cost of a whole model from its config, for an input of `height` × `width` (default the config's `sample_size`)."""
+    """Cost of a whole model from its config, for an input of `height` × `width` (default the config's
+    `sample_size`).
+    """
     height, width = height or config["sample_size"], width or config["sample_size"]
     tokens = (height // config["patch_size"]) * (width // config["patch_size"])
     total = trunk_cost(config, tokens)
@@ -388,9 +413,15 @@ TEXT_TOKENS = 128  # tokens of every text encoder that costs are stated for
 
 
 def _elastic_parts(config: Mapping, subnet: str | None, height: int, width: int, text_tokens: int) -> tuple[Cost, int]:
-    """Cost of a sub-network as a stand-alone net, and how many of its weights a supernet holds once a width (modulation, norms of heads)."""
+    """Cost of a sub-network as a stand-alone net, and how many of its weights a supernet holds once a width
+    (modulation, norms of heads).
+    """
     share = 1.0 if subnet is None else config["subnets"][subnet]
-    heads, kv_heads, channels = round(config["num_attention_heads"] * share), round(config["num_key_value_heads"] * share), config["attention_head_dim"]
+    heads, kv_heads, channels = (
+        round(config["num_attention_heads"] * share),
+        round(config["num_key_value_heads"] * share),
+        config["attention_head_dim"],
+    )
     d, kv, text_kv = heads * channels, kv_heads * channels, config["num_text_key_value_heads"] * channels
     patch, e, frequencies = config["patch_size"], config["text_width"], 256
     pixels = patch * patch * config["in_channels"]
@@ -404,7 +435,13 @@ def _elastic_parts(config: Mapping, subnet: str | None, height: int, width: int,
     head_norms = 8 * channels
     weights = pixels * d + d + sum(dim * e + e + 2 * e for dim in config["text_dims"]) + encoders * e + modulation
     weights += 4 * d * d + d + d * d + d + d * pixels + pixels  # down- and up-sample, output
-    macs = 2 * fine * pixels * d + text_tokens * e * sum(config["text_dims"]) + frequencies * d + 7 * d * d + fine // 4 * 5 * d * d
+    macs = (
+        2 * fine * pixels * d
+        + text_tokens * e * sum(config["text_dims"])
+        + frequencies * d
+        + 7 * d * d
+        + fine // 4 * 5 * d * d
+    )
     extras = 4 * encoders * text_tokens * e + 2 * d + 4 * fine * d
     for stage, (layers, ratio) in enumerate(zip(config["num_layers"], config["mlp_ratios"])):
         n, mlp = (fine // 4 if stage == 1 else fine), round(d * ratio)
@@ -418,7 +455,9 @@ def _elastic_parts(config: Mapping, subnet: str | None, height: int, width: int,
             macs += skips * n * 2 * d * d
         else:  # two branches, each over part of the keys, and the gate between them
             layer += 2 * (4 * kv + kv) + d * heads + heads
-            seen = sum((min(n, s + strip) - s) * (min(n, s + strip + reach) - max(0, s - reach)) for s in range(0, n, strip))
+            seen = sum(
+                (min(n, s + strip) - s) * (min(n, s + strip + reach) - max(0, s - reach)) for s in range(0, n, strip)
+            )
             products += 2 * d * (n * (n // 4) + seen) + n * d * heads
             others += 4 * n * kv + 4 * (n // 4) * kv + n * heads  # compression, norm of the compressed keys, gate
         weights, macs, extras = weights + layers * layer, macs + layers * products, extras + layers * others
@@ -426,11 +465,19 @@ def _elastic_parts(config: Mapping, subnet: str | None, height: int, width: int,
 
 
 def elastic_cost(
-    config: Mapping, subnet: str | None = None, height: int | None = None, width: int | None = None, text_tokens: int = TEXT_TOKENS
+    config: Mapping,
+    subnet: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    text_tokens: int = TEXT_TOKENS,
 ) -> Cost:
-    """Cost of one forward of an elastic net's sub-network (default: the full net) on one image, as the stand-alone net that it is when
-    extracted; `text_tokens` of every text encoder, and `height` × `width` latents (default the config's `sample_size`)."""
-    return _elastic_parts(config, subnet, height or config["sample_size"], width or config["sample_size"], text_tokens)[0]
+    """Cost of one forward of an elastic net's sub-network (default: the full net) on one image, as the stand-alone net
+    that it is when extracted; `text_tokens` of every text encoder, and `height` × `width` latents (default the config's
+    `sample_size`).
+    """
+    return _elastic_parts(config, subnet, height or config["sample_size"], width or config["sample_size"], text_tokens)[
+        0
+    ]
 
 
 def elastic_weights(config: Mapping) -> int:

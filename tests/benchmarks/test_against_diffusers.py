@@ -1,4 +1,6 @@
-"""The benchmarks against diffusers run at a small size and print what they promise; equal outputs are asserted here, speed is not."""
+"""The benchmarks against diffusers run at a small size and print what they promise; equal outputs are asserted here,
+speed is not.
+"""
 
 import json
 import os
@@ -22,7 +24,10 @@ def test_forward(repository):
     result = run(repository, "forward.py", "--batches", "1", "--repeats", "2")
     rows = {row["dtype"]: row for row in result["rows"]}
     assert rows["fp32"]["relative_error"] < 1e-5 and rows["bf16"]["relative_error"] < 5e-2
-    assert all(row["ms"].keys() == {"ours", "diffusers", "matrices", "ours fused"} and row["speedup"] > 0 for row in rows.values())
+    assert all(
+        row["ms"].keys() == {"ours", "diffusers", "matrices", "ours fused"} and row["speedup"] > 0
+        for row in rows.values()
+    )
     memory = result["memory"]
     assert memory["ours-fp32"]["weights"] == 2 * memory["ours-bf16"]["weights"] < memory["diffusers-fp32"]["weights"]
     assert memory["ours-fp32"]["peak"] > memory["ours-fp32"]["weights"] / 2

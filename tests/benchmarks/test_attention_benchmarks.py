@@ -1,4 +1,6 @@
-"""The benchmarks of sparse attention and of the stages run at a small size and print what they promise; speed is not asserted."""
+"""The benchmarks of sparse attention and of the stages run at a small size and print what they promise; speed is not
+asserted.
+"""
 
 import json
 import os
@@ -17,10 +19,23 @@ def run(repository, script: str, *arguments: str) -> dict:
 
 
 def test_attention(repository):
-    result = run(repository, "attention.py", "--side", "16", "--kv-heads", "4", "--repeats", "2", "--runtimes", "onnxruntime-fp32")
+    result = run(
+        repository,
+        "attention.py",
+        "--side",
+        "16",
+        "--kv-heads",
+        "4",
+        "--repeats",
+        "2",
+        "--runtimes",
+        "onnxruntime-fp32",
+    )
     (row,) = result["rows"]
     assert row["relative_error"] < 1e-5
-    assert row["ms"].keys() == row["speedup"].keys() == {"core", "layer"} and row["ms"]["core"].keys() == row["peak_bytes"].keys() == {"full", "ASSA"}
+    assert row["ms"].keys() == row["speedup"].keys() == {"core", "layer"} and row["ms"]["core"].keys() == row[
+        "peak_bytes"
+    ].keys() == {"full", "ASSA"}
 
 
 @pytest.mark.slow
@@ -28,7 +43,8 @@ def test_stages(repository):
     rows = run(repository, "stages.py", "--heads", "4", "--latents", "32", "--repeats", "2")["rows"]
     assert list(rows) == ["PixArt", "A", "B", "C", "D"]
     flops = {variant: row["flops"] for variant, row in rows.items()}
-    # By hand, A's attention at 256 tokens of width 288: 24 layers of self-attention and of attention to 2 + 256 text tokens, two products each.
+    # By hand, A's attention at 256 tokens of width 288: 24 layers of self-attention and of attention to 2 + 256 text
+    # tokens, two products each.
     assert flops["A"]["attention"] == 24 * 2 * 2 * 256 * (256 + 258) * 288
     assert flops["PixArt"]["attention"] == 24 * 2 * 2 * 256 * (256 + 256) * 288
     assert flops["A"]["attention"] > flops["B"]["attention"] > flops["D"]["attention"] > flops["C"]["attention"]

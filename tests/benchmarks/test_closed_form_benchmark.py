@@ -1,4 +1,6 @@
-"""The benchmark of the closed forms at a small size: what it prints holds together; that it is better throughout is for the real size."""
+"""The benchmark of the closed forms at a small size: what it prints holds together; that it is better throughout is for
+the real size.
+"""
 
 import json
 import os
@@ -17,10 +19,14 @@ def test_closed_form(repository, tmp_path):
 
     run(repository / "training" / "train_teacher.py", *recipe, "--override", f"output_dir={tmp_path}")
     arguments = ["--layers", "0,2", "--budget", "20", "--steps", "12", "--json"]
-    result = json.loads(run(repository / "benchmarks" / "closed_form.py", tmp_path, *recipe, *arguments).splitlines()[-1])
+    result = json.loads(
+        run(repository / "benchmarks" / "closed_form.py", tmp_path, *recipe, *arguments).splitlines()[-1]
+    )
     kinds = ["mlp", "attention", "both", "merged original", "merged mlp", "merged attention", "merged both"]
     assert set(result["copied_ratio"]) == {f"{layer}/{kind}" for layer in (0, 2) for kind in kinds}
-    assert result["marks"] == [0, 10, 12] and set(result["random"]) == {f"{i}/{kind}" for i in (0, 2) for kind in ("mlp", "attention")}
+    assert result["marks"] == [0, 10, 12] and set(result["random"]) == {
+        f"{i}/{kind}" for i in (0, 2) for kind in ("mlp", "attention")
+    }
     for place, row in result["random"].items():
         assert row["steps"] == 40 or row["steps"] == 20 and row["gain"] < 0.01
         assert row["closed_form"] == result["curves"]["closed form"][place][0] and row["ratio"] > 1

@@ -1,4 +1,6 @@
-"""The benchmark of elasticity runs at a small size and prints what it promises; its --check refuses networks that learnt nothing alike."""
+"""The benchmark of elasticity runs at a small size and prints what it promises; its --check refuses networks that
+learnt nothing alike.
+"""
 
 import json
 import os
@@ -11,9 +13,19 @@ import pytest
 @pytest.mark.slow
 def test_it_trains_four_networks_and_states_both_counts(repository):
     recipe = repository / "training" / "recipes" / "debug-t2i.yaml"
-    command = [sys.executable, repository / "benchmarks" / "elastic.py", "--json", "--config", recipe, "--model", "elastic-dit-debug"]
+    command = [
+        sys.executable,
+        repository / "benchmarks" / "elastic.py",
+        "--json",
+        "--config",
+        recipe,
+        "--model",
+        "elastic-dit-debug",
+    ]
     small = ["--steps", "3", "--batch-size", "4", "--validation-samples", "8", "--repeats", "2", "--threads", "1"]
-    done = subprocess.run([*command, *small], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*command, *small], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     *table, last = done.stdout.strip().splitlines()
     result = json.loads(last)
@@ -21,5 +33,8 @@ def test_it_trains_four_networks_and_states_both_counts(repository):
     drawn = result["steps_in_supernet"]
     assert result["steps"] == drawn["full"] == 3 and drawn["tiny"] + drawn["small"] == 3
     assert all(0.8 < ratio < 1.25 for ratio in result["loss_ratio"].values())  # three steps do not take networks apart
-    assert result["switch_ms"] < 1 and result["parameters"]["tiny"] < result["parameters"]["small"] < result["parameters"]["full"]
+    assert (
+        result["switch_ms"] < 1
+        and result["parameters"]["tiny"] < result["parameters"]["small"] < result["parameters"]["full"]
+    )
     assert f"ratio {result['time_ratio']:.3f}" in table[-1]

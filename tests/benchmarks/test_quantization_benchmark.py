@@ -1,4 +1,6 @@
-"""The benchmark of quantisation runs at a small size and prints what it promises; its --check knows good figures from bad ones."""
+"""The benchmark of quantisation runs at a small size and prints what it promises; its --check knows good figures from
+bad ones.
+"""
 
 import json
 import os
@@ -11,12 +13,28 @@ import pytest
 @pytest.mark.slow
 def test_every_form_of_a_network_that_it_trains_itself(repository, tmp_path):
     recipe = repository / "training" / "recipes" / "debug.yaml"
-    small = "teacher.hidden_size=128 teacher.num_layers=2 teacher.num_heads=4 quantize.calibration_images=4 quantize.sensitivity_images=2"
+    small = (
+        "teacher.hidden_size=128 teacher.num_layers=2 teacher.num_heads=4 quantize.calibration_images=4 "
+        "quantize.sensitivity_images=2"
+    )
     small += " quantize.timesteps=2 quantize.samples=8 quantize.steps=4 quantize.batch_size=8"
     overrides = [part for override in small.split() for part in ("--override", override)]
     command = [sys.executable, repository / "benchmarks" / "quantization.py", "--json", "--config", recipe, *overrides]
-    options = ["--samples", "32", "--latency-batch", "2", "--repeats", "2", "--threads", "1", "--images", tmp_path / "forms.png"]
-    done = subprocess.run([*command, *options], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    options = [
+        "--samples",
+        "32",
+        "--latency-batch",
+        "2",
+        "--repeats",
+        "2",
+        "--threads",
+        "1",
+        "--images",
+        tmp_path / "forms.png",
+    ]
+    done = subprocess.run(
+        [*command, *options], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     *table, last = done.stdout.strip().splitlines()
     result = json.loads(last)
@@ -24,10 +42,18 @@ def test_every_form_of_a_network_that_it_trains_itself(repository, tmp_path):
     names = ["fp32", "fp16 weights", "int8", "NF4", "RTN-4", "GPTQ-4", "RTN 4.3"]
     names += ["k-means 4.3, nearest", "k-means 4.3", "k-means 4.3 + self-distillation"]
     assert list(rows) == names and all(any(line.startswith(f"{name} ") for line in table) for name in names)
-    assert (rows["fp32"]["bits"], rows["fp16 weights"]["bits"], rows["fp32"]["error"]["sqnr_db"], rows["fp32"]["frechet_ratio"]) == (32, 16, None, 1)
+    assert (
+        rows["fp32"]["bits"],
+        rows["fp16 weights"]["bits"],
+        rows["fp32"]["error"]["sqnr_db"],
+        rows["fp32"]["frechet_ratio"],
+    ) == (32, 16, None, 1)
     assert all(4 < rows[name]["bits"] <= 4.3 for name in names[6:]) and 8 < rows["int8"]["bits"] < 9
     assert rows["int8"]["error"]["mse"] < rows["GPTQ-4"]["error"]["mse"] < rows["RTN-4"]["error"]["mse"]
-    assert rows["fp16 weights"]["bytes"] < 0.6 * rows["fp32"]["bytes"] and rows["NF4"]["bytes"] < 0.3 * rows["fp32"]["bytes"]
+    assert (
+        rows["fp16 weights"]["bytes"] < 0.6 * rows["fp32"]["bytes"]
+        and rows["NF4"]["bytes"] < 0.3 * rows["fp32"]["bytes"]
+    )
     assert list(result["activations"]) == ["static, 1 bucket", "static, 2 buckets", "dynamic"]
     assert (tmp_path / "forms.png").stat().st_size > 5000
 
@@ -45,5 +71,10 @@ def test_the_check_knows_good_figures_from_bad_ones(repository, monkeypatch):
     assert benchmark.problems(good, inputs) == []
     bad = {"RTN-4": row(1.3, 27.0, 4.5), "NF4": row(1.3, 28.0), benchmark.BEST: row(1.06, 27.5)}
     found = benchmark.problems(bad, {**inputs, "static, 2 buckets": {"mse": 2.0}})
-    assert [text.split(":")[0] for text in found] == [benchmark.BEST, benchmark.BEST, "RTN-4", "static scales by bucket"]
+    assert [text.split(":")[0] for text in found] == [
+        benchmark.BEST,
+        benchmark.BEST,
+        "RTN-4",
+        "static scales by bucket",
+    ]
     assert "1.060 times" in found[0] and "27.5 dB, NF4 has 28.0" in found[1] and "4.500 bits" in found[2]

@@ -1,4 +1,6 @@
-"""The benchmark of true-scale training steps runs with a small preset: three recipes as processes, measured against their dry run."""
+"""The benchmark of true-scale training steps runs with a small preset: three recipes as processes, measured against
+their dry run.
+"""
 
 import json
 import subprocess
@@ -9,8 +11,25 @@ import pytest
 
 @pytest.mark.slow
 def test_every_training_stage_takes_real_steps(repository, tmp_path):
-    command = [sys.executable, "benchmarks/xl_steps.py", "--preset", "DiT-S/8", "--steps", "2", "--memory-budget-gb", "2", "--threads", "1"]
-    done = subprocess.run([*command, "--folder", str(tmp_path), "--json", "--check"], cwd=repository, capture_output=True, text=True, timeout=600)
+    command = [
+        sys.executable,
+        "benchmarks/xl_steps.py",
+        "--preset",
+        "DiT-S/8",
+        "--steps",
+        "2",
+        "--memory-budget-gb",
+        "2",
+        "--threads",
+        "1",
+    ]
+    done = subprocess.run(
+        [*command, "--folder", str(tmp_path), "--json", "--check"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     stages = json.loads(lines[-1])["stages"]

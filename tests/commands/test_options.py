@@ -26,7 +26,9 @@ EXPORT = [
 def test_of_the_export(option, value, tmp_path, capsys):
     parser = ArgumentParser()
     EdgeDiTExportCommand(parser.add_subparsers())
-    args = parser.parse_args(["edgedit", "--model", str(tmp_path / "absent"), "--output", str(tmp_path / "out"), f"{option}={value}"])
+    args = parser.parse_args(
+        ["edgedit", "--model", str(tmp_path / "absent"), "--output", str(tmp_path / "out"), f"{option}={value}"]
+    )
     with pytest.raises(SystemExit) as stop:
         args.func(args).run()
     err = capsys.readouterr().err
@@ -36,10 +38,22 @@ def test_of_the_export(option, value, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(["convert", "IN", "OUT", *words.split()] for words in ("--image-size 0", "--image-size -8", f"--image-size {2**64}", "--num-classes -1")),
-        *(["convert", "IN", "OUT", *words.split()] for words in ("--heads 0", f"--heads {2**64}", "--decoder-layers -1")),
-        *(["select", "RUN", *words.split()] for words in ("--max-latency-ms nan", "--max-latency-ms inf", "--max-latency-ms -1", "--max-latency-ms 0")),
-        *(["select", "RUN", *words.split()] for words in ("--max-parameters-ratio nan", "--max-parameters-ratio 0", "--max-parameters-ratio=-1")),
+        *(
+            ["convert", "IN", "OUT", *words.split()]
+            for words in ("--image-size 0", "--image-size -8", f"--image-size {2**64}", "--num-classes -1")
+        ),
+        *(
+            ["convert", "IN", "OUT", *words.split()]
+            for words in ("--heads 0", f"--heads {2**64}", "--decoder-layers -1")
+        ),
+        *(
+            ["select", "RUN", *words.split()]
+            for words in ("--max-latency-ms nan", "--max-latency-ms inf", "--max-latency-ms -1", "--max-latency-ms 0")
+        ),
+        *(
+            ["select", "RUN", *words.split()]
+            for words in ("--max-parameters-ratio nan", "--max-parameters-ratio 0", "--max-parameters-ratio=-1")
+        ),
         *(["info", name] for name in ("", "a/b/c/d", "x" * 5000, "/dev/null", "a\0b")),
         *(["report", name] for name in ("", "x" * 5000, "/dev/null")),
         *(["train", name] for name in ("", "no-such-stage", "/no/such.py", "x" * 5000)),
@@ -49,7 +63,11 @@ def test_of_the_export(option, value, tmp_path, capsys):
 def test_of_the_other_commands(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code = main(arguments)
-    err = "".join(line for line in capsys.readouterr().err.splitlines(keepends=True) if line.startswith(("edgedit: ", "Traceback")))
+    err = "".join(
+        line
+        for line in capsys.readouterr().err.splitlines(keepends=True)
+        if line.startswith(("edgedit: ", "Traceback"))
+    )
     if arguments[0] == "init":
         assert code in (0, 2) and err.count("\n") <= 1
     else:
@@ -60,6 +78,7 @@ def test_of_the_other_commands(arguments, tmp_path, monkeypatch, capsys):
 def test_they_load_no_torch(run_python):
     run_python(
         "import sys\nfrom edgedit_hf.commands.cli import main\n"
-        "assert main(['select', 'RUN', '--max-latency-ms', 'nan']) == 2 and main(['convert', 'IN', 'OUT', '--heads', '0']) == 2\n"
+        "assert main(['select', 'RUN', '--max-latency-ms', 'nan']) == 2\n"
+        "assert main(['convert', 'IN', 'OUT', '--heads', '0']) == 2\n"
         "assert 'torch' not in sys.modules"
     )

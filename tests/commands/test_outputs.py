@@ -45,7 +45,11 @@ def convert_a_folder(here: Path):
 def convert_vae(here: Path):
     model(here / "in")
     (here / "DiT.pt").write_bytes(b"weights")
-    return here / "in", lambda output, *flags: main(["convert", str(here / "DiT.pt"), output, "--vae", str(here / "in"), *flags]), ["--overwrite"]
+    return (
+        here / "in",
+        lambda output, *flags: main(["convert", str(here / "DiT.pt"), output, "--vae", str(here / "in"), *flags]),
+        ["--overwrite"],
+    )
 
 
 def export(here: Path):
@@ -95,7 +99,17 @@ def recipe(here: Path):
     def run(output, *flags):
         given = [f"output_dir={json.dumps(output)}", f"data.source={here / 'in'}"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["x", "--config", str(here / "run.yaml"), *(part for value in given for part in ("--override", value)), *flags])
+            patch.setattr(
+                sys,
+                "argv",
+                [
+                    "x",
+                    "--config",
+                    str(here / "run.yaml"),
+                    *(part for value in given for part in ("--override", value)),
+                    *flags,
+                ],
+            )
             try:
                 recipe_main(lambda *_: pytest.fail("it ran"), "")
             except SystemExit as stop:
@@ -108,11 +122,31 @@ def recipe(here: Path):
 COMMANDS = [convert, convert_a_folder, convert_vae, export, select, copy, recipe]
 
 
-CASES = ["input", "inside", "holds", "link", "dots", "nothing", "here", "home", "root", "foreign", "file", "nul", "long"]
-BESIDE = (copy, recipe)  # these put files, and folders of stages, beside what is there: to them a folder of somebody else's is no fault
+CASES = [
+    "input",
+    "inside",
+    "holds",
+    "link",
+    "dots",
+    "nothing",
+    "here",
+    "home",
+    "root",
+    "foreign",
+    "file",
+    "nul",
+    "long",
+]
+BESIDE = (
+    copy,
+    recipe,
+)  # these put files, and folders of stages, beside what is there: to them a folder of somebody else's is no fault
 
 
-@pytest.mark.parametrize("command, case", [(command, case) for command in COMMANDS for case in CASES if case != "foreign" or command not in BESIDE])
+@pytest.mark.parametrize(
+    "command, case",
+    [(command, case) for command in COMMANDS for case in CASES if case != "foreign" or command not in BESIDE],
+)
 def test_nothing_of_the_users_is_lost(command, case, tmp_path, monkeypatch, capsys):
     here = tmp_path / "here"
     here.mkdir()
@@ -166,7 +200,10 @@ def test_an_input_of_any_name(tmp_path):
         (lambda folder: (folder / ".git").mkdir(), ".git"),
         (lambda folder: (folder / "transformer" / "DiT.pt").write_text(""), "DiT.pt"),
         (lambda folder: (folder / "transformer" / "config.yaml").symlink_to("/etc/hostname"), "config.yaml"),
-        (lambda folder: (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}'), "not a pipeline folder"),
+        (
+            lambda folder: (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}'),
+            "not a pipeline folder",
+        ),
         (lambda folder: (folder / "model_index.json").write_text("[]"), "not a pipeline folder"),
         (lambda folder: (folder / "model_index.json").unlink(), "not a pipeline folder"),
         (lambda folder: (folder / "stage.json").write_text("{}"), "the folder of a stage of a run .*stage.json"),
@@ -200,7 +237,10 @@ def test_a_run_may_read_an_earlier_stage_of_its_own_folder(tmp_path):
 
     (tmp_path / "recipe.yaml").touch()
     (tmp_path / "run" / "student-tuned").mkdir(parents=True)
-    config = load_config(tmp_path / "recipe.yaml", [f"output_dir={tmp_path / 'run'}", f"quantize.path={tmp_path / 'run' / 'student-tuned'}"])
+    config = load_config(
+        tmp_path / "recipe.yaml",
+        [f"output_dir={tmp_path / 'run'}", f"quantize.path={tmp_path / 'run' / 'student-tuned'}"],
+    )
     with pytest.raises(EdgeDiTError, match="holds the input"):
         check_run_folder(config)
     (tmp_path / "run" / "student-tuned" / "run.json").write_text("{}")
@@ -211,7 +251,11 @@ def test_a_run_may_read_an_earlier_stage_of_its_own_folder(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_found_at_once(tmp_path):
-    for output, said in (("/proc/self/out", "Cannot write"), (tmp_path / ("x" * 250), "Cannot write"), ("/dev/null/x", "Cannot write|file")):
+    for output, said in (
+        ("/proc/self/out", "Cannot write"),
+        (tmp_path / ("x" * 250), "Cannot write"),
+        ("/dev/null/x", "Cannot write|file"),
+    ):
         with pytest.raises(EdgeDiTError, match=said):
             check_output(output)
     assert list(tmp_path.iterdir()) == []

@@ -20,14 +20,28 @@ def start(output: Path, *arguments: str, processes: int = 1, stage: str = "teach
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
     given = [part for value in (f"output_dir={output}", "threads=1", *arguments) for part in ("--override", value)]
     launch = [] if processes == 1 else ["--num_processes", str(processes)]
-    command = [str(EDGEDIT), "train", stage, *launch, "--config", str(ROOT / "training" / "recipes" / "debug.yaml"), *given]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [
+        str(EDGEDIT),
+        "train",
+        stage,
+        *launch,
+        "--config",
+        str(ROOT / "training" / "recipes" / "debug.yaml"),
+        *given,
+    ]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def said(stderr: str) -> list[str]:
     """What is no progress bar and no notice of a library's import."""
     lines = [line for part in stderr.splitlines() for line in part.split("\r")]
-    return [line for line in lines if line.startswith(("error", "edgedit", "Stopped", "Interrupted", "interrupted", "Traceback", "E1", "W1 death"))]
+    return [
+        line
+        for line in lines
+        if line.startswith(("error", "edgedit", "Stopped", "Interrupted", "interrupted", "Traceback", "E1", "W1 death"))
+    ]
 
 
 def test_every_stage_has_a_script_and_the_other_way_round():
@@ -41,7 +55,10 @@ def test_every_stage_has_a_script_and_the_other_way_round():
 def test_options_are_told_apart():
     from accelerate.commands.launch import launch_command_parser
 
-    arguments = "--num_processes 2 --config run.yaml --mixed_precision=bf16 --override a=--cpu --cpu --teacher x --dry-run --config_file f.yaml".split()
+    arguments = (
+        "--num_processes 2 --config run.yaml --mixed_precision=bf16 --override a=--cpu --cpu --teacher x "
+        "--dry-run --config_file f.yaml"
+    ).split()
     ours, left = split_options(launch_command_parser(), arguments)
     assert ours == ["--num_processes", "2", "--mixed_precision=bf16", "--cpu", "--config_file", "f.yaml"]
     assert left == ["--config", "run.yaml", "--override", "a=--cpu", "--teacher", "x", "--dry-run"]
@@ -56,7 +73,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
 @pytest.mark.slow
 @pytest.mark.kills
 def test_bad_input_of_two_processes_is_said_once(tmp_path):
-    overrides = ("teacher.learning_rate=1e10", "teacher.max_grad_norm=0.0", "teacher.log_every=1", "teacher.warmup_steps=0", "teacher.steps=200")
+    overrides = (
+        "teacher.learning_rate=1e10",
+        "teacher.max_grad_norm=0.0",
+        "teacher.log_every=1",
+        "teacher.warmup_steps=0",
+        "teacher.steps=200",
+    )
     process = start(tmp_path / "run", *overrides, processes=2)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2 and len(said(err)) == 1 and "error: teacher: " in said(err)[0], err
@@ -68,7 +91,9 @@ def test_bad_input_of_two_processes_is_said_once(tmp_path):
 @pytest.mark.slow
 @pytest.mark.kills
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number, to_group", [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)])
+@pytest.mark.parametrize(
+    "number, to_group", [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)]
+)
 def test_a_signal_saves_and_ends_with_its_code(tmp_path, processes, number, to_group):
     process = start(tmp_path / "run", "teacher.steps=3000", processes=processes)
     telemetry, deadline = tmp_path / "run" / "teacher" / "telemetry.jsonl", time.monotonic() + 200

@@ -1,4 +1,6 @@
-"""Closed-form starts: each piece of linear algebra against a brute-force solution, and the whole against plain truncation."""
+"""Closed-form starts: each piece of linear algebra against a brute-force solution, and the whole against plain
+truncation.
+"""
 
 import copy
 
@@ -48,7 +50,8 @@ def test_query_and_key_maps_are_the_best_of_their_rank(rank):
     assert p.shape == r.shape == (width, rank)
     scores, narrow = query @ key.mT / width**0.5, (query @ p) @ (key @ r).mT / rank**0.5
     error = (scores - narrow).square().sum()
-    # Brute force: every query meets every key, so the best stand-in of this rank is the truncated SVD of the score matrix itself.
+    # Brute force: every query meets every key, so the best stand-in of this rank is the truncated SVD of the score
+    # matrix itself.
     values = torch.linalg.svdvals(scores)
     best = values[rank:].square().sum()
     assert best * (1 - 1e-9) <= error <= best * 1.001 + 1e-9 * values.square().sum()
@@ -164,7 +167,9 @@ def test_gated_refit_is_weighted_least_squares_a_column():
     for column in range(4):
         g = gate[:, column : column + 1]
         expected = torch.linalg.lstsq(g * with_ones, target[:, column : column + 1]).solution[:, 0]
-        torch.testing.assert_close(torch.cat([weight[:, column], bias[column : column + 1]]), expected, rtol=0, atol=2e-3)
+        torch.testing.assert_close(
+            torch.cat([weight[:, column], bias[column : column + 1]]), expected, rtol=0, atol=2e-3
+        )
     torch.testing.assert_close(weight[:, 4], start_weight[:, 4])
     torch.testing.assert_close(bias[4], start_bias[4])
 
@@ -172,7 +177,11 @@ def test_gated_refit_is_weighted_least_squares_a_column():
 def test_gated_refit_converges_in_its_few_iterations():
     rows, width, hidden = 400, 32, 16
     features, target = correlated(rows, width), random(rows, hidden, seed=2)
-    gate = random(rows, 1, seed=1).abs() * torch.logspace(-1, 1, hidden, dtype=torch.float64) * (1 + 0.3 * random(rows, hidden, seed=5))
+    gate = (
+        random(rows, 1, seed=1).abs()
+        * torch.logspace(-1, 1, hidden, dtype=torch.float64)
+        * (1 + 0.3 * random(rows, hidden, seed=5))
+    )
     start = torch.zeros(width, hidden, dtype=torch.float64), torch.zeros(hidden, dtype=torch.float64)
 
     def error(iterations: int) -> float:
@@ -260,7 +269,9 @@ def test_pooled_heads_and_neurons_beat_those_of_one_layer(teacher, features):
     pooled = closed_form_block([teacher.blocks[2], teacher.blocks[3]], layers[2], conditioning, 32, 4.0)
     alone = copy.deepcopy(teacher.blocks[2])
     with torch.no_grad():
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = alone.modulation(conditioning).unsqueeze(1).chunk(6, dim=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+            alone.modulation(conditioning).unsqueeze(1).chunk(6, dim=-1)
+        )
         after = layers[2] + gate_a * alone.attn(alone.norm1(layers[2]) * (1 + scale_a) + shift_a)
         hidden = alone.mlp.act(alone.mlp.proj_in(alone.norm2(after) * (1 + scale_m) + shift_m)).flatten(0, 1)
         weight, bias = refit_gated(
@@ -323,7 +334,9 @@ def test_a_proxy_of_the_teachers_own_size_is_the_teachers_layer(teacher, feature
 
 
 def test_what_can_be_left_out_is_left_out_without_loss(teacher, features):
-    """A layer that in truth is as small as its proxy is found again: heads of half the rank, some neurons copies of others."""
+    """A layer that in truth is as small as its proxy is found again: heads of half the rank, some neurons copies of
+    others.
+    """
     source = copy.deepcopy(teacher.blocks[1])
     with torch.no_grad():
         for index in range(3):  # the second half of every head's channels of q, k and v repeats the first

@@ -56,8 +56,12 @@ def test_the_mask_is_that_many_standard_deviations_of_the_update():
     rest = update[(update - update.mean()).abs() <= CLIP_SIGMA * update.std(correction=0)]
     assert rest.numel() == update.numel() - 8
     for sigmas in (2.0, 5.0, 10.0):
-        assert torch.equal(ordinary_updates(x, target, sigmas), (update - rest.mean()).abs() <= sigmas * rest.std(correction=0))
-    assert not ordinary_updates(x, target, 5.0).all() and ordinary_updates(x, target, MASSIVE_SIGMA).all()  # a tail is not massive
+        assert torch.equal(
+            ordinary_updates(x, target, sigmas), (update - rest.mean()).abs() <= sigmas * rest.std(correction=0)
+        )
+    assert (
+        not ordinary_updates(x, target, 5.0).all() and ordinary_updates(x, target, MASSIVE_SIGMA).all()
+    )  # a tail is not massive
 
 
 def test_huge_outliers_do_not_hide_large_ones():
@@ -85,7 +89,9 @@ def test_a_massive_residual_stream_counts_unless_its_rounding_drowns_the_update(
 
 
 def massive_layer():
-    """A layer whose MLP has a few massive activations, as large DiTs have: one channel, a few tokens, hundreds of times the rest."""
+    """A layer whose MLP has a few massive activations, as large DiTs have: one channel, a few tokens, hundreds of times
+    the rest.
+    """
     torch.manual_seed(0)
     layer = EdgeDiTBlock(32, 32, 2, 4.0).requires_grad_(False)
     layer.modulation.weight.normal_(std=0.02)

@@ -1,11 +1,21 @@
-"""Every family of flow teachers against its own diffusers pipeline: the same velocity, sign included, from the same text."""
+"""Every family of flow teachers against its own diffusers pipeline: the same velocity, sign included, from the same
+text.
+"""
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from flow_pipelines import MAKERS, flux, randomise
 
-from edgedit_hf.distill.flow_teacher import FAMILIES, FlowTeacher, _pack, _unpack, check_latents, latent_space, transformer_bytes
+from edgedit_hf.distill.flow_teacher import (
+    FAMILIES,
+    FlowTeacher,
+    _pack,
+    _unpack,
+    check_latents,
+    latent_space,
+    transformer_bytes,
+)
 from edgedit_hf.errors import EdgeDiTError
 
 PROMPTS = ["a cat", "seven thin dogs"]
@@ -36,7 +46,9 @@ def folders(tmp_path_factory):
 
 
 def run(folder, steps=3, size=(16, 8), **options):
-    """What the family's own pipeline hands to its scheduler: (velocity, timestep, latents) of every step, and its result."""
+    """What the family's own pipeline hands to its scheduler: (velocity, timestep, latents) of every step, and its
+    result.
+    """
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     seen, step = [], pipeline.scheduler.step
@@ -50,7 +62,15 @@ def run(folder, steps=3, size=(16, 8), **options):
     factor = 4 if type(pipeline).__name__ in ("Lumina2Pipeline", "SanaPipeline") else 1
     height, width = (side * factor for side in size)
     generator = torch.Generator().manual_seed(1)
-    result = pipeline(PROMPTS, height=height, width=width, num_inference_steps=steps, generator=generator, output_type="latent", **options)
+    result = pipeline(
+        PROMPTS,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        generator=generator,
+        output_type="latent",
+        **options,
+    )
     packed = seen[0][0].ndim == 3
     unpack = (lambda x: _unpack(x, size[0] // 2, size[1] // 2)) if packed else (lambda x: x)
     return [(unpack(v), t, unpack(x)) for v, t, x in seen], unpack(result.images)
@@ -68,7 +88,9 @@ def test_velocity_is_the_familys_own(folders, name, scale):
         velocity = teacher.velocity(x, torch.full((2,), t / 1000), conditioning)
         torch.testing.assert_close(velocity, output, rtol=1e-4, atol=1e-4)
     # The last step of every scheduler goes from σ to 0: x0 = x_t − σ·(ε − x0).
-    torch.testing.assert_close(x - t / 1000 * velocity, result, rtol=1e-3, atol=5e-3 if name == "SanaPipeline" else 1e-4)
+    torch.testing.assert_close(
+        x - t / 1000 * velocity, result, rtol=1e-3, atol=5e-3 if name == "SanaPipeline" else 1e-4
+    )
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -78,7 +100,9 @@ def test_features_are_the_last_layers_image_tokens(folders, name):
     layers = getattr(teacher.transformer, "single_transformer_blocks", None)
     layers = layers or getattr(teacher.transformer, "layers", None) or getattr(teacher.transformer, "up_blocks", None)
     layers = layers or teacher.transformer.transformer_blocks
-    layers[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output[-1] if isinstance(output, tuple) else output))
+    layers[-1].register_forward_hook(
+        lambda module, inputs, output: outputs.append(output[-1] if isinstance(output, tuple) else output)
+    )
     x, sigma = torch.randn(2, 4, 8, 4), torch.tensor([0.3, 0.8])
     conditioning = teacher.encode_prompt(PROMPTS)
     teacher.velocity(x, sigma, conditioning)
@@ -86,7 +110,9 @@ def test_features_are_the_last_layers_image_tokens(folders, name):
     assert teacher.features.shape == (2, tokens, teacher.feature_dim)
     for row in range(2):  # the image's tokens stand last, but for padding behind a shorter text
         whole = outputs[0][row]
-        starts = [i for i in range(len(whole) - tokens + 1) if torch.equal(whole[i : i + tokens], teacher.features[row])]
+        starts = [
+            i for i in range(len(whole) - tokens + 1) if torch.equal(whole[i : i + tokens], teacher.features[row])
+        ]
         length = int(conditioning.masks[0][row].sum()) if name == "Lumina2Pipeline" else len(whole) - tokens
         assert starts == [length]
 
@@ -99,7 +125,12 @@ def test_rows_are_independent_and_text_may_be_dropped_row_by_row(folders, name):
     velocity = teacher.velocity(x, sigma, conditioning)
     for row in range(3):
         alone = [[part[row : row + 1] for part in parts] for parts in conditioning]
-        torch.testing.assert_close(teacher.velocity(x[row : row + 1], sigma[row : row + 1], alone), velocity[row : row + 1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            teacher.velocity(x[row : row + 1], sigma[row : row + 1], alone),
+            velocity[row : row + 1],
+            rtol=1e-4,
+            atol=1e-4,
+        )
     dropped = teacher.velocity(x, sigma, conditioning, torch.tensor([False, True, False]))
     torch.testing.assert_close(dropped[[0, 2]], velocity[[0, 2]], rtol=1e-4, atol=1e-4)
     teacher.guidance_scale = 1.0
@@ -124,7 +155,9 @@ def test_bfloat16_as_on_a_gpu(name, tmp_path):
     torch.manual_seed(0)
     MAKERS[name]().save_pretrained(tmp_path)
     x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8])
-    exact, half = (FlowTeacher.load(tmp_path, dtype=dtype, guidance_scale=1.5) for dtype in (torch.float32, torch.bfloat16))
+    exact, half = (
+        FlowTeacher.load(tmp_path, dtype=dtype, guidance_scale=1.5) for dtype in (torch.float32, torch.bfloat16)
+    )
     assert half.transformer.dtype == torch.bfloat16
     wanted = exact.velocity(x, sigma, exact.encode_prompt(PROMPTS))
     with torch.autocast("cpu", dtype=torch.bfloat16):  # as in a step of mixed precision: the teacher keeps its own
@@ -145,7 +178,9 @@ def test_four_bit_weights_change_little(name):
     for parent in list(teacher.transformer.transformer_blocks.modules()):
         for key, layer in list(parent.named_children()):
             if isinstance(layer, torch.nn.Linear):
-                small = bnb.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=torch.float32, quant_type="nf4")
+                small = bnb.nn.Linear4bit(
+                    layer.in_features, layer.out_features, compute_dtype=torch.float32, quant_type="nf4"
+                )
                 small.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
                 small.bias = layer.bias
                 setattr(parent, key, small.to("cpu"))
@@ -199,7 +234,9 @@ def test_latent_spaces_of_other_families(folders, name):
     assert space[:3] == ((4, 2, 0.4) if name == "SanaPipeline" else (4, 2, 1.0))
     if name == "QwenImagePipeline":
         vae.register_to_config(latents_std=[0.9, 0.9, 0.9, 0.8])
-        with pytest.raises(EdgeDiTError, match=r"latents_std is \(0.9, 0.9, 0.9, 0.9\) there and \(0.9, 0.9, 0.9, 0.8\)"):
+        with pytest.raises(
+            EdgeDiTError, match=r"latents_std is \(0.9, 0.9, 0.9, 0.9\) there and \(0.9, 0.9, 0.9, 0.8\)"
+        ):
             check_latents(folders(name), vae, 4)
 
 
@@ -214,7 +251,9 @@ def one_line(error):
 def test_unknown_pipelines_are_refused_before_their_weights_are_read(tmp_path):
     from diffusers import PixArtAlphaPipeline
 
-    (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline", "scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}')
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "PixArtAlphaPipeline", "scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}'
+    )
     assert PixArtAlphaPipeline.__name__ not in FAMILIES
     with pytest.raises(EdgeDiTError, match="is a PixArtAlphaPipeline; it must be a flow pipeline") as error:
         FlowTeacher.load(tmp_path)
@@ -227,7 +266,9 @@ def test_unknown_pipelines_are_refused_before_their_weights_are_read(tmp_path):
 def test_a_scheduler_without_a_flow_is_refused(tmp_path):
     from diffusers import DPMSolverMultistepScheduler
 
-    (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline", "scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}')
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "SanaPipeline", "scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}'
+    )
     DPMSolverMultistepScheduler().save_pretrained(tmp_path / "scheduler")
     with pytest.raises(EdgeDiTError, match="'epsilon', which integrates no flow") as error:
         FlowTeacher.load(tmp_path)

@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edgedit_hf.distill.knowledge import FeatureProjector, data_weight, feature_distance, grid_of, knowledge_loss, timestep_aware_scale
+from edgedit_hf.distill.knowledge import (
+    FeatureProjector,
+    data_weight,
+    feature_distance,
+    grid_of,
+    knowledge_loss,
+    timestep_aware_scale,
+)
 from edgedit_hf.errors import EdgeDiTError
 
 
@@ -53,11 +60,18 @@ def test_a_student_that_equals_the_teacher_learns_from_data_alone():
 
 
 def test_total_is_equation_8():
-    task, output, feature, sigma = torch.tensor([1.0, 2.0]), torch.tensor([0.1, 0.3]), torch.tensor([5.0, 6.0]), torch.tensor([0.4, 0.9])
+    task, output, feature, sigma = (
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([0.1, 0.3]),
+        torch.tensor([5.0, 6.0]),
+        torch.tensor([0.4, 0.9]),
+    )
     scaled = timestep_aware_scale(task, output, sigma)
     torch.testing.assert_close(knowledge_loss(task, sigma, output, feature), scaled + feature)
     torch.testing.assert_close(knowledge_loss(task, sigma, output), scaled)
-    torch.testing.assert_close(knowledge_loss(task, sigma, output, feature, output_weight=0.0, feature_weight=0.5), task + 0.5 * feature)
+    torch.testing.assert_close(
+        knowledge_loss(task, sigma, output, feature, output_weight=0.0, feature_weight=0.5), task + 0.5 * feature
+    )
 
 
 def test_feature_distance_is_that_to_normalised_tokens_whatever_their_scale():

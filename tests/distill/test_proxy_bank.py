@@ -50,7 +50,10 @@ def output(model) -> torch.Tensor:
 
 def test_a_bank_is_one_file_a_proxy_and_an_index(bank, teacher):
     index = json.loads((bank.folder / "index.json").read_text())
-    assert index["teacher_hash"] == weights_hash(teacher.state_dict()) and SearchSpace(**index["space"]).to_dict() == SPACE.to_dict()
+    assert (
+        index["teacher_hash"] == weights_hash(teacher.state_dict())
+        and SearchSpace(**index["space"]).to_dict() == SPACE.to_dict()
+    )
     assert len(index["entries"]) == len(SPACE.proxies()) == 4 * 3 + 2 * 4
     assert index["entries"]["02/mlp"] == {
         **RECORD,
@@ -59,7 +62,9 @@ def test_a_bank_is_one_file_a_proxy_and_an_index(bank, teacher):
         "source": [2],
         "option": "mlp",
     }
-    assert {"00/both", "03/attention", "00-01/original", "02-03/both"} <= set(index["entries"]) and "00/original" not in index["entries"]
+    assert {"00/both", "03/attention", "00-01/original", "02-03/both"} <= set(
+        index["entries"]
+    ) and "00/original" not in index["entries"]
     files = {entry["file"] for entry in index["entries"].values()}
     assert {path.name for path in bank.folder.iterdir()} == files | {"index.json"}
 
@@ -86,7 +91,11 @@ def test_the_original_genotype_is_the_teacher(bank, teacher):
 def test_a_student_is_the_teachers_trunk_its_kept_layers_and_the_files_of_the_rest(bank, teacher, seed):
     genotype = SPACE.decode([random.Random(seed).random() for _ in range(3)] + [0.1 * seed])
     student = ProxyBank(bank.folder, teacher).assemble(genotype)
-    assert student.config.layers == genotype.to_layers() and student.config.num_layers == len(genotype.layers) and not student.training
+    assert (
+        student.config.layers == genotype.to_layers()
+        and student.config.num_layers == len(genotype.layers)
+        and not student.training
+    )
     for block, layer in zip(student.blocks, genotype.layers):
         if layer.shape == (32, 2, 4.0) and len(layer.source) == 1:
             expected = teacher.blocks[layer.source[0]].state_dict()
@@ -128,7 +137,9 @@ def test_random_proxies_are_a_function_of_their_seed_alone(bank, teacher):
     assert len({weights_hash(model.state_dict()) for model in (one, other, distilled)}) == 3
     trunk = [name for name in one.state_dict() if not name.startswith("blocks.")]
     assert all(torch.equal(one.state_dict()[name], teacher.state_dict()[name]) for name in trunk)
-    assert not any(block.modulation.weight.any() for block in one.blocks)  # DiT's start: every new layer is the identity
+    assert not any(
+        block.modulation.weight.any() for block in one.blocks
+    )  # DiT's start: every new layer is the identity
 
 
 def test_random_proxies_leave_kept_layers_as_they_are_and_need_no_files(teacher, tmp_path):
@@ -158,7 +169,9 @@ def test_all_missing_proxies_of_a_genotype_are_named(teacher, tmp_path):
     bank = ProxyBank.create(tmp_path / "bank", teacher, SPACE)
     genotype = SPACE.from_code((1, 19))  # layer 0 stays, layer 1 has a reduced MLP, 2 and 3 are one
     assert bank.missing(genotype) == ["01/mlp", "02-03/both"]
-    with pytest.raises(EdgeDiTError, match="has no proxies '01/mlp', '02-03/both'; it holds 0 of 20 entries. Finish stage bank first"):
+    with pytest.raises(
+        EdgeDiTError, match="has no proxies '01/mlp', '02-03/both'; it holds 0 of 20 entries. Finish stage bank first"
+    ):
         bank.assemble(genotype)
     layer = genotype.layers[1]
     bank.write_index({"01/mlp": bank.write_proxy(layer, bank.new_block(layer), RECORD)})
@@ -180,12 +193,16 @@ def load(bank, teacher):
     return ProxyBank(bank.folder, teacher).assemble(SPACE.from_code((1, 0)))
 
 
-@pytest.mark.parametrize("cut", [lambda content: content[:1000], lambda content: b"", lambda content: content[:-1] + b"\x00\x01"])
+@pytest.mark.parametrize(
+    "cut", [lambda content: content[:1000], lambda content: b"", lambda content: content[:-1] + b"\x00\x01"]
+)
 def test_a_damaged_file_is_refused(bank, teacher, cut):
     path = bank.folder / "01-mlp.safetensors"
     content = path.read_bytes()
     path.write_bytes(cut(content))
-    with pytest.raises(EdgeDiTError, match=f"01-mlp.safetensors .* has the SHA-256 .* index says {bank.entries['01/mlp']['sha256']}"):
+    with pytest.raises(
+        EdgeDiTError, match=f"01-mlp.safetensors .* has the SHA-256 .* index says {bank.entries['01/mlp']['sha256']}"
+    ):
         load(bank, teacher)
     path.write_bytes(cut(content)[:1000])
     change_entry(bank, "01/mlp", sha256=file_sha256(path))  # even when the index vouches for it

@@ -56,7 +56,10 @@ def make_proxies(teacher, optimizer: str = "adamw", learning_rate: float = 1e-3)
 
 def test_features_are_what_goes_into_and_comes_out_of_each_layer(teacher):
     seen = []
-    hooks = [block.register_forward_hook(lambda module, given, made: seen.append((given[0], made))) for block in teacher.blocks]
+    hooks = [
+        block.register_forward_hook(lambda module, given, made: seen.append((given[0], made)))
+        for block in teacher.blocks
+    ]
     with torch.no_grad():
         teacher(*batch())
     for hook in hooks:
@@ -70,7 +73,10 @@ def test_features_are_what_goes_into_and_comes_out_of_each_layer(teacher):
 
 def test_nothing_above_the_prefix_runs(teacher):
     calls = [0] * LAYERS
-    hooks = [b.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1)) for i, b in enumerate(teacher.blocks)]
+    hooks = [
+        b.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+        for i, b in enumerate(teacher.blocks)
+    ]
     features = teacher_features(teacher, *batch(), depth=2)
     for hook in hooks:
         hook.remove()
@@ -130,12 +136,18 @@ def test_training_reduces_the_held_out_loss_and_keeps_weights_in_fp32(wide_teach
     test = [teacher_features(teacher, *batch(100 + i), depth=2, precision=precision) for i in range(2)]
     before = held_out_losses(blocks, test, precision)
     for step in range(30):
-        train_step(proxies, teacher_features(teacher, *batch(step), depth=2, precision=precision), "normalised", precision)
+        train_step(
+            proxies, teacher_features(teacher, *batch(step), depth=2, precision=precision), "normalised", precision
+        )
     after = held_out_losses(blocks, test, precision)
     assert all(after[key] < before[key] for key in blocks) and sum(after.values()) < 0.8 * sum(before.values())
     assert {p.dtype for proxy in proxies for p in proxy.block.parameters()} == {torch.float32}
     weight = proxies[0].block.mlp.proj_in.weight
-    states = {tensor.dtype for tensor in proxies[0].optimizer.state[weight].values() if torch.is_tensor(tensor) and tensor.shape == weight.shape}
+    states = {
+        tensor.dtype
+        for tensor in proxies[0].optimizer.state[weight].values()
+        if torch.is_tensor(tensor) and tensor.shape == weight.shape
+    }
     assert states == {torch.uint8 if optimizer == "adamw8bit" else torch.float32}
 
 
@@ -145,13 +157,20 @@ def test_held_out_losses_are_means_over_batches(teacher):
     found = held_out_losses({str(i): (p.layer, p.block) for i, p in enumerate(proxies)}, iter(features))
     for i, proxy in enumerate(proxies):
         with torch.no_grad():
-            each = [feature_loss(proxy.block(f.of(proxy.layer)[0], f.conditioning), *reversed(f.of(proxy.layer))).item() for f in features]
+            each = [
+                feature_loss(proxy.block(f.of(proxy.layer)[0], f.conditioning), *reversed(f.of(proxy.layer))).item()
+                for f in features
+            ]
         assert found[str(i)] == pytest.approx(sum(each) / 2, rel=1e-6)
 
 
 def test_without_bitsandbytes_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(EdgeDiTError, match="'adamw8bit', but bitsandbytes does not work here .*pip install bitsandbytes.* or set bank.optimizer to adamw"):
+    with pytest.raises(
+        EdgeDiTError,
+        match="'adamw8bit', but bitsandbytes does not work here .*pip install bitsandbytes.* or set bank.optimizer to "
+        "adamw",
+    ):
         new_optimizer("adamw8bit", torch.nn.Linear(4, 4).parameters(), 1e-3)
 
 
@@ -163,7 +182,9 @@ def test_a_random_start_depends_on_seed_and_key_alone(teacher):
 
     def weights(seed, key):
         torch.rand(3)  # a rank or group that makes others first has drawn from the global generator
-        return torch.cat([p.detach().flatten() for p in random_block(teacher.new_block(layer.to_dict()), seed, key).parameters()])
+        return torch.cat(
+            [p.detach().flatten() for p in random_block(teacher.new_block(layer.to_dict()), seed, key).parameters()]
+        )
 
     one = weights(0, "00/mlp")
     assert torch.equal(one, weights(0, "00/mlp"))
@@ -174,8 +195,15 @@ def test_starts_rank_as_they_should_and_the_fit_is_made_only_when_asked_for(teac
     space = SearchSpace.for_config(teacher.config, reduced_attention_dim=8)
     layer, features = space.layer((1,), "mlp"), teacher_features(teacher, *batch(count=10), depth=2)
     given = features.inputs[1], features.conditioning
-    for init, names in (("closed_form", ["random", "copied", "closed_form"]), ("copy", ["random", "copied"]), ("random", ["random", "copied"])):
-        losses = {name: held_out_losses({name: (layer, block)}, [features])[name] for name, block in start_blocks(teacher, layer, given, 0, "k", init)}
+    for init, names in (
+        ("closed_form", ["random", "copied", "closed_form"]),
+        ("copy", ["random", "copied"]),
+        ("random", ["random", "copied"]),
+    ):
+        losses = {
+            name: held_out_losses({name: (layer, block)}, [features])[name]
+            for name, block in start_blocks(teacher, layer, given, 0, "k", init)
+        }
         assert list(losses) == names
         if init == "closed_form":
             assert losses["closed_form"] < losses["copied"] and losses["closed_form"] < losses["random"]
@@ -192,7 +220,9 @@ def test_a_group_goes_on_from_its_checkpoint_to_the_same_bytes(wide_teacher, tmp
 
     def train(group, steps):
         for step in steps:
-            train_step(group.proxies.values(), teacher_features(wide_teacher, *batch(step), depth=group.depth), "normalised")
+            train_step(
+                group.proxies.values(), teacher_features(wide_teacher, *batch(step), depth=group.depth), "normalised"
+            )
 
     group = ProxyGroup(new_proxy)
     group.proxies = {str(i): proxy for i, proxy in enumerate(make_proxies(wide_teacher, optimizer)[:4])}
@@ -215,7 +245,9 @@ def test_a_group_goes_on_from_its_checkpoint_to_the_same_bytes(wide_teacher, tmp
 # -------------------------------------------------------------------- memory
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a resident set can be reset on Linux alone")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the peak of a resident set can be reset on Linux alone"
+)
 def test_the_peak_counts_what_was_held_for_a_moment_since_the_reset():
     tensor = torch.ones(64_000_000)  # 256 MB
     del tensor
@@ -232,7 +264,11 @@ def test_the_peak_counts_what_was_held_for_a_moment_since_the_reset():
 def test_a_teacher_that_gives_nothing_to_learn_from_is_one_error_that_names_the_layer(make_transformer, damage):
     teacher = make_transformer().requires_grad_(False)
     teacher.blocks[2].attn.to_out.weight[0, 0] = float("nan") if damage == "nan" else 3e38
-    layers = [layer for layer in SearchSpace.for_config(teacher.config, reduced_attention_dim=8).proxies() if layer.source == (2,)]
+    layers = [
+        layer
+        for layer in SearchSpace.for_config(teacher.config, reduced_attention_dim=8).proxies()
+        if layer.source == (2,)
+    ]
     features = teacher_features(teacher, *batch(count=8), depth=4)
     for layer in layers:
         x, _ = features.of(layer)

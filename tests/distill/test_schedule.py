@@ -1,4 +1,6 @@
-"""Shares of ranks, groups that fit the memory, and which proxies a genotype needs: pure functions against brute force."""
+"""Shares of ranks, groups that fit the memory, and which proxies a genotype needs: pure functions against brute
+force.
+"""
 
 import itertools
 import random
@@ -6,7 +8,17 @@ import random
 import pytest
 
 from edgedit_hf import Genotype, SearchSpace
-from edgedit_hf.distill.schedule import MemoryModel, contiguous_shares, depth_of, fitting_groups, pairs_of, plan_bank, prefix_cost, step_cost, wanted_proxies
+from edgedit_hf.distill.schedule import (
+    MemoryModel,
+    contiguous_shares,
+    depth_of,
+    fitting_groups,
+    pairs_of,
+    plan_bank,
+    prefix_cost,
+    step_cost,
+    wanted_proxies,
+)
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.models.transformer_edgedit import PRESETS
 
@@ -19,7 +31,16 @@ XL = SearchSpace(28, 1152, 16)
 
 
 def xl_memory(**changes) -> MemoryModel:
-    return MemoryModel(**{"space": XL, "model_config": XL_CONFIG, "tokens": 256, "batch_size": 32, "calibration_samples": 32, **changes})
+    return MemoryModel(
+        **{
+            "space": XL,
+            "model_config": XL_CONFIG,
+            "tokens": 256,
+            "batch_size": 32,
+            "calibration_samples": 32,
+            **changes,
+        }
+    )
 
 
 # -------------------------------------------------------------------- units
@@ -34,7 +55,10 @@ def test_a_pair_holds_ten_proxies_and_a_last_odd_layer_three():
 
 def test_a_genotype_needs_its_reduced_and_merged_layers_and_the_parts_of_both():
     def names(*codes):
-        return [(layer.source, SPACE.option_of(layer)) for layer in wanted_proxies(SPACE, [SPACE.from_code(code) for code in codes])]
+        return [
+            (layer.source, SPACE.option_of(layer))
+            for layer in wanted_proxies(SPACE, [SPACE.from_code(code) for code in codes])
+        ]
 
     assert names((0, 0, 1, 0)) == [((5,), "mlp")]
     assert names((0, 0, 16, 0)) == [((4, 5), "original")]
@@ -118,7 +142,10 @@ def test_groups_are_contiguous_fit_and_are_as_few_as_can_be():
 
 @pytest.mark.parametrize("budget", [0.0, 5e9])
 def test_a_budget_too_small_for_one_pair_quotes_both_numbers(budget):
-    with pytest.raises(EdgeDiTError, match=rf"teacher layers 0–1 need \d+\.\d\d GB .* but bank.memory_budget_gb is {budget / 1e9:g}\. Raise it"):
+    with pytest.raises(
+        EdgeDiTError,
+        match=rf"teacher layers 0–1 need \d+\.\d\d GB .* but bank.memory_budget_gb is {budget / 1e9:g}\. Raise it",
+    ):
         plan_bank(XL.proxies(), xl_memory(), 1, budget)
 
 

@@ -1,4 +1,6 @@
-"""Single changes of a teacher: which there are, and that a student with shared weights computes what an assembled one would."""
+"""Single changes of a teacher: which there are, and that a student with shared weights computes what an assembled one
+would.
+"""
 
 import copy
 
@@ -47,7 +49,9 @@ def test_merges_do_not_cross_a_long_skips_end():
 def test_a_compressed_teacher_is_refused():
     with torch.device("meta"):
         config = EdgeDiTTransformer2DModel.from_preset("EdgeDiT-1").config
-    with pytest.raises(EdgeDiTError, match="3 merged layers and 1 layer shapes; the study needs an uncompressed teacher"):
+    with pytest.raises(
+        EdgeDiTError, match="3 merged layers and 1 layer shapes; the study needs an uncompressed teacher"
+    ):
         single_changes(config)
 
 

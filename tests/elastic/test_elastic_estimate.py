@@ -1,4 +1,6 @@
-"""The estimate of a supernet's training knows what autograd keeps, what a step holds for a weight, and how its work scales."""
+"""The estimate of a supernet's training knows what autograd keeps, what a step holds for a weight, and how its work
+scales.
+"""
 
 import pytest
 import torch
@@ -40,13 +42,20 @@ def test_times_scale_with_the_work(configured):
     assert seconds("elastic.steps=24", "elastic.batch_size=16") == pytest.approx(4 * one)
     assert seconds("elastic.gradient_checkpointing=true") == pytest.approx(4 / 3 * one)
     assert seconds(processes=2) == pytest.approx(one / 2)
-    assert seconds("elastic.subnets=[]") < one < seconds("elastic.sampling=sandwich") < 3 * seconds("elastic.subnets=[]")
+    assert (
+        seconds("elastic.subnets=[]") < one < seconds("elastic.sampling=sandwich") < 3 * seconds("elastic.subnets=[]")
+    )
 
 
 @pytest.mark.slow
 def test_memory_of_the_weights(configured):
     """At 1.6 B, 24 bytes a weight of the supernet, and little else with checkpointing and a small batch."""
-    large = ("elastic.model=elastic-dit-1.6b", "elastic.batch_size=1", "elastic.gradient_checkpointing=true", "text.hidden_size=16")
+    large = (
+        "elastic.model=elastic-dit-1.6b",
+        "elastic.batch_size=1",
+        "elastic.gradient_checkpointing=true",
+        "text.hidden_size=16",
+    )
     row, _, _ = elastic_estimate(configured(*large, "data.resolution=16"), COUNTING)
     weights = row.disk / 4
     assert 1.6e9 < weights < 1.8e9 and 24 * weights < row.memory < 25 * weights
@@ -61,4 +70,9 @@ def test_what_a_user_sees(configured, capsys):
     print_elastic_estimate(configured("data.source=someone/captions", "data.resolution=8", "data.channels=1"))
     torch.set_num_threads(threads)
     printed = capsys.readouterr().out
-    assert "elastic" in printed and "8 × A100" in printed and "taken to hold" in printed and "fsdp.yaml an eighth" in printed
+    assert (
+        "elastic" in printed
+        and "8 × A100" in printed
+        and "taken to hold" in printed
+        and "fsdp.yaml an eighth" in printed
+    )

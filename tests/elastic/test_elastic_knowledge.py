@@ -37,7 +37,13 @@ def test_the_full_net_comes_nearer_to_its_teacher(config, tmp_path, make):
     pixels = teacher.vae is None
     teacher.save_pretrained(tmp_path / "teacher")
     model = student(in_channels=1 if pixels else 4)
-    knowledge = load_knowledge(config, Accelerator(cpu=True), model, captioned((model.config.in_channels, 8, 8)), None if pixels else autoencoder())
+    knowledge = load_knowledge(
+        config,
+        Accelerator(cpu=True),
+        model,
+        captioned((model.config.in_channels, 8, 8)),
+        None if pixels else autoencoder(),
+    )
     diffusion, generator = Diffusion("flow_prediction"), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam([*model.parameters(), *knowledge.projector.parameters()], lr=3e-3)
     x0, noise = (torch.randn(4, model.config.in_channels, 8, 8, generator=generator) for _ in range(2))
@@ -46,7 +52,9 @@ def test_the_full_net_comes_nearer_to_its_teacher(config, tmp_path, make):
     for _ in range(40):
         output = model(x_t, t, return_features=True)
         task = diffusion.loss(output.sample, x0, noise, t)
-        loss, distances = knowledge.loss(task, output.sample, output.features, x_t, t / 1000, rows, torch.tensor([False, False, True, False]))
+        loss, distances = knowledge.loss(
+            task, output.sample, output.features, x_t, t / 1000, rows, torch.tensor([False, False, True, False])
+        )
         assert loss.shape == (4,) and set(distances) == {"output_kd", "feature_kd"}
         optimizer.zero_grad()
         loss.mean().backward()

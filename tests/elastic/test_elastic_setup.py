@@ -16,12 +16,20 @@ def test_a_model_file_by_diffusers_may_hold_keys_of_others_and_one_by_hand_may_n
     net.save_config(tmp_path)
 
     def make(file):
-        config = load_config(repository / "training" / "recipes" / "debug-t2i.yaml", [f"output_dir={tmp_path}", f"elastic.model={file}"])
+        config = load_config(
+            repository / "training" / "recipes" / "debug-t2i.yaml", [f"output_dir={tmp_path}", f"elastic.model={file}"]
+        )
         return new_elastic(config, [(1, 8, 8)], net.config.text_dims)
 
     made = make(tmp_path / "config.json")
-    assert {name: p.shape for name, p in made.named_parameters()} == {name: p.shape for name, p in net.named_parameters()}
-    values = {key: value for key, value in json.loads((tmp_path / "config.json").read_text()).items() if not key.startswith("_")}
+    assert {name: p.shape for name, p in made.named_parameters()} == {
+        name: p.shape for name, p in net.named_parameters()
+    }
+    values = {
+        key: value
+        for key, value in json.loads((tmp_path / "config.json").read_text()).items()
+        if not key.startswith("_")
+    }
     (tmp_path / "mine.json").write_text(json.dumps(values))
     with pytest.raises(EdgeDiTError, match="cannot be made: .*'decay'"):
         make(tmp_path / "mine.json")
@@ -29,6 +37,9 @@ def test_a_model_file_by_diffusers_may_hold_keys_of_others_and_one_by_hand_may_n
 
 @pytest.mark.parametrize("order", [["small=0.5", "tiny=0.375"], ["tiny=0.375", "small=0.5"]], ids=str)
 def test_the_order_of_subnets_in_a_recipe_orders_nothing(repository, tmp_path, order):
-    config = load_config(repository / "training" / "recipes" / "debug-t2i.yaml", [f"output_dir={tmp_path}", f"elastic.subnets=[{', '.join(order)}]"])
+    config = load_config(
+        repository / "training" / "recipes" / "debug-t2i.yaml",
+        [f"output_dir={tmp_path}", f"elastic.subnets=[{', '.join(order)}]"],
+    )
     made = new_elastic(config, [(1, 8, 8)], [0, 0])
     assert list(made.config.subnets) == made.subnet_names == ["tiny", "small", "full"] == list(made.modulation)

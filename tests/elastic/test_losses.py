@@ -13,13 +13,15 @@ def tensors(*values) -> list:
     return [None if value is None else torch.tensor(value, dtype=torch.float32) for value in values]
 
 
-# A shared matrix of which the sub-network uses one column, a shared vector used by all, a norm of the full net, one of the sub-network.
+# A shared matrix of which the sub-network uses one column, a shared vector used by all, a norm of the full net, one of
+# the sub-network.
 FULL = ([[3.0, 8.0], [4.0, 6.0]], [0.0], [5.0], None)
 SUB = ([[0.6, 0.0], [0.0, 0.0]], [0.8], None, [7.0])
 
 
 def test_the_scale_makes_norms_equal_on_the_shared_slice():
-    # The full net's gradient on the entries that the sub-network's loss reaches: 3 and 0; the sub-network's: 0.6 and 0.8.
+    # The full net's gradient on the entries that the sub-network's loss reaches: 3 and 0; the sub-network's: 0.6 and
+    # 0.8.
     assert balance_scale(tensors(*FULL), tensors(*SUB), 10.0) == pytest.approx(3.0)
     assert balance_scale(tensors(*FULL), tensors(*SUB), 2.0) == 2.0
     assert balance_scale(tensors([0.01]), tensors([1.0]), 10.0) == pytest.approx(0.1)
@@ -64,7 +66,10 @@ def supernet():
 def gradients(model, name: str, scale: float = 1.0) -> list:
     model.set_active_subnet(name)
     generator = torch.Generator().manual_seed(1)
-    x, text = torch.randn(2, 1, 8, 8, generator=generator), [torch.randn(2, 3, dim, generator=generator) for dim in model.config.text_dims]
+    x, text = (
+        torch.randn(2, 1, 8, 8, generator=generator),
+        [torch.randn(2, 3, dim, generator=generator) for dim in model.config.text_dims],
+    )
     (scale * model(x, torch.tensor([300.0, 700.0]), text).sample.square().mean()).backward()
     return take_gradients(model.parameters())
 
@@ -77,12 +82,18 @@ def test_the_slice_is_read_off_the_gradient(supernet):
     with torch.no_grad():
         for parameter, gradient in zip(carrier.parameters(), full):
             parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
-    shared = {name for (name, _), f, s in zip(supernet.named_parameters(), full, sub) if f is not None and s is not None}
-    norm_full = sum(p.square().sum() for name, p in carrier.extract_subnet("small").named_parameters() if name in shared).sqrt()
+    shared = {
+        name for (name, _), f, s in zip(supernet.named_parameters(), full, sub) if f is not None and s is not None
+    }
+    norm_full = sum(
+        p.square().sum() for name, p in carrier.extract_subnet("small").named_parameters() if name in shared
+    ).sqrt()
     norm_sub = sum(s.square().sum() for f, s in zip(full, sub) if f is not None and s is not None).sqrt()
     assert balance_scale(full, sub, 1e6) == pytest.approx((norm_full / norm_sub).item(), rel=1e-4)
     # The scale undoes whatever weight the sub-network's loss has.
-    assert balance_scale(full, gradients(supernet, "small", 7.0), 1e6) == pytest.approx((norm_full / norm_sub).item() / 7, rel=1e-4)
+    assert balance_scale(full, gradients(supernet, "small", 7.0), 1e6) == pytest.approx(
+        (norm_full / norm_sub).item() / 7, rel=1e-4
+    )
 
 
 def test_per_width_parameters_of_other_widths_do_not_move(supernet):
@@ -98,7 +109,10 @@ def test_per_width_parameters_of_other_widths_do_not_move(supernet):
         optimizer.zero_grad()
         return {name for name, parameter in supernet.named_parameters() if not torch.equal(parameter, before[name])}
 
-    of = {width: {name for name, _ in supernet.named_parameters() if f".{width}." in name} for width in ("tiny", "small", "full")}
+    of = {
+        width: {name for name, _ in supernet.named_parameters() if f".{width}." in name}
+        for width in ("tiny", "small", "full")
+    }
     assert of["tiny"] and of["small"] and of["full"]
     everything = {name for name, _ in supernet.named_parameters()}
     assert step("tiny") == everything - of["small"]

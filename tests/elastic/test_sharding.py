@@ -47,13 +47,24 @@ launch.recipe_main(train_elastic.run, "")
 def test_sharded_training_equals_one_process_and_continues(repository, tmp_path):
     training = repository / "training"
     (tmp_path / "sharded.py").write_text(SHARDED)
-    python, torchrun = [sys.executable], [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    python, torchrun = (
+        [sys.executable],
+        [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+    )
 
     def run(command: list, folder: Path, killed: bool = False, **env: str) -> None:
-        values = (f"output_dir={folder}", "threads=1", "elastic.steps=4", "elastic.sampling=sandwich", "elastic.checkpoint_every=2")
+        values = (
+            f"output_dir={folder}",
+            "threads=1",
+            "elastic.steps=4",
+            "elastic.sampling=sandwich",
+            "elastic.checkpoint_every=2",
+        )
         options = [part for value in values for part in ("--override", value)]
         command = [*command, "--config", training / "recipes" / "debug-t2i.yaml", *options]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True, timeout=300
+        )
         assert (done.returncode != 0) == killed, done.stderr[-4000:]
 
     one, two = tmp_path / "one", tmp_path / "two"
@@ -62,9 +73,13 @@ def test_sharded_training_equals_one_process_and_continues(repository, tmp_path)
     run([*python, training / "train_elastic.py"], one)
     sharded = [*torchrun, tmp_path / "sharded.py", training]
     run(sharded, two, killed=True, DIE_AT="2")
-    assert sorted(path.name for path in (two / "elastic" / "checkpoints" / "step-000000002").glob("*.safetensors")), "no sharded checkpoint"
+    assert sorted(path.name for path in (two / "elastic" / "checkpoints" / "step-000000002").glob("*.safetensors")), (
+        "no sharded checkpoint"
+    )
     run(sharded, two)
-    a, b = (load_file(folder / "elastic" / "transformer" / "diffusion_pytorch_model.safetensors") for folder in (one, two))
+    a, b = (
+        load_file(folder / "elastic" / "transformer" / "diffusion_pytorch_model.safetensors") for folder in (one, two)
+    )
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

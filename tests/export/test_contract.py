@@ -1,4 +1,6 @@
-"""The port contract: sample_min.py makes the pipeline's images without this package, and contract.json says what it needs."""
+"""The port contract: sample_min.py makes the pipeline's images without this package, and contract.json says what it
+needs.
+"""
 
 import ast
 import functools
@@ -38,7 +40,9 @@ OURS = "edgedit_hf,diffusers,transformers,safetensors,PIL"
 
 @pytest.fixture(scope="module")
 def alone(run_python):
-    """`alone(folder, *arguments)`: run an export's sample_min.py where neither this package nor torch can be imported."""
+    """`alone(folder, *arguments)`: run an export's sample_min.py where neither this package nor torch can be
+    imported.
+    """
 
     def run(folder: Path, *arguments, blocked: str = f"{OURS},torch", expect: int = 0) -> str:
         return run_python(ALONE, blocked, folder / "sample_min.py", *arguments, expect=expect)
@@ -56,7 +60,11 @@ def edgedit(make_transformer, vae=None, scheduler=None, **config) -> EdgeDiTPipe
 @functools.cache
 def elastic_net(channels: int) -> ElasticDiTTransformer2DModel:
     torch.manual_seed(0)
-    net = ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug", text_dims=[16, 32], in_channels=channels).extract_subnet("tiny").eval()
+    net = (
+        ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug", text_dims=[16, 32], in_channels=channels)
+        .extract_subnet("tiny")
+        .eval()
+    )
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.copy_(0.2 * torch.randn(parameter.shape))
@@ -74,18 +82,27 @@ def elastic(first=True, second=True, vae=None, scheduler=None, channels=1) -> El
 
 def tiny_vae(channels=4):
     torch.manual_seed(0)
-    blocks = {f"{side}_block_out_channels": (8, 8) for side in ("encoder", "decoder")} | {f"num_{side}_blocks": (1, 1) for side in ("encoder", "decoder")}
+    blocks = {f"{side}_block_out_channels": (8, 8) for side in ("encoder", "decoder")} | {
+        f"num_{side}_blocks": (1, 1) for side in ("encoder", "decoder")
+    }
     return diffusers.AutoencoderTiny(latent_channels=channels, scaling_factor=0.7, **blocks).eval()
 
 
 def video_vae():
     statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.0, 1.5, 2.0]}
-    return diffusers.AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], **statistics).eval()
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], **statistics
+    ).eval()
 
 
 def contract_of(folder, pipeline, *, split=False, batch=2, open_sizes=(), **options):
-    """The contract of an export whose files nobody has lowered: the eager parts stand in for them, as for Core ML here."""
-    artefacts = [Artefact(part, f"{part.component}/{part.name}", "fp32", open_sizes) for part in pipeline_parts(pipeline, split=split, batch=batch)]
+    """The contract of an export whose files nobody has lowered: the eager parts stand in for them, as for Core ML
+    here.
+    """
+    artefacts = [
+        Artefact(part, f"{part.component}/{part.name}", "fp32", open_sizes)
+        for part in pipeline_parts(pipeline, split=split, batch=batch)
+    ]
     options = {"format": "coreml", "precision": "fp32", "prompt": "a 3", **options}
     return write_contract(folder, pipeline, artefacts, split=split, **options), artefacts
 
@@ -135,7 +152,18 @@ def lowered(folder: Path, pipeline, *, split: bool, prompt: str = "a 3"):
         session = onnxruntime.InferenceSession(str(folder / artefact.file))
         return dict(zip(artefact.part.outputs, session.run(None, inputs)))
 
-    return write_contract(folder, pipeline, artefacts, format="onnx", precision="fp32", split=split, seed=3, label=0, prompt=prompt, run=run)
+    return write_contract(
+        folder,
+        pipeline,
+        artefacts,
+        format="onnx",
+        precision="fp32",
+        split=split,
+        seed=3,
+        label=0,
+        prompt=prompt,
+        run=run,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -173,14 +201,30 @@ def test_the_contract_says_what_an_app_needs(exported):
     assert json.loads((folder / "contract.json").read_text()) == contract
     assert [call["artefact"] for call in contract["order"]] == ["conditioner", "denoiser"]
     sample, modulation = contract["artefacts"]["denoiser"]["inputs"]
-    assert sample["shape"] == ["batch", 1, 8, 8] and sample["axes"] == ["batch", "channels", "height", "width"] and sample["dtype"] == "float32"
+    assert (
+        sample["shape"] == ["batch", 1, 8, 8]
+        and sample["axes"] == ["batch", "channels", "height", "width"]
+        and sample["dtype"] == "float32"
+    )
     assert modulation["shape"] == ["batch", 8, 32]
-    assert contract["artefacts"]["denoiser"]["outputs"][0]["shape"] == ["batch", 2, 8, 8] and contract["variance_channels"] == 1
+    assert (
+        contract["artefacts"]["denoiser"]["outputs"][0]["shape"] == ["batch", 2, 8, 8]
+        and contract["variance_channels"] == 1
+    )
     assert [tensor["dtype"] for tensor in contract["artefacts"]["conditioner"]["inputs"]] == ["float32", "int64"]
     assert contract["labels"] == {"count": 10, "null": 10, "names": None} and contract["guidance"]["scale"] == 4.0
     assert len(contract["schedule"]["steps"]) == 4 and contract["schedule"]["scheduler"] == "DDIMScheduler"
-    assert contract["genotype"] is not None and contract["versions"]["onnxruntime"] and contract["model"]["patch_size"] == 2
-    names = {"reference.safetensors", "sample_min.py", "transformer/onnx/model.onnx", "transformer/onnx/conditioner.onnx"}
+    assert (
+        contract["genotype"] is not None
+        and contract["versions"]["onnxruntime"]
+        and contract["model"]["patch_size"] == 2
+    )
+    names = {
+        "reference.safetensors",
+        "sample_min.py",
+        "transformer/onnx/model.onnx",
+        "transformer/onnx/conditioner.onnx",
+    }
     assert set(contract["files"]) == names
     assert all(entry["sha256"] == file_sha256(folder / name) for name, entry in contract["files"].items())
     text = (folder / "PORTING.md").read_text()
@@ -192,7 +236,12 @@ def test_names_of_others_stay_text_in_porting(exported):
 
     def structure(text: str) -> list[str]:
         tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(text)
-        return [token.type for block in tokens for token in (block, *(block.children or [])) if token.type not in ("text", "softbreak", "text_special")]
+        return [
+            token.type
+            for block in tokens
+            for token in (block, *(block.children or []))
+            if token.type not in ("text", "softbreak", "text_special")
+        ]
 
     foreign = json.loads(json.dumps(contract))
     foreign["versions"] = dict.fromkeys(foreign["versions"], hostile)
@@ -205,7 +254,10 @@ def test_names_of_others_stay_text_in_porting(exported):
 
 
 def test_sample_min_reads_safetensors_and_writes_png(exported, tmp_path):
-    found, expected = sample_min.read_safetensors(exported[0] / "reference.safetensors"), load_file(exported[0] / "reference.safetensors")
+    found, expected = (
+        sample_min.read_safetensors(exported[0] / "reference.safetensors"),
+        load_file(exported[0] / "reference.safetensors"),
+    )
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].dtype == value.dtype and np.array_equal(found[name], value)
@@ -230,7 +282,9 @@ def _imported(node) -> list[str]:
 # -------------------------------------------------------------------- the loop against the pipelines
 
 
-@pytest.mark.parametrize("batch, open_sizes, split", [(1, (), False), (2, (), True), (3, (), True), (2, ("batch",), False)])
+@pytest.mark.parametrize(
+    "batch, open_sizes, split", [(1, (), False), (2, (), True), (3, (), True), (2, ("batch",), False)]
+)
 def test_any_batch_makes_the_same_image(make_transformer, tmp_path, batch, open_sizes, split):
     pipeline = edgedit(make_transformer)
     contract, artefacts = contract_of(tmp_path, pipeline, split=split, batch=batch, open_sizes=open_sizes, label=7)
@@ -239,7 +293,9 @@ def test_any_batch_makes_the_same_image(make_transformer, tmp_path, batch, open_
     rows = 2 if open_sizes else batch  # two, in as many runs as a fixed batch takes
     assert reference["denoiser.inputs.sample"].shape[0] == rows
     assert contract["artefacts"]["denoiser"]["inputs"][0]["shape"][0] == ("batch" if open_sizes else batch)
-    assert sample_min.check(contract, eager(contract, artefacts), sample_min.read_safetensors(tmp_path / "reference.safetensors"))
+    assert sample_min.check(
+        contract, eager(contract, artefacts), sample_min.read_safetensors(tmp_path / "reference.safetensors")
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,12 +316,19 @@ def test_edgedits_of_every_kind(make_transformer, tmp_path, config):
     reference = load_file(tmp_path / "reference.safetensors")
     assert psnr(reference["loop.image"], pipeline_image(pipeline, reference["noise"], 0)) >= 50
     assert ("label" in reference) == (pipeline.transformer.config.num_classes > 0)
-    assert contract["guidance"]["rows"] == (1 if pipeline.transformer.config.num_classes == 0 or "default_guidance_scale" in config else 2)
+    assert contract["guidance"]["rows"] == (
+        1 if pipeline.transformer.config.num_classes == 0 or "default_guidance_scale" in config else 2
+    )
 
 
 @pytest.mark.parametrize(
     "first, second, split",
-    [("text_encoder", "text_encoder_2", False), ("text_encoder", "text_encoder_2", True), ("text_encoder", None, True), (None, None, False)],
+    [
+        ("text_encoder", "text_encoder_2", False),
+        ("text_encoder", "text_encoder_2", True),
+        ("text_encoder", None, True),
+        (None, None, False),
+    ],
 )
 def test_prompts_of_every_encoder(tmp_path, first, second, split):
     pipeline = elastic(first is not None, second is not None)
@@ -276,9 +339,19 @@ def test_prompts_of_every_encoder(tmp_path, first, second, split):
 
 
 def test_a_video_vae_and_a_shift_by_tokens(tmp_path):
-    pipeline = elastic(second=False, vae=video_vae(), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), channels=4)
+    pipeline = elastic(
+        second=False,
+        vae=video_vae(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        channels=4,
+    )
     contract, artefacts = contract_of(tmp_path, pipeline)
-    assert contract["latents"]["multiply"] == [0.5, 1.0, 1.5, 2.0] and contract["latents"]["add"] == [0.1, -0.2, 0.3, 0.0]
+    assert contract["latents"]["multiply"] == [0.5, 1.0, 1.5, 2.0] and contract["latents"]["add"] == [
+        0.1,
+        -0.2,
+        0.3,
+        0.0,
+    ]
     reference = load_file(tmp_path / "reference.safetensors")
     assert psnr(reference["loop.image"], pipeline_image(pipeline, reference["noise"], "a 3")) >= 50
     assert reference["encoder.inputs.image"].shape == (1, 3, 16, 16)
@@ -305,7 +378,10 @@ def test_prompts_are_read_as_the_pipeline_reads_them(tmp_path):
 
 def test_a_prompt_that_does_not_fit_is_refused(tmp_path):
     contract, artefacts = contract_of(tmp_path, elastic())
-    windows = [sample_min.tokenize(tmp_path, encoder, "three windows of characters, or two") for encoder in contract["text"]["encoders"]]
+    windows = [
+        sample_min.tokenize(tmp_path, encoder, "three windows of characters, or two")
+        for encoder in contract["text"]["encoders"]
+    ]
     with pytest.raises(SystemExit, match="this export takes 16 at most"):
         sample_min.encode_text(contract, eager(contract, artefacts), windows)
 
@@ -321,7 +397,11 @@ def test_a_files_further_input_gets_the_timestep(make_transformer, tmp_path):
         return run_part(artefact, inputs)
 
     contract = write_contract(tmp_path, pipeline, artefacts, format="onnx", precision="int8", split=True, run=run)
-    assert [tensor["name"] for tensor in contract["artefacts"]["denoiser"]["inputs"]] == ["sample", "modulation", "timestep"]
+    assert [tensor["name"] for tensor in contract["artefacts"]["denoiser"]["inputs"]] == [
+        "sample",
+        "modulation",
+        "timestep",
+    ]
     assert seen == [[step["timestep"]] * 2 for step in contract["schedule"]["steps"]]
 
 
@@ -337,7 +417,9 @@ def test_what_cannot_be_ported_is_refused(make_transformer, tmp_path):
     def broken(artefact, inputs):
         return {name: value * np.nan for name, value in run_part(artefact, inputs).items()}
 
-    with pytest.raises(EdgeDiTError, match="output prediction of transformer/denoiser holds numbers that are not finite"):
+    with pytest.raises(
+        EdgeDiTError, match="output prediction of transformer/denoiser holds numbers that are not finite"
+    ):
         contract_of(tmp_path, edgedit(make_transformer), run=broken)
     assert not (tmp_path / "contract.json").exists()
 
@@ -354,8 +436,18 @@ def test_text_to_image_alone(alone, tmp_path, split):
     assert printed.count("ok  ") == 9 + split * 3 and "FAIL" not in printed
     noise = load_file(tmp_path / "reference.safetensors")["noise"]
     alone(tmp_path, "--reference", "--prompt", "a 7", "--output", tmp_path / "prompt.png")
-    (tmp_path / "ids.json").write_text(json.dumps([[[2, *pipeline.tokenizer("a 7").input_ids, 2]], [pipeline.tokenizer_2("a 7").input_ids]]))
-    alone(tmp_path, "--reference", "--token-ids", tmp_path / "ids.json", "--output", tmp_path / "ids.png", blocked=f"{OURS},torch,tokenizers")
+    (tmp_path / "ids.json").write_text(
+        json.dumps([[[2, *pipeline.tokenizer("a 7").input_ids, 2]], [pipeline.tokenizer_2("a 7").input_ids]])
+    )
+    alone(
+        tmp_path,
+        "--reference",
+        "--token-ids",
+        tmp_path / "ids.json",
+        "--output",
+        tmp_path / "ids.png",
+        blocked=f"{OURS},torch,tokenizers",
+    )
     expected = pipeline_image(pipeline, noise, "a 7")
     for name in ("prompt.png", "ids.png"):
         assert psnr(np.asarray(Image.open(tmp_path / name)), expected) >= 50
@@ -377,15 +469,22 @@ def test_executorch_with_a_fixed_batch(make_transformer, alone, tmp_path, split)
             path = tmp_path / artefacts[-1].file
             path.parent.mkdir(parents=True, exist_ok=True)
             program = torch.export.export(part.module, tuple(part.inputs.values()))
-            path.write_bytes(to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch().buffer)
+            path.write_bytes(
+                to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch().buffer
+            )
 
     def run(artefact, inputs):
         method = Runtime.get().load_program(str(tmp_path / artefact.file)).load_method("forward")
         values = method.execute([torch.from_numpy(value) for value in inputs.values()])
         return {name: value.numpy() for name, value in zip(artefact.part.outputs, values)}
 
-    contract = write_contract(tmp_path, pipeline, artefacts, format="executorch", precision="fp32", split=split, run=run)
-    assert contract["artefacts"]["denoiser"]["inputs"][0]["shape"] == [2, 4, 8, 8] and contract["runtime"]["inputs"] == "by position"
+    contract = write_contract(
+        tmp_path, pipeline, artefacts, format="executorch", precision="fp32", split=split, run=run
+    )
+    assert (
+        contract["artefacts"]["denoiser"]["inputs"][0]["shape"] == [2, 4, 8, 8]
+        and contract["runtime"]["inputs"] == "by position"
+    )
     printed = alone(tmp_path, "--check", blocked=OURS)  # ExecuTorch's binding needs torch
     assert "FAIL" not in printed
     noise = load_file(tmp_path / "reference.safetensors")["noise"]

@@ -1,4 +1,6 @@
-"""Export to ExecuTorch: XNNPACK runs nearly all of it, the artefact computes what the model computes, and a bad file is one clear error."""
+"""Export to ExecuTorch: XNNPACK runs nearly all of it, the artefact computes what the model computes, and a bad file is
+one clear error.
+"""
 
 import importlib.util
 import json
@@ -74,8 +76,20 @@ def int4(pipeline, tmp_path_factory):
     "config",
     [
         {"layers": SearchSpace(4, 32, 2).from_code((16, 9)).to_layers()},
-        {"num_classes": 0, "timestep_scale": -1e-3, "timestep_offset": 1.0, "frequency_shift": 1.0, "mlp_norm_eps": 1e-5},
-        {"learned_position": True, "position_bias": True, "long_skips": [[0, 3], [1, 2]], "decoder_start": 2, "side_layers": 1},
+        {
+            "num_classes": 0,
+            "timestep_scale": -1e-3,
+            "timestep_offset": 1.0,
+            "frequency_shift": 1.0,
+            "mlp_norm_eps": 1e-5,
+        },
+        {
+            "learned_position": True,
+            "position_bias": True,
+            "long_skips": [[0, 3], [1, 2]],
+            "decoder_start": 2,
+            "side_layers": 1,
+        },
     ],
     ids=["compressed", "sit", "mdt"],
 )
@@ -147,7 +161,9 @@ def test_fp32_is_the_model_at_every_multiple_of_its_batch(pipeline, fp32):
         expected = pipeline.transformer(sample, torch.tensor(500), labels).sample
     (found,) = artefact(sample.bfloat16().float(), torch.tensor(500), labels, return_dict=False)
     assert relative_error(found, expected) < 1e-2
-    with pytest.raises(EdgeDiTError, match="batch is 3, but this artefact was exported for batch 2 and takes multiples of it"):
+    with pytest.raises(
+        EdgeDiTError, match="batch is 3, but this artefact was exported for batch 2 and takes multiples of it"
+    ):
         artefact(sample[:3], timestep[:3], labels[:3])
 
 
@@ -172,7 +188,11 @@ def test_reports(pipeline, fp32, int4):
         assert report["steps"] == 4 and report["images"] == 8 and report["guidance_scale"] == 1.5
         bench = json.loads((path / "bench.json").read_text())
         assert bench["precision"] == precision and bench["scheme"] == scheme
-        assert bench["file_bytes"] == bench["initializer_bytes"] == (path / "transformer/executorch/model.pte").stat().st_size
+        assert (
+            bench["file_bytes"]
+            == bench["initializer_bytes"]
+            == (path / "transformer/executorch/model.pte").stat().st_size
+        )
         assert [entry["batch"] for entry in bench["latency"]] == [batch]
         assert set(bench["latency"][0]["timings"]) == {"torch-fp32", f"executorch-{precision}"}
         # Everything with arithmetic on tokens is XNNPACK's; what is left are a look-up and views of one row an image.
@@ -184,7 +204,15 @@ def test_reports(pipeline, fp32, int4):
             "aten_unsqueeze_copy_default",
             "dim_order_ops__to_dim_order_copy_default",
         }
-        contract = ["PORTING.md", "bench.json", "contract.json", "delegation.json", "model_index.json", "reference.safetensors", "sample_min.py"]
+        contract = [
+            "PORTING.md",
+            "bench.json",
+            "contract.json",
+            "delegation.json",
+            "model_index.json",
+            "reference.safetensors",
+            "sample_min.py",
+        ]
         assert sorted(p.name for p in path.iterdir()) == [*contract, "scheduler", "transformer", "verify.json"]
         share = json.loads((path / "delegation.json").read_text())["transformer/executorch/model.pte"]
         assert share["portable"] == bench["delegation"]["portable"] and 0 <= share["portable_share"] <= 0.1
@@ -194,7 +222,9 @@ def test_reports(pipeline, fp32, int4):
 
 def test_the_file_describes_itself(pipeline, fp32):
     metadata = ExecutorchEdgeDiTTransformer2DModel.from_pretrained(fp32 / "transformer").metadata
-    assert Genotype.from_json(json.dumps(metadata["genotype"])) == Genotype.from_layers(pipeline.transformer.config.layers, 32)
+    assert Genotype.from_json(json.dumps(metadata["genotype"])) == Genotype.from_layers(
+        pipeline.transformer.config.layers, 32
+    )
     assert metadata["precision"] == metadata["scheme"] == "fp32" and metadata["batch"] == "2"
     assert metadata["config"]["sample_size"] == 8 and "executorch" in metadata["versions"]
     assert metadata["weights"] == json.loads((fp32 / "verify.json").read_text())["weights"]
@@ -211,7 +241,10 @@ def test_threads_of_the_pool(pipeline, fp32):
     """A new pool drops the loaded networks: they would keep a pointer to the old one."""
     from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count
 
-    one, two = (ExecutorchEdgeDiTTransformer2DModel.from_pretrained(fp32, subfolder="transformer", num_threads=n) for n in (1, 2))
+    one, two = (
+        ExecutorchEdgeDiTTransformer2DModel.from_pretrained(fp32, subfolder="transformer", num_threads=n)
+        for n in (1, 2)
+    )
     inputs = tuple(example_inputs(pipeline.transformer.config, 2).values())
     expected = one(*inputs).sample
     assert _threadpool_get_thread_count() == 1
@@ -277,7 +310,9 @@ def test_from_a_hub_cache(fp32, make_hub_cache):
 
 def test_a_missing_package_names_the_remedy(pipeline, fp32, tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "executorch" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "executorch" else find(name, *rest)
+    )
     remedy = re.escape("pip install 'edgedit_hf[executorch]'")
     with pytest.raises(EdgeDiTError, match=remedy):
         export_pipeline(pipeline, tmp_path / "out", format="executorch")

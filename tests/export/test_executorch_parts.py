@@ -1,4 +1,6 @@
-"""Every part of both families in ExecuTorch: the rewritten networks are the models, XNNPACK runs them whole, given integers arrive, errors are clear."""
+"""Every part of both families in ExecuTorch: the rewritten networks are the models, XNNPACK runs them whole, given
+integers arrive, errors are clear.
+"""
 
 import dataclasses
 import importlib.util
@@ -37,7 +39,11 @@ def worst_error(found, part):
 
 def small_elastic(**overrides):
     torch.manual_seed(0)
-    model = ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug", subnets=None, **overrides).eval().requires_grad_(False)
+    model = (
+        ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug", subnets=None, **overrides)
+        .eval()
+        .requires_grad_(False)
+    )
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))  # no zeros of an initialisation
     return model
@@ -81,7 +87,9 @@ def test_a_rewritten_net_shares_the_weights():
     (part,) = elastic_parts(model, (8, 8), 1, False, [3, 3])
     form = form_of(part)
     layers = [layer for layer in form.modules() if isinstance(layer, FormLinear)]
-    assert {layer.source.name for layer in layers} == {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    assert {layer.source.name for layer in layers} == {
+        name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)
+    }
     assert all(layer.weight.data_ptr() == model.get_submodule(layer.source.name).weight.data_ptr() for layer in layers)
 
 
@@ -90,10 +98,21 @@ def encoder_parts():
     sizes = {"block_out_channels": (16, 32), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 8}
     down, up = ["DownEncoderBlock2D"] * 2, ["UpDecoderBlock2D"] * 2
     full = AutoencoderKL(down_block_types=down, up_block_types=up, **sizes).eval()
-    small = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    small = {
+        "encoder_block_out_channels": (8, 8),
+        "decoder_block_out_channels": (8, 8),
+        "num_encoder_blocks": (1, 1),
+        "num_decoder_blocks": (1, 1),
+    }
     tiny = AutoencoderTiny(**small).eval()
     clip = CLIPTextConfig(
-        vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     t5 = T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
     parts = [*vae_parts(full, (4, 6), 2, 4, 1), *vae_parts(tiny, (4, 6), 2, 4, 2)]
@@ -117,17 +136,26 @@ def test_given_integers_arrive_as_they_are(tiny):
     layers = {name: layer for name, layer in tiny.named_modules() if isinstance(layer, nn.Linear)}
     affine = {name: quantize_affine(layer.weight, 4, 32, True) for name, layer in layers.items()}
     affine["proj_out"] = quantize_affine(tiny.proj_out.weight, 4, 0, True)  # one group of all inputs
-    affine["blocks.0.mlp.proj_in"] = quantize_affine(tiny.blocks[0].mlp.proj_in.weight, 4, 32, False)  # a grid that XNNPACK has not
+    affine["blocks.0.mlp.proj_in"] = quantize_affine(
+        tiny.blocks[0].mlp.proj_in.weight, 4, 32, False
+    )  # a grid that XNNPACK has not
     affine["modulation_out"] = quantize_affine(tiny.modulation_out.weight, 8, 0, True)
     form = form_of(part)
     said = quantize_linears(form, "8da4w", ["modulation_out", "elsewhere"], affine)
     assert said["kept_8bit"] == ["modulation_out"] and said["rounded_again"] == ["blocks.0.mlp.proj_in"]
-    assert set(said["given"]) == set(affine) - {"blocks.0.mlp.proj_in"} and set(said["linear_layers"]) == {"8da4w", "8da8w"}
+    assert set(said["given"]) == set(affine) - {"blocks.0.mlp.proj_in"} and set(said["linear_layers"]) == {
+        "8da4w",
+        "8da8w",
+    }
     width = tiny.blocks[0].attn.to_qkv.out_features // 3
     expected = affine["blocks.0.attn.to_qkv"].dequantize()
     scale = (width // tiny.blocks[0].attn.heads) ** -0.5
     attn = form.blocks[0].attn
-    for layer, rows, factor in ((attn.to_q, slice(0, width), scale), (attn.to_k, slice(width, 2 * width), 1), (attn.to_v, slice(2 * width, None), 1)):
+    for layer, rows, factor in (
+        (attn.to_q, slice(0, width), scale),
+        (attn.to_k, slice(width, 2 * width), 1),
+        (attn.to_v, slice(2 * width, None), 1),
+    ):
         assert torch.allclose(layer.weight.dequantize(), factor * expected[rows], atol=1e-7)
     for layer, name in ((form.proj_out, "proj_out"), (form.conditioner.layers[-1], "modulation_out")):
         assert torch.allclose(layer.weight.dequantize(), affine[name].dequantize(), atol=1e-7)
@@ -141,7 +169,9 @@ def test_fitted_grids_are_better_than_the_largest_value():
     found = quantized_weight(weight, "8da4w")
     scale = found.scale
     assert torch.equal(scale, scale.bfloat16().float()) and int(found.qdata.min()) >= -8 and int(found.qdata.max()) <= 7
-    assert relative_error(found.dequantize(), weight) < 0.96 * relative_error(quantize_affine(weight, 4, 32, True).dequantize(), weight)
+    assert relative_error(found.dequantize(), weight) < 0.96 * relative_error(
+        quantize_affine(weight, 4, 32, True).dequantize(), weight
+    )
     assert relative_error(quantized_weight(weight, "8da8w").dequantize(), weight) < 0.01
     assert not quantized_weight(torch.zeros(2, 32), "8da4w").dequantize().any()
 
@@ -164,8 +194,16 @@ def test_inputs_that_do_not_fit_are_one_clear_error(lowered):
     part, path, _ = lowered
     session = ExecutorchSession(path)
     sample, modulation = part.inputs.values()
-    for inputs in ((sample.repeat(2, 1, 1, 1), modulation), (sample.double(), modulation), (sample,), (sample[..., :4], modulation)):
-        with pytest.raises(EdgeDiTError, match=r"The inputs are .* but .*model.pte was exported for float32 \(1, 1, 8, 8\), float32 \(1, 8, 32\)"):
+    for inputs in (
+        (sample.repeat(2, 1, 1, 1), modulation),
+        (sample.double(), modulation),
+        (sample,),
+        (sample[..., :4], modulation),
+    ):
+        with pytest.raises(
+            EdgeDiTError,
+            match=r"The inputs are .* but .*model.pte was exported for float32 \(1, 1, 8, 8\), float32 \(1, 8, 32\)",
+        ):
             session.run_all(inputs)
     assert session.run([sample, modulation]).shape == sample.shape
 
@@ -183,7 +221,9 @@ def test_what_cannot_be_lowered_leaves_no_file(tiny, tmp_path, monkeypatch):
         with pytest.raises(EdgeDiTError, match=message):
             lower_executorch(part, path, **options)
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "coremltools" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "coremltools" else find(name, *rest)
+    )
     with pytest.raises(EdgeDiTError, match="pip install 'edgedit_hf\\[coreml\\]'"):
         lower_executorch(part, path, backend="coreml")
     assert list(tmp_path.iterdir()) == []
@@ -204,13 +244,19 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path):
 @pytest.mark.slow
 def test_every_part_of_both_families_lowers(tiny, tmp_path):
     elastic = small_elastic(num_layers=[1, 1, 1], attention_blocks=4)
-    parts = [*edgedit_parts(tiny, (8, 12), 2, False), *elastic_parts(elastic, (8, 8), 1, False, [5, 7]), *elastic_parts(elastic, (8, 8), 2, True, [5, 7])]
+    parts = [
+        *edgedit_parts(tiny, (8, 12), 2, False),
+        *elastic_parts(elastic, (8, 8), 1, False, [5, 7]),
+        *elastic_parts(elastic, (8, 8), 2, True, [5, 7]),
+    ]
     for part in [*parts, *encoder_parts()]:
         path = tmp_path / "model.pte"
         said = lower_executorch(part, path)
         assert worst_error(ExecutorchSession(path).run_all(list(part.inputs.values())), part) < 1e-5
         if part.component == "transformer":  # attention, norms and modulation are all XNNPACK's
-            assert said["delegation"]["subgraphs"] == 1 and set(said["delegation"]["portable"]) <= {"aten_embedding_default"}
+            assert said["delegation"]["subgraphs"] == 1 and set(said["delegation"]["portable"]) <= {
+                "aten_embedding_default"
+            }
             assert said["delegation"]["portable_share"] <= 0.1
 
 
@@ -219,7 +265,9 @@ def test_4_bit_files_of_given_integers(tiny, tmp_path):
     model = share(tiny)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     affine = {name: quantize_affine(layer.weight, 4, 32, True) for name, layer in layers.items()}
-    affine = {name: dataclasses.replace(weight, scale=weight.scale.bfloat16().half()) for name, weight in affine.items()}  # XNNPACK's scales
+    affine = {
+        name: dataclasses.replace(weight, scale=weight.scale.bfloat16().half()) for name, weight in affine.items()
+    }  # XNNPACK's scales
     for name, layer in layers.items():
         layer.weight = nn.Parameter(affine[name].dequantize(), requires_grad=False)
     (part,) = edgedit_parts(model, (8, 8), 1, split=False)
@@ -236,5 +284,9 @@ def test_core_mls_delegate_is_lowered_but_not_run(tiny, tmp_path):
     pytest.importorskip("coremltools")
     (part,) = edgedit_parts(tiny, (8, 8), 1, split=False)
     said = lower_executorch(part, tmp_path / "model.pte", facts={"config": json.dumps({})}, backend="coreml")
-    assert "Apple" in said["not_run"] and said["delegation"]["subgraphs"] == 1 and "portable_share" not in said["delegation"]
+    assert (
+        "Apple" in said["not_run"]
+        and said["delegation"]["subgraphs"] == 1
+        and "portable_share" not in said["delegation"]
+    )
     assert said["bytes"] > 4 * sum(p.numel() for p in tiny.parameters()) / 3  # 16-bit weights

@@ -1,4 +1,6 @@
-"""Export to Core ML: every part converts and, interpreted, computes what it computed; palettes and grids arrive entry by entry; errors leave nothing."""
+"""Export to Core ML: every part converts and, interpreted, computes what it computed; palettes and grids arrive entry
+by entry; errors leave nothing.
+"""
 
 import errno
 import importlib.util
@@ -70,7 +72,9 @@ def quantised(make_transformer, tmp_path_factory):
     (part,) = edgedit_parts(model, (8, 8), 2, split=False)
     path = tmp_path_factory.mktemp("coreml") / "model.mlpackage"
     elsewhere = {"blocks.7.mlp.proj_in": quantize_weight(torch.randn(32, 32), SPECS[0])}
-    report = lower_coreml(part, path, "fp16", {"genotype": '{"a": 1}', "batch": "2"}, quantized={**weights, **elsewhere})
+    report = lower_coreml(
+        part, path, "fp16", {"genotype": '{"a": 1}', "batch": "2"}, quantized={**weights, **elsewhere}
+    )
     return part, weights, path, report
 
 
@@ -81,16 +85,29 @@ def test_a_package_describes_itself(quantised):
     assert read_metadata(path) == {"genotype": '{"a": 1}', "batch": "2"}
     spec = ct.models.MLModel(str(path), skip_model_load=True).get_spec()
     assert spec.specificationVersion == 9 and report["minimum_deployment_target"] == "iOS18"
-    float32, int32 = (spec.description.input[0].type.multiArrayType.ArrayDataType.Value(kind) for kind in ("FLOAT32", "INT32"))
-    described = {entry.name: (list(entry.type.multiArrayType.shape), entry.type.multiArrayType.dataType) for entry in spec.description.input}
+    float32, int32 = (
+        spec.description.input[0].type.multiArrayType.ArrayDataType.Value(kind) for kind in ("FLOAT32", "INT32")
+    )
+    described = {
+        entry.name: (list(entry.type.multiArrayType.shape), entry.type.multiArrayType.dataType)
+        for entry in spec.description.input
+    }
     assert described == {"sample": ([2, 1, 8, 8], float32), "timestep": ([2], float32), "class_labels": ([2], int32)}
-    assert [(entry.name, entry.type.multiArrayType.dataType) for entry in spec.description.output] == [("prediction", float32)]
-    assert report["inputs"] == {name: list(value.shape) for name, value in part.inputs.items()} and report["outputs"] == {"prediction": [2, 1, 8, 8]}
+    assert [(entry.name, entry.type.multiArrayType.dataType) for entry in spec.description.output] == [
+        ("prediction", float32)
+    ]
+    assert report["inputs"] == {name: list(value.shape) for name, value in part.inputs.items()} and report[
+        "outputs"
+    ] == {"prediction": [2, 1, 8, 8]}
     assert report["operators"]["scaled_dot_product_attention"] == 1 and report["operators"]["linear"] == 9
-    assert {entry.name for entry in path.iterdir()} == {"Manifest.json", "Data"} and [entry.name for entry in path.parent.iterdir()] == [path.name]
+    assert {entry.name for entry in path.iterdir()} == {"Manifest.json", "Data"} and [
+        entry.name for entry in path.parent.iterdir()
+    ] == [path.name]
     files = [file for file in path.rglob("*") if file.is_file()]
     assert report["bytes"] == sum(file.stat().st_size for file in files)
-    assert not any(b"site-packages" in file.read_bytes() or b"edgedit_hf/" in file.read_bytes() for file in files)  # no paths of this machine
+    assert not any(
+        b"site-packages" in file.read_bytes() or b"edgedit_hf/" in file.read_bytes() for file in files
+    )  # no paths of this machine
 
 
 def test_a_package_computes_what_the_part_computes(quantised):
@@ -109,31 +126,46 @@ def test_palettes_and_grids_are_written_entry_by_entry(quantised):
     for operator in operators:
         # coremltools' own unpacking says which weight this is ...
         dense = operator.materialized_val_inference()
-        name = next(name for name, weight in unseen.items() if dense.shape == tuple(weight.shape) and np.array_equal(dense, weight.dequantize().half().numpy()))
+        name = next(
+            name
+            for name, weight in unseen.items()
+            if dense.shape == tuple(weight.shape) and np.array_equal(dense, weight.dequantize().half().numpy())
+        )
         weight = unseen.pop(name)
         columns = int(np.prod(weight.shape[1:]))
         if weight.scheme == "palette":  # ... and inside are the entries and indices that we stored.
             assert operator.op_type == "constexpr_lut_to_dense" and operator.indices.dtype.get_bitwidth() == weight.bits
-            assert np.array_equal(operator.indices.val.reshape(len(dense), -1), unpack(weight.indices, weight.bits, columns).numpy())
+            assert np.array_equal(
+                operator.indices.val.reshape(len(dense), -1), unpack(weight.indices, weight.bits, columns).numpy()
+            )
             repeats = len(operator.lut.val) // len(weight.palette)
             if not weight.rows_per_palette or len(dense) % weight.rows_per_palette == 0:
                 assert repeats == 1
                 assert np.array_equal(operator.lut.val.reshape(weight.palette.shape), weight.palette.numpy())
         else:
-            assert operator.op_type == "constexpr_blockwise_shift_scale" and operator.data.dtype.get_bitwidth() == max(4, weight.bits)
-            values = unpack(weight.values, weight.bits, columns).numpy().astype(int) - (2 ** (weight.bits - 1) if weight.zero_point is None else 0)
+            assert operator.op_type == "constexpr_blockwise_shift_scale" and operator.data.dtype.get_bitwidth() == max(
+                4, weight.bits
+            )
+            values = unpack(weight.values, weight.bits, columns).numpy().astype(int) - (
+                2 ** (weight.bits - 1) if weight.zero_point is None else 0
+            )
             assert np.array_equal(operator.data.val.reshape(len(dense), -1).astype(int), values)
     assert not unseen
     stored = sum(count["bytes"] for kind, count in report["weights"].items() if kind.startswith(("palettes", "grids")))
-    assert stored < 1.25 * sum(weight.num_bits for weight in weights.values()) / 8  # short last runs and 2-bit grids take more than ours
-    assert sum(count["elements"] for kind, count in report["weights"].items() if kind.startswith(("palettes", "grids"))) == sum(
-        int(np.prod(weight.shape)) for weight in weights.values()
-    )
+    assert (
+        stored < 1.25 * sum(weight.num_bits for weight in weights.values()) / 8
+    )  # short last runs and 2-bit grids take more than ours
+    assert sum(
+        count["elements"] for kind, count in report["weights"].items() if kind.startswith(("palettes", "grids"))
+    ) == sum(int(np.prod(weight.shape)) for weight in weights.values())
 
 
 @pytest.mark.parametrize("shape", [(32, 48), (24, 40), (40, 4, 2, 2), (6, 1, 2, 2)])
 def test_native_operators_unpack_to_the_weight(shape):
-    from coremltools.converters.mil.mil.ops.defs.iOS18.compression import constexpr_blockwise_shift_scale, constexpr_lut_to_dense
+    from coremltools.converters.mil.mil.ops.defs.iOS18.compression import (
+        constexpr_blockwise_shift_scale,
+        constexpr_lut_to_dense,
+    )
 
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for spec in SPECS:
@@ -149,12 +181,16 @@ def test_native_operators_unpack_to_the_weight(shape):
 
 
 class Peculiar(nn.Module):
-    """What coremltools gets wrong or does not take: both GELUs, grouped heads (plain and masked), expansions of six dimensions."""
+    """What coremltools gets wrong or does not take: both GELUs, grouped heads (plain and masked), expansions of six
+    dimensions.
+    """
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         query, key = x.reshape(2, 4, 6, 4), x[:, :, :8].reshape(2, 2, 6, 4)
         plain = F.scaled_dot_product_attention(query, key, 1 - key, enable_gqa=True)
-        masked = F.scaled_dot_product_attention(query, key, 1 - key, attn_mask=mask[:, None, None] > 0.5, enable_gqa=True)
+        masked = F.scaled_dot_product_attention(
+            query, key, 1 - key, attn_mask=mask[:, None, None] > 0.5, enable_gqa=True
+        )
         wide = x.reshape(2, 3, 1, 2, 1, 16).expand(-1, -1, 2, -1, 2, -1).reshape(2, 6, 4, 16)
         return F.gelu(x + 1, approximate="tanh"), F.gelu(x), plain, masked, wide
 
@@ -194,7 +230,9 @@ def test_wrong_requests_are_one_error(options, message, tmp_path):
 
 def test_a_missing_coremltools_is_one_error(monkeypatch, tmp_path):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "coremltools" else find_spec(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "coremltools" else find_spec(name, *rest)
+    )
     with pytest.raises(EdgeDiTError, match=r"pip install 'edgedit_hf\[coreml\]'"):
         lower_coreml(linear_part(), tmp_path / "model.mlpackage", "fp16", {})
 
@@ -229,15 +267,28 @@ def test_a_full_disk_leaves_the_old_package(monkeypatch, tmp_path):
 def every_part(family, make_transformer):
     if family == "edgedit":
         model = make_transformer()
-        return [part for split in (False, True) for part in edgedit_parts(model, (8, 8), 2, split)] + edgedit_parts(model, (8, 12), 1, False)
+        return [part for split in (False, True) for part in edgedit_parts(model, (8, 8), 2, split)] + edgedit_parts(
+            model, (8, 12), 1, False
+        )
     if family == "elastic":
-        model = randomise(ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug", subnets=None, num_layers=[1, 3, 1], attention_blocks=3), 0.2)
+        model = randomise(
+            ElasticDiTTransformer2DModel.from_preset(
+                "elastic-dit-debug", subnets=None, num_layers=[1, 3, 1], attention_blocks=3
+            ),
+            0.2,
+        )
         return [part for split in (False, True) for part in elastic_parts(model, (8, 12), 2, split, [5, 7])]
     if family == "vae":
         from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderTiny
 
-        blocks = {"block_out_channels": (8, 16), "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-        tiny = {f"{kind}_block_out_channels": (8, 8) for kind in ("encoder", "decoder")} | {f"num_{kind}_blocks": (1, 1) for kind in ("encoder", "decoder")}
+        blocks = {
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+        }
+        tiny = {f"{kind}_block_out_channels": (8, 8) for kind in ("encoder", "decoder")} | {
+            f"num_{kind}_blocks": (1, 1) for kind in ("encoder", "decoder")
+        }
         video = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]}
         vaes = [
             AutoencoderKL(norm_num_groups=4, latent_channels=4, **blocks),
@@ -247,7 +298,13 @@ def every_part(family, make_transformer):
         return [part for vae in vaes for part in vae_parts(randomise(vae, 0.1), (8, 8), 2, 4, 1)]
     import transformers
 
-    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     grouped = {**sizes, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
     t5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     encoders = [
@@ -280,10 +337,15 @@ def test_linear_layers_and_convolutions_are_quantised(make_transformer, tmp_path
         for parameter in model.parameters():
             parameter.mul_(0.5)
     (part,) = edgedit_parts(model, (8, 8), 2, split=False)
-    large = {name: layer.weight.numel() for name, layer in quantizable_layers(model).items() if layer.weight.numel() >= 1024}
+    large = {
+        name: layer.weight.numel() for name, layer in quantizable_layers(model).items() if layer.weight.numel() >= 1024
+    }
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sizes = {}
-    for precision, kind, bits, tolerance in (("int8", "grids of 8 bits", 8, 3e-2), ("int4", "palettes of 4 bits", 4, 4e-1)):
+    for precision, kind, bits, tolerance in (
+        ("int8", "grids of 8 bits", 8, 3e-2),
+        ("int4", "palettes of 4 bits", 4, 4e-1),
+    ):
         path = tmp_path / f"{precision}.mlpackage"
         report = lower_coreml(part, path, precision, {})
         assert report["compute_precision"] == "fp16" and report["weights"][kind]["elements"] == sum(large.values())
@@ -297,7 +359,9 @@ def test_linear_layers_and_convolutions_are_quantised(make_transformer, tmp_path
 
 @pytest.mark.slow
 def test_an_elastic_net_keeps_its_palettes(tmp_path):
-    model = randomise(ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug", subnets=None, num_layers=[1, 1, 0]), 0.15)
+    model = randomise(
+        ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug", subnets=None, num_layers=[1, 1, 0]), 0.15
+    )
     quantize_model(model, {name: SPECS[index % 2] for index, name in enumerate(quantizable_layers(model))})
     weights = quantized_weights(model)
     dequantize_model(model, torch.float32)
@@ -313,12 +377,16 @@ def test_an_elastic_net_keeps_its_palettes(tmp_path):
 @pytest.mark.parametrize("name", ["sit", "mdtv2"])
 def test_relatives_compute_what_the_original_computed(name, tmp_path):
     tensors = load_file(ORACLES / f"{name}.safetensors")
-    torch.save({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}, tmp_path / f"{name}.pt")
+    torch.save(
+        {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}, tmp_path / f"{name}.pt"
+    )
     model = load_original(tmp_path / f"{name}.pt", num_attention_heads=4)
     x, t, y, expected = (tensors[f"call0.{key}"] for key in ("x", "t", "y", "out"))
     if name == "sit":
         t, expected = 1000 * (1 - t), -expected
     (part,) = edgedit_parts(model, tuple(x.shape[2:]), len(x), split=False)
     lower_coreml(part, tmp_path / "model.mlpackage", "fp32", {})
-    found = run_package(tmp_path / "model.mlpackage", {"sample": x, "timestep": t.float(), "class_labels": y})["prediction"]
+    found = run_package(tmp_path / "model.mlpackage", {"sample": x, "timestep": t.float(), "class_labels": y})[
+        "prediction"
+    ]
     assert (found - expected).norm() <= 1e-4 * expected.norm()

@@ -1,4 +1,6 @@
-"""Precisions, split conditioners, open sizes and text to image: every export computes what the model computes and loads back as a pipeline."""
+"""Precisions, split conditioners, open sizes and text to image: every export computes what the model computes and loads
+back as a pipeline.
+"""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +71,9 @@ def run(path, part):
 # -------------------------------------------------------------------- precisions of a file
 
 
-@pytest.mark.parametrize("precision, tolerance, shrink", [("fp16", 2e-3, 1.9), ("int8", 2e-2, 2.5), ("int4", 2e-1, 3.5)])
+@pytest.mark.parametrize(
+    "precision, tolerance, shrink", [("fp16", 2e-3, 1.9), ("int8", 2e-2, 2.5), ("int4", 2e-1, 3.5)]
+)
 def test_precisions_of_a_file(whole, tmp_path, precision, tolerance, shrink):
     said = lower_onnx(whole, tmp_path / "model.onnx", precision, {"a": "b"})
     assert said["precision"] == precision
@@ -81,7 +85,9 @@ def test_precisions_of_a_file(whole, tmp_path, precision, tolerance, shrink):
 
 @pytest.mark.parametrize("buckets", [1, 2])
 def test_static_int8_is_what_the_simulation_computes(pipeline, whole, scales, tmp_path, buckets):
-    """Against PyTorch with rounded inputs and rounded weights: the same but for the order of additions, at timesteps of every bucket."""
+    """Against PyTorch with rounded inputs and rounded weights: the same but for the order of additions, at timesteps of
+    every bucket.
+    """
     model = pipeline.transformer
     said = lower_onnx(whole, tmp_path / "model.onnx", "int8", {}, scales=scales[buckets], layers=model)
     layers = [name for name in scales[buckets].scale if model.get_submodule(name).weight.numel() >= 1024]
@@ -101,7 +107,9 @@ def test_static_int8_is_what_the_simulation_computes(pipeline, whole, scales, tm
         for name, weight in kept.items():
             model.get_submodule(name).weight.copy_(weight)
     products = [node.op_type for node in onnx.load(str(tmp_path / "model.onnx")).graph.node]
-    assert products.count("QuantizeLinear") == len(layers) and products.count("Gather") >= 2 * len(layers) * (buckets > 1)
+    assert products.count("QuantizeLinear") == len(layers) and products.count("Gather") >= 2 * len(layers) * (
+        buckets > 1
+    )
 
 
 def test_a_file_holds_the_integers_it_is_given(pipeline, whole, tmp_path):
@@ -110,7 +118,9 @@ def test_a_file_holds_the_integers_it_is_given(pipeline, whole, tmp_path):
         "blocks.0.mlp.proj_in": quantize_affine(model.blocks[0].mlp.proj_in.weight, 4, 16, symmetric=False),
         "blocks.1.attn.to_qkv": quantize_affine(model.blocks[1].attn.to_qkv.weight, 8, 32, symmetric=True),
     }
-    said = lower_onnx(whole, tmp_path / "model.onnx", "int4", {}, given=weights, keep_8bit=["blocks.0.modulation"], layers=model)
+    said = lower_onnx(
+        whole, tmp_path / "model.onnx", "int4", {}, given=weights, keep_8bit=["blocks.0.modulation"], layers=model
+    )
     assert said["linear_layers"]["8 bit"] == 2
     tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(str(tmp_path / "model.onnx")).graph.initializer}
     for name, weight in weights.items():
@@ -153,7 +163,11 @@ def test_fp16_keeps_islands_where_it_would_overflow():
 # -------------------------------------------------------------------- layers of 8 bits
 
 
-@pytest.mark.parametrize("form, goals", [(nearest_form({}), (42.0, 50.0)), (xnnpack_weights({}), (36.0, 42.0))], ids=["onnxruntime", "xnnpack"])
+@pytest.mark.parametrize(
+    "form, goals",
+    [(nearest_form({}), (42.0, 50.0)), (xnnpack_weights({}), (36.0, 42.0))],
+    ids=["onnxruntime", "xnnpack"],
+)
 def test_8_bits_go_to_few_layers_that_need_them(pipeline, form, goals):
     names = list(quantized_linears(pipeline.transformer))
     before = {name: tensor.clone() for name, tensor in pipeline.transformer.state_dict().items()}
@@ -170,7 +184,9 @@ def test_8_bits_go_to_few_layers_that_need_them(pipeline, form, goals):
 
 
 def test_a_split_export_computes_modulations_once(pipeline, tmp_path):
-    folder = export_pipeline(pipeline, tmp_path / "out", split_conditioner=True, threads=1, bench_batches=(2,), bench_repeats=2)
+    folder = export_pipeline(
+        pipeline, tmp_path / "out", split_conditioner=True, threads=1, bench_batches=(2,), bench_repeats=2
+    )
     loaded = DiffusionPipeline.from_pretrained(folder)
     assert torch.allclose(images_of(loaded, [3, 7]), images_of(pipeline, [3, 7]), atol=1e-4)
     calls = []
@@ -178,9 +194,14 @@ def test_a_split_export_computes_modulations_once(pipeline, tmp_path):
     session.run, inner = (lambda inputs: calls.append(len(inputs["timestep"])) or inner(inputs)), session.run
     images_of(loaded, [3, 7])
     assert calls == [4 * 3]  # four timesteps, two labels and the null class, in one product
-    files = {name: sum(initializer_bytes(folder / f"transformer/onnx/{name}.onnx").values()) for name in ("model", "conditioner")}
+    files = {
+        name: sum(initializer_bytes(folder / f"transformer/onnx/{name}.onnx").values())
+        for name in ("model", "conditioner")
+    }
     adaln = 4 * sum(block.modulation.weight.numel() for block in pipeline.transformer.blocks)
-    assert files["conditioner"] > adaln and files["model"] + adaln < 4 * sum(p.numel() for p in pipeline.transformer.parameters())
+    assert files["conditioner"] > adaln and files["model"] + adaln < 4 * sum(
+        p.numel() for p in pipeline.transformer.parameters()
+    )
     sample, timestep, labels = torch.randn(2, 1, 8, 8), torch.tensor(400.0), torch.tensor([1, 10])
     with torch.no_grad():
         expected = pipeline.transformer(sample, timestep, labels).sample
@@ -193,7 +214,9 @@ def test_a_split_export_computes_modulations_once(pipeline, tmp_path):
 
 
 def test_an_open_resolution(pipeline, tmp_path):
-    folder = export_pipeline(pipeline, tmp_path / "out", resolution="dynamic", threads=1, bench_batches=(2,), bench_repeats=2)
+    folder = export_pipeline(
+        pipeline, tmp_path / "out", resolution="dynamic", threads=1, bench_batches=(2,), bench_repeats=2
+    )
     loaded = DiffusionPipeline.from_pretrained(folder)
     for size in ({}, {"height": 12, "width": 6}):
         assert torch.allclose(images_of(loaded, [3], **size), images_of(pipeline, [3], **size), atol=1e-4)
@@ -201,12 +224,20 @@ def test_an_open_resolution(pipeline, tmp_path):
 
 def test_a_quantised_model_keeps_its_integers(pipeline, make_transformer, tmp_path):
     model = smooth(make_transformer(num_layers=1, hidden_size=64, num_attention_heads=2), 0.1)
-    plan = {name: {"scheme": "affine", "bits": 4, "group_size": 32} for name in ("blocks.0.mlp.proj_in", "blocks.0.attn.to_qkv")}
+    plan = {
+        name: {"scheme": "affine", "bits": 4, "group_size": 32}
+        for name in ("blocks.0.mlp.proj_in", "blocks.0.attn.to_qkv")
+    }
     quantize_model(model, plan)
     quantised = EdgeDiTPipeline(model, make_scheduler("epsilon"), default_steps=2, default_guidance_scale=1.5)
     quantised.save_pretrained(tmp_path / "model")
-    folder = export_pipeline(tmp_path / "model", tmp_path / "out", dtype="int4", batch=2, threads=1, bench_repeats=2, min_psnr_db=20.0)
-    tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(str(folder / "transformer/onnx/model.onnx")).graph.initializer}
+    folder = export_pipeline(
+        tmp_path / "model", tmp_path / "out", dtype="int4", batch=2, threads=1, bench_repeats=2, min_psnr_db=20.0
+    )
+    tensors = {
+        t.name: numpy_helper.to_array(t)
+        for t in onnx.load(str(folder / "transformer/onnx/model.onnx")).graph.initializer
+    }
     for name in plan:
         weight = model.get_submodule(name)
         (stored,) = [value for key, value in tensors.items() if key.startswith(f"{name}.") and key.endswith(".values")]
@@ -216,7 +247,9 @@ def test_a_quantised_model_keeps_its_integers(pipeline, make_transformer, tmp_pa
 def elastic_pipeline(channels: int = 1, vae=None, **config) -> ElasticDiTPipeline:
     sizes = {"num_layers": [1, 1, 1], "attention_blocks": 2, "in_channels": channels, **config}
     net = smooth(ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug", **sizes))
-    pipeline = ElasticDiTPipeline(net, FlowMatchEulerDiscreteScheduler(), vae=vae, default_steps=2, default_guidance_scale=2.0)
+    pipeline = ElasticDiTPipeline(
+        net, FlowMatchEulerDiscreteScheduler(), vae=vae, default_steps=2, default_guidance_scale=2.0
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -227,28 +260,46 @@ def test_text_to_image_splits_and_loads_back(tmp_path, caplog):
     sizes = {f"{side}_block_out_channels": (8, 8) for side in ("encoder", "decoder")}
     vae = AutoencoderTiny(latent_channels=2, **sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
     pipeline = elastic_pipeline(2, vae.eval())
-    options = {"split_conditioner": True, "subnet": "small", "threads": 1, "bench_batches": (2,), "bench_repeats": 2, "num_images": 2}
+    options = {
+        "split_conditioner": True,
+        "subnet": "small",
+        "threads": 1,
+        "bench_batches": (2,),
+        "bench_repeats": 2,
+        "num_images": 2,
+    }
     folder = export_pipeline(pipeline, tmp_path / "out", **options)
     caplog.clear()
     loaded = DiffusionPipeline.from_pretrained(folder)
     assert not [record for record in caplog.records if "Expected types" in record.message]
-    assert type(loaded.transformer).__name__ == "OnnxElasticDiTTransformer2DModel" and type(loaded.vae).__name__ == "OnnxAutoencoder"
+    assert (
+        type(loaded.transformer).__name__ == "OnnxElasticDiTTransformer2DModel"
+        and type(loaded.vae).__name__ == "OnnxAutoencoder"
+    )
     generator = torch.Generator().manual_seed(0)
     embeds = [torch.randn(2, 3, 16, generator=generator), None]
     masks = [torch.tensor([[True, True, True], [True, False, False]]), None]
     expected = images_of(pipeline, prompt_embeds=embeds, prompt_masks=masks, subnet="small")
     for subnet in (None, "small"):
-        assert torch.allclose(images_of(loaded, prompt_embeds=embeds, prompt_masks=masks, subnet=subnet), expected, atol=1e-4)
+        assert torch.allclose(
+            images_of(loaded, prompt_embeds=embeds, prompt_masks=masks, subnet=subnet), expected, atol=1e-4
+        )
     with pytest.raises(EdgeDiTError, match="'tiny' was asked for, but this artefact holds small"):
         loaded(prompt_embeds=embeds, prompt_masks=masks, subnet="tiny")
     # Calls at once do not take one another's text or modulations, of which the denoiser keeps the last.
     calls = [
-        {"hidden_states": torch.randn(2, 2, 8, 8, generator=generator), "timestep": torch.tensor(100.0 * t), "encoder_hidden_states": [t * embeds[0], None]}
+        {
+            "hidden_states": torch.randn(2, 2, 8, 8, generator=generator),
+            "timestep": torch.tensor(100.0 * t),
+            "encoder_hidden_states": [t * embeds[0], None],
+        }
         for t in range(1, 5)
     ]
     alone = [loaded.transformer(**call).sample for call in calls]
     with ThreadPoolExecutor(len(calls)) as pool:
-        for found, one in zip(pool.map(lambda call: [loaded.transformer(**call).sample for _ in range(10)], calls), alone):
+        for found, one in zip(
+            pool.map(lambda call: [loaded.transformer(**call).sample for _ in range(10)], calls), alone
+        ):
             assert all(torch.equal(sample, one) for sample in found)
     image = 2 * expected - 1
     with torch.no_grad():
@@ -289,14 +340,23 @@ print("same")
 @pytest.mark.slow
 @pytest.mark.parametrize("format, split, kind", [("onnx", False, "Onnx"), ("executorch", True, "Executorch")])
 def test_prompts_to_images_from_the_hub(format, split, kind, make_hub_server, run_python, tmp_path):
-    """Text encoders, denoiser and VAE in the runtime, through a download: what diffusers' filter leaves out would be missing."""
+    """Text encoders, denoiser and VAE in the runtime, through a download: what diffusers' filter leaves out would be
+    missing.
+    """
     from test_contract import elastic, tiny_vae
 
     pipeline = elastic(vae=tiny_vae(1))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(tmp_path / "torch")
     options = {"threads": 1, "bench_batches": (2,), "bench_repeats": 2, "num_images": 2}
-    export_pipeline(tmp_path / "torch", tmp_path / "exported", format=format, split_conditioner=split, prompts=["a 3", "a"], **options)
+    export_pipeline(
+        tmp_path / "torch",
+        tmp_path / "exported",
+        format=format,
+        split_conditioner=split,
+        prompts=["a 3", "a"],
+        **options,
+    )
     torch.save(images_of(pipeline, ["a 3", "a"]), tmp_path / "expected.pt")
     env = make_hub_server({"acme/exported": tmp_path / "exported", "acme/torch": tmp_path / "torch"})
     assert run_python(SAMPLES_FROM_THE_HUB, tmp_path / "expected.pt", kind, env=env).strip().endswith("same")

@@ -1,4 +1,6 @@
-"""Export to ONNX: the artefact computes what the model computes, says what it is, loads back, and a failed gate leaves nothing."""
+"""Export to ONNX: the artefact computes what the model computes, says what it is, loads back, and a failed gate leaves
+nothing.
+"""
 
 import json
 import re
@@ -125,7 +127,14 @@ def test_reports(pipeline, fp32, int8):
             assert set(entry["speedup"]) == runners - {f"onnxruntime-{precision}"}
             assert all(t["median_ms"] > 0 and t["threads"] == 1 for t in entry["timings"].values())
         assert bench["file_bytes"] == (path / "transformer/onnx/model.onnx").stat().st_size > bench["initializer_bytes"]
-        contract = ["PORTING.md", "bench.json", "contract.json", "model_index.json", "reference.safetensors", "sample_min.py"]
+        contract = [
+            "PORTING.md",
+            "bench.json",
+            "contract.json",
+            "model_index.json",
+            "reference.safetensors",
+            "sample_min.py",
+        ]
         assert sorted(p.name for p in path.iterdir()) == [*contract, "scheduler", "transformer", "verify.json"]
     assert [entry["batch"] for entry in bench["latency"]] == [2, 8]
 
@@ -190,7 +199,8 @@ def test_int8_shrinks_every_linear_layer(make_transformer, tmp_path):
     before, after = initializer_bytes(source), initializer_bytes(target)
     assert sum(before.values()) / sum(after.values()) >= 3
     proto = onnx.load(str(target))
-    # What stays fp32 with a thousand numbers or more: position table [N, D] and label table; the rest are biases and scales.
+    # What stays fp32 with a thousand numbers or more: position table [N, D] and label table; the rest are biases and
+    # scales.
     large = [
         list(t.dims)
         for t in proto.graph.initializer
@@ -200,9 +210,7 @@ def test_int8_shrinks_every_linear_layer(make_transformer, tmp_path):
     assert not [node.op_type for node in proto.graph.node if node.op_type == "Gemm"]
     int8_elements = after["int8"]
     linear = [
-        m
-        for m in model.modules()
-        if isinstance(m, torch.nn.Linear) and m.weight.numel() >= MIN_QUANTIZED_ELEMENTS
+        m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.numel() >= MIN_QUANTIZED_ELEMENTS
     ]
     assert int8_elements >= sum(m.weight.numel() for m in linear)
     with pytest.raises(EdgeDiTError, match="is int8 already"):
@@ -397,7 +405,9 @@ print(found["onnx"], found["torch"], sep="\\n")
 # From a cache, without network.
 offline = {"cache_dir": cache, "local_files_only": True}
 check(DiffusionPipeline.from_pretrained("acme/cached", **offline), "OnnxEdgeDiTTransformer2DModel")
-model = edgedit_hf.OnnxEdgeDiTTransformer2DModel.from_pretrained("acme/cached", subfolder="transformer", num_threads=1, **offline)
+model = edgedit_hf.OnnxEdgeDiTTransformer2DModel.from_pretrained(
+    "acme/cached", subfolder="transformer", num_threads=1, **offline
+)
 assert model.num_threads == 1
 """
 
@@ -448,7 +458,10 @@ def test_an_incomplete_cache_is_noticed(fp32, make_hub_cache):
 def test_command_errors_end_in_one_line(tmp_path, capsys):
     for options, message in (
         (("--format", "tflite"), "--format is 'tflite'; the formats are onnx, executorch, coreml"),
-        (("--dtype", "fp16", "--format", "executorch"), "--dtype is 'fp16'; the format executorch exists as fp32, int8, int4"),
+        (
+            ("--dtype", "fp16", "--format", "executorch"),
+            "--dtype is 'fp16'; the format executorch exists as fp32, int8, int4",
+        ),
         ((), "There is no pipeline in"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -466,7 +479,8 @@ def test_command_errors_end_in_one_line(tmp_path, capsys):
 
 def test_help_loads_no_torch(run_python):
     out = run_python(
-        "import sys\nfrom optimum.commands.optimum_cli import main\nsys.argv = ['optimum-cli', 'export', 'edgedit', '--help']\n"
-        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\nassert 'torch' not in sys.modules"
+        "import sys\nfrom optimum.commands.optimum_cli import main\nsys.argv = ['optimum-cli', 'export', 'edgedit', "
+        "'--help']\ntry:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\nassert 'torch' not in "
+        "sys.modules"
     )
     assert "--trust-remote-code" in out and "--tolerance" in out

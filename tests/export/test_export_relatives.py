@@ -1,4 +1,6 @@
-"""DiT's relatives export too: SiT's time, MDTv2's long skips and position biases, against the outputs of the original code."""
+"""DiT's relatives export too: SiT's time, MDTv2's long skips and position biases, against the outputs of the original
+code.
+"""
 
 from pathlib import Path
 
@@ -17,7 +19,9 @@ ORACLES = Path(__file__).parents[1] / "models" / "oracles"
 @pytest.mark.parametrize("name", ["sit", "mdtv2"])
 def test_an_artefact_computes_what_the_original_computed(name, tmp_path):
     tensors = load_file(ORACLES / f"{name}.safetensors")
-    torch.save({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}, tmp_path / f"{name}.pt")
+    torch.save(
+        {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}, tmp_path / f"{name}.pt"
+    )
     model = load_original(tmp_path / f"{name}.pt", num_attention_heads=4)
     x, t, y, expected = (tensors[f"call0.{key}"] for key in ("x", "t", "y", "out"))
     if name == "sit":

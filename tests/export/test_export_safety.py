@@ -29,7 +29,9 @@ def pipeline(make_transformer):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.25)
-    return EdgeDiTPipeline(model, DDIMScheduler(prediction_type="epsilon", clip_sample=False), default_steps=4, default_guidance_scale=1.5)
+    return EdgeDiTPipeline(
+        model, DDIMScheduler(prediction_type="epsilon", clip_sample=False), default_steps=4, default_guidance_scale=1.5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,9 @@ def export(pipeline, tmp_path_factory):
         if key not in made:
             output = tmp_path_factory.mktemp("export") / "out"
             rough = {"tolerance": 1.0, "min_psnr_db": 1.0} if options.get("dtype") == "int8" else {}
-            made[key] = export_pipeline(pipeline, output, threads=1, bench_batches=(2,), bench_repeats=2, num_images=2, **rough, **options)
+            made[key] = export_pipeline(
+                pipeline, output, threads=1, bench_batches=(2,), bench_repeats=2, num_images=2, **rough, **options
+            )
         return made[key]
 
     return make
@@ -69,7 +73,11 @@ def one_at_a_time(artefact, sample, times, labels, copies: int = 1, modulation=N
     found = []
     for row in range(len(sample)):
         given = {} if modulation is None else {"modulation": modulation[row : row + 1]}
-        found.append(artefact(sample[row : row + 1].expand(copies, -1, -1, -1), times[row], labels[row].expand(copies), **given).sample[:1])
+        found.append(
+            artefact(
+                sample[row : row + 1].expand(copies, -1, -1, -1), times[row], labels[row].expand(copies), **given
+            ).sample[:1]
+        )
     return torch.cat(found)
 
 
@@ -81,14 +89,21 @@ def test_rows_of_different_timesteps_have_their_own_scales(export, options, copi
     # A conditioner's activations are dynamic.
     modulation = artefact._condition(times, labels) if artefact.split else None
     expected = one_at_a_time(artefact, sample, times, labels, copies, modulation)
-    torch.testing.assert_close(artefact(sample, times, labels, modulation=modulation).sample, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        artefact(sample, times, labels, modulation=modulation).sample, expected, rtol=1e-4, atol=1e-5
+    )
     assert len(json.loads(artefact.sessions["denoiser"].metadata["timestep_edges"])) == 3
-    if not options:  # the file alone takes the first row's scales for all, and one of an older export does not say that it has several
+    # the file alone takes the first row's scales for all, and one of an older export does not say that it has several
+    if not options:
         together = artefact.run("denoiser", {"sample": sample, "timestep": times, "class_labels": labels})[0]
         assert (together - expected).abs().max() > 1e-3
         shutil.copytree(folder / "transformer", tmp_path / "older")
         proto = onnx.load(folder / "transformer" / "onnx" / "model.onnx")
-        kept = [entry for entry in proto.metadata_props if entry.key not in ("edgedit.timestep_edges", "edgedit.activations")]
+        kept = [
+            entry
+            for entry in proto.metadata_props
+            if entry.key not in ("edgedit.timestep_edges", "edgedit.activations")
+        ]
         del proto.metadata_props[:]
         proto.metadata_props.extend(kept)
         onnx.save(proto, tmp_path / "older" / "onnx" / "model.onnx")
@@ -97,9 +112,13 @@ def test_rows_of_different_timesteps_have_their_own_scales(export, options, copi
 
 
 def test_static_activations_make_no_row_depend_on_its_batch(export):
-    artefact = OnnxEdgeDiTTransformer2DModel.from_pretrained(export(dtype="int8", activations="static"), subfolder="transformer", num_threads=1)
+    artefact = OnnxEdgeDiTTransformer2DModel.from_pretrained(
+        export(dtype="int8", activations="static"), subfolder="transformer", num_threads=1
+    )
     sample, times, labels = rows(6)
-    torch.testing.assert_close(artefact(sample, times, labels).sample, one_at_a_time(artefact, sample, times, labels), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        artefact(sample, times, labels).sample, one_at_a_time(artefact, sample, times, labels), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_sample_min_refuses_them(export):
@@ -120,10 +139,15 @@ def test_an_export_says_which_file_was_changed(received):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(EdgeDiTError, match=rf"model.onnx has the SHA-256 {file_sha256(file)}, but .*contract.json says {listed}"):
+    with pytest.raises(
+        EdgeDiTError, match=rf"model.onnx has the SHA-256 {file_sha256(file)}, but .*contract.json says {listed}"
+    ):
         OnnxEdgeDiTTransformer2DModel.from_pretrained(received / "transformer")
     checked = subprocess.run([sys.executable, received / "sample_min.py", "--check"], capture_output=True, text=True)
-    assert checked.returncode == 1 and f"FAIL  transformer/onnx/model.onnx has the SHA-256 {file_sha256(file)}" in checked.stdout
+    assert (
+        checked.returncode == 1
+        and f"FAIL  transformer/onnx/model.onnx has the SHA-256 {file_sha256(file)}" in checked.stdout
+    )
     (received / "contract.json").write_text('{"files": 3}')
     with pytest.raises(EdgeDiTError, match="contract.json does not describe an export's list of files"):
         OnnxEdgeDiTTransformer2DModel.from_pretrained(received / "transformer")
@@ -154,7 +178,9 @@ def test_the_hubs_cache_is_links_that_are_followed(received, make_hub_cache, tmp
     cache = make_hub_cache(received, "acme/export")
     loaded = DiffusionPipeline.from_pretrained("acme/export", cache_dir=cache, local_files_only=True)
     loaded.save_pretrained(tmp_path / "saved")
-    assert file_sha256(tmp_path / "saved" / "transformer" / "onnx" / "model.onnx") == file_sha256(received / "transformer" / "onnx" / "model.onnx")
+    assert file_sha256(tmp_path / "saved" / "transformer" / "onnx" / "model.onnx") == file_sha256(
+        received / "transformer" / "onnx" / "model.onnx"
+    )
     (blob,) = [link.resolve() for link in cache.glob("models--acme--export/snapshots/*/transformer/onnx/model.onnx")]
     blob.unlink()
     blob.symlink_to("/etc/hostname")
@@ -177,9 +203,26 @@ def test_sample_min_ends_in_one_line(received, tmp_path):
         assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
         return done
 
-    for output in ("", ".", "no/such/place.png", "mine.png", "link.png", received / "contract.json", received / "transformer/onnx/model.onnx", "x" * 300):
+    for output in (
+        "",
+        ".",
+        "no/such/place.png",
+        "mine.png",
+        "link.png",
+        received / "contract.json",
+        received / "transformer/onnx/model.onnx",
+        "x" * 300,
+    ):
         assert len(run("--reference", "--output", output).stderr.splitlines()) == 1
-    for arguments in ("--seed -1", f"--seed {2**64}", "--seed nan", "--label 11", "--label -1", "--prompt x", "--token-ids ids.json"):
+    for arguments in (
+        "--seed -1",
+        f"--seed {2**64}",
+        "--seed nan",
+        "--label 11",
+        "--label -1",
+        "--prompt x",
+        "--token-ids ids.json",
+    ):
         assert run(*arguments.split()).stderr.splitlines()[-1].startswith("sample_min.py: ")
     assert {path: path.read_bytes() for path in before} == before and not (tmp_path / "image.png").exists()
     for _ in range(2):  # its own image may be replaced
@@ -194,7 +237,15 @@ def test_sample_min_ends_in_one_line(received, tmp_path):
     assert "not in this folder" in run("--reference").stderr
 
 
-PLACES = ["format", "files sample_min.py", "artefacts denoiser inputs", "schedule steps", "guidance rows", "reference file", "labels count"]
+PLACES = [
+    "format",
+    "files sample_min.py",
+    "artefacts denoiser inputs",
+    "schedule steps",
+    "guidance rows",
+    "reference file",
+    "labels count",
+]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -207,14 +258,27 @@ def test_a_contract_is_read_by_its_form(received, place):
         assert ": ".join(["contract.json", *keys]) in sample_min.misfit(changed, sample_min.CONTRACT)
     if keys[0] != "files":  # whichever files it lists
         del functools.reduce(operator.getitem, keys[:-1], changed)[keys[-1]]
-        assert sample_min.misfit(changed, sample_min.CONTRACT) == f"{': '.join(['contract.json', *keys[:-1]])} lacks {keys[-1]}"
+        assert (
+            sample_min.misfit(changed, sample_min.CONTRACT)
+            == f"{': '.join(['contract.json', *keys[:-1]])} lacks {keys[-1]}"
+        )
 
 
 def test_token_ids_have_one_shape(tmp_path):
     encoders = [{"tokenizer": {"vocabulary": 10}}, {"tokenizer": None}]
     (tmp_path / "ids.json").write_text("[[[1, 2]], null]")
     assert sample_min.read_windows(tmp_path / "ids.json", encoders) == [[[1, 2]], None]
-    for text in ("[]", "[[[1, 2]]]", "[[[10]], null]", "[[[-1]], null]", "[[[true]], null]", "[[1], null]", "[[[]], null]", '{"a": 1}', "[[[NaN]], null]"):
+    for text in (
+        "[]",
+        "[[[1, 2]]]",
+        "[[[10]], null]",
+        "[[[-1]], null]",
+        "[[[true]], null]",
+        "[[1], null]",
+        "[[[]], null]",
+        '{"a": 1}',
+        "[[[NaN]], null]",
+    ):
         (tmp_path / "ids.json").write_text(text)
         with pytest.raises(SystemExit, match="must hold"):
             sample_min.read_windows(tmp_path / "ids.json", encoders)

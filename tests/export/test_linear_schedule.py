@@ -46,7 +46,16 @@ def test_the_default_scheduler_is_ddim_of_its_formula():
     "name, config, history",
     [
         ("DDIMScheduler", {"clip_sample": False}, 0),
-        ("DDIMScheduler", {"clip_sample": False, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 0),
+        (
+            "DDIMScheduler",
+            {
+                "clip_sample": False,
+                "prediction_type": "v_prediction",
+                "rescale_betas_zero_snr": True,
+                "timestep_spacing": "trailing",
+            },
+            0,
+        ),
         ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, 0),
         ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, 0),
         ("FlowMatchHeunDiscreteScheduler", {}, 1),
@@ -77,7 +86,10 @@ def test_coefficients_sample_as_the_scheduler_does(name, config, history):
 
 def test_a_shift_by_the_number_of_tokens_is_in_the_numbers():
     first = [
-        linear_schedule(ready(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), mu=mu)).steps[1].timestep for mu in (0.5, 1.15)
+        linear_schedule(ready(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), mu=mu))
+        .steps[1]
+        .timestep
+        for mu in (0.5, 1.15)
     ]
     assert first[0] < first[1] < 1000
 
@@ -98,7 +110,11 @@ def test_json_holds_every_number_exactly():
         ("DDPMScheduler", {"variance_type": "learned_range"}, ["DDPMScheduler", "DDIMScheduler"]),
         ("EulerAncestralDiscreteScheduler", {}, ["adds noise", "use EulerDiscreteScheduler"]),
         ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, ["adds noise", "stochastic_sampling=False"]),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, ["adds noise", "algorithm_type='dpmsolver++'"]),
+        (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++"},
+            ["adds noise", "algorithm_type='dpmsolver++'"],
+        ),
         ("DDIMScheduler", {}, ["clips", "clip_sample=False"]),
         ("DPMSolverMultistepScheduler", {"thresholding": True}, ["clips", "thresholding=False"]),
     ],

@@ -1,4 +1,6 @@
-"""Conversions against the outputs that the original implementations gave (oracles/) and against diffusers' own class."""
+"""Conversions against the outputs that the original implementations gave (oracles/) and against diffusers' own
+class.
+"""
 
 import argparse
 import json
@@ -84,7 +86,11 @@ def test_the_guided_call_of_the_original_is_reproduced(checkpoint):
 @pytest.mark.parametrize("version", ["mdt", "mdtv2"])
 @torch.no_grad()
 def test_mdt_of_both_versions_with_and_without_masked_tokens(version, tmp_path):
-    tensors = {k.removeprefix(f"{version}."): v for k, v in load_file(ORACLES / "mdt_masked.safetensors").items() if k.startswith(f"{version}.")}
+    tensors = {
+        k.removeprefix(f"{version}."): v
+        for k, v in load_file(ORACLES / "mdt_masked.safetensors").items()
+        if k.startswith(f"{version}.")
+    }
     path = tmp_path / "mdt.pt"
     torch.save({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}, path)
     if version == "mdt":
@@ -123,7 +129,12 @@ def test_merges_do_not_cross_the_end_of_a_skip(checkpoint):
 @pytest.mark.parametrize("numerics", ["original", "diffusers"])
 @pytest.mark.parametrize(
     "config",
-    [{}, {"sample_size": 16, "num_layers": 2}, {"patch_size": 4, "num_attention_heads": 3, "attention_head_dim": 8}, {"out_channels": 4}],
+    [
+        {},
+        {"sample_size": 16, "num_layers": 2},
+        {"patch_size": 4, "num_attention_heads": 3, "attention_head_dim": 8},
+        {"out_channels": 4},
+    ],
     ids=["small", "larger input", "other patch and heads", "fixed variance"],
 )
 @torch.no_grad()
@@ -139,7 +150,11 @@ def test_a_diffusers_folder_computes_what_diffusers_or_the_original_computes(con
     generator = torch.Generator().manual_seed(1)
     x, t, y = torch.randn(3, 4, size, size, generator=generator), torch.tensor([3, 500, 999]), torch.tensor([0, 5, 10])
     assert relative_error(model(x, t, y).sample, theirs(x, t, y).sample) <= 1e-5
-    assert model_cost(model.config).weights == sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in theirs.parameters())
+    assert (
+        model_cost(model.config).weights
+        == sum(p.numel() for p in model.parameters())
+        < sum(p.numel() for p in theirs.parameters())
+    )
 
 
 @torch.no_grad()
@@ -149,7 +164,11 @@ def test_another_resolution_gets_the_position_embedding_of_its_size(tmp_path):
         load_original(tmp_path / "model", sample_size=16)
     model = load_original(tmp_path / "model", sample_size=16, allow_resize=True, numerics="diffusers")
     theirs = random_diffusers_model(sample_size=16)
-    x, t, y = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 500]), torch.tensor([0, 10])
+    x, t, y = (
+        torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([3, 500]),
+        torch.tensor([0, 10]),
+    )
     assert relative_error(model(x, t, y).sample, theirs(x, t, y).sample) <= 1e-5
     assert model.config.sample_size == 16
 
@@ -165,9 +184,13 @@ def test_every_form_of_a_diffusers_checkpoint_is_read(form, tmp_path, make_hub_c
         vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
         DiTPipeline(theirs, vae, DDPMScheduler()).save_pretrained(folder)
         index = json.loads((folder / "model_index.json").read_text())
-        (folder / "model_index.json").write_text(json.dumps({**index, "id2label": {"0": "a, b"}}))  # as the published ones have it
+        (folder / "model_index.json").write_text(
+            json.dumps({**index, "id2label": {"0": "a, b"}})
+        )  # as the published ones have it
     else:
-        theirs.save_pretrained(folder, safe_serialization=form != "bin", max_shard_size="40KB" if form == "sharded" else "1GB")
+        theirs.save_pretrained(
+            folder, safe_serialization=form != "bin", max_shard_size="40KB" if form == "sharded" else "1GB"
+        )
     if form == "sharded":
         assert len(list(folder.glob("*.safetensors"))) > 1
     if form == "hub":
@@ -177,7 +200,10 @@ def test_every_form_of_a_diffusers_checkpoint_is_read(form, tmp_path, make_hub_c
     if form in ("pipeline", "hub"):
         pipeline = load_original_pipeline(location, **options)
         assert type(pipeline.scheduler) is DDPMScheduler and pipeline.labels == {"a, b": [0], "a": [0], "b": [0]}
-        assert torch.equal(pipeline.vae.decoder.conv_in.weight, vae.decoder.conv_in.weight) and pipeline.config.guidance_channels is None
+        assert (
+            torch.equal(pipeline.vae.decoder.conv_in.weight, vae.decoder.conv_in.weight)
+            and pipeline.config.guidance_channels is None
+        )
 
 
 def test_of_a_training_checkpoint_the_average_is_taken_and_its_arguments_tell_the_family(checkpoint, tmp_path):
@@ -196,7 +222,9 @@ def test_of_a_training_checkpoint_the_average_is_taken_and_its_arguments_tell_th
 def test_files_of_old_torch_versions_are_read(checkpoint):
     path, weights = checkpoint("dit"), oracle("dit")[0]
     torch.save(weights, path, _use_new_zipfile_serialization=False)
-    assert torch.equal(load_original(path, num_attention_heads=HEADS).patch_embed.weight, weights["x_embedder.proj.weight"])
+    assert torch.equal(
+        load_original(path, num_attention_heads=HEADS).patch_embed.weight, weights["x_embedder.proj.weight"]
+    )
 
 
 def test_half_precision_and_prefixed_keys_are_read(tmp_path):
@@ -215,7 +243,10 @@ def test_a_trained_position_embedding_is_kept(checkpoint):
 
 def test_a_sit_pipeline_integrates_its_velocity_from_noise_to_data(checkpoint):
     pipeline = load_original_pipeline(checkpoint("sit"), num_attention_heads=HEADS)
-    assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and pipeline.config.guidance_channels == 3
+    assert (
+        type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+        and pipeline.config.guidance_channels == 3
+    )
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([1, 2])
@@ -237,7 +268,9 @@ def test_a_peft_adapter_in_the_checkpoints_own_names_is_fused_first(rslora, tmp_
 
     theirs = random_diffusers_model()
     theirs.save_pretrained(tmp_path / "model")
-    adapted = get_peft_model(theirs, LoraConfig(r=2, lora_alpha=6, use_rslora=rslora, target_modules=["to_q", "to_v", "net.2"]))
+    adapted = get_peft_model(
+        theirs, LoraConfig(r=2, lora_alpha=6, use_rslora=rslora, target_modules=["to_q", "to_v", "net.2"])
+    )
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -265,7 +298,10 @@ def test_an_adapter_in_this_packages_names_is_fused_first(checkpoint, tmp_path):
         expected = model(x, t, y).sample
         fused = load_original(path, num_attention_heads=HEADS, lora=tmp_path / "adapter")(x, t, y).sample
     assert relative_error(fused, expected) <= 1e-5
-    save_file({"other.lora_A.weight": torch.zeros(2, 4), "other.lora_B.weight": torch.zeros(4, 2)}, tmp_path / "foreign.safetensors")
+    save_file(
+        {"other.lora_A.weight": torch.zeros(2, 4), "other.lora_B.weight": torch.zeros(4, 2)},
+        tmp_path / "foreign.safetensors",
+    )
     with pytest.raises(EdgeDiTError, match="does not have, such as 'other'"):
         load_original(path, num_attention_heads=HEADS, lora=tmp_path / "foreign.safetensors")
     with pytest.raises(EdgeDiTError, match="is no LoRA adapter"):
@@ -285,7 +321,12 @@ def test_an_adapter_in_this_packages_names_is_fused_first(checkpoint, tmp_path):
         ("dit.pt", {"num_attention_heads": 5}, {}, "attention_dim 48 is not a multiple of num_heads 5"),
         ("dit.pt", {"num_attention_heads": 4, "family": "mdt"}, {}, "keys of DiT or SiT, but family 'mdt'"),
         ("dit.pt", {"num_attention_heads": 4, "numerics": "jax"}, {}, "numerics is 'jax'"),
-        ("dit.pt", {"num_attention_heads": 4}, {"blocks.1.mlp.fc1.bias": None}, "lacks the weight 'blocks.1.mlp.fc1.bias'"),
+        (
+            "dit.pt",
+            {"num_attention_heads": 4},
+            {"blocks.1.mlp.fc1.bias": None},
+            "lacks the weight 'blocks.1.mlp.fc1.bias'",
+        ),
         ("dit.pt", {"num_attention_heads": 4}, {"extra": torch.zeros(1)}, "no place for, such as 'extra'"),
         (
             "dit.pt",
@@ -324,11 +365,16 @@ def test_a_file_that_is_damaged_or_no_checkpoint_is_one_clear_error(checkpoint, 
 def test_a_diffusers_folder_that_does_not_fit_is_one_clear_error(tmp_path):
     folder = tmp_path / "model"
     random_diffusers_model(copies_equal=False).save_pretrained(folder)
-    with pytest.raises(EdgeDiTError, match="layer 1's own copy of timestep_embedder.linear_1.weight differs from layer 0's by up to 0"):
+    with pytest.raises(
+        EdgeDiTError, match="layer 1's own copy of timestep_embedder.linear_1.weight differs from layer 0's by up to 0"
+    ):
         load_original(folder)
     config = json.loads((folder / "config.json").read_text())
     for changes, said in (
-        ({"_class_name": "SiTTransformer2DModel"}, "holds a SiTTransformer2DModel.*nearest supported class is DiTTransformer2DModel"),
+        (
+            {"_class_name": "SiTTransformer2DModel"},
+            "holds a SiTTransformer2DModel.*nearest supported class is DiTTransformer2DModel",
+        ),
         ({"_class_name": "Transformer2DModel", "norm_type": "ada_norm_single"}, "norm_type 'ada_norm_single'"),
         ({"activation_fn": "geglu"}, "activation_fn 'geglu'; only 'gelu-approximate'"),
     ):

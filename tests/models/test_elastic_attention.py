@@ -7,9 +7,19 @@ import torch.nn.functional as F
 
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel, rotate, strip_attention
 
-# (rows, columns) of the grid, strips, radius: strips of whole rows and of parts, a last strip that is shorter, fewer strips than asked for
-# (11 tokens in strips of 2 are 6), fewer tokens than strips, each strip alone, all strips seen.
-STRIPS = [((8, 8), 8, 1), ((8, 12), 16, 1), ((6, 4), 5, 1), ((1, 11), 8, 1), ((2, 2), 16, 1), ((8, 8), 16, 0), ((4, 10), 7, 2), ((6, 6), 16, 3), ((4, 4), 1, 0)]
+# (rows, columns) of the grid, strips, radius: strips of whole rows and of parts, a last strip that is shorter, fewer
+# strips than asked for (11 tokens in strips of 2 are 6), fewer tokens than strips, each strip alone, all strips seen.
+STRIPS = [
+    ((8, 8), 8, 1),
+    ((8, 12), 16, 1),
+    ((6, 4), 5, 1),
+    ((1, 11), 8, 1),
+    ((2, 2), 16, 1),
+    ((8, 8), 16, 0),
+    ((4, 10), 7, 2),
+    ((6, 6), 16, 3),
+    ((4, 4), 1, 0),
+]
 GRIDS = [(8, 8), (4, 10), (12, 2), (2, 2)]
 
 
@@ -40,14 +50,22 @@ def test_strips_equal_dense_attention_with_a_mask(grid, blocks, radius, kv_heads
     ours = strip_attention(query, key, value, blocks, radius)
     expected = dense(query, key, value, neighbourhood(tokens, blocks, radius))
     assert torch.allclose(ours, expected, atol=1e-5, rtol=0)
-    for a, b in zip(torch.autograd.grad((ours * weight).sum(), (query, key, value)), torch.autograd.grad((expected * weight).sum(), (query, key, value))):
+    for a, b in zip(
+        torch.autograd.grad((ours * weight).sum(), (query, key, value)),
+        torch.autograd.grad((expected * weight).sum(), (query, key, value)),
+    ):
         assert torch.allclose(a, b, atol=1e-5, rtol=0)
 
 
 def test_strips_are_runs_of_the_raster():
-    """At 64 × 64 tokens, 16 strips and radius 1: strips of 4 rows see 12 rows, the first and the last 8 (SnapGen++, supplement D)."""
+    """At 64 × 64 tokens, 16 strips and radius 1: strips of 4 rows see 12 rows, the first and the last 8 (SnapGen++,
+    supplement D).
+    """
     value = torch.eye(64).repeat_interleave(64, dim=0)[None, None]  # every token carries its row
-    rows = (strip_attention(torch.zeros(1, 1, 4096, 64), torch.zeros(1, 1, 4096, 64), value, 16, 1)[0, 0].view(64, 64, 64) > 0).sum(-1)
+    rows = (
+        strip_attention(torch.zeros(1, 1, 4096, 64), torch.zeros(1, 1, 4096, 64), value, 16, 1)[0, 0].view(64, 64, 64)
+        > 0
+    ).sum(-1)
     assert (rows == torch.tensor([8] * 4 + [12] * 56 + [8] * 4)[:, None]).all()
 
 
@@ -92,7 +110,9 @@ def test_a_layer_equals_its_dense_reference(grid, blocks, radius):
     ours, expected = layer(tokens, positions), reference(layer, tokens, positions, blocks, radius)
     assert torch.allclose(ours, expected, atol=1e-5, rtol=0)
     weights = [tokens, *layer.parameters()]
-    for a, b in zip(torch.autograd.grad(ours.square().mean(), weights), torch.autograd.grad(expected.square().mean(), weights)):
+    for a, b in zip(
+        torch.autograd.grad(ours.square().mean(), weights), torch.autograd.grad(expected.square().mean(), weights)
+    ):
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -126,7 +146,9 @@ def test_an_exported_layer_agrees(opset):
             return self.layer(tokens, positions)
 
     tokens = torch.randn(2, 96, 64, generator=torch.Generator().manual_seed(1))
-    program = torch.onnx.export(Layer().eval(), (tokens,), dynamo=True, opset_version=opset, input_names=["tokens"], verbose=False)
+    program = torch.onnx.export(
+        Layer().eval(), (tokens,), dynamo=True, opset_version=opset, input_names=["tokens"], verbose=False
+    )
     operators = {node.op_type for node in program.model_proto.graph.node}
     assert not operators & {"If", "Loop", "Where", "GatherND", "ScatterND"}, operators
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -8,12 +8,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from edgedit_hf import ElasticDiTTransformer2DModel
 from edgedit_hf.search_space import elastic_cost, elastic_weights
 
-OTHER = {"num_layers": [2, 4, 1], "mlp_ratios": [2.0, 3.0, 4.0], "attention_blocks": 6, "attention_radius": 2, "text_dims": [8, 16, 24]}
+OTHER = {
+    "num_layers": [2, 4, 1],
+    "mlp_ratios": [2.0, 3.0, 4.0],
+    "attention_blocks": 6,
+    "attention_radius": 2,
+    "text_dims": [8, 16, 24],
+}
 
 
 @pytest.mark.parametrize(
     "preset, changes",
-    [("elastic-dit-1.6b", {}), ("elastic-dit-digits", {}), ("elastic-dit-debug", OTHER), ("elastic-dit-debug", {"num_layers": [0, 2, 0]})],
+    [
+        ("elastic-dit-1.6b", {}),
+        ("elastic-dit-digits", {}),
+        ("elastic-dit-debug", OTHER),
+        ("elastic-dit-debug", {"num_layers": [0, 2, 0]}),
+    ],
 )
 def test_weights_are_counted_exactly(preset, changes):
     with torch.device("meta"):

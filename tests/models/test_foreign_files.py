@@ -1,4 +1,6 @@
-"""Weights in every form that diffusers' own loader takes or that training scripts leave behind, and files that are none of them."""
+"""Weights in every form that diffusers' own loader takes or that training scripts leave behind, and files that are none
+of them.
+"""
 
 import argparse
 import io
@@ -42,14 +44,20 @@ def assert_same(model, other) -> None:
 WRAPPED = {
     "average in a model": lambda w: {"ema": {"model": w}},
     "model in a state dict": lambda w: {"state_dict": {"model": w}, "epoch": 3},
-    "average beside the model": lambda w: {"model": {k: torch.zeros_like(v) for k, v in w.items()}, "ema": {"state_dict": w}, "opt": {}},
+    "average beside the model": lambda w: {
+        "model": {k: torch.zeros_like(v) for k, v in w.items()},
+        "ema": {"state_dict": w},
+        "opt": {},
+    },
     "three deep": lambda w: {"module": {"ema": {"state_dict": w}}, "args": argparse.Namespace(model="DiT-XL/2")},
     "DataParallel": lambda w: {f"module.{k}": v for k, v in w.items()},
     "compiled": lambda w: {"model": {f"_orig_mod.{k}": v for k, v in w.items()}},
     "compiled in DataParallel": lambda w: {"ema": {f"module._orig_mod.{k}": v for k, v in w.items()}},
     "DataParallel in compiled": lambda w: {"ema": {f"_orig_mod.module.{k}": v for k, v in w.items()}},
     "compiled blocks": lambda w: {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in w.items()},
-    "FSDP and checkpointing": lambda w: {f"_fsdp_wrapped_module.{k.replace('.attn.', '.attn._checkpoint_wrapped_module.')}": v for k, v in w.items()},
+    "FSDP and checkpointing": lambda w: {
+        f"_fsdp_wrapped_module.{k.replace('.attn.', '.attn._checkpoint_wrapped_module.')}": v for k, v in w.items()
+    },
     "Lightning": lambda w: {"state_dict": {f"model.{k}": v for k, v in w.items()}, "pytorch-lightning_version": "2"},
     "Lightning, compiled": lambda w: {"state_dict": {f"model._orig_mod.{k}": v for k, v in w.items()}},
     "ordered": lambda w: OrderedDict(w),
@@ -62,7 +70,10 @@ def test_a_wrapped_checkpoint_is_the_bare_one(form, tmp_path):
     weights = oracle("dit")[0]
     torch.save(weights, tmp_path / "dit.pt")
     torch.save(WRAPPED[form](weights), tmp_path / "wrapped-dit.pt")
-    assert_same(load_original(tmp_path / "wrapped-dit.pt", num_attention_heads=HEADS), load_original(tmp_path / "dit.pt", num_attention_heads=HEADS))
+    assert_same(
+        load_original(tmp_path / "wrapped-dit.pt", num_attention_heads=HEADS),
+        load_original(tmp_path / "dit.pt", num_attention_heads=HEADS),
+    )
 
 
 # -------------------------------------------------------------------- variants and shards
@@ -83,7 +94,9 @@ FORMS = {
 def test_every_form_that_diffusers_takes_gives_the_weights_that_diffusers_gives(form, tmp_path):
     options = FORMS[form]
     random_diffusers_model().half().save_pretrained(tmp_path / "form", **options)
-    theirs = DiTTransformer2DModel.from_pretrained(tmp_path / "form", variant=options.get("variant"), use_safetensors=options.get("safe_serialization", True))
+    theirs = DiTTransformer2DModel.from_pretrained(
+        tmp_path / "form", variant=options.get("variant"), use_safetensors=options.get("safe_serialization", True)
+    )
     theirs.save_pretrained(tmp_path / "plain")
     expected = load_original(tmp_path / "plain")
     assert_same(load_original(tmp_path / "form"), expected)
@@ -106,7 +119,13 @@ def test_of_several_variants_one_is_asked_for(tmp_path):
 
 def test_pipelines_and_autoencoders_of_one_variant_are_loaded(make_transformer, tmp_path):
     torch.manual_seed(0)
-    vae = AutoencoderTiny(latent_channels=1, encoder_block_out_channels=(4,), decoder_block_out_channels=(4,), num_encoder_blocks=(1,), num_decoder_blocks=(1,))
+    vae = AutoencoderTiny(
+        latent_channels=1,
+        encoder_block_out_channels=(4,),
+        decoder_block_out_channels=(4,),
+        num_encoder_blocks=(1,),
+        num_decoder_blocks=(1,),
+    )
     pipe = EdgeDiTPipeline(make_transformer(), DDIMScheduler(), vae.eval())
     pipe.save_pretrained(tmp_path / "fp16", variant="fp16")
     pipe.save_pretrained(tmp_path / "shards", variant="fp16", max_shard_size="20KB")
@@ -194,7 +213,10 @@ def changed(key="final_layer.linear.weight", **changes):
 
 MALFORMED = {
     "empty": (lambda: b"", r"empty \(0 bytes\)"),
-    "truncated archive": (lambda: pickled(oracle("dit")[0])[:50_000], r"\(50000 bytes\) is no readable weights file, or truncated"),
+    "truncated archive": (
+        lambda: pickled(oracle("dit")[0])[:50_000],
+        r"\(50000 bytes\) is no readable weights file, or truncated",
+    ),
     "an archive of something else": (lambda: archive(), "no readable weights file"),
     "text": (lambda: b"these are no weights\n" * 9, "no readable weights file"),
     "a web page": (lambda: b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
@@ -205,36 +227,66 @@ MALFORMED = {
     "random bytes": (lambda: bytes(range(256)) * 20, "no readable weights file"),
     "a pickle cut short": (lambda: b"\x80\x02}q\x00", "no readable weights file"),
     "code": (lambda: pickled({"model": Runs()}), "holds more than tensors and is not opened"),
-    "an object": (lambda: pickled({"model": oracle("dit")[0], "path": torch.nn.Linear(1, 1)}), "holds more than tensors and is not opened"),
+    "an object": (
+        lambda: pickled({"model": oracle("dit")[0], "path": torch.nn.Linear(1, 1)}),
+        "holds more than tensors and is not opened",
+    ),
     "no tensors": (lambda: pickled({"epoch": 3, "loss": 0.1}), "not a state dict of tensors: 'epoch'.* is a int"),
     "an empty dict": (lambda: pickled({}), "holds an empty dict"),
     "a list": (lambda: pickled(list(oracle("dit")[0].values())), "holds a list, not a state dict"),
     "a tensor": (lambda: pickled(torch.zeros(3)), "holds a Tensor, not a state dict"),
     "numbers as names": (lambda: pickled(dict(enumerate(oracle("dit")[0].values()))), "0, .*is no name but a int"),
-    "a prefix twice": (lambda: pickled({**oracle("dit")[0], "module.pos_embed": torch.zeros(1)}), "'pos_embed' twice, once as 'module.pos_embed'"),
+    "a prefix twice": (
+        lambda: pickled({**oracle("dit")[0], "module.pos_embed": torch.zeros(1)}),
+        "'pos_embed' twice, once as 'module.pos_embed'",
+    ),
     "a wrong shape": (changed(to=lambda w: w[:, :-1].clone()), "weights do not fit|do not fit; 'proj_out.weight'"),
-    "transposed": (changed("blocks.0.attn.qkv.weight", to=lambda w: w.mT.contiguous()), "'blocks.0.attn.to_qkv.weight' has the shape"),
+    "transposed": (
+        changed("blocks.0.attn.qkv.weight", to=lambda w: w.mT.contiguous()),
+        "'blocks.0.attn.to_qkv.weight' has the shape",
+    ),
     "no dimensions": (changed(to=lambda w: w.sum()), "not of the shapes of a DiT"),
-    "expanded": (lambda: pickled({k: torch.zeros(1).expand(1 << 20, 1 << 18) for k in oracle("dit")[0]}), "expanded without their values"),
+    "expanded": (
+        lambda: pickled({k: torch.zeros(1).expand(1 << 20, 1 << 18) for k in oracle("dit")[0]}),
+        "expanded without their values",
+    ),
     "one storage for all": (
-        lambda: pickled(dict.fromkeys([*oracle("dit")[0], *(f"blocks.{i}.attn.qkv.weight" for i in range(9000))], torch.zeros(400, 100))),
+        lambda: pickled(
+            dict.fromkeys(
+                [*oracle("dit")[0], *(f"blocks.{i}.attn.qkv.weight" for i in range(9000))], torch.zeros(400, 100)
+            )
+        ),
         "expanded without their values",
     ),
     "sparse": (changed(to=lambda w: w.to_sparse()), r"is sparse \(torch.sparse_coo\)"),
     "compressed rows": (changed(to=lambda w: w.to_sparse_csr()), r"is sparse \(torch.sparse_csr\)"),
-    "quantised": (changed(to=lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)), r"is quantised \(torch.qint8\)"),
+    "quantised": (
+        changed(to=lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)),
+        r"is quantised \(torch.qint8\)",
+    ),
     "meta": (changed(to=lambda w: w.to("meta")), "meta device"),
     "complex": (changed(to=lambda w: w.to(torch.complex64)), r"is complex \(torch.complex64\)"),
     "integers": (changed(to=lambda w: (w * 9).to(torch.int8)), r"holds integers \(torch.int8\)"),
     "booleans": (changed(to=lambda w: w > 0), r"holds integers \(torch.bool\)"),
-    "not a number": (changed("blocks.0.attn.qkv.weight", to=lambda w: w.index_fill(0, torch.tensor([1]), math.nan)), "1 of .*first is blocks.0.attn.to_qkv"),
+    "not a number": (
+        changed("blocks.0.attn.qkv.weight", to=lambda w: w.index_fill(0, torch.tensor([1]), math.nan)),
+        "1 of .*first is blocks.0.attn.to_qkv",
+    ),
     "infinite": (changed(to=lambda w: w / 0), "NaN or infinite"),
     "above float32": (changed(to=lambda w: w.double() * 1e300), "NaN or infinite"),
 }
 
 
 # Weights under the names of an original file, which a folder's have not.
-OF_A_FILE = ("a wrong shape", "transposed", "no dimensions", "not a number", "infinite", "above float32", "a prefix twice")
+OF_A_FILE = (
+    "a wrong shape",
+    "transposed",
+    "no dimensions",
+    "not a number",
+    "infinite",
+    "above float32",
+    "a prefix twice",
+)
 
 
 def archive() -> bytes:
@@ -245,7 +297,10 @@ def archive() -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("place, kind", [("file", kind) for kind in MALFORMED] + [("folder", kind) for kind in MALFORMED if kind not in OF_A_FILE])
+@pytest.mark.parametrize(
+    "place, kind",
+    [("file", kind) for kind in MALFORMED] + [("folder", kind) for kind in MALFORMED if kind not in OF_A_FILE],
+)
 def test_a_malformed_file_is_one_clear_error(kind, place, tmp_path):
     make, said = MALFORMED[kind]
     path = tmp_path / "DiT.pt"
@@ -310,7 +365,10 @@ def test_weights_are_not_those_of_a_file_that_changes(tmp_path):
 def test_an_adapter_that_is_not_finite_is_named(tmp_path):
     torch.save(oracle("dit")[0], tmp_path / "dit.pt")
     layer = "blocks.0.attn.qkv"
-    save_file({f"{layer}.lora_A.weight": torch.full((2, 32), float("nan")), f"{layer}.lora_B.weight": torch.zeros(96, 2)}, tmp_path / "lora.safetensors")
+    save_file(
+        {f"{layer}.lora_A.weight": torch.full((2, 32), float("nan")), f"{layer}.lora_B.weight": torch.zeros(96, 2)},
+        tmp_path / "lora.safetensors",
+    )
     with pytest.raises(EdgeDiTError, match="adapter .*lora.safetensors.*NaN"):
         load_original(tmp_path / "dit.pt", num_attention_heads=HEADS, lora=tmp_path / "lora.safetensors")
 
@@ -330,7 +388,9 @@ def test_an_adapter_that_is_not_finite_is_named(tmp_path):
     ],
     ids=str,
 )
-def test_a_config_that_claims_more_than_the_files_hold_is_refused_before_anything_is_made(changes, said, make_transformer, tmp_path):
+def test_a_config_that_claims_more_than_the_files_hold_is_refused_before_anything_is_made(
+    changes, said, make_transformer, tmp_path
+):
     EdgeDiTPipeline(make_transformer(), DDIMScheduler()).save_pretrained(tmp_path)
     path = tmp_path / "transformer" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -363,7 +423,10 @@ def test_so_is_that_of_an_elastic_net(changes, said, tmp_path):
         load_pipeline(tmp_path, kind="ElasticDiTPipeline")
 
 
-@pytest.mark.parametrize("sizes, said", [({"num_layers": [5000, 1, 1]}, "at most 4096 layers"), ({"mlp_ratios": [0.001, 3.0, 4.0]}, "no neuron")])
+@pytest.mark.parametrize(
+    "sizes, said",
+    [({"num_layers": [5000, 1, 1]}, "at most 4096 layers"), ({"mlp_ratios": [0.001, 3.0, 4.0]}, "no neuron")],
+)
 def test_an_elastic_net_of_impossible_size_is_refused(sizes, said):
     with pytest.raises(ValueError, match=said):
         ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug", subnets=None, **sizes)

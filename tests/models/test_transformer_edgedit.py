@@ -1,4 +1,6 @@
-"""The transformer: published sizes, counted costs, equality with diffusers' DiT, and everything a diffusers model can do."""
+"""The transformer: published sizes, counted costs, equality with diffusers' DiT, and everything a diffusers model can
+do.
+"""
 
 import copy
 import json
@@ -26,7 +28,9 @@ PUBLISHED = {  # parameters (M) and GFLOPs of the DiT and EdgeDiT papers
 }
 SPACE = SearchSpace(4, 32, 2)
 LAYERS = {option: [SPACE.layer((i,), option).to_dict() for i in range(4)] for option in OPTIONS}
-LAYERS |= {f"merged {option}": [SPACE.layer((2 * i, 2 * i + 1), option).to_dict() for i in range(2)] for option in OPTIONS}
+LAYERS |= {
+    f"merged {option}": [SPACE.layer((2 * i, 2 * i + 1), option).to_dict() for i in range(2)] for option in OPTIONS
+}
 LAYERS["mixed"] = SPACE.from_code((4 * 1 + 2, 16 + 3)).to_layers()
 
 
@@ -101,7 +105,9 @@ def hooked_macs(model: nn.Module, *arguments) -> int:
     return macs
 
 
-@pytest.mark.parametrize("variant", [{}, {"num_classes": 0}, {"learn_sigma": True}, {"patch_size": 4, "in_channels": 3}], ids=str)
+@pytest.mark.parametrize(
+    "variant", [{}, {"num_classes": 0}, {"learn_sigma": True}, {"patch_size": 4, "in_channels": 3}], ids=str
+)
 @pytest.mark.parametrize("name", LAYERS)
 def test_closed_form_costs_are_what_hooks_count(name, variant):
     model = EdgeDiTTransformer2DModel.from_preset("DiT-debug/2", layers=LAYERS[name], **variant)
@@ -124,7 +130,8 @@ def test_closed_form_costs_are_what_hooks_count(name, variant):
 def diffusers_dit(model: EdgeDiTTransformer2DModel) -> DiTTransformer2DModel:
     """diffusers' DiT with the same weights, and without its two known departures from the original.
 
-    It spreads the frequencies of the timestep up to 1/10000 instead of just short of it, and its second norm has an epsilon of 1e-5.
+    It spreads the frequencies of the timestep up to 1/10000 instead of just short of it, and its second norm has an
+    epsilon of 1e-5.
     """
     config, heads = model.config, model.config.layers[0]["num_heads"]
     dit = DiTTransformer2DModel(
@@ -212,7 +219,9 @@ def test_images_of_a_batch_do_not_see_each_other(make_transformer):
     model = make_transformer(layers=LAYERS["mixed"])
     x, t, labels = inputs()
     for i in range(3):
-        torch.testing.assert_close(output(model, x[i : i + 1], t[i : i + 1], labels[i : i + 1])[0], output(model)[i], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            output(model, x[i : i + 1], t[i : i + 1], labels[i : i + 1])[0], output(model)[i], rtol=0, atol=1e-5
+        )
 
 
 def test_an_unconditional_network_needs_no_labels(make_transformer):
@@ -244,7 +253,9 @@ def test_patches_go_back_to_where_they_came_from(make_transformer):
         sample = model.unembed(tokens, conditioning, 8, 12)
         shift, scale = model.modulation_out(conditioning).chunk(2, dim=1)
         patches = model.proj_out(F.layer_norm(tokens, (32,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None])
-    channels_first = patches.view(2, 24, 4, 6).transpose(2, 3).flatten(2)  # DiT's order in a patch: row, column, channel
+    channels_first = (
+        patches.view(2, 24, 4, 6).transpose(2, 3).flatten(2)
+    )  # DiT's order in a patch: row, column, channel
     torch.testing.assert_close(sample, F.fold(channels_first.mT, (8, 12), 2, stride=2), rtol=0, atol=1e-5)
 
 
@@ -290,7 +301,9 @@ def test_a_saved_network_loads_equal(make_transformer, tmp_path, shards, variant
     assert again.config.layers == model.config.layers == LAYERS["mixed"]
     assert Genotype.from_layers(again.config.layers, again.config.hidden_size) == SPACE.from_code((6, 19))
     state = model.state_dict()
-    assert again.state_dict().keys() == state.keys() and all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
+    assert again.state_dict().keys() == state.keys() and all(
+        torch.equal(v, state[k]) for k, v in again.state_dict().items()
+    )
 
 
 def test_a_network_whose_layers_were_left_to_the_defaults_saves_what_it_is(make_transformer, tmp_path):
@@ -320,7 +333,9 @@ def saved(make_transformer, tmp_path):
 
     def change(**changes):
         state = {**load_file(path), **changes}
-        save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path, metadata={"format": "pt"})
+        save_file(
+            {name: tensor for name, tensor in state.items() if tensor is not None}, path, metadata={"format": "pt"}
+        )
 
     return tmp_path, change
 
@@ -356,7 +371,9 @@ def test_loading_info_is_given_on_request(saved):
 # -------------------------------------------------------------------- adapters
 
 
-LORA = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["to_qkv", "to_out", "proj_in", "proj_out"])
+LORA = LoraConfig(
+    r=2, lora_alpha=4, init_lora_weights=False, target_modules=["to_qkv", "to_out", "proj_in", "proj_out"]
+)
 
 
 def test_adapters_are_added_switched_off_saved_and_loaded(make_transformer, tmp_path):
@@ -434,7 +451,9 @@ def test_attention_backends(make_transformer, backend):
         assert {block.attn.processor._attention_backend.value for block in model.blocks} == {backend}
         torch.testing.assert_close(output(model), expected, rtol=0, atol=1e-5)
     finally:
-        model.set_attention_backend("native")  # what was chosen last also holds for every network without a choice of its own
+        model.set_attention_backend(
+            "native"
+        )  # what was chosen last also holds for every network without a choice of its own
         model.reset_attention_backend()
     assert {block.attn.processor._attention_backend for block in model.blocks} == {None}
 
@@ -492,10 +511,15 @@ def test_group_offloading(make_transformer, kind):
 def test_blocks_are_not_split_over_devices(make_transformer):
     model = make_transformer()
     room = sum(p.numel() * p.element_size() for p in model.parameters()) // 2
-    where = infer_auto_device_map(model, max_memory={0: room, "cpu": 10 * room}, no_split_module_classes=model._no_split_modules)
+    where = infer_auto_device_map(
+        model, max_memory={0: room, "cpu": 10 * room}, no_split_module_classes=model._no_split_modules
+    )
     assert set(where.values()) == {0, "cpu"}
     for index in range(len(model.blocks)):
-        assert len({device for name, device in where.items() if name == "blocks" or name.startswith(f"blocks.{index}")}) == 1
+        assert (
+            len({device for name, device in where.items() if name == "blocks" or name.startswith(f"blocks.{index}")})
+            == 1
+        )
         assert not any(name.startswith(f"blocks.{index}.") for name in where)
 
 
@@ -513,10 +537,14 @@ def test_precomputed_modulations_give_the_same_output(make_transformer, name):
     for step, timestep in enumerate(timesteps):
         expected = model(x, timestep, labels).sample
         found = model(x, None, modulation=table[step]).sample
-        torch.testing.assert_close(found, expected, rtol=0, atol=3e-6 * expected.abs().max().item())  # other shapes, other rounding
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=3e-6 * expected.abs().max().item()
+        )  # other shapes, other rounding
     unconditional = make_transformer(num_classes=0)
     step = unconditional.precompute_modulation(timesteps)[1].expand(2, -1, -1)
-    torch.testing.assert_close(unconditional(x, None, modulation=step).sample, unconditional(x, timesteps[1]).sample, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        unconditional(x, None, modulation=step).sample, unconditional(x, timesteps[1]).sample, rtol=0, atol=1e-5
+    )
 
 
 def test_the_table_stays_below_the_weights_that_make_it(make_transformer):
@@ -549,7 +577,9 @@ def test_offloaded_modulations_are_read_from_their_file_and_come_back(make_trans
     model.restore_modulation()
     assert torch.equal(output(model), expected) and sum(p.numel() for p in model.parameters()) == held
     content = (tmp_path / "modulation.safetensors").read_bytes()
-    with open(tmp_path / "modulation.safetensors", "r+b") as file:  # in place: the weights are memory, not a map of the file
+    with open(
+        tmp_path / "modulation.safetensors", "r+b"
+    ) as file:  # in place: the weights are memory, not a map of the file
         file.write(b"\xff" * len(content))
         file.truncate(100)
     assert torch.equal(output(model), expected)
@@ -583,7 +613,9 @@ def test_another_file_in_the_place_of_offloaded_modulations_is_refused(make_tran
 def test_a_table_that_does_not_fit_is_refused(make_transformer):
     model = make_transformer()
     table = model.precompute_modulation(torch.tensor([1.0]), torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match=r"modulation has the shape \(2, 26, 32\); this model and batch need \(3, 26, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"modulation has the shape \(2, 26, 32\); this model and batch need \(3, 26, 32\)"
+    ):
         model(inputs()[0], None, modulation=table[0])
     with pytest.raises(ValueError, match="visible needs a model with side blocks"):
         model(*inputs(), visible=torch.zeros(3, 4, dtype=torch.long))
@@ -618,7 +650,13 @@ def test_fused_gelu_gives_the_same_output_and_steps_aside_where_it_must(make_tra
 RELATIVES = {
     "long skips": {"long_skips": [[0, 2], [-1, 3]]},
     "learned positions": {"learned_position": True, "position_bias": True},
-    "everything": {"long_skips": [[0, 1], [-1, 2]], "decoder_start": 2, "side_layers": 1, "learned_position": True, "position_bias": True},
+    "everything": {
+        "long_skips": [[0, 1], [-1, 2]],
+        "decoder_start": 2,
+        "side_layers": 1,
+        "learned_position": True,
+        "position_bias": True,
+    },
 }
 
 

@@ -41,7 +41,12 @@ def inputs():
     sample = torch.randn(2, 1, 8, 12, generator=generator)
     text = [torch.randn(2, 5, 16, generator=generator), torch.randn(2, 7, 24, generator=generator)]
     masks = [torch.tensor([[1, 1, 1, 0, 0], [1] * 5]), torch.tensor([[1] * 7, [1, 1, 0, 0, 0, 0, 0]])]
-    return {"hidden_states": sample, "timestep": torch.tensor([10.0, 700.0]), "encoder_hidden_states": text, "encoder_attention_mask": masks}
+    return {
+        "hidden_states": sample,
+        "timestep": torch.tensor([10.0, 700.0]),
+        "encoder_hidden_states": text,
+        "encoder_attention_mask": masks,
+    }
 
 
 @torch.no_grad()
@@ -58,7 +63,9 @@ def test_the_published_sizes_and_the_cost_of_being_elastic():
         counts = {}
         for name in net.subnet_names:
             net.set_active_subnet(name)
-            counts[name] = sum(p.numel() for p in ElasticDiTTransformer2DModel(**net.active_subnet_config()).parameters())
+            counts[name] = sum(
+                p.numel() for p in ElasticDiTTransformer2DModel(**net.active_subnet_config()).parameters()
+            )
     assert {name: round(count / 1e9, 1) for name, count in counts.items()} == {"tiny": 0.3, "small": 0.4, "full": 1.6}
     total = sum(p.numel() for p in net.parameters())
     assert 1 < total / counts["full"] <= 1.02 and round(total / 1e9, 1) == 1.6
@@ -83,7 +90,9 @@ def test_subnets_differ_and_their_extracted_twins_are_equal(inputs):
         outputs[name] = run(net, inputs)
         twin = net.extract_subnet(name)
         torch.testing.assert_close(run(twin, inputs), outputs[name], atol=1e-5, rtol=0)
-        assert dict(twin.config)["subnets"] is None and {**twin.config, **net.active_subnet_config()} == dict(twin.config)
+        assert dict(twin.config)["subnets"] is None and {**twin.config, **net.active_subnet_config()} == dict(
+            twin.config
+        )
     for one, other in (("tiny", "small"), ("small", "full"), ("tiny", "full")):
         assert (outputs[one] - outputs[other]).abs().max() > 0.1
     net.set_active_subnet("tiny")
@@ -101,7 +110,9 @@ def test_an_extracted_net_owns_its_weights_and_saves_as_an_ordinary_checkpoint(i
     twin.save_pretrained(tmp_path)
     names = load_file(tmp_path / "diffusion_pytorch_model.safetensors").keys()
     plain = ElasticDiTTransformer2DModel(**twin.config)
-    assert set(names) == set(plain.state_dict()) and not any(word in name for name in names for word in ("tiny", "small", "full"))
+    assert set(names) == set(plain.state_dict()) and not any(
+        word in name for name in names for word in ("tiny", "small", "full")
+    )
     assert not any(word in (tmp_path / "config.json").read_text() for word in ("tiny", "small", "full", "0.375"))
     assert {type(module).__name__ for module in twin.modules()}.isdisjoint({"ElasticLinear", "PerWidth"})
     loaded = ElasticDiTTransformer2DModel.from_pretrained(tmp_path)
@@ -143,7 +154,11 @@ def test_loading_a_subnet_reads_only_its_slice(inputs, tmp_path, monkeypatch, sh
     monkeypatch.setattr("edgedit_hf.models.transformer_elastic_dit.safe_open", Spy)
     loaded = ElasticDiTTransformer2DModel.from_pretrained(tmp_path, subnet="small")
     twin = net.extract_subnet("small")
-    assert sum(count for _, count in read) == sum(p.numel() for p in twin.parameters()) < 0.4 * sum(p.numel() for p in net.parameters())
+    assert (
+        sum(count for _, count in read)
+        == sum(p.numel() for p in twin.parameters())
+        < 0.4 * sum(p.numel() for p in net.parameters())
+    )
     assert not any(".tiny." in name or ".full." in name for name, _ in read)
     assert torch.equal(run(loaded, inputs), run(twin, inputs)) and not loaded.training
     half = ElasticDiTTransformer2DModel.from_pretrained(tmp_path, subnet="tiny", dtype=torch.bfloat16)
@@ -232,7 +247,9 @@ def test_an_absent_encoder_is_one_that_is_masked(inputs):
         masked = run(net, inputs, encoder_attention_mask=[masks[i] if i in keep else nothing[i] for i in (0, 1)])
         torch.testing.assert_close(masked, absent, atol=1e-5, rtol=1e-5)
         assert torch.isfinite(absent).all() and (absent - run(net, inputs)).abs().max() > 1e-3
-    torch.testing.assert_close(run(net, inputs, encoder_hidden_states=None, encoder_attention_mask=None), absent, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        run(net, inputs, encoder_hidden_states=None, encoder_attention_mask=None), absent, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_padding_is_not_seen(inputs):
@@ -261,8 +278,12 @@ def test_rotary_scores_depend_on_relative_positions_alone():
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 1, 1, 8, generator=generator), torch.randn(1, 1, 1, 8, generator=generator)
     table = (cos, sin)
-    scores = (rotate(query.expand(1, 1, 30, 8), table)[0, 0] @ rotate(key.expand(1, 1, 30, 8), table)[0, 0].T).view(6, 5, 6, 5)
-    assert torch.allclose(scores[0, 0, 2, 1], scores[3, 2, 5, 3], atol=1e-5) and torch.allclose(scores[4, 4, 1, 0], scores[5, 4, 2, 0], atol=1e-5)
+    scores = (rotate(query.expand(1, 1, 30, 8), table)[0, 0] @ rotate(key.expand(1, 1, 30, 8), table)[0, 0].T).view(
+        6, 5, 6, 5
+    )
+    assert torch.allclose(scores[0, 0, 2, 1], scores[3, 2, 5, 3], atol=1e-5) and torch.allclose(
+        scores[4, 4, 1, 0], scores[5, 4, 2, 0], atol=1e-5
+    )
     assert not torch.allclose(scores[0, 0, 2, 1], scores[0, 0, 1, 2], atol=1e-3)  # rows and columns are told apart
     # A token of the coarse grid stands at the centre of the four that it covers: the mean of their angles.
     fine = rotation_table(4, 4, 1, 8, 100.0, torch.device("cpu"))
@@ -279,13 +300,19 @@ def test_any_resolution_and_aspect_ratio(size, inputs):
     sample = torch.randn(2, 1, *size, generator=generator)
     output = net(**{**inputs, "hidden_states": sample}, return_features=True)
     assert output.sample.shape == sample.shape and output.features.shape == (2, size[0] * size[1], net.hidden_size)
-    one = run(net, inputs, hidden_states=sample[:1], **{k: [t[:1] for t in inputs[k]] for k in ("encoder_hidden_states", "encoder_attention_mask")},
-              timestep=inputs["timestep"][:1])  # fmt: skip
+    one = run(
+        net,
+        inputs,
+        hidden_states=sample[:1],
+        **{k: [t[:1] for t in inputs[k]] for k in ("encoder_hidden_states", "encoder_attention_mask")},
+        timestep=inputs["timestep"][:1],
+    )
     torch.testing.assert_close(output.sample[:1], one, atol=1e-5, rtol=1e-4)
 
 
 def test_patches_come_back_to_their_places():
-    # With every layer the identity and the output layer undoing the input layer, the net returns its (normed) input: patches keep their places.
+    # With every layer the identity and the output layer undoing the input layer, the net returns its (normed) input:
+    # patches keep their places.
     net = ElasticDiTTransformer2DModel.from_preset(DEBUG, patch_size=2, in_channels=3, subnets=None).eval()
     with torch.no_grad():
         torch.nn.init.zeros_(net.up_sample.weight)
@@ -332,7 +359,10 @@ def test_calls_at_once_do_not_mix_their_widths(inputs):
     net = make_net()
     expected = {name: run(net, inputs, subnet=name) for name in net.subnet_names}
     together = threading.Barrier(len(expected), timeout=60)
-    handles = [module.register_forward_pre_hook(lambda *_: (together.wait(), None)[1]) for module in (net.down_sample, net.up_blocks[0].mlp.proj_in)]
+    handles = [
+        module.register_forward_pre_hook(lambda *_: (together.wait(), None)[1])
+        for module in (net.down_sample, net.up_blocks[0].mlp.proj_in)
+    ]
     with ThreadPoolExecutor(len(expected)) as pool:
         found = dict(zip(expected, pool.map(lambda name: run(net, inputs, subnet=name), expected)))
     for handle in handles:
@@ -349,7 +379,9 @@ def test_a_switch_reaches_the_calls_that_begin_after_it(inputs):
     handle = net.down_sample.register_forward_pre_hook(lambda *_: net.set_active_subnet("tiny"))
     assert torch.equal(run(net, inputs), expected["full"]) and net.active_subnet == "tiny"
     handle.remove()
-    assert torch.equal(run(net, inputs), expected["tiny"]) and torch.equal(run(net, inputs, subnet="small"), expected["small"])
+    assert torch.equal(run(net, inputs), expected["tiny"]) and torch.equal(
+        run(net, inputs, subnet="small"), expected["small"]
+    )
     assert net.resolve_subnet() == net.active_subnet == "tiny" and net.resolve_subnet("small") == "small"
     with pytest.raises(ValueError, match="'huge'; this net has tiny, small, full"):
         run(net, inputs, subnet="huge")
@@ -413,7 +445,9 @@ def test_group_offloading_at_every_width(inputs, kind):
 # -------------------------------------------------------------------- the order of modules
 
 
-@pytest.mark.parametrize("names", [["full", "tiny", "small"], ["small", "full", "tiny"], ["tiny", "small", "full"]], ids="-".join)
+@pytest.mark.parametrize(
+    "names", [["full", "tiny", "small"], ["small", "full", "tiny"], ["tiny", "small", "full"]], ids="-".join
+)
 def test_states_of_before_fit_a_net_that_was_saved_and_loaded(inputs, names, tmp_path):
     widths = {"tiny": 0.375, "small": 0.5, "full": 1.0}
     net = make_net(subnets={name: widths[name] for name in names}).train()
@@ -425,10 +459,14 @@ def test_states_of_before_fit_a_net_that_was_saved_and_loaded(inputs, names, tmp
     optimizer.step()
     ema.step(net.parameters())
     net.save_pretrained(tmp_path / "net")
-    assert list(json.loads((tmp_path / "net" / "config.json").read_text())["subnets"]) == sorted(widths)  # by name: no order to go by
+    assert list(json.loads((tmp_path / "net" / "config.json").read_text())["subnets"]) == sorted(
+        widths
+    )  # by name: no order to go by
     ema.save_pretrained(tmp_path / "ema")
     loaded = ElasticDiTTransformer2DModel.from_pretrained(tmp_path / "net").train()
-    assert [(name, p.shape) for name, p in loaded.named_parameters()] == [(name, p.shape) for name, p in net.named_parameters()]
+    assert [(name, p.shape) for name, p in loaded.named_parameters()] == [
+        (name, p.shape) for name, p in net.named_parameters()
+    ]
     assert list(loaded.config.subnets) == ["tiny", "small", "full"]
     again = torch.optim.AdamW(loaded.parameters(), lr=1e-2)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -459,7 +497,9 @@ def test_a_file_that_would_not_load_is_not_written(tmp_path):
 
 def test_keys_that_others_put_into_the_config_are_ignored_and_kept(inputs, tmp_path):
     net = make_net()
-    net.register_to_config(trained_on="digits", decay=0.999, optimization_step=7)  # EMAModel.save_pretrained registers its own
+    net.register_to_config(
+        trained_on="digits", decay=0.999, optimization_step=7
+    )  # EMAModel.save_pretrained registers its own
     net.save_pretrained(tmp_path)
     twin = net.extract_subnet("small")
     loaded = ElasticDiTTransformer2DModel.from_pretrained(tmp_path, subnet="small")
@@ -469,7 +509,9 @@ def test_keys_that_others_put_into_the_config_are_ignored_and_kept(inputs, tmp_p
     assert torch.equal(run(loaded, inputs), run(twin, inputs))
     whole.set_active_subnet("small")
     for make in (lambda config: ElasticDiTTransformer2DModel(**config), ElasticDiTTransformer2DModel.from_config):
-        assert {name: p.shape for name, p in make(whole.active_subnet_config()).named_parameters()} == {n: p.shape for n, p in twin.named_parameters()}
+        assert {name: p.shape for name, p in make(whole.active_subnet_config()).named_parameters()} == {
+            n: p.shape for n, p in twin.named_parameters()
+        }
     twin.save_pretrained(tmp_path / "twin")
     assert ElasticDiTTransformer2DModel.from_pretrained(tmp_path / "twin").config.trained_on == "digits"
 
@@ -529,9 +571,14 @@ def same(found, expected) -> None:
     ours, theirs = found.state_dict(), expected.state_dict()
     assert list(ours) == list(theirs)
     for name, tensor in theirs.items():
-        assert (ours[name].dtype, ours[name].device) == (tensor.dtype, tensor.device) and torch.equal(ours[name], tensor), name
+        assert (ours[name].dtype, ours[name].device) == (tensor.dtype, tensor.device) and torch.equal(
+            ours[name], tensor
+        ), name
     assert [type(module) for module in found.modules()] == [type(module) for module in expected.modules()]
-    assert {**found.config, "_name_or_path": ""} == {**expected.config, "_name_or_path": ""} and found.training == expected.training
+    assert {**found.config, "_name_or_path": ""} == {
+        **expected.config,
+        "_name_or_path": "",
+    } and found.training == expected.training
     assert getattr(found, "hf_device_map", None) == getattr(expected, "hf_device_map", None)
 
 
@@ -542,7 +589,10 @@ def test_every_option_of_diffusers_means_with_subnet_what_it_means_without(both,
         with pytest.raises(ValueError, match=f"'small' cannot be combined with {option}"):
             load(both / "net", subnet="small", **{option: True})
         return
-    found, expected = (load(both / name, **given, **OPTIONS[option](tmp_path)) for name, given in (("net", {"subnet": "small"}), ("alone", {})))
+    found, expected = (
+        load(both / name, **given, **OPTIONS[option](tmp_path))
+        for name, given in (("net", {"subnet": "small"}), ("alone", {}))
+    )
     if option == "output_loading_info":
         assert found[1] == expected[1]
         found, expected = found[0], expected[0]
@@ -625,7 +675,10 @@ def test_bad_forward_input_is_explained(inputs, change, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"subnets": {"s": 0.4, "full": 1.0}}, r"width 0.4 \(s\) the 16 heads become 6.4 and the 8 key/value heads 3.2"),
+        (
+            {"subnets": {"s": 0.4, "full": 1.0}},
+            r"width 0.4 \(s\) the 16 heads become 6.4 and the 8 key/value heads 3.2",
+        ),
         ({"subnets": {"s": 0.5}}, "one must be 1.0"),
         ({"subnets": {"a.b": 0.5, "full": 1.0}}, "'a.b'"),
         ({"subnets": {"keys": 0.5, "full": 1.0}}, "'keys'"),
@@ -644,7 +697,9 @@ def test_bad_configs_are_explained(config, message):
 def test_layers_that_cannot_be_cut_are_explained(inputs):
     net = make_net()
     net.quantization_method = "bitsandbytes"  # needs a GPU to be more than a name
-    with pytest.raises(ValueError, match="quantised by bitsandbytes.*sub-network 'tiny'; load that alone.*or run 'full'"):
+    with pytest.raises(
+        ValueError, match="quantised by bitsandbytes.*sub-network 'tiny'; load that alone.*or run 'full'"
+    ):
         run(net, inputs, subnet="tiny")
     assert run(net, inputs).isfinite().all()
 

@@ -1,4 +1,6 @@
-"""What a call of either pipeline promises, as diffusers has it: its properties, its callbacks, and that calls at once do not mix."""
+"""What a call of either pipeline promises, as diffusers has it: its properties, its callbacks, and that calls at once
+do not mix.
+"""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +9,13 @@ import flow_pipelines
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SD3CFGCutoffCallback, SDCFGCutoffCallback, SDXLCFGCutoffCallback
+from diffusers.callbacks import (
+    MultiPipelineCallbacks,
+    PipelineCallback,
+    SD3CFGCutoffCallback,
+    SDCFGCutoffCallback,
+    SDXLCFGCutoffCallback,
+)
 
 from edgedit_hf import EdgeDiTPipeline, ElasticDiTPipeline
 
@@ -26,7 +34,9 @@ class EdgeDiT:
         self.what = [3, 5, 8]
 
     def call(self, what, pipe=None, **options):
-        return (pipe or self.pipe)(what, **{"num_inference_steps": 4, "guidance_scale": SCALE, "output_type": "latent", **options}).images
+        return (pipe or self.pipe)(
+            what, **{"num_inference_steps": 4, "guidance_scale": SCALE, "output_type": "latent", **options}
+        ).images
 
     def predictions(self, pipe, what):
         labels = torch.tensor(what)
@@ -46,12 +56,16 @@ class Elastic:
         self.what = ["one", "a thick two", "zero"]
 
     def call(self, what, pipe=None, **options):
-        return (pipe or self.pipe)(what, **{"num_inference_steps": 4, "guidance_scale": SCALE, "output_type": "latent", **options}).images
+        return (pipe or self.pipe)(
+            what, **{"num_inference_steps": 4, "guidance_scale": SCALE, "output_type": "latent", **options}
+        ).images
 
     def predictions(self, pipe, what):
         embeds, masks = pipe.encode_prompt(what)
         return [
-            lambda x, t, e=e, m=m: pipe.transformer(x, t.expand(len(x)), encoder_hidden_states=e, encoder_attention_mask=m).sample
+            lambda x, t, e=e, m=m: (
+                pipe.transformer(x, t.expand(len(x)), encoder_hidden_states=e, encoder_attention_mask=m).sample
+            )
             for e, m in ((embeds, masks), ([None, None], [None, None]))
         ]
 
@@ -128,8 +142,13 @@ def test_guidance_may_end_in_the_middle(family, cutoff, count):
     official = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
     options = {
         "official": {"callback_on_step_end": official},
-        "several": {"callback_on_step_end": MultiPipelineCallbacks([official, SDCFGCutoffCallback(cutoff_step_ratio=0.5)])},
-        "as in diffusers' guide": {"callback_on_step_end": at_step(1, chunk), "callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
+        "several": {
+            "callback_on_step_end": MultiPipelineCallbacks([official, SDCFGCutoffCallback(cutoff_step_ratio=0.5)])
+        },
+        "as in diffusers' guide": {
+            "callback_on_step_end": at_step(1, chunk),
+            "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+        },
         "scale alone": {"callback_on_step_end": at_step(1, lambda pipe, _: setattr(pipe, "_guidance_scale", 0.0))},
     }[cutoff]
     batches = []
@@ -153,7 +172,9 @@ def test_guidance_may_begin_and_change_in_the_middle(family):
 @pytest.mark.parametrize("scale", [1.0, SCALE])
 def test_a_callback_may_change_the_conditioning(family, scale):
     texts = family.kind is ElasticDiTPipeline
-    what, other = (["one", "two"], ["ten", "six"]) if texts else ([3, 5], [5, 8])  # texts of one length, so that their masks stay
+    what, other = (
+        (["one", "two"], ["ten", "six"]) if texts else ([3, 5], [5, 8])
+    )  # texts of one length, so that their masks stay
     names = [name for name in family.pipe._callback_tensor_inputs if name != "latents"]
     handed = {}
     keep = at_step(0, lambda pipe, tensors: handed.update({name: value.clone() for name, value in tensors.items()}))
@@ -180,7 +201,11 @@ def test_tensors_that_are_not_there_or_of_a_wrong_shape_are_refused(family):
         tensors[family.conditioning] = tensors[family.conditioning][:0]
 
     with pytest.raises(ValueError, match=f"returned {family.conditioning} of shape.*handed"):
-        family.call(family.what, callback_on_step_end=at_step(0, wrong), callback_on_step_end_tensor_inputs=[family.conditioning])
+        family.call(
+            family.what,
+            callback_on_step_end=at_step(0, wrong),
+            callback_on_step_end_tensor_inputs=[family.conditioning],
+        )
 
 
 def test_labels_of_a_callback_are_checked_and_an_unconditional_net_has_none(make_transformer):
@@ -192,7 +217,11 @@ def test_labels_of_a_callback_are_checked_and_an_unconditional_net_has_none(make
     with pytest.raises(ValueError, match="99.*0 … 9"):
         family.call([1], callback_on_step_end=at_step(0, wrong), callback_on_step_end_tensor_inputs=["class_labels"])
     pipe = EdgeDiTPipeline(make_transformer(num_classes=0), DDIMScheduler())
-    assert not pipe(batch_size=2, num_inference_steps=2, callback_on_step_end=SDCFGCutoffCallback(), output_type="pt").images.isnan().any()
+    assert (
+        not pipe(batch_size=2, num_inference_steps=2, callback_on_step_end=SDCFGCutoffCallback(), output_type="pt")
+        .images.isnan()
+        .any()
+    )
     assert not pipe.do_classifier_free_guidance
 
 
@@ -221,7 +250,11 @@ def test_a_callback_may_stop_and_the_next_call_starts_afresh(family):
 @pytest.mark.parametrize("multistep", [False, True])
 def test_calls_at_once_equal_the_same_calls_one_at_a_time(family, pipes, multistep):
     if multistep:  # which keeps earlier outputs
-        given = {"prediction_type": "flow_prediction", "use_flow_sigmas": True} if family.kind is ElasticDiTPipeline else {"beta_schedule": "linear"}
+        given = (
+            {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+            if family.kind is ElasticDiTPipeline
+            else {"beta_schedule": "linear"}
+        )
         family.pipe.scheduler = DPMSolverMultistepScheduler(**given)
     other = family.pipe if pipes == "one pipeline" else family.kind(**family.pipe.components)
     other.set_progress_bar_config(disable=True)
@@ -233,7 +266,11 @@ def test_calls_at_once_equal_the_same_calls_one_at_a_time(family, pipes, multist
 
     jobs = [
         (family.pipe, family.what[:1], {"num_inference_steps": 4, "callback_on_step_end": cut, "guidance_scale": 2.0}),
-        (other, family.what[1:], {"num_inference_steps": 6, "callback_on_step_end": Interrupt(), "guidance_scale": SCALE}),
+        (
+            other,
+            family.what[1:],
+            {"num_inference_steps": 6, "callback_on_step_end": Interrupt(), "guidance_scale": SCALE},
+        ),
         (family.pipe, family.what[:2], {"num_inference_steps": 5, "guidance_scale": 1.0}),
         (other, family.what, {"num_inference_steps": 3}),
     ]
@@ -260,7 +297,9 @@ def test_a_call_within_a_callback_leaves_the_outer_one_alone(family):
         family.call(family.what[1:2], num_inference_steps=2, guidance_scale=1.0)
         assert (pipe.guidance_scale, pipe.num_timesteps) == (SCALE, 4)
 
-    assert torch.equal(family.call(family.what[:1], latents=noise(family), callback_on_step_end=at_step(1, inner)), alone)
+    assert torch.equal(
+        family.call(family.what[:1], latents=noise(family), callback_on_step_end=at_step(1, inner)), alone
+    )
 
 
 def test_another_thread_may_stop_the_calls_in_progress(family):
@@ -338,7 +377,9 @@ def test_names_of_foreign_classes_are_refused_when_the_transformer_comes_later(m
 def flow(family, make_transformer, **config):
     """The pipeline with a scheduler for flow matching."""
     if family.kind is EdgeDiTPipeline:
-        family.pipe = EdgeDiTPipeline(make_transformer(prediction_type="flow_prediction"), FlowMatchEulerDiscreteScheduler(**config))
+        family.pipe = EdgeDiTPipeline(
+            make_transformer(prediction_type="flow_prediction"), FlowMatchEulerDiscreteScheduler(**config)
+        )
         family.pipe.set_progress_bar_config(disable=True)
     else:
         family.pipe.scheduler = FlowMatchEulerDiscreteScheduler(**config)
@@ -362,7 +403,10 @@ def test_a_scheduler_config_of_a_wrong_type_is_an_error_that_names_the_scheduler
 def test_dynamic_shifting_follows_the_number_of_tokens(family, make_transformer):
     family = flow(family, make_transformer, use_dynamic_shifting=True)
     family.call(family.what[:1])
-    config, tokens = family.pipe.scheduler.config, (family.pipe.transformer.config.sample_size // family.pipe.transformer.config.patch_size) ** 2
+    config, tokens = (
+        family.pipe.scheduler.config,
+        (family.pipe.transformer.config.sample_size // family.pipe.transformer.config.patch_size) ** 2,
+    )
     share = (tokens - config.base_image_seq_len) / (config.max_image_seq_len - config.base_image_seq_len)
     expected = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     expected.set_timesteps(4, mu=config.base_shift + share * (config.max_shift - config.base_shift))

@@ -18,7 +18,8 @@ NAMES = {"0": "zero, nought", "1": "one", "2": "two", "3": "crane, bird", "4": "
 class PointDenoiser(ModelMixin, ConfigMixin):
     """The exact network for data in which every image of class c is the constant c/10, and every image without class 0.
 
-    Whatever the scheduler, sampling with it must end at that constant: it checks timesteps, scalings, signs, labels and guidance.
+    Whatever the scheduler, sampling with it must end at that constant: it checks timesteps, scalings, signs, labels and
+    guidance.
     """
 
     @register_to_config
@@ -103,13 +104,19 @@ FLOW = [
 def test_every_fitting_scheduler_reaches_the_data(kind, name, config):
     pipeline = quiet(EdgeDiTPipeline(PointDenoiser(kind), scheduler(name, **config)))
     latents = pipeline(
-        [0, 2, 7], guidance_scale=1.0, num_inference_steps=20, generator=torch.Generator().manual_seed(0), output_type="latent"
+        [0, 2, 7],
+        guidance_scale=1.0,
+        num_inference_steps=20,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
     ).images
     expected = torch.tensor([0.0, 0.2, 0.7]).view(3, 1, 1, 1).expand(3, 1, 4, 4)
     torch.testing.assert_close(latents, expected, atol=0.06, rtol=0)
 
 
-@pytest.mark.parametrize("kind, name", [("epsilon", "DDIMScheduler"), ("flow_prediction", "FlowMatchEulerDiscreteScheduler")])
+@pytest.mark.parametrize(
+    "kind, name", [("epsilon", "DDIMScheduler"), ("flow_prediction", "FlowMatchEulerDiscreteScheduler")]
+)
 def test_guidance_extrapolates_from_the_unconditional_prediction(kind, name):
     config = {"clip_sample": False} if kind == "epsilon" else {}
     pipeline = quiet(EdgeDiTPipeline(PointDenoiser(kind), scheduler(name, **config)))
@@ -128,7 +135,9 @@ def test_variance_channels_are_dropped_for_schedulers_that_take_none(name):
 def test_ddpm_takes_the_learned_variance():
     def sample(variance_type, variance):
         denoiser = PointDenoiser(learn_sigma=True, variance=variance)
-        pipeline = quiet(EdgeDiTPipeline(denoiser, scheduler("DDPMScheduler", variance_type=variance_type, clip_sample=False)))
+        pipeline = quiet(
+            EdgeDiTPipeline(denoiser, scheduler("DDPMScheduler", variance_type=variance_type, clip_sample=False))
+        )
         trace = []
         pipeline(
             [4, 6],
@@ -147,10 +156,18 @@ def test_ddpm_takes_the_learned_variance():
 @pytest.mark.parametrize(
     "denoiser, integrator, said",
     [
-        ({}, ("FlowMatchEulerDiscreteScheduler", {}), ["'epsilon'", "FlowMatchEulerDiscreteScheduler", "'flow_prediction'"]),
+        (
+            {},
+            ("FlowMatchEulerDiscreteScheduler", {}),
+            ["'epsilon'", "FlowMatchEulerDiscreteScheduler", "'flow_prediction'"],
+        ),
         ({}, ("DDIMScheduler", {"prediction_type": "v_prediction"}), ["'epsilon'", "DDIMScheduler", "'v_prediction'"]),
         ({}, ("EDMEulerScheduler", {}), ["EDMEulerScheduler", "EDM"]),
-        ({"prediction_type": "flow_prediction"}, ("DDIMScheduler", {}), ["'flow_prediction'", "DDIMScheduler", "'epsilon'"]),
+        (
+            {"prediction_type": "flow_prediction"},
+            ("DDIMScheduler", {}),
+            ["'flow_prediction'", "DDIMScheduler", "'epsilon'"],
+        ),
         (
             {"prediction_type": "flow_prediction"},
             ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}),
@@ -227,7 +244,10 @@ def test_labels_by_number_and_by_name(pipeline):
         ({"class_labels": 1, "height": 9}, ["height is 9", "multiple of 2"]),
         ({"class_labels": [1, 2], "latents": torch.zeros(1, 1, 8, 8)}, ["(1, 1, 8, 8)", "(2, 1, 8, 8)"]),
         ({"class_labels": [1, 2], "generator": [torch.Generator()]}, ["1 generators", "2 images"]),
-        ({"class_labels": 1, "callback_on_step_end_tensor_inputs": ["pooled_prompt_embeds"]}, ["pooled_prompt_embeds", "latents"]),
+        (
+            {"class_labels": 1, "callback_on_step_end_tensor_inputs": ["pooled_prompt_embeds"]},
+            ["pooled_prompt_embeds", "latents"],
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -282,7 +302,9 @@ def test_no_guidance_takes_one_pass_and_guidance_two_in_one_batch(pipeline):
 def test_modulations_of_the_schedule_change_nothing(pipeline, chunk, monkeypatch):
     def sample():
         generator = torch.Generator().manual_seed(0)
-        return pipeline([3, 1, 3], guidance_scale=2.0, num_inference_steps=5, generator=generator, output_type="latent").images
+        return pipeline(
+            [3, 1, 3], guidance_scale=2.0, num_inference_steps=5, generator=generator, output_type="latent"
+        ).images
 
     monkeypatch.setattr(type(pipeline.transformer), "modulation_steps", lambda self, labels: chunk)
     found = sample()
@@ -293,7 +315,9 @@ def test_modulations_of_the_schedule_change_nothing(pipeline, chunk, monkeypatch
 
 def test_sampling_goes_on_without_the_modulation_weights(pipeline, tmp_path):
     def sample():
-        return pipeline([3, 1], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images
+        return pipeline(
+            [3, 1], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np"
+        ).images
 
     expected = sample()
     pipeline.transformer.offload_modulation(tmp_path / "modulation.safetensors")
@@ -304,10 +328,15 @@ def test_sampling_goes_on_without_the_modulation_weights(pipeline, tmp_path):
 
 def test_only_the_chosen_channels_are_guided(make_transformer):
     def sample(channels):
-        pipeline = quiet(EdgeDiTPipeline(transformer, scheduler("DDIMScheduler", clip_sample=False), guidance_channels=channels))
+        pipeline = quiet(
+            EdgeDiTPipeline(transformer, scheduler("DDIMScheduler", clip_sample=False), guidance_channels=channels)
+        )
         return pipeline([3], guidance_scale=3.0, num_inference_steps=1, latents=noise, output_type="latent").images
 
-    transformer, noise = make_transformer(in_channels=4), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    transformer, noise = (
+        make_transformer(in_channels=4),
+        torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+    )
     everything, some, nothing = sample(None), sample(3), sample(0)
     assert torch.equal(some[:, :3], everything[:, :3]) and torch.equal(some[:, 3:], nothing[:, 3:])
     assert not torch.equal(everything[:, 3:], nothing[:, 3:])
@@ -364,7 +393,9 @@ def vae(request):
 
 
 def test_latent_space_decodes_and_survives_saving(vae, make_transformer, tmp_path):
-    pipeline = quiet(EdgeDiTPipeline(make_transformer(in_channels=4), scheduler("DDIMScheduler"), vae=vae, default_steps=2))
+    pipeline = quiet(
+        EdgeDiTPipeline(make_transformer(in_channels=4), scheduler("DDIMScheduler"), vae=vae, default_steps=2)
+    )
     assert pipeline.vae_scale_factor == 4
     noise = torch.randn(1, 4, 8, 8)
     latents = pipeline(1, latents=noise, output_type="latent").images

@@ -1,4 +1,6 @@
-"""ElasticDiTPipeline: how it reads prompts, what it samples at every width, what it refuses, and that it saves and loads."""
+"""ElasticDiTPipeline: how it reads prompts, what it samples at every width, what it refuses, and that it saves and
+loads.
+"""
 
 import inspect
 import json
@@ -32,7 +34,9 @@ def make_tokenizer(start: str | None, end: str | None):
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     single = " ".join(token for token in (start, "$A", end) if token)
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", bos_token=start, eos_token=end)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", bos_token=start, eos_token=end
+    )
 
 
 def make_encoder(kind: str, width: int):
@@ -43,14 +47,20 @@ def make_encoder(kind: str, width: int):
     size = {"vocab_size": 4 + len(WORDS), "pad_token_id": 0}
     layers = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
     if kind == "clip":
-        config = transformers.CLIPTextConfig(**size, **layers, max_position_embeddings=WINDOW, bos_token_id=1, eos_token_id=2)
+        config = transformers.CLIPTextConfig(
+            **size, **layers, max_position_embeddings=WINDOW, bos_token_id=1, eos_token_id=2
+        )
         return transformers.CLIPTextModel(config).eval(), make_tokenizer("<s>", "</s>")
     if kind == "t5":
-        config = transformers.T5Config(**size, d_model=width, d_kv=width // 2, d_ff=2 * width, num_layers=2, num_heads=2, dropout_rate=0.0)
+        config = transformers.T5Config(
+            **size, d_model=width, d_kv=width // 2, d_ff=2 * width, num_layers=2, num_heads=2, dropout_rate=0.0
+        )
         return transformers.T5EncoderModel(config).eval(), make_tokenizer(None, "</s>")
     decoder = {**size, **layers, "head_dim": width // 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}
     if kind == "gemma3":
-        return transformers.Gemma3TextModel(transformers.Gemma3TextConfig(**decoder)).eval(), make_tokenizer("<s>", None)
+        return transformers.Gemma3TextModel(transformers.Gemma3TextConfig(**decoder)).eval(), make_tokenizer(
+            "<s>", None
+        )
     if kind == "qwen3":
         return transformers.Qwen3Model(transformers.Qwen3Config(**decoder)).eval(), make_tokenizer("<s>", None)
     if kind == "t5gemma":
@@ -76,7 +86,9 @@ def make_pipeline(first: str | None = "clip", second: str | None = "t5", net=Non
     for suffix, kind, width in zip(("", "_2"), (first, second), net.config.text_dims):
         if kind is not None:
             components[f"text_encoder{suffix}"], components[f"tokenizer{suffix}"] = make_encoder(kind, width)
-    pipeline = ElasticDiTPipeline(net, components.pop("scheduler", FlowMatchEulerDiscreteScheduler()), **components, default_steps=3)
+    pipeline = ElasticDiTPipeline(
+        net, components.pop("scheduler", FlowMatchEulerDiscreteScheduler()), **components, default_steps=3
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -114,7 +126,8 @@ def test_a_prompt_longer_than_clips_window_is_read_in_windows(shared):
     embeds, masks = shared.encode_prompt([" ".join(words), "one"])
     assert embeds[0].shape == (2, 15 + 3 * 2, 16) and masks[0].sum(1).tolist() == [21, 3]  # windows of 6, 6 and 3 words
     windows = [
-        shared.text_encoder(**shared.tokenizer(" ".join(words[i : i + 6]), return_tensors="pt")).last_hidden_state[0] for i in (0, 6, 12)
+        shared.text_encoder(**shared.tokenizer(" ".join(words[i : i + 6]), return_tensors="pt")).last_hidden_state[0]
+        for i in (0, 6, 12)
     ]
     torch.testing.assert_close(embeds[0][0], torch.cat(windows))
 
@@ -174,6 +187,7 @@ def plain_loop(pipeline, prompts, negative, steps, scale, latents, subnet):
     sigmas = torch.linspace(1, 1 / 1000, 1000)[torch.linspace(0, 999, steps).round().long()].tolist() + [0.0]
     images = []
     for row, prompt in enumerate(prompts):
+
         def velocity(x, sigma, text):
             embeds = None if text is None else pipeline.encode_prompt(text)[0]
             return net(x, torch.tensor(1000 * sigma), embeds).sample
@@ -213,7 +227,9 @@ def test_prompts_are_encoded_once_and_one_negative_prompt_serves_all(shared):
     latents = noise(2, 1, 8, 8)
     both = sample(shared, ["one", "two"], ["zero", "zero"], latents=latents)
     torch.testing.assert_close(sample(shared, ["one", "two"], "zero", latents=latents), both, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(sample(shared, ["one", "two"], latents=latents), both, atol=1e-2)  # no text at all is something else
+    assert not torch.allclose(
+        sample(shared, ["one", "two"], latents=latents), both, atol=1e-2
+    )  # no text at all is something else
 
 
 def test_images_of_a_prompt_follow_one_another(shared):
@@ -251,11 +267,15 @@ def test_pipelines_at_once_on_one_transformer_do_not_mix_their_widths(shared):
     together = threading.Barrier(len(names), timeout=60)
 
     def generate(name: str) -> torch.Tensor:
-        pipeline = ElasticDiTPipeline(**{**shared.components, "scheduler": FlowMatchEulerDiscreteScheduler()}, default_steps=3)
+        pipeline = ElasticDiTPipeline(
+            **{**shared.components, "scheduler": FlowMatchEulerDiscreteScheduler()}, default_steps=3
+        )
         pipeline.set_progress_bar_config(disable=True)
         return sample(pipeline, "a thick two", subnet=name, callback_on_step_end=lambda *_: (together.wait(), {})[1])
 
-    handle = shared.transformer.down_sample.register_forward_pre_hook(lambda *_: (together.wait(), None)[1])  # in the middle of a forward, too
+    handle = shared.transformer.down_sample.register_forward_pre_hook(
+        lambda *_: (together.wait(), None)[1]
+    )  # in the middle of a forward, too
     with ThreadPoolExecutor(len(names)) as pool:
         found = dict(zip(names, pool.map(generate, names)))
     handle.remove()
@@ -289,7 +309,9 @@ def test_a_call_keeps_its_width_while_others_come_and_go(shared):
         yield sample(shared, "one", subnet="tiny")
 
     try:
-        assert torch.equal(sample(shared, "one", callback_on_step_end=meddle), expected["full"]) and torch.equal(inner[0], expected["tiny"])
+        assert torch.equal(sample(shared, "one", callback_on_step_end=meddle), expected["full"]) and torch.equal(
+            inner[0], expected["tiny"]
+        )
         assert torch.equal(sample(shared, "one"), expected["tiny"])  # a call that begins after the switch
     finally:
         shared.transformer.set_active_subnet("full")
@@ -328,15 +350,20 @@ def test_bf16_net_keeps_float32_latents():
 
 
 class PointNet(ElasticDiTTransformer2DModel):
-    """The exact network for data in which every image is the constant n/10, n the number of its tokens of the first text encoder.
+    """The exact network for data in which every image is the constant n/10, n the number of its tokens of the first
+    text encoder.
 
     Whatever the scheduler, sampling with it must end there: it checks timesteps, signs, masks and guidance.
     """
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, return_dict=True, subnet=None):
+    def forward(
+        self, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, return_dict=True, subnet=None
+    ):
         assert encoder_hidden_states[0].shape[:2] == encoder_attention_mask[0].shape
         point = encoder_attention_mask[0].sum(1).view(-1, 1, 1, 1) / 10
-        return ((hidden_states - point) / (timestep / 1000).view(-1, 1, 1, 1),)  # x = (1 − σ) x0 + σ ε, velocity ε − x0 = (x − x0) / σ
+        return (
+            (hidden_states - point) / (timestep / 1000).view(-1, 1, 1, 1),
+        )  # x = (1 − σ) x0 + σ ε, velocity ε − x0 = (x − x0) / σ
 
 
 @pytest.mark.parametrize(
@@ -350,14 +377,18 @@ class PointNet(ElasticDiTTransformer2DModel):
     ],
 )
 def test_every_scheduler_for_flow_matching_reaches_the_data(name, config):
-    pipeline = make_pipeline("clip", None, PointNet.from_preset("elastic-dit-debug"), scheduler=getattr(diffusers, name)(**config))
+    pipeline = make_pipeline(
+        "clip", None, PointNet.from_preset("elastic-dit-debug"), scheduler=getattr(diffusers, name)(**config)
+    )
     for scale, expected in ((1.0, [0.3, 0.6]), (2.5, [0.75, 1.5])):
         found = sample(pipeline, ["one", "a thick digit two"], num_inference_steps=20, guidance_scale=scale)
         torch.testing.assert_close(found, torch.tensor(expected).view(2, 1, 1, 1).expand(2, 1, 8, 8), atol=0.06, rtol=0)
 
 
 def test_dynamic_shifting_follows_the_number_of_tokens(shared):
-    pipeline = make_pipeline(net=shared.transformer, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    pipeline = make_pipeline(
+        net=shared.transformer, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    )
     sigmas = []
     for size in (8, 16, 64):
         pipeline._set_timesteps(4, size * size)
@@ -424,7 +455,10 @@ def test_a_callback_may_end_guidance(shared):
         ({"prompt": ["one", 2]}, ["['one', 2]", "string"]),
         ({"prompt": "one", "prompt_embeds": [None, None]}, ["Both prompt and prompt_embeds"]),
         ({"prompt": "one", "prompt_masks": [None, None]}, ["prompt_masks", "without prompt_embeds"]),
-        ({"prompt": "one", "negative_prompt": "two", "negative_prompt_embeds": [None, None]}, ["Both negative_prompt and"]),
+        (
+            {"prompt": "one", "negative_prompt": "two", "negative_prompt_embeds": [None, None]},
+            ["Both negative_prompt and"],
+        ),
         ({"prompt": ["one", "two"], "negative_prompt": ["a"] * 3}, ["3 negative prompts", "2 prompts"]),
         ({"prompt_embeds": [torch.zeros(1, 4, 17), None]}, ["prompt_embeds[0]", "(1, 4, 17)", "16", "text_dims[0]"]),
         ({"prompt_embeds": [None, torch.zeros(4, 24)]}, ["prompt_embeds[1]", "(4, 24)", "24"]),
@@ -434,7 +468,10 @@ def test_a_callback_may_end_guidance(shared):
             {"prompt_embeds": [torch.zeros(2, 4, 16), None], "prompt_masks": [torch.ones(2, 5), None]},
             ["prompt_masks[0]", "(2, 5)", "(2, 4)"],
         ),
-        ({"prompt_embeds": [None, None], "prompt_masks": [torch.ones(2, 5), None]}, ["prompt_masks[0]", "without prompt_embeds[0]"]),
+        (
+            {"prompt_embeds": [None, None], "prompt_masks": [torch.ones(2, 5), None]},
+            ["prompt_masks[0]", "without prompt_embeds[0]"],
+        ),
         ({"prompt": "one", "subnet": "huge"}, ["'huge'", "tiny, small, full"]),
         ({"prompt": "one", "height": 9}, ["height is 9", "multiple of 2"]),
         ({"prompt": "one", "width": 0}, ["width is 0"]),
@@ -444,7 +481,10 @@ def test_a_callback_may_end_guidance(shared):
         ({"prompt": "one", "output_type": "jpg"}, ["'jpg'", "'pil'"]),
         ({"prompt": ["one", "two"], "latents": torch.zeros(1, 1, 8, 8)}, ["(1, 1, 8, 8)", "(2, 1, 8, 8)"]),
         ({"prompt": ["one", "two"], "generator": [torch.Generator()]}, ["1 generators", "2 images"]),
-        ({"prompt": "one", "callback_on_step_end_tensor_inputs": ["pooled_prompt_embeds"]}, ["pooled_prompt_embeds", "latents"]),
+        (
+            {"prompt": "one", "callback_on_step_end_tensor_inputs": ["pooled_prompt_embeds"]},
+            ["pooled_prompt_embeds", "latents"],
+        ),
     ],
     ids=lambda value: "-".join(value) or "nothing" if isinstance(value, dict) else "",
 )
@@ -455,7 +495,9 @@ def test_bad_arguments_are_errors_that_quote_them(shared, arguments, said):
     assert shared.transformer.active_subnet == "full"
 
 
-@pytest.mark.parametrize("name, config", [("DDIMScheduler", {}), ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"})])
+@pytest.mark.parametrize(
+    "name, config", [("DDIMScheduler", {}), ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"})]
+)
 def test_a_scheduler_that_is_not_for_flow_matching_is_an_error(shared, name, config):
     pipeline = make_pipeline(net=shared.transformer, scheduler=getattr(diffusers, name)(**config))
     with pytest.raises(ValueError, match=f"'flow_prediction'.*{name}.*FlowMatchEulerDiscreteScheduler"):
@@ -494,7 +536,12 @@ def test_a_token_beyond_the_embedding_is_an_error():
 def make_vae(kind: str):
     torch.manual_seed(0)
     if kind == "tiny":
-        blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+        blocks = {
+            "encoder_block_out_channels": (8, 8),
+            "decoder_block_out_channels": (8, 8),
+            "num_encoder_blocks": (1, 1),
+            "num_decoder_blocks": (1, 1),
+        }
         return diffusers.AutoencoderTiny(latent_channels=4, scaling_factor=0.7, **blocks)
     if kind == "qwen":
         statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.0, 1.5, 2.0]}
@@ -568,7 +615,10 @@ def saved(shared, tmp_path_factory):
 def test_saves_and_loads_with_everything(saved):
     folder, expected = saved
     index = json.loads((folder / "model_index.json").read_text())
-    assert index["_class_name"] == "ElasticDiTPipeline" and index["transformer"] == ["edgedit_hf", "ElasticDiTTransformer2DModel"]
+    assert index["_class_name"] == "ElasticDiTPipeline" and index["transformer"] == [
+        "edgedit_hf",
+        "ElasticDiTTransformer2DModel",
+    ]
     assert index["text_encoder"] == ["transformers", "CLIPTextModel"] and index["vae"] == [None, None]
     loaded = DiffusionPipeline.from_pretrained(folder)
     loaded.set_progress_bar_config(disable=True)
@@ -580,7 +630,9 @@ def test_components_can_be_left_out_and_replaced(saved):
     folder, _ = saved
     encoders = ElasticDiTPipeline.from_pretrained(folder, transformer=None)  # to encode prompts with little memory
     embeds, masks = encoders.encode_prompt("a thick two")
-    bare = ElasticDiTPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None)
+    bare = ElasticDiTPipeline.from_pretrained(
+        folder, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None
+    )
     assert bare.text_encoder is None
     assert torch.equal(sample(bare, prompt_embeds=embeds, prompt_masks=masks), saved[1])
     other = make_net(seed=1)
@@ -627,10 +679,16 @@ def test_loading_a_subnet_reads_its_slice_alone_and_samples_the_same(shared, sav
     assert sum(read.values()) == weights < 0.6 * sum(t.numel() for t in shared.transformer.state_dict().values())
     assert not any(".tiny." in name or ".full." in name for name in read)
     assert loaded.transformer.config.subnets is None
-    torch.testing.assert_close(sample(loaded, "a thick two"), sample(shared, "a thick two", subnet="small"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        sample(loaded, "a thick two"), sample(shared, "a thick two", subnet="small"), rtol=1e-4, atol=1e-4
+    )
     cache = make_hub_cache(folder, "acme/elastic")
-    cached = ElasticDiTPipeline.from_pretrained("acme/elastic", subnet="small", cache_dir=cache, torch_dtype=torch.bfloat16)
-    assert cached.transformer.dtype == torch.bfloat16 and cached.transformer.hidden_size == loaded.transformer.hidden_size
+    cached = ElasticDiTPipeline.from_pretrained(
+        "acme/elastic", subnet="small", cache_dir=cache, torch_dtype=torch.bfloat16
+    )
+    assert (
+        cached.transformer.dtype == torch.bfloat16 and cached.transformer.hidden_size == loaded.transformer.hidden_size
+    )
     for wrong in (loaded, cached):
         with pytest.raises(ValueError, match="'small'.*stand-alone"):
             wrong("one", subnet="small")
@@ -666,7 +724,9 @@ OPTIONS = {  # of DiffusionPipeline.from_pretrained; what is refused by name has
     "use_safetensors": True,
     "use_onnx": False,
     "load_connected_pipeline": False,
-    "quantization_config": lambda: PipelineQuantizationConfig(quant_mapping={"transformer": EdgeDiTQuantizationConfig(default={"scheme": "nf4"})}),
+    "quantization_config": lambda: PipelineQuantizationConfig(
+        quant_mapping={"transformer": EdgeDiTQuantizationConfig(default={"scheme": "nf4"})}
+    ),
     "use_flashpack": None,
     "disable_mmap": True,
     "trust_remote_code": False,
@@ -676,7 +736,9 @@ OPTIONS = {  # of DiffusionPipeline.from_pretrained; what is refused by name has
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Folders of a pipeline with a supernet, and of one with its sub-network "small" alone; weights, and others as a variant."""
+    """Folders of a pipeline with a supernet, and of one with its sub-network "small" alone; weights, and others as a
+    variant.
+    """
     folder, net = tmp_path_factory.mktemp("both"), make_net()
     for name, model in (("net", net), ("alone", net.extract_subnet("small"))):
         pipeline = make_pipeline("clip", None, model)
@@ -698,19 +760,26 @@ def test_every_option_of_diffusers_means_with_subnet_what_it_means_without(both,
             load(both / "net", subnet="small", **{option: True})
         return
     value = {option: value() if callable(value) else value}
-    found, expected = (load(both / name, **given, **value) for name, given in (("net", {"subnet": "small"}), ("alone", {})))
+    found, expected = (
+        load(both / name, **given, **value) for name, given in (("net", {"subnet": "small"}), ("alone", {}))
+    )
     for name in ("transformer", "text_encoder"):
         ours, theirs = getattr(found, name).state_dict(), getattr(expected, name).state_dict()
         assert list(ours) == list(theirs)
         for key, tensor in theirs.items():
-            assert (ours[key].dtype, ours[key].device) == (tensor.dtype, tensor.device) and torch.equal(ours[key], tensor), key
+            assert (ours[key].dtype, ours[key].device) == (tensor.dtype, tensor.device) and torch.equal(
+                ours[key], tensor
+            ), key
     assert getattr(found.transformer, "hf_device_map", None) == getattr(expected.transformer, "hf_device_map", None)
 
 
 def test_no_option_of_diffusers_is_forgotten(both):
     source = inspect.getsource(DiffusionPipeline.from_pretrained)
     assert set(re.findall(r"""kwargs\.pop\(\s*["'](\w+)["']""", source)) == {*OPTIONS} - {"something_new"}
-    for option, value, said in (("device_map", "balanced", "device_map='balanced'"), ("quantization_config", {}, "is a dict; a pipeline takes a PipelineQ")):
+    for option, value, said in (
+        ("device_map", "balanced", "device_map='balanced'"),
+        ("quantization_config", {}, "is a dict; a pipeline takes a PipelineQ"),
+    ):
         with pytest.raises(ValueError, match=said):
             ElasticDiTPipeline.from_pretrained(both / "net", subnet="small", **{option: value})
 
@@ -718,7 +787,9 @@ def test_no_option_of_diffusers_is_forgotten(both):
 def test_a_subnet_of_a_folder_with_code(shared, tmp_path):
     shared.save_pretrained(tmp_path, bundle_code=True)
     loaded = ElasticDiTPipeline.from_pretrained(tmp_path, subnet="small", trust_remote_code=True)
-    torch.testing.assert_close(sample(loaded, "a thick two"), sample(shared, "a thick two", subnet="small"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        sample(loaded, "a thick two"), sample(shared, "a thick two", subnet="small"), rtol=1e-4, atol=1e-4
+    )
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         ElasticDiTPipeline.from_pretrained(tmp_path, subnet="small")
 
@@ -739,7 +810,9 @@ def test_bundled_code_loads_with_trust_and_saves_again(shared, saved, tmp_path):
     with pytest.raises(ValueError, match="save first"):
         loaded.save_pretrained(tmp_path / "third", push_to_hub=True)
     with pytest.raises(ValueError, match="PointNet may not be self-contained"):
-        make_pipeline(None, None, PointNet.from_preset("elastic-dit-debug")).save_pretrained(tmp_path / "fourth", bundle_code=True)
+        make_pipeline(None, None, PointNet.from_preset("elastic-dit-debug")).save_pretrained(
+            tmp_path / "fourth", bundle_code=True
+        )
 
 
 # -------------------------------------------------------------------- LoRA
@@ -751,7 +824,9 @@ def test_lora_changes_the_full_net_and_saves_and_loads(tmp_path):
 
     pipeline = make_pipeline("clip", None)
     before, narrow = sample(pipeline, "one"), sample(pipeline, "one", subnet="tiny")
-    pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "proj_in"], init_lora_weights=False), "style")
+    pipeline.transformer.add_adapter(
+        LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "proj_in"], init_lora_weights=False), "style"
+    )
     changed = sample(pipeline, "one")
     assert (changed - before).norm() > 0.01 * before.norm()
     with pytest.raises(ValueError, match="full net's shapes.*'tiny'"):

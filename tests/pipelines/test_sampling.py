@@ -49,7 +49,9 @@ def test_the_pipeline_is_left_as_it_was(make_transformer):
     pipeline.set_progress_bar_config(leave=False)
     generate(pipeline, 2, steps=1)
     assert pipeline._progress_bar_config == {"leave": False}
-    pipeline.scheduler = DDIMScheduler.from_config(usual.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    pipeline.scheduler = DDIMScheduler.from_config(
+        usual.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
     with pytest.raises(EdgeDiTError, match="After 3 steps the latents hold NaN or infinite values.*DDIMScheduler"):
         generate(pipeline, 2, steps=3)
     assert pipeline._progress_bar_config == {"leave": False}

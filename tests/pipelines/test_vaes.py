@@ -1,4 +1,6 @@
-"""Every VAE class that the package takes: what training encodes, both pipelines, the port contract and teachers agree on the latents' scale."""
+"""Every VAE class that the package takes: what training encodes, both pipelines, the port contract and teachers agree
+on the latents' scale.
+"""
 
 import functools
 import inspect
@@ -10,7 +12,13 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from flow_pipelines import sana
 
-from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, ElasticDiTPipeline, ElasticDiTTransformer2DModel, latents
+from edgedit_hf import (
+    EdgeDiTPipeline,
+    EdgeDiTTransformer2DModel,
+    ElasticDiTPipeline,
+    ElasticDiTTransformer2DModel,
+    latents,
+)
 from edgedit_hf.data import ImageDataset, cache_latents, to_bytes
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.distill.flow_teacher import latent_space
@@ -25,18 +33,29 @@ STATISTICS = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.0, 1
 
 def kl(**options):
     return diffusers.AutoencoderKL(
-        latent_channels=4, block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=1, **options,
-    )  # fmt: skip
+        latent_channels=4,
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=1,
+        **options,
+    )
 
 
 def tiny(**options):
-    blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    blocks = {
+        "encoder_block_out_channels": (8, 8),
+        "decoder_block_out_channels": (8, 8),
+        "num_encoder_blocks": (1, 1),
+        "num_decoder_blocks": (1, 1),
+    }
     return diffusers.AutoencoderTiny(latent_channels=4, **blocks, **options)
 
 
 def qwen(**options):
-    return diffusers.AutoencoderKLQwenImage(base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], **options)
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], **options
+    )
 
 
 def dc(**options):
@@ -45,18 +64,25 @@ def dc(**options):
     return vae
 
 
-# Class → its tiny instances: every number that its config can scale latents by, and what diffusers' pipelines make of them (x · multiply + add).
+# Class → its tiny instances: every number that its config can scale latents by, and what diffusers' pipelines make of
+# them (x · multiply + add).
 MAKERS = {
     "AutoencoderKL": [
         (lambda: kl(), 1 / 0.18215, 0.0),
         (lambda: kl(scaling_factor=0.5, shift_factor=0.1), 2.0, 0.1),
-        (lambda: kl(scaling_factor=0.5, **STATISTICS), [1.0, 2.0, 3.0, 4.0], [0.1, -0.2, 0.3, 0.0]),  # StableDiffusionXLPipeline
+        (
+            lambda: kl(scaling_factor=0.5, **STATISTICS),
+            [1.0, 2.0, 3.0, 4.0],
+            [0.1, -0.2, 0.3, 0.0],
+        ),  # StableDiffusionXLPipeline
         (lambda: kl(scaling_factor=0.5, shift_factor=0.7, **STATISTICS), [1.0, 2.0, 3.0, 4.0], [0.1, -0.2, 0.3, 0.0]),
         (lambda: kl(scaling_factor=0.5, latents_mean=STATISTICS["latents_mean"]), 2.0, 0.0),  # both, or none
     ],
     "AutoencoderTiny": [(lambda: tiny(), 1.0, 0.0), (lambda: tiny(scaling_factor=0.7, shift_factor=0.2), 1 / 0.7, 0.2)],
     "AutoencoderDC": [(lambda: dc(scaling_factor=0.4), 2.5, 0.0)],
-    "AutoencoderKLQwenImage": [(lambda: qwen(**STATISTICS), [0.5, 1.0, 1.5, 2.0], [0.1, -0.2, 0.3, 0.0])],  # QwenImagePipeline
+    "AutoencoderKLQwenImage": [
+        (lambda: qwen(**STATISTICS), [0.5, 1.0, 1.5, 2.0], [0.1, -0.2, 0.3, 0.0])
+    ],  # QwenImagePipeline
 }
 CASES = [pytest.param(*case, id=f"{name}-{i}") for name, cases in MAKERS.items() for i, case in enumerate(cases)]
 
@@ -71,15 +97,27 @@ def own_latents(vae, images):
     if type(vae).__name__ == "AutoencoderKLQwenImage":
         return vae.encode(images[:, :, None]).latent_dist.mode()[:, :, 0]
     encoded = vae.encode(images)
-    return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    return (
+        encoded.latent_dist.mode()
+        if hasattr(encoded, "latent_dist")
+        else encoded.latents
+        if hasattr(encoded, "latents")
+        else encoded.latent
+    )
 
 
 def own_image(vae, z):
-    return vae.decode(z[:, :, None]).sample[:, :, 0] if type(vae).__name__ == "AutoencoderKLQwenImage" else vae.decode(z).sample
+    return (
+        vae.decode(z[:, :, None]).sample[:, :, 0]
+        if type(vae).__name__ == "AutoencoderKLQwenImage"
+        else vae.decode(z).sample
+    )
 
 
 def pipelines(vae):
-    edgedit = EdgeDiTTransformer2DModel(sample_size=8, patch_size=2, in_channels=4, hidden_size=16, num_layers=2, num_attention_heads=2, num_classes=0)
+    edgedit = EdgeDiTTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=16, num_layers=2, num_attention_heads=2, num_classes=0
+    )
     elastic = ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug", in_channels=4, text_dims=[16])
     flow = make_scheduler("flow_prediction")
     return EdgeDiTPipeline(edgedit, make_scheduler("epsilon"), vae), ElasticDiTPipeline(elastic, flow, vae)
@@ -100,7 +138,9 @@ def test_training_pipelines_and_contract_share_one_scale(tmp_path, maker, multip
     z = own_latents(vae, images)
     wanted = own_image(vae, z)
 
-    x = cache_latents(dataset, vae, tmp_path / "latents", progress=False).batch(range(3))["images"]  # what is trained on
+    x = cache_latents(dataset, vae, tmp_path / "latents", progress=False).batch(range(3))[
+        "images"
+    ]  # what is trained on
     torch.testing.assert_close(x * multiply + add, z, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(latents.encode(vae, images), x, rtol=0, atol=0)
     torch.testing.assert_close(latents.decode(vae, x), wanted, rtol=1e-4, atol=1e-4)
@@ -111,10 +151,14 @@ def test_training_pipelines_and_contract_share_one_scale(tmp_path, maker, multip
         decoded = decoded if pipeline.__class__ is EdgeDiTPipeline else VaeImageProcessor.denormalize(decoded)
         torch.testing.assert_close(decoded, VaeImageProcessor.denormalize(wanted), rtol=1e-4, atol=1e-4)
         numbers = _to_decoder(pipeline)
-        scale = {name: np.float32(numbers[name]).reshape(1, -1, 1, 1) for name in ("multiply", "add")}  # as sample_min.py does
+        scale = {
+            name: np.float32(numbers[name]).reshape(1, -1, 1, 1) for name in ("multiply", "add")
+        }  # as sample_min.py does
         np.testing.assert_allclose(x.numpy() * scale["multiply"] + scale["add"], z, rtol=1e-5, atol=1e-5)
     decoder, encoder = vae_parts(vae, (8, 8), 2, 4, batch=1)
-    torch.testing.assert_close(decoder.module(torch.from_numpy(x.numpy() * scale["multiply"] + scale["add"])), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        decoder.module(torch.from_numpy(x.numpy() * scale["multiply"] + scale["add"])), wanted, rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(encoder.module(images), z, rtol=0, atol=0)
     space = latent_space(vae.config, 3)
     assert space[:2] == (4, 2) and space[2:] == latents.latent_scale(vae.config)
@@ -128,8 +172,16 @@ def test_the_scales_are_those_of_diffusers_own_pipelines(monkeypatch):
     for pipeline in (qwen_image(), sana()):
         vae = pipeline.vae.eval()
         decode = type(vae).decode
-        monkeypatch.setattr(type(vae), "decode", lambda self, z, decode=decode, **options: seen.append(z) or decode(self, z, **options))
-        given = {"prompt": "a cat", "height": 32, "width": 32, "num_inference_steps": 1, "generator": torch.Generator().manual_seed(0)}
+        monkeypatch.setattr(
+            type(vae), "decode", lambda self, z, decode=decode, **options: seen.append(z) or decode(self, z, **options)
+        )
+        given = {
+            "prompt": "a cat",
+            "height": 32,
+            "width": 32,
+            "num_inference_steps": 1,
+            "generator": torch.Generator().manual_seed(0),
+        }
         options = {"use_resolution_binning": False} if type(vae).__name__ == "AutoencoderDC" else {}
         x = pipeline(**given, **options, output_type="latent").images
         given["generator"] = torch.Generator().manual_seed(0)
@@ -162,7 +214,9 @@ def test_images_become_bytes_as_in_diffusers():
     unit = VaeImageProcessor.denormalize(values)
     assert np.array_equal(np.asarray(EdgeDiTPipeline._postprocess(unit, "pil")[0]), wanted)
     assert np.array_equal(np.asarray(ElasticDiTPipeline._postprocess(values, "pil")[0]), wanted)
-    assert np.array_equal(np.round(np.clip(values.numpy() / 2 + 0.5, 0, 1) * 255).astype(np.uint8)[0, 0], wanted)  # sample_min.py
+    assert np.array_equal(
+        np.round(np.clip(values.numpy() / 2 + 0.5, 0, 1) * 255).astype(np.uint8)[0, 0], wanted
+    )  # sample_min.py
     colours = torch.rand(2, 3, 4, 5) * 2 - 1
     for kind in ("np", "pt"):
         found = EdgeDiTPipeline._postprocess(VaeImageProcessor.denormalize(colours), kind)

@@ -1,4 +1,6 @@
-"""Static activation scales: against torch's own fake quantisation, buckets against brute force, and what they gain over one scale."""
+"""Static activation scales: against torch's own fake quantisation, buckets against brute force, and what they gain over
+one scale.
+"""
 
 import itertools
 import json
@@ -9,7 +11,13 @@ import torch
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.quantization.activations import ActivationScales, activation_scales, fake_quantize, simulated_activations, timestep_buckets
+from edgedit_hf.quantization.activations import (
+    ActivationScales,
+    activation_scales,
+    fake_quantize,
+    simulated_activations,
+    timestep_buckets,
+)
 from edgedit_hf.quantization.calibration import CHECK_STREAM, input_ranges, output_error, record, replay
 
 TIMESTEPS = [100.0, 300.0, 500.0, 700.0, 900.0]
@@ -38,7 +46,10 @@ def test_rounding_is_torchs():
 
 @pytest.mark.parametrize("buckets", [1, 2, 3, 5])
 def test_borders_are_the_best_of_all(buckets):
-    ranges = {name: bounds + 0.3 * torch.rand(5, 2, generator=torch.Generator().manual_seed(1)) for name, bounds in RANGES.items()}
+    ranges = {
+        name: bounds + 0.3 * torch.rand(5, 2, generator=torch.Generator().manual_seed(1))
+        for name, bounds in RANGES.items()
+    }
 
     def waste(cuts: tuple[int, ...]) -> float:
         total = 0.0
@@ -58,7 +69,9 @@ def test_files_hold_the_scales_exactly(tmp_path):
     again = ActivationScales.load(tmp_path / "scales.json")
     assert again.edges == scales.edges
     for name in RANGES:
-        assert torch.equal(again.scale[name], scales.scale[name]) and torch.equal(again.zero_point[name], scales.zero_point[name])
+        assert torch.equal(again.scale[name], scales.scale[name]) and torch.equal(
+            again.zero_point[name], scales.zero_point[name]
+        )
 
 
 def test_static_scales_by_timestep_lose_less_than_one_for_all(make_transformer):
@@ -95,6 +108,8 @@ def test_bad_input(make_transformer, tmp_path):
         (tmp_path / "foreign.json").write_text(content)
         with pytest.raises(EdgeDiTError, match="foreign.json holds no activation scales"):
             ActivationScales.load(tmp_path / "foreign.json")
-    (tmp_path / "short.json").write_text(json.dumps({"edges": [1.0], "layers": {"a": {"scale": [1.0], "zero_point": [0]}}}))
+    (tmp_path / "short.json").write_text(
+        json.dumps({"edges": [1.0], "layers": {"a": {"scale": [1.0], "zero_point": [0]}}})
+    )
     with pytest.raises(EdgeDiTError, match="so 2 buckets, but layer a has 1 scales"):
         ActivationScales.load(tmp_path / "short.json")

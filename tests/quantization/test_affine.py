@@ -1,4 +1,6 @@
-"""Even grids and NF4: what they can represent, what rounding costs, and torchao's and bitsandbytes' results on the same weights."""
+"""Even grids and NF4: what they can represent, what rounding costs, and torchao's and bitsandbytes' results on the same
+weights.
+"""
 
 import pytest
 import torch
@@ -48,7 +50,10 @@ def test_int8_is_as_good_as_that_of_torchao(weight):
     linear = torch.nn.Linear(100, 24, bias=False)
     linear.weight.data.copy_(weight)
     torchao.quantize_(linear, torchao.Int8WeightOnlyConfig())  # symmetric, a scale an output row
-    ours, theirs = (float((found - weight).norm()) for found in (quantize_affine(weight, 8, 0, True).dequantize(), linear.weight.dequantize()))
+    ours, theirs = (
+        float((found - weight).norm())
+        for found in (quantize_affine(weight, 8, 0, True).dequantize(), linear.weight.dequantize())
+    )
     assert 0.9 * theirs < ours < 1.02 * theirs
 
 
@@ -102,5 +107,7 @@ def test_importance_is_for_palettes(weight):
         quantize_weight(weight, {"scheme": "affine"}, importance=torch.ones(100))
     importance = torch.ones(100)
     importance[:10] = 1e4
-    plain, weighted = (quantize_weight(weight, {"scheme": "palette", "bits": 2}, importance=i).dequantize() for i in (None, importance))
+    plain, weighted = (
+        quantize_weight(weight, {"scheme": "palette", "bits": 2}, importance=i).dequantize() for i in (None, importance)
+    )
     assert (importance * (weighted - weight) ** 2).sum() < 0.9 * (importance * (plain - weight) ** 2).sum()

@@ -35,12 +35,16 @@ def test_the_choice_is_the_best_of_all(seed, budget):
     best = min(sum(c.error for c in choice) for choice in feasible)
     found = allocate(candidates, sizes, budget)
     assert found.error == pytest.approx(best, rel=1e-9) and found.bound == pytest.approx(best, rel=1e-6)
-    assert found.average_bits <= budget and found.average_bits == sum(c.num_bits for c in found.chosen.values()) / sum(sizes.values())
+    assert found.average_bits <= budget and found.average_bits == sum(c.num_bits for c in found.chosen.values()) / sum(
+        sizes.values()
+    )
 
 
 def test_hundreds_of_layers_within_the_budget_to_the_bit():
     candidates, sizes = problem(3, 400, 4)
-    candidates = {name: [Candidate(c.spec, c.num_bits * 4001, c.error) for c in options] for name, options in candidates.items()}
+    candidates = {
+        name: [Candidate(c.spec, c.num_bits * 4001, c.error) for c in options] for name, options in candidates.items()
+    }
     sizes = {name: size * 4001 for name, size in sizes.items()}
     found = allocate(candidates, sizes, 5.3)
     assert sum(c.num_bits for c in found.chosen.values()) <= 5.3 * sum(sizes.values()) and found.average_bits > 5.2999
@@ -57,7 +61,9 @@ def test_a_budget_for_all_takes_the_best_of_each_and_layers_may_stay():
 
 def test_what_cannot_be_allocated_is_refused():
     candidates, sizes = problem(0, 3, 2)
-    with pytest.raises(EdgeDiTError, match=r"budget is 3 bits a weight, but the smallest candidates of the 3 layers have \d\.\d{3}"):
+    with pytest.raises(
+        EdgeDiTError, match=r"budget is 3 bits a weight, but the smallest candidates of the 3 layers have \d\.\d{3}"
+    ):
         allocate(candidates, sizes, 3)
     candidates["layer1"][0] = Candidate({"bits": 4}, 10, float("nan"))
     with pytest.raises(EdgeDiTError, match=r"layer1 as \{'bits': 4\} is nan"):
@@ -77,7 +83,9 @@ def test_the_error_of_one_other_weight_is_that_of_the_output(make_transformer):
         model.get_submodule(name).weight.copy_(changed)
     outputs = [replay(model, call) for call in calls]
     expected = {call.timestep: float((a - b).pow(2).mean()) for call, a, b in zip(calls, outputs, references)}
-    assert error.mse == pytest.approx([expected[t] for t in error.timesteps], rel=1e-5) and error.timesteps == tuple(sorted(expected))
+    assert error.mse == pytest.approx([expected[t] for t in error.timesteps], rel=1e-5) and error.timesteps == tuple(
+        sorted(expected)
+    )
 
 
 def test_candidates_are_forms_that_fit_their_layer():

@@ -1,4 +1,6 @@
-"""Recording a sampling loop and replaying it: determinism, balanced classes, moments and ranges against what layers really saw."""
+"""Recording a sampling loop and replaying it: determinism, balanced classes, moments and ranges against what layers
+really saw.
+"""
 
 import pytest
 import torch
@@ -48,7 +50,11 @@ def test_the_loop_of_the_pipeline_is_what_is_recorded(pipeline, recording):
     first = recording.calls[0].inputs
     # Guidance is on: the four images of the first batch, then the same with the null class.
     assert first["class_labels"].tolist() == [0, 1, 2, 3, 10, 10, 10, 10]
-    assert torch.equal(first["hidden_states"][:4], first["hidden_states"][4:]) and set(first) == {"hidden_states", "timestep", "class_labels"}
+    assert torch.equal(first["hidden_states"][:4], first["hidden_states"][4:]) and set(first) == {
+        "hidden_states",
+        "timestep",
+        "class_labels",
+    }
     # The samples are the pipeline's own, from the noise that the first forward saw.
     again = pipeline(class_labels=[0, 1, 2, 3], latents=first["hidden_states"][:4], output_type="latent").images
     torch.testing.assert_close(recording.latents[:4], again)
@@ -57,7 +63,9 @@ def test_the_loop_of_the_pipeline_is_what_is_recorded(pipeline, recording):
 def test_a_recording_depends_on_seed_and_stream_alone(pipeline, recording):
     again = record(pipeline, 6, batch_size=4)
     assert torch.equal(again.latents, recording.latents)
-    assert all(torch.equal(a.inputs["hidden_states"], b.inputs["hidden_states"]) for a, b in zip(again.calls, recording.calls))
+    assert all(
+        torch.equal(a.inputs["hidden_states"], b.inputs["hidden_states"]) for a, b in zip(again.calls, recording.calls)
+    )
     other_batches = record(pipeline, 6, batch_size=5, keep_calls=False)
     torch.testing.assert_close(other_batches.latents, recording.latents, rtol=1e-4, atol=1e-4)
     assert other_batches.calls == []
@@ -95,17 +103,24 @@ def test_error_figures_are_the_textbook_ones():
 def test_moments_are_those_of_the_inputs(pipeline, recording):
     model, name = pipeline.transformer, "blocks.1.mlp.proj_in"
     seen = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].flatten(0, -2))
+    )
     for call in recording.calls:
         replay(model, call)
     handle.remove()
     inputs = torch.cat(seen).double()
     found = second_moments(model, recording.calls, [name, "patch_embed", "blocks.0.modulation"])
     torch.testing.assert_close(found[name][0].double(), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-5)
-    assert found["patch_embed"].shape == (1, 4, 4) and float(found["blocks.0.modulation"].diagonal(dim1=1, dim2=2).min()) > 0
+    assert (
+        found["patch_embed"].shape == (1, 4, 4)
+        and float(found["blocks.0.modulation"].diagonal(dim1=1, dim2=2).min()) > 0
+    )
 
 
-@pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {"groups": 2, "stride": 2, "padding": 1}, {"dilation": 2}])
+@pytest.mark.parametrize(
+    "options", [{"stride": 2}, {"padding": 1}, {"groups": 2, "stride": 2, "padding": 1}, {"dilation": 2}]
+)
 def test_a_convolution_is_its_inputs_times_its_weight(options):
     torch.manual_seed(0)
     layer, image = nn.Conv2d(4, 6, 3, **options), torch.randn(2, 4, 8, 8)
@@ -133,7 +148,9 @@ def test_layers_are_observed_in_batches_that_fit(pipeline):
     batches = moment_batches(pipeline.transformer, names, memory_bytes=2 * 4 * 32 * 32)
     assert [name for batch in batches for name in batch] == names
     sizes = [sum(4 * pipeline.transformer.get_submodule(name).in_features ** 2 for name in batch) for batch in batches]
-    assert all(size <= 2 * 4 * 32 * 32 or len(batch) == 1 for size, batch in zip(sizes, batches)) and len(batches) < len(names)
+    assert all(size <= 2 * 4 * 32 * 32 or len(batch) == 1 for size, batch in zip(sizes, batches)) and len(
+        batches
+    ) < len(names)
 
 
 def test_ranges_by_timestep(pipeline, recording):
@@ -154,7 +171,9 @@ def test_every_width_of_a_supernet(text_pipeline):
     calls = {name: record(text_pipeline, 3, subnet=name, **options).calls for name in ("tiny", "full")}
     assert [call.subnet for call in calls["tiny"]] == ["tiny"] * 4 and model.active_subnet == "full"
     first, second = (call.inputs["encoder_hidden_states"] for call in calls["full"][:2])
-    assert first is second and first[0].shape[0] == 4, "the text of all steps is held once, two prompts with and without it"
+    assert first is second and first[0].shape[0] == 4, (
+        "the text of all steps is held once, two prompts with and without it"
+    )
     name = "middle_blocks.0.mlp.proj_in"
     narrow = second_moments(model, calls["tiny"], [name])[name][0]
     whole = second_moments(model, calls["tiny"] + calls["full"], [name])[name][0]

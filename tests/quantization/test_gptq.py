@@ -1,4 +1,6 @@
-"""Error-compensating rounding: nothing to gain on independent inputs, less output error on correlated ones, and the same grids."""
+"""Error-compensating rounding: nothing to gain on independent inputs, less output error on correlated ones, and the
+same grids.
+"""
 
 import pytest
 import torch
@@ -26,10 +28,17 @@ def output_loss(quantized, weight, inputs) -> float:
 @pytest.mark.parametrize("group_size", [32, 40, 0])
 def test_correlated_inputs_lose_far_less_than_by_rounding_to_the_nearest(case, group_size, symmetric):
     weight, inputs, moments = case
-    nearest, compensated = quantize_affine(weight, 4, group_size, symmetric), gptq(weight, moments, 4, group_size, symmetric)
+    nearest, compensated = (
+        quantize_affine(weight, 4, group_size, symmetric),
+        gptq(weight, moments, 4, group_size, symmetric),
+    )
     assert output_loss(compensated, weight, inputs) < 0.2 * output_loss(nearest, weight, inputs)
     # The same grids: only the integers differ, so every runtime that takes the one takes the other.
-    assert torch.equal(compensated.scale, nearest.scale) and compensated.spec() == nearest.spec() and compensated.num_bits == nearest.num_bits
+    assert (
+        torch.equal(compensated.scale, nearest.scale)
+        and compensated.spec() == nearest.spec()
+        and compensated.num_bits == nearest.num_bits
+    )
     if not symmetric:
         assert torch.equal(compensated.zero_point, nearest.zero_point)
 
@@ -40,13 +49,18 @@ def test_on_a_diagonal_hessian_it_is_rounding_to_the_nearest(case, symmetric):
     diagonal = torch.diag_embed(torch.rand(1, 96, generator=torch.Generator().manual_seed(1)))
     diagonal[0, 5, 5] = 0  # an input that is always zero
     for group_size in (32, 0):
-        assert torch.equal(gptq(weight, diagonal, 4, group_size, symmetric).values, quantize_affine(weight, 4, group_size, symmetric).values)
+        assert torch.equal(
+            gptq(weight, diagonal, 4, group_size, symmetric).values,
+            quantize_affine(weight, 4, group_size, symmetric).values,
+        )
 
 
 def test_it_is_near_the_best_rounding_there_is():
     """Against all 2^8 roundings up or down of a small weight."""
     generator = torch.Generator().manual_seed(2)
-    inputs = torch.randn(200, 3, generator=generator) @ torch.randn(3, 8, generator=generator) + 0.1 * torch.randn(200, 8, generator=generator)
+    inputs = torch.randn(200, 3, generator=generator) @ torch.randn(3, 8, generator=generator) + 0.1 * torch.randn(
+        200, 8, generator=generator
+    )
     moments = (inputs.T @ inputs / 200)[None]
     losses = []
     for _ in range(5):
@@ -72,7 +86,13 @@ def test_palettes_gain_too_and_hold_no_more_entries(case, rows):
     compensated = gptq_palette(weight, moments, 4, rows)
     size = rows or 48
     parts = weight.split(size)
-    plain = torch.cat([centres[0][index[0].long()].view(part.shape) for part in parts for centres, index in [kmeans_1d(part.reshape(1, -1), 16)]])
+    plain = torch.cat(
+        [
+            centres[0][index[0].long()].view(part.shape)
+            for part in parts
+            for centres, index in [kmeans_1d(part.reshape(1, -1), 16)]
+        ]
+    )
     loss = float((inputs @ (plain - weight).T).pow(2).mean())
     assert output_loss(compensated, weight, inputs) < 0.2 * loss
     restored = compensated.dequantize()
@@ -86,7 +106,11 @@ def test_groups_of_a_convolution_have_their_own_moments():
     inputs = torch.randn(10, 300, 1, generator=generator) + 0.2 * torch.randn(10, 300, 4, generator=generator)
     moments = inputs.transpose(1, 2) @ inputs / 300
     losses = []
-    for quantized in (quantize_affine(weight, 4, 0, True), gptq(weight, moments, 4, 0, True), gptq_palette(weight, moments, 4, 5)):
+    for quantized in (
+        quantize_affine(weight, 4, 0, True),
+        gptq(weight, moments, 4, 0, True),
+        gptq_palette(weight, moments, 4, 5),
+    ):
         change = (quantized.dequantize() - weight).reshape(10, 4, 1)
         losses.append(float((inputs @ change).pow(2).mean()))
     assert losses[1] < 0.5 * losses[0] and losses[2] < losses[0]
@@ -95,7 +119,9 @@ def test_groups_of_a_convolution_have_their_own_moments():
 def test_blocks_of_inputs_do_not_show(case):
     """More inputs than are worked off at a time, against the textbook recursion without blocks."""
     generator = torch.Generator().manual_seed(3)
-    inputs = torch.randn(400, 40, generator=generator) @ torch.randn(40, 150, generator=generator) + torch.randn(400, 150, generator=generator)
+    inputs = torch.randn(400, 40, generator=generator) @ torch.randn(40, 150, generator=generator) + torch.randn(
+        400, 150, generator=generator
+    )
     moments = inputs.T @ inputs / 400
     weight = torch.randn(2, 150, generator=generator)
     found = compensated_rounding(weight[None], moments[None], lambda values, _: values.round(), damping=0.05)[0]
@@ -106,7 +132,9 @@ def test_blocks_of_inputs_do_not_show(case):
         inverse = torch.linalg.inv(hessian[index:, index:])
         expected[:, index] = left[:, index].round()
         left[:, index:] -= torch.outer(left[:, index] - expected[:, index], inverse[0] / inverse[0, 0])
-    assert (found[:, order].double() == expected).double().mean() > 0.97  # a value near the middle of two may round the other way
+    assert (
+        found[:, order].double() == expected
+    ).double().mean() > 0.97  # a value near the middle of two may round the other way
 
 
 def test_bad_moments_are_refused(case):

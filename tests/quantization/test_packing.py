@@ -10,7 +10,9 @@ from edgedit_hf.quantization.packing import lookup, pack, packed_size, unpack
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("count", [1, 7, 8, 33])
 def test_packing_and_unpacking(bits, count):
-    values = torch.randint(0, 1 << bits, (3, 5, count), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
+    values = torch.randint(
+        0, 1 << bits, (3, 5, count), dtype=torch.uint8, generator=torch.Generator().manual_seed(count)
+    )
     packed = pack(values, bits)
     assert packed.dtype == torch.uint8 and packed.shape == (3, 5, packed_size(count, bits))
     assert torch.equal(unpack(packed, bits, count), values)

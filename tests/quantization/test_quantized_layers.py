@@ -1,4 +1,6 @@
-"""Layers with quantised weights: they compute what the unpacked weights compute, keep their packed tensors, and can be undone."""
+"""Layers with quantised weights: they compute what the unpacked weights compute, keep their packed tensors, and can be
+undone.
+"""
 
 import copy
 import io
@@ -82,8 +84,12 @@ def test_the_nearest_entry_of_the_palette_is_chosen(bits):
 
 def test_more_bits_are_better():
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    errors = [float((quantize_weight(weight, {"scheme": "palette", "bits": b}).dequantize() - weight).norm() / weight.norm()) for b in (1, 2, 4, 8)]
-    # Lloyd-Max quantisers of a normal distribution: 0.3634, 0.1175, 0.009497 (Max, 1960), and 2.7e-5·… ≈ √3π/2 · 4^-8 for 8 bits.
+    errors = [
+        float((quantize_weight(weight, {"scheme": "palette", "bits": b}).dequantize() - weight).norm() / weight.norm())
+        for b in (1, 2, 4, 8)
+    ]
+    # Lloyd-Max quantisers of a normal distribution: 0.3634, 0.1175, 0.009497 (Max, 1960), and 2.7e-5·… ≈ √3π/2 · 4^-8
+    # for 8 bits.
     assert errors[:3] == pytest.approx([0.3634**0.5, 0.1175**0.5, 0.009497**0.5], rel=0.02)
     assert errors[3] < (2.73 * 4**-8) ** 0.5
 
@@ -91,9 +97,16 @@ def test_more_bits_are_better():
 def test_palettes_beat_even_grids_and_nf4_at_equal_bytes():
     weight = torch.randn(128, 512, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 2, 128)[:, None]
     found = {}
-    for spec in ({"scheme": "palette", "rows_per_palette": 1}, {"scheme": "affine", "group_size": 32}, {"scheme": "nf4", "block": 32}):
+    for spec in (
+        {"scheme": "palette", "rows_per_palette": 1},
+        {"scheme": "affine", "group_size": 32},
+        {"scheme": "nf4", "block": 32},
+    ):
         quantized = quantize_weight(weight, spec)
-        found[spec["scheme"]] = quantized.num_bits / weight.numel(), float((quantized.dequantize() - weight).norm() / weight.norm())
+        found[spec["scheme"]] = (
+            quantized.num_bits / weight.numel(),
+            float((quantized.dequantize() - weight).norm() / weight.norm()),
+        )
     assert [bits for bits, _ in found.values()] == [4.5, 4.5, 4.5]
     assert found["palette"][1] < min(found["affine"][1], found["nf4"][1])
 
@@ -283,7 +296,9 @@ def test_a_quantised_elastic_net_can_be_pickled():
     text = [torch.randn(1, 3, 16), None]
     inputs = torch.randn(1, 1, 8, 8), torch.tensor([500.0])
     with torch.no_grad():
-        assert torch.equal(again(*inputs, encoder_hidden_states=text).sample, model(*inputs, encoder_hidden_states=text).sample)
+        assert torch.equal(
+            again(*inputs, encoder_hidden_states=text).sample, model(*inputs, encoder_hidden_states=text).sample
+        )
 
 
 @pytest.mark.parametrize("huge", [10**9, 20_000_000_000, 2**64])
@@ -293,16 +308,27 @@ def test_groups_larger_than_the_weight_are_one_group_and_cost_nothing(name, huge
     rows, columns = weight.flatten(1).shape
     pairs = [
         ({"scheme": "nf4", "block": huge}, {"scheme": "nf4", "block": weight.numel()}),
-        ({"scheme": "affine", "bits": 4, "group_size": huge, "symmetric": False}, {"scheme": "affine", "bits": 4, "group_size": 0, "symmetric": False}),
+        (
+            {"scheme": "affine", "bits": 4, "group_size": huge, "symmetric": False},
+            {"scheme": "affine", "bits": 4, "group_size": 0, "symmetric": False},
+        ),
         ({"scheme": "affine", "bits": 8, "group_size": huge}, {"scheme": "affine", "bits": 8, "group_size": columns}),
-        ({"scheme": "palette", "bits": 4, "rows_per_palette": huge}, {"scheme": "palette", "bits": 4, "rows_per_palette": 0}),
+        (
+            {"scheme": "palette", "bits": 4, "rows_per_palette": huge},
+            {"scheme": "palette", "bits": 4, "rows_per_palette": 0},
+        ),
     ]
     for spec, same in pairs:
         found, expected = quantize_weight(weight, spec), quantize_weight(weight, same)
         assert found.num_bits == expected.num_bits == spec_bits(spec, tuple(weight.shape))
         assert torch.equal(found.dequantize(), expected.dequantize())
-        compensated = quantize_compensated(weight, spec, torch.eye(columns, dtype=torch.float64)[None] if spec["scheme"] != "nf4" else None)
-        assert torch.equal(compensated.dequantize(), quantize_compensated(weight, same, torch.eye(columns, dtype=torch.float64)[None]).dequantize())
+        compensated = quantize_compensated(
+            weight, spec, torch.eye(columns, dtype=torch.float64)[None] if spec["scheme"] != "nf4" else None
+        )
+        assert torch.equal(
+            compensated.dequantize(),
+            quantize_compensated(weight, same, torch.eye(columns, dtype=torch.float64)[None]).dequantize(),
+        )
 
 
 @pytest.mark.parametrize(

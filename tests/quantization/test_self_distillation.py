@@ -21,9 +21,16 @@ def test_of_a_supernet_also_the_norms_and_tables_of_every_width():
     model = ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug")
     tuned = tuned_parameters(model, list(quantizable_layers(model)))
     for name in model.subnet_names:
-        assert {f"modulation.{name}.table", f"modulation.{name}.table_out", f"down_blocks.0.attn.norm_q.{name}.weight"} <= set(tuned)
+        assert {
+            f"modulation.{name}.table",
+            f"modulation.{name}.table_out",
+            f"down_blocks.0.attn.norm_q.{name}.weight",
+        } <= set(tuned)
     assert "text_embedder.norms.0.weight" in tuned
-    assert not any(name.endswith("to_q.weight") or name.endswith("projection.weight") or name == "text_embedder.tokens" for name in tuned)
+    assert not any(
+        name.endswith("to_q.weight") or name.endswith("projection.weight") or name == "text_embedder.tokens"
+        for name in tuned
+    )
 
 
 def test_a_checkpoint_of_the_tuned_parameters(make_transformer):
@@ -31,7 +38,10 @@ def test_a_checkpoint_of_the_tuned_parameters(make_transformer):
     layers = list(quantizable_layers(one))
     state = {name: value.clone() for name, value in TunedState(tuned_parameters(one, layers)).state_dict().items()}
     TunedState(tuned_parameters(other, layers)).load_state_dict(state)
-    assert all(torch.equal(a, b) for a, b in zip(tuned_parameters(one, layers).values(), tuned_parameters(other, layers).values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(tuned_parameters(one, layers).values(), tuned_parameters(other, layers).values())
+    )
     assert not torch.equal(one.blocks[0].modulation.weight, other.blocks[0].modulation.weight)
 
 
@@ -49,7 +59,9 @@ def test_draws_depend_on_seed_step_and_row_alone():
 def test_every_width_has_its_turn():
     names = ["tiny", "small", "full"]
     drawn = [step_subnet(names, 0, step) for step in range(300)]
-    assert all(70 < drawn.count(name) < 130 for name in names) and drawn == [step_subnet(names, 0, step) for step in range(300)]
+    assert all(70 < drawn.count(name) < 130 for name in names) and drawn == [
+        step_subnet(names, 0, step) for step in range(300)
+    ]
     assert step_subnet([], 0, 3) is None
 
 

@@ -24,7 +24,9 @@ def layer_objectives(layer) -> tuple[float, float]:
 
 
 def evaluate(genotype) -> tuple[float, float]:
-    """A stand-in with the shape of the real thing: every reduction costs quality by a factor of its own, latency adds up."""
+    """A stand-in with the shape of the real thing: every reduction costs quality by a factor of its own, latency adds
+    up.
+    """
     damage, latency = zip(*(layer_objectives(layer) for layer in genotype.layers))
     return 0.5 * math.exp(sum(damage)), 0.5 + sum(latency)
 

@@ -1,4 +1,6 @@
-"""The latency table: its parts compute what the model computes, its fit is exact on exact times, and it knows its teacher."""
+"""The latency table: its parts compute what the model computes, its fit is exact on exact times, and it knows its
+teacher.
+"""
 
 import json
 
@@ -127,7 +129,9 @@ def test_prediction_of_exported_networks(precision):
 def test_a_table_of_executorch(make_transformer, precision):
     config = dict(make_transformer(hidden_size=64, num_layers=2).config)
     space = SearchSpace.for_config(config)
-    table = LatencyTable.build(config, space, batch=16, threads=1, runtime="executorch", precision=precision, repeats=20)
+    table = LatencyTable.build(
+        config, space, batch=16, threads=1, runtime="executorch", precision=precision, repeats=20
+    )
     assert table.runtime == "executorch" and set(table.blocks) == {space.option_shape(option) for option in OPTIONS}
     assert table.blocks[space.option_shape("both")] < table.blocks[space.option_shape("original")]
     assert "executorch" in table.to_dict()["environment"]["versions"]

@@ -18,7 +18,10 @@ def random_points(seed: int, count: int = 30) -> list[tuple[float, float]]:
 def test_front_is_what_the_definition_says(seed):
     points = [(round(a, 1), round(b, 1)) for a, b in random_points(seed, 60)]  # rounding makes ties
     front = pareto_front(points)
-    dominated = [any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points) or points.index(p) != i for i, p in enumerate(points)]
+    dominated = [
+        any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points) or points.index(p) != i
+        for i, p in enumerate(points)
+    ]
     assert sorted(front) == [i for i, d in enumerate(dominated) if not d]
     assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
 

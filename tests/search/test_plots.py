@@ -29,7 +29,12 @@ def test_bank_and_genotype_figures(tmp_path, num_layers):
     space = SearchSpace(num_layers, 128, 4)
     rng = np.random.default_rng(0)
     entries = {
-        str(i): {"source": layer.source, "option": space.option_of(layer), "loss_before": rng.random(), "loss_after": rng.random()}
+        str(i): {
+            "source": layer.source,
+            "option": space.option_of(layer),
+            "loss_before": rng.random(),
+            "loss_after": rng.random(),
+        }
         for i, layer in enumerate(space.proxies())
     }
     plots.proxy_loss_plot(tmp_path / "proxies.png", entries)
@@ -48,8 +53,18 @@ def test_bank_figure_shows_every_start_that_is_known(tmp_path):
     older, newer = {}, {}
     for i, layer in enumerate(space.proxies()):
         after = 10 ** rng.uniform(-3, -2)
-        older[str(i)] = {"source": layer.source, "option": space.option_of(layer), "loss_before": 3 * after, "loss_after": after}
-        losses = {"random": 1 + 0.2 * rng.random(), "copied": 0.3 + 0.2 * rng.random(), "closed_form": 3 * after, "after": after}
+        older[str(i)] = {
+            "source": layer.source,
+            "option": space.option_of(layer),
+            "loss_before": 3 * after,
+            "loss_after": after,
+        }
+        losses = {
+            "random": 1 + 0.2 * rng.random(),
+            "copied": 0.3 + 0.2 * rng.random(),
+            "closed_form": 3 * after,
+            "after": after,
+        }
         if space.option_of(layer) == "both":
             losses["combined"] = 2 * after
         newer[str(i)] = {**older[str(i)], "losses": losses}
@@ -67,7 +82,9 @@ def test_bank_figure_shows_every_start_that_is_known(tmp_path):
 def test_sensitivity_figure(tmp_path):
     rng = np.random.default_rng(0)
     rows = []
-    for number, name in enumerate(["MLP ratio 1", "MLP ratio 2", "MLP ratio 3", "attention 512", "attention 768", "merge 2 → 1", "merge 3 → 1"]):
+    for number, name in enumerate(
+        ["MLP ratio 1", "MLP ratio 2", "MLP ratio 3", "attention 512", "attention 768", "merge 2 → 1", "merge 3 → 1"]
+    ):
         length = max(1, number - 3)
         for first in range(28 - length + 1):
             after = 10 ** rng.uniform(-4, -1)

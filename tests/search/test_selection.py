@@ -25,11 +25,21 @@ def run(make_transformer, tmp_path):
     bank = ProxyBank.create(tmp_path / "bank", teacher, space)
     torch.manual_seed(0)
     record = {"loss_before": 1.0, "loss_after": 1.0, "steps": 0, "seed": 0, "init": "random"}
-    bank.write_index({bank.key(layer): bank.write_proxy(layer, bank.new_block(layer), record) for layer in space.proxies()})
+    bank.write_index(
+        {bank.key(layer): bank.write_proxy(layer, bank.new_block(layer), record) for layer in space.proxies()}
+    )
     front = []
     for distance, latency, code in ((1.0, 9.0, [0, 0]), (2.0, 6.0, [15, 15]), (4.0, 3.0, [19, 19])):
         cost = model_cost({**teacher.config, "layers": space.from_code(code).to_layers()})
-        front.append({"distance": distance, "latency_ms": latency, "code": code, "parameters": cost.parameters, "flops": cost.flops})
+        front.append(
+            {
+                "distance": distance,
+                "latency_ms": latency,
+                "code": code,
+                "parameters": cost.parameters,
+                "flops": cost.flops,
+            }
+        )
     cost = model_cost(teacher.config)
     whole = {"path": None, "latency_ms": 9.0, "parameters": cost.parameters, "flops": cost.flops}
     (tmp_path / "search").mkdir()

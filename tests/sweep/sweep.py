@@ -1,6 +1,7 @@
 """The sweep with bad inputs of our own: a table of counts, and of every bad case the command that repeats it.
 
-python tests/sweep/sweep.py [--match REGEX] [--area AREA] [--case ID] [--a-file N] [--fuzz N] [--share S] [--jobs N] [--fixtures DIR] [--results FILE]
+python tests/sweep/sweep.py [--match REGEX] [--area AREA] [--case ID] [--a-file N] [--fuzz N] [--share S] [--jobs N]
+[--fixtures DIR] [--results FILE]
 """
 
 import argparse
@@ -29,7 +30,11 @@ def table(results: list[dict]) -> str:
     """Counts by area and class."""
     classes = (*sweep_forks.CLASSES, "harness")
     counts = Counter((each["area"], each["class"]) for each in results)
-    areas = [area for area in ("options", "outputs", "recipe keys", "files", "fuzz") if any(each["area"] == area for each in results)]
+    areas = [
+        area
+        for area in ("options", "outputs", "recipe keys", "files", "fuzz")
+        if any(each["area"] == area for each in results)
+    ]
     rows = [["area", "cases", *classes]]
     for area in areas:
         rows.append([area, sum(counts[area, c] for c in classes), *(counts[area, c] for c in classes)])
@@ -45,10 +50,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--a-file", type=int, default=12, help="damaged fields of every file and reader (default 12)")
     parser.add_argument("--fuzz", type=int, default=400, help="files with random bytes (default 400)")
-    parser.add_argument("--share", type=float, default=1.0, help="run this share of the cases, the same ones every time (default all)")
-    parser.add_argument("--quick", action="store_true", help="of the given fixtures: `edgedit`, its reports, and dry runs alone, with fewer imports")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="run this share of the cases, the same ones every time (default all)"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="of the given fixtures: `edgedit`, its reports, and dry runs alone, with fewer imports",
+    )
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--fixtures", type=Path, help="folder of the fixtures; kept and used again (default: a temporary one)")
+    parser.add_argument(
+        "--fixtures", type=Path, help="folder of the fixtures; kept and used again (default: a temporary one)"
+    )
     parser.add_argument("--results", type=Path, help="JSON lines, one a case")
     args = parser.parse_args()
     started = time.monotonic()
@@ -69,12 +82,18 @@ def main() -> int:
             and (not args.match or re.search(args.match, each["name"]))
         ]
         cases = [each for each in cases if int(each["id"], 16) % 10_000 < 10_000 * args.share or args.case]
-        results = sweep_forks.run_cases(cases, fixtures, Path(scratch, "cases"), (args.results or Path(scratch, "results.jsonl")).resolve(), args.jobs)
+        results = sweep_forks.run_cases(
+            cases,
+            fixtures,
+            Path(scratch, "cases"),
+            (args.results or Path(scratch, "results.jsonl")).resolve(),
+            args.jobs,
+        )
     bad = [each for each in results if each["class"] in (*sweep_forks.BAD, "harness")]
     for each in bad:
         print(
-            f"{each['class']}: {each['name']}\n    {each['text'][:300]}\n    again: python tests/sweep/sweep.py --a-file {args.a_file} --fuzz {args.fuzz} "
-            f"--seed {args.seed} --case {each['id']}"
+            f"{each['class']}: {each['name']}\n    {each['text'][:300]}\n    again: python tests/sweep/sweep.py "
+            f"--a-file {args.a_file} --fuzz {args.fuzz} --seed {args.seed} --case {each['id']}"
         )
     print(table(results))
     print(f"{len(results)} cases, {len(bad)} bad, {time.monotonic() - started:.0f} s")

@@ -1,13 +1,15 @@
-"""Run many bad inputs fast: one process imports everything, every case runs in a fork of it, with limits, in a copy of the fixtures.
+"""Run many bad inputs fast: one process imports everything, every case runs in a fork of it, with limits, in a copy of
+the fixtures.
 
-A case is plain values (JSON): what is copied, how the copies are damaged, which command reads them, and what that command may write. It ends as
+A case is plain values (JSON): what is copied, how the copies are damaged, which command reads them, and what that
+command may write. It ends as
 
 - error: refused in words (exit code 2, or 1 with a line of text), without a traceback
 - late: accepted by `--dry-run`, refused by the stage itself
 - worked: exit code 0, and nothing that was printed or written holds NaN or infinity
 - library: a Python call of diffusers or transformers that failed within them, without one of our frames
-- traceback, hang, crash (a signal), memory (the limit was met), unsound (exit code 0 with NaN in the output), destroyed (a file of the input changed, or
-  files were left where none was asked for)
+- traceback, hang, crash (a signal), memory (the limit was met), unsound (exit code 0 with NaN in the output), destroyed
+  (a file of the input changed, or files were left where none was asked for)
 """
 
 from __future__ import annotations
@@ -51,11 +53,27 @@ def warm_up(quick: bool = False) -> None:
 
     import edgedit_hf
 
-    names = ["edgedit_hf.launch", "edgedit_hf.estimate", "edgedit_hf.report", "edgedit_hf.commands.cli", "edgedit_hf.elastic.estimate", "matplotlib.pyplot"]
+    names = [
+        "edgedit_hf.launch",
+        "edgedit_hf.estimate",
+        "edgedit_hf.report",
+        "edgedit_hf.commands.cli",
+        "edgedit_hf.elastic.estimate",
+        "matplotlib.pyplot",
+    ]
     if not quick:
-        names += [module.name for module in pkgutil.walk_packages(edgedit_hf.__path__, "edgedit_hf.") if ".training" not in module.name]
-        names += "accelerate botorch onnxruntime onnx onnxscript optimum.commands.optimum_cli sklearn.svm torch.export torch.onnx datasets".split()
-        names += "bitsandbytes peft executorch.runtime executorch.exir transformers.models.clip transformers.models.t5".split()
+        names += [
+            module.name
+            for module in pkgutil.walk_packages(edgedit_hf.__path__, "edgedit_hf.")
+            if ".training" not in module.name
+        ]
+        names += (
+            "accelerate botorch onnxruntime onnx onnxscript optimum.commands.optimum_cli sklearn.svm "
+            "torch.export torch.onnx datasets"
+        ).split()
+        names += (
+            "bitsandbytes peft executorch.runtime executorch.exir transformers.models.clip transformers.models.t5"
+        ).split()
     for name in names:
         if not name.endswith(".sample_min") and ".evaluate_" not in name:
             with contextlib.suppress(ImportError):
@@ -70,7 +88,9 @@ def warm_up(quick: bool = False) -> None:
 
 
 def damage(folder: Path, edit: dict) -> None:
-    """Apply one edit: `json` (a path of keys) with `set` or `delete`; `bytes`, a way to damage a whole file; `write`, another text; `link`, a symbolic link."""
+    """Apply one edit: `json` (a path of keys) with `set` or `delete`; `bytes`, a way to damage a whole file; `write`,
+    another text; `link`, a symbolic link.
+    """
     path = folder / edit["file"]
     if "link" in edit:
         path.symlink_to(edit["link"])
@@ -89,7 +109,9 @@ def damage(folder: Path, edit: dict) -> None:
             del target[last]
         else:
             target[last] = edit["set"]
-        path.write_text("".join(json.dumps(line) + "\n" for line in content) if lines else json.dumps(content), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(line) + "\n" for line in content) if lines else json.dumps(content), encoding="utf-8"
+        )
     else:
         data = path.read_bytes()
         path.unlink()
@@ -135,7 +157,11 @@ def damaged(data: bytes, kind: str, rng: random.Random, at: float) -> bytes:
         if not numbers:
             return data[:-1]
         found = rng.choice(numbers)
-        return data[: found.start()] + rng.choice((b"1000000000000", b"-1", b"NaN", b"1e400", b"18446744073709551616")) + data[found.end() :]
+        return (
+            data[: found.start()]
+            + rng.choice((b"1000000000000", b"-1", b"NaN", b"1e400", b"18446744073709551616"))
+            + data[found.end() :]
+        )
     raise ValueError(kind)
 
 
@@ -202,7 +228,9 @@ def run_entry(entry: str, argv: list[str]) -> int:
 
 
 def run_limited(steps: list, folder: Path, seconds: float) -> tuple[int, str, str, str, int]:
-    """Fork, run the commands one after the other until one does not end with 0. Returns (number of the last step, how it ended, out, err, kB)."""
+    """Fork, run the commands one after the other until one does not end with 0. Returns (number of the last step, how
+    it ended, out, err, kB).
+    """
     out, err, index = folder / ".stdout", folder / ".stderr", folder / ".step"
     index.write_text("0")
     pid = os.fork()
@@ -213,7 +241,11 @@ def run_limited(steps: list, folder: Path, seconds: float) -> tuple[int, str, st
             for number, target in ((0, os.devnull), (1, out), (2, err)):
                 opened = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
                 os.dup2(opened, number)
-            sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", closefd=False), open(2, "w", closefd=False)
+            sys.stdin, sys.stdout, sys.stderr = (
+                open(0, closefd=False),
+                open(1, "w", closefd=False),
+                open(2, "w", closefd=False),
+            )
             size = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
             resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
@@ -270,7 +302,11 @@ NOT_FINITE = re.compile(r"(?<![\w.-])[+-]?(nan|inf|infinity)(?![\w-])", re.IGNOR
 def not_finite_json(value: Any) -> bool:
     if isinstance(value, float):
         return not math.isfinite(value)
-    return any(map(not_finite_json, value.values() if isinstance(value, dict) else value)) if isinstance(value, (dict, list)) else False
+    return (
+        any(map(not_finite_json, value.values() if isinstance(value, dict) else value))
+        if isinstance(value, (dict, list))
+        else False
+    )
 
 
 def unsound(folder: Path, names: list[str], printed: str) -> str:
@@ -309,7 +345,17 @@ def impossible_figures(printed: str) -> str:
     return ""
 
 
-def judge(case: dict, folder: Path, before: dict[str, str], last: int, ended: str, out: str, err: str, kilobytes: int, base: int) -> tuple[str, str]:
+def judge(
+    case: dict,
+    folder: Path,
+    before: dict[str, str],
+    last: int,
+    ended: str,
+    out: str,
+    err: str,
+    kilobytes: int,
+    base: int,
+) -> tuple[str, str]:
     """(class, a line of explanation)."""
     after = hashes(folder)
     changed = [name for name in before if before[name] != after.get(name)]
@@ -318,7 +364,11 @@ def judge(case: dict, folder: Path, before: dict[str, str], last: int, ended: st
     line = lines[-1][-400:] if lines else ""
     if lost:
         return "destroyed", f"{lost[:4]} changed; exit {ended}: {line}"
-    added = [name for name in after if name not in before and not any(fnmatch.fnmatch(name, pattern) for pattern in case["writes"])]
+    added = [
+        name
+        for name in after
+        if name not in before and not any(fnmatch.fnmatch(name, pattern) for pattern in case["writes"])
+    ]
     if added and ended != "hang" and not ended.startswith("signal"):
         return "destroyed", f"{added[:4]} written where nothing was asked for; exit {ended}: {line}"
     if ended == "hang":
@@ -332,11 +382,24 @@ def judge(case: dict, folder: Path, before: dict[str, str], last: int, ended: st
         return "crash", f"{ended}: {line}"
     if ended == "0":
         new = [name for name in after if before.get(name) != after[name]]
-        words = {value for word in case["steps"][-1][1] for value in (word, word.rpartition("=")[2]) if value in ("nan", "inf")}
-        echoed = any(f"{name}=" in word for word in case["steps"][-1][1] for name in ("--output", "--teacher", "--data", "--model"))
-        printed = re.sub("|".join(words), "", out) if words and (echoed or words & set(case["steps"][-1][1])) else out  # a path of that name
+        words = {
+            value
+            for word in case["steps"][-1][1]
+            for value in (word, word.rpartition("=")[2])
+            if value in ("nan", "inf")
+        }
+        echoed = any(
+            f"{name}=" in word
+            for word in case["steps"][-1][1]
+            for name in ("--output", "--teacher", "--data", "--model")
+        )
+        printed = (
+            re.sub("|".join(words), "", out) if words and (echoed or words & set(case["steps"][-1][1])) else out
+        )  # a path of that name
         problem = unsound(folder, new, printed) or ("--json" in case["steps"][-1][1] and impossible_figures(out))
-        return ("unsound", problem) if problem else ("worked", out.strip().splitlines()[-1][-120:] if out.strip() else "")
+        return (
+            ("unsound", problem) if problem else ("worked", out.strip().splitlines()[-1][-120:] if out.strip() else "")
+        )
     if ended == "3" and case["steps"][last][0] == "sample":
         return "library", line
     if "Traceback (most recent call last)" in err or ended == "70":
@@ -358,7 +421,9 @@ def run_case(case: dict, fixtures: Path, scratch: Path, base: int) -> dict:
         for name in case["copies"]:
             source = fixtures / name
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(source, folder / name, dirs_exist_ok=True) if source.is_dir() else shutil.copy(source, folder / name)
+            shutil.copytree(source, folder / name, dirs_exist_ok=True) if source.is_dir() else shutil.copy(
+                source, folder / name
+            )
         for pattern in case["remove"]:
             for path in list(folder.glob(pattern)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -376,8 +441,12 @@ def run_case(case: dict, fixtures: Path, scratch: Path, base: int) -> dict:
     return {**case, "class": kind, "text": text, "stderr": error, "took": round(time.monotonic() - started, 2)}
 
 
-def run_cases(cases: list[dict], fixtures: Path, scratch: Path, results: Path, jobs: int = 1, show: bool = True) -> list[dict]:
-    """Run all, `jobs` at a time; results go to a file of JSON lines as they come, and are returned in the order of the cases."""
+def run_cases(
+    cases: list[dict], fixtures: Path, scratch: Path, results: Path, jobs: int = 1, show: bool = True
+) -> list[dict]:
+    """Run all, `jobs` at a time; results go to a file of JSON lines as they come, and are returned in the order of the
+    cases.
+    """
     base = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     folder = results.parent / f".{results.name}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -398,13 +467,18 @@ def run_cases(cases: list[dict], fixtures: Path, scratch: Path, results: Path, j
             pid, _ = os.wait()
             case = running.pop(pid)
             path = folder / case["id"]
-            found = json.loads(path.read_text()) if path.exists() else {**case, "class": "harness", "text": "no result", "stderr": "", "took": 0}
+            found = (
+                json.loads(path.read_text())
+                if path.exists()
+                else {**case, "class": "harness", "text": "no result", "stderr": "", "took": 0}
+            )
             done[case["id"]] = found
             stream.write(json.dumps(found) + "\n")
             stream.flush()
             if show and (found["class"] in (*BAD, "harness") or len(done) % 100 == 0):
                 print(
-                    f"[{len(done)}/{len(cases)} {time.monotonic() - started:.0f} s] {found['class']:9} {found['name']} ({found['id']}): {found['text'][:200]}",
+                    f"[{len(done)}/{len(cases)} {time.monotonic() - started:.0f} s] {found['class']:9} {found['name']} "
+                    f"({found['id']}): {found['text'][:200]}",
                     flush=True,
                 )
     shutil.rmtree(folder, ignore_errors=True)

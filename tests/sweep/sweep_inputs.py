@@ -28,11 +28,25 @@ TINY = {  # smaller than debug.yaml
     "search": {"evaluations": 4, "initial": 3, "samples": 16, "sampling_steps": 1},
     "tune": {"steps": 2, "batch_size": 8},
     "export": {"threads": 1},
-    "evaluate": {"samples": 16, "sampling_steps": 1, "extractor_steps": 5, "grid": 1, "latency_batch_size": 2, "latency_repeats": 3},
+    "evaluate": {
+        "samples": 16,
+        "sampling_steps": 1,
+        "extractor_steps": 5,
+        "grid": 1,
+        "latency_batch_size": 2,
+        "latency_repeats": 3,
+    },
     "sensitivity": {"calibration_samples": 8, "steps": 1, "batch_size": 4, "samples": 4, "timesteps": 1},
     "text": {"steps": 3, "batch_size": 8},
     "elastic": {"steps": 3, "validation_samples": 8, "checkpoint_every": 2},
-    "quantize": {"calibration_images": 2, "sampling_steps": 2, "samples": 4, "sampling_batch_size": 4, "steps": 4, "batch_size": 4},
+    "quantize": {
+        "calibration_images": 2,
+        "sampling_steps": 2,
+        "samples": 4,
+        "sampling_batch_size": 4,
+        "steps": 4,
+        "batch_size": 4,
+    },
 }
 
 
@@ -47,7 +61,11 @@ def write_inputs(root: Path) -> None:
     from safetensors.torch import load_file
 
     root.mkdir(parents=True, exist_ok=True)
-    for name, base, output in (("tiny", "debug", "run"), ("tiny-t2i", "debug-t2i", "t2i"), ("tiny-quantize", "debug-quantize", "q")):
+    for name, base, output in (
+        ("tiny", "debug", "run"),
+        ("tiny-t2i", "debug-t2i", "t2i"),
+        ("tiny-quantize", "debug-quantize", "q"),
+    ):
         values = yaml.safe_load((TRAINING / "recipes" / f"{base}.yaml").read_text())
         for key, value in TINY.items():
             if key == "threads" or key in values:
@@ -62,10 +80,15 @@ def write_inputs(root: Path) -> None:
     (root / "images").mkdir()
     for index in range(12):
         Image.frombytes("L", (8, 8), rng.randbytes(64)).save(root / "images" / f"{index}.png")
-    lines = [json.dumps({"file_name": f"{index}.png", "label": index % 3, "text": f"number {index}"}) for index in range(12)]
+    lines = [
+        json.dumps({"file_name": f"{index}.png", "label": index % 3, "text": f"number {index}"}) for index in range(12)
+    ]
     (root / "images" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     weights = load_file(ROOT / "tests" / "models" / "oracles" / "dit.safetensors")
-    torch.save({key.removeprefix("weights."): value for key, value in weights.items() if key.startswith("weights.")}, root / "dit.pt")
+    torch.save(
+        {key.removeprefix("weights."): value for key, value in weights.items() if key.startswith("weights.")},
+        root / "dit.pt",
+    )
     (root / "m").mkdir()
     shutil.copy(root / "dit.pt", root / "m" / "dit.pt")
 
@@ -91,12 +114,17 @@ def build_fixtures(root: Path) -> None:
     run("optimum", *export, "--model", "t2i/elastic", "--output", "t2i-onnx", "--subnet", "tiny")
     run("optimum", *export, "--model", "run/student-tuned", "--output", "pte", "--format", "executorch")
     # A run that stopped in the middle of its first stage: with a checkpoint.
-    shutil.copytree(root / "run", root / "stopped", ignore=lambda folder, names: [n for n in names if Path(folder) == root / "run" and n != "teacher"])
+    shutil.copytree(
+        root / "run",
+        root / "stopped",
+        ignore=lambda folder, names: [n for n in names if Path(folder) == root / "run" and n != "teacher"],
+    )
     shutil.rmtree(root / "stopped" / "teacher")
     program = (
         "import os, sys, runpy\nfrom edgedit_hf.run_state import RunState\nkept = RunState.checkpoint\n"
         "def stop(self):\n    kept(self)\n    os._exit(0)\nRunState.checkpoint = stop\n"
-        f"sys.path.insert(0, {str(TRAINING)!r})\nsys.argv = ['x', '--config', 'tiny.yaml', '--override', 'output_dir=stopped']\n"
+        f"sys.path.insert(0, {str(TRAINING)!r})\n"
+        "sys.argv = ['x', '--config', 'tiny.yaml', '--override', 'output_dir=stopped']\n"
         f"runpy.run_path({str(TRAINING / 'train_teacher.py')!r}, run_name='__main__')\n"
     )
     (root / "stop.py").write_text(program)
@@ -114,7 +142,14 @@ def build_fixtures(root: Path) -> None:
 
 
 def case(
-    area: str, name: str, *steps: tuple, copies: list[str], writes: list[str], remove: list[str] = (), edits: list[dict] = (), seconds: float = 40
+    area: str,
+    name: str,
+    *steps: tuple,
+    copies: list[str],
+    writes: list[str],
+    remove: list[str] = (),
+    edits: list[dict] = (),
+    seconds: float = 40,
 ) -> dict:
     """One case; its id follows from its name, so that the same ones can be run again on other code."""
     content = {
@@ -130,7 +165,21 @@ def case(
     return {**content, "id": hashlib.sha256(f"{area}: {name}".encode()).hexdigest()[:12]}
 
 
-BAD_WORDS = ("", "abc", "nan", "inf", "-1", "0", "18446744073709551616", LONG, FILE, "/dev/full/x", "1e400", "{}", "../..")
+BAD_WORDS = (
+    "",
+    "abc",
+    "nan",
+    "inf",
+    "-1",
+    "0",
+    "18446744073709551616",
+    LONG,
+    FILE,
+    "/dev/full/x",
+    "1e400",
+    "{}",
+    "../..",
+)
 
 
 def short(text: str) -> str:
@@ -155,9 +204,17 @@ EXPORTS = {  # forms of the export in which an option is tried
         ["t2i/elastic", "prompts.txt"],
         {"--subnet", "--prompts", "--resolution", "--batch"},
     ),
-    "int8": ([*EXPORT, "--dtype", "int8", "--activations", "static"], ["run/student-tuned"], {"--activations", "--tolerance", "--images"}),
+    "int8": (
+        [*EXPORT, "--dtype", "int8", "--activations", "static"],
+        ["run/student-tuned"],
+        {"--activations", "--tolerance", "--images"},
+    ),
     "int4": ([*EXPORT, "--dtype", "int4", "--weights", "gptq"], ["run/student-tuned"], {"--weights", "--min-psnr"}),
-    "pte": ([*EXPORT, "--format", "executorch"], ["run/student-tuned"], {"--batch", "--backend", "--resolution", "--opset"}),
+    "pte": (
+        [*EXPORT, "--format", "executorch"],
+        ["run/student-tuned"],
+        {"--batch", "--backend", "--resolution", "--opset"},
+    ),
 }
 
 
@@ -176,10 +233,21 @@ def with_value(argv: list[str], parser: argparse.ArgumentParser, action: argpars
     if action.nargs == argparse.REMAINDER:
         return [*changed, value]
     if not action.option_strings:
-        positionals = [a for a in parser._actions if not a.option_strings and not isinstance(a, argparse._SubParsersAction)]
-        place = [index for index, _ in enumerate(changed) if not changed[index].startswith("--") and (index == 0 or not changed[index - 1].startswith("--"))]
+        positionals = [
+            a for a in parser._actions if not a.option_strings and not isinstance(a, argparse._SubParsersAction)
+        ]
+        place = [
+            index
+            for index, _ in enumerate(changed)
+            if not changed[index].startswith("--") and (index == 0 or not changed[index - 1].startswith("--"))
+        ]
         index = place[positionals.index(action)]
-        return [*changed[:index], *(["--"] if value.startswith("-") and index == len(changed) - 1 else []), value, *changed[index + 1 :]]
+        return [
+            *changed[:index],
+            *(["--"] if value.startswith("-") and index == len(changed) - 1 else []),
+            value,
+            *changed[index + 1 :],
+        ]
     name = action.option_strings[-1]
     while name in changed:
         index = changed.index(name)
@@ -195,7 +263,9 @@ def option_cases() -> Iterator[dict]:
     for name, parser in leaves(build_parser()):
         spec = COMMANDS.get(name)
         if spec is None:
-            raise KeyError(f"tests/sweep knows no ordinary arguments of the command edgedit {name}; add them to COMMANDS")
+            raise KeyError(
+                f"tests/sweep knows no ordinary arguments of the command edgedit {name}; add them to COMMANDS"
+            )
         for action in parser._actions:
             if action.nargs == 0:
                 continue
@@ -203,10 +273,19 @@ def option_cases() -> Iterator[dict]:
                 argv = [*name.split(), *with_value(spec["argv"], parser, action, value)]
                 target = action.dest in ("output", "folder")
                 writes = [*spec["writes"], *([f"{value}/*"] if target and value not in ("", FILE, "../..") else [])]
-                label = f"edgedit {name}: {action.option_strings[-1] if action.option_strings else action.dest} = {short(value)}"
+                label = (
+                    f"edgedit {name}: {action.option_strings[-1] if action.option_strings else action.dest} = "
+                    f"{short(value)}"
+                )
                 yield case("options", label, ("edgedit", argv), copies=FAMILY["run"], writes=writes)
         for argv in ([], ["--no-such"], [*spec["argv"], "surplus"]):
-            yield case("options", f"edgedit {name} {argv}", ("edgedit", [*name.split(), *argv]), copies=FAMILY["run"], writes=spec["writes"])
+            yield case(
+                "options",
+                f"edgedit {name} {argv}",
+                ("edgedit", [*name.split(), *argv]),
+                copies=FAMILY["run"],
+                writes=spec["writes"],
+            )
     for argv in ([], ["nothing"], [""], [LONG], ["--version", "x"]):
         yield case("options", f"edgedit {short(str(argv))}", ("edgedit", argv), copies=[], writes=[])
     parser = argparse.ArgumentParser()
@@ -219,12 +298,26 @@ def option_cases() -> Iterator[dict]:
             for value in BAD_WORDS:
                 writes = ["out/*", *([f"{value}/*"] if name == "--output" and value not in ("", FILE, "../..") else [])]
                 argv = with_value(base, parser, action, value)
-                yield case("options", f"export {form}: {name} = {short(value)}", ("optimum", argv), copies=copies, writes=writes, seconds=60)
+                yield case(
+                    "options",
+                    f"export {form}: {name} = {short(value)}",
+                    ("optimum", argv),
+                    copies=copies,
+                    writes=writes,
+                    seconds=60,
+                )
     for folder, extra in (("run/exported/onnx-fp32", []), ("onnx-split", []), ("t2i-onnx", []), ("pte", [])):
         for name in ("--seed", "--label", "--token-ids", "--prompt", "--output"):
             for value in BAD_WORDS:
                 argv = [*extra, f"{name}={value}"]
-                writes = ["image.png", *([value] if name == "--output" and value in ("abc", "nan", "inf", "-1", "0", "{}", "1e400", FILE) else [])]
+                writes = [
+                    "image.png",
+                    *(
+                        [value]
+                        if name == "--output" and value in ("abc", "nan", "inf", "-1", "0", "{}", "1e400", FILE)
+                        else []
+                    ),
+                ]
                 label = f"sample_min.py of {folder}: {name} = {short(value)}"
                 yield case("options", label, (f"{folder}/sample_min.py", argv), copies=[folder], writes=writes)
 
@@ -242,7 +335,11 @@ def output_cases() -> Iterator[dict]:
             "run/student-tuned",
             ["--overwrite"],
         ),
-        "export-quantised": (["export", "edgedit", "--model", "q/quantized", "--output={}", "--images", "2", "--threads", "1"], "q/quantized", ["--overwrite"]),
+        "export-quantised": (
+            ["export", "edgedit", "--model", "q/quantized", "--output={}", "--images", "2", "--threads", "1"],
+            "q/quantized",
+            ["--overwrite"],
+        ),
     }
     for name, (argv, source, flags) in inputs.items():
         first = source.split("/")[0]
@@ -273,30 +370,66 @@ def output_cases() -> Iterator[dict]:
                     {"file": "link", "link": "run/teacher"},
                 ]
                 # Recipes are copied into any folder; they replace nothing of another name.
-                writes = [f"{os.path.normpath(target)}/*".removeprefix("./")] if name == "recipes" and target not in ("", FILE) else []
+                writes = (
+                    [f"{os.path.normpath(target)}/*".removeprefix("./")]
+                    if name == "recipes" and target not in ("", FILE)
+                    else []
+                )
                 copies = ["run", *(["q"] if first == "q" else [])]
                 if first == "m":
                     copies.append("m/dit.pt")
-                yield case("outputs", f"{name} onto {target!r} {flag}", (entry, [*filled, *flag]), copies=copies, edits=edits, writes=writes, seconds=60)
+                yield case(
+                    "outputs",
+                    f"{name} onto {target!r} {flag}",
+                    (entry, [*filled, *flag]),
+                    copies=copies,
+                    edits=edits,
+                    writes=writes,
+                    seconds=60,
+                )
 
 
 # -------------------------------------------------------------------- recipes
 
 PREFIX = {"run": ("tiny.yaml", "run"), "t2i": ("tiny-t2i.yaml", "t2i"), "q": ("tiny-quantize.yaml", "q")}
-AFTER = ["teacher", "bank", "latency", "search", "student", "student-tuned", "teacher-more-steps", "exported", "evaluate"]
+AFTER = [
+    "teacher",
+    "bank",
+    "latency",
+    "search",
+    "student",
+    "student-tuned",
+    "teacher-more-steps",
+    "exported",
+    "evaluate",
+]
 
 
 def stage_of(section: str) -> tuple[str, str, list[str], list[str], list[str]]:
-    """(script, recipe, copies, removed, may write) for a section of the recipe: that stage runs again on what the stages before left."""
+    """(script, recipe, copies, removed, may write) for a section of the recipe: that stage runs again on what the
+    stages before left.
+    """
 
     def run(script: str, *outputs: str, also: tuple[str, ...] = ()) -> tuple:
-        return script, "tiny.yaml", ["run", "tiny.yaml"], [f"run/{name}" for name in outputs], [f"run/{name}/*" for name in (*outputs, *also)]
+        return (
+            script,
+            "tiny.yaml",
+            ["run", "tiny.yaml"],
+            [f"run/{name}" for name in outputs],
+            [f"run/{name}/*" for name in (*outputs, *also)],
+        )
 
     if section in ("", "data", "teacher"):
         return "train_teacher", "tiny.yaml", ["tiny.yaml", "images"], [], ["run/*"]
     if section in ("text", "elastic", "knowledge"):
         script, folder = ("train_text_encoders", "text") if section == "text" else ("train_elastic", "elastic")
-        return script, "tiny-t2i.yaml", ["t2i", "tiny-t2i.yaml"], [f"t2i/{folder}"], [f"t2i/{folder}/*", "t2i/text-embeddings/*"]
+        return (
+            script,
+            "tiny-t2i.yaml",
+            ["t2i", "tiny-t2i.yaml"],
+            [f"t2i/{folder}"],
+            [f"t2i/{folder}/*", "t2i/text-embeddings/*"],
+        )
     if section == "quantize":
         return "quantize", "tiny-quantize.yaml", ["run/student-tuned", "tiny-quantize.yaml"], [], ["q/*"]
     return {
@@ -312,7 +445,27 @@ def stage_of(section: str) -> tuple[str, str, list[str], list[str], list[str]]:
     }[section]
 
 
-BAD_VALUES = ("", None, "abc", [], {}, True, 1.5, float("nan"), float("inf"), float("-inf"), -1, 0, 2**64, 1e30, LONG, FILE, "a\0b", ["", LONG], "2026-01-01")
+BAD_VALUES = (
+    "",
+    None,
+    "abc",
+    [],
+    {},
+    True,
+    1.5,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    -1,
+    0,
+    2**64,
+    1e30,
+    LONG,
+    FILE,
+    "a\0b",
+    ["", LONG],
+    "2026-01-01",
+)
 
 
 def recipe_keys() -> Iterator[tuple[str, str]]:
@@ -363,15 +516,33 @@ class Reader:
     slow: bool = False  # takes long where it works: fewer cases
 
 
-def recipe_reader(script: str, files: list[str], remove: list[str], writes: list[str], recipe: str = "tiny.yaml", *also: str, folder: str = "run") -> Reader:
+def recipe_reader(
+    script: str,
+    files: list[str],
+    remove: list[str],
+    writes: list[str],
+    recipe: str = "tiny.yaml",
+    *also: str,
+    folder: str = "run",
+) -> Reader:
     return Reader(f"{script}.py", [(script, ["--config", recipe])], [folder, recipe, *also], files, writes, remove)
 
 
 def readers() -> list[Reader]:
     """Every file of ours beside the commands that read it."""
-    models = ["model_index.json", "transformer/config.json", "scheduler/scheduler_config.json", "transformer/*.safetensors"]
+    models = [
+        "model_index.json",
+        "transformer/config.json",
+        "scheduler/scheduler_config.json",
+        "transformer/*.safetensors",
+    ]
     report = ["run/report*", "run/student-tuned/README.md"]
-    again = [*report, "run/*/stage.json", "run/*/run.json", "run/*/telemetry.jsonl"]  # a stage that is not finished runs again, to the same weights
+    again = [
+        *report,
+        "run/*/stage.json",
+        "run/*/run.json",
+        "run/*/telemetry.jsonl",
+    ]  # a stage that is not finished runs again, to the same weights
 
     def of(folder: str, names: list[str] = models) -> list[str]:
         return [f"{folder}/{name}" for name in names]
@@ -396,7 +567,14 @@ def readers() -> list[Reader]:
             "edgedit select",
             [("edgedit", ["select", "run", "--output", "out"])],
             ["run"],
-            ["run/search/front.json", "run/search/stage.json", "run/search/run.json", "run/bank/*", "run/latency/table.json", *of("run/teacher")],
+            [
+                "run/search/front.json",
+                "run/search/stage.json",
+                "run/search/run.json",
+                "run/bank/*",
+                "run/latency/table.json",
+                *of("run/teacher"),
+            ],
             ["out/*"],
         ),
         Reader(
@@ -412,18 +590,45 @@ def readers() -> list[Reader]:
             of("t2i/elastic", models[:2]),
         ),
         Reader(
-            "edgedit info (export)", [("edgedit", ["info", "run/exported/onnx-fp32"])], ["run/exported/onnx-fp32"], of("run/exported/onnx-fp32", models[:2])
+            "edgedit info (export)",
+            [("edgedit", ["info", "run/exported/onnx-fp32"])],
+            ["run/exported/onnx-fp32"],
+            of("run/exported/onnx-fp32", models[:2]),
         ),
-        Reader("edgedit convert", [("edgedit", ["convert", "dit.pt", "out", "--heads", "4", "--family", "dit"])], ["dit.pt"], ["dit.pt"], ["out/*"]),
-        recipe_reader("compress", ["run/*/stage.json", "run/*/run.json", "run/evaluate/*.json", "run/report.json", "run/student-tuned/README.md"], [], again),
-        recipe_reader("train_teacher", ["run/teacher/stage.json", "run/teacher/run.json", *of("run/teacher")], [], ["run/teacher/*.json*"]),
+        Reader(
+            "edgedit convert",
+            [("edgedit", ["convert", "dit.pt", "out", "--heads", "4", "--family", "dit"])],
+            ["dit.pt"],
+            ["dit.pt"],
+            ["out/*"],
+        ),
+        recipe_reader(
+            "compress",
+            [
+                "run/*/stage.json",
+                "run/*/run.json",
+                "run/evaluate/*.json",
+                "run/report.json",
+                "run/student-tuned/README.md",
+            ],
+            [],
+            again,
+        ),
+        recipe_reader(
+            "train_teacher",
+            ["run/teacher/stage.json", "run/teacher/run.json", *of("run/teacher")],
+            [],
+            ["run/teacher/*.json*"],
+        ),
         recipe_reader(
             "distill_proxies",
             [*of("run/teacher"), "run/bank/index.json", "run/bank/*.safetensors", "run/bank/run.json"],
             ["run/bank/stage.json"],
             ["run/bank/*"],
         ),
-        recipe_reader("measure_latency", [*of("run/teacher"), "run/latency/*.json"], ["run/latency/stage.json"], ["run/latency/*"]),
+        recipe_reader(
+            "measure_latency", [*of("run/teacher"), "run/latency/*.json"], ["run/latency/stage.json"], ["run/latency/*"]
+        ),
         recipe_reader(
             "search_architecture",
             [
@@ -458,7 +663,14 @@ def readers() -> list[Reader]:
             [
                 *of(
                     "run/exported/onnx-int8",
-                    ["model_index.json", "transformer/config.json", "contract.json", "verify.json", "bench.json", "transformer/onnx/model.onnx"],
+                    [
+                        "model_index.json",
+                        "transformer/config.json",
+                        "contract.json",
+                        "verify.json",
+                        "bench.json",
+                        "transformer/onnx/model.onnx",
+                    ],
                 ),
                 "run/evaluate/extractor/*",
                 "run/student/choice.json",
@@ -467,7 +679,12 @@ def readers() -> list[Reader]:
             ["run/evaluate/*.*"],
             ["run/evaluate/*"],
         ),
-        recipe_reader("sensitivity", ["run/sensitivity/*.json", *of("run/teacher")], ["run/sensitivity/stage.json"], ["run/sensitivity/*"]),
+        recipe_reader(
+            "sensitivity",
+            ["run/sensitivity/*.json", *of("run/teacher")],
+            ["run/sensitivity/stage.json"],
+            ["run/sensitivity/*"],
+        ),
         Reader(
             "train_teacher.py (stopped)",
             [("train_teacher", ["--config", "tiny.yaml", "--override", "output_dir=stopped"])],
@@ -493,13 +710,28 @@ def readers() -> list[Reader]:
         ),
         Reader(
             "train_teacher.py (images)",
-            [("train_teacher", ["--config", "tiny.yaml", "--override", "data.source=images", "--override", "teacher.steps=1"])],
+            [
+                (
+                    "train_teacher",
+                    ["--config", "tiny.yaml", "--override", "data.source=images", "--override", "teacher.steps=1"],
+                )
+            ],
             ["tiny.yaml", "images"],
             ["images/metadata.jsonl", "images/0.png", "images/5.png"],
             ["run/*"],
         ),
-        Reader("train_teacher.py (recipe)", [("train_teacher", ["--config", "tiny.yaml", "--dry-run"])], ["tiny.yaml"], ["tiny.yaml"]),
-        Reader("train_elastic.py (recipe)", [("train_elastic", ["--config", "tiny-t2i.yaml", "--dry-run"])], ["tiny-t2i.yaml"], ["tiny-t2i.yaml"]),
+        Reader(
+            "train_teacher.py (recipe)",
+            [("train_teacher", ["--config", "tiny.yaml", "--dry-run"])],
+            ["tiny.yaml"],
+            ["tiny.yaml"],
+        ),
+        Reader(
+            "train_elastic.py (recipe)",
+            [("train_elastic", ["--config", "tiny-t2i.yaml", "--dry-run"])],
+            ["tiny-t2i.yaml"],
+            ["tiny-t2i.yaml"],
+        ),
         recipe_reader(
             "train_elastic",
             [
@@ -517,7 +749,12 @@ def readers() -> list[Reader]:
         ),
         recipe_reader(
             "evaluate_elastic",
-            [*of("t2i/elastic"), "t2i/elastic/text_encoder/config.json", "t2i/elastic/tokenizer/*.json", "t2i/elastic/stage.json"],
+            [
+                *of("t2i/elastic"),
+                "t2i/elastic/text_encoder/config.json",
+                "t2i/elastic/tokenizer/*.json",
+                "t2i/elastic/stage.json",
+            ],
             ["t2i/evaluate"],
             ["t2i/evaluate/*"],
             "tiny-t2i.yaml",
@@ -539,7 +776,12 @@ def readers() -> list[Reader]:
             ["q/*"],
             ["q/quantized/stage.json"],
         ),
-        Reader("a model of the quantised", [("sample", ["q/quantized"])], ["q/quantized"], ["q/quantized/*.json", *of("q/quantized")]),
+        Reader(
+            "a model of the quantised",
+            [("sample", ["q/quantized"])],
+            ["q/quantized"],
+            ["q/quantized/*.json", *of("q/quantized")],
+        ),
         Reader(
             "export of the quantised",
             [("optimum", [*EXPORT[:3], "q/quantized", *EXPORT[4:], "--dtype", "int4"])],
@@ -560,7 +802,16 @@ def readers() -> list[Reader]:
         Reader("an elastic model", [("sample", ["t2i/elastic"])], ["t2i/elastic"], of("t2i/elastic")),
     ]
     for folder in ("run/exported/onnx-fp32", "onnx-split", "t2i-onnx", "pte"):
-        files = of(folder, ["contract.json", "reference.safetensors", "transformer/onnx/*", "transformer/*/*.pte", "text_encoder/onnx/*"])
+        files = of(
+            folder,
+            [
+                "contract.json",
+                "reference.safetensors",
+                "transformer/onnx/*",
+                "transformer/*/*.pte",
+                "text_encoder/onnx/*",
+            ],
+        )
         found.append(
             Reader(
                 f"sample_min.py of {folder}",
@@ -571,14 +822,40 @@ def readers() -> list[Reader]:
             )
         )
         files = of(
-            folder, ["contract.json", "model_index.json", "*/config.json", "scheduler/*.json", "verify.json", "transformer/onnx/*", "transformer/*/*.pte"]
+            folder,
+            [
+                "contract.json",
+                "model_index.json",
+                "*/config.json",
+                "scheduler/*.json",
+                "verify.json",
+                "transformer/onnx/*",
+                "transformer/*/*.pte",
+            ],
         )
         found.append(Reader(f"from_pretrained of {folder}", [("sample", [folder])], [folder], files))
     return found
 
 
 REMOVED = ("delete",)
-VALUES = (None, "text", 5, [], {}, float("nan"), -1, 10**12, 2**64, "", LONG, "../../etc/passwd", True, 0.5, [[]], float("inf"))
+VALUES = (
+    None,
+    "text",
+    5,
+    [],
+    {},
+    float("nan"),
+    -1,
+    10**12,
+    2**64,
+    "",
+    LONG,
+    "../../etc/passwd",
+    True,
+    0.5,
+    [[]],
+    float("inf"),
+)
 WHOLE = (
     ("truncate", 0.3),
     ("truncate", 0.7),
@@ -599,7 +876,13 @@ FUZZ = ("flip", "flip", "truncate", "insert", "zero", "huge-digits")
 def paths_of(content: Any, rng: random.Random, depth: int = 4) -> list[list]:
     """Paths to the fields of JSON: every top-level one, and of the deeper ones a sample."""
     found = []
-    items = list(content.items()) if isinstance(content, dict) else list(enumerate(content)) if isinstance(content, list) else []
+    items = (
+        list(content.items())
+        if isinstance(content, dict)
+        else list(enumerate(content))
+        if isinstance(content, list)
+        else []
+    )
     if len(items) > 12 and depth < 4:
         items = rng.sample(items, 6)
     for key, value in items:
@@ -612,7 +895,13 @@ def paths_of(content: Any, rng: random.Random, depth: int = 4) -> list[list]:
 def load_content(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text) if path.suffix == ".json" else None
+        return (
+            [json.loads(line) for line in text.splitlines()]
+            if path.suffix == ".jsonl"
+            else json.loads(text)
+            if path.suffix == ".json"
+            else None
+        )
     except (ValueError, OSError):
         return None
 
@@ -651,7 +940,9 @@ def kept(reader: Reader, file: str) -> bool:
 
 
 def file_cases(fixtures: Path, seed: int, a_file: int) -> Iterator[dict]:
-    """Fields missing, of another type, NaN, negative, enormous; files cut, empty, foreign: for every file, `a_file` of each of the two kinds at most."""
+    """Fields missing, of another type, NaN, negative, enormous; files cut, empty, foreign: for every file, `a_file` of
+    each of the two kinds at most.
+    """
     for reader in readers():
         for file in files_of(reader, fixtures):
             if not kept(reader, file):
@@ -663,7 +954,9 @@ def file_cases(fixtures: Path, seed: int, a_file: int) -> Iterator[dict]:
                 ways = paths_of(content, rng)
                 top = [way for way in ways if len(way) == 1]
                 deep = [way for way in ways if len(way) > 1]
-                chosen = [(way, "delete") for way in top] + [(way, value) for way in top for value in rng.sample(VALUES, 4)]
+                chosen = [(way, "delete") for way in top] + [
+                    (way, value) for way in top for value in rng.sample(VALUES, 4)
+                ]
                 chosen += [(way, rng.choice(("delete", *VALUES))) for way in deep]
                 rng.shuffle(chosen)
                 for way, value in chosen[: a_file // (4 if reader.slow else 1)]:
@@ -671,7 +964,12 @@ def file_cases(fixtures: Path, seed: int, a_file: int) -> Iterator[dict]:
                     if value == "delete":
                         edits.append((f"without {name}", {"json": way, "delete": True}))
                     else:
-                        edits.append((f"{name} = {short(value) if isinstance(value, str) else value}", {"json": way, "set": value}))
+                        edits.append(
+                            (
+                                f"{name} = {short(value) if isinstance(value, str) else value}",
+                                {"json": way, "set": value},
+                            )
+                        )
             whole = list(WHOLE)
             rng.shuffle(whole)
             for kind, place in whole[: 2 if reader.slow else max(4, a_file // 3)]:
@@ -684,7 +982,10 @@ def fuzz_cases(fixtures: Path, seed: int, count: int) -> Iterator[dict]:
     """Random bytes in `count` files, spread over all kinds of files and their readers."""
     rng = random.Random(f"fuzz {seed}")
     pairs = [
-        (reader, file) for reader in readers() for file in files_of(reader, fixtures) if kept(reader, file) and not reader.slow and not file.endswith(".png")
+        (reader, file)
+        for reader in readers()
+        for file in files_of(reader, fixtures)
+        if kept(reader, file) and not reader.slow and not file.endswith(".png")
     ]
     by_kind: dict[str, list] = {}
     for reader, file in pairs:
@@ -693,20 +994,34 @@ def fuzz_cases(fixtures: Path, seed: int, count: int) -> Iterator[dict]:
     for index in range(count):
         reader, file = rng.choice(by_kind[kinds[index % len(kinds)]])
         kind = rng.choice(FUZZ if Path(file).suffix in (".json", ".jsonl", ".yaml") else FUZZ[:-1])
-        yield reader_case("fuzz", reader, f"{kind} #{index}", file, {"bytes": kind, "seed": index + 1000 * seed, "at": rng.random()})
+        yield reader_case(
+            "fuzz", reader, f"{kind} #{index}", file, {"bytes": kind, "seed": index + 1000 * seed, "at": rng.random()}
+        )
 
 
 def all_cases(fixtures: Path, seed: int = 0, a_file: int = 12, fuzz: int = 400) -> list[dict]:
     """The whole sweep."""
-    found = [*option_cases(), *output_cases(), *recipe_cases(), *file_cases(fixtures, seed, a_file), *fuzz_cases(fixtures, seed, fuzz)]
+    found = [
+        *option_cases(),
+        *output_cases(),
+        *recipe_cases(),
+        *file_cases(fixtures, seed, a_file),
+        *fuzz_cases(fixtures, seed, fuzz),
+    ]
     return list({each["id"]: each for each in found}.values())
 
 
 def quick_cases(fixtures: Path, seed: int, a_file: int) -> list[dict]:
-    """What needs neither a trained network nor an export: options of `edgedit`, dry runs with every kind of key, what the report reads."""
+    """What needs neither a trained network nor an export: options of `edgedit`, dry runs with every kind of key, what
+    the report reads.
+    """
     options = [each for each in option_cases() if each["steps"][0][0] == "edgedit"]
     keys = [{**each, "steps": each["steps"][:1]} for each in recipe_cases()]
-    files = [each for each in file_cases(fixtures, seed, a_file) if each["name"].startswith(("edgedit report", "train_teacher.py (recipe)"))]
+    files = [
+        each
+        for each in file_cases(fixtures, seed, a_file)
+        if each["name"].startswith(("edgedit report", "train_teacher.py (recipe)"))
+    ]
     return [each for each in (*options, *keys, *files) if all((fixtures / name).exists() for name in each["copies"])]
 
 

@@ -22,7 +22,9 @@ def sweep(results: Path, *arguments: str) -> set[str]:
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     print(result.stdout[-6000:])
     assert result.returncode in (0, 1) and "cases," in result.stdout, result.stderr[-3000:]
-    return {each["name"] for each in map(json.loads, results.read_text().splitlines()) if each["class"] in (*BAD, "harness")}
+    return {
+        each["name"] for each in map(json.loads, results.read_text().splitlines()) if each["class"] in (*BAD, "harness")
+    }
 
 
 def test_a_sample_of_options_recipe_keys_and_files_of_a_run(tmp_path, make_transformer):

@@ -20,17 +20,27 @@ class Recipes:
 
     root = ROOT
     tiny = (
-        *"teacher.hidden_size=32 teacher.num_layers=2 teacher.num_heads=2 teacher.steps=4 teacher.batch_size=8 bank.steps=2 bank.both_steps=1".split(),
-        *"bank.calibration_samples=8 bank.batch_size=4 latency.repeats=3 latency.batch_size=2 search.evaluations=4 search.initial=3".split(),
-        *"search.samples=16 search.sampling_steps=1 student.max_latency_ratio=null student.max_parameters_ratio=null".split(),
-        *"student.max_flops_ratio=null tune.steps=2 tune.batch_size=8 evaluate.samples=16 evaluate.sampling_steps=1".split(),
+        *"teacher.hidden_size=32 teacher.num_layers=2 teacher.num_heads=2 teacher.steps=4 teacher.batch_size=8 "
+        "bank.steps=2 bank.both_steps=1".split(),
+        *"bank.calibration_samples=8 bank.batch_size=4 latency.repeats=3 latency.batch_size=2 search.evaluations=4 "
+        "search.initial=3".split(),
+        *"search.samples=16 search.sampling_steps=1 student.max_latency_ratio=null".split(),
+        "student.max_parameters_ratio=null",
+        *"student.max_flops_ratio=null tune.steps=2 tune.batch_size=8".split(),
+        *"evaluate.samples=16 evaluate.sampling_steps=1".split(),
         *"evaluate.extractor_steps=5 evaluate.grid=1 evaluate.latency_batch_size=2 evaluate.latency_repeats=3".split(),
     )
     """Overrides that make any recipe smaller than debug.yaml."""
 
     @staticmethod
     def environment() -> dict[str, str]:
-        return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+        return {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONUNBUFFERED": "1",
+        }
 
     @staticmethod
     def arguments(name: str, output: Path, *overrides: str, config: str = "debug.yaml") -> list[str]:
@@ -51,7 +61,9 @@ class Recipes:
         command = [*(launcher or [sys.executable]), *self.arguments(name, output, *overrides, config=config)]
         result = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=timeout)
         if check:
-            assert result.returncode == 0, f"{name} ended with {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+            assert result.returncode == 0, (
+                f"{name} ended with {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+            )
         return result
 
     def run_here(self, name: str, output: Path, *overrides: str, config: str = "debug.yaml") -> None:
@@ -63,10 +75,28 @@ class Recipes:
 
     def start(self, name: str, output: Path, *overrides: str, config: str = "debug.yaml") -> subprocess.Popen:
         command = [sys.executable, *self.arguments(name, output, *overrides, config=config)]
-        return subprocess.Popen(command, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
-    def run_with_kills(self, name: str, output: Path, marker: Path, seconds: float, *overrides: str, kills: int = 1, config: str = "debug.yaml") -> list[float]:
-        """Run, SIGKILL the whole process group at a random moment of the `seconds` after `marker` appears, run again to the end."""
+    def run_with_kills(
+        self,
+        name: str,
+        output: Path,
+        marker: Path,
+        seconds: float,
+        *overrides: str,
+        kills: int = 1,
+        config: str = "debug.yaml",
+    ) -> list[float]:
+        """Run, SIGKILL the whole process group at a random moment of the `seconds` after `marker` appears, run again to
+        the end.
+        """
         delays = []
         for _ in range(kills):
             process = self.start(name, output, *overrides, config=config)
@@ -110,7 +140,11 @@ def fail(recipes, capsys):
 
 def files_of(folder: Path, *suffixes: str) -> dict[str, bytes]:
     """Content of the result files below a folder, by relative path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in suffixes}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix in suffixes
+    }
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,6 @@
-"""Bad input ends in one clear line on stderr and exit code 2, quotes what was found, says what to do, and loses nothing."""
+"""Bad input ends in one clear line on stderr and exit code 2, quotes what was found, says what to do, and loses
+nothing.
+"""
 
 import json
 import shutil

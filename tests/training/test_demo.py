@@ -115,7 +115,15 @@ def test_bayesian_search_is_no_worse_than_random(report):
 
 
 def test_feature_distillation_matters(recipes, demo):
-    command = [sys.executable, "benchmarks/feature_distillation.py", str(demo[0]), "--json", "--check", "--samples", "500"]
+    command = [
+        sys.executable,
+        "benchmarks/feature_distillation.py",
+        str(demo[0]),
+        "--json",
+        "--check",
+        "--samples",
+        "500",
+    ]
     environment = {**recipes.environment(), "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(command, cwd=recipes.root, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -1,4 +1,6 @@
-"""A finished run is believed only while its results are what was written, and its report only while they are what was judged."""
+"""A finished run is believed only while its results are what was written, and its report only while they are what was
+judged.
+"""
 
 import json
 import os
@@ -27,7 +29,11 @@ def run(whole, tmp_path):
 
 
 def test_a_finished_run_is_skipped_and_every_figure_names_the_weights_it_is_of(recipes, run):
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "report" not in str(path) and path.name != "README.md"}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in run.rglob("*")
+        if path.is_file() and "report" not in str(path) and path.name != "README.md"
+    }
     recipes.run_here("compress", run, *recipes.tiny)
     assert before == {path: path.stat().st_mtime_ns for path in before}
     inputs = json.loads((run / "evaluate" / "run.json").read_text())["inputs"]
@@ -42,7 +48,10 @@ def test_a_finished_run_is_skipped_and_every_figure_names_the_weights_it_is_of(r
 @pytest.mark.parametrize("damage", ["deleted", "halved"])
 @pytest.mark.parametrize("stage", ["teacher", "bank", "student", "student-tuned", "exported", "evaluate"])
 def test_a_damaged_result_is_refused_by_name(fail, recipes, run, stage, damage):
-    path = max((path for path in (run / stage).rglob("*") if path.is_file() and path.suffix != ".jsonl"), key=lambda path: path.stat().st_size)
+    path = max(
+        (path for path in (run / stage).rglob("*") if path.is_file() and path.suffix != ".jsonl"),
+        key=lambda path: path.stat().st_size,
+    )
     content = path.read_bytes()
     path.unlink() if damage == "deleted" else path.write_bytes(content[: len(content) // 2])
     message = fail("compress", run, *recipes.tiny)
@@ -70,7 +79,10 @@ def test_an_export_that_was_damaged_before_the_stage_finished_is_made_again(reci
     broken = next((exported / "onnx-fp32").rglob("*.onnx"))
     content, kept = broken.read_bytes(), (exported / "onnx-int8" / "verify.json").stat().st_mtime_ns
     files = json.loads((exported / "stage.json").read_text())["files"]
-    made = {name: {path.partition("/")[2]: entry for path, entry in files.items() if path.startswith(name)} for name in ("onnx-fp32", "onnx-int8")}
+    made = {
+        name: {path.partition("/")[2]: entry for path, entry in files.items() if path.startswith(name)}
+        for name in ("onnx-fp32", "onnx-int8")
+    }
     (exported / "progress.json").write_text(json.dumps(made))
     (exported / "stage.json").unlink()
     broken.write_bytes(content[:100])
@@ -80,5 +92,7 @@ def test_an_export_that_was_damaged_before_the_stage_finished_is_made_again(reci
 
 
 def test_keys_that_no_result_depends_on_may_change(recipes, run):
-    recipes.run_here("compress", run, *recipes.tiny, "teacher.log_every=1", "tune.checkpoint_every=7", "data.num_workers=1")
+    recipes.run_here(
+        "compress", run, *recipes.tiny, "teacher.log_every=1", "tune.checkpoint_every=7", "data.num_workers=1"
+    )
     assert os.path.exists(run / "report.html")

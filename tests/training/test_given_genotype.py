@@ -1,4 +1,6 @@
-"""A given genotype instead of a search: only its proxies are made, nothing is searched, and the student is that network."""
+"""A given genotype instead of a search: only its proxies are made, nothing is searched, and the student is that
+network.
+"""
 
 import json
 
@@ -13,7 +15,12 @@ def finished(recipes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
     genotype = SearchSpace(4, 32, 2).from_code((17, 4))
     (folder / "student.json").write_text(genotype.to_json())
-    overrides = ("teacher.num_layers=4", f"student.genotype={folder / 'student.json'}", f"bank.only=[{folder / 'student.json'}]", "export.dtypes=[fp32]")
+    overrides = (
+        "teacher.num_layers=4",
+        f"student.genotype={folder / 'student.json'}",
+        f"bank.only=[{folder / 'student.json'}]",
+        "export.dtypes=[fp32]",
+    )
     done = recipes.run("compress", folder / "run", *recipes.tiny, *overrides)
     return folder / "run", genotype, done.stdout
 
@@ -24,7 +31,9 @@ def test_the_student_is_the_given_network(finished):
     assert choice["genotype_hash"] == genotype.hash and "student.json" in choice["reason"]
     for name in ("student", "student-tuned", "exported/onnx-fp32"):
         assert EdgeDiTPipeline.from_pretrained(run / name).transformer.config["layers"] == genotype.to_layers()
-    assert {entry["option"] for entry in json.loads((run / "bank" / "index.json").read_text())["entries"].values()} == {"mlp"}
+    assert {entry["option"] for entry in json.loads((run / "bank" / "index.json").read_text())["entries"].values()} == {
+        "mlp"
+    }
 
 
 def test_nothing_was_searched_and_the_end_says_so(finished):

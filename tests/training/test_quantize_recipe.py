@@ -62,12 +62,19 @@ def test_the_folder_is_a_small_pipeline(whole, source):
     assert images.shape == (2, 8, 8, 1) and math.isfinite(images.sum())
     record = read_json(whole / "quantized" / "quantization.json", "")
     packed = quantized_weights(pipeline.transformer)
-    assert {name: weight.num_bits for name, weight in packed.items()} == {n: row["num_bits"] for n, row in record["layers"].items() if row["spec"]}
-    stored = sum(row["num_bits"] for row in record["layers"].values()) / sum(row["weights"] for row in record["layers"].values())
+    assert {name: weight.num_bits for name, weight in packed.items()} == {
+        n: row["num_bits"] for n, row in record["layers"].items() if row["spec"]
+    }
+    stored = sum(row["num_bits"] for row in record["layers"].values()) / sum(
+        row["weights"] for row in record["layers"].values()
+    )
     assert record["average_bits"] == pytest.approx(stored) and 4 < stored <= 4.3
     assert record["summed_mse"] == pytest.approx(record["summed_mse_bound"], rel=1e-6)
     assert all(min(c["mse"] for c in row["candidates"]) <= row["mse"] for row in record["layers"].values())
-    sizes = [sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors")) for folder in (whole / "quantized", source)]
+    sizes = [
+        sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
+        for folder in (whole / "quantized", source)
+    ]
     assert record["bytes"] == sizes[0] < 0.3 * sizes[1]
 
 
@@ -87,7 +94,10 @@ def test_a_finished_run_is_not_done_again(recipes, whole, source):
 
 
 def test_the_estimate_counts_forwards_and_writes_nothing(source, repository, tmp_path, capsys):
-    config = load_config(repository / "training" / "recipes" / "debug-quantize.yaml", [f"quantize.path={source}", f"output_dir={tmp_path / 'run'}"])
+    config = load_config(
+        repository / "training" / "recipes" / "debug-quantize.yaml",
+        [f"quantize.path={source}", f"output_dir={tmp_path / 'run'}"],
+    )
     print_quantization_estimate(config)
     printed = capsys.readouterr().out
     layers = quantizable_layers(EdgeDiTPipeline.from_pretrained(source).transformer)
@@ -99,8 +109,16 @@ def test_the_estimate_counts_forwards_and_writes_nothing(source, repository, tmp
 @pytest.mark.slow
 def test_self_distillation_lessens_the_error(recipes, tmp_path):
     """Of a trained network, whose samples are like what it was trained on."""
-    recipes.run_here("train_teacher", tmp_path, "teacher.steps=200", "teacher.learning_rate=3e-3", "teacher.ema_decay=0.95")
-    more = ("quantize.steps=200", "quantize.learning_rate=1e-3", "quantize.batch_size=32", "quantize.samples=64", "quantize.compensate=false")
+    recipes.run_here(
+        "train_teacher", tmp_path, "teacher.steps=200", "teacher.learning_rate=3e-3", "teacher.ema_decay=0.95"
+    )
+    more = (
+        "quantize.steps=200",
+        "quantize.learning_rate=1e-3",
+        "quantize.batch_size=32",
+        "quantize.samples=64",
+        "quantize.compensate=false",
+    )
     recipes.run_here("quantize", tmp_path, f"quantize.path={tmp_path / 'teacher'}", *more, **DEBUG)
     error = read_json(tmp_path / "quantized" / "quantization.json", "")["error"]
     assert error["tuned"]["full"]["mse"] < 0.8 * error["untuned"]["full"]["mse"]
@@ -115,7 +133,9 @@ def test_killed_and_rerun_equals_uninterrupted(recipes, source, whole, tmp_path)
         if stage == "quantized":
             shutil.copytree(whole / "quantized-untuned", folder / "quantized-untuned")
         seconds = read_json(whole / stage / "stage.json", "")["seconds"]
-        delays = recipes.run_with_kills("quantize", folder, folder / stage / "run.json", seconds, f"quantize.path={source}", kills=2, **DEBUG)
+        delays = recipes.run_with_kills(
+            "quantize", folder, folder / stage / "run.json", seconds, f"quantize.path={source}", kills=2, **DEBUG
+        )
         a, b = tensors(whole / "quantized"), tensors(folder / "quantized")
         different = [name for name in a if not torch.equal(a[name], b[name])]
         assert a.keys() == b.keys() and not different, f"{stage} killed after {delays} s: {different} differ"
@@ -132,7 +152,9 @@ def test_ctrl_c_saves_and_the_rerun_continues(recipes, source, whole, tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     if process.returncode != 0:  # else it had finished before the signal came
-        assert process.returncode == 130 and "Run the same command to continue" in output and "Traceback" not in output, output
+        assert (
+            process.returncode == 130 and "Run the same command to continue" in output and "Traceback" not in output
+        ), output
     recipes.run("quantize", tmp_path, f"quantize.path={source}", **DEBUG)
     a, b = tensors(whole / "quantized"), tensors(tmp_path / "quantized")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -141,7 +163,9 @@ def test_ctrl_c_saves_and_the_rerun_continues(recipes, source, whole, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_and_accumulation_equal_one(recipes, source, whole, tmp_path):
     recipes.run("quantize", tmp_path / "two", f"quantize.path={source}", launcher=TORCHRUN, **DEBUG)
-    recipes.run_here("quantize", tmp_path / "pieces", f"quantize.path={source}", "quantize.gradient_accumulation=2", **DEBUG)
+    recipes.run_here(
+        "quantize", tmp_path / "pieces", f"quantize.path={source}", "quantize.gradient_accumulation=2", **DEBUG
+    )
     one = tensors(whole / "quantized")
     for other in ("two", "pieces"):
         found = tensors(tmp_path / other / "quantized")
@@ -160,16 +184,26 @@ def test_a_supernet_is_quantised_and_tuned_at_every_width(recipes, text_source, 
         assert pipeline("a cat", subnet=name, num_inference_steps=2, output_type="np").images.shape[:3] == (1, 8, 8)
     before, after = tensors(tmp_path / "quantized-untuned"), tensors(tmp_path / "quantized")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {f"modulation.{name}.table" for name in pipeline.transformer.subnet_names} <= changed and "text_embedder.tokens" not in changed
+    assert {
+        f"modulation.{name}.table" for name in pipeline.transformer.subnet_names
+    } <= changed and "text_embedder.tokens" not in changed
     assert not any("weight_" in name for name in changed)
 
 
 @pytest.mark.slow
 def test_a_sub_network_alone_and_affine_groups(recipes, text_source, tmp_path):
-    options = ("quantize.subnet=small", "quantize.scheme=affine", "quantize.group_size=32", "quantize.budget_bits=5.5", "quantize.steps=0")
+    options = (
+        "quantize.subnet=small",
+        "quantize.scheme=affine",
+        "quantize.group_size=32",
+        "quantize.budget_bits=5.5",
+        "quantize.steps=0",
+    )
     recipes.run_here("quantize", tmp_path, *text_source, *options, **DEBUG)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "quantized")
-    assert pipeline.transformer.config.subnets is None and list(read_json(tmp_path / "quantized" / "quantization.json", "")["error"]["tuned"]) == ["full"]
+    assert pipeline.transformer.config.subnets is None and list(
+        read_json(tmp_path / "quantized" / "quantization.json", "")["error"]["tuned"]
+    ) == ["full"]
     assert {weight.scheme for weight in quantized_weights(pipeline.transformer).values()} == {"affine"}
     a, b = tensors(tmp_path / "quantized-untuned"), tensors(tmp_path / "quantized")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -181,7 +215,9 @@ def test_a_sub_network_alone_and_affine_groups(recipes, text_source, tmp_path):
 def test_what_is_no_unquantised_pipeline(fail, whole, tmp_path):
     line = fail("quantize", tmp_path / "run", **DEBUG)
     assert "neither student-tuned nor elastic, and quantize.path is null" in line
-    assert "There is no pipeline in" in fail("quantize", tmp_path / "run", f"quantize.path={tmp_path / 'nothing'}", **DEBUG)
+    assert "There is no pipeline in" in fail(
+        "quantize", tmp_path / "run", f"quantize.path={tmp_path / 'nothing'}", **DEBUG
+    )
     line = fail("quantize", tmp_path / "run", f"quantize.path={whole / 'quantized'}", **DEBUG)
     assert "is quantised already (" in line and "give the pipeline that it was made from" in line
     assert not (tmp_path / "run" / "quantized").exists()
@@ -190,9 +226,15 @@ def test_what_is_no_unquantised_pipeline(fail, whole, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["quantize.budget_bits=4.0"], "The budget is 4 bits a weight, but the smallest candidates of the 25 layers have 4.0"),
+        (
+            ["quantize.budget_bits=4.0"],
+            "The budget is 4 bits a weight, but the smallest candidates of the 25 layers have 4.0",
+        ),
         (["quantize.subnet=tiny"], "quantize.subnet is 'tiny', but"),
-        (["quantize.batch_size=9", "quantize.gradient_accumulation=2"], "batch_size 9 is not a multiple of processes × gradient_accumulation = 2"),
+        (
+            ["quantize.batch_size=9", "quantize.gradient_accumulation=2"],
+            "batch_size 9 is not a multiple of processes × gradient_accumulation = 2",
+        ),
     ],
 )
 def test_bad_values(fail, source, tmp_path, overrides, said):
@@ -201,7 +243,13 @@ def test_bad_values(fail, source, tmp_path, overrides, said):
 
 def test_a_loss_that_is_not_finite_ends_with_the_checkpoint_before_it(fail, whole, source, tmp_path):
     shutil.copytree(whole / "quantized-untuned", tmp_path / "quantized-untuned")
-    options = ("quantize.learning_rate=1e30", "quantize.max_grad_norm=0", "quantize.warmup_steps=0", "quantize.log_every=1", "quantize.checkpoint_every=1")
+    options = (
+        "quantize.learning_rate=1e30",
+        "quantize.max_grad_norm=0",
+        "quantize.warmup_steps=0",
+        "quantize.log_every=1",
+        "quantize.checkpoint_every=1",
+    )
     line = fail("quantize", tmp_path, f"quantize.path={source}", *options, **DEBUG)
     assert "self-distil: loss is" in line and "step-000000001 before it is kept" in line
     assert not (tmp_path / "quantized" / "stage.json").exists()
@@ -209,9 +257,13 @@ def test_a_loss_that_is_not_finite_ends_with_the_checkpoint_before_it(fail, whol
 
 def test_prompts(fail, text_source, tmp_path):
     path, _ = text_source
-    assert "none.txt cannot be read (" in fail("quantize", tmp_path / "run", path, f"quantize.prompts={tmp_path / 'none.txt'}", **DEBUG)
+    assert "none.txt cannot be read (" in fail(
+        "quantize", tmp_path / "run", path, f"quantize.prompts={tmp_path / 'none.txt'}", **DEBUG
+    )
     (tmp_path / "empty.txt").write_text("\n \n")
-    assert "empty.txt has no prompt" in fail("quantize", tmp_path / "run", path, f"quantize.prompts={tmp_path / 'empty.txt'}", **DEBUG)
+    assert "empty.txt has no prompt" in fail(
+        "quantize", tmp_path / "run", path, f"quantize.prompts={tmp_path / 'empty.txt'}", **DEBUG
+    )
 
 
 def test_other_weights_are_not_continued_with(fail, whole, source, make_transformer, tmp_path):

@@ -30,13 +30,17 @@ def commands(recipes) -> list[str]:
 def shell(recipes, command: list[str], cwd: Path, expect: int = 0) -> str:
     environment = {**recipes.environment(), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == expect, f"{shlex.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == expect, (
+        f"{shlex.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    )
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def clone(recipes, tmp_path_factory):
-    """A folder that looks like the clone (README's paths are relative to it) with finished debug runs as `runs/demo` and `runs/demo-t2i`."""
+    """A folder that looks like the clone (README's paths are relative to it) with finished debug runs as `runs/demo`
+    and `runs/demo-t2i`.
+    """
     folder = tmp_path_factory.mktemp("clone")
     (folder / "training").symlink_to(recipes.root / "training")
     shell(recipes, shlex.split(find(recipes, "train compress --config training/recipes/debug.yaml")), folder)
@@ -47,7 +51,9 @@ def clone(recipes, tmp_path_factory):
 
 
 def find(recipes, part: str) -> str:
-    found = [command for command in commands(recipes) if part == command] or [command for command in commands(recipes) if part in command]
+    found = [command for command in commands(recipes) if part == command] or [
+        command for command in commands(recipes) if part in command
+    ]
     assert len(found) == 1, f"README has {len(found)} commands with {part!r}"
     return found[0]
 
@@ -66,12 +72,18 @@ def test_make_targets(recipes):
     demo = shell(recipes, ["make", "-n", "demo"], recipes.root)
     assert "edgedit train compress" in demo and "training/recipes/digits.yaml" in demo and "HF_HUB_OFFLINE=1" in demo
     demo = shell(recipes, ["make", "-n", "demo-t2i"], recipes.root)
-    assert "edgedit train text-to-image" in demo and "training/recipes/digits-t2i.yaml" in demo and "HF_HUB_OFFLINE=1" in demo
+    assert (
+        "edgedit train text-to-image" in demo
+        and "training/recipes/digits-t2i.yaml" in demo
+        and "HF_HUB_OFFLINE=1" in demo
+    )
 
 
 def test_dry_run_prints_a_line_a_stage(recipes, clone):
     printed = shell(recipes, shlex.split(find(recipes, "digits.yaml --dry-run")), clone)
-    assert [line.split()[0] for line in printed.splitlines()[1:10]] == "teacher bank latency search student tune export evaluate all".split()
+    assert [
+        line.split()[0] for line in printed.splitlines()[1:10]
+    ] == "teacher bank latency search student tune export evaluate all".split()
     assert not (clone / "runs" / "demo" / "digits").exists()
 
 
@@ -79,7 +91,13 @@ def test_the_run_has_what_the_readme_says(recipes, clone):
     run = clone / "runs" / "demo"
     for entry in re.findall(r"\| `?\w+`? \| `\w+\.py` \| `([\w./-]+)`", (recipes.root / "README.md").read_text()):
         assert (run / entry).exists(), entry
-    for entry in ("report.html", "report.json", "teacher-more-steps", "exported/onnx-int8/model_index.json", "evaluate/teacher.png"):
+    for entry in (
+        "report.html",
+        "report.json",
+        "teacher-more-steps",
+        "exported/onnx-int8/model_index.json",
+        "evaluate/teacher.png",
+    ):
         assert (run / entry).exists(), entry
 
 
@@ -88,14 +106,19 @@ def test_python_snippets(recipes, clone):
     assert len(snippets) >= 2
     for code in snippets:
         shell(recipes, [sys.executable, "-c", code], clone)
-    assert (clone / "runs" / "demo-t2i" / "report.html").is_file() and (clone / "small" / "transformer" / "config.json").is_file()
+    assert (clone / "runs" / "demo-t2i" / "report.html").is_file() and (
+        clone / "small" / "transformer" / "config.json"
+    ).is_file()
 
 
 def sampled_from(recipes, clone, folder: str) -> str:
-    """Load an exported folder in a fresh process, make an image, and return the transformer's class and the image's size."""
+    """Load an exported folder in a fresh process, make an image, and return the transformer's class and the image's
+    size.
+    """
     code = (
-        f"import edgedit_hf; from diffusers import DiffusionPipeline; p = DiffusionPipeline.from_pretrained({folder!r});"
-        "print(type(p.transformer).__name__, p(class_labels=3, num_inference_steps=2).images[0].size)"
+        "import edgedit_hf; from diffusers import DiffusionPipeline; p = "
+        f"DiffusionPipeline.from_pretrained({folder!r});print(type(p.transformer).__name__, p(class_labels=3, "
+        "num_inference_steps=2).images[0].size)"
     )
     return shell(recipes, [sys.executable, "-c", code], clone)
 
@@ -123,8 +146,9 @@ def test_what_an_app_author_ports(recipes, clone):
 def test_export_of_text_to_image(recipes, clone):
     shell(recipes, shlex.split(find(recipes, "--subnet small --split-conditioner")), clone)
     code = (
-        "import edgedit_hf; from diffusers import DiffusionPipeline; p = DiffusionPipeline.from_pretrained('exported-t2i');"
-        "print(type(p.text_encoder_2).__name__, p('a thick seven', num_inference_steps=2).images[0].size)"
+        "import edgedit_hf; from diffusers import DiffusionPipeline; p = "
+        "DiffusionPipeline.from_pretrained('exported-t2i');print(type(p.text_encoder_2).__name__, p('a thick seven', "
+        "num_inference_steps=2).images[0].size)"
     )
     assert "OnnxTextEncoder (8, 8)" in shell(recipes, [sys.executable, "-c", code], clone)
 
@@ -144,7 +168,11 @@ def test_convert_an_original_checkpoint(recipes, tmp_path):
 
 
 def test_two_process_commands_start(recipes, clone):
-    started = (find(recipes, "cpu-2.yaml training/train_teacher.py"), find(recipes, "train teacher --num_processes 2"), find(recipes, "torchrun --standalone"))
+    started = (
+        find(recipes, "cpu-2.yaml training/train_teacher.py"),
+        find(recipes, "train teacher --num_processes 2"),
+        find(recipes, "torchrun --standalone"),
+    )
     for text in started:
         command = shlex.split(text)
         assert "usage" in shell(recipes, [*command[: command.index("--config")], "--help"], clone)
@@ -157,7 +185,9 @@ def pip_user(recipes, tmp_path_factory):
     for label in "ab":
         (folder / "my_images" / label).mkdir(parents=True)
         for i in range(20):
-            Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(folder / "my_images" / label / f"{i}.png")
+            Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(
+                folder / "my_images" / label / f"{i}.png"
+            )
     shell(recipes, shlex.split(find(recipes, "edgedit recipes copy")), folder)
     shell(recipes, ["sh", "-c", find(recipes, "edgedit init")], folder)
     return folder

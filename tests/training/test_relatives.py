@@ -11,7 +11,10 @@ from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
 
 STRUCTURE = {
-    "long_skips": [[0, 2], [-1, 3]],  # layers 0 and 1 may not be merged, nor 2 and 3: a skip begins or ends between them
+    "long_skips": [
+        [0, 2],
+        [-1, 3],
+    ],  # layers 0 and 1 may not be merged, nor 2 and 3: a skip begins or ends between them
     "decoder_start": 2,
     "side_layers": 1,
     "learned_position": True,

@@ -15,7 +15,11 @@ STAGES = {
     "select_student": ("student", ["teacher", "bank", "search"], (".safetensors",)),
     "finetune": ("student-tuned", ["teacher", "bank", "student"], (".safetensors",)),
     "export_student": ("exported", ["student-tuned"], (".onnx",)),
-    "evaluate_models": ("evaluate", ["teacher", "student", "student-tuned", "teacher-more-steps", "exported"], (".safetensors",)),
+    "evaluate_models": (
+        "evaluate",
+        ["teacher", "student", "student-tuned", "teacher-more-steps", "exported"],
+        (".safetensors",),
+    ),
 }
 FAST = ("train_teacher", "distill_proxies")
 
@@ -79,7 +83,9 @@ def test_ctrl_c_saves_and_the_rerun_continues(recipes, whole_run, result_files, 
         assert "Run the same command to continue" in output and "Traceback" not in output
         assert list((folder / "teacher" / "checkpoints").glob("step-*"))
     recipes.run("train_teacher", folder)
-    assert result_files(folder / "teacher" / "transformer", ".safetensors") == result_files(whole / "teacher" / "transformer", ".safetensors")
+    assert result_files(folder / "teacher" / "transformer", ".safetensors") == result_files(
+        whole / "teacher" / "transformer", ".safetensors"
+    )
     steps = [json.loads(line)["step"] for line in telemetry.read_text().splitlines()]
     assert steps == sorted(set(steps)), "telemetry has a step twice or out of order"
 
@@ -89,7 +95,9 @@ def test_ctrl_c_saves_and_the_rerun_continues(recipes, whole_run, result_files, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95])
 @pytest.mark.parametrize("name", ["train_teacher", "distill_proxies", "finetune", "export_student", "evaluate_models"])
-def test_a_signal_at_any_point_of_a_stage_ends_in_the_same_weights(recipes, whole_run, result_files, tmp_path, name, share, number):
+def test_a_signal_at_any_point_of_a_stage_ends_in_the_same_weights(
+    recipes, whole_run, result_files, tmp_path, name, share, number
+):
     whole, seconds = whole_run(name)
     stage, needs, suffixes = STAGES[name]
     folder = tmp_path / "run"
@@ -103,7 +111,8 @@ def test_a_signal_at_any_point_of_a_stage_ends_in_the_same_weights(recipes, whol
     time.sleep(share * seconds)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
-    # Once the stage is done and Python on its way out, a signal does what it does by default: shells call that 130 and 143 too.
+    # Once the stage is done and Python on its way out, a signal does what it does by default: shells call that 130 and
+    # 143 too.
     codes = {0, {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}[number]}
     codes |= {-number} if (folder / stage / "stage.json").exists() else set()
     assert process.returncode in codes, output

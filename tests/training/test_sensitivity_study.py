@@ -22,7 +22,14 @@ def test_table_and_plot(recipes, study):
     rows = {}
     for row in table["rows"]:
         rows.setdefault(row["change"], []).append(row)
-    assert list(rows) == CHANGES and [len(found) for found in rows.values()] == [5, 5, 5, 5, 4, 3]  # every place, and all at once
+    assert list(rows) == CHANGES and [len(found) for found in rows.values()] == [
+        5,
+        5,
+        5,
+        5,
+        4,
+        3,
+    ]  # every place, and all at once
     assert table["timesteps"] == [250, 750] and table["steps"] == 4
     for *places, everywhere in rows.values():
         assert everywhere["layer_after"] is None and everywhere["flops"] <= min(row["flops"] for row in places) < 1
@@ -35,7 +42,11 @@ def test_table_and_plot(recipes, study):
     def median(name: str, quantity: str) -> float:
         return sorted(row[quantity] for row in rows[name][:-1])[1]
 
-    assert median("MLP ratio 1", "layer_before") > median("MLP ratio 2", "layer_before") > median("MLP ratio 3", "layer_before")
+    assert (
+        median("MLP ratio 1", "layer_before")
+        > median("MLP ratio 2", "layer_before")
+        > median("MLP ratio 3", "layer_before")
+    )
     assert rows["MLP ratio 1"][-1]["model_before"] > max(row["model_before"] for row in rows["MLP ratio 1"][:-1])
     with open(folder / "sensitivity" / "table.csv", newline="") as file:
         lines = list(csv.DictReader(file))
@@ -57,7 +68,9 @@ def test_killed_and_rerun_equals_uninterrupted(recipes, study, tmp_path):
     seconds = json.loads((folder / "sensitivity" / "stage.json").read_text())["seconds"]
     delays = recipes.run_with_kills("sensitivity", killed, killed / "sensitivity" / "run.json", seconds, kills=2)
     for name in ("table.json", "table.csv", "table.md"):
-        assert (killed / "sensitivity" / name).read_bytes() == (folder / "sensitivity" / name).read_bytes(), f"killed after {delays} s"
+        assert (killed / "sensitivity" / name).read_bytes() == (folder / "sensitivity" / name).read_bytes(), (
+            f"killed after {delays} s"
+        )
 
 
 @pytest.mark.slow
@@ -66,4 +79,6 @@ def test_starts_alone_can_be_judged(recipes, study, tmp_path):
     shutil.copytree(folder / "teacher", tmp_path / "run" / "teacher")
     recipes.run("sensitivity", tmp_path / "run", "sensitivity.steps=0", "sensitivity.samples=3")
     rows = json.loads((tmp_path / "run" / "sensitivity" / "table.json").read_text())["rows"]
-    assert len(rows) == 27 and all(row["model_before"] == row["model_after"] and row["layer_before"] == row["layer_after"] for row in rows)
+    assert len(rows) == 27 and all(
+        row["model_before"] == row["model_after"] and row["layer_before"] == row["layer_after"] for row in rows
+    )

@@ -1,4 +1,6 @@
-"""Stage text: what the encoders learn, what it writes and how it is read, kills, ranks, and encoders that do not fit."""
+"""Stage text: what the encoders learn, what it writes and how it is read, kills, ranks, and encoders that do not
+fit.
+"""
 
 import json
 import shutil
@@ -15,7 +17,8 @@ from edgedit_hf.launch import load_text, load_text_encoder
 from edgedit_hf.recipes import RunConfig, TextConfig
 
 TINY = (
-    *"text.vocabulary_size=450 text.hidden_size=32 text.num_layers=1 text.num_heads=2 text.steps=90 text.batch_size=64".split(),
+    *"text.vocabulary_size=450 text.hidden_size=32 text.num_layers=1 text.num_heads=2 text.steps=90 "
+    "text.batch_size=64".split(),
     *"text.learning_rate=5e-3 text.warmup_steps=5 text.checkpoint_every=10 text.log_every=10".split(),
 )
 
@@ -59,7 +62,11 @@ def test_the_encoders_of_the_demo_learn_it_well(recipes, tmp_path):
     recipes.run("train_text_encoders", tmp_path)
     done = json.loads((tmp_path / "text" / "stage.json").read_text())
     for facts in done["learned"].values():
-        assert facts["digit"] > 0.85 and min(facts[style] for style in ("stroke", "width", "slant")) > 0.8 and facts["masked_tokens"] > 0.6, facts
+        assert (
+            facts["digit"] > 0.85
+            and min(facts[style] for style in ("stroke", "width", "slant")) > 0.8
+            and facts["masked_tokens"] > 0.6
+        ), facts
 
 
 def test_they_are_read_back_and_encode_prompts(trained):
@@ -75,7 +82,9 @@ def test_they_are_read_back_and_encode_prompts(trained):
     assert text_encoder.config.eos_token_id == tokenizer.eos_token_id != 2 and tokenizer.model_max_length == 32
     # Texts of the captions are made of whole words.
     assert len(tokenizer("a thick seven").input_ids) == 5 and len(tokenizer_2("slanted to the left").input_ids) == 5
-    padded = tokenizer(["a thick seven", "the digit 7, thin and slanted to the right"], padding=True, return_tensors="pt")
+    padded = tokenizer(
+        ["a thick seven", "the digit 7, thin and slanted to the right"], padding=True, return_tensors="pt"
+    )
     alone = tokenizer("a thick seven", return_tensors="pt")
     for kind, output in (("last_hidden_state", slice(0, 5)), ("pooler_output", slice(None))):
         both, one = text_encoder(**padded)[kind][0], text_encoder(**alone)[kind][0]
@@ -83,7 +92,9 @@ def test_they_are_read_back_and_encode_prompts(trained):
 
 
 def test_an_encoder_brought_along_is_used_as_it_is(trained, stage, tmp_path, capsys):
-    given = RunConfig(output_dir=str(tmp_path), text=TextConfig(encoder=str(trained / "text" / "text_encoder"), encoder_2="none"))
+    given = RunConfig(
+        output_dir=str(tmp_path), text=TextConfig(encoder=str(trained / "text" / "text_encoder"), encoder_2="none")
+    )
     text_encoder, tokenizer, *second = load_text(given)
     assert second == [None, None] and len(tokenizer) == text_encoder.config.vocab_size
     (folder := tmp_path / "both").mkdir()
@@ -124,9 +135,12 @@ def test_two_ranks_equal_one(recipes, tmp_path):
     for part in ("text_encoder", "text_encoder_2"):
         one, two = (load_file(tmp_path / run / "text" / part / "model.safetensors") for run in ("one", "two"))
         for name in one:
-            # Adam divides by tiny second moments in its first steps, which magnifies the rounding of sums in another order.
+            # Adam divides by tiny second moments in its first steps, which magnifies the rounding of sums in another
+            # order.
             torch.testing.assert_close(two[name], one[name], rtol=2e-3, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
-    facts = [json.loads((tmp_path / run / "text" / "telemetry.jsonl").read_text().splitlines()[-1]) for run in ("one", "two")]
+    facts = [
+        json.loads((tmp_path / run / "text" / "telemetry.jsonl").read_text().splitlines()[-1]) for run in ("one", "two")
+    ]
     assert facts[0]["contrast"] == pytest.approx(facts[1]["contrast"], rel=1e-2)
 
 
@@ -138,13 +152,18 @@ def test_contrastive_loss_shares_the_target_of_equal_captions(stage):
     text, image = (torch.nn.functional.normalize(torch.randn(4, 8), dim=1) for _ in range(2))
     logits = image @ text.T / 0.5
     plain = stage.contrastive_loss(text, image, torch.eye(4, dtype=torch.bool), 0.5)
-    wanted = (torch.nn.functional.cross_entropy(logits, torch.arange(4)) + torch.nn.functional.cross_entropy(logits.T, torch.arange(4))) / 2
+    wanted = (
+        torch.nn.functional.cross_entropy(logits, torch.arange(4))
+        + torch.nn.functional.cross_entropy(logits.T, torch.arange(4))
+    ) / 2
     torch.testing.assert_close(plain, wanted)
     # The first two rows have one caption: swapping their images changes nothing.
     same = torch.eye(4, dtype=torch.bool)
     same[0, 1] = same[1, 0] = True
     swapped = image[[1, 0, 2, 3]]
-    assert stage.contrastive_loss(text[[0, 0, 2, 3]], image, same, 0.5) == pytest.approx(float(stage.contrastive_loss(text[[0, 0, 2, 3]], swapped, same, 0.5)))
+    assert stage.contrastive_loss(text[[0, 0, 2, 3]], image, same, 0.5) == pytest.approx(
+        float(stage.contrastive_loss(text[[0, 0, 2, 3]], swapped, same, 0.5))
+    )
 
 
 def test_masks_are_a_function_of_seed_step_and_row(stage):
@@ -161,7 +180,12 @@ def test_masked_loss_is_the_mean_of_captions(stage):
     torch.manual_seed(0)
     logits, ids = torch.randn(4, 5, 7), torch.randint(7, (4, 5))
     masked = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
-    per_row = [torch.nn.functional.cross_entropy(logits[i][masked[i]], ids[i][masked[i]]) if masked[i].any() else torch.zeros(()) for i in range(4)]
+    per_row = [
+        torch.nn.functional.cross_entropy(logits[i][masked[i]], ids[i][masked[i]])
+        if masked[i].any()
+        else torch.zeros(())
+        for i in range(4)
+    ]
     torch.testing.assert_close(stage.masked_loss(logits, ids, masked), sum(per_row) / 4)
     halves = [stage.masked_loss(logits[rows], ids[rows], masked[rows]) for rows in (slice(0, 2), slice(2, 4))]
     torch.testing.assert_close(sum(halves) / 2, stage.masked_loss(logits, ids, masked))
@@ -185,7 +209,9 @@ def test_a_tokenizer_with_more_tokens_than_its_encoder_embeds(trained, tmp_path)
     tokenizer = load_text_encoder(text / "text_encoder")[1]
     tokenizer.add_tokens(["two", "more"])
     tokenizer.save_pretrained(text / "tokenizer")
-    with pytest.raises(EdgeDiTError, match=r"tokenizer has \d+ tokens, but the text encoder .* embeds only \d+; give the tokenizer"):
+    with pytest.raises(
+        EdgeDiTError, match=r"tokenizer has \d+ tokens, but the text encoder .* embeds only \d+; give the tokenizer"
+    ):
         load_text_encoder(text / "text_encoder")
 
 
@@ -215,6 +241,8 @@ def test_encoders_that_cannot_be_loaded(trained, tmp_path):
 
 def test_bad_recipes(fail, tmp_path):
     assert "text.hidden_size 30" in fail("train_text_encoders", tmp_path / "run", "text.hidden_size=30")
-    assert "exclude each other" in fail("train_text_encoders", tmp_path / "run", "data.resolution=8", "data.buckets=[8x8]")
+    assert "exclude each other" in fail(
+        "train_text_encoders", tmp_path / "run", "data.resolution=8", "data.buckets=[8x8]"
+    )
     assert "all have one size" in fail("train_text_encoders", tmp_path / "run", "data.buckets=[8x8]")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,6 @@
-"""Training the elastic supernet as a user does: exact resume, two ranks, accumulation, bad input, what the folder holds."""
+"""Training the elastic supernet as a user does: exact resume, two ranks, accumulation, bad input, what the folder
+holds.
+"""
 
 import json
 import math
@@ -57,13 +59,21 @@ def test_the_folder_is_a_pipeline_of_every_width(whole):
     pipeline = ElasticDiTPipeline.from_pretrained(whole / "elastic")
     pipeline.set_progress_bar_config(disable=True)
     for name in pipeline.transformer.subnet_names:
-        images = pipeline("a thick seven", subnet=name, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+        images = pipeline(
+            "a thick seven",
+            subnet=name,
+            num_inference_steps=2,
+            output_type="np",
+            generator=torch.Generator().manual_seed(0),
+        ).images
         assert images.shape[:3] == (1, 8, 8)
 
 
 def test_losses_of_every_width_are_on_record(whole):
     stage = read_json(whole / "elastic" / "stage.json", "")
-    assert list(stage["validation"]) == ["tiny", "small", "full"] and all(0 < loss < 10 for loss in stage["validation"].values())
+    assert list(stage["validation"]) == ["tiny", "small", "full"] and all(
+        0 < loss < 10 for loss in stage["validation"].values()
+    )
     drawn = [step_subnets(["tiny", "small", "full"], 0, step)[0] for step in range(12)]
     assert stage["sampled"] == {"tiny": drawn.count("tiny"), "small": drawn.count("small")}
     lines = [json.loads(line) for line in (whole / "elastic" / "telemetry.jsonl").read_text().splitlines()]
@@ -78,7 +88,10 @@ def test_killed_and_rerun_equals_uninterrupted(recipes, start, whole, tmp_path):
     a, b = weights(whole), weights(killed)
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert a.keys() == b.keys() and not different, f"killed after {delays} s: {different} differ"
-    assert read_json(killed / "elastic" / "stage.json", "")["validation"] == read_json(whole / "elastic" / "stage.json", "")["validation"]
+    assert (
+        read_json(killed / "elastic" / "stage.json", "")["validation"]
+        == read_json(whole / "elastic" / "stage.json", "")["validation"]
+    )
 
 
 @pytest.mark.slow
@@ -91,7 +104,9 @@ def test_ctrl_c_saves_and_the_rerun_continues(recipes, start, whole, tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     if process.returncode != 0:  # else it had finished before the signal came
-        assert process.returncode == 130 and "Run the same command to continue" in output and "Traceback" not in output, output
+        assert (
+            process.returncode == 130 and "Run the same command to continue" in output and "Traceback" not in output
+        ), output
         assert list((folder / "elastic" / "checkpoints").glob("step-*"))
     recipes.run("train_elastic", folder, config=DEBUG)
     a, b = weights(whole), weights(folder)
@@ -112,7 +127,8 @@ def one_rank(recipes, start, tmp_path_factory):
 def test_two_ranks_equal_one(recipes, start, one_rank, tmp_path):
     folder = start(tmp_path / "run")
     recipes.run("train_elastic", folder, *OTHER, config=DEBUG, launcher=TORCHRUN)
-    # Adam divides by tiny second moments in its first steps, which magnifies the rounding of summing gradients in another order.
+    # Adam divides by tiny second moments in its first steps, which magnifies the rounding of summing gradients in
+    # another order.
     close(one_rank, folder, 2e-3)
     one, two = (read_json(run / "elastic" / "stage.json", "")["validation"] for run in (one_rank, folder))
     assert two == pytest.approx(one, rel=1e-3)
@@ -120,7 +136,14 @@ def test_two_ranks_equal_one(recipes, start, one_rank, tmp_path):
 
 def test_accumulation_and_recomputed_activations_change_nothing(recipes, start, one_rank, tmp_path):
     folder = start(tmp_path / "run")
-    recipes.run_here("train_elastic", folder, *OTHER, "elastic.gradient_accumulation=2", "elastic.gradient_checkpointing=true", config=DEBUG)
+    recipes.run_here(
+        "train_elastic",
+        folder,
+        *OTHER,
+        "elastic.gradient_accumulation=2",
+        "elastic.gradient_checkpointing=true",
+        config=DEBUG,
+    )
     close(one_rank, folder, 2e-3)
     lines = [json.loads(line) for line in (folder / "elastic" / "telemetry.jsonl").read_text().splitlines()]
     measured = [line["step"] for line in lines if "validation_tiny" in line]
@@ -135,9 +158,13 @@ def test_a_stand_alone_net_trains_by_the_same_recipe(recipes, start, tmp_path):
     model.set_active_subnet("small")
     (tmp_path / "small.json").write_text(json.dumps(model.active_subnet_config()))
     folder = start(tmp_path / "run")
-    recipes.run_here("train_elastic", folder, f"elastic.model={tmp_path / 'small.json'}", "elastic.steps=2", config=DEBUG)
+    recipes.run_here(
+        "train_elastic", folder, f"elastic.model={tmp_path / 'small.json'}", "elastic.steps=2", config=DEBUG
+    )
     stage = read_json(folder / "elastic" / "stage.json", "")
-    assert list(stage["validation"]) == ["full"] and math.isfinite(stage["validation"]["full"]) and stage["sampled"] == {}
+    assert (
+        list(stage["validation"]) == ["full"] and math.isfinite(stage["validation"]["full"]) and stage["sampled"] == {}
+    )
     assert json.loads((folder / "elastic" / "transformer" / "config.json").read_text())["subnets"] is None
 
 
@@ -154,7 +181,10 @@ def test_a_stand_alone_net_trains_by_the_same_recipe(recipes, start, tmp_path):
         (["elastic.subnets=[odd=0.3]"], "the 16 heads become 4.8 and the 8 key/value heads 2.4"),
         (["elastic.model=elastic-dit-9b"], "'elastic-dit-9b', which is neither a preset (elastic-dit-1.6b"),
         (["data.resolution=9"], "The data has size 9x9 (height x width), but elastic-dit-debug needs multiples of 2"),
-        (["elastic.batch_size=9", "elastic.gradient_accumulation=2"], "batch_size 9 is not a multiple of processes × gradient_accumulation = 2"),
+        (
+            ["elastic.batch_size=9", "elastic.gradient_accumulation=2"],
+            "batch_size 9 is not a multiple of processes × gradient_accumulation = 2",
+        ),
         (
             ["elastic.learning_rate=1e20", "elastic.max_grad_norm=0", "elastic.warmup_steps=0"],
             "loss_full is nan at step 3; no checkpoint was written yet. Lower the learning rate",
@@ -173,7 +203,9 @@ def test_without_the_text_stage(fail, tmp_path):
 
 def test_no_images(fail, start, tmp_path):
     (tmp_path / "images").mkdir()
-    assert "images" in fail("train_elastic", start(tmp_path / "run"), f"data.source={tmp_path / 'images'}", config=DEBUG)
+    assert "images" in fail(
+        "train_elastic", start(tmp_path / "run"), f"data.source={tmp_path / 'images'}", config=DEBUG
+    )
 
 
 def test_an_unknown_subnet_of_the_result(whole):

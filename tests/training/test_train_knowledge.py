@@ -1,4 +1,6 @@
-"""Distilling the supernet from a teacher as a user does: --teacher, exact resume, two ranks, bad input, what the folder holds."""
+"""Distilling the supernet from a teacher as a user does: --teacher, exact resume, two ranks, bad input, what the folder
+holds.
+"""
 
 import json
 import shutil
@@ -54,7 +56,9 @@ def telemetry(folder: Path) -> list[dict]:
 
 def test_the_distances_to_the_teacher_fall(whole):
     lines = telemetry(whole)
-    assert lines[-1]["output_kd"] < 0.7 * lines[0]["output_kd"] and lines[-1]["feature_kd"] < 0.9 * lines[0]["feature_kd"]
+    assert (
+        lines[-1]["output_kd"] < 0.7 * lines[0]["output_kd"] and lines[-1]["feature_kd"] < 0.9 * lines[0]["feature_kd"]
+    )
     # The projector is no part of what is published.
     assert not any("projector" in name for name in weights(whole))
     assert read_json(whole / "elastic" / "stage.json", "")["config"]["knowledge"]["output_weight"] == 1.0
@@ -64,7 +68,9 @@ def test_the_distances_to_the_teacher_fall(whole):
 def test_killed_and_rerun_equals_uninterrupted(recipes, encoders, teacher, whole, tmp_path):
     seconds = read_json(whole / "elastic" / "stage.json", "")["seconds"]
     arguments = (*encoders, teacher, *MORE, "seed=1")
-    delays = recipes.run_with_kills("train_elastic", tmp_path, tmp_path / "elastic" / "run.json", seconds, *arguments, **OPTIONS)
+    delays = recipes.run_with_kills(
+        "train_elastic", tmp_path, tmp_path / "elastic" / "run.json", seconds, *arguments, **OPTIONS
+    )
     a, b = weights(whole), weights(tmp_path)
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert a.keys() == b.keys() and not different, f"killed after {delays} s: {different} differ"
@@ -106,7 +112,14 @@ def test_a_teacher_that_cannot_teach_is_one_line(fail, encoders, tmp_path):
         line = fail("train_elastic", tmp_path / "run", *encoders, f"knowledge.teacher={tmp_path / name}", **OPTIONS)
         assert said in line, line
     if not torch.cuda.is_available():
-        line = fail("train_elastic", tmp_path / "run", *encoders, "knowledge.teacher=a/b", "knowledge.quantization=4bit", **OPTIONS)
+        line = fail(
+            "train_elastic",
+            tmp_path / "run",
+            *encoders,
+            "knowledge.teacher=a/b",
+            "knowledge.quantization=4bit",
+            **OPTIONS,
+        )
         assert "A 4bit teacher needs a CUDA GPU" in line
 
 
@@ -115,5 +128,13 @@ def test_a_changed_teacher_is_not_continued_with(recipes, fail, encoders, teache
     torch.manual_seed(3)
     pipeline = elastic(vae=False)
     pipeline.save_pretrained(tmp_path / "other")
-    line = fail("train_elastic", tmp_path / "run", *encoders, f"knowledge.teacher={tmp_path / 'other'}", *MORE, "seed=1", **OPTIONS)
+    line = fail(
+        "train_elastic",
+        tmp_path / "run",
+        *encoders,
+        f"knowledge.teacher={tmp_path / 'other'}",
+        *MORE,
+        "seed=1",
+        **OPTIONS,
+    )
     assert "knowledge.teacher" in line

@@ -1,4 +1,6 @@
-"""Two gloo ranks give what one process gives, within float tolerance, through `accelerate launch` and through torchrun."""
+"""Two gloo ranks give what one process gives, within float tolerance, through `accelerate launch` and through
+torchrun.
+"""
 
 import shutil
 import sys
@@ -30,7 +32,9 @@ def compare(one: Path, two: Path, tolerance: float) -> None:
     for file in files:
         a, b = load_file(one / file), load_file(two / file)
         for name in a:
-            torch.testing.assert_close(b[name], a[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name, f=file: f"{f} {n}: {m}")
+            torch.testing.assert_close(
+                b[name], a[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name, f=file: f"{f} {n}: {m}"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,8 @@ def one_process(recipes, tmp_path_factory):
 
 def test_teacher_through_accelerate_launch(recipes, one_process, tmp_path):
     recipes.run("train_teacher", tmp_path, launcher=launcher(recipes, "accelerate"))
-    # Adam divides by tiny second moments in its first steps, which magnifies the rounding of summing gradients in another order.
+    # Adam divides by tiny second moments in its first steps, which magnifies the rounding of summing gradients in
+    # another order.
     compare(one_process / "teacher" / "transformer", tmp_path / "teacher" / "transformer", 2e-3)
 
 

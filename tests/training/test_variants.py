@@ -1,4 +1,6 @@
-"""The same recipes on other data and parametrisations: unlabelled photos in latent space, learned variance, the paper's two stages."""
+"""The same recipes on other data and parametrisations: unlabelled photos in latent space, learned variance, the paper's
+two stages.
+"""
 
 import json
 

@@ -1,1 +1,3 @@
-"""The `edgedit` console script (`cli`) and the optimum-cli command (`export`). Heavy imports stand inside the functions."""
+"""The `edgedit` console script (`cli`) and the optimum-cli command (`export`). Heavy imports stand inside the
+functions.
+"""

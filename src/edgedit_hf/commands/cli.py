@@ -1,6 +1,8 @@
-"""`edgedit`: look at models, convert foreign checkpoints, get the recipes, start a run, choose another point of its front, write its report.
+"""`edgedit`: look at models, convert foreign checkpoints, get the recipes, start a run, choose another point of its
+front, write its report.
 
-Exit codes: 0 done, 2 a clear message about the input (one line on stderr), 130 and 143 interrupted, 70 our fault ([`entry`]).
+Exit codes: 0 done, 2 a clear message about the input (one line on stderr), 130 and 143 interrupted, 70 our fault
+([`entry`]).
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ COMMANDS = (info, convert, init, recipes, train, select, report)
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; building it imports neither torch nor diffusers."""
-    parser = argparse.ArgumentParser(prog="edgedit", description="Compress a diffusion transformer into one a phone can run.")
+    parser = argparse.ArgumentParser(
+        prog="edgedit", description="Compress a diffusion transformer into one a phone can run."
+    )
     parser.add_argument("--version", action="version", version=f"edgedit_hf {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:

@@ -7,18 +7,30 @@ import argparse
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the command to the `edgedit` parser."""
-    parser = subparsers.add_parser("convert", help="make a pipeline folder of a DiT, SiT or MDT checkpoint, or of a diffusers DiT")
+    parser = subparsers.add_parser(
+        "convert", help="make a pipeline folder of a DiT, SiT or MDT checkpoint, or of a diffusers DiT"
+    )
     parser.add_argument(
-        "source", metavar="IN", help="weights file (.pt, .safetensors, …) of DiT, SiT or MDT; a diffusers DiT folder or Hub id"
+        "source",
+        metavar="IN",
+        help="weights file (.pt, .safetensors, …) of DiT, SiT or MDT; a diffusers DiT folder or Hub id",
     )
     parser.add_argument("output", metavar="OUT", help="pipeline folder to write")
-    parser.add_argument("--family", choices=("dit", "sit", "mdt"), help="what a weights file is, if its name does not say")
+    parser.add_argument(
+        "--family", choices=("dit", "sit", "mdt"), help="what a weights file is, if its name does not say"
+    )
     parser.add_argument("--teacher-lora", metavar="PATH", help="LoRA adapter that is fused first")
     parser.add_argument("--vae", metavar="PATH_OR_ID", help="AutoencoderKL or AutoencoderTiny that decodes its latents")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="the resolution you expect, e.g. 256 or 512")
-    parser.add_argument("--allow-resize", action="store_true", help="make the model run at --image-size though it learned another resolution")
+    parser.add_argument(
+        "--allow-resize",
+        action="store_true",
+        help="make the model run at --image-size though it learned another resolution",
+    )
     parser.add_argument("--num-classes", type=int, metavar="N", help="the number of classes you expect")
-    parser.add_argument("--heads", type=int, metavar="N", help="attention heads, for widths that the papers do not have")
+    parser.add_argument(
+        "--heads", type=int, metavar="N", help="attention heads, for widths that the papers do not have"
+    )
     parser.add_argument("--decoder-layers", type=int, metavar="N", help="decoder layers of a first-version MDT")
     parser.add_argument(
         "--numerics",
@@ -26,7 +38,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default="original",
         help="compute what the training code computes (default), or exactly what diffusers' DiT class computes",
     )
-    parser.add_argument("--variant", metavar="NAME", help="variant of a diffusers folder's weights, e.g. fp16; default: the plain ones, or the only variant")
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="variant of a diffusers folder's weights, e.g. fp16; default: the plain ones, or the only variant",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an older pipeline folder at OUT")
     parser.set_defaults(run=run)
 
@@ -36,11 +52,16 @@ def run(args: argparse.Namespace) -> None:
     from ..errors import EdgeDiTError
     from ..export.options import check_ranges
     from ..files import atomic_folder, check_output
-    check_ranges(image_size=args.image_size, num_classes=args.num_classes, heads=args.heads, decoder_layers=args.decoder_layers)
+
+    check_ranges(
+        image_size=args.image_size, num_classes=args.num_classes, heads=args.heads, decoder_layers=args.decoder_layers
+    )
     factor = 8  # of the autoencoders that these models were trained with
     check_output(args.output, [args.source, args.teacher_lora, args.vae], overwrite=args.overwrite)
     if args.image_size is not None and args.image_size % factor:
-        raise EdgeDiTError(f"--image-size is {args.image_size}; it must be a multiple of {factor}, the VAE's downsampling factor.")
+        raise EdgeDiTError(
+            f"--image-size is {args.image_size}; it must be a multiple of {factor}, the VAE's downsampling factor."
+        )
     from ..launch import load_original_pipeline
     from ..search_space import model_cost
 
@@ -62,7 +83,8 @@ def run(args: argparse.Namespace) -> None:
     config = pipeline.transformer.config
     cost = model_cost(config)
     print(
-        f"{args.output}: {config.num_layers} layers of width {config.hidden_size}, {cost.parameters / 1e6:,.2f} M parameters, "
-        f"{cost.flops / 1e9:,.2f} GFLOPs, {config.num_classes} classes, sample size {config.sample_size}, {config.prediction_type}, "
-        f"{type(pipeline.scheduler).__name__}, {'no VAE' if pipeline.vae is None else type(pipeline.vae).__name__}"
+        f"{args.output}: {config.num_layers} layers of width {config.hidden_size}, {cost.parameters / 1e6:,.2f} M "
+        f"parameters, {cost.flops / 1e9:,.2f} GFLOPs, {config.num_classes} classes, sample size {config.sample_size}, "
+        f"{config.prediction_type}, {type(pipeline.scheduler).__name__}, "
+        f"{'no VAE' if pipeline.vae is None else type(pipeline.vae).__name__}"
     )

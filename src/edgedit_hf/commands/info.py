@@ -20,7 +20,11 @@ CLASSES = ("EdgeDiTTransformer2DModel", "OnnxEdgeDiTTransformer2DModel", ELASTIC
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the command to the `edgedit` parser."""
     parser = subparsers.add_parser("info", help="count a model's parameters, FLOPs and bytes")
-    parser.add_argument("model", metavar="NAME_OR_PATH", help="a preset (DiT-XL/2, EdgeDiT-1, elastic-dit-1.6b, …), a pipeline or model folder, or a Hub id")
+    parser.add_argument(
+        "model",
+        metavar="NAME_OR_PATH",
+        help="a preset (DiT-XL/2, EdgeDiT-1, elastic-dit-1.6b, …), a pipeline or model folder, or a Hub id",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -45,7 +49,10 @@ def run(args: argparse.Namespace) -> None:
             count = subnet["parameters"]
             rounded = f"{count / 1e9:.1f} B = " if count >= 1e8 else ""
             share, size = f"{subnet['width']:g} of the width", f"bf16 {_short(subnet['bytes']['bf16'])}B"
-            print(f"  {name:10}  {rounded}{_short(count).strip()} parameters ({share}), {_short(subnet['flops'])}FLOPs, {size}")
+            print(
+                f"  {name:10}  {rounded}{_short(count).strip()} parameters ({share}), {_short(subnet['flops'])}FLOPs, "
+                f"{size}"
+            )
         return
     merged = f", merged {facts['merged']}" if facts["merged"] else ""
     print(f"  layers      {facts['layers']} of {facts['teacher_layers']} teacher layers{merged}")
@@ -68,10 +75,12 @@ def describe(name: str) -> dict[str, Any]:
     """The figures of a preset or a saved model.
 
     Returns:
-        `parameters`, `macs` and `flops` of one forward of one image, `bytes` of the weights at each precision, `layers`, `input` (channels,
-        height, width), `tokens`, `name`. Of an EdgeDiT, whose `parameters` include the fixed position embedding, as published: `weights`
-        (learned ones), `teacher_layers`, `merged`, `genotype` (its hash). Of an elastic net, whose `macs` and `flops` are the full net's:
-        `text_tokens` an encoder, and `subnets` (`width`, `parameters`, `macs`, `flops`, `bytes` of each as a net of its own).
+        `parameters`, `macs` and `flops` of one forward of one image, `bytes` of the weights at each precision,
+        `layers`, `input` (channels, height, width), `tokens`, `name`. Of an EdgeDiT, whose `parameters` include the
+        fixed position embedding, as published: `weights` (learned ones), `teacher_layers`, `merged`, `genotype` (its
+            hash). Of an elastic net, whose `macs` and `flops` are the full net's:
+        `text_tokens` an encoder, and `subnets` (`width`, `parameters`, `macs`, `flops`, `bytes` of each as a net of its
+        own).
 
     Raises:
         EdgeDiTError: there is no such preset or model, or its config is not one of this package's.
@@ -130,8 +139,14 @@ def _presets() -> dict[str, tuple[type, dict[str, Any]]]:
     """Model class and config values of every preset, by name."""
     from ..models import transformer_edgedit, transformer_elastic_dit
 
-    edgedit = {name: (transformer_edgedit.EdgeDiTTransformer2DModel, values) for name, values in transformer_edgedit.PRESETS.items()}
-    elastic = {name: (transformer_elastic_dit.ElasticDiTTransformer2DModel, values) for name, values in transformer_elastic_dit.PRESETS.items()}
+    edgedit = {
+        name: (transformer_edgedit.EdgeDiTTransformer2DModel, values)
+        for name, values in transformer_edgedit.PRESETS.items()
+    }
+    elastic = {
+        name: (transformer_elastic_dit.ElasticDiTTransformer2DModel, values)
+        for name, values in transformer_elastic_dit.PRESETS.items()
+    }
     return edgedit | elastic
 
 
@@ -141,7 +156,11 @@ def _preset_config(name: str) -> dict[str, Any] | None:
         return None
     model, values = _presets()[name]
     parameters = inspect.signature(model.__init__).parameters
-    return {key: value.default for key, value in parameters.items() if key != "self"} | values | {"_class_name": model.__name__}
+    return (
+        {key: value.default for key, value in parameters.items() if key != "self"}
+        | values
+        | {"_class_name": model.__name__}
+    )
 
 
 def _folder_config(folder: Path) -> dict[str, Any] | None:

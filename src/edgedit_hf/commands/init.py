@@ -8,7 +8,9 @@ import argparse
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the command to the `edgedit` parser."""
     parser = subparsers.add_parser("init", help="print a recipe (YAML, every key commented): edgedit init … > run.yaml")
-    parser.add_argument("--teacher", metavar="PATH_OR_ID", help="the trained model to compress; without it one is trained")
+    parser.add_argument(
+        "--teacher", metavar="PATH_OR_ID", help="the trained model to compress; without it one is trained"
+    )
     parser.add_argument("--data", metavar="SOURCE", help="'digits', an image folder, or a `datasets` id")
     parser.add_argument("--output", metavar="DIR", help="folder of the run")
     parser.set_defaults(run=run)

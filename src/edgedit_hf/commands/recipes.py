@@ -27,15 +27,18 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     print(f"{len(written)} files are in {folder}. To start:")
     print(f"  edgedit train {folder / 'compress.py'} --config {folder / 'recipes' / 'digits.yaml'}")
-    print(f"or  accelerate launch --config_file {folder / 'accelerate' / 'cpu.yaml'} {folder / 'compress.py'} --config …")
+    print(
+        f"or  accelerate launch --config_file {folder / 'accelerate' / 'cpu.yaml'} {folder / 'compress.py'} --config …"
+    )
 
 
 def copy_recipes(folder: str | os.PathLike, force: bool = False) -> list[Path]:
-    """Copy training/ of the installed package into `folder`; returns the files there. Files that are equal are left alone.
+    """Copy training/ of the installed package into `folder`; returns the files there. Files that are equal are left
+    alone.
 
     Raises:
-        EdgeDiTError: files of these names with another content are there (and `force` is false), or the folder cannot be written.
-            Nothing has been copied then.
+        EdgeDiTError: files of these names with another content are there (and `force` is false), or the folder cannot
+            be written. Nothing has been copied then.
     """
     from importlib.resources import as_file, files
 
@@ -49,9 +52,16 @@ def copy_recipes(folder: str | os.PathLike, force: bool = False) -> list[Path]:
             if path.suffix in SUFFIXES and path.name != "__init__.py" and "__pycache__" not in path.parts
         }
     folder = Path(folder)
-    outside = [name for name in texts if not Path(os.path.realpath((folder / name).parent)).is_relative_to(os.path.realpath(folder))]
+    outside = [
+        name
+        for name in texts
+        if not Path(os.path.realpath((folder / name).parent)).is_relative_to(os.path.realpath(folder))
+    ]
     if outside:
-        raise EdgeDiTError(f"{folder / outside[0]} would be written through a link, to {os.path.realpath((folder / outside[0]).parent)}; remove the link.")
+        raise EdgeDiTError(
+            f"{folder / outside[0]} would be written through a link, to "
+            f"{os.path.realpath((folder / outside[0]).parent)}; remove the link."
+        )
     differing = [name for name, text in texts.items() if (folder / name).exists() and not _holds(folder / name, text)]
     if differing and not force:
         shown = ", ".join(map(str, differing[:3])) + (", …" if len(differing) > 3 else "")

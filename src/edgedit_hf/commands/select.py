@@ -10,8 +10,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the command to the `edgedit` parser."""
     parser = subparsers.add_parser("select", help="choose another point of a finished search and assemble its student")
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="the run's folder (output_dir of its recipe)")
-    parser.add_argument("--max-latency-ms", type=float, metavar="MS", help="latency budget, by the run's table; without it the knee point")
-    parser.add_argument("--max-parameters-ratio", type=float, metavar="R", help="parameters at most this share of the teacher's")
+    parser.add_argument(
+        "--max-latency-ms",
+        type=float,
+        metavar="MS",
+        help="latency budget, by the run's table; without it the knee point",
+    )
+    parser.add_argument(
+        "--max-parameters-ratio", type=float, metavar="R", help="parameters at most this share of the teacher's"
+    )
     parser.add_argument("--output", metavar="DIR", help="pipeline folder to write; default RUN/student")
     parser.set_defaults(run=run)
 
@@ -28,6 +35,11 @@ def run(args: argparse.Namespace) -> None:
         args.run_dir, max_latency_ms=args.max_latency_ms, max_parameters_ratio=args.max_parameters_ratio, output=output
     )
     print(f"{output}: genotype {choice['genotype_hash']}, code {choice['code']}, {choice['reason']}")
-    print(f"table latency {choice['predicted_latency_ms']:.3g} ms of the teacher's {choice['teacher_latency_ms']:.3g} ms")
+    print(
+        f"table latency {choice['predicted_latency_ms']:.3g} ms of the teacher's {choice['teacher_latency_ms']:.3g} ms"
+    )
     if output == args.run_dir / "student":
-        print("student-tuned, exported and evaluate, if they are there, still belong to the earlier choice: delete them and run compress.py again.")
+        print(
+            "student-tuned, exported and evaluate, if they are there, still belong to the earlier choice: delete them "
+            "and run compress.py again."
+        )

@@ -2,8 +2,8 @@
 
 Large products run in the features' precision and on their device, sums over rows and factorisations in float64.
 
-Shapes: n images, N tokens each, M = n·N rows, D residual width, A / A' teacher / proxy attention width, h heads, d = A/h and r = A'/h
-their head widths, F / F' teacher / proxy MLP width, k teacher layers behind one proxy.
+Shapes: n images, N tokens each, M = n·N rows, D residual width, A / A' teacher / proxy attention width, h heads, d =
+A/h and r = A'/h their head widths, F / F' teacher / proxy MLP width, k teacher layers behind one proxy.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from ..errors import EdgeDiTError
 from ..models.transformer_edgedit import EdgeDiTAttention, EdgeDiTBlock
 
 RIDGE = 1e-4  # relative to the mean diagonal of a Gram matrix: against singularity
-# Fits must hold on features they have not seen, so their ridge grows with what the data leaves open: strength · features / rows. On a digits
-# teacher with 16 to 1,024 calibration images these strengths lost least throughout; no constant ridge did.
+# Fits must hold on features they have not seen, so their ridge grows with what the data leaves open: strength ·
+# features / rows. On a digits teacher with 16 to 1,024 calibration images these strengths lost least throughout; no
+# constant ridge did.
 SELECTION_RIDGE, REFIT_RIDGE = 0.03, 0.3
 ROWS = 4096  # summed in the features' precision at a time
 
@@ -57,12 +58,15 @@ def _root_and_inverse(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return root, inverse
 
 
-def factor_query_key(query_moment: torch.Tensor, key_moment: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps `(h, d, r)` P, R such that (qP)(kR)ᵀ/√r is the best rank-r stand-in of qkᵀ/√d on inputs with these second moments.
+def factor_query_key(
+    query_moment: torch.Tensor, key_moment: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps `(h, d, r)` P, R such that (qP)(kR)ᵀ/√r is the best rank-r stand-in of qkᵀ/√d on inputs with these second
+    moments.
 
-    Whitening turns the expected squared error of the scores into a Frobenius norm, so a truncated SVD of C_q^½ C_k^½ is optimal. The
-    change of the softmax scale from 1/√d to 1/√r is absorbed. Keys should be centred over the tokens of an image: a softmax does not
-    see what all keys share.
+    Whitening turns the expected squared error of the scores into a Frobenius norm, so a truncated SVD of C_q^½ C_k^½ is
+    optimal. The change of the softmax scale from 1/√d to 1/√r is absorbed. Keys should be centred over the tokens of an
+    image: a softmax does not see what all keys share.
     """
     width = query_moment.shape[-1]
     root_q, inverse_q = _root_and_inverse(query_moment)
@@ -72,9 +76,11 @@ def factor_query_key(query_moment: torch.Tensor, key_moment: torch.Tensor, rank:
     return inverse_q @ left[..., :rank] * half, inverse_k @ right.mT[..., :rank] * half
 
 
-def factor_value_output(value_moment: torch.Tensor, out_weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Map `(h, d, r)` of the values and new output weights `(h, r, D)`: the best rank-r stand-in of o·W on averaged values o with this
-    second moment `(h, d, d)`; `out_weight` is `(h, d, D)`."""
+def factor_value_output(
+    value_moment: torch.Tensor, out_weight: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Map `(h, d, r)` of the values and new output weights `(h, r, D)`: the best rank-r stand-in of o·W on averaged
+    values o with this second moment `(h, d, d)`; `out_weight` is `(h, d, D)`."""
     root, inverse = _root_and_inverse(value_moment)
     left, values, right = torch.linalg.svd(root @ out_weight, full_matrices=False)
     return inverse @ left[..., :rank], values[:, :rank].unsqueeze(-1) * right[:, :rank]
@@ -83,17 +89,20 @@ def factor_value_output(value_moment: torch.Tensor, out_weight: torch.Tensor, ra
 def select_groups(
     features: torch.Tensor, out_weight: torch.Tensor, row_weight: torch.Tensor, keep: int, group: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which neurons (`group` 1) or heads (`group` d) to keep, so that the output of all, features·W, is best matched after a refit.
+    """Which neurons (`group` 1) or heads (`group` d) to keep, so that the output of all, features·W, is best matched
+    after a refit.
 
-    Optimal brain surgeon (Hassibi & Stork, 1993) on the Gram matrix of the features, a few groups a round (heads one by one): the loss
-    of leaving out group g is tr(W_gᵀ [(G⁻¹)_gg]⁻¹ W_g); the weights of the others and G⁻¹ are then updated in closed form, which costs
-    less than inverting anew.
+    Optimal brain surgeon (Hassibi & Stork, 1993) on the Gram matrix of the features, a few groups a round (heads one by
+    one): the loss of leaving out group g is tr(W_gᵀ [(G⁻¹)_gg]⁻¹ W_g); the weights of the others and G⁻¹ are then
+    updated in closed form, which costs less than inverting anew.
 
     Args:
-        features: `(M, g·group)`; out_weight: `(g·group, D)`; row_weight: `(M,)`, importance of a row (its mean squared gate).
+        features: `(M, g·group)`; out_weight: `(g·group, D)`; row_weight: `(M,)`, importance of a row (its mean squared
+            gate).
 
     Returns:
-        Indices `(keep,)` of the kept groups, sorted, and the refitted weights of their features `(keep·group, D)`, float64.
+        Indices `(keep,)` of the kept groups, sorted, and the refitted weights of their features `(keep·group, D)`,
+        float64.
     """
     gram = weighted_gram(features, row_weight)
     _add_ridge(gram, features, SELECTION_RIDGE)
@@ -125,10 +134,11 @@ def refit_gated(
     ridge: float = REFIT_RIDGE,
     iterations: int = 30,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight `(F, D)` and bias `(D,)` that minimise Σ (gate ⊙ (features·W + b) − target)², kept near the given ones by a ridge.
+    """Weight `(F, D)` and bias `(D,)` that minimise Σ (gate ⊙ (features·W + b) − target)², kept near the given ones by
+    a ridge.
 
-    The gate of adaLN weighs every element differently, so the columns do not share a Gram matrix; conjugate gradients need only products
-    with `features`, and the Gram matrix weighted by the rows' mean squared gate preconditions them.
+    The gate of adaLN weighs every element differently, so the columns do not share a Gram matrix; conjugate gradients
+    need only products with `features`, and the Gram matrix weighted by the rows' mean squared gate preconditions them.
 
     Args:
         features: `(M, F)`; gate, target: `(M, D)`.
@@ -171,8 +181,8 @@ def refit_gated(
 
 
 def refit_linear(features: torch.Tensor, target: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-    """Weights with the bias as last row, `(F + 1, K)` float64, of features `(M, F)` → target `(M, K)` by least squares, kept near those of
-    `linear`."""
+    """Weights with the bias as last row, `(F + 1, K)` float64, of features `(M, F)` → target `(M, K)` by least squares,
+    kept near those of `linear`."""
     features = _with_ones(features)
     start = torch.cat([linear.weight.mT, linear.bias.unsqueeze(0)]).to(features)
     gram = weighted_gram(features)
@@ -193,7 +203,9 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor, like: torch.Tensor) -> nn.
 
 
 def _average_values(qkv: torch.Tensor, heads: int, bias: torch.Tensor | None) -> torch.Tensor:
-    """What attention makes of queries, keys and values `(n, N, 3·h·d)`: averaged values `(n, N, h, d)`; `bias`: `(1, h, N, N)`."""
+    """What attention makes of queries, keys and values `(n, N, 3·h·d)`: averaged values `(n, N, h, d)`; `bias`: `(1, h,
+    N, N)`.
+    """
     query, key, value = qkv.unflatten(-1, (3, heads, -1)).transpose(1, 3).unbind(2)  # each [n, h, N, d]
     return scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2)
 
@@ -221,7 +233,9 @@ def _modulation(block: EdgeDiTBlock, conditioning: torch.Tensor) -> Sequence[tor
     return block.modulation(conditioning).unsqueeze(1).chunk(6, dim=-1)
 
 
-def _run(sources: Sequence[EdgeDiTBlock], x: torch.Tensor, conditioning: torch.Tensor) -> tuple[list[_Layer], torch.Tensor]:
+def _run(
+    sources: Sequence[EdgeDiTBlock], x: torch.Tensor, conditioning: torch.Tensor
+) -> tuple[list[_Layer], torch.Tensor]:
     """The teacher layers on `x`, looked at from inside, and their output."""
     layers = []
     for block in sources:
@@ -236,7 +250,9 @@ def _run(sources: Sequence[EdgeDiTBlock], x: torch.Tensor, conditioning: torch.T
 
 
 def _weights_of(gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Importance of rows (mean squared gate, `(M,)`) and of columns (root mean squared gate, `(D,)` float64) of a gate `(M, D)`."""
+    """Importance of rows (mean squared gate, `(M,)`) and of columns (root mean squared gate, `(D,)` float64) of a gate
+    `(M, D)`.
+    """
     square = gate.double().pow(2)
     return square.mean(1), square.mean(0).sqrt().clamp_min(1e-12)
 
@@ -269,8 +285,12 @@ def _merge_attention(proxy: EdgeDiTBlock, layers: Sequence[_Layer], normed: torc
     proxy.attn.to_out = _linear(out, bias, proxy.attn.to_out.weight)
 
 
-def _narrow_attention(attn: EdgeDiTAttention, normed: torch.Tensor, gate: torch.Tensor, target: torch.Tensor, attention_dim: int) -> None:
-    """Reduce the inner width of attention, in place, by factoring each head's QKᵀ and VO, and refit its output to the gated target."""
+def _narrow_attention(
+    attn: EdgeDiTAttention, normed: torch.Tensor, gate: torch.Tensor, target: torch.Tensor, attention_dim: int
+) -> None:
+    """Reduce the inner width of attention, in place, by factoring each head's QKᵀ and VO, and refit its output to the
+    gated target.
+    """
     heads = attn.heads
     hidden_size, width = attn.to_out.weight.shape
     rank, head = attention_dim // heads, width // heads
@@ -295,7 +315,14 @@ def _narrow_attention(attn: EdgeDiTAttention, normed: torch.Tensor, gate: torch.
     attn.to_out = _linear(new, bias, attn.to_out.weight)
 
 
-def _fit_mlp(proxy: EdgeDiTBlock, layers: Sequence[_Layer], normed: torch.Tensor, gate: torch.Tensor, target: torch.Tensor, keep: int) -> None:
+def _fit_mlp(
+    proxy: EdgeDiTBlock,
+    layers: Sequence[_Layer],
+    normed: torch.Tensor,
+    gate: torch.Tensor,
+    target: torch.Tensor,
+    keep: int,
+) -> None:
     """Give the proxy the `keep` most useful MLP neurons of all layers and refit their output to the gated target.
 
     The preactivations of merged layers are foretold from the proxy's own MLP input by least squares.
@@ -304,7 +331,9 @@ def _fit_mlp(proxy: EdgeDiTBlock, layers: Sequence[_Layer], normed: torch.Tensor
     gate, target = gate.expand_as(normed).flatten(0, 1), target.flatten(0, 1)
     into = torch.cat([mlp.proj_in.weight.mT, mlp.proj_in.bias.unsqueeze(0)])
     if len(layers) > 1:
-        into = torch.cat([refit_linear(rows, layer.preactivation.flatten(0, 1), layer.block.mlp.proj_in) for layer in layers], dim=1)
+        into = torch.cat(
+            [refit_linear(rows, layer.preactivation.flatten(0, 1), layer.block.mlp.proj_in) for layer in layers], dim=1
+        )
     hidden = mlp.act(_with_ones(rows) @ into.to(rows.dtype))  # [M, k·F]
     out, bias = torch.cat([layer.block.mlp.proj_out.weight.mT for layer in layers]), mlp.proj_out.bias
     if keep < hidden.shape[1]:
@@ -328,15 +357,15 @@ def closed_form_block(
 ) -> EdgeDiTBlock:
     """A proxy of one or more consecutive teacher layers, fitted to calibration features without a gradient step.
 
-    The modulation is the first layer's, whose input the proxy sees. Merged layers pool their heads and their neurons, of which the most
-    useful are kept. If the attention is narrower, each head's QKᵀ and VO products are factored at the smaller width and the output
-    projection refitted; if the MLP is narrower, its most useful neurons are kept; last, the MLP's output projection is refitted to what
-    the target still lacks, so it also mends the attention's error.
+    The modulation is the first layer's, whose input the proxy sees. Merged layers pool their heads and their neurons,
+    of which the most useful are kept. If the attention is narrower, each head's QKᵀ and VO products are factored at the
+    smaller width and the output projection refitted; if the MLP is narrower, its most useful neurons are kept; last,
+    the MLP's output projection is refitted to what the target still lacks, so it also mends the attention's error.
 
     Args:
         sources: the teacher layers that are replaced, in order, each fed with the output of the one before.
-        x: input of the first, `(n, N, D)`; conditioning: `(n, D)`, activated. More rows than the widest layer has neurons, please:
-            some times as many for merged layers.
+        x: input of the first, `(n, N, D)`; conditioning: `(n, D)`, activated. More rows than the widest layer has
+            neurons, please: some times as many for merged layers.
         attention_dim, mlp_ratio: sizes of the proxy.
 
     Raises:
@@ -346,7 +375,8 @@ def closed_form_block(
     width, neurons, keep = proxy.attn.to_out.in_features, proxy.mlp.proj_in.out_features, int(hidden_size * mlp_ratio)
     if attention_dim > width or keep > neurons:
         raise EdgeDiTError(
-            f"A closed-form proxy cannot be wider than its teacher: attention {attention_dim} of {width}, MLP {keep} of {neurons}."
+            f"A closed-form proxy cannot be wider than its teacher: attention {attention_dim} of {width}, MLP {keep} "
+            f"of {neurons}."
         )
     layers, target = _run(sources, x, conditioning)
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(proxy, conditioning)
@@ -363,7 +393,9 @@ def closed_form_block(
 
 @torch.no_grad()
 def truncated_block(source: EdgeDiTBlock, attention_dim: int, mlp_ratio: float) -> EdgeDiTBlock:
-    """The plain alternative to compare with: the first `attention_dim` / heads channels of every head and the first MLP neurons."""
+    """The plain alternative to compare with: the first `attention_dim` / heads channels of every head and the first MLP
+    neurons.
+    """
     proxy = copy.deepcopy(source)
     hidden_size, width = source.attn.to_out.weight.shape
     heads, keep = source.attn.heads, int(hidden_size * mlp_ratio)

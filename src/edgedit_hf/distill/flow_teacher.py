@@ -1,15 +1,17 @@
-"""Large flow-matching pipelines of diffusers as teachers: their velocity ε − x0 and their last layer's tokens for our x_t and σ.
+"""Large flow-matching pipelines of diffusers as teachers: their velocity ε − x0 and their last layer's tokens for our
+x_t and σ.
 
-One adapter a family, chosen by the pipeline's class name ([`FAMILIES`]); each calls its transformer as that pipeline's `__call__` does
-(diffusers 0.42.1). All of them integrate dx/dσ with `FlowMatchEulerDiscreteScheduler.step` (x + (σ' − σ)·output) or, Sana, with
-`DPMSolverMultistepScheduler.convert_model_output` (x0 = x − σ·output): what they hand to the scheduler is the velocity ε − x0. Lumina 2
-predicts x0 − ε and negates it before the step.
+One adapter a family, chosen by the pipeline's class name ([`FAMILIES`]); each calls its transformer as that pipeline's
+`__call__` does (diffusers 0.42.1). All of them integrate dx/dσ with `FlowMatchEulerDiscreteScheduler.step` (x + (σ' −
+σ)·output) or, Sana, with `DPMSolverMultistepScheduler.convert_model_output` (x0 = x − σ·output): what they hand to the
+scheduler is the velocity ε − x0. Lumina 2 predicts x0 − ε and negates it before the step.
 
-Memory: the transformer's weights, as `transformer_bytes` counts them (Qwen-Image's 20.4 B: 41 GB in bf16, 20 GB in 8 bit, 11.5 GB in 4 bit),
-and before them its text encoders, which are freed once the captions are encoded.
+Memory: the transformer's weights, as `transformer_bytes` counts them (Qwen-Image's 20.4 B: 41 GB in bf16, 20 GB in 8
+bit, 11.5 GB in 4 bit), and before them its text encoders, which are freed once the captions are encoded.
 
-Shapes: x_t, velocity `(B, C, H, W)` in the latents that the student is trained on (shifted and scaled as the VAE's config says); σ `(B,)`;
-features `(B, N, D)`; conditioning: text embeddings `(B, T, D)` and masks `(B, T)`, a pair a text input of the transformer.
+Shapes: x_t, velocity `(B, C, H, W)` in the latents that the student is trained on (shifted and scaled as the VAE's
+config says); σ `(B,)`; features `(B, N, D)`; conditioning: text embeddings `(B, T, D)` and masks `(B, T)`, a pair a
+text input of the transformer.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class Conditioning(NamedTuple):
-    """What a teacher knows of some captions: embeddings `(B, T_i, D_i)` and masks `(B, T_i)` of the tokens that are there, row by row."""
+    """What a teacher knows of some captions: embeddings `(B, T_i, D_i)` and masks `(B, T_i)` of the tokens that are
+    there, row by row.
+    """
 
     embeds: list[torch.Tensor]
     masks: list[torch.Tensor]
@@ -66,7 +70,8 @@ def latent_space(config: Mapping[str, Any] | None, channels: int) -> LatentSpace
 
 
 def _pack(latents: torch.Tensor) -> torch.Tensor:
-    # FluxPipeline._pack_latents, QwenImagePipeline._pack_latents: (B, C, H, W) -> (B, H/2·W/2, 4C), channels first within a token
+    # FluxPipeline._pack_latents, QwenImagePipeline._pack_latents: (B, C, H, W) -> (B, H/2·W/2, 4C), channels first
+    # within a token
     return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
@@ -79,13 +84,26 @@ class FlowTeacher:
 
     Args:
         pipeline: the loaded pipeline. dtype: precision it computes in. device: where.
-        guidance_scale: guided velocities to learn from; 1 is none. Flux.1-dev takes it as an embedding, as in its pipeline; the others compute
-            uncond + scale·(cond − uncond).
+        guidance_scale: guided velocities to learn from; 1 is none. Flux.1-dev takes it as an embedding, as in its
+            pipeline; the others compute uncond + scale·(cond − uncond).
         name: what messages call it.
     """
 
-    def __init__(self, pipeline: Any, device: torch.device, dtype: torch.dtype, guidance_scale: float = 1.0, name: str = "teacher") -> None:
-        self.pipeline, self.device, self.dtype, self.guidance_scale, self.name = pipeline, torch.device(device), dtype, guidance_scale, name
+    def __init__(
+        self,
+        pipeline: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        guidance_scale: float = 1.0,
+        name: str = "teacher",
+    ) -> None:
+        self.pipeline, self.device, self.dtype, self.guidance_scale, self.name = (
+            pipeline,
+            torch.device(device),
+            dtype,
+            guidance_scale,
+            name,
+        )
         self.transformer = pipeline.transformer.eval().requires_grad_(False)
         self.features: torch.Tensor | None = None
         self._placed = False
@@ -104,33 +122,46 @@ class FlowTeacher:
         guidance_scale: float = 1.0,
         trust_remote_code: bool = False,
     ) -> FlowTeacher:
-        """The teacher in a pipeline folder or Hub repository. Only its descriptions are read before it is known to be usable.
+        """The teacher in a pipeline folder or Hub repository. Only its descriptions are read before it is known to be
+        usable.
 
         Args:
-            quantization: of the transformer's linear layers by bitsandbytes: `none`, `8bit` (LLM.int8) or `4bit` (NF4); needs a CUDA GPU.
+            quantization: of the transformer's linear layers by bitsandbytes: `none`, `8bit` (LLM.int8) or `4bit` (NF4);
+                needs a CUDA GPU.
             device, dtype: where and in which precision it computes. guidance_scale: see the class.
             trust_remote_code: whether code in the repository may run.
 
         Raises:
-            EdgeDiTError: no pipeline is there, it is not one of [`FAMILIES`], its scheduler is not a flow's, or there is no GPU to quantise on.
+            EdgeDiTError: no pipeline is there, it is not one of [`FAMILIES`], its scheduler is not a flow's, or there
+                is no GPU to quantise on.
         """
         from diffusers import DiffusionPipeline
 
         check_quantization(quantization)
         family = FAMILIES[teacher_family(path_or_id)]
-        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "vae": None}  # [`check_latents`] reads its config
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
+            "vae": None,
+        }  # [`check_latents`] reads its config
         if quantization != "none":
             options["quantization_config"] = _quantization_config(quantization, dtype)
         try:
             with ask_nothing(trust_remote_code):
-                pipeline = DiffusionPipeline.from_pretrained(str(path_or_id), variant=pipeline_variant(Path(path_or_id)), **options)
-        except Exception as error:  # diffusers, transformers, huggingface_hub and safetensors each have their own, without a common base
+                pipeline = DiffusionPipeline.from_pretrained(
+                    str(path_or_id), variant=pipeline_variant(Path(path_or_id)), **options
+                )
+        # diffusers, transformers, huggingface_hub and safetensors each have their own, without a common base
+        except Exception as error:
             raise EdgeDiTError(f"The teacher {path_or_id} cannot be loaded: {' '.join(str(error).split())}") from error
         return family(pipeline, torch.device(device), dtype, guidance_scale, str(path_or_id))
 
     def _watch(self) -> None:
-        # In every family `norm_out` stands right behind the last layer, and Flux and AuraFlow have cut the text tokens off by then.
-        self.transformer.norm_out.register_forward_pre_hook(lambda module, arguments: setattr(self, "features", arguments[0]))
+        # In every family `norm_out` stands right behind the last layer, and Flux and AuraFlow have cut the text tokens
+        # off by then.
+        self.transformer.norm_out.register_forward_pre_hook(
+            lambda module, arguments: setattr(self, "features", arguments[0])
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -141,7 +172,9 @@ class FlowTeacher:
     def text_fingerprint(self) -> str:
         """Hash of what makes its conditioning; ask for it before the encoders are freed."""
         parts = [part for name in TEXT_PARTS if (part := getattr(self.pipeline, name, None)) is not None]
-        return hash_json([type(self.pipeline).__name__, str(self.dtype), [weights_hash(part.state_dict()) for part in parts]])
+        return hash_json(
+            [type(self.pipeline).__name__, str(self.dtype), [weights_hash(part.state_dict()) for part in parts]]
+        )
 
     @property
     def config(self) -> Any:
@@ -166,22 +199,28 @@ class FlowTeacher:
                 self.velocity(torch.zeros(1, *shape), half, self._null)
             except (ValueError, RuntimeError) as error:
                 raise EdgeDiTError(
-                    f"The teacher {self.name} does not take latents of shape {tuple(shape)}: {' '.join(str(error).split())}; "
-                    "change data.resolution or data.buckets, or give another teacher."
+                    f"The teacher {self.name} does not take latents of shape {tuple(shape)}: "
+                    f"{' '.join(str(error).split())}; change data.resolution or data.buckets, or give another teacher."
                 ) from error
 
     # ---------------------------------------------------------------- text
 
     @torch.no_grad()
-    def encode_prompt(self, prompt: str | list[str], device: Any = None, max_sequence_length: int | None = None) -> Conditioning:
-        """Conditioning of captions by the teacher's own text encoders, as its pipeline makes it; the same call as our pipeline's."""
+    def encode_prompt(
+        self, prompt: str | list[str], device: Any = None, max_sequence_length: int | None = None
+    ) -> Conditioning:
+        """Conditioning of captions by the teacher's own text encoders, as its pipeline makes it; the same call as our
+        pipeline's.
+        """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         parts = [part for name in TEXT_PARTS if (part := getattr(self.pipeline, name, None)) is not None]
         if not parts:
             raise EdgeDiTError(f"The teacher {self.name} has no text encoders (any more), so it cannot read captions.")
         for part in parts:
             part.to(self.device)
-        return self._encode(prompts, {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length})
+        return self._encode(
+            prompts, {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+        )
 
     def free_text_encoders(self) -> None:
         """Drop the text encoders: from here on conditioning comes from a cache."""
@@ -212,11 +251,19 @@ class FlowTeacher:
     # ---------------------------------------------------------------- velocity
 
     @torch.no_grad()
-    def velocity(self, x_t: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning | Any, unconditional: torch.Tensor | None = None) -> torch.Tensor:
-        """ε − x0 in float32 on the device of `x_t`; `features` then holds the last layer's tokens of the (conditional) call.
+    def velocity(
+        self,
+        x_t: torch.Tensor,
+        sigma: torch.Tensor,
+        conditioning: Conditioning | Any,
+        unconditional: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """ε − x0 in float32 on the device of `x_t`; `features` then holds the last layer's tokens of the (conditional)
+        call.
 
         Args:
-            x_t: `(B, C, H, W)`. sigma: `(B,)`, 1 is noise. conditioning: rows of what [`FlowTeacher.encode_prompt`] gave.
+            x_t: `(B, C, H, W)`. sigma: `(B,)`, 1 is noise. conditioning: rows of what [`FlowTeacher.encode_prompt`]
+                gave.
             unconditional: `(B,)` bool: rows that see the empty caption instead, unguided (the student's dropped text).
         """
         if not self._placed:
@@ -236,7 +283,9 @@ class FlowTeacher:
                 self.features = features
         return output.to(x_t.device, torch.float32)
 
-    def _predict(self, x: torch.Tensor, sigma: torch.Tensor, condition: Conditioning, guidance: torch.Tensor) -> torch.Tensor:
+    def _predict(
+        self, x: torch.Tensor, sigma: torch.Tensor, condition: Conditioning, guidance: torch.Tensor
+    ) -> torch.Tensor:
         raise NotImplementedError
 
     def _guide(self, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
@@ -258,7 +307,9 @@ class StableDiffusion3Teacher(FlowTeacher):
     """Stable Diffusion 3 and 3.5. The timestep is 1000·σ; padding is attended to."""
 
     def _encode(self, prompts, options):
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(prompts, None, None, self.device, do_classifier_free_guidance=False, **options)
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, None, None, self.device, do_classifier_free_guidance=False, **options
+        )
         return _all_there(embeds, pooled[:, None])
 
     def _predict(self, x, sigma, condition, guidance):
@@ -294,7 +345,9 @@ class FluxTeacher(FlowTeacher):
 
 
 class QwenImageTeacher(FlowTeacher):
-    """Qwen-Image, the teacher of SnapGen++. Packed 2 × 2 latents, timestep σ; guided velocities keep the conditional one's norm a token."""
+    """Qwen-Image, the teacher of SnapGen++. Packed 2 × 2 latents, timestep σ; guided velocities keep the conditional
+    one's norm a token.
+    """
 
     @property
     def latent_channels(self) -> int:
@@ -326,12 +379,18 @@ class QwenImageTeacher(FlowTeacher):
 
 
 class SanaTeacher(FlowTeacher):
-    """Sana (flow-matching DPM-Solver). The timestep is 1000·σ, times `timestep_scale`; captions get the pipeline's own instruction."""
+    """Sana (flow-matching DPM-Solver). The timestep is 1000·σ, times `timestep_scale`; captions get the pipeline's own
+    instruction.
+    """
 
     def _encode(self, prompts, options):
         instruction = inspect.signature(self.pipeline.__call__).parameters["complex_human_instruction"].default
         embeds, mask, _, _ = self.pipeline.encode_prompt(
-            prompts, False, device=self.device, complex_human_instruction=instruction if any(prompts) else None, **options
+            prompts,
+            False,
+            device=self.device,
+            complex_human_instruction=instruction if any(prompts) else None,
+            **options,
         )
         return Conditioning([embeds], [mask.bool()])
 
@@ -351,14 +410,18 @@ class AuraFlowTeacher(FlowTeacher):
     """AuraFlow. Timestep σ; embeddings of padding are zero and attended to."""
 
     def _encode(self, prompts, options):
-        return _all_there(self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=self.device, **options)[0])
+        return _all_there(
+            self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=self.device, **options)[0]
+        )
 
     def _predict(self, x, sigma, condition, guidance):
         return self.transformer(x, encoder_hidden_states=condition.embeds[0], timestep=sigma, return_dict=False)[0]
 
 
 class Lumina2Teacher(FlowTeacher):
-    """Lumina Image 2. Its time runs from noise (0) to image (1) and its output is x0 − ε: both are turned round here, as in its pipeline."""
+    """Lumina Image 2. Its time runs from noise (0) to image (1) and its output is x0 − ε: both are turned round here,
+    as in its pipeline.
+    """
 
     @property
     def feature_dim(self) -> int:
@@ -375,10 +438,18 @@ class Lumina2Teacher(FlowTeacher):
 
     def _predict(self, x, sigma, condition, guidance):
         (embeds,), (mask,) = condition
-        output = self.transformer(hidden_states=x, timestep=1 - sigma, encoder_hidden_states=embeds, encoder_attention_mask=mask.long(), return_dict=False)[0]
+        output = self.transformer(
+            hidden_states=x,
+            timestep=1 - sigma,
+            encoder_hidden_states=embeds,
+            encoder_attention_mask=mask.long(),
+            return_dict=False,
+        )[0]
         # Text and image stand in one sequence, every row's image right behind its own text.
         tokens = x.shape[-2] * x.shape[-1] // self.transformer.config.patch_size**2
-        self.features = torch.stack([row[start : start + tokens] for row, start in zip(self.features, mask.sum(1).tolist())])
+        self.features = torch.stack(
+            [row[start : start + tokens] for row, start in zip(self.features, mask.sum(1).tolist())]
+        )
         return -output
 
 
@@ -409,7 +480,9 @@ class ElasticDiTTeacher(FlowTeacher):
         return self._no_text(1)
 
     def _predict(self, x, sigma, condition, guidance):
-        embeds = [e if e.shape[1] else None for e in condition.embeds]  # an encoder that the teacher has not has no tokens in a text table
+        embeds = [
+            e if e.shape[1] else None for e in condition.embeds
+        ]  # an encoder that the teacher has not has no tokens in a text table
         output = self.transformer(x, sigma * 1000, embeds, condition.masks, return_features=True, subnet=self.full)
         self.features = output.features
         return output.sample
@@ -435,7 +508,10 @@ def check_quantization(quantization: str) -> None:
     if quantization not in QUANTIZATIONS:
         raise EdgeDiTError(f"The quantisation is {quantization!r}; it must be one of {', '.join(QUANTIZATIONS)}.")
     if quantization != "none" and not torch.cuda.is_available():
-        raise EdgeDiTError(f"A {quantization} teacher needs a CUDA GPU (bitsandbytes), and none is here; set knowledge.quantization to none.")
+        raise EdgeDiTError(
+            f"A {quantization} teacher needs a CUDA GPU (bitsandbytes), and none is here; set knowledge.quantization "
+            "to none."
+        )
 
 
 def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
@@ -461,23 +537,29 @@ def teacher_family(path_or_id: str | Path) -> str:
         index = DiffusionPipeline.load_config(str(path_or_id))
     except (OSError, ValueError) as error:
         raise EdgeDiTError(
-            f"There is no pipeline in {path_or_id} ({' '.join(str(error).split())[:200]}); give a pipeline folder or a Hub id (organisation/name)."
+            f"There is no pipeline in {path_or_id} ({' '.join(str(error).split())[:200]}); give a pipeline folder or a "
+            "Hub id (organisation/name)."
         ) from error
     name = class_name(index)
     if name not in FAMILIES:
-        raise EdgeDiTError(f"The teacher {path_or_id} is a {name}; it must be a flow pipeline that is known here: {', '.join(FAMILIES)}.")
+        raise EdgeDiTError(
+            f"The teacher {path_or_id} is a {name}; it must be a flow pipeline that is known here: "
+            f"{', '.join(FAMILIES)}."
+        )
     scheduler = str(index.get("scheduler", ["", ""])[1])
     config = FlowMatchEulerDiscreteScheduler.load_config(str(path_or_id), subfolder="scheduler")
     if not (scheduler.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"):
         raise EdgeDiTError(
-            f"The teacher {path_or_id} has a {scheduler} with prediction_type {config.get('prediction_type')!r}, which integrates no flow; "
-            "give a flow-matching checkpoint (FlowMatchEulerDiscreteScheduler, or prediction_type 'flow_prediction')."
+            f"The teacher {path_or_id} has a {scheduler} with prediction_type {config.get('prediction_type')!r}, which "
+            "integrates no flow; give a flow-matching checkpoint (FlowMatchEulerDiscreteScheduler, or prediction_type "
+            "'flow_prediction')."
         )
     return name
 
 
 def check_latents(path_or_id: str | Path, vae: Any, channels: int) -> None:
-    """Raise unless a teacher sees the latent space of a student on the latents of this VAE (`None`: on pixels of so many channels).
+    """Raise unless a teacher sees the latent space of a student on the latents of this VAE (`None`: on pixels of so
+    many channels).
 
     Two autoencoders with the same config but other weights are not told apart.
     """
@@ -491,16 +573,18 @@ def check_latents(path_or_id: str | Path, vae: Any, channels: int) -> None:
     theirs, ours = latent_space(config, own), latent_space(None if vae is None else vae.config, channels)
     for field, value, wanted in zip(LatentSpace._fields, theirs, ours):
         if value != wanted:
-            remedy = "take a teacher without a VAE" if vae is None else "set data.vae to the teacher's VAE (its folder vae)"
+            remedy = (
+                "take a teacher without a VAE" if vae is None else "set data.vae to the teacher's VAE (its folder vae)"
+            )
             raise EdgeDiTError(
-                f"The teacher {source} has another latent space: {field} is {_short(value)} there and {_short(wanted)} for the student; "
-                f"{remedy} or give another teacher."
+                f"The teacher {source} has another latent space: {field} is {_short(value)} there and {_short(wanted)} "
+                f"for the student; {remedy} or give another teacher."
             )
 
 
 def transformer_bytes(path_or_id: str | Path, quantization: str = "none", bytes_a_weight: int = 2) -> int:
-    """Bytes of a teacher's transformer, from its config on this machine: `bytes_a_weight` a parameter, or of the weights of linear layers 1
-    (8 bit), or 0.5 and a float32 scale for every 64 (NF4).
+    """Bytes of a teacher's transformer, from its config on this machine: `bytes_a_weight` a parameter, or of the
+    weights of linear layers 1 (8 bit), or 0.5 and a float32 scale for every 64 (NF4).
 
     Raises:
         OSError: the teacher is not here.

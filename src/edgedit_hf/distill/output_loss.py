@@ -6,7 +6,8 @@ import torch
 
 
 def output_loss(student: torch.Tensor, teacher: torch.Tensor, channels: int) -> torch.Tensor:
-    """Per-sample mean squared distance `(B,)` of the predictions (the first `channels` channels; a learned variance is left alone).
+    """Per-sample mean squared distance `(B,)` of the predictions (the first `channels` channels; a learned variance is
+    left alone).
 
     Args:
         student, teacher: model outputs `(B, C or 2C, H, W)` for the same noisy input, timestep and label.

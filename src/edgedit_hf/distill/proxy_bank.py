@@ -1,7 +1,7 @@
 """ProxyBank: every proxy of a teacher as an addressable safetensors file, with an index; assembles students.
 
-Folder: `index.json` and a file a proxy, e.g. `03-mlp.safetensors` (layer 3 with a reduced MLP), `04-05-both.safetensors` (layers 4 and 5
-merged into one with both reductions).
+Folder: `index.json` and a file a proxy, e.g. `03-mlp.safetensors` (layer 3 with a reduced MLP),
+`04-05-both.safetensors` (layers 4 and 5 merged into one with both reductions).
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from ..errors import EdgeDiTError
-from ..files import aside_of, atomic_write_json, check_finite, explain_write_errors, file_sha256, read_json, weights_hash
+from ..files import (
+    aside_of,
+    atomic_write_json,
+    check_finite,
+    explain_write_errors,
+    file_sha256,
+    read_json,
+    weights_hash,
+)
 from ..genotype import Genotype, LayerSpec
 from ..models.checkpoints import check_weights
 from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
@@ -33,7 +41,8 @@ class ProxyBank:
 
     Args:
         folder: a bank's folder with its `index.json`.
-        teacher: the teacher, whose trunk and original layers students take over; its weights must be those the bank was made from.
+        teacher: the teacher, whose trunk and original layers students take over; its weights must be those the bank was
+            made from.
 
     Raises:
         EdgeDiTError: no bank there, or it belongs to another teacher (both hashes are quoted).
@@ -43,15 +52,21 @@ class ProxyBank:
         self.folder = Path(folder)
         path, made_by = self.folder / "index.json", "stage bank (training/distill_proxies.py)"
         index = read_json(path, made_by)
-        if not isinstance(index, dict) or index.get("format") != FORMAT or not {"teacher_hash", "space", "entries"} <= set(index):
+        if (
+            not isinstance(index, dict)
+            or index.get("format") != FORMAT
+            or not {"teacher_hash", "space", "entries"} <= set(index)
+        ):
             found = index.get("format") if isinstance(index, dict) else type(index).__name__
-            raise EdgeDiTError(f"{path} has the format {shorten(found)}; expected a whole {FORMAT!r}: it is no proxy bank.")
+            raise EdgeDiTError(
+                f"{path} has the format {shorten(found)}; expected a whole {FORMAT!r}: it is no proxy bank."
+            )
         held_to(index, BankIndex, path, made_by, "a proxy bank")
         found = weights_hash(teacher.state_dict())
         if found != index["teacher_hash"]:
             raise EdgeDiTError(
-                f"The bank {self.folder} was made from a teacher with hash {index['teacher_hash']}, but the given teacher has {found}; "
-                "use the teacher it was made from, or make the bank anew."
+                f"The bank {self.folder} was made from a teacher with hash {index['teacher_hash']}, but the given "
+                f"teacher has {found}; use the teacher it was made from, or make the bank anew."
             )
         self.index = index
         self.teacher = teacher
@@ -61,7 +76,12 @@ class ProxyBank:
     def create(cls, folder: str | os.PathLike, teacher: EdgeDiTTransformer2DModel, space: SearchSpace) -> ProxyBank:
         """An empty bank. [`~ProxyBank.write_proxy`] and [`~ProxyBank.write_index`] fill it."""
         check_weights(teacher, "The teacher of the bank")
-        index = {"format": FORMAT, "teacher_hash": weights_hash(teacher.state_dict()), "space": space.to_dict(), "entries": {}}
+        index = {
+            "format": FORMAT,
+            "teacher_hash": weights_hash(teacher.state_dict()),
+            "space": space.to_dict(),
+            "entries": {},
+        }
         atomic_write_json(Path(folder, "index.json"), index)
         return cls(folder, teacher)
 
@@ -69,9 +89,10 @@ class ProxyBank:
     def entries(self) -> dict[str, dict[str, Any]]:
         """What the bank holds, by key: file, sha256, source, option, steps, seed, init, and held-out losses.
 
-        All losses are normalised (1: no better than leaving the layers out) and held-out: `loss_before` and `loss_after` of the proxy's
-        training; `losses`, a dict of "random", "copied", "closed_form" (where that was fitted), "combined" (the start of a "both", from
-        the trained "attention" and "mlp") and "after"; `curve`, pairs (steps done, loss) from the proxy's own start to its end.
+        All losses are normalised (1: no better than leaving the layers out) and held-out: `loss_before` and
+        `loss_after` of the proxy's training; `losses`, a dict of "random", "copied", "closed_form" (where that was
+        fitted), "combined" (the start of a "both", from the trained "attention" and "mlp") and "after"; `curve`, pairs
+        (steps done, loss) from the proxy's own start to its end.
         """
         return self.index["entries"]
 
@@ -80,8 +101,14 @@ class ProxyBank:
         return "-".join(f"{i:02d}" for i in layer.source) + "/" + self.space.option_of(layer)
 
     def missing(self, genotype: Genotype | None = None) -> list[str]:
-        """Keys that the bank does not hold yet, of the proxies that this genotype needs (default: of the whole search space)."""
-        layers = self.space.proxies() if genotype is None else [layer for layer in genotype.layers if not self._is_teachers(layer)]
+        """Keys that the bank does not hold yet, of the proxies that this genotype needs (default: of the whole search
+        space).
+        """
+        layers = (
+            self.space.proxies()
+            if genotype is None
+            else [layer for layer in genotype.layers if not self._is_teachers(layer)]
+        )
         return [key for key in map(self.key, layers) if key not in self.entries]
 
     def _is_teachers(self, layer: LayerSpec) -> bool:
@@ -99,7 +126,11 @@ class ProxyBank:
         name = self.key(layer).replace("/", "-") + ".safetensors"
         aside = aside_of(self.folder / name)
         state = {k: v.detach().cpu().contiguous() for k, v in block.state_dict().items()}
-        check_finite(state, f"The proxy {self.key(layer)}", "it was not written. Lower bank.learning_rate, or look at the teacher.")
+        check_finite(
+            state,
+            f"The proxy {self.key(layer)}",
+            "it was not written. Lower bank.learning_rate, or look at the teacher.",
+        )
         with explain_write_errors(self.folder / name):
             try:
                 save_file(state, aside)
@@ -109,7 +140,13 @@ class ProxyBank:
             finally:
                 aside.unlink(missing_ok=True)
         option = self.space.option_of(layer)
-        return {"file": name, "sha256": file_sha256(self.folder / name), "source": list(layer.source), "option": option, **record}
+        return {
+            "file": name,
+            "sha256": file_sha256(self.folder / name),
+            "source": list(layer.source),
+            "option": option,
+            **record,
+        }
 
     def write_index(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
         """Add entries and write the index."""
@@ -131,18 +168,23 @@ class ProxyBank:
             raise self._lacks([key])
         name, sha256 = str(self.entries[key].get("file")), self.entries[key].get("sha256")
         if Path(name).name != name or len(name.encode()) > 255:
-            raise EdgeDiTError(f"The index of {self.folder} names the file {shorten(name)}; a proxy's file must lie in the bank's own folder.")
+            raise EdgeDiTError(
+                f"The index of {self.folder} names the file {shorten(name)}; a proxy's file must lie in the bank's own "
+                "folder."
+            )
         path = self.folder / name
         try:
             content = path.read_bytes()
             if (found := hashlib.sha256(content).hexdigest()) != sha256:
                 raise EdgeDiTError(
-                    f"The proxy {path} ({len(content)} bytes) has the SHA-256 {found}, but the bank's index says {str(sha256)[:64]}: it is damaged "
-                    "or from another bank; delete the bank and make it anew."
+                    f"The proxy {path} ({len(content)} bytes) has the SHA-256 {found}, but the bank's index says "
+                    f"{str(sha256)[:64]}: it is damaged or from another bank; delete the bank and make it anew."
                 )
             state = load(content)
         except (OSError, SafetensorError) as error:
-            raise EdgeDiTError(f"The proxy {path} cannot be read ({error}); delete the bank and make it anew.") from error
+            raise EdgeDiTError(
+                f"The proxy {path} cannot be read ({error}); delete the bank and make it anew."
+            ) from error
         expected = {k: tuple(v.shape) for k, v in self.new_block(layer, device="meta").state_dict().items()}
         got = {k: tuple(v.shape) for k, v in state.items()}
         if got != expected:
@@ -153,8 +195,9 @@ class ProxyBank:
         named = ", ".join(map(repr, keys[:5])) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
         noun = "proxy" if len(keys) == 1 else "proxies"
         return EdgeDiTError(
-            f"The bank {self.folder} has no {noun} {named}; it holds {len(self.entries)} of {len(self.space.proxies())} entries. "
-            "Finish stage bank first, with a bank.only that names this genotype or is null."
+            f"The bank {self.folder} has no {noun} {named}; it holds {len(self.entries)} of "
+            f"{len(self.space.proxies())} entries. Finish stage bank first, with a bank.only that names this genotype "
+            "or is null."
         )
 
     def new_block(self, layer: LayerSpec, device: str = "cpu") -> EdgeDiTBlock:
@@ -167,7 +210,8 @@ class ProxyBank:
 
         Args:
             genotype: must be one of the bank's search space.
-            random_seed: when given, proxies are left at DiT's random initialisation instead (to see what distillation is worth).
+            random_seed: when given, proxies are left at DiT's random initialisation instead (to see what distillation
+                is worth).
 
         Raises:
             EdgeDiTError: the genotype does not fit the teacher, or proxies are missing (they are named).
@@ -176,7 +220,9 @@ class ProxyBank:
         if random_seed is None and (missing := self.missing(genotype)):
             raise self._lacks(missing)
         state = torch.random.get_rng_state()
-        torch.default_generator.manual_seed(0 if random_seed is None else random_seed)  # the CPU's alone: blocks start there
+        torch.default_generator.manual_seed(
+            0 if random_seed is None else random_seed
+        )  # the CPU's alone: blocks start there
         try:
             student = EdgeDiTTransformer2DModel.with_config(self.teacher.config, layers=genotype.to_layers())
         finally:

@@ -1,7 +1,8 @@
-"""The proxies that train together: features of the teacher, one step for all of them, held-out losses, starts, and their checkpoint.
+"""The proxies that train together: features of the teacher, one step for all of them, held-out losses, starts, and
+their checkpoint.
 
-Shapes: B images, N tokens, D residual width. The teacher may be in bf16; its residual stream, which is what proxies see, stays in fp32:
-late layers change a large hidden state by little, and that little would drown in bf16's rounding.
+Shapes: B images, N tokens, D residual width. The teacher may be in bf16; its residual stream, which is what proxies
+see, stays in fp32: late layers change a large hidden state by little, and that little would drown in bf16's rounding.
 """
 
 from __future__ import annotations
@@ -27,12 +28,18 @@ from .closed_form import closed_form_block, truncated_block
 from .feature_loss import feature_loss
 from .schedule import depth_of
 
-STARTS = {"closed_form": "closed_form", "copy": "copied", "random": "random"}  # bank.init → name in the index's `losses`
+STARTS = {
+    "closed_form": "closed_form",
+    "copy": "copied",
+    "random": "random",
+}  # bank.init → name in the index's `losses`
 
 
 @dataclass(frozen=True)
 class Features:
-    """What one teacher forward gives: inputs and outputs `(B, N, D)` by teacher layer, and the conditioning `(B, D)`."""
+    """What one teacher forward gives: inputs and outputs `(B, N, D)` by teacher layer, and the conditioning `(B,
+    D)`.
+    """
 
     inputs: Mapping[int, torch.Tensor]
     outputs: Mapping[int, torch.Tensor]
@@ -46,7 +53,9 @@ class Features:
         """Only what these layers need; the rest is let go."""
         layers = list(layers)
         firsts, lasts = {layer.source[0] for layer in layers}, {layer.source[-1] for layer in layers}
-        return Features({i: self.inputs[i] for i in sorted(firsts)}, {i: self.outputs[i] for i in sorted(lasts)}, self.conditioning)
+        return Features(
+            {i: self.inputs[i] for i in sorted(firsts)}, {i: self.outputs[i] for i in sorted(lasts)}, self.conditioning
+        )
 
     @staticmethod
     def cat(batches: Sequence[Features]) -> Features:
@@ -85,7 +94,8 @@ def teacher_features(
 
 
 def random_block(block: EdgeDiTBlock, seed: int, key: str) -> EdgeDiTBlock:
-    """Initialise a block in place: Xavier weights, modulation included (DiT's zeros would leave it the identity), and zero biases.
+    """Initialise a block in place: Xavier weights, modulation included (DiT's zeros would leave it the identity), and
+    zero biases.
 
     The numbers are a function of seed and key alone, whatever rank or group makes the proxy.
     """
@@ -98,9 +108,15 @@ def random_block(block: EdgeDiTBlock, seed: int, key: str) -> EdgeDiTBlock:
 
 
 def start_blocks(
-    teacher: EdgeDiTTransformer2DModel, layer: LayerSpec, calibration: tuple[torch.Tensor, torch.Tensor], seed: int, key: str, init: str
+    teacher: EdgeDiTTransformer2DModel,
+    layer: LayerSpec,
+    calibration: tuple[torch.Tensor, torch.Tensor],
+    seed: int,
+    key: str,
+    init: str,
 ) -> Iterable[tuple[str, EdgeDiTBlock]]:
-    """Untrained stand-ins of a layer, one at a time: "random", "copied", and, where `init` is "closed_form", "closed_form".
+    """Untrained stand-ins of a layer, one at a time: "random", "copied", and, where `init` is "closed_form",
+    "closed_form".
 
     Args:
         calibration: input of the layer `(n, N, D)` and conditioning `(n, D)` that the closed form is fitted to.
@@ -110,15 +126,18 @@ def start_blocks(
     yield "random", random_block(teacher.new_block(layer.to_dict()), seed, key).to(device)
     yield "copied", truncated_block(sources[0], layer.attention_dim, layer.mlp_ratio).to(device, torch.float32)
     if init == "closed_form":
-        sources = [teacher.new_block(teacher.config.layers[i]).to(device) for i in layer.source]  # in fp32, though the teacher may be in bf16
+        sources = [
+            teacher.new_block(teacher.config.layers[i]).to(device) for i in layer.source
+        ]  # in fp32, though the teacher may be in bf16
         for block, i in zip(sources, layer.source):
             block.load_state_dict(teacher.blocks[i].state_dict())
         try:
             fitted = closed_form_block(sources, *calibration, layer.attention_dim, layer.mlp_ratio)
         except torch.linalg.LinAlgError as error:
             raise EdgeDiTError(
-                f"The proxy {key!r} cannot be fitted in closed form to the teacher's layers {list(layer.source)}: {str(error).splitlines()[0]} "
-                "Their features are not finite, or all the same; look at the teacher's weights there, or set bank.init to copied."
+                f"The proxy {key!r} cannot be fitted in closed form to the teacher's layers {list(layer.source)}: "
+                f"{str(error).splitlines()[0]} Their features are not finite, or all the same; look at the teacher's "
+                "weights there, or set bank.init to copied."
             ) from error
         yield "closed_form", fitted.to(device)
 
@@ -140,14 +159,17 @@ def new_optimizer(name: str, parameters: Iterable[nn.Parameter], learning_rate: 
         return AdamW8bit(parameters, lr=learning_rate, weight_decay=0.0)
     except (ImportError, RuntimeError, OSError) as error:  # missing, or no native library for this machine
         raise EdgeDiTError(
-            f"bank.optimizer is {name!r}, but bitsandbytes does not work here ({str(error).splitlines()[0] if str(error) else error!r}); "
-            "`pip install bitsandbytes`, or set bank.optimizer to adamw."
+            f"bank.optimizer is {name!r}, but bitsandbytes does not work here "
+            f"({str(error).splitlines()[0] if str(error) else error!r}); `pip install bitsandbytes`, or set "
+            "bank.optimizer to adamw."
         ) from error
 
 
 @dataclass
 class Proxy:
-    """One proxy on the device: what it replaces, its block in fp32, its optimiser, and its held-out losses so far as [step, loss]."""
+    """One proxy on the device: what it replaces, its block in fp32, its optimiser, and its held-out losses so far as
+    [step, loss].
+    """
 
     layer: LayerSpec
     block: EdgeDiTBlock
@@ -158,8 +180,8 @@ class Proxy:
 def train_step(proxies: Iterable[Proxy], features: Features, kind: str, precision: str = "no") -> torch.Tensor:
     """One optimiser step of every proxy on the features of one batch; returns their mean loss.
 
-    Each proxy's forward, backward and update run on their own, one proxy after the other: the activations and gradients of one are alive
-    at a time, and its weights are still in the caches when they are updated.
+    Each proxy's forward, backward and update run on their own, one proxy after the other: the activations and gradients
+    of one are alive at a time, and its weights are still in the caches when they are updated.
     """
     losses = []
     for proxy in proxies:
@@ -175,11 +197,14 @@ def train_step(proxies: Iterable[Proxy], features: Features, kind: str, precisio
 
 
 @torch.no_grad()
-def held_out_losses(blocks: Mapping[str, tuple[LayerSpec, EdgeDiTBlock]], batches: Iterable[Features], precision: str = "no") -> dict[str, float]:
+def held_out_losses(
+    blocks: Mapping[str, tuple[LayerSpec, EdgeDiTBlock]], batches: Iterable[Features], precision: str = "no"
+) -> dict[str, float]:
     """Normalised feature loss of every block, as a mean over batches that are looked at one at a time.
 
     Raises:
-        EdgeDiTError: a loss is not finite: the teacher's layers give NaN or infinite features, or the block's own training diverged.
+        EdgeDiTError: a loss is not finite: the teacher's layers give NaN or infinite features, or the block's own
+            training diverged.
     """
     sums: dict[str, torch.Tensor] = {}
     count = 0
@@ -194,17 +219,20 @@ def held_out_losses(blocks: Mapping[str, tuple[LayerSpec, EdgeDiTBlock]], batche
     for key, loss in losses.items():
         if not math.isfinite(loss):
             raise EdgeDiTError(
-                f"The held-out loss of the stand-in {key!r} of the teacher's layers {list(blocks[key][0].source)} is {loss}: these layers give NaN or "
-                "infinite features, or it diverged. Look at the teacher's weights there, or lower bank.learning_rate."
+                f"The held-out loss of the stand-in {key!r} of the teacher's layers {list(blocks[key][0].source)} is "
+                f"{loss}: these layers give NaN or infinite features, or it diverged. Look at the teacher's weights "
+                "there, or lower bank.learning_rate."
             )
     return losses
 
 
 class ProxyGroup:
-    """The proxies that are on the device, by key, and the group's place in the plan: a checkpoint holds these and no others.
+    """The proxies that are on the device, by key, and the group's place in the plan: a checkpoint holds these and no
+    others.
 
     Args:
-        new_proxy: makes a proxy of a layer around a block (given), or around a new one (`None`) whose weights will be loaded.
+        new_proxy: makes a proxy of a layer around a block (given), or around a new one (`None`) whose weights will be
+            loaded.
     """
 
     def __init__(self, new_proxy: Callable[[LayerSpec, EdgeDiTBlock | None], Proxy]) -> None:
@@ -217,7 +245,8 @@ class ProxyGroup:
     def clear(self) -> None:
         """Let go of the proxies, whose files are written."""
         self.proxies = {}
-        gc.collect()  # an optimiser is part of a reference cycle: its states would stay until the collector happens to run
+        # an optimiser is part of a reference cycle: its states would stay until the collector happens to run
+        gc.collect()
 
     @property
     def depth(self) -> int:

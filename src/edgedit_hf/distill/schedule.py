@@ -1,11 +1,14 @@
-"""Who makes which proxies, and when: shares of ranks, groups that fit the memory, and the memory model behind them. Pure, no torch.
+"""Who makes which proxies, and when: shares of ranks, groups that fit the memory, and the memory model behind them.
+Pure, no torch.
 
-The unit is a pair of teacher layers with all its proxies (3 + 3 + 4, or 3 for a last odd layer), as these share their features. A rank
-owns a contiguous range of pairs, because it runs the teacher up to its deepest layer whatever it does with the layers before.
+The unit is a pair of teacher layers with all its proxies (3 + 3 + 4, or 3 for a last odd layer), as these share their
+features. A rank owns a contiguous range of pairs, because it runs the teacher up to its deepest layer whatever it does
+with the layers before.
 
-A rank whose pairs do not fit the memory takes them in contiguous groups. Each group visits the device once, for all its steps, and then
-goes to disk for good. The alternative, to move every proxy in and out each step, would move 12 bytes a parameter (weight and two
-moments; 32 GB a step for the 2.65 G parameters of DiT-XL/2's proxies), whereas a further group only runs the teacher's prefix again.
+A rank whose pairs do not fit the memory takes them in contiguous groups. Each group visits the device once, for all its
+steps, and then goes to disk for good. The alternative, to move every proxy in and out each step, would move 12 bytes a
+parameter (weight and two moments; 32 GB a step for the 2.65 G parameters of DiT-XL/2's proxies), whereas a further
+group only runs the teacher's prefix again.
 """
 
 from __future__ import annotations
@@ -19,10 +22,14 @@ from ..search_space import SearchSpace, layer_cost, trunk_cost
 
 TRAIN_FORWARDS = 3  # forward and backward cost about three forwards
 UPDATE_FLOPS = 200  # an AdamW update moves 28 bytes a weight and computes little; that many FLOPs take as long
-PROCESS_BYTES = 800_000_000  # interpreter with torch, diffusers, accelerate and a small data set, resident before the teacher is loaded
-ACTIVATION_BYTES = 160  # a token and channel that autograd keeps of one DiT block and its loss in fp32, temporaries of backward included
-FIT_ROW_BYTES = 44  # a calibration token and MLP neuron while a merge, which pools two layers' neurons, is fitted in closed form (measured)
-FIT_MATRIX_BYTES = 170  # a pair of MLP neurons meanwhile: float64 Gram matrices of the pooled neurons, their factors and inverses (measured)
+# interpreter with torch, diffusers, accelerate and a small data set, resident before the teacher is loaded
+PROCESS_BYTES = 800_000_000
+# a token and channel that autograd keeps of one DiT block and its loss in fp32, temporaries of backward included
+ACTIVATION_BYTES = 160
+# a calibration token and MLP neuron while a merge, which pools two layers' neurons, is fitted in closed form (measured)
+FIT_ROW_BYTES = 44
+# a pair of MLP neurons meanwhile: float64 Gram matrices of the pooled neurons, their factors and inverses (measured)
+FIT_MATRIX_BYTES = 170
 
 
 def pairs_of(proxies: Iterable[LayerSpec]) -> list[tuple[LayerSpec, ...]]:
@@ -54,9 +61,14 @@ def wanted_proxies(space: SearchSpace, genotypes: Sequence[Genotype] | None) -> 
         for layer in genotype.layers:
             option = space.option_of(layer)
             options = ("attention", "mlp", "both") if option == "both" else (option,)
-            needed.update(space.layer(layer.source, name) for name in options if len(layer.source) > 1 or name != "original")
+            needed.update(
+                space.layer(layer.source, name) for name in options if len(layer.source) > 1 or name != "original"
+            )
     if not needed:
-        raise EdgeDiTError("bank.only names genotypes that keep every teacher layer as it is: they need no proxies. Leave it null to make all.")
+        raise EdgeDiTError(
+            "bank.only names genotypes that keep every teacher layer as it is: they need no proxies. Leave it null to "
+            "make all."
+        )
     return [layer for layer in space.proxies() if layer in needed]
 
 
@@ -72,7 +84,8 @@ def prefix_cost(space: SearchSpace, depth: int, tokens: int, batch_size: int) ->
 
 
 def contiguous_shares(work: Sequence[float], prefix: Sequence[float], ranks: int) -> list[range]:
-    """Cut 0 … n-1 into `ranks` non-empty ranges that minimise the slowest: the sum of its `work` plus `prefix` of its last element.
+    """Cut 0 … n-1 into `ranks` non-empty ranges that minimise the slowest: the sum of its `work` plus `prefix` of its
+    last element.
 
     Exact, by dynamic programming over (ranks, elements).
 
@@ -111,7 +124,8 @@ class MemoryModel:
     Args:
         space: the teacher's. model_config: its config. tokens: of an image.
         batch_size, calibration_samples: images a step, and images that starts are fitted to.
-        teacher_bytes: a teacher weight (4 in fp32, 2 in bf16). state_bytes: optimiser state a weight (8 for AdamW, 2 for its 8-bit form).
+        teacher_bytes: a teacher weight (4 in fp32, 2 in bf16). state_bytes: optimiser state a weight (8 for AdamW, 2
+            for its 8-bit form).
         closed_form: whether starts are fitted.
         process_bytes: held before anything is loaded; 0 where the budget is a GPU's.
     """
@@ -138,10 +152,10 @@ class MemoryModel:
     def predict(self, layers: Sequence[LayerSpec], depth: int) -> int:
         """Peak bytes while a rank whose prefix is `depth` layers makes these proxies.
 
-        The largest of four moments: the teacher being loaded (fp32, all layers); the starts of the last pair (calibration and held-out
-        features of a pair, the fit's matrices); training of the single reductions; training of "both". Training holds weights and
-        optimiser states of the group, and the gradients, activations and low-precision copy of one proxy; every moment but the first
-        holds the prefix and the features of a batch.
+        The largest of four moments: the teacher being loaded (fp32, all layers); the starts of the last pair
+        (calibration and held-out features of a pair, the fit's matrices); training of the single reductions; training
+        of "both". Training holds weights and optimiser states of the group, and the gradients, activations and
+        low-precision copy of one proxy; every moment but the first holds the prefix and the features of a batch.
         """
         width, tokens = self.space.hidden_size, self.tokens
         both = [layer for layer in layers if self.space.option_of(layer) == "both"]
@@ -150,7 +164,11 @@ class MemoryModel:
         feature = 4 * tokens * width  # one tensor of one image: the residual stream stays in fp32
         held = self.process_bytes + self.teacher_bytes * self.teacher(depth) + (depth + 1) * self.batch_size * feature
         neurons = int(width * self.space.mlp_ratio)
-        fitting = (FIT_ROW_BYTES * self.calibration_samples * tokens + FIT_MATRIX_BYTES * neurons) * neurons if self.closed_form else 0
+        fitting = (
+            (FIT_ROW_BYTES * self.calibration_samples * tokens + FIT_MATRIX_BYTES * neurons) * neurons
+            if self.closed_form
+            else 0
+        )
         start = 4 * self.weights(single) + 4 * 6 * original + 11 * self.calibration_samples * feature + fitting
         one = 6 * original + ACTIVATION_BYTES * self.batch_size * tokens * width
         train = (4 + self.state_bytes) * max(self.weights(single), self.weights(both)) + one
@@ -170,7 +188,8 @@ class Group:
 def fitting_groups(
     pairs: Sequence[tuple[LayerSpec, ...]], predict: Callable[[Sequence[LayerSpec]], int], budget_bytes: float | None
 ) -> list[Group]:
-    """Cut a rank's pairs into the fewest contiguous groups that fit; greedy is exact, as a longer group never needs less.
+    """Cut a rank's pairs into the fewest contiguous groups that fit; greedy is exact, as a longer group never needs
+    less.
 
     Raises:
         EdgeDiTError: one pair alone needs more than the budget.
@@ -184,18 +203,22 @@ def fitting_groups(
         alone = predict(pair)
         if budget_bytes is not None and alone > budget_bytes:
             raise EdgeDiTError(
-                f"The proxies of teacher layers {pair[0].source[0]}–{depth_of(pair) - 1} need {alone / 1e9:.2f} GB with their teacher prefix, "
-                f"but bank.memory_budget_gb is {budget_bytes / 1e9:g}. Raise it, or lower bank.batch_size or bank.calibration_samples, or use "
-                "bank.optimizer adamw8bit, bf16 (accelerate launch --mixed_precision bf16) or more processes."
+                f"The proxies of teacher layers {pair[0].source[0]}–{depth_of(pair) - 1} need {alone / 1e9:.2f} GB "
+                f"with their teacher prefix, but bank.memory_budget_gb is {budget_bytes / 1e9:g}. Raise it, or lower "
+                "bank.batch_size or bank.calibration_samples, or use bank.optimizer adamw8bit, bf16 (accelerate "
+                "launch --mixed_precision bf16) or more processes."
             )
         groups.append(Group(pair, alone))
     return groups
 
 
-def plan_bank(proxies: Sequence[LayerSpec], memory: MemoryModel, ranks: int, budget_bytes: float | None) -> list[list[Group]]:
+def plan_bank(
+    proxies: Sequence[LayerSpec], memory: MemoryModel, ranks: int, budget_bytes: float | None
+) -> list[list[Group]]:
     """The groups of every rank, in order.
 
-    Shares minimise the slowest rank's cost of a step: its proxies' forward, backward and update, and its teacher prefix.
+    Shares minimise the slowest rank's cost of a step: its proxies' forward, backward and update, and its teacher
+    prefix.
 
     Args:
         budget_bytes: what a process may use; `None`: no bound, so one group a rank.

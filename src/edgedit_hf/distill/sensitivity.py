@@ -1,4 +1,6 @@
-"""Sensitivity of a teacher to single changes: which changes there are, a student with given blocks in place of layers, its output error."""
+"""Sensitivity of a teacher to single changes: which changes there are, a student with given blocks in place of layers,
+its output error.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +20,24 @@ MERGES = (2, 3)
 
 
 def single_changes(config: Mapping) -> dict[str, list[LayerSpec]]:
-    """Every change at every place of the teacher with this model config, by name: narrower MLPs and attention, merged neighbours.
+    """Every change at every place of the teacher with this model config, by name: narrower MLPs and attention, merged
+    neighbours.
 
-    Attention widths are the multiples of 8·heads nearest to 4/9 and 2/3 of the hidden size; what would not be smaller than the teacher's
-    own is left out, as are merges across a long skip's end.
+    Attention widths are the multiples of 8·heads nearest to 4/9 and 2/3 of the hidden size; what would not be smaller
+    than the teacher's own is left out, as are merges across a long skip's end.
     """
     teacher = Genotype.from_layers(config["layers"], config["hidden_size"])
     if len({layer.shape for layer in teacher.layers}) != 1 or teacher.merged:
         raise EdgeDiTError(
-            f"The teacher has {len(teacher.merged)} merged layers and {len({layer.shape for layer in teacher.layers})} layer shapes; "
-            "the study needs an uncompressed teacher."
+            f"The teacher has {len(teacher.merged)} merged layers and {len({layer.shape for layer in teacher.layers})} "
+            "layer shapes; the study needs an uncompressed teacher."
         )
     attention_dim, heads, ratio = teacher.layers[0].shape
     singles = [layer.source for layer in teacher.layers]
     changes = {
-        f"MLP ratio {new:g}": [LayerSpec(source, attention_dim, heads, new) for source in singles] for new in MLP_RATIOS if new < ratio
+        f"MLP ratio {new:g}": [LayerSpec(source, attention_dim, heads, new) for source in singles]
+        for new in MLP_RATIOS
+        if new < ratio
     }
     unit = 8 * heads
     for width in sorted({max(1, round(share * teacher.hidden_size / unit)) * unit for share in ATTENTION_SHARES}):
@@ -55,8 +60,11 @@ def disjoint(layers: Iterable[LayerSpec]) -> list[LayerSpec]:
     return chosen
 
 
-def spliced_student(teacher: EdgeDiTTransformer2DModel, blocks: Sequence[tuple[LayerSpec, EdgeDiTBlock]]) -> EdgeDiTTransformer2DModel:
-    """The teacher with some layers replaced. It shares all other weights with the teacher, so it costs no memory; only run it.
+def spliced_student(
+    teacher: EdgeDiTTransformer2DModel, blocks: Sequence[tuple[LayerSpec, EdgeDiTBlock]]
+) -> EdgeDiTTransformer2DModel:
+    """The teacher with some layers replaced. It shares all other weights with the teacher, so it costs no memory; only
+    run it.
 
     Args:
         blocks: what stands for which teacher layers, in order and disjoint.
@@ -101,11 +109,14 @@ def relative_output_error(
         EdgeDiTError: an error is not finite: an output is not, or the teacher's is zero.
     """
     channels = noisy.shape[1]
-    output, reference = (t[:, :channels].float().flatten(1) for t in (student(noisy, timesteps, labels).sample, reference))
+    output, reference = (
+        t[:, :channels].float().flatten(1) for t in (student(noisy, timesteps, labels).sample, reference)
+    )
     error = (output - reference).square().sum(1) / reference.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
     if not torch.isfinite(error).all():
         raise EdgeDiTError(
-            f"The relative error of the output is {float(error.max())}, with outputs up to {float(output.abs().max())} and the teacher's up to "
-            f"{float(reference.abs().max())}: the teacher's must be finite and not zero. Train it, or use one of before it was damaged."
+            f"The relative error of the output is {float(error.max())}, with outputs up to {float(output.abs().max())} "
+            f"and the teacher's up to {float(reference.abs().max())}: the teacher's must be finite and not zero. Train "
+            "it, or use one of before it was damaged."
         )
     return error

@@ -1,4 +1,6 @@
-"""What training a supernet will cost, before anything runs: closed-form FLOPs, and activations counted on tensors that hold nothing."""
+"""What training a supernet will cost, before anything runs: closed-form FLOPs, and activations counted on tensors that
+hold nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,20 @@ from ..search_space import TEXT_TOKENS, elastic_cost, elastic_weights
 from .knowledge import teacher_note
 from .setup import new_elastic
 
-BALANCE_BYTES = 32  # moved a weight, step and sub-network: both gradients are read three times, the sum is written twice
-SHORT = {"num_layers": [1, 1, 1], "sample_size": 16}  # what this machine's rate is measured on in place of a net with more than ...
+BALANCE_BYTES = (
+    32  # moved a weight, step and sub-network: both gradients are read three times, the sum is written twice
+)
+SHORT = {
+    "num_layers": [1, 1, 1],
+    "sample_size": 16,
+}  # what this machine's rate is measured on in place of a net with more than ...
 LARGE = 5e7  # ... weights
 
 
 def saved_bytes(model: ElasticDiTTransformer2DModel, shape: Sequence[int], text_tokens: int = TEXT_TOKENS) -> int:
-    """Bytes that autograd keeps of a float32 forward of one image `(C, H, W)` beside the weights. Under `FakeTensorMode` nothing is computed."""
+    """Bytes that autograd keeps of a float32 forward of one image `(C, H, W)` beside the weights. Under
+    `FakeTensorMode` nothing is computed.
+    """
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -47,7 +56,9 @@ def saved_bytes(model: ElasticDiTTransformer2DModel, shape: Sequence[int], text_
 def data_shapes(config: RunConfig, assumed: list[str]) -> tuple[list[tuple[int, int, int]], int]:
     """`(C, H, W)` of what the net sees, a bucket each, and the number of images; nothing is downloaded."""
     data = config.data
-    of_hub = data.source.count("/") == 1 and not data.source.startswith((".", "/", "~")) and not Path(data.source).exists()
+    of_hub = (
+        data.source.count("/") == 1 and not data.source.startswith((".", "/", "~")) and not Path(data.source).exists()
+    )
     if of_hub and (data.resolution or data.buckets):
         sizes = parse_buckets(data.buckets or [f"{data.resolution}x{data.resolution}"])
         shapes, count = [(data.channels or 3, *size) for size in sizes], IMAGENET["images"]
@@ -76,14 +87,17 @@ def here(values: dict[str, Any], threads: int) -> Machine:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    updates = 0.7 * UPDATE_BYTES * weights / median_seconds(optimizer.step)  # without the moving average, it moves 28 of 40 bytes
+    updates = (
+        0.7 * UPDATE_BYTES * weights / median_seconds(optimizer.step)
+    )  # without the moving average, it moves 28 of 40 bytes
     return Machine("here", 1, rate, rate, rate, updates)
 
 
 def elastic_estimate(config: RunConfig, machine: Machine | None = None) -> tuple[Estimate, Machine, list[str]]:
     """Estimate of stage elastic, the machine it is for (default: this one), and what had to be assumed.
 
-    On several GPUs every one holds all weights (data parallel); FSDP divides what is held for the weights by their number.
+    On several GPUs every one holds all weights (data parallel); FSDP divides what is held for the weights by their
+    number.
     """
     options, assumed = config.elastic, []
     shapes, _ = data_shapes(config, assumed)
@@ -105,9 +119,15 @@ def elastic_estimate(config: RunConfig, machine: Machine | None = None) -> tuple
     if drawn:  # the mean of those that may be drawn; a sandwich has the narrowest and one of the others
         costs = [elastic_cost(values, name, *size).flops for name in narrow]
         flops += sum(costs) / len(costs) if drawn == 1 else costs[0] + sum(costs[1:]) / len(costs[1:])
-    products = (1 + BACKWARD + options.gradient_checkpointing) * options.batch_size * flops / (machine.processes * machine.flops)
+    products = (
+        (1 + BACKWARD + options.gradient_checkpointing)
+        * options.batch_size
+        * flops
+        / (machine.processes * machine.flops)
+    )
     step = products + (UPDATE_BYTES + BALANCE_BYTES * drawn) * weights / machine.update_bytes
-    # Weights, two moments, moving average, a gradient of every network; buckets of the all-reduce; copies of the weights that autocast keeps.
+    # Weights, two moments, moving average, a gradient of every network; buckets of the all-reduce; copies of the
+    # weights that autocast keeps.
     held = weights * (20 + 4 * drawn + (4 if machine.processes > 1 else 0) + (2 if machine.gpu else 0))
     micro = -(-options.batch_size // (machine.processes * options.gradient_accumulation))
     memory = (1e9 if machine.gpu else PROCESS_BYTES) + held + micro * activations * (0.5 if machine.gpu else 1)
@@ -121,5 +141,8 @@ def print_elastic_estimate(config: RunConfig) -> None:
     machines = (local, gpus(1, local), gpus(8, local))
     others = [elastic_estimate(config, machine)[0] for machine in machines[1:]]
     assumed += teacher_note(config)
-    assumed.append("text encoders apart; on 8 GPUs every one holds all weights, with training/accelerate/fsdp.yaml an eighth of them")
+    assumed.append(
+        "text encoders apart; on 8 GPUs every one holds all weights, with training/accelerate/fsdp.yaml an eighth of "
+        "them"
+    )
     print_table(machines, [[row], *([other] for other in others)], assumed)

@@ -1,7 +1,8 @@
-"""A large teacher beside the training of a supernet: loading it, its conditioning of the captions, and the full net's loss.
+"""A large teacher beside the training of a supernet: loading it, its conditioning of the captions, and the full net's
+loss.
 
-The teacher's distances apply to the full net alone; a sub-network learns of it through the full net's velocity (eq. 5 of SnapGen++), which
-it is distilled from in the same step.
+The teacher's distances apply to the full net alone; a sub-network learns of it through the full net's velocity (eq. 5
+of SnapGen++), which it is distilled from in the same step.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ class Knowledge:
     """
 
     def __init__(
-        self, teacher: FlowTeacher, texts: TextTable, projector: FeatureProjector, patch_size: int, output_weight: float, feature_weight: float
+        self,
+        teacher: FlowTeacher,
+        texts: TextTable,
+        projector: FeatureProjector,
+        patch_size: int,
+        output_weight: float,
+        feature_weight: float,
     ) -> None:
         self.teacher, self.texts, self.projector, self.patch_size = teacher, texts, projector, patch_size
         self.output_weight, self.feature_weight = output_weight, feature_weight
@@ -50,7 +57,8 @@ class Knowledge:
         """Total loss `(B,)` of [`knowledge_loss`], and the mean distances `output_kd` and `feature_kd` to look at.
 
         Args:
-            task: flow loss `(B,)`. velocity, features: the student's output and last tokens for x_t and σ. rows: of the data set `(B,)`.
+            task: flow loss `(B,)`. velocity, features: the student's output and last tokens for x_t and σ. rows: of the
+                data set `(B,)`.
             without_text: `(B,)` bool, the rows whose student sees no text at all; their teacher sees the empty caption.
         """
         target = self.teacher.velocity(x_t, sigma, self.texts.batch(rows.cpu()), without_text)
@@ -65,17 +73,21 @@ class Knowledge:
         return knowledge_loss(task, sigma, output, feature, self.output_weight, self.feature_weight), distances
 
 
-def load_knowledge(config: RunConfig, accelerator: Any, model: ElasticDiTTransformer2DModel, dataset: CaptionedDataset, vae: Any) -> Knowledge | None:
-    """The teacher that `knowledge.teacher` names, with what its text encoders made of the captions; `None` if there is none.
+def load_knowledge(
+    config: RunConfig, accelerator: Any, model: ElasticDiTTransformer2DModel, dataset: CaptionedDataset, vae: Any
+) -> Knowledge | None:
+    """The teacher that `knowledge.teacher` names, with what its text encoders made of the captions; `None` if there is
+    none.
 
-    Every process holds the teacher, in bfloat16 on a GPU and in float32 on the CPU. The main process encodes the captions into
-    <output_dir>/knowledge; the text encoders are freed then.
+    Every process holds the teacher, in bfloat16 on a GPU and in float32 on the CPU. The main process encodes the
+    captions into <output_dir>/knowledge; the text encoders are freed then.
 
     Args:
         dataset: the training set. vae: that the student's latents are of, `None` on pixels.
 
     Raises:
-        EdgeDiTError: the teacher cannot be used (see [`FlowTeacher.load`]), or its latent space is another one or does not hold the data's sizes.
+        EdgeDiTError: the teacher cannot be used (see [`FlowTeacher.load`]), or its latent space is another one or does
+            not hold the data's sizes.
     """
     options = config.knowledge
     if options.teacher is None:
@@ -99,16 +111,21 @@ def load_knowledge(config: RunConfig, accelerator: Any, model: ElasticDiTTransfo
 
 
 def teacher_note(config: RunConfig) -> list[str]:
-    """What the teacher adds to the memory of training, in a line for the estimate; none without a teacher. Nothing is downloaded."""
+    """What the teacher adds to the memory of training, in a line for the estimate; none without a teacher. Nothing is
+    downloaded.
+    """
     options = config.knowledge
     if options.teacher is None:
         return []
     try:
-        on_gpu, on_cpu = transformer_bytes(options.teacher, options.quantization), transformer_bytes(options.teacher, bytes_a_weight=4)
+        on_gpu, on_cpu = (
+            transformer_bytes(options.teacher, options.quantization),
+            transformer_bytes(options.teacher, bytes_a_weight=4),
+        )
     except OSError:
         return [f"the teacher {options.teacher} is not here: its memory is not counted"]
     precision = "bf16" if options.quantization == "none" else options.quantization
     return [
-        f"the teacher's weights come on top, {on_cpu / 1e9:.2f} GB on the CPU and {on_gpu / 1e9:.2f} GB on a GPU ({precision}) a process, and before "
-        "them its text encoders"
+        f"the teacher's weights come on top, {on_cpu / 1e9:.2f} GB on the CPU and {on_gpu / 1e9:.2f} GB on a GPU "
+        f"({precision}) a process, and before them its text encoders"
     ]

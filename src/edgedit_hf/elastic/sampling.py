@@ -1,4 +1,6 @@
-"""What a step of supernet training draws besides noise: sub-networks and dropped texts, as functions of (seed, step, row) alone."""
+"""What a step of supernet training draws besides noise: sub-networks and dropped texts, as functions of (seed, step,
+row) alone.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-SUBNET_STREAM, TEXT_STREAM, VALIDATION_STREAM = 10, 11, 12  # tell these numbers from the noise of training (see `diffusion.draws`)
+SUBNET_STREAM, TEXT_STREAM, VALIDATION_STREAM = (
+    10,
+    11,
+    12,
+)  # tell these numbers from the noise of training (see `diffusion.draws`)
 
 
 def _generator(seed: int, stream: int, step: int, row: int = 0) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=[0, row, step, 0]))
+    return np.random.Generator(
+        np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=[0, row, step, 0])
+    )
 
 
 def step_subnets(names: Sequence[str], seed: int, step: int, sampling: str = "one") -> list[str]:
@@ -19,8 +27,8 @@ def step_subnets(names: Sequence[str], seed: int, step: int, sampling: str = "on
 
     Args:
         names: all of the supernet, the narrowest first, the full net last (none for a stand-alone net).
-        sampling: `"one"`, drawn uniformly from all but the full net (SnapGen++, section 3.2); or `"sandwich"`: the narrowest, and one
-            drawn from the others (Yu & Huang, arXiv:1903.05134).
+        sampling: `"one"`, drawn uniformly from all but the full net (SnapGen++, section 3.2); or `"sandwich"`: the
+            narrowest, and one drawn from the others (Yu & Huang, arXiv:1903.05134).
     """
     narrow = list(names[:-1])
     always, drawn = (narrow[:1], narrow[1:]) if sampling == "sandwich" else ([], narrow)
@@ -40,7 +48,8 @@ def text_uniforms(seed: int, step: int, rows: Sequence[int], encoders: int) -> t
 
 
 def drop_texts(masks: Sequence[torch.Tensor], uniforms: torch.Tensor, probability: float) -> list[torch.Tensor]:
-    """The masks `(B, T_i)` with the tokens of dropped encoders taken out, each encoder on its own: all are absent in probability^encoders.
+    """The masks `(B, T_i)` with the tokens of dropped encoders taken out, each encoder on its own: all are absent in
+    probability^encoders.
 
     Args:
         uniforms: of [`text_uniforms`], `(B, encoders)`.

@@ -1,4 +1,6 @@
-"""What a run of the elastic family is made of: the untrained supernet of its recipe, its pipeline, its encoded captions."""
+"""What a run of the elastic family is made of: the untrained supernet of its recipe, its pipeline, its encoded
+captions.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from ..schema import read_record
 from ..search_space import elastic_weights
 
 
-def load_text_table(config: RunConfig, accelerator: Any, pipeline: ElasticDiTPipeline, captions: Sequence[str], split: str = "train") -> TextTable:
+def load_text_table(
+    config: RunConfig, accelerator: Any, pipeline: ElasticDiTPipeline, captions: Sequence[str], split: str = "train"
+) -> TextTable:
     """What the run's text encoders made of the captions of a split. The main process writes the cache."""
     folder = config.folder("text-embeddings", split)
     if accelerator.is_main_process:
@@ -35,7 +39,9 @@ def load_text_table(config: RunConfig, accelerator: Any, pipeline: ElasticDiTPip
     return TextTable(folder, captions)
 
 
-def new_elastic(config: RunConfig, shapes: Sequence[Sequence[int]], text_dims: Sequence[int]) -> ElasticDiTTransformer2DModel:
+def new_elastic(
+    config: RunConfig, shapes: Sequence[Sequence[int]], text_dims: Sequence[int]
+) -> ElasticDiTTransformer2DModel:
     """The untrained supernet of a recipe (a stand-alone net if its config has no sub-networks).
 
     Args:
@@ -50,19 +56,31 @@ def new_elastic(config: RunConfig, shapes: Sequence[Sequence[int]], text_dims: S
     values = PRESETS.get(name)
     if values is None:
         if not Path(name).is_file():
-            raise EdgeDiTError(f"elastic.model is {name!r}, which is neither a preset ({', '.join(PRESETS)}) nor a JSON file.")
+            raise EdgeDiTError(
+                f"elastic.model is {name!r}, which is neither a preset ({', '.join(PRESETS)}) nor a JSON file."
+            )
         values = read_record(name, ElasticModel, "save_config", "an elastic net")
-        saved = "_class_name" in values  # by diffusers: keys that are not ours are somebody's notes; in a file written by hand they are mistakes
-        values = {key: value for key, value in values.items() if not key.startswith("_") and (key in defaults or not saved)}
-    own_dims, patch = values.get("text_dims", defaults["text_dims"].default), values.get("patch_size", defaults["patch_size"].default)
+        saved = (
+            "_class_name" in values
+        )  # by diffusers: keys that are not ours are somebody's notes; in a file written by hand they are mistakes
+        values = {
+            key: value for key, value in values.items() if not key.startswith("_") and (key in defaults or not saved)
+        }
+    own_dims, patch = (
+        values.get("text_dims", defaults["text_dims"].default),
+        values.get("patch_size", defaults["patch_size"].default),
+    )
     for _, height, width in shapes:
         if height % (2 * patch) or width % (2 * patch):
             raise EdgeDiTError(
-                f"The data has size {height}x{width} (height x width), but {name} needs multiples of {2 * patch}: patches of {patch}, down-sampled "
-                "once. Set data.resolution or data.buckets to such sizes."
+                f"The data has size {height}x{width} (height x width), but {name} needs multiples of {2 * patch}: "
+                f"patches of {patch}, down-sampled once. Set data.resolution or data.buckets to such sizes."
             )
     if len(own_dims) != len(text_dims):
-        raise EdgeDiTError(f"elastic.model {name} reads {len(own_dims)} text encoders, but there are {len(text_dims)}; give it as many text_dims.")
+        raise EdgeDiTError(
+            f"elastic.model {name} reads {len(own_dims)} text encoders, but there are {len(text_dims)}; give it as "
+            "many text_dims."
+        )
     values = {**values, **({} if widths is None else {"subnets": widths})}
     given = {
         "sample_size": max(max(shape[1:]) for shape in shapes),
@@ -76,11 +94,17 @@ def new_elastic(config: RunConfig, shapes: Sequence[Sequence[int]], text_dims: S
     except EdgeDiTError:
         raise
     except (TypeError, ValueError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
-        raise EdgeDiTError(f"elastic.model {name} with the sub-networks {values.get('subnets', 'of its own')} cannot be made: {error}") from error
+        raise EdgeDiTError(
+            f"elastic.model {name} with the sub-networks {values.get('subnets', 'of its own')} cannot be made: {error}"
+        ) from error
 
 
-def new_elastic_pipeline(config: RunConfig, transformer: ElasticDiTTransformer2DModel | None, vae: Any = None) -> ElasticDiTPipeline:
-    """A pipeline around a newly trained supernet and the run's text encoders; without a transformer it encodes prompts."""
+def new_elastic_pipeline(
+    config: RunConfig, transformer: ElasticDiTTransformer2DModel | None, vae: Any = None
+) -> ElasticDiTPipeline:
+    """A pipeline around a newly trained supernet and the run's text encoders; without a transformer it encodes
+    prompts.
+    """
     text_encoder, tokenizer, text_encoder_2, tokenizer_2 = load_text(config)
     try:
         return ElasticDiTPipeline(

@@ -24,11 +24,15 @@ def _shard(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if not isinstance(like, DTensor):
         return part
     part = part.to(like.device)
-    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def whole(model: Any, accelerator: Any) -> Any:
-    """The model with all of its weights, on the main process (an untrained one on the others); itself where nothing is sharded."""
+    """The model with all of its weights, on the main process (an untrained one on the others); itself where nothing is
+    sharded.
+    """
     if not accelerator.is_fsdp2:
         return model
     state = accelerator.get_state_dict(model)
@@ -48,11 +52,15 @@ class ShardedModel:
         return _part(self.model.state_dict())
 
     def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict({name: _shard(state[name], tensor) for name, tensor in self.model.state_dict().items()})
+        self.model.load_state_dict(
+            {name: _shard(state[name], tensor) for name, tensor in self.model.state_dict().items()}
+        )
 
 
 class ShardedOptimisation(Optimisation):
-    """[`Optimisation`] of sharded parameters: moments and averages are this rank's parts; `step`, a scalar of each, is not sharded."""
+    """[`Optimisation`] of sharded parameters: moments and averages are this rank's parts; `step`, a scalar of each, is
+    not sharded.
+    """
 
     def stored(self, value: Any) -> Any:
         return _part(value)

@@ -1,1 +1,3 @@
-"""Export of pipelines: lowering (`onnx`), the gates (`verify`), and the component that loads an artefact back (`runtime`)."""
+"""Export of pipelines: lowering (`onnx`), the gates (`verify`), and the component that loads an artefact back
+(`runtime`).
+"""

@@ -1,14 +1,17 @@
-"""The port contract: all that an app author needs to write the sampling loop again, as numbers, in the folder of an export.
+"""The port contract: all that an app author needs to write the sampling loop again, as numbers, in the folder of an
+export.
 
 [`write_contract`] writes
 
-- `contract.json`: every file's tensors (names, shapes, layouts, types, meaning), the order of the calls, the scheduler as coefficients
-  ([`.schedule`]), guidance, the scale of latents and images, the tokenizers, hashes and versions;
-- `reference.safetensors`: what every file takes and returns in the first step, and the noise, latents and image of a whole loop;
+- `contract.json`: every file's tensors (names, shapes, layouts, types, meaning), the order of the calls, the scheduler
+  as coefficients ([`.schedule`]), guidance, the scale of latents and images, the tokenizers, hashes and versions;
+- `reference.safetensors`: what every file takes and returns in the first step, and the noise, latents and image of a
+  whole loop;
 - `sample_min.py`: [`.sample_min`], the loop with numpy and the runtime alone;
 - `PORTING.md`: the same for people, with the steps for adb and Xcode.
 
-The reference is made by `sample_min` itself. That its loop is the pipeline's is what the tests show, and an export's gates.
+The reference is made by `sample_min` itself. That its loop is the pipeline's is what the tests show, and an export's
+gates.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ from .wrappers import plain_config
 
 CONTRACT_VERSION = 1
 CONTRACT, REFERENCE, SAMPLER, PORTING = "contract.json", "reference.safetensors", "sample_min.py", "PORTING.md"
-# What another machine's kernels may differ by from the reference: relative error of a forward, and the image's PSNR after the loop.
+# What another machine's kernels may differ by from the reference: relative error of a forward, and the image's PSNR
+# after the loop.
 TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "int8": 5e-2, "int4": 1e-1}
 IMAGE_PSNR_DB = {"fp32": 40.0, "fp16": 30.0, "int8": 25.0, "int4": 20.0}
 LOOP_FACTOR = 3  # guidance amplifies the errors of forwards, and a loop adds them up
@@ -47,18 +51,38 @@ RUNTIMES = {"onnx": "onnxruntime", "executorch": "executorch", "coreml": "coreml
 
 # Tensor → axes, meaning, values. An axis whose size a file leaves open is named in its shape.
 _TENSORS = {
-    "sample": ("batch channels height width", "x_i · input_scale: noisy latents (pixels without a VAE)", "about unit variance"),
-    "prediction": ("batch channels height width", "the network's prediction; channels beyond the sample's are a learned variance, to be dropped", "real"),
+    "sample": (
+        "batch channels height width",
+        "x_i · input_scale: noisy latents (pixels without a VAE)",
+        "about unit variance",
+    ),
+    "prediction": (
+        "batch channels height width",
+        "the network's prediction; channels beyond the sample's are a learned variance, to be dropped",
+        "real",
+    ),
     "timestep": ("batch", "the step's timestep, the same in every row", "0 … 1000"),
     "class_labels": ("batch", "class of the row; labels.null means no class", "0 … labels.null"),
-    MODULATED: ("batch modulations width", "six modulations a layer (shift, scale, gate of attention; of MLP), then shift and scale of the output", "real"),
+    MODULATED: (
+        "batch modulations width",
+        "six modulations a layer (shift, scale, gate of attention; of MLP), then shift and scale of the output",
+        "real",
+    ),
     "text": ("batch tokens width", "the text of all encoders, embedded", "real"),
     "text_mask": ("batch tokens", "1 where a token counts", "0 or 1"),
-    "latents": ("batch channels latents_height latents_width", "latents as the VAE scales them: x · multiply + add", "real"),
+    "latents": (
+        "batch channels latents_height latents_width",
+        "latents as the VAE scales them: x · multiply + add",
+        "real",
+    ),
     "image": ("batch channels image_height image_width", "the image", "about -1 … 1"),
     "input_ids": ("batch tokens", "token ids, padded on the right", "0 … vocabulary - 1"),
     "attention_mask": ("batch tokens", "1 where there is a token, 0 where there is padding", "0 or 1"),
-    "last_hidden_state": ("batch tokens width", "the encoder's states; those of padding are to be replaced by 0", "real"),
+    "last_hidden_state": (
+        "batch tokens width",
+        "the encoder's states; those of padding are to be replaced by 0",
+        "real",
+    ),
     "text_N": ("batch tokens_N width", "states of text encoder N, 0 behind its tokens", "real"),
     "mask_N": ("batch tokens_N", "1 where text encoder N has a token; all 0: no text", "0 or 1"),
 }
@@ -80,10 +104,13 @@ class Artefact:
 
     Args:
         part: what was lowered.
-        file: the file (Core ML: the package), relative to the export's folder, with `/`. `<file>.data` beside it belongs to it.
+        file: the file (Core ML: the package), relative to the export's folder, with `/`. `<file>.data` beside it
+            belongs to it.
         precision: `"fp32"`, `"fp16"`, `"int8"` or `"int4"`.
-        open_sizes: names of sizes (values of `part.dynamic`) that the file leaves open; all others are those of the part's examples.
-        extra_inputs: examples of inputs that the file has behind the part's, such as the `timestep` by which static int8 finds its scales.
+        open_sizes: names of sizes (values of `part.dynamic`) that the file leaves open; all others are those of the
+            part's examples.
+        extra_inputs: examples of inputs that the file has behind the part's, such as the `timestep` by which static
+            int8 finds its scales.
     """
 
     part: Part
@@ -128,31 +155,39 @@ def write_contract(
         format: `"onnx"`, `"executorch"` or `"coreml"`.
         precision: of the export. split: whether conditioners are files of their own.
         seed: of the reference's noise. label: its class. prompt: its prompt.
-        run: runs an artefact on the inputs of its contract (types, shapes, names) and returns its outputs by name. `None`: the eager parts are run
-            instead, where no runtime is at hand (Core ML).
+        run: runs an artefact on the inputs of its contract (types, shapes, names) and returns its outputs by name.
+            `None`: the eager parts are run instead, where no runtime is at hand (Core ML).
 
     Returns:
         The contract.
 
     Raises:
-        EdgeDiTError: the scheduler is not linear ([`.schedule.linear_schedule`]) or does not fit the model, the label does not exist, an artefact
-            returns numbers that are not finite, or the folder cannot be written.
+        EdgeDiTError: the scheduler is not linear ([`.schedule.linear_schedule`]) or does not fit the model, the label
+            does not exist, an artefact returns numbers that are not finite, or the folder cannot be written.
         ValueError: the pipeline's scheduler does not fit its transformer.
     """
     folder = Path(folder)
     contract, noise, windows = _describe(folder, pipeline, artefacts, format, precision, split, seed, prompt)
     labels = contract["labels"]
     if labels is not None and not 0 <= label < labels["count"]:
-        raise EdgeDiTError(f"The reference's label is {label}, but the model has the classes 0 … {labels['count'] - 1}; give one of them.")
+        raise EdgeDiTError(
+            f"The reference's label is {label}, but the model has the classes 0 … {labels['count'] - 1}; give one of "
+            "them."
+        )
     tensors = _reference(contract, artefacts, noise, label, windows, run)
     with explain_write_errors(folder):
         (folder / REFERENCE).write_bytes(save(tensors))
         shutil.copyfile(sample_min.__file__, folder / SAMPLER)
     _fill_shapes(contract, artefacts, tensors)
-    contract["reference"] |= {"made_by": _maker(format, run), "tensors": {name: list(value.shape) for name, value in tensors.items()}}
+    contract["reference"] |= {
+        "made_by": _maker(format, run),
+        "tensors": {name: list(value.shape) for name, value in tensors.items()},
+    }
     atomic_write_text(folder / PORTING, _porting(contract))
     contract["files"] = _files(folder, contract)
-    atomic_write_text(folder / CONTRACT, _one_line_lists(json.dumps(contract, indent=2, ensure_ascii=False, allow_nan=False)) + "\n")
+    atomic_write_text(
+        folder / CONTRACT, _one_line_lists(json.dumps(contract, indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
+    )
     return contract
 
 
@@ -160,7 +195,14 @@ def write_contract(
 
 
 def _describe(
-    folder: Path, pipeline: Any, artefacts: Sequence[Artefact], format: str, precision: str, split: bool, seed: int, prompt: str
+    folder: Path,
+    pipeline: Any,
+    artefacts: Sequence[Artefact],
+    format: str,
+    precision: str,
+    split: bool,
+    seed: int,
+    prompt: str,
 ) -> tuple[dict[str, Any], np.ndarray, list | None]:
     """The contract without what only a run can say, the reference's noise, and its prompt's windows of token ids."""
     pipeline.check_scheduler()
@@ -193,10 +235,16 @@ def _describe(
         "variance_channels": channels if config.get("learn_sigma") else 0,
         "labels": _labels(pipeline, config) if not elastic and config["num_classes"] else None,
         "text": text,
-        "image": {"layout": "NCHW", "range": [-1.0, 1.0], "to_uint8": "round(clip(image / 2 + 0.5, 0, 1) · 255), halves to even"},
+        "image": {
+            "layout": "NCHW",
+            "range": [-1.0, 1.0],
+            "to_uint8": "round(clip(image / 2 + 0.5, 0, 1) · 255), halves to even",
+        },
         "model": config,
         "subnet": pipeline.transformer.active_subnet if elastic else None,
-        "genotype": None if elastic else json.loads(Genotype.from_layers(config["layers"], config["hidden_size"]).to_json()),
+        "genotype": None
+        if elastic
+        else json.loads(Genotype.from_layers(config["layers"], config["hidden_size"]).to_json()),
         "versions": versions(),
         "reference": {
             "file": REFERENCE,
@@ -250,16 +298,23 @@ def set_schedule(pipeline: Any, size: Sequence[int]) -> None:
     steps, patch = pipeline.config.default_steps, pipeline.transformer.config.patch_size
     try:
         with np.errstate(divide="ignore", invalid="ignore"):
-            pipeline._set_timesteps(steps, (size[0] // patch) * (size[1] // patch))  # with a shift by the number of tokens where there is one
+            pipeline._set_timesteps(
+                steps, (size[0] // patch) * (size[1] // patch)
+            )  # with a shift by the number of tokens where there is one
     except ValueError as error:  # the pipeline's or the scheduler's own words
-        raise EdgeDiTError(f"The scheduler has no schedule of the pipeline's {steps} default step(s): {error}") from error
+        raise EdgeDiTError(
+            f"The scheduler has no schedule of the pipeline's {steps} default step(s): {error}"
+        ) from error
     check_timesteps(pipeline.scheduler)
 
 
 def _schedule(pipeline: Any, size: Sequence[int]) -> dict[str, Any]:
     set_schedule(pipeline, size)
     found = linear_schedule(pipeline.scheduler).to_json()
-    formula = "x[i+1] = Σ factor · x[j] over the pairs [j, factor] in x + Σ factor · m[j] over those in m; x[0] = noise · init_noise_sigma; "
+    formula = (
+        "x[i+1] = Σ factor · x[j] over the pairs [j, factor] in x + Σ factor · m[j] over those in m; x[0] = "
+        "noise · init_noise_sigma; "
+    )
     formula += "m[i] = guided prediction of the denoiser for x[i] · input_scale at timestep"
     return {"num_inference_steps": pipeline.config.default_steps, "formula": formula, **found}
 
@@ -283,16 +338,31 @@ def _text(folder: Path, pipeline: Any, artefacts: Sequence[Artefact], prompt: st
     encoders, windows = [], []
     for index, (name, encoder, tokenizer) in enumerate(pipeline._encoders()):
         example = reader.part.inputs[f"text_{index}"]
-        entry = {"artefact": None, "tokens": example.shape[1], "width": example.shape[2], "open": False, "tokenizer": None}
+        entry = {
+            "artefact": None,
+            "tokens": example.shape[1],
+            "width": example.shape[2],
+            "open": False,
+            "tokenizer": None,
+        }
         encoders.append(entry)
         windows.append(None)
         if encoder is None:
             continue
         entry["artefact"] = name
         entry["open"] = f"tokens_{index}" in reader.open_sizes and "tokens" in there[name].open_sizes
-        entry["tokenizer"] = _tokenizer(folder, tokenizer, name.replace("text_encoder", "tokenizer"), encoder.config.get_text_config(), entry["tokens"])
+        entry["tokenizer"] = _tokenizer(
+            folder,
+            tokenizer,
+            name.replace("text_encoder", "tokenizer"),
+            encoder.config.get_text_config(),
+            entry["tokens"],
+        )
         windows[-1] = _windows(tokenizer, entry["tokenizer"], prompt)
-    rule = "Ids are padded on the right to `tokens`, mask 0 there; states of padding become 0, the windows of one prompt follow one another. No text "
+    rule = (
+        "Ids are padded on the right to `tokens`, mask 0 there; states of padding become 0, the windows of one "
+        "prompt follow one another. No text "
+    )
     rule += "(the unconditional row, a missing encoder): states 0, mask 0."
     return {"rule": rule, "encoders": encoders}, windows
 
@@ -305,7 +375,8 @@ def _tokenizer(folder: Path, tokenizer: Any, name: str, config: Any, tokens: int
     return {
         "file": file if (folder / file).is_file() else None,
         "class": type(tokenizer).__name__,
-        # windows: a long prompt goes through a CLIP-type encoder in several; cut: after so many tokens, special ones included
+        # windows: a long prompt goes through a CLIP-type encoder in several; cut: after so many tokens, special ones
+        # included
         "rule": "windows" if str(config.model_type).startswith("clip") else "cut",
         "max_tokens": tokens,
         "bos_token_id": tokenizer.bos_token_id,
@@ -328,7 +399,12 @@ def _windows(tokenizer: Any, rule: Mapping[str, Any], prompt: str) -> list[list[
 
 
 def _reference(
-    contract: dict[str, Any], artefacts: Sequence[Artefact], noise: np.ndarray, label: int, windows: list | None, run: Run | None
+    contract: dict[str, Any],
+    artefacts: Sequence[Artefact],
+    noise: np.ndarray,
+    label: int,
+    windows: list | None,
+    run: Run | None,
 ) -> dict[str, np.ndarray]:
     """The tensors of reference.safetensors."""
     by_key = {artefact.key: artefact for artefact in artefacts}
@@ -341,7 +417,10 @@ def _reference(
             values = [np.asarray(found[name], dtype=np.float32) for name in artefact.part.outputs]
             for name, value in zip(artefact.part.outputs, values):
                 if not np.isfinite(value).all():
-                    raise EdgeDiTError(f"The output {name} of {artefact.file} holds numbers that are not finite; export it at a higher precision.")
+                    raise EdgeDiTError(
+                        f"The output {name} of {artefact.file} holds numbers that are not finite; export it at a "
+                        "higher precision."
+                    )
             return values
 
         return call
@@ -359,7 +438,10 @@ def _reference(
         tensors["label"] = np.array([label])
     for index, rows in enumerate(windows or ()):
         if rows is not None:
-            tensors[f"ids_{index}"], tensors[f"mask_{index}"] = np.array(rows), np.ones((len(rows), len(rows[0])), np.float32)
+            tensors[f"ids_{index}"], tensors[f"mask_{index}"] = (
+                np.array(rows),
+                np.ones((len(rows), len(rows[0])), np.float32),
+            )
     return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
 
 
@@ -369,7 +451,10 @@ def run_part(artefact: Artefact, inputs: Mapping[str, np.ndarray]) -> dict[str, 
     arrays = [value if value.is_floating_point() else value.long() for value in arrays]
     with torch.no_grad():
         values = artefact.part.module(*arrays)
-    return {name: value.numpy() for name, value in zip(artefact.part.outputs, values if isinstance(values, tuple) else (values,))}
+    return {
+        name: value.numpy()
+        for name, value in zip(artefact.part.outputs, values if isinstance(values, tuple) else (values,))
+    }
 
 
 def _fill_shapes(contract: dict[str, Any], artefacts: Sequence[Artefact], tensors: Mapping[str, np.ndarray]) -> None:
@@ -382,18 +467,28 @@ def _fill_shapes(contract: dict[str, Any], artefacts: Sequence[Artefact], tensor
 def _runtime(format: str) -> dict[str, Any]:
     """What runs the files, and how inputs are given."""
     package = RUNTIMES[format]
-    note = "its Python binding takes torch tensors only; an app passes its own buffers" if format == "executorch" else None
+    note = (
+        "its Python binding takes torch tensors only; an app passes its own buffers" if format == "executorch" else None
+    )
     return {"package": package, "inputs": "by position" if format == "executorch" else "by name", "note": note}
 
 
 def _one_line_lists(text: str) -> str:
     """Indented JSON in which a list of plain values takes one line: no string of JSON holds a line break."""
-    return re.sub(r"\[\n[^\[\]{}]*?\n *\]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]).replace("[ ", "[").replace(" ]", "]"), text)
+    return re.sub(
+        r"\[\n[^\[\]{}]*?\n *\]",
+        lambda found: re.sub(r"\s*\n\s*", " ", found[0]).replace("[ ", "[").replace(" ]", "]"),
+        text,
+    )
 
 
 def _maker(format: str, run: Run | None) -> str:
     runtime = RUNTIMES[format]
-    return f"the eager parts in torch {torch.__version__}; no {runtime} has run the files" if run is None else f"the files in {runtime}"
+    return (
+        f"the eager parts in torch {torch.__version__}; no {runtime} has run the files"
+        if run is None
+        else f"the files in {runtime}"
+    )
 
 
 # -------------------------------------------------------------------- the other files
@@ -408,10 +503,16 @@ def _files(folder: Path, contract: Mapping[str, Any]) -> dict[str, dict[str, Any
     for encoder in (contract["text"] or {"encoders": ()})["encoders"]:
         if encoder["tokenizer"] and encoder["tokenizer"]["file"]:
             paths.append(folder / encoder["tokenizer"]["file"])
-    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in paths
+        if path.is_file()
+    }
 
 
 def _porting(contract: Mapping[str, Any]) -> str:
     text = (importlib.resources.files(__package__) / f"{PORTING}.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     return environment.from_string(text).render(**contract, **MARKUP)

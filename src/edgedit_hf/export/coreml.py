@@ -1,15 +1,17 @@
-"""Lowering to Core ML: `lower_coreml` writes a `.mlpackage` (an ML program) of one part for one batch, and `read_package` says what is in it.
+"""Lowering to Core ML: `lower_coreml` writes a `.mlpackage` (an ML program) of one part for one batch, and
+`read_package` says what is in it.
 
-coremltools runs on Linux as far as this module needs it: it converts, writes and reads packages; only Apple's systems run them. What a package
-computes can be checked everywhere with [`.mil.run_package`], an interpreter of its program.
+coremltools runs on Linux as far as this module needs it: it converts, writes and reads packages; only Apple's systems
+run them. What a package computes can be checked everywhere with [`.mil.run_package`], an interpreter of its program.
 
-Precisions: `fp32` and `fp16` compute in that type. `int8` (a scale an output channel) and `int4` (palettes of 16 entries, one for 16 output channels)
-store the weights of linear layers and convolutions so, rounded to the nearest, and compute in fp16. A model that [`edgedit_hf.quantization`] has
-quantised keeps its palettes and grids. Either way they are written as Core ML's own, entry by entry.
+Precisions: `fp32` and `fp16` compute in that type. `int8` (a scale an output channel) and `int4` (palettes of 16
+entries, one for 16 output channels) store the weights of linear layers and convolutions so, rounded to the nearest, and
+compute in fp16. A model that [`edgedit_hf.quantization`] has quantised keeps its palettes and grids. Either way they
+are written as Core ML's own, entry by entry.
 
-All packages need iOS 18 / macOS 15: palettes of a group of channels, 4-bit grids with a scale a block, and attention as one operator came with them.
-In fp16, what half precision cannot hold stays fp32: the angles of the timestep features (999 in steps of 0.5), and squares and their means in norms
-that are not one operator (group norm, RMS norm).
+All packages need iOS 18 / macOS 15: palettes of a group of channels, 4-bit grids with a scale a block, and attention as
+one operator came with them. In fp16, what half precision cannot hold stays fp32: the angles of the timestep features
+(999 in steps of 0.5), and squares and their means in norms that are not one operator (group norm, RMS norm).
 """
 
 from __future__ import annotations
@@ -78,25 +80,26 @@ def lower_coreml(
     quantized: Mapping[str, QuantizedWeight] | None = None,
     dynamic: bool = False,
 ) -> dict[str, Any]:
-    """Write a part as a `.mlpackage` with its inputs and outputs by name, float32 (integers: int32), of the shapes of its examples.
+    """Write a part as a `.mlpackage` with its inputs and outputs by name, float32 (integers: int32), of the shapes of
+    its examples.
 
     Args:
         part: what to lower.
         path: the package, a folder whose name ends in `.mlpackage`; it appears whole or not at all.
         precision: one of [`PRECISIONS`]; with `quantized`, `"fp16"` or `"fp32"`: what everything else is.
         facts: text stored in the package's user-defined metadata as `edgedit.<key>`.
-        quantized: layer name → the weight of which the part's module holds the dequantised values. Palettes become `constexpr_lut_to_dense` with
-            the same indices and entries, grids `constexpr_blockwise_shift_scale` with the same integers and scales. Layers that are not in this
-            part are passed over.
+        quantized: layer name → the weight of which the part's module holds the dequantised values. Palettes become
+            `constexpr_lut_to_dense` with the same indices and entries, grids `constexpr_blockwise_shift_scale` with the
+            same integers and scales. Layers that are not in this part are passed over.
         dynamic: open shapes; there are none here, so `True` is an error.
 
     Returns:
-        What [`read_package`] says, `precision`, `compute_precision`, and with quantised weights the layers `mapped` and those in the part that are
-        `dense`, because the graph needed their values.
+        What [`read_package`] says, `precision`, `compute_precision`, and with quantised weights the layers `mapped` and
+        those in the part that are `dense`, because the graph needed their values.
 
     Raises:
-        EdgeDiTError: coremltools is not installed; precision, shapes or a kind of quantised weight do not exist in Core ML; the part has an operator
-            that it cannot convert; the disk is full.
+        EdgeDiTError: coremltools is not installed; precision, shapes or a kind of quantised weight do not exist in Core
+            ML; the part has an operator that it cannot convert; the disk is full.
     """
     require_coremltools()
     path, quantized = Path(path), dict(quantized or {})
@@ -113,7 +116,13 @@ def lower_coreml(
             report["mapped"] = write_native(program, quantized)
             report["dense"] = _dense(part, quantized, report["mapped"])
         once = ct.PassPipeline.EMPTY  # the program has been through all passes already
-        model = ct.convert(program, convert_to="mlprogram", minimum_deployment_target=ct.target[TARGET], pass_pipeline=once, skip_model_load=True)
+        model = ct.convert(
+            program,
+            convert_to="mlprogram",
+            minimum_deployment_target=ct.target[TARGET],
+            pass_pipeline=once,
+            skip_model_load=True,
+        )
         model.user_defined_metadata.update({f"{METADATA_PREFIX}{key}": str(value) for key, value in facts.items()})
         with atomic_folder(path) as folder:
             # coremltools insists on the suffix, which the folder aside does not have.
@@ -131,12 +140,20 @@ def _check(path: Path, precision: str, quantized: Mapping[str, QuantizedWeight],
     if path.suffix != ".mlpackage":
         raise EdgeDiTError(f"{path} does not end in .mlpackage, as a Core ML package must; choose another name.")
     if dynamic:
-        raise EdgeDiTError("Core ML exports have fixed shapes, but open ones were asked for; give the batch as a number.")
+        raise EdgeDiTError(
+            "Core ML exports have fixed shapes, but open ones were asked for; give the batch as a number."
+        )
     if quantized and precision not in ("fp32", "fp16"):
-        raise EdgeDiTError(f"precision is {precision!r}, but the model is quantised already; give fp16 (or fp32) for what its own palettes leave out.")
+        raise EdgeDiTError(
+            f"precision is {precision!r}, but the model is quantised already; give fp16 (or fp32) for what its own "
+            "palettes leave out."
+        )
     for name, weight in quantized.items():
         if not isinstance(weight, PaletteWeight | AffineWeight):
-            raise EdgeDiTError(f"The layer {name} is quantised as {weight.scheme!r}, which Core ML does not have; use 'palette' or 'affine'.")
+            raise EdgeDiTError(
+                f"The layer {name} is quantised as {weight.scheme!r}, which Core ML does not have; use 'palette' or "
+                "'affine'."
+            )
 
 
 # -------------------------------------------------------------------- conversion
@@ -147,7 +164,8 @@ def _convert(part: Part, compute: str) -> Program:
     import coremltools as ct
 
     inputs = [
-        ct.TensorType(name=name, shape=tuple(value.shape), dtype=np.float32 if value.is_floating_point() else np.int32) for name, value in part.inputs.items()
+        ct.TensorType(name=name, shape=tuple(value.shape), dtype=np.float32 if value.is_floating_point() else np.int32)
+        for name, value in part.inputs.items()
     ]
     try:
         return ct.convert(
@@ -156,12 +174,16 @@ def _convert(part: Part, compute: str) -> Program:
             inputs=inputs,
             outputs=[ct.TensorType(name=name, dtype=np.float32) for name in part.outputs],
             minimum_deployment_target=ct.target[TARGET],
-            compute_precision=ct.precision.FLOAT32 if compute == "fp32" else ct.transform.FP16ComputePrecision(op_selector=_fits_half),
+            compute_precision=ct.precision.FLOAT32
+            if compute == "fp32"
+            else ct.transform.FP16ComputePrecision(op_selector=_fits_half),
         )
     except OSError:
         raise
     except Exception as error:  # whatever torch.export and coremltools think of
-        raise EdgeDiTError(f"coremltools cannot convert the {part.name} of {part.component} ({error}); export this part as onnx.") from error
+        raise EdgeDiTError(
+            f"coremltools cannot convert the {part.name} of {part.component} ({error}); export this part as onnx."
+        ) from error
 
 
 def _fits_half(operation: Operation) -> bool:
@@ -180,10 +202,11 @@ def _becomes_angle(operation: Operation) -> bool:
 
 
 def _quantize(part: Part, spec: Mapping[str, Any]) -> tuple[Part, dict[str, QuantizedWeight]]:
-    """The part with every linear layer and convolution of [`MIN_QUANTIZED_ELEMENTS`] or more rounded to a spec, and the weights by layer.
+    """The part with every linear layer and convolution of [`MIN_QUANTIZED_ELEMENTS`] or more rounded to a spec, and the
+    weights by layer.
 
-    By our own quantisation: the one in coremltools took seven times as long to find palettes, and leaves layers as they are whose rows are no multiple
-    of a palette's.
+    By our own quantisation: the one in coremltools took seven times as long to find palettes, and leaves layers as they
+    are whose rows are no multiple of a palette's.
     """
     module = share(part.module)
     weights = {}
@@ -198,7 +221,8 @@ def _quantize(part: Part, spec: Mapping[str, Any]) -> tuple[Part, dict[str, Quan
 
 
 def write_native(program: Program, quantized: Mapping[str, QuantizedWeight]) -> list[str]:
-    """Replace every constant of a program that holds the dequantised values of a quantised weight by the operator that unpacks the weight in Core ML.
+    """Replace every constant of a program that holds the dequantised values of a quantised weight by the operator that
+    unpacks the weight in Core ML.
 
     Constants are recognised by their values, all of them: what is replaced is equal to what replaces it.
 
@@ -225,11 +249,19 @@ def write_native(program: Program, quantized: Mapping[str, QuantizedWeight]) -> 
                 continue
             build = mb.constexpr_lut_to_dense if "lut" in inputs else mb.constexpr_blockwise_shift_scale
             # Where in the exported graph it comes from; a program with operators that do not say so is refused.
-            origin = [ScopeInfo(source=source, data=data) for source, data in operation.scopes.items() if source is not ScopeSource.COREMLTOOLS_GRAPH_PASS]
+            origin = [
+                ScopeInfo(source=source, data=data)
+                for source, data in operation.scopes.items()
+                if source is not ScopeSource.COREMLTOOLS_GRAPH_PASS
+            ]
             with function, mb.scope(*origin):
                 packed = build(**inputs, before_op=operation, name=f"{operation.name}_packed")
             function.replace_uses_of_var_after_op(
-                anchor_op=operation, old_var=operation.outputs[0], new_var=packed, no_check_var_types=True, force_replace=True
+                anchor_op=operation,
+                old_var=operation.outputs[0],
+                new_var=packed,
+                no_check_var_types=True,
+                force_replace=True,
             )
             function.remove_ops([operation])
             mapped.update(names)
@@ -237,10 +269,11 @@ def write_native(program: Program, quantized: Mapping[str, QuantizedWeight]) -> 
 
 
 def native_inputs(weight: PaletteWeight | AffineWeight, dtype: np.dtype) -> dict[str, np.ndarray] | None:
-    """Inputs of Core ML's operator for a quantised weight: `indices` and `lut`, or `data`, `scale` and perhaps `offset`.
+    """Inputs of Core ML's operator for a quantised weight: `indices` and `lut`, or `data`, `scale` and perhaps
+    `offset`.
 
-    Core ML wants runs of equal length. Where the last run of rows (or group of inputs) is shorter, all are cut to their greatest common divisor with
-    the whole, and palettes (scales) repeat.
+    Core ML wants runs of equal length. Where the last run of rows (or group of inputs) is shorter, all are cut to their
+    greatest common divisor with the whole, and palettes (scales) repeat.
 
     Args:
         dtype: of the entries and scales, float16 or float32.
@@ -270,7 +303,9 @@ def native_inputs(weight: PaletteWeight | AffineWeight, dtype: np.dtype) -> dict
     inputs = {"scale": weight.scale[:, group_of].reshape(rows, -1, *ones).numpy().astype(dtype)}
     stored = 8 if weight.bits == 8 else 4  # Core ML has no integers of 2 bits here
     if weight.zero_point is None:
-        return inputs | {"data": (values.astype(np.int16) - (1 << (weight.bits - 1))).astype(types.string_to_nptype(f"int{stored}"))}
+        return inputs | {
+            "data": (values.astype(np.int16) - (1 << (weight.bits - 1))).astype(types.string_to_nptype(f"int{stored}"))
+        }
     kind = types.string_to_nptype(f"uint{stored}")
     offset = unpack(weight.zero_point, weight.bits, weight.scale.shape[1])[:, group_of].reshape(rows, -1, *ones).numpy()
     return inputs | {"data": values.astype(kind), "offset": offset.astype(kind)}
@@ -282,10 +317,16 @@ def _key(value: np.ndarray) -> tuple[tuple[int, ...], str, bytes]:
 
 
 def _dense(part: Part, quantized: Mapping[str, QuantizedWeight], mapped: list[str]) -> list[str]:
-    """Quantised layers of which the part's module has the weight, but its program not the constant (such as a kernel that is used in slices)."""
+    """Quantised layers of which the part's module has the weight, but its program not the constant (such as a kernel
+    that is used in slices).
+    """
     parameters = list(part.module.parameters())
     left = {name: weight.dequantize() for name, weight in quantized.items() if name not in mapped}
-    return sorted(name for name, dense in left.items() if any(p.shape == dense.shape and torch.equal(p, dense) for p in parameters))
+    return sorted(
+        name
+        for name, dense in left.items()
+        if any(p.shape == dense.shape and torch.equal(p, dense) for p in parameters)
+    )
 
 
 # -------------------------------------------------------------------- reading
@@ -307,21 +348,36 @@ def read_package(path: str | os.PathLike) -> dict[str, Any]:
     """What a package is made of.
 
     Returns:
-        `bytes`; `operators`: number of each kind that computes; `weights`: kind (`"fp16"`, `"palettes of 4 bits"`, `"grids of 8 bits"`, …) → number of
-        `tensors`, their `elements` and stored `bytes`; `minimum_deployment_target`; `inputs` and `outputs`: name → shape.
+        `bytes`; `operators`: number of each kind that computes; `weights`: kind (`"fp16"`, `"palettes of 4 bits"`,
+        `"grids of 8 bits"`, …) → number of `tensors`, their `elements` and stored `bytes`; `minimum_deployment_target`;
+        `inputs` and `outputs`: name → shape.
     """
     path = Path(path)
     main = load_program(path).functions["main"]
     weights: dict[str, Counter] = {}
     for operation in main.operations:
         if kind := _weight_kind(operation):
-            stored = [operation.outputs[0]] if operation.op_type == "const" else [value for value in operation.inputs.values() if value is not None]
+            stored = (
+                [operation.outputs[0]]
+                if operation.op_type == "const"
+                else [value for value in operation.inputs.values() if value is not None]
+            )
             weights.setdefault(kind, Counter()).update(
-                tensors=1, elements=math.prod(operation.outputs[0].shape), bytes=sum(-(-value.val.size * _bits(value) // 8) for value in stored)
+                tensors=1,
+                elements=math.prod(operation.outputs[0].shape),
+                bytes=sum(-(-value.val.size * _bits(value) // 8) for value in stored),
             )
     return {
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
-        "operators": dict(sorted(Counter(op.op_type for op in main.operations if op.op_type != "const" and not op.op_type.startswith("constexpr")).items())),
+        "operators": dict(
+            sorted(
+                Counter(
+                    op.op_type
+                    for op in main.operations
+                    if op.op_type != "const" and not op.op_type.startswith("constexpr")
+                ).items()
+            )
+        ),
         "weights": {kind: dict(count) for kind, count in sorted(weights.items())},
         "minimum_deployment_target": TARGET,
         "inputs": {name: list(value.shape) for name, value in main.inputs.items()},
@@ -336,7 +392,9 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         import coremltools as ct
 
         stored = ct.models.MLModel(str(path), skip_model_load=True).user_defined_metadata
-    return {key.removeprefix(METADATA_PREFIX): value for key, value in stored.items() if key.startswith(METADATA_PREFIX)}
+    return {
+        key.removeprefix(METADATA_PREFIX): value for key, value in stored.items() if key.startswith(METADATA_PREFIX)
+    }
 
 
 def _weight_kind(operation: Operation) -> str | None:

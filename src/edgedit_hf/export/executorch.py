@@ -1,8 +1,10 @@
-"""Lowering to ExecuTorch: `lower_executorch` writes a `.pte` file of any part of a pipeline, with fixed shapes, for XNNPACK and where possible others.
+"""Lowering to ExecuTorch: `lower_executorch` writes a `.pte` file of any part of a pipeline, with fixed shapes, for
+XNNPACK and where possible others.
 
-Precisions: `fp32`; `int8` is 8da8w, `int4` is 8da4w, ExecuTorch's names for activations that are quantised to 8 bits a token as they come,
-and weights of 8 bits an output channel, or 4 bits in groups of [`GROUP`] inputs. Weight-only int8 is not offered: it lowers without an error
-and returns NaN. The files describe themselves through constant methods `edgedit_*`: whatever facts they are given, and the scheme.
+Precisions: `fp32`; `int8` is 8da8w, `int4` is 8da4w, ExecuTorch's names for activations that are quantised to 8 bits a
+token as they come, and weights of 8 bits an output channel, or 4 bits in groups of [`GROUP`] inputs. Weight-only int8
+is not offered: it lowers without an error and returns NaN. The files describe themselves through constant methods
+`edgedit_*`: whatever facts they are given, and the scheme.
 """
 
 from __future__ import annotations
@@ -47,12 +49,14 @@ SHRINKS = tuple(0.72 + 0.03 * step for step in range(11))  # 0.72 … 1.02
 TINY = 1e-30  # least scale: of a group of zeros
 DEFAULT_BATCH = 2  # one image with guidance
 SHARE_METHOD = (
-    "Median over the runs of 1 - (time in delegate calls) / (time of Method::execute), both from ExecuTorch's event tracer (ETDump) in the "
-    "Python runtime on the host's CPU; so the interpreter's own time counts as not delegated."
+    "Median over the runs of 1 - (time in delegate calls) / (time of Method::execute), both from ExecuTorch's event "
+    "tracer (ETDump) in the Python runtime on the host's CPU; so the interpreter's own time counts as not delegated."
 )
 
 
-def export_executorch(model: EdgeDiTTransformer2DModel, path: str | os.PathLike, precision: str = "fp32", batch: int = DEFAULT_BATCH) -> dict:
+def export_executorch(
+    model: EdgeDiTTransformer2DModel, path: str | os.PathLike, precision: str = "fp32", batch: int = DEFAULT_BATCH
+) -> dict:
     """Write an EdgeDiT as a `.pte` file with inputs `sample`, `timestep`, `class_labels` and output `prediction`.
 
     The batch is fixed: with an open one, XNNPACK takes over none of the reshapes around attention.
@@ -67,7 +71,8 @@ def export_executorch(model: EdgeDiTTransformer2DModel, path: str | os.PathLike,
         What [`lower_executorch`] returns, without measured times.
 
     Raises:
-        EdgeDiTError: ExecuTorch is not installed, the model is not float32 or not plain weights, or precision or batch do not exist.
+        EdgeDiTError: ExecuTorch is not installed, the model is not float32 or not plain weights, or precision or batch
+            do not exist.
     """
     require_executorch()
     _check_precision(precision)
@@ -94,20 +99,23 @@ def lower_executorch(
     Args:
         part: see [`~edgedit_hf.export.parts.Part`].
         path: the file; written aside and renamed.
-        precision: a key of [`SCHEMES`]. It is that of the linear layers; everything else computes in float32, and so does a whole VAE.
+        precision: a key of [`SCHEMES`]. It is that of the linear layers; everything else computes in float32, and so
+            does a whole VAE.
         facts: text that the file returns from its methods `edgedit_<key>`.
         keep_8bit: for `int4`: names of the model's layers that are 8da8w instead.
-        affine: layer → weights that were rounded before: a symmetric grid of 4 bits in groups of a multiple of [`GROUP`], or of 8 bits a row, is used
-            with its integers as they are (XNNPACK keeps scales of groups as bfloat16). Other grids are rounded again.
+        affine: layer → weights that were rounded before: a symmetric grid of 4 bits in groups of a multiple of
+            [`GROUP`], or of 8 bits a row, is used with its integers as they are (XNNPACK keeps scales of groups as
+            bfloat16). Other grids are rounded again.
         backend: `"xnnpack"`; `"coreml"` or `"qnn"` (fp32 alone, lowered but not run; see [`executorch_backends`]).
         profile_runs: forwards that are timed to find the share of what the backend did not take; 0: none.
 
     Returns:
-        backend, scheme, not_run (a sentence, where the file cannot run here), what [`quantize_linears`] returns, bytes, delegation ([`lower`],
-        [`profile`]).
+        backend, scheme, not_run (a sentence, where the file cannot run here), what [`quantize_linears`] returns, bytes,
+        delegation ([`lower`], [`profile`]).
 
     Raises:
-        EdgeDiTError: ExecuTorch or a backend's SDK is not installed, the part cannot be lowered, or given weights have another shape.
+        EdgeDiTError: ExecuTorch or a backend's SDK is not installed, the part cannot be lowered, or given weights have
+            another shape.
     """
     require_executorch()
     _check_precision(precision)
@@ -121,10 +129,19 @@ def lower_executorch(
         delegation = lower(form, inputs, path, facts, backend)
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise EdgeDiTError(f"ExecuTorch cannot lower the {part.name} of the {part.component} ({type(part.module).__name__}): {reason}") from error
+        raise EdgeDiTError(
+            f"ExecuTorch cannot lower the {part.name} of the {part.component} ({type(part.module).__name__}): {reason}"
+        ) from error
     if profile_runs and NOT_RUN[backend] is None:
         delegation |= profile(path, inputs, profile_runs)
-    return {"backend": backend, "scheme": scheme, "not_run": NOT_RUN[backend], **layers, "bytes": Path(path).stat().st_size, "delegation": delegation}
+    return {
+        "backend": backend,
+        "scheme": scheme,
+        "not_run": NOT_RUN[backend],
+        **layers,
+        "bytes": Path(path).stat().st_size,
+        "delegation": delegation,
+    }
 
 
 def _check_precision(precision: str) -> None:
@@ -137,7 +154,10 @@ def form_of(part: Part) -> nn.Module:
     inputs = tuple(part.inputs.values())
     if isinstance(part.module, (DenoiserWrapper, ModulatedDenoiserWrapper, ConditionerWrapper)):
         return edgedit_form(part.module, inputs)
-    if isinstance(part.module, (ElasticDenoiserWrapper, ModulatedElasticDenoiserWrapper, ElasticConditionerWrapper, TextConditionerWrapper)):
+    if isinstance(
+        part.module,
+        (ElasticDenoiserWrapper, ModulatedElasticDenoiserWrapper, ElasticConditionerWrapper, TextConditionerWrapper),
+    ):
         return elastic_form(part.module, inputs)
     return encoder_form(part.module, inputs)
 
@@ -153,11 +173,14 @@ def quantize_linears(
     A layer whose number of inputs is not a multiple of [`GROUP`] has no 8da4w kernel and is quantised to 8da8w instead.
 
     Args:
-        keep_8bit, affine: see [`lower_executorch`]; names that the form does not have belong to other parts of the model.
+        keep_8bit, affine: see [`lower_executorch`]; names that the form does not have belong to other parts of the
+            model.
 
     Returns:
-        linear_layers: number of linear layers of each scheme; kept_8bit: layers of the model that have 8 bits because they were named; given: those
-        whose given integers were taken; rounded_again: those whose given weights have no such grid, so that what they stand for was rounded.
+        linear_layers: number of linear layers of each scheme; kept_8bit: layers of the model that have 8 bits because
+            they were named; given: those
+        whose given integers were taken; rounded_again: those whose given weights have no such grid, so that what they
+        stand for was rounded.
     """
     schemes, kept, given, rounded = [], set(), set(), set()
     for layer in form.modules():
@@ -173,9 +196,14 @@ def quantize_linears(
             (rounded if weight is None else given).add(name)
         if scheme == "8da4w" and name in keep_8bit and layer.in_features % GROUP == 0:
             kept.add(name)
-        layer.weight = nn.Parameter(quantized_weight(layer.weight.detach(), chosen) if weight is None else weight, requires_grad=False)
+        layer.weight = nn.Parameter(
+            quantized_weight(layer.weight.detach(), chosen) if weight is None else weight, requires_grad=False
+        )
     names = {"kept_8bit": kept, "given": given, "rounded_again": rounded}
-    return {"linear_layers": dict(sorted(Counter(schemes).items())), **{key: sorted(value) for key, value in names.items()}}
+    return {
+        "linear_layers": dict(sorted(Counter(schemes).items())),
+        **{key: sorted(value) for key, value in names.items()},
+    }
 
 
 def linear_scheme(scheme: str, inputs: int, keep_8bit: bool = False) -> str:
@@ -184,10 +212,11 @@ def linear_scheme(scheme: str, inputs: int, keep_8bit: bool = False) -> str:
 
 
 def quantized_weight(weight: torch.Tensor, scheme: str) -> torch.Tensor:
-    """A float weight `(O, n)` as torchao's tensor of an `"8da8w"` or `"8da4w"` layer, which eager linear layers understand too.
+    """A float weight `(O, n)` as torchao's tensor of an `"8da8w"` or `"8da4w"` layer, which eager linear layers
+    understand too.
 
-    In 4 bits the scale of a group is the one of [`SHRINKS`] times its largest value that rounds the group with the least squared error, kept as
-    bfloat16, which is what XNNPACK has: about 1 dB better than the largest value itself.
+    In 4 bits the scale of a group is the one of [`SHRINKS`] times its largest value that rounds the group with the
+    least squared error, kept as bfloat16, which is what XNNPACK has: about 1 dB better than the largest value itself.
     """
     if scheme == "8da8w":
         scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=TINY)
@@ -205,8 +234,8 @@ def quantized_weight(weight: torch.Tensor, scheme: str) -> torch.Tensor:
 
 
 def given_weight(layer: FormLinear, scheme: str, given: AffineWeight) -> torch.Tensor | None:
-    """Given integers as torchao's tensor of a form's layer; `None` if the scheme has no such grid (it wants a symmetric one, of 4 bits in groups of a
-    multiple of [`GROUP`], or of 8 bits a row).
+    """Given integers as torchao's tensor of a form's layer; `None` if the scheme has no such grid (it wants a symmetric
+    one, of 4 bits in groups of a multiple of [`GROUP`], or of 8 bits a row).
 
     Raises:
         EdgeDiTError: the shape is not that of the model's layer.
@@ -215,7 +244,8 @@ def given_weight(layer: FormLinear, scheme: str, given: AffineWeight) -> torch.T
     first, end = layer.source.rows or (0, given.shape[0])
     if tuple(given.shape[1:]) != (columns,) or end > given.shape[0] or end - first != rows:
         raise EdgeDiTError(
-            f"The given weights of {layer.source.name} have the shape {tuple(given.shape)}; rows {first} to {end} of {columns} inputs are needed."
+            f"The given weights of {layer.source.name} have the shape {tuple(given.shape)}; rows {first} to {end} of "
+            f"{columns} inputs are needed."
         )
     bits, group = (8, columns) if scheme == "8da8w" else (4, GROUP)
     size = given.group_size or columns
@@ -223,7 +253,10 @@ def given_weight(layer: FormLinear, scheme: str, given: AffineWeight) -> torch.T
         return None
     size = min(size, -(-columns // group) * group)
     values = unpack(given.values[first:end], bits, columns).to(torch.int16) - (1 << (bits - 1))
-    scale = given.scale[first:end].float().repeat_interleave(size // group, dim=1)[:, : columns // group] * layer.source.factor
+    scale = (
+        given.scale[first:end].float().repeat_interleave(size // group, dim=1)[:, : columns // group]
+        * layer.source.factor
+    )
     return _tensor(values, scale, bits)
 
 
@@ -236,13 +269,21 @@ def _tensor(values: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tenso
         )
     per_token = IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN
     block, zero = (1, values.shape[1] // scale.shape[1]), torch.zeros_like(scale, dtype=torch.int8)
-    return IntxUnpackedToInt8Tensor(values.to(torch.int8), scale, zero, getattr(torch, f"int{bits}"), block, torch.float32, per_token)
+    return IntxUnpackedToInt8Tensor(
+        values.to(torch.int8), scale, zero, getattr(torch, f"int{bits}"), block, torch.float32, per_token
+    )
 
 
 # -------------------------------------------------------------------- lowering
 
 
-def lower(form: nn.Module, inputs: Sequence[torch.Tensor], path: str | os.PathLike, facts: Mapping[str, str], backend: str = "xnnpack") -> dict:
+def lower(
+    form: nn.Module,
+    inputs: Sequence[torch.Tensor],
+    path: str | os.PathLike,
+    facts: Mapping[str, str],
+    backend: str = "xnnpack",
+) -> dict:
     """Trace a module, give the backend all it takes, write the rest as ExecuTorch's portable operators.
 
     Args:
@@ -252,7 +293,8 @@ def lower(form: nn.Module, inputs: Sequence[torch.Tensor], path: str | os.PathLi
         facts: text that the file returns from its methods `edgedit_<key>`.
 
     Returns:
-        subgraphs (pieces that the backend runs), delegated (operators in them), portable (operator → number outside them).
+        subgraphs (pieces that the backend runs), delegated (operators in them), portable (operator → number outside
+        them).
     """
     with quiet():
         from executorch.devtools.backend_debug import get_delegation_info
@@ -270,8 +312,16 @@ def lower(form: nn.Module, inputs: Sequence[torch.Tensor], path: str | os.PathLi
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
-    portable = {name: count.non_delegated for name, count in info.delegation_by_operator.items() if count.non_delegated and name != "getitem"}
-    return {"subgraphs": info.num_delegated_subgraphs, "delegated": info.num_delegated_nodes, "portable": dict(sorted(portable.items()))}
+    portable = {
+        name: count.non_delegated
+        for name, count in info.delegation_by_operator.items()
+        if count.non_delegated and name != "getitem"
+    }
+    return {
+        "subgraphs": info.num_delegated_subgraphs,
+        "delegated": info.num_delegated_nodes,
+        "portable": dict(sorted(portable.items())),
+    }
 
 
 def profile(path: str | os.PathLike, inputs: Sequence[torch.Tensor], runs: int) -> dict:
@@ -281,7 +331,8 @@ def profile(path: str | os.PathLike, inputs: Sequence[torch.Tensor], runs: int) 
         path: the `.pte` file. inputs: of its shapes. runs: forwards that count, after one that does not.
 
     Returns:
-        portable_share: the share of what is not in delegate calls; portable_share_method; portable_ms: portable kernel → ms a forward;
+        portable_share: the share of what is not in delegate calls; portable_share_method; portable_ms: portable kernel
+            → ms a forward;
         forward_ms (median, with the tracer on).
     """
     with quiet():
@@ -301,7 +352,11 @@ def profile(path: str | os.PathLike, inputs: Sequence[torch.Tensor], runs: int) 
             times[event.name] = times.get(event.name, 0) + torch.tensor(event.perf_data.raw[1:], dtype=torch.float64)
     total = times["Method::execute"]
     share = 1 - times.get("DELEGATE_CALL", torch.zeros_like(total)) / total
-    kernels = {name.removeprefix("native_call_"): float(value.median()) for name, value in times.items() if name.startswith("native_call_")}
+    kernels = {
+        name.removeprefix("native_call_"): float(value.median())
+        for name, value in times.items()
+        if name.startswith("native_call_")
+    }
     return {
         "portable_share": float(share.median()),
         "portable_share_method": SHARE_METHOD,

@@ -1,7 +1,8 @@
-"""ExecuTorch's backends for an export: XNNPACK (every CPU), Core ML (Apple), QNN (Qualcomm's NPU). Each gives an edge program that ExecuTorch writes.
+"""ExecuTorch's backends for an export: XNNPACK (every CPU), Core ML (Apple), QNN (Qualcomm's NPU). Each gives an edge
+program that ExecuTorch writes.
 
-Core ML's delegate is lowered wherever `coremltools` is installed, but runs on Apple's devices alone. QNN needs Qualcomm's SDK, which is not on PyPI: this
-module never downloads it, and its path has not been run by us.
+Core ML's delegate is lowered wherever `coremltools` is installed, but runs on Apple's devices alone. QNN needs
+Qualcomm's SDK, which is not on PyPI: this module never downloads it, and its path has not been run by us.
 """
 
 from __future__ import annotations
@@ -32,15 +33,19 @@ def check_backend(backend: str, precision: str) -> None:
         raise EdgeDiTError(f"backend is {backend!r}; the backends of ExecuTorch here are {', '.join(NOT_RUN)}.")
     if backend != "xnnpack" and precision != "fp32":
         raise EdgeDiTError(
-            f"precision is {precision!r}; through ExecuTorch's {backend} delegate only fp32 is exported (it computes in 16 bits there). For small "
-            "Core ML weights use the format coreml."
+            f"precision is {precision!r}; through ExecuTorch's {backend} delegate only fp32 is exported (it computes "
+            "in 16 bits there). For small Core ML weights use the format coreml."
         )
     if backend == "coreml" and importlib.util.find_spec("coremltools") is None:
-        raise EdgeDiTError("The backend coreml needs coremltools, which is not installed; install it with: pip install 'edgedit_hf[coreml]'")
+        raise EdgeDiTError(
+            "The backend coreml needs coremltools, which is not installed; install it with: pip install "
+            "'edgedit_hf[coreml]'"
+        )
     if backend == "qnn" and not os.path.isdir(os.environ.get("QNN_SDK_ROOT", "")):
         raise EdgeDiTError(
-            f"The backend qnn needs Qualcomm's AI Engine Direct SDK, but QNN_SDK_ROOT is {os.environ.get('QNN_SDK_ROOT', '')!r}, not a folder; install the "
-            "SDK from Qualcomm's site and set QNN_SDK_ROOT to it."
+            "The backend qnn needs Qualcomm's AI Engine Direct SDK, but QNN_SDK_ROOT is "
+            f"{os.environ.get('QNN_SDK_ROOT', '')!r}, not a folder; install the SDK from Qualcomm's site and set "
+            "QNN_SDK_ROOT to it."
         )
 
 
@@ -60,12 +65,19 @@ def edge_program(backend: str, form: nn.Module, inputs: Sequence[torch.Tensor], 
     with torch.no_grad():
         program = torch.export.export(form, inputs, strict=False)
     if backend == "coreml":
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # progress bars of every pass
-            return to_edge_transform_and_lower(program, partitioner=[_coreml_partitioner()], constant_methods=dict(constants))
+        with (
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):  # progress bars of every pass
+            return to_edge_transform_and_lower(
+                program, partitioner=[_coreml_partitioner()], constant_methods=dict(constants)
+            )
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
     config = EdgeCompileConfig(_check_ir_validity=False)  # it does not know torchao's quantised operators
-    return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config, constant_methods=dict(constants))
+    return to_edge_transform_and_lower(
+        program, partitioner=[XnnpackPartitioner()], compile_config=config, constant_methods=dict(constants)
+    )
 
 
 def _coreml_partitioner() -> Any:
@@ -73,7 +85,9 @@ def _coreml_partitioner() -> Any:
     from executorch.backends.apple.coreml.compiler import CoreMLBackend
     from executorch.backends.apple.coreml.partition import CoreMLPartitioner
 
-    specs = CoreMLBackend.generate_compile_specs(compute_precision=ct.precision.FLOAT16, minimum_deployment_target=ct.target.iOS18)
+    specs = CoreMLBackend.generate_compile_specs(
+        compute_precision=ct.precision.FLOAT16, minimum_deployment_target=ct.target.iOS18
+    )
     return CoreMLPartitioner(compile_specs=specs)
 
 

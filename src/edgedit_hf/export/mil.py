@@ -1,8 +1,9 @@
-"""Runs the program of a Core ML package in torch, operator by operator: `run_package`. Core ML itself runs on Apple's systems only.
+"""Runs the program of a Core ML package in torch, operator by operator: `run_package`. Core ML itself runs on Apple's
+systems only.
 
-A check of what was converted, not of Core ML: it reads the saved file, packed weights as Core ML's documentation defines them, computes in float32,
-and rounds what the program declares as float16 to float16. Core ML's own kernels accumulate and round differently. It knows the operators that our
-parts become.
+A check of what was converted, not of Core ML: it reads the saved file, packed weights as Core ML's documentation
+defines them, computes in float32, and rounds what the program declares as float16 to float16. Core ML's own kernels
+accumulate and round differently. It knows the operators that our parts become.
 """
 
 from __future__ import annotations
@@ -33,14 +34,18 @@ def run_package(path: str | os.PathLike, inputs: Mapping[str, torch.Tensor]) -> 
     """
     main = load_program(path).functions["main"]
     if set(inputs) != set(main.inputs):
-        raise EdgeDiTError(f"The package {path} takes the inputs {', '.join(main.inputs)}; {', '.join(inputs)} were given.")
+        raise EdgeDiTError(
+            f"The package {path} takes the inputs {', '.join(main.inputs)}; {', '.join(inputs)} were given."
+        )
     values = {name: _rounded(tensor, main.inputs[name]) for name, tensor in inputs.items()}
     with torch.no_grad():
         for operation in main.operations:
             if operation.op_type == "const":
                 continue
             if operation.op_type not in OPERATORS:
-                raise EdgeDiTError(f"The package {path} has the operator {operation.op_type!r}, which can be run by Core ML only.")
+                raise EdgeDiTError(
+                    f"The package {path} has the operator {operation.op_type!r}, which can be run by Core ML only."
+                )
             result = OPERATORS[operation.op_type](_Arguments(operation, values))
             for output, tensor in zip(operation.outputs, result if isinstance(result, tuple | list) else (result,)):
                 values[output.name] = _rounded(tensor, output)
@@ -111,7 +116,9 @@ def _conv(given: _Arguments) -> torch.Tensor:
     pairs = [pad[index : index + 2] for index in range(0, len(pad), 2)]
     x = F.pad(x, [size for pair in reversed(pairs) for size in pair])
     function = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.ndim]
-    return function(x, given.tensor("weight"), given.tensor("bias"), given.strides or 1, 0, given.dilations or 1, given.groups or 1)
+    return function(
+        x, given.tensor("weight"), given.tensor("bias"), given.strides or 1, 0, given.dilations or 1, given.groups or 1
+    )
 
 
 def _attention(given: _Arguments) -> torch.Tensor:
@@ -180,11 +187,15 @@ def _pad(given: _Arguments) -> torch.Tensor:
     if given.mode not in (None, "constant"):
         raise EdgeDiTError(f"A padding has the mode {given.mode!r}, which can be run by Core ML only.")
     pairs = [given.pad[index : index + 2] for index in range(0, len(given.pad), 2)]
-    return F.pad(given.tensor("x"), [size for pair in reversed(pairs) for size in pair], value=given.constant_val or 0.0)
+    return F.pad(
+        given.tensor("x"), [size for pair in reversed(pairs) for size in pair], value=given.constant_val or 0.0
+    )
 
 
 def _upsample(given: _Arguments) -> torch.Tensor:
-    return F.interpolate(given.tensor("x"), scale_factor=(given.scale_factor_height, given.scale_factor_width), mode="nearest")
+    return F.interpolate(
+        given.tensor("x"), scale_factor=(given.scale_factor_height, given.scale_factor_width), mode="nearest"
+    )
 
 
 _GELU = {"EXACT": "none", "TANH_APPROXIMATION": "tanh"}
@@ -217,7 +228,9 @@ OPERATORS: dict[str, Callable[[_Arguments], Any]] = {
     "select": lambda given: torch.where(given.tensor("cond"), given.tensor("a"), given.tensor("b")),
     "reduce_mean": lambda given: given.tensor("x").mean(given.axes, keepdim=bool(given.keep_dims)),
     "reduce_sum": lambda given: given.tensor("x").sum(given.axes, keepdim=bool(given.keep_dims)),
-    "reduce_l2_norm": lambda given: torch.linalg.vector_norm(given.tensor("x"), dim=given.axes, keepdim=bool(given.keep_dims)),
+    "reduce_l2_norm": lambda given: torch.linalg.vector_norm(
+        given.tensor("x"), dim=given.axes, keepdim=bool(given.keep_dims)
+    ),
     "rsqrt": lambda given: (given.tensor("x") + (given.epsilon or 0.0)).rsqrt(),
     "clip": lambda given: given.tensor("x").clamp(given.alpha, given.beta),
     "add": _binary(torch.add),

@@ -1,8 +1,9 @@
 """Which layers of a 4-bit export need 8 bits, so that its images stay as good as was asked.
 
-The network's layers are ranked by what the output loses when each alone is quantised, a weight; then whole images are sampled with the layers of
-both widths simulated, and the shortest beginning of the ranking that reaches the goal is found by bisection. A simulation is what the runtime makes
-of a layer: [`nearest_form`] of ONNX Runtime's MatMulNBits, [`xnnpack_weights`] of XNNPACK, which also rounds activations to 8 bits a token.
+The network's layers are ranked by what the output loses when each alone is quantised, a weight; then whole images are
+sampled with the layers of both widths simulated, and the shortest beginning of the ranking that reaches the goal is
+found by bisection. A simulation is what the runtime makes of a layer: [`nearest_form`] of ONNX Runtime's MatMulNBits,
+[`xnnpack_weights`] of XNNPACK, which also rounds activations to 8 bits a token.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ Form = Callable[[str, nn.Linear, int], torch.Tensor]  # (name, the layer, 4 or 8
 
 def quantized_linears(model: nn.Module, smallest: int = MIN_QUANTIZED_ELEMENTS) -> dict[str, nn.Linear]:
     """The linear layers of at least so many weights, by name; side blocks serve training only."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and not name.startswith("side_blocks.")}
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and not name.startswith("side_blocks.")
+    }
     return {name: layer for name, layer in layers.items() if layer.weight.numel() >= smallest}
 
 
@@ -48,7 +53,9 @@ def nearest_form(given: Mapping[str, Any]) -> Form:
 
 
 def xnnpack_weights(given: Mapping[str, Any]) -> Form:
-    """Layers in XNNPACK: 8da4w with the given weights where it has such a grid, or 8da8w; activations are rounded too."""
+    """Layers in XNNPACK: 8da4w with the given weights where it has such a grid, or 8da8w; activations are rounded
+    too.
+    """
 
     def form(name: str, layer: nn.Linear, bits: int) -> torch.Tensor:
         scheme = linear_scheme("8da4w", layer.in_features, keep_8bit=bits == 8)
@@ -115,7 +122,10 @@ def choose_8bit(
     low, high = 0, len(ranking)  # 8 bits for the first `low` do not reach the goal; for the first `high` they do
     best = quality(set(ranking))
     if best < goal_db:
-        raise EdgeDiTError(f"The images reach {best:.1f} dB with 8 bits in every layer; {goal_db:.1f} dB were asked. Export at a higher precision.")
+        raise EdgeDiTError(
+            f"The images reach {best:.1f} dB with 8 bits in every layer; {goal_db:.1f} dB were asked. Export at a "
+            "higher precision."
+        )
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if quality(set(ranking[:middle])) >= goal_db else (middle, high)

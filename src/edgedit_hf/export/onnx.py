@@ -1,7 +1,8 @@
-"""Lowering to ONNX by torch's dynamo exporter: `lower_onnx` writes a part of a pipeline at any precision, `export_onnx` and `quantize_int8` a
-denoiser in fp32 and dynamic int8.
+"""Lowering to ONNX by torch's dynamo exporter: `lower_onnx` writes a part of a pipeline at any precision, `export_onnx`
+and `quantize_int8` a denoiser in fp32 and dynamic int8.
 
-The files describe themselves: `metadata_props` holds what the caller says of them, such as genotype, config, weights' hash, precision, versions.
+The files describe themselves: `metadata_props` holds what the caller says of them, such as genotype, config, weights'
+hash, precision, versions.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ def lower_onnx(
     module, layers, said = part.module, part.module if layers is None else layers, {"precision": precision}
     if precision == "fp16":
         module, said["fp32_islands"] = half_precision(module, part.inputs)
-    dynamic = {name: {axis: size for axis, size in axes.items() if size in open_sizes} for name, axes in part.dynamic.items()}
+    dynamic = {
+        name: {axis: size for axis, size in axes.items() if size in open_sizes} for name, axes in part.dynamic.items()
+    }
     proto = lower(module, tuple(part.inputs.values()), dynamic, opset, names=(list(part.inputs), list(part.outputs)))
     if precision in ("int8", "int4") and not linear_nodes(proto):
         said["precision"] = "fp32"
@@ -112,7 +115,9 @@ def lower_onnx(
         proto, said["activations"] = dynamic_int8(proto, weights_size(proto) > EXTERNAL_DATA_BYTES), "dynamic"
     elif precision == "int8":
         said["linear_layers"] = {"static int8": static_int8(proto, scales, layers)}
-        said["activations"] = f"static, {scales.num_buckets} buckets of timesteps" if scales.num_buckets > 1 else "static"
+        said["activations"] = (
+            f"static, {scales.num_buckets} buckets of timesteps" if scales.num_buckets > 1 else "static"
+        )
     elif precision == "int4":
         said["linear_layers"] = weight_only(proto, layers, given, frozenset(keep_8bit))
     if "activations" in said:
@@ -137,7 +142,8 @@ def lower(
     Args:
         wrapper: module with positional tensor inputs.
         inputs: example inputs.
-        dynamic: whether the first dimension of each stays open, as one batch; or input → axis → name of a size that stays open.
+        dynamic: whether the first dimension of each stays open, as one batch; or input → axis → name of a size that
+            stays open.
         opset: ONNX operator set.
         names: names of the inputs and outputs; default: the module's `input_names` and `output_names`.
     """
@@ -172,21 +178,24 @@ def lower(
         ]  # the exporter's stack traces: half a small file, and paths of the machine that made it
     for value in (*proto.graph.input, *proto.graph.output):
         del value.metadata_props[:]
-    # Shape notes of inner values: every tool infers them itself, the quantiser trips over them, and with them ONNX Runtime fuses the
-    # last residual into a SkipLayerNormalization that is several times slower than what it replaces.
+    # Shape notes of inner values: every tool infers them itself, the quantiser trips over them, and with them ONNX
+    # Runtime fuses the last residual into a SkipLayerNormalization that is several times slower than what it replaces.
     proto.graph.ClearField("value_info")
     del proto.graph.metadata_props[:]
     return proto
 
 
 def _dynamic_shapes(wrapper: nn.Module, names: list[str], dynamic: Mapping[str, Mapping[int, str]]) -> tuple | None:
-    """`dynamic` as torch.export wants it: nested like the parameters of `forward`, of which the last may be variadic."""
+    """`dynamic` as torch.export wants it: nested like the parameters of `forward`, of which the last may be
+    variadic.
+    """
     if not any(dynamic.values()):
         return None
     sizes: dict[str, Any] = {}
 
     def dimension(size: str) -> Any:
-        # Heights and widths are multiples of a patch (or more): the exporter finds out of how many. Other sizes are free, and named.
+        # Heights and widths are multiples of a patch (or more): the exporter finds out of how many. Other sizes are
+        # free, and named.
         if size.endswith(("height", "width")):
             return torch.export.Dim.DYNAMIC
         return sizes.setdefault(size, torch.export.Dim(size, min=1))

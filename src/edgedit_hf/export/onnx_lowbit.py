@@ -1,7 +1,7 @@
 """Precisions of an ONNX file below fp32: dynamic and static int8, 4-bit weights, and fp16.
 
-All but fp16 rewrite the fp32 file's linear layers (MatMul with a constant matrix, after [`gemm_to_matmul`]), so they work on every network that the
-exporter can trace; fp16 is traced from a network in half precision ([`half_precision`]).
+All but fp16 rewrite the fp32 file's linear layers (MatMul with a constant matrix, after [`gemm_to_matmul`]), so they
+work on every network that the exporter can trace; fp16 is traced from a network in half precision ([`half_precision`]).
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 MIN_QUANTIZED_ELEMENTS = 1024  # smaller matrices stay fp32: their scales and extra operators cost more than they save
 GROUP = 32  # inputs that share a scale in 4 bits
-INT8_ACCURACY = 4  # MatMulNBits' accuracy level that multiplies in int8: activations are rounded to 8 bits a block of inputs
+INT8_ACCURACY = (
+    4  # MatMulNBits' accuracy level that multiplies in int8: activations are rounded to 8 bits a block of inputs
+)
 HALF_LIMIT = 3e4  # half of float16's largest value: other inputs than the examples may reach further
 
 
@@ -71,7 +73,9 @@ def gemm_to_matmul(proto: onnx.ModelProto) -> None:
 
 
 def linear_nodes(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """Every MatMul of the graph with a constant float32 matrix of [`MIN_QUANTIZED_ELEMENTS`] or more. Gemms become MatMuls first, in place."""
+    """Every MatMul of the graph with a constant float32 matrix of [`MIN_QUANTIZED_ELEMENTS`] or more. Gemms become
+    MatMuls first, in place.
+    """
     gemm_to_matmul(proto)
     tensors = (t for t in proto.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2)
     matrices = {tensor.name for tensor in tensors if np.prod(tensor.dims) >= MIN_QUANTIZED_ELEMENTS}
@@ -79,9 +83,11 @@ def linear_nodes(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def name_layers(proto: onnx.ModelProto, module: nn.Module) -> dict[str, str]:
-    """Which linear layer of `module` every node of [`linear_nodes`] is: node name → layer name, found by the weights' bytes.
+    """Which linear layer of `module` every node of [`linear_nodes`] is: node name → layer name, found by the weights'
+    bytes.
 
-    The exporter folds the transposition of a weight and so loses its name. Layers of equal weights are told apart by their order.
+    The exporter folds the transposition of a weight and so loses its name. Layers of equal weights are told apart by
+    their order.
     """
     layers: dict[bytes, list[str]] = {}
     for name, layer in module.named_modules():
@@ -104,8 +110,13 @@ def _digest(array: np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(array)).digest()
 
 
-def _rewrite(proto: onnx.ModelProto, make: Callable[[onnx.NodeProto, np.ndarray], tuple[list[onnx.NodeProto], list[onnx.TensorProto]]]) -> None:
-    """Replace every linear node by what `make(node, matrix (K, N))` returns, its last node giving the same output; unused matrices go."""
+def _rewrite(
+    proto: onnx.ModelProto,
+    make: Callable[[onnx.NodeProto, np.ndarray], tuple[list[onnx.NodeProto], list[onnx.TensorProto]]],
+) -> None:
+    """Replace every linear node by what `make(node, matrix (K, N))` returns, its last node giving the same output;
+    unused matrices go.
+    """
     chosen = {node.output[0] for node in linear_nodes(proto)}
     weights = {tensor.name: tensor for tensor in proto.graph.initializer}
     nodes, added = [], {}
@@ -128,18 +139,21 @@ def _rewrite(proto: onnx.ModelProto, make: Callable[[onnx.NodeProto, np.ndarray]
 
 
 def dynamic_int8(proto: onnx.ModelProto, external: bool) -> onnx.ModelProto:
-    """Dynamic int8: weights of all linear layers signed per output channel, activations unsigned per tensor at run time.
+    """Dynamic int8: weights of all linear layers signed per output channel, activations unsigned per tensor at run
+    time.
 
-    The adaLN layers and embedders act on `(B, D)` and lower to Gemm, which ONNX Runtime's dynamic quantiser skips; they are rewritten
-    to MatMul + Add first (they are a third of a DiT's weights). What stays fp32: biases, the position table, the label
-    table (a look-up, no arithmetic), the patch convolution (`patch_size² · channels` inputs: ConvInteger costs more than it saves) and
-    matrices below [`MIN_QUANTIZED_ELEMENTS`].
+    The adaLN layers and embedders act on `(B, D)` and lower to Gemm, which ONNX Runtime's dynamic quantiser skips; they
+    are rewritten to MatMul + Add first (they are a third of a DiT's weights). What stays fp32: biases, the position
+    table, the label table (a look-up, no arithmetic), the patch convolution (`patch_size² · channels` inputs:
+    ConvInteger costs more than it saves) and matrices below [`MIN_QUANTIZED_ELEMENTS`].
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     chosen = [node.name for node in linear_nodes(proto)]
     if not chosen:
-        raise EdgeDiTError(f"The network holds no linear layer to quantise (matrices of {MIN_QUANTIZED_ELEMENTS} elements or more).")
+        raise EdgeDiTError(
+            f"The network holds no linear layer to quantise (matrices of {MIN_QUANTIZED_ELEMENTS} elements or more)."
+        )
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # the quantiser logs its advice to the root logger
@@ -164,11 +178,13 @@ def dynamic_int8(proto: onnx.ModelProto, external: bool) -> onnx.ModelProto:
 
 
 def static_int8(proto: onnx.ModelProto, scales: ActivationScales, module: nn.Module) -> int:
-    """Static int8 in place (QDQ): weights signed per output channel, activations unsigned with the calibrated scale of their layer.
+    """Static int8 in place (QDQ): weights signed per output channel, activations unsigned with the calibrated scale of
+    their layer.
 
-    With several buckets every layer holds a table of scales, and the bucket is looked up from the input `timestep` of the first row (a file
-    without one gets it): one file serves the whole schedule. ONNX Runtime fuses each layer to one MatMulIntegerToFloat, which has one scale for
-    all rows; so the rows of a run share a bucket, for which the component and `sample_min` see.
+    With several buckets every layer holds a table of scales, and the bucket is looked up from the input `timestep` of
+    the first row (a file without one gets it): one file serves the whole schedule. ONNX Runtime fuses each layer to one
+    MatMulIntegerToFloat, which has one scale for all rows; so the rows of a run share a bucket, for which the component
+    and `sample_min` see.
 
     Args:
         scales: by the names of `module`'s layers; a layer that it does not name stays fp32.
@@ -196,17 +212,33 @@ def static_int8(proto: onnx.ModelProto, scales: ActivationScales, module: nn.Mod
             numpy_helper.from_array(values, f"{prefix}.weight"),
             numpy_helper.from_array(weight_scale, f"{prefix}.weight_scale"),
             numpy_helper.from_array(scale if many else scale[0], f"{prefix}.scales" if many else f"{prefix}.scale"),
-            numpy_helper.from_array(zero_point if many else zero_point[0], f"{prefix}.zero_points" if many else f"{prefix}.zero_point"),
+            numpy_helper.from_array(
+                zero_point if many else zero_point[0], f"{prefix}.zero_points" if many else f"{prefix}.zero_point"
+            ),
         ]
         nodes = []
         if many:
             for kind in ("scale", "zero_point"):
-                nodes.append(helper.make_node("Gather", [f"{prefix}.{kind}s", BUCKET], [f"{prefix}.{kind}"], name=f"{prefix}.{kind}"))
+                nodes.append(
+                    helper.make_node(
+                        "Gather", [f"{prefix}.{kind}s", BUCKET], [f"{prefix}.{kind}"], name=f"{prefix}.{kind}"
+                    )
+                )
         grid = [f"{prefix}.scale", f"{prefix}.zero_point"]
         nodes += [
-            helper.make_node("QuantizeLinear", [node.input[0], *grid], [f"{prefix}.quantized"], name=f"{prefix}.quantize"),
-            helper.make_node("DequantizeLinear", [f"{prefix}.quantized", *grid], [f"{prefix}.input"], name=f"{prefix}.dequantize"),
-            helper.make_node("DequantizeLinear", [f"{prefix}.weight", f"{prefix}.weight_scale"], [f"{prefix}.matrix"], name=f"{prefix}.weights", axis=1),
+            helper.make_node(
+                "QuantizeLinear", [node.input[0], *grid], [f"{prefix}.quantized"], name=f"{prefix}.quantize"
+            ),
+            helper.make_node(
+                "DequantizeLinear", [f"{prefix}.quantized", *grid], [f"{prefix}.input"], name=f"{prefix}.dequantize"
+            ),
+            helper.make_node(
+                "DequantizeLinear",
+                [f"{prefix}.weight", f"{prefix}.weight_scale"],
+                [f"{prefix}.matrix"],
+                name=f"{prefix}.weights",
+                axis=1,
+            ),
             helper.make_node("MatMul", [f"{prefix}.input", f"{prefix}.matrix"], list(node.output), name=node.name),
         ]
         return nodes, tensors
@@ -223,7 +255,8 @@ def static_int8(proto: onnx.ModelProto, scales: ActivationScales, module: nn.Mod
 def _subtract_biases(proto: onnx.ModelProto) -> None:
     """Turn every `product + bias` with a constant bias into `product - (-bias)`.
 
-    ONNX Runtime makes a Gemm of a MatMul and an Add before it looks for quantised products, and then computes in float32, four times slower.
+    ONNX Runtime makes a Gemm of a MatMul and an Add before it looks for quantised products, and then computes in
+    float32, four times slower.
     """
     products = {node.output[0] for node in proto.graph.node if node.op_type == "MatMul"}
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
@@ -233,7 +266,9 @@ def _subtract_biases(proto: onnx.ModelProto) -> None:
             continue
         product, bias = node.input if node.input[0] in products else reversed(node.input)
         if product in products and bias in tensors:
-            negated[f"{bias}.negated"] = numpy_helper.from_array(-numpy_helper.to_array(tensors[bias]), f"{bias}.negated")
+            negated[f"{bias}.negated"] = numpy_helper.from_array(
+                -numpy_helper.to_array(tensors[bias]), f"{bias}.negated"
+            )
             node.op_type = "Sub"
             node.input[:] = [product, f"{bias}.negated"]
     used = {name for node in proto.graph.node for name in node.input}
@@ -259,7 +294,9 @@ def _find_bucket(proto: onnx.ModelProto, edges: list[float]) -> None:
     )
     nodes = [
         helper.make_node("Gather", ["timestep", f"{prefix}.first"], [f"{prefix}.timestep"], name=f"{prefix}.timestep"),
-        helper.make_node("GreaterOrEqual", [f"{prefix}.timestep", f"{prefix}.edges"], [f"{prefix}.passed"], name=f"{prefix}.passed"),
+        helper.make_node(
+            "GreaterOrEqual", [f"{prefix}.timestep", f"{prefix}.edges"], [f"{prefix}.passed"], name=f"{prefix}.passed"
+        ),
         helper.make_node("Cast", [f"{prefix}.passed"], [f"{prefix}.ones"], name=f"{prefix}.ones", to=TensorProto.INT64),
         helper.make_node("ReduceSum", [f"{prefix}.ones", f"{prefix}.axes"], [BUCKET], name=BUCKET, keepdims=0),
     ]
@@ -273,14 +310,17 @@ def _find_bucket(proto: onnx.ModelProto, edges: list[float]) -> None:
 
 
 def weight_only(
-    proto: onnx.ModelProto, module: nn.Module, given: Mapping[str, AffineWeight] | None = None, keep_8bit: frozenset[str] = frozenset()
+    proto: onnx.ModelProto,
+    module: nn.Module,
+    given: Mapping[str, AffineWeight] | None = None,
+    keep_8bit: frozenset[str] = frozenset(),
 ) -> dict[str, int]:
     """4-bit weights in place: every linear layer becomes ONNX Runtime's MatMulNBits, in groups of [`GROUP`] inputs.
 
     Args:
         module: the network that was traced.
-        given: integers to use as they are, by the names of `module`'s layers (4 or 8 bits, groups of a power of two from 16 on, or one a row); other
-            layers are rounded to the nearest.
+        given: integers to use as they are, by the names of `module`'s layers (4 or 8 bits, groups of a power of two
+            from 16 on, or one a row); other layers are rounded to the nearest.
         keep_8bit: layers that get 8 bits.
 
     Returns:
@@ -293,7 +333,9 @@ def weight_only(
         layer = names.get(node.name, node.name)
         weight = (given or {}).get(layer)
         if not isinstance(weight, AffineWeight):  # no palette is a grid: what it stands for is rounded again
-            weight = quantize_affine(torch.from_numpy(np.ascontiguousarray(matrix.T)), 8 if layer in keep_8bit else 4, GROUP, symmetric=True)
+            weight = quantize_affine(
+                torch.from_numpy(np.ascontiguousarray(matrix.T)), 8 if layer in keep_8bit else 4, GROUP, symmetric=True
+            )
         counts[f"{weight.bits} bit"] = counts.get(f"{weight.bits} bit", 0) + 1
         return _matmul_nbits(node, weight, f"{layer}.{node.name}")
 
@@ -303,14 +345,18 @@ def weight_only(
     return dict(sorted(counts.items()))
 
 
-def _matmul_nbits(node: onnx.NodeProto, weight: AffineWeight, prefix: str) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+def _matmul_nbits(
+    node: onnx.NodeProto, weight: AffineWeight, prefix: str
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     rows, columns = weight.shape  # N, K
     whole = 1 << (columns - 1).bit_length()
-    group = min(weight.group_size or whole, max(whole, 256))  # a larger one is a group of all inputs too, and the file would be filled up to it
+    group = min(
+        weight.group_size or whole, max(whole, 256)
+    )  # a larger one is a group of all inputs too, and the file would be filled up to it
     if weight.bits not in (4, 8) or group < 16 or group & (group - 1):
         raise EdgeDiTError(
-            f"The layer {prefix} is quantised to {weight.bits} bits in groups of {group}; ONNX Runtime's MatMulNBits takes 4 or 8 bits and groups of a "
-            "power of two from 16 on. Quantise it with such groups."
+            f"The layer {prefix} is quantised to {weight.bits} bits in groups of {group}; ONNX Runtime's MatMulNBits "
+            "takes 4 or 8 bits and groups of a power of two from 16 on. Quantise it with such groups."
         )
     blocks = -(-columns // group)
     middle = 1 << (weight.bits - 1)
@@ -320,7 +366,8 @@ def _matmul_nbits(node: onnx.NodeProto, weight: AffineWeight, prefix: str) -> tu
         values = values[:, ::2] | values[:, 1::2] << 4
     tensors = [
         numpy_helper.from_array(np.ascontiguousarray(values.reshape(rows, blocks, -1)), f"{prefix}.values"),
-        # Stored in half precision and widened when the file is opened: a scale a group in float32 is another bit a weight.
+        # Stored in half precision and widened when the file is opened: a scale a group in float32 is another bit a
+        # weight.
         numpy_helper.from_array(weight.scale.reshape(-1).numpy(), f"{prefix}.scale"),
     ]
     inputs = [node.input[0], f"{prefix}.values", f"{prefix}.wide_scale"]
@@ -332,7 +379,9 @@ def _matmul_nbits(node: onnx.NodeProto, weight: AffineWeight, prefix: str) -> tu
         tensors.append(numpy_helper.from_array(points.reshape(-1).numpy(), f"{prefix}.zero_point"))
         inputs.append(f"{prefix}.zero_point")
     nodes = [
-        helper.make_node("Cast", [f"{prefix}.scale"], [f"{prefix}.wide_scale"], name=f"{prefix}.widen", to=TensorProto.FLOAT),
+        helper.make_node(
+            "Cast", [f"{prefix}.scale"], [f"{prefix}.wide_scale"], name=f"{prefix}.widen", to=TensorProto.FLOAT
+        ),
         helper.make_node(
             "MatMulNBits",
             inputs,
@@ -360,7 +409,8 @@ class HalfPrecision(nn.Module):
         self.module = module
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        # Timesteps and masks stay: half precision cannot tell 999 from 999.4, and the networks compute what they make of them in float32.
+        # Timesteps and masks stay: half precision cannot tell 999 from 999.4, and the networks compute what they make
+        # of them in float32.
         values = [value.half() if value.is_floating_point() and value.ndim > 2 else value for value in inputs]
         outputs = self.module(*values)
         return tuple(value.float() for value in outputs) if isinstance(outputs, tuple) else outputs.float()
@@ -385,8 +435,9 @@ class HalfLayer(nn.Module):
 def half_precision(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[nn.Module, list[str]]:
     """A copy of a network in float16.
 
-    Where a layer's output for the example inputs comes near float16's largest value, all between the linear and convolution layers (residual
-    stream, norms, softmax) stays float32 instead, and a layer that overflows itself stays float32 too.
+    Where a layer's output for the example inputs comes near float16's largest value, all between the linear and
+    convolution layers (residual stream, norms, softmax) stays float32 instead, and a layer that overflows itself stays
+    float32 too.
 
     Returns:
         The network, and the fp32 islands: names of what stays float32 (`["between the layers", …]`, or empty).

@@ -40,7 +40,11 @@ def check_ranges(**given: Any) -> None:
             continue
         try:
             number = (int if whole else float)(value)
-            fits = least <= number <= greatest and (not whole or number == float(value) or isinstance(value, str)) and math.isfinite(number)
+            fits = (
+                least <= number <= greatest
+                and (not whole or number == float(value) or isinstance(value, str))
+                and math.isfinite(number)
+            )
             fits = fits and not isinstance(value, bool) and not (number == 0 and name in POSITIVE)
         except (TypeError, ValueError, OverflowError):
             fits = False

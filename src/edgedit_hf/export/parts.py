@@ -1,11 +1,14 @@
-"""The parts of a pipeline that an export lowers: each a module with tensors in and out, its example inputs, and which of their sizes may stay open.
+"""The parts of a pipeline that an export lowers: each a module with tensors in and out, its example inputs, and which
+of their sizes may stay open.
 
-A part belongs to a component of the pipeline and becomes one file in that component's folder: the transformer is a `denoiser`, and, split, also a
-`conditioner` (adaLN's modulations, which a schedule needs once) and, for text, a `text_conditioner`; a VAE is a `decoder` and an `encoder`; a text encoder
-is a `text_encoder`. All parts compute in float32 here; precision is the business of a format.
+A part belongs to a component of the pipeline and becomes one file in that component's folder: the transformer is a
+`denoiser`, and, split, also a `conditioner` (adaLN's modulations, which a schedule needs once) and, for text, a
+`text_conditioner`; a VAE is a `decoder` and an `encoder`; a text encoder is a `text_encoder`. All parts compute in
+float32 here; precision is the business of a format.
 
-Names and shapes of the tensors are the same in every format. B rows of a forward (guidance makes two an image), C channels and H × W size of the
-latents, L layers and D width of the transformer, T_i tokens and E_i width of text encoder i.
+Names and shapes of the tensors are the same in every format. B rows of a forward (guidance makes two an image), C
+channels and H × W size of the latents, L layers and D width of the transformer, T_i tokens and E_i width of text
+encoder i.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ class Part:
 
     Args:
         component: the pipeline's component, `"transformer"`, `"vae"`, `"text_encoder"` or `"text_encoder_2"`.
-        name: `"denoiser"`, `"conditioner"`, `"text_conditioner"`, `"decoder"`, `"encoder"` or `"text_encoder"`: the file's stem.
+        name: `"denoiser"`, `"conditioner"`, `"text_conditioner"`, `"decoder"`, `"encoder"` or `"text_encoder"`: the
+            file's stem.
         module: takes `inputs` by position, in eval mode, float32, on the CPU.
         inputs: example inputs by name, in order. Masks are float32 of 0 and 1.
         outputs: names of its outputs.
@@ -65,7 +69,9 @@ class ConditionerWrapper(nn.Module):
 
     def __init__(self, model: EdgeDiTTransformer2DModel):
         super().__init__()
-        self.embedders = nn.ModuleList([model.timestep_embedder, *([] if model.label_embedder is None else [model.label_embedder])])
+        self.embedders = nn.ModuleList(
+            [model.timestep_embedder, *([] if model.label_embedder is None else [model.label_embedder])]
+        )
         self.layers = nn.ModuleList([*(block.modulation for block in model.blocks), model.modulation_out])
         self.width = model.config.hidden_size
 
@@ -114,17 +120,31 @@ def edgedit_parts(model: EdgeDiTTransformer2DModel, size: tuple[int, int], batch
     rows = {name: {0: "batch"} for name in ("sample", *condition, MODULATED)}
     rows["sample"] |= {2: "height", 3: "width"}
     if not split:
-        return [_part("transformer", "denoiser", DenoiserWrapper(model), {"sample": sample, **condition}, ("prediction",), rows)]
+        return [
+            _part(
+                "transformer",
+                "denoiser",
+                DenoiserWrapper(model),
+                {"sample": sample, **condition},
+                ("prediction",),
+                rows,
+            )
+        ]
     conditioner = _part("transformer", "conditioner", ConditionerWrapper(model), condition, (MODULATED,), rows)
     inputs = {"sample": sample, **conditioner.run()}
-    return [conditioner, _part("transformer", "denoiser", ModulatedDenoiserWrapper(model), inputs, ("prediction",), rows)]
+    return [
+        conditioner,
+        _part("transformer", "denoiser", ModulatedDenoiserWrapper(model), inputs, ("prediction",), rows),
+    ]
 
 
 # -------------------------------------------------------------------- elastic DiT
 
 
 class ElasticDenoiserWrapper(nn.Module):
-    """`(sample, timestep, text_0, mask_0, text_1, mask_1, …) → prediction`; an absent text encoder is one whose mask is 0."""
+    """`(sample, timestep, text_0, mask_0, text_1, mask_1, …) → prediction`; an absent text encoder is one whose mask is
+    0.
+    """
 
     def __init__(self, model: ElasticDiTTransformer2DModel):
         super().__init__()
@@ -146,7 +166,9 @@ class ElasticConditionerWrapper(nn.Module):
 
 
 class TextConditionerWrapper(nn.Module):
-    """`(text_0 (B, T_0, E_0), mask_0 (B, T_0), …) → text (B, T, E), text_mask (B, T)`, T = T_0 + T_1 + … + the number of encoders."""
+    """`(text_0 (B, T_0, E_0), mask_0 (B, T_0), …) → text (B, T, E), text_mask (B, T)`, T = T_0 + T_1 + … + the number
+    of encoders.
+    """
 
     def __init__(self, model: ElasticDiTTransformer2DModel):
         super().__init__()
@@ -165,7 +187,9 @@ class ModulatedElasticDenoiserWrapper(nn.Module):
         self.model = share(model)
         self.model.modulation = self.model.text_embedder = None
 
-    def forward(self, sample: torch.Tensor, modulation: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, sample: torch.Tensor, modulation: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor
+    ) -> torch.Tensor:
         return self.model.denoise(sample, modulation, text, text_mask[:, None, None] > 0.5)[0]
 
 
@@ -186,22 +210,36 @@ def elastic_parts(
         # Examples with padding: rows of full and of half length.
         lengths = torch.tensor([tokens if row % 2 == 0 else max(1, tokens // 2) for row in range(batch)])
         texts[f"mask_{index}"] = (torch.arange(tokens) < lengths[:, None]).float()
-    open_sizes = {name: {0: "batch"} for name in ("timestep", MODULATED)} | {"sample": {0: "batch", 2: "height", 3: "width"}}
-    open_sizes |= {name: {0: "batch", 1: f"tokens_{name[-1]}"} for name in texts} | {name: {0: "batch", 1: "tokens"} for name in ("text", "text_mask")}
+    open_sizes = {name: {0: "batch"} for name in ("timestep", MODULATED)} | {
+        "sample": {0: "batch", 2: "height", 3: "width"}
+    }
+    open_sizes |= {name: {0: "batch", 1: f"tokens_{name[-1]}"} for name in texts} | {
+        name: {0: "batch", 1: "tokens"} for name in ("text", "text_mask")
+    }
     if not split:
         inputs = {"sample": sample, **timestep, **texts}
         return [_part("transformer", "denoiser", ElasticDenoiserWrapper(model), inputs, ("prediction",), open_sizes)]
-    conditioner = _part("transformer", "conditioner", ElasticConditionerWrapper(model), timestep, (MODULATED,), open_sizes)
-    text = _part("transformer", "text_conditioner", TextConditionerWrapper(model), texts, ("text", "text_mask"), open_sizes)
+    conditioner = _part(
+        "transformer", "conditioner", ElasticConditionerWrapper(model), timestep, (MODULATED,), open_sizes
+    )
+    text = _part(
+        "transformer", "text_conditioner", TextConditionerWrapper(model), texts, ("text", "text_mask"), open_sizes
+    )
     inputs = {"sample": sample, **conditioner.run(), **text.run()}
-    return [conditioner, text, _part("transformer", "denoiser", ModulatedElasticDenoiserWrapper(model), inputs, ("prediction",), open_sizes)]
+    return [
+        conditioner,
+        text,
+        _part("transformer", "denoiser", ModulatedElasticDenoiserWrapper(model), inputs, ("prediction",), open_sizes),
+    ]
 
 
 # -------------------------------------------------------------------- VAE and text encoders
 
 
 class DecoderWrapper(nn.Module):
-    """`latents (B, C, H, W) → image (B, channels, H·f, W·f)` about [-1, 1]; the latents are those of the VAE, scaled and shifted back."""
+    """`latents (B, C, H, W) → image (B, channels, H·f, W·f)` about [-1, 1]; the latents are those of the VAE, scaled
+    and shifted back.
+    """
 
     def __init__(self, vae: nn.Module):
         super().__init__()
@@ -212,7 +250,9 @@ class DecoderWrapper(nn.Module):
 
 
 class EncoderWrapper(nn.Module):
-    """`image (B, channels, H·f, W·f)` in [-1, 1] → latents (B, C, H, W)`, the mode of the VAE's posterior, before scale and shift."""
+    """`image (B, channels, H·f, W·f)` in [-1, 1] → latents (B, C, H, W)`, the mode of the VAE's posterior, before scale
+    and shift.
+    """
 
     def __init__(self, vae: nn.Module):
         super().__init__()
@@ -223,7 +263,9 @@ class EncoderWrapper(nn.Module):
 
 
 class TextEncoderWrapper(nn.Module):
-    """`(input_ids (B, T) int64, attention_mask (B, T) float 0/1) → last_hidden_state (B, T, E)`, as [`ElasticDiTPipeline.encode_prompt`] reads it."""
+    """`(input_ids (B, T) int64, attention_mask (B, T) float 0/1) → last_hidden_state (B, T, E)`, as
+    [`ElasticDiTPipeline.encode_prompt`] reads it.
+    """
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -250,8 +292,14 @@ def vae_parts(vae: nn.Module, size: tuple[int, int], factor: int, channels: int,
     decoder = _part("vae", "decoder", DecoderWrapper(vae), {"latents": latents}, ("image",), open_sizes)
     image = decoder.run()["image"]
     if tuple(image.shape[2:]) != (size[0] * factor, size[1] * factor):
-        raise EdgeDiTError(f"The VAE makes images of {tuple(image.shape[2:])} from latents of {size}; {factor} times the size was expected.")
-    return [decoder, _part("vae", "encoder", EncoderWrapper(vae), {"image": image.clamp(-1, 1)}, ("latents",), open_sizes)]
+        raise EdgeDiTError(
+            f"The VAE makes images of {tuple(image.shape[2:])} from latents of {size}; {factor} times the size was "
+            "expected."
+        )
+    return [
+        decoder,
+        _part("vae", "encoder", EncoderWrapper(vae), {"image": image.clamp(-1, 1)}, ("latents",), open_sizes),
+    ]
 
 
 def text_encoder_part(component: str, encoder: nn.Module, tokens: int, batch: int) -> Part:
@@ -269,9 +317,16 @@ def text_encoder_part(component: str, encoder: nn.Module, tokens: int, batch: in
 
 
 def _part(
-    component: str, name: str, module: nn.Module, inputs: dict[str, torch.Tensor], outputs: tuple[str, ...], open_sizes: dict[str, dict[int, str]]
+    component: str,
+    name: str,
+    module: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    outputs: tuple[str, ...],
+    open_sizes: dict[str, dict[int, str]],
 ) -> Part:
-    return Part(component, name, module.eval().requires_grad_(False), inputs, outputs, {key: open_sizes[key] for key in inputs})
+    return Part(
+        component, name, module.eval().requires_grad_(False), inputs, outputs, {key: open_sizes[key] for key in inputs}
+    )
 
 
 # -------------------------------------------------------------------- pipelines
@@ -283,7 +338,9 @@ def is_elastic(pipeline: Any) -> bool:
 
 
 def text_lengths(pipeline: Any) -> list[int]:
-    """T_i: tokens of a prompt that every text encoder of an elastic pipeline sees at most: a CLIP-type's window, else `max_sequence_length`."""
+    """T_i: tokens of a prompt that every text encoder of an elastic pipeline sees at most: a CLIP-type's window, else
+    `max_sequence_length`.
+    """
     lengths = []
     for index, _ in enumerate(pipeline.transformer.config.text_dims):
         encoder = getattr(pipeline, "text_encoder" if index == 0 else f"text_encoder_{index + 1}", None)
@@ -295,7 +352,8 @@ def text_lengths(pipeline: Any) -> list[int]:
 
 
 def latent_size(pipeline: Any, resolution: tuple[int, int] | None) -> tuple[int, int]:
-    """H, W of the latents of images of `resolution` (height, width in pixels; `None`: what the transformer was made for).
+    """H, W of the latents of images of `resolution` (height, width in pixels; `None`: what the transformer was made
+    for).
 
     Raises:
         EdgeDiTError: the network or the VAE has no such size.
@@ -305,7 +363,10 @@ def latent_size(pipeline: Any, resolution: tuple[int, int] | None) -> tuple[int,
         return config.sample_size, config.sample_size
     unit = factor * config.patch_size * (2 if is_elastic(pipeline) else 1)
     if min(resolution) < 1 or any(pixels % unit for pixels in resolution):
-        raise EdgeDiTError(f"The resolution is {resolution[0]}x{resolution[1]}; height and width must be positive multiples of {unit} pixels.")
+        raise EdgeDiTError(
+            f"The resolution is {resolution[0]}x{resolution[1]}; height and width must be positive multiples of {unit} "
+            "pixels."
+        )
     size = resolution[0] // factor, resolution[1] // factor
     native = (config.sample_size, config.sample_size)
     if size != native and (config.get("learned_position") or config.get("position_bias")):
@@ -316,11 +377,15 @@ def latent_size(pipeline: Any, resolution: tuple[int, int] | None) -> tuple[int,
     return size
 
 
-def pipeline_parts(pipeline: Any, *, split: bool = False, size: tuple[int, int] | None = None, batch: int = 2, images: int = 1) -> list[Part]:
-    """Every part that a pipeline needs, in the order in which an image passes them; the encoder of a VAE, which it does not need, last.
+def pipeline_parts(
+    pipeline: Any, *, split: bool = False, size: tuple[int, int] | None = None, batch: int = 2, images: int = 1
+) -> list[Part]:
+    """Every part that a pipeline needs, in the order in which an image passes them; the encoder of a VAE, which it does
+    not need, last.
 
     Args:
-        pipeline: an [`EdgeDiTPipeline`] or an [`ElasticDiTPipeline`] with plain float32 weights; a supernet gives its active sub-network.
+        pipeline: an [`EdgeDiTPipeline`] or an [`ElasticDiTPipeline`] with plain float32 weights; a supernet gives its
+            active sub-network.
         split: whether the transformer's conditioner is a part of its own.
         size: H, W of the latents ([`latent_size`]); default: what the transformer was made for.
         batch: B of the denoiser's examples. images: of the VAE's and the text encoders'.

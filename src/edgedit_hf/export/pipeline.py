@@ -1,4 +1,6 @@
-"""`export_pipeline`: every network of a pipeline lowered, verified, timed and written as one folder; the same for every format and both families."""
+"""`export_pipeline`: every network of a pipeline lowered, verified, timed and written as one folder; the same for every
+format and both families.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,8 @@ class Format:
         default_batch: rows of a forward of an export that states none.
         dynamic: whether sizes may stay open.
         lower: `(part, path, precision, facts, options)` writes a part; returns facts for bench.json.
-        four_bits: what its runtime makes of a layer in 4 bits, given the low-bit weights to use as they are. smallest: weights of a layer that it quantises.
+        four_bits: what its runtime makes of a layer in 4 bits, given the low-bit weights to use as they are. smallest:
+            weights of a layer that it quantises.
     """
 
     schemes: Mapping[str, str]
@@ -101,7 +104,11 @@ def _lower_onnx(part: Part, path: Path, precision: str, facts: Mapping[str, str]
 
 def _lower_executorch(part: Part, path: Path, precision: str, facts: Mapping[str, str], options: Options) -> dict:
     in_transformer = part.component == "transformer"
-    given = {name: weight for name, weight in options.given.items() if isinstance(weight, AffineWeight)} if in_transformer else None
+    given = (
+        {name: weight for name, weight in options.given.items() if isinstance(weight, AffineWeight)}
+        if in_transformer
+        else None
+    )
     kept = options.keep_8bit if in_transformer else ()
     return lower_executorch(part, path, precision, facts, keep_8bit=kept, affine=given, backend=options.backend)
 
@@ -116,7 +123,9 @@ def _lower_coreml(part: Part, path: Path, precision: str, facts: Mapping[str, st
 
 
 FORMATS = {
-    "onnx": Format({name: name for name in ("fp32", "fp16", "int8", "int4")}, "dynamic", True, _lower_onnx, nearest_form),
+    "onnx": Format(
+        {name: name for name in ("fp32", "fp16", "int8", "int4")}, "dynamic", True, _lower_onnx, nearest_form
+    ),
     "executorch": Format(SCHEMES, DEFAULT_BATCH, False, _lower_executorch, xnnpack_weights, 1),
     "coreml": Format({name: name for name in ("fp32", "fp16", "int8", "int4")}, DEFAULT_BATCH, False, _lower_coreml),
 }
@@ -150,30 +159,35 @@ def export_pipeline(
     trust_remote_code: bool = False,
     inputs: Sequence[str | os.PathLike | None] = (),
 ) -> Path:
-    """Export a pipeline: lower every network of it, verify and time the result, and write a pipeline folder around the artefacts.
+    """Export a pipeline: lower every network of it, verify and time the result, and write a pipeline folder around the
+    artefacts.
 
-    The folder holds model_index.json, scheduler/, tokenizers, and of every component config.json and the artefacts (`<component>/<format>/…`);
-    verify.json, bench.json, for ExecuTorch delegation.json, and the port contract ([`contract.write_contract`]). It appears at once and
-    complete, or, if a gate fails, not at all.
+    The folder holds model_index.json, scheduler/, tokenizers, and of every component config.json and the artefacts
+    (`<component>/<format>/…`); verify.json, bench.json, for ExecuTorch delegation.json, and the port contract
+    ([`contract.write_contract`]). It appears at once and complete, or, if a gate fails, not at all.
 
     Args:
         pipeline: an [`EdgeDiTPipeline`] or [`ElasticDiTPipeline`], a pipeline folder or a Hub id.
         output: folder to write.
         format: `"onnx"`, `"executorch"` or `"coreml"`.
-        dtype: `"fp32"`, `"int8"` or `"int4"`, for ONNX and Core ML also `"fp16"`. Convolutions of a VAE stay at 16 bits or more, and
-            text encoders have 8 bits in `"int4"`.
+        dtype: `"fp32"`, `"int8"` or `"int4"`, for ONNX and Core ML also `"fp16"`. Convolutions of a VAE stay at 16 bits
+            or more, and text encoders have 8 bits in `"int4"`.
         batch: `"dynamic"` (ONNX's default), or the rows of a forward (default 2); guidance makes two an image.
-        split_conditioner: write adaLN, a third of a DiT's weights, as an artefact of its own, which a schedule needs once.
+        split_conditioner: write adaLN, a third of a DiT's weights, as an artefact of its own, which a schedule needs
+            once.
         subnet: of an elastic supernet: which one (default: the active one, the full net).
-        resolution: (height, width) in pixels; `"dynamic"` for an ONNX file of an EdgeDiT that takes any; default: what it was made for.
+        resolution: (height, width) in pixels; `"dynamic"` for an ONNX file of an EdgeDiT that takes any; default: what
+            it was made for.
         opset: ONNX operator set, 18 or later.
         tolerance: largest relative error of a forward; default as in `verify.TOLERANCE`.
-        min_psnr_db: least ratio of the images of the whole loop; default as in `verify.MIN_PSNR_DB`. In int4, layers get 8 bits, the most sensitive
-            first, until it is reached.
-        activations: of ONNX in int8: `"dynamic"`, `"static"` (calibrated on the pipeline's own samples) or `"by-timestep"` (a scale a bucket
-            of timesteps).
-        weights: of int4: `"nearest"`, or `"gptq"` (error-compensating, calibrated in the same way). A model that is quantised already keeps its own.
-        backend: of ExecuTorch: `"xnnpack"`, or `"coreml"` or `"qnn"` where their SDKs are installed; the files of those two cannot be run here.
+        min_psnr_db: least ratio of the images of the whole loop; default as in `verify.MIN_PSNR_DB`. In int4, layers
+            get 8 bits, the most sensitive first, until it is reached.
+        activations: of ONNX in int8: `"dynamic"`, `"static"` (calibrated on the pipeline's own samples) or
+            `"by-timestep"` (a scale a bucket of timesteps).
+        weights: of int4: `"nearest"`, or `"gptq"` (error-compensating, calibrated in the same way). A model that is
+            quantised already keeps its own.
+        backend: of ExecuTorch: `"xnnpack"`, or `"coreml"` or `"qnn"` where their SDKs are installed; the files of those
+            two cannot be run here.
         prompts: of text to image: what is sampled to calibrate and to verify.
         seed: seed of the comparison's images.
         threads: threads of the comparison and the timing.
@@ -188,8 +202,9 @@ def export_pipeline(
         `output`.
 
     Raises:
-        EdgeDiTError: the pipeline cannot be loaded or is an export already, `output` is in the way, options do not fit the pipeline or the format,
-            or a gate fails (the message has the measured error and the tolerance; nothing is written).
+        EdgeDiTError: the pipeline cannot be loaded or is an export already, `output` is in the way, options do not fit
+            the pipeline or the format, or a gate fails (the message has the measured error and the tolerance; nothing
+            is written).
     """
     if format not in FORMATS:
         raise EdgeDiTError(f"format is {format!r}; the formats are {', '.join(FORMATS)}.")
@@ -198,7 +213,14 @@ def export_pipeline(
     if dtype not in target.schemes:
         raise EdgeDiTError(f"dtype is {dtype!r}; the format {format} exists as {', '.join(target.schemes)}.")
     _check_options(format, dtype, opset, activations, weights, resolution, backend)
-    numbers = {"opset": opset, "tolerance": tolerance, "min_psnr": min_psnr_db, "images": num_images, "threads": threads, "seed": seed}
+    numbers = {
+        "opset": opset,
+        "tolerance": tolerance,
+        "min_psnr": min_psnr_db,
+        "images": num_images,
+        "threads": threads,
+        "seed": seed,
+    }
     check_ranges(**numbers, batch=None if batch == "dynamic" else batch)
     for side in resolution if isinstance(resolution, tuple) else ():
         check_ranges(resolution=side)
@@ -206,22 +228,40 @@ def export_pipeline(
     check_output(output, [source, *inputs], overwrite=overwrite)
     output = Path(output)
     if source is not None:
-        pipeline = load_pipeline(pipeline, trust_remote_code=trust_remote_code, kind=("EdgeDiTPipeline", "ElasticDiTPipeline"))
+        pipeline = load_pipeline(
+            pipeline, trust_remote_code=trust_remote_code, kind=("EdgeDiTPipeline", "ElasticDiTPipeline")
+        )
     if not isinstance(pipeline.transformer, nn.Module):
-        raise EdgeDiTError(f"The transformer is a {type(pipeline.transformer).__name__}, an export already; give the pipeline that it was made from.")
+        raise EdgeDiTError(
+            f"The transformer is a {type(pipeline.transformer).__name__}, an export already; give the pipeline that it "
+            "was made from."
+        )
     if hasattr(pipeline.transformer, "_orig_mod"):  # compiled: its weights would have other names
         pipeline = with_components(pipeline, transformer=pipeline.transformer._orig_mod)
     pipeline, subnet = _with_subnet(pipeline, subnet)
     plain, packed = _plain(pipeline)
-    check_finite(plain.transformer.state_dict(), "The pipeline's transformer", "nothing was written. Export a sound checkpoint.")
+    check_finite(
+        plain.transformer.state_dict(), "The pipeline's transformer", "nothing was written. Export a sound checkpoint."
+    )
     open_size = resolution == "dynamic"
     if open_size and is_elastic(pipeline):
-        raise EdgeDiTError("The resolution is 'dynamic', but an elastic DiT cuts its tokens into strips of a fixed number; export it once a resolution.")
+        raise EdgeDiTError(
+            "The resolution is 'dynamic', but an elastic DiT cuts its tokens into strips of a fixed number; export it "
+            "once a resolution."
+        )
     size = latent_size(plain, None if open_size else resolution)
     job = _Job(plain, target, format, dtype, batch, split_conditioner, subnet, None if open_size else size)
     set_schedule(plain, size)
-    parts = pipeline_parts(plain, split=split_conditioner, size=_other(size, plain) if open_size else size, batch=job.rows, images=job.images)
-    options = Options(opset=opset, open_sizes=job.open_sizes, quantized=packed, backend=backend, layers=plain.transformer)
+    parts = pipeline_parts(
+        plain,
+        split=split_conditioner,
+        size=_other(size, plain) if open_size else size,
+        batch=job.rows,
+        images=job.images,
+    )
+    options = Options(
+        opset=opset, open_sizes=job.open_sizes, quantized=packed, backend=backend, layers=plain.transformer
+    )
     if is_elastic(pipeline) and batch != "dynamic":
         prompts = prompts_that_fit(plain, prompts)
     asked = {"seed": seed, "num_images": num_images, "prompts": prompts}
@@ -236,13 +276,18 @@ def export_pipeline(
                 facts |= job.contract(folder, parts, said, options, asked, None)
                 checked = job.interpreted(folder, parts, said, tolerance) if format == "coreml" else {}
                 reason = NOT_RUN if format == "coreml" else BACKEND_NOT_RUN[backend]
-                atomic_write_json(folder / "verify.json", {"precision": dtype, "passed": None, "parts": checked, "not_run": reason, **facts})
+                atomic_write_json(
+                    folder / "verify.json",
+                    {"precision": dtype, "passed": None, "parts": checked, "not_run": reason, **facts},
+                )
                 atomic_write_json(folder / "bench.json", {"parts": said, "environment": environment(threads), **facts})
                 return output
             if packed and dtype in ("int8", "int4"):
                 options = replace(options, given=packed)
             options = _calibrated(plain, options, format, dtype, activations, weights, seed, prompts)
-            said, verified, exported = job.write_verified(folder, parts, options, pipeline, asked, tolerance, min_psnr_db, threads)
+            said, verified, exported = job.write_verified(
+                folder, parts, options, pipeline, asked, tolerance, min_psnr_db, threads
+            )
             exported.save_pretrained(folder)
             facts |= job.contract(folder, parts, said, options, asked, threads)
             atomic_write_json(folder / "verify.json", {**verified, **facts})
@@ -258,8 +303,8 @@ def export_pipeline(
 
 
 NOT_RUN = (
-    "Core ML runs on Apple's systems only, so the packages were not run. The errors are those of the saved programs, interpreted operator by operator "
-    "in PyTorch with their declared types, for example inputs."
+    "Core ML runs on Apple's systems only, so the packages were not run. The errors are those of the saved programs, "
+    "interpreted operator by operator in PyTorch with their declared types, for example inputs."
 )
 
 
@@ -276,13 +321,21 @@ def _check_options(
     if activations not in ACTIVATIONS:
         raise EdgeDiTError(f"activations is {activations!r}; it may be {', '.join(ACTIVATIONS)}.")
     if activations != "dynamic" and (format, dtype) != ("onnx", "int8"):
-        raise EdgeDiTError(f"activations is {activations!r}, but the export is {format} {dtype}; calibrated activations are for onnx int8.")
+        raise EdgeDiTError(
+            f"activations is {activations!r}, but the export is {format} {dtype}; calibrated activations are for onnx "
+            "int8."
+        )
     if weights not in WEIGHTS:
         raise EdgeDiTError(f"weights is {weights!r}; it may be {', '.join(WEIGHTS)}.")
     if weights != "nearest" and (dtype != "int4" or format == "coreml"):
-        raise EdgeDiTError(f"weights is {weights!r}, but the export is {format} {dtype}; compensated rounding is for onnx and executorch int4.")
+        raise EdgeDiTError(
+            f"weights is {weights!r}, but the export is {format} {dtype}; compensated rounding is for onnx and "
+            "executorch int4."
+        )
     if resolution == "dynamic" and format != "onnx":
-        raise EdgeDiTError(f"The resolution is 'dynamic', but {format} files are made for one size; give HxW, or export to onnx.")
+        raise EdgeDiTError(
+            f"The resolution is 'dynamic', but {format} files are made for one size; give HxW, or export to onnx."
+        )
 
 
 def _with_subnet(pipeline: Any, subnet: str | None) -> tuple[Any, str | None]:
@@ -314,15 +367,26 @@ def _plain(pipeline: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _other(size: tuple[int, int], pipeline: Any) -> tuple[int, int]:
-    """A size of latents that the network was not made for: an example of it keeps the exporter from fixing the native positions."""
+    """A size of latents that the network was not made for: an example of it keeps the exporter from fixing the native
+    positions.
+    """
     patch = pipeline.transformer.config.patch_size
     return size[0] + 2 * patch, size[1] + 4 * patch
 
 
 def _calibrated(
-    pipeline: Any, options: Options, format: str, dtype: str, activations: str, weights: str, seed: int, prompts: Sequence[str] | None
+    pipeline: Any,
+    options: Options,
+    format: str,
+    dtype: str,
+    activations: str,
+    weights: str,
+    seed: int,
+    prompts: Sequence[str] | None,
 ) -> Options:
-    """The options with what is measured on the pipeline's own samples: activation scales, or compensated 4-bit weights."""
+    """The options with what is measured on the pipeline's own samples: activation scales, or compensated 4-bit
+    weights.
+    """
     if activations == "dynamic" and weights == "nearest":
         return options
     from ..quantization.activations import activation_scales
@@ -333,9 +397,12 @@ def _calibrated(
     layers = [name for name in quantized_linears(model) if name not in options.given]
     calls = record(pipeline, CALIBRATION_IMAGES, seed=seed, prompts=list(prompts or verify.PROMPTS)).calls
     if activations != "dynamic":
-        # The first layer sees the sample itself, where one value (a background's) may fill half of it: its rounding error would be the same everywhere.
+        # The first layer sees the sample itself, where one value (a background's) may fill half of it: its rounding
+        # error would be the same everywhere.
         timesteps, ranges = input_ranges(model, calls, [name for name in layers if name != "patch_embed"])
-        used = {name: bounds for name, bounds in ranges.items() if torch.isfinite(bounds).all()}  # side blocks are never called
+        used = {
+            name: bounds for name, bounds in ranges.items() if torch.isfinite(bounds).all()
+        }  # side blocks are never called
         buckets = min(BUCKETS, len(timesteps)) if activations == "by-timestep" else 1
         return replace(options, scales=activation_scales(timesteps, used, buckets))
     given = dict(options.given)
@@ -351,8 +418,15 @@ BUCKETS = 8  # of timesteps, each with activation scales of its own
 
 
 def extra_inputs(part: Part, options: Options) -> dict[str, torch.Tensor]:
-    """Examples of what a file takes beside the part's own inputs: a split denoiser with activation scales by timestep is told the timestep."""
-    if part.name != "denoiser" or "timestep" in part.inputs or options.scales is None or options.scales.num_buckets == 1:
+    """Examples of what a file takes beside the part's own inputs: a split denoiser with activation scales by timestep
+    is told the timestep.
+    """
+    if (
+        part.name != "denoiser"
+        or "timestep" in part.inputs
+        or options.scales is None
+        or options.scales.num_buckets == 1
+    ):
         return {}
     return {"timestep": torch.full((len(part.inputs["sample"]),), 500.0)}
 
@@ -385,9 +459,17 @@ class _Job:
         """Sizes that stay open."""
         if self.batch != "dynamic":
             return ()
-        sizes = ("batch", "tokens", *(f"tokens_{index}" for index in range(len(self.pipeline.transformer.config.get("text_dims") or ()))))
+        sizes = (
+            "batch",
+            "tokens",
+            *(f"tokens_{index}" for index in range(len(self.pipeline.transformer.config.get("text_dims") or ()))),
+        )
         if self.size is None:
-            sizes += ("height", "width", *(f"{name}_{side}" for name in ("latents", "image") for side in ("height", "width")))
+            sizes += (
+                "height",
+                "width",
+                *(f"{name}_{side}" for name in ("latents", "image") for side in ("height", "width")),
+            )
         return sizes
 
     def identity(self) -> dict[str, Any]:
@@ -403,7 +485,12 @@ class _Job:
     def configs(self) -> dict[str, dict[str, Any]]:
         """config.json of every component that becomes an artefact."""
         pipeline, export = self.pipeline, {"precision": self.dtype, "batch": self.batch}
-        model = {**plain_config(pipeline.transformer), **export, "split": self.split, "size": None if self.size is None else list(self.size)}
+        model = {
+            **plain_config(pipeline.transformer),
+            **export,
+            "split": self.split,
+            "size": None if self.size is None else list(self.size),
+        }
         if is_elastic(pipeline):
             model |= {"subnet": self.subnet, "text_tokens": None if self.batch == "dynamic" else text_lengths(pipeline)}
         configs = {"transformer": model}
@@ -416,7 +503,10 @@ class _Job:
                 if encoder is not None:
                     vocabulary = encoder.get_input_embeddings().num_embeddings
                     added = {**images, "tokens": None if self.batch == "dynamic" else tokens, "vocabulary": vocabulary}
-                    configs[name] = {**json.loads(encoder.config.to_json_string(use_diff=False)), "edgedit_export": added}
+                    configs[name] = {
+                        **json.loads(encoder.config.to_json_string(use_diff=False)),
+                        "edgedit_export": added,
+                    }
         return configs
 
     def facts(self, component: str) -> dict[str, str]:
@@ -437,7 +527,9 @@ class _Job:
         return said
 
     def precision(self, part: Part) -> str:
-        """The precision that is asked of a part: text encoders run once an image and steer all of it, so that they have 8 bits in int4."""
+        """The precision that is asked of a part: text encoders run once an image and steer all of it, so that they have
+        8 bits in int4.
+        """
         return "int8" if self.dtype == "int4" and part.component in TEXT_ENCODERS else self.dtype
 
     def file(self, part: Part) -> str:
@@ -452,14 +544,24 @@ class _Job:
             path = folder / self.file(part)
             path.parent.mkdir(parents=True, exist_ok=True)
             precision = self.precision(part)
-            said[self.file(part)] = self.target.lower(part, path, precision, {**facts[part.component], "part": part.name}, options)
+            said[self.file(part)] = self.target.lower(
+                part, path, precision, {**facts[part.component], "part": part.name}, options
+            )
         return said
 
     def load(self, folder: Path, threads: int) -> Any:
         """The pipeline around the artefacts in `folder`."""
         loaded = {}
         for component, config in self.configs().items():
-            kind = "vae" if component == "vae" else "text_encoder" if component in TEXT_ENCODERS else "elastic" if is_elastic(self.pipeline) else "edgedit"
+            kind = (
+                "vae"
+                if component == "vae"
+                else "text_encoder"
+                if component in TEXT_ENCODERS
+                else "elastic"
+                if is_elastic(self.pipeline)
+                else "edgedit"
+            )
             cls = COMPONENTS[self.format, kind]
             cls(**config).save_config(folder / component)
             loaded[component] = cls.from_pretrained(folder / component, num_threads=threads)
@@ -476,14 +578,23 @@ class _Job:
         min_psnr_db: float | None,
         threads: int,
     ) -> tuple[dict, dict, Any]:
-        """Lower, load back and compare. Returns what the lowerings say, what verify.json holds, and the exported pipeline."""
+        """Lower, load back and compare. Returns what the lowerings say, what verify.json holds, and the exported
+        pipeline.
+        """
         scheme = self.target.schemes[self.dtype]
         least = verify.MIN_PSNR_DB[scheme] if min_psnr_db is None else min_psnr_db
         goal = least
         for _ in range(EIGHT_BIT_ATTEMPTS):
             if self.dtype == "int4":
                 form = self.target.four_bits(options.given)
-                kept = choose_8bit(self.pipeline, form, goal, smallest=self.target.smallest, seed=asked["seed"], prompts=asked["prompts"])
+                kept = choose_8bit(
+                    self.pipeline,
+                    form,
+                    goal,
+                    smallest=self.target.smallest,
+                    seed=asked["seed"],
+                    prompts=asked["prompts"],
+                )
                 options = replace(options, keep_8bit=tuple(kept))
             given = {name: weight for name, weight in options.given.items() if name not in options.keep_8bit}
             said = self.write(folder, parts, replace(options, given=given))
@@ -491,7 +602,9 @@ class _Job:
             found = verify.compare(eager, exported, **asked)
             if self.dtype != "int4" or not found["finite"] or found["psnr_db"] is None or found["psnr_db"] >= least:
                 break
-            goal += least - found["psnr_db"] + 0.5  # kernels round a little differently than the simulation: ask for more
+            goal += (
+                least - found["psnr_db"] + 0.5
+            )  # kernels round a little differently than the simulation: ask for more
         found = verify.check(found, scheme, tolerance, min_psnr_db)
         if self.dtype == "int4":
             found["layers_of_8_bits"] = list(options.keep_8bit)
@@ -505,8 +618,12 @@ class _Job:
             checked[file] = verify.check_part(part, precision, verify.compare_part(part, session))
         return said, {**found, "parts": checked}, exported
 
-    def interpreted(self, folder: Path, parts: Sequence[Part], said: Mapping[str, dict], tolerance: float | None) -> dict[str, dict]:
-        """The gate of Core ML packages, which cannot be run here: their programs, read back and interpreted ([`mil.run_package`])."""
+    def interpreted(
+        self, folder: Path, parts: Sequence[Part], said: Mapping[str, dict], tolerance: float | None
+    ) -> dict[str, dict]:
+        """The gate of Core ML packages, which cannot be run here: their programs, read back and interpreted
+        ([`mil.run_package`]).
+        """
         from .mil import run_package
 
         checked = {}
@@ -519,10 +636,18 @@ class _Job:
         return checked
 
     def contract(
-        self, folder: Path, parts: Sequence[Part], said: Mapping[str, dict], options: Options, asked: Mapping[str, Any], threads: int | None
+        self,
+        folder: Path,
+        parts: Sequence[Part],
+        said: Mapping[str, dict],
+        options: Options,
+        asked: Mapping[str, Any],
+        threads: int | None,
     ) -> dict[str, str]:
-        """Write the port contract, with the artefacts' own outputs as its reference (`threads` of their runtime) or, where they cannot be run
-        (`None`), the eager network's. Returns nothing, or why there is none: a scheduler that adds noise is not numbers alone."""
+        """Write the port contract, with the artefacts' own outputs as its reference (`threads` of their runtime) or,
+        where they cannot be run (`None`), the eager network's. Returns nothing, or why there is none: a scheduler that
+        adds noise is not numbers alone.
+        """
         sessions: dict[str, Any] = {}
 
         def run(artefact: Artefact, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -535,7 +660,9 @@ class _Job:
         for part in parts:
             entry = said[self.file(part)]
             precision = "fp32" if entry.get("scheme") == "fp32" else entry.get("precision", self.precision(part))
-            artefacts.append(Artefact(part, self.file(part), precision, options.open_sizes, extra_inputs(part, options)))
+            artefacts.append(
+                Artefact(part, self.file(part), precision, options.open_sizes, extra_inputs(part, options))
+            )
         prompts = asked["prompts"]
         try:
             write_contract(
@@ -554,7 +681,14 @@ class _Job:
         return {}
 
     def cost(
-        self, folder: Path, parts: Sequence[Part], said: Mapping[str, dict], options: Options, batches: Sequence[int], threads: int, repeats: int
+        self,
+        folder: Path,
+        parts: Sequence[Part],
+        said: Mapping[str, dict],
+        options: Options,
+        batches: Sequence[int],
+        threads: int,
+        repeats: int,
     ) -> dict:
         """What bench.json holds: the denoiser's cost, and under `parts` that of every other artefact."""
         found: dict[str, Any] = {}
@@ -562,7 +696,15 @@ class _Job:
         for part in parts:
             file = self.file(part)
             rows = batches if part.component == "transformer" else [self.images]
-            measured = verify.benchmark(part, {self.precision(part): folder / file}, self.format, rows, threads, repeats, extra=extra_inputs(part, options))
+            measured = verify.benchmark(
+                part,
+                {self.precision(part): folder / file},
+                self.format,
+                rows,
+                threads,
+                repeats,
+                extra=extra_inputs(part, options),
+            )
             if part.name == "denoiser":
                 found = {**measured, **said[file]}
             else:
@@ -576,16 +718,26 @@ def prompts_that_fit(pipeline: Any, prompts: Sequence[str] | None) -> list[str]:
     Raises:
         EdgeDiTError: a given prompt has more tokens than the files take.
     """
-    limits = [(pipeline.components.get(name), length) for name, length in zip(("tokenizer", "tokenizer_2"), text_lengths(pipeline))]
+    limits = [
+        (pipeline.components.get(name), length)
+        for name, length in zip(("tokenizer", "tokenizer_2"), text_lengths(pipeline))
+    ]
 
     def excess(prompt: str) -> tuple[int, int] | None:
-        counts = [(len(tokenizer(prompt, verbose=False).input_ids), length) for tokenizer, length in limits if tokenizer is not None]
+        counts = [
+            (len(tokenizer(prompt, verbose=False).input_ids), length)
+            for tokenizer, length in limits
+            if tokenizer is not None
+        ]
         return next(((count, length) for count, length in counts if count > length), None)
 
     for prompt in prompts or ():
         over = excess(prompt)
         if over is not None:
-            raise EdgeDiTError(f"The prompt {prompt!r} has {over[0]} tokens, but files of a fixed batch take {over[1]}; shorten it, or leave --batch dynamic.")
+            raise EdgeDiTError(
+                f"The prompt {prompt!r} has {over[0]} tokens, but files of a fixed batch take {over[1]}; shorten it, "
+                "or leave --batch dynamic."
+            )
     if prompts:
         return list(prompts)
     found = []

@@ -1,8 +1,9 @@
-"""Exported parts as components of a diffusers pipeline: denoisers, VAEs and text encoders that ONNX Runtime or ExecuTorch runs.
+"""Exported parts as components of a diffusers pipeline: denoisers, VAEs and text encoders that ONNX Runtime or
+ExecuTorch runs.
 
-A component folder holds `config.json` and a folder named after the format with the artefacts: `onnx/model.onnx` (with `onnx/model.onnx.data` if the
-weights are big) or `executorch/model.pte`; a split denoiser has `conditioner` files beside it, a VAE `decoder` and `encoder`. Importing this module
-loads neither runtime; opening a file does.
+A component folder holds `config.json` and a folder named after the format with the artefacts: `onnx/model.onnx` (with
+`onnx/model.onnx.data` if the weights are big) or `executorch/model.pte`; a split denoiser has `conditioner` files
+beside it, a VAE `decoder` and `encoder`. Importing this module loads neither runtime; opening a file does.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class OnnxSession:
 
         available = onnxruntime.get_available_providers()
         if provider not in available:
-            raise EdgeDiTError(f"The provider {provider!r} is not in this onnxruntime; it offers {', '.join(available)}.")
+            raise EdgeDiTError(
+                f"The provider {provider!r} is not in this onnxruntime; it offers {', '.join(available)}."
+            )
         try:
             self.session = onnxruntime.InferenceSession(str(path), session_options(threads), providers=[provider])
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
@@ -71,14 +74,16 @@ class OnnxSession:
         return {key.removeprefix("edgedit."): value for key, value in entries.items() if key.startswith("edgedit.")}
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Outputs for contiguous inputs on the CPU, by name; what the file does not take is left out. ONNX Runtime reads the tensors' own memory,
-        and the outputs are its own: nothing is copied."""
+        """Outputs for contiguous inputs on the CPU, by name; what the file does not take is left out. ONNX Runtime
+        reads the tensors' own memory, and the outputs are its own: nothing is copied."""
         values = {name: value.numpy() for name, value in inputs.items() if name in self.inputs}
         return [torch.from_numpy(value) for value in self.session.run(None, values)]
 
 
 class PteSession:
-    """A .pte file in ExecuTorch ([`ExecutorchSession`]), called like [`OnnxSession`]; `inputs` are in the order of the file's."""
+    """A .pte file in ExecuTorch ([`ExecutorchSession`]), called like [`OnnxSession`]; `inputs` are in the order of the
+    file's.
+    """
 
     def __init__(self, path: Path, threads: int | None = None):
         self.session = ExecutorchSession(path, threads)
@@ -94,7 +99,9 @@ SUFFIXES = {"onnx": ".onnx", "executorch": ".pte", "coreml": ".mlpackage"}
 SESSIONS = {"onnx": OnnxSession, "executorch": PteSession}
 
 
-def open_session(file: str | os.PathLike, format: str, threads: int | None = None, **options: Any) -> OnnxSession | PteSession:
+def open_session(
+    file: str | os.PathLike, format: str, threads: int | None = None, **options: Any
+) -> OnnxSession | PteSession:
     """Open an artefact.
 
     Args:
@@ -110,7 +117,8 @@ CONTRACT = "contract.json"
 
 
 def check_hashes(folder: Path, format: str) -> None:
-    """Compare a component's artefacts with the SHA-256 that the export's contract.json has of them, if it stands beside the component.
+    """Compare a component's artefacts with the SHA-256 that the export's contract.json has of them, if it stands beside
+    the component.
 
     Reading and hashing takes about a second for 1 to 2 GB. Only files of the component's own folder are opened.
 
@@ -123,15 +131,22 @@ def check_hashes(folder: Path, format: str) -> None:
     prefix = f"{folder.name}/{format}/"
     listed = read_record(path, ContractFiles, "the export", "an export's list of files")["files"]
     expected = {name.removeprefix(prefix): facts["sha256"] for name, facts in listed.items() if name.startswith(prefix)}
-    there = {file.relative_to(folder / format).as_posix(): file for file in sorted((folder / format).rglob("*")) if file.is_file()}
+    there = {
+        file.relative_to(folder / format).as_posix(): file
+        for file in sorted((folder / format).rglob("*"))
+        if file.is_file()
+    }
     missing = sorted(set(expected) - set(there))
     if missing:
-        raise EdgeDiTError(f"{folder / format / missing[0]} is missing, but {path} lists it; copy the export whole, or export again.")
+        raise EdgeDiTError(
+            f"{folder / format / missing[0]} is missing, but {path} lists it; copy the export whole, or export again."
+        )
     for name, sha256 in expected.items():
         found = file_sha256(there[name])
         if found != sha256:
             raise EdgeDiTError(
-                f"{there[name]} has the SHA-256 {found}, but {path} says {sha256}: it was damaged or changed after the export. Copy it again, or export again."
+                f"{there[name]} has the SHA-256 {found}, but {path} says {sha256}: it was damaged or changed after the "
+                "export. Copy it again, or export again."
             )
 
 
@@ -139,12 +154,13 @@ class ExportedComponent(ConfigMixin):
     r"""
     A component that a runtime computes: what all of them share.
 
-    Inputs may be on any device and of any float type: they are brought to the CPU as float32, and outputs go back to the device and type of the
-    input. `device` and `dtype` are those of the runtime: CPU, float32. A subclass names its format and parts.
+    Inputs may be on any device and of any float type: they are brought to the CPU as float32, and outputs go back to
+    the device and type of the input. `device` and `dtype` are those of the runtime: CPU, float32. A subclass names its
+    format and parts.
 
     Args:
-        config: what `config.json` holds: the config of the component that was exported, `precision` and `batch` (`"dynamic"`, or the batch of the
-            files; calls then take multiples of it).
+        config: what `config.json` holds: the config of the component that was exported, `precision` and `batch`
+            (`"dynamic"`, or the batch of the files; calls then take multiples of it).
     """
 
     FORMAT: str  # as in `optimum-cli export edgedit --format`
@@ -185,11 +201,12 @@ class ExportedComponent(ConfigMixin):
             subfolder: the component's folder within it, e.g. `"transformer"`.
             num_threads: threads of the runtime; default its own choice. [`~set_threads`] changes it later.
             cache_dir, revision, token, local_files_only: as in diffusers, for Hub ids.
-            options: of the runtime; ONNX Runtime has `provider`, its execution provider (default `"CPUExecutionProvider"`).
+            options: of the runtime; ONNX Runtime has `provider`, its execution provider (default
+                `"CPUExecutionProvider"`).
 
         Raises:
-            EdgeDiTError: the folder has no artefact, config and artefact describe different networks, or the runtime is missing or refuses the
-                file or an option.
+            EdgeDiTError: the folder has no artefact, config and artefact describe different networks, or the runtime is
+                missing or refuses the file or an option.
         """
         root = Path(pretrained_model_name_or_path)
         if not root.is_dir():
@@ -211,8 +228,9 @@ class ExportedComponent(ConfigMixin):
         if not (folder / needed).is_file() or not (folder / cls.config_name).is_file():
             name = folder.name if subfolder is None else subfolder
             raise EdgeDiTError(
-                f"{folder} does not hold {cls.config_name} and {needed}; give the component's folder of an exported pipeline "
-                f"(optimum-cli export edgedit … --format {cls.FORMAT}), or the pipeline's folder with subfolder={name!r}."
+                f"{folder} does not hold {cls.config_name} and {needed}; give the component's folder of an exported "
+                f"pipeline (optimum-cli export edgedit … --format {cls.FORMAT}), or the pipeline's folder with "
+                f"subfolder={name!r}."
             )
         check_hashes(folder, cls.FORMAT)
         component = cls(**cls._read_config(folder))
@@ -252,11 +270,17 @@ class ExportedComponent(ConfigMixin):
 
     def _open(self) -> None:
         files = {part: self.folder / self.part_file(part) for part in self.PARTS}
-        self.sessions = {part: open_session(file, self.FORMAT, self.num_threads, **self._options) for part, file in files.items() if file.is_file()}
+        self.sessions = {
+            part: open_session(file, self.FORMAT, self.num_threads, **self._options)
+            for part, file in files.items()
+            if file.is_file()
+        }
 
     def _loaded_folder(self) -> Path:
         if self.folder is None:
-            raise EdgeDiTError(f"This component has a config but no {SUFFIXES[self.FORMAT]} file; make it with from_pretrained().")
+            raise EdgeDiTError(
+                f"This component has a config but no {SUFFIXES[self.FORMAT]} file; make it with from_pretrained()."
+            )
         return self.folder
 
     def _check(self) -> None:
@@ -265,16 +289,21 @@ class ExportedComponent(ConfigMixin):
         for part, session in self.sessions.items():
             file, said = self.folder / self.part_file(part), session.metadata
             if "config" not in said:
-                raise EdgeDiTError(f"{file} has no edgedit config in its metadata; it was not written by this package's export.")
+                raise EdgeDiTError(
+                    f"{file} has no edgedit config in its metadata; it was not written by this package's export."
+                )
             for key, value in json.loads(said["config"]).items():
                 if key in self.config and self.config[key] != value:
                     raise EdgeDiTError(
-                        f"{file} was made from a network with {key} {value!r}, but its config.json says {self.config[key]!r}; the two files do not "
-                        "belong together: export again."
+                        f"{file} was made from a network with {key} {value!r}, but its config.json says "
+                        f"{self.config[key]!r}; the two files do not belong together: export again."
                     )
             weights.add(said.get("weights"))
         if len(weights) > 1:
-            raise EdgeDiTError(f"The files in {self.folder} were made from the weights {sorted(map(str, weights))}; they do not belong together: export again.")
+            raise EdgeDiTError(
+                f"The files in {self.folder} were made from the weights {sorted(map(str, weights))}; they do not "
+                "belong together: export again."
+            )
 
     # ---------------------------------------------------------------- use
 
@@ -295,13 +324,16 @@ class ExportedComponent(ConfigMixin):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the first artefact says about itself: config, weights' hash, precision, batch, versions, and a denoiser's genotype."""
+        """What the first artefact says about itself: config, weights' hash, precision, batch, versions, and a
+        denoiser's genotype.
+        """
         self._loaded_folder()
         found = self.sessions[self.PARTS[0]].metadata
         return {key: json.loads(value) if value.startswith(("{", "[")) else value for key, value in found.items()}
 
     def run(self, part: str, inputs: Mapping[str, torch.Tensor], pad: bool = False) -> list[torch.Tensor]:
-        """One artefact's outputs for inputs with as many rows each, on the CPU; a file of fixed batch runs as often as it takes.
+        """One artefact's outputs for inputs with as many rows each, on the CPU; a file of fixed batch runs as often as
+        it takes.
 
         Args:
             pad: whether rows that do not fill a fixed batch are repeated to fill it (and their outputs dropped).
@@ -311,7 +343,10 @@ class ExportedComponent(ConfigMixin):
         """
         self._loaded_folder()
         if part not in self.sessions:
-            raise EdgeDiTError(f"{self.folder} has no {self.part_file(part)}; export the pipeline again with the component it belongs to.")
+            raise EdgeDiTError(
+                f"{self.folder} has no {self.part_file(part)}; export the pipeline again with the component it belongs "
+                "to."
+            )
         values = {}
         for name, value in inputs.items():
             value = value.detach().to("cpu")
@@ -322,19 +357,24 @@ class ExportedComponent(ConfigMixin):
         missing = -rows % step if step else 0
         if rows == 0 or (missing and not pad):
             raise EdgeDiTError(
-                f"The batch is {rows}, but this artefact was exported for batch {batch} and takes multiples of it (guidance "
-                "doubles the images' number); export it for a batch that divides this one (--batch)."
+                f"The batch is {rows}, but this artefact was exported for batch {batch} and takes multiples of it "
+                "(guidance doubles the images' number); export it for a batch that divides this one (--batch)."
             )
         if missing:
-            values = {name: torch.cat([value, value[-1:].expand(missing, *value.shape[1:])]) for name, value in values.items()}
+            values = {
+                name: torch.cat([value, value[-1:].expand(missing, *value.shape[1:])]) for name, value in values.items()
+            }
         session = self.sessions[part]
-        parts = [session.run({name: value[i : i + step] for name, value in values.items()}) for i in range(0, rows + missing, step)]
+        parts = [
+            session.run({name: value[i : i + step] for name, value in values.items()})
+            for i in range(0, rows + missing, step)
+        ]
         return [torch.cat(outputs)[:rows] if len(parts) > 1 or missing else outputs[0] for outputs in zip(*parts)]
 
 
 class ExportedTransformer(ExportedComponent):
-    """A denoiser: what both families share. Beside the exported config, `split` says whether the conditioner is a file of its own, and `size` holds
-    height and width of the latents (`None`: any)."""
+    """A denoiser: what both families share. Beside the exported config, `split` says whether the conditioner is a file
+    of its own, and `size` holds height and width of the latents (`None`: any)."""
 
     PARTS = ("denoiser", "conditioner")
 
@@ -352,7 +392,9 @@ class ExportedTransformer(ExportedComponent):
             raise EdgeDiTError(f"The input has shape {tuple(hidden_states.shape)}; this artefact takes {expected}.")
 
     def _bucket_edges(self) -> list[float] | None:
-        """Borders of the buckets of timesteps with activation scales of their own: a file takes those of its first row for all (`None`: no buckets)."""
+        """Borders of the buckets of timesteps with activation scales of their own: a file takes those of its first row
+        for all (`None`: no buckets).
+        """
         said = self.sessions["denoiser"].metadata
         if "timestep_edges" in said:
             return json.loads(said["timestep_edges"])
@@ -360,19 +402,30 @@ class ExportedTransformer(ExportedComponent):
         return [] if self.FORMAT == "onnx" and said.get("precision") == "int8" and "activations" not in said else None
 
     def _predict(self, inputs: dict[str, torch.Tensor], times: torch.Tensor) -> torch.Tensor:
-        """The denoiser's output for rows with these timesteps; rows of several buckets of timesteps go through the file bucket by bucket."""
+        """The denoiser's output for rows with these timesteps; rows of several buckets of timesteps go through the file
+        bucket by bucket.
+        """
         edges = self._bucket_edges()
         if edges is None or bool((times == times[0]).all()):
             return self.run("denoiser", inputs)[0]
         # Without borders: timestep by timestep.
-        places = torch.bucketize(times, torch.tensor(edges, dtype=torch.float32), right=True) if edges else torch.unique(times, return_inverse=True)[1]
+        places = (
+            torch.bucketize(times, torch.tensor(edges, dtype=torch.float32), right=True)
+            if edges
+            else torch.unique(times, return_inverse=True)[1]
+        )
         groups = [(places == place).nonzero().flatten() for place in torch.unique(places)]
         if len(groups) == 1:
             return self.run("denoiser", inputs)[0]
-        outputs = [self.run("denoiser", {name: value[rows.to(value.device)] for name, value in inputs.items()}, pad=True)[0] for rows in groups]
+        outputs = [
+            self.run("denoiser", {name: value[rows.to(value.device)] for name, value in inputs.items()}, pad=True)[0]
+            for rows in groups
+        ]
         return torch.cat(outputs)[torch.argsort(torch.cat(groups))]
 
-    def _output(self, like: torch.Tensor, prediction: torch.Tensor, return_dict: bool) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+    def _output(
+        self, like: torch.Tensor, prediction: torch.Tensor, return_dict: bool
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         sample = prediction.to(like.device, like.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -381,7 +434,8 @@ class ExportedEdgeDiT(ExportedTransformer):
     r"""
     An EdgeDiT denoiser in a runtime with the call signature of [`EdgeDiTTransformer2DModel`].
 
-    A split one has [`precompute_modulation`] as the model has, and so a pipeline computes the modulations of a whole schedule before it samples.
+    A split one has [`precompute_modulation`] as the model has, and so a pipeline computes the modulations of a whole
+    schedule before it samples.
     """
 
     def _open(self) -> None:
@@ -390,7 +444,9 @@ class ExportedEdgeDiT(ExportedTransformer):
             self.precompute_modulation = self._precompute_modulation
 
     def _precompute_modulation(self, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        """The modulations `(T, K, 6L + 2, D)` of timesteps `(T,)` and labels `(K,)`, as [`EdgeDiTTransformer2DModel.precompute_modulation`]."""
+        """The modulations `(T, K, 6L + 2, D)` of timesteps `(T,)` and labels `(K,)`, as
+        [`EdgeDiTTransformer2DModel.precompute_modulation`].
+        """
         count = 1 if class_labels is None else len(class_labels)
         labels = None if class_labels is None else class_labels.repeat(len(timesteps))
         table = self._condition(timesteps.repeat_interleave(count), labels)
@@ -402,7 +458,9 @@ class ExportedEdgeDiT(ExportedTransformer):
 
     def _condition(self, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         inputs = {"timestep": timestep.float()}
-        return self.run("conditioner", inputs if labels is None else {**inputs, "class_labels": labels.long()}, pad=True)[0]
+        return self.run(
+            "conditioner", inputs if labels is None else {**inputs, "class_labels": labels.long()}, pad=True
+        )[0]
 
     def _labels(self, class_labels: torch.Tensor | None) -> torch.Tensor | None:
         classes = self.config.num_classes
@@ -413,7 +471,9 @@ class ExportedEdgeDiT(ExportedTransformer):
             return None
         labels = class_labels.to("cpu", torch.int64)
         if not (0 <= int(labels.min()) and int(labels.max()) <= classes):
-            raise EdgeDiTError(f"class_labels span {int(labels.min())} … {int(labels.max())}; they must be from 0 to {classes}.")
+            raise EdgeDiTError(
+                f"class_labels span {int(labels.min())} … {int(labels.max())}; they must be from 0 to {classes}."
+            )
         return labels
 
     def __call__(
@@ -426,11 +486,13 @@ class ExportedEdgeDiT(ExportedTransformer):
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Noisy input, of the exported size.
+            hidden_states (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Noisy input, of the exported
+            size.
             timestep (`torch.Tensor` of shape `(batch,)` or a scalar): Timestep on the scale 0 … 1000.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Classes; `num_classes` means "no class".
             return_dict (`bool`, defaults to `True`): Whether to return a [`Transformer2DModelOutput`].
-            modulation (`torch.Tensor` of shape `(batch, 6 * layers + 2, hidden_size)`, *optional*): For a split denoiser: a step of the table of
+            modulation (`torch.Tensor` of shape `(batch, 6 * layers + 2, hidden_size)`, *optional*): For a split
+            denoiser: a step of the table of
                 `precompute_modulation`.
 
         Returns:
@@ -453,8 +515,9 @@ class ExportedEdgeDiT(ExportedTransformer):
 
 class ExportedElasticDiT(ExportedTransformer):
     r"""
-    An elastic text-to-image denoiser in a runtime with the call signature of [`ElasticDiTTransformer2DModel`]: one sub-network, whose name is in the
-    config's `subnet`. `text_tokens` holds the tokens of every text encoder that the artefact takes (`None`: any number); shorter texts are padded.
+    An elastic text-to-image denoiser in a runtime with the call signature of [`ElasticDiTTransformer2DModel`]: one
+    sub-network, whose name is in the config's `subnet`. `text_tokens` holds the tokens of every text encoder that the
+    artefact takes (`None`: any number); shorter texts are padded.
 
     A split one keeps what its conditioners gave: the modulations of a timestep, and the text of a call.
     """
@@ -478,25 +541,36 @@ class ExportedElasticDiT(ExportedTransformer):
     def resolve_subnet(self, name: str | None = None) -> str | None:
         """The exported sub-network; a ValueError if another one is named."""
         if name not in (None, self.active_subnet):
-            raise EdgeDiTError(f"The sub-network {name!r} was asked for, but this artefact holds {self.active_subnet or 'a stand-alone net'}; export that one.")
+            raise EdgeDiTError(
+                f"The sub-network {name!r} was asked for, but this artefact holds "
+                f"{self.active_subnet or 'a stand-alone net'}; export that one."
+            )
         return self.active_subnet
 
-    def _texts(self, embeds: Sequence[torch.Tensor | None] | None, masks: Sequence[torch.Tensor | None] | None, rows: int) -> dict[str, torch.Tensor]:
+    def _texts(
+        self, embeds: Sequence[torch.Tensor | None] | None, masks: Sequence[torch.Tensor | None] | None, rows: int
+    ) -> dict[str, torch.Tensor]:
         """text_0, mask_0, … of the artefact; an absent encoder is one whose tokens are all masked."""
         dims, lengths = self.config.text_dims, self.config.get("text_tokens") or [None] * len(self.config.text_dims)
         embeds = [None] * len(dims) if embeds is None else list(embeds)
         masks = [None] * len(dims) if masks is None else list(masks)
         if len(embeds) != len(dims) or len(masks) != len(dims):
-            raise EdgeDiTError(f"{len(embeds)} text embeddings and {len(masks)} masks were given; this net has {len(dims)} text encoders.")
+            raise EdgeDiTError(
+                f"{len(embeds)} text embeddings and {len(masks)} masks were given; this net has {len(dims)} text "
+                "encoders."
+            )
         values = {}
         for index, (states, mask, width, length) in enumerate(zip(embeds, masks, dims, lengths)):
             there = 0 if states is None else states.shape[1]
             if states is not None and (states.ndim != 3 or states.shape[0] != rows or states.shape[2] != width):
-                raise EdgeDiTError(f"encoder_hidden_states[{index}] has the shape {tuple(states.shape)}; it must be ({rows}, tokens, {width}).")
+                raise EdgeDiTError(
+                    f"encoder_hidden_states[{index}] has the shape {tuple(states.shape)}; it must be ({rows}, tokens, "
+                    f"{width})."
+                )
             if length is not None and there > length:
                 raise EdgeDiTError(
-                    f"encoder_hidden_states[{index}] has {there} tokens, but this artefact was exported for {length}; shorten the prompt, or export the "
-                    "pipeline with a larger max_sequence_length."
+                    f"encoder_hidden_states[{index}] has {there} tokens, but this artefact was exported for {length}; "
+                    "shorten the prompt, or export the pipeline with a larger max_sequence_length."
                 )
             tokens = max(1, there) if length is None else length
             text, valid = torch.zeros(rows, tokens, width), torch.zeros(rows, tokens)
@@ -546,7 +620,12 @@ class ExportedElasticDiT(ExportedTransformer):
             key = (rows, *(encoder_hidden_states or ()), *(encoder_attention_mask or ()))
             known, text = self._text  # read once: a call in another thread may replace it
             if len(key) != len(known) or any(a is not b for a, b in zip(key[1:], known[1:])) or key[0] != known[0]:
-                text = dict(zip(("text", "text_mask"), self.run("text_conditioner", self._texts(encoder_hidden_states, encoder_attention_mask, rows))))
+                text = dict(
+                    zip(
+                        ("text", "text_mask"),
+                        self.run("text_conditioner", self._texts(encoder_hidden_states, encoder_attention_mask, rows)),
+                    )
+                )
                 self._text = key, text
             inputs |= {MODULATED: self._modulation(times), **text}
             if self.FORMAT == "onnx":
@@ -569,7 +648,9 @@ class AutoencoderOutput(BaseOutput):
 
 
 class ExportedAutoencoder(ExportedComponent):
-    """A VAE in a runtime: `decode` and `encode`. Its config is the VAE's; `size` holds height and width of the latents (`None`: any)."""
+    """A VAE in a runtime: `decode` and `encode`. Its config is the VAE's; `size` holds height and width of the latents
+    (`None`: any).
+    """
 
     PARTS = ("decoder", "encoder")
 
@@ -583,7 +664,10 @@ class ExportedAutoencoder(ExportedComponent):
         """Latents `(B, C, H, W)`, scaled and shifted back, → images about [-1, 1]."""
         size = self.config.get("size")
         if size and tuple(latents.shape[-2:]) != tuple(size):
-            raise EdgeDiTError(f"The latents are {latents.shape[-2]} × {latents.shape[-1]}; this decoder was exported for {size[0]} × {size[1]}.")
+            raise EdgeDiTError(
+                f"The latents are {latents.shape[-2]} × {latents.shape[-1]}; this decoder was exported for {size[0]} × "
+                f"{size[1]}."
+            )
         sample = self._run("decoder", "latents", latents)
         return AutoencoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -604,7 +688,9 @@ class TextEncoderOutput(BaseOutput):
 
 
 class ExportedTextEncoder(ExportedComponent):
-    """A text encoder in a runtime. Its config is that of transformers; what the export adds stands in its field `edgedit_export`."""
+    """A text encoder in a runtime. Its config is that of transformers; what the export adds stands in its field
+    `edgedit_export`.
+    """
 
     PARTS = ("text_encoder",)
 
@@ -624,12 +710,16 @@ class ExportedTextEncoder(ExportedComponent):
         """Write `config.json`."""
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
-        (target / self.config_name).write_text(json.dumps(self.config.to_dict(), indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+        (target / self.config_name).write_text(
+            json.dumps(self.config.to_dict(), indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"
+        )
 
     def _check(self) -> None:
         """The file must say that it is a text encoder of this package's export."""
         if "config" not in self.sessions["text_encoder"].metadata:
-            raise EdgeDiTError(f"{self.folder / self.part_file('text_encoder')} was not written by this package's export.")
+            raise EdgeDiTError(
+                f"{self.folder / self.part_file('text_encoder')} was not written by this package's export."
+            )
 
     def get_input_embeddings(self) -> Any:
         """Only `num_embeddings`, the size of the vocabulary."""
@@ -640,7 +730,9 @@ class ExportedTextEncoder(ExportedComponent):
         tokens = input_ids.shape[1]
         length = self.export["tokens"]
         if length is not None and tokens > length:
-            raise EdgeDiTError(f"The prompt has {tokens} tokens, but this text encoder was exported for {length}; shorten it.")
+            raise EdgeDiTError(
+                f"The prompt has {tokens} tokens, but this text encoder was exported for {length}; shorten it."
+            )
         ids, mask = input_ids.cpu(), attention_mask.cpu().float()
         if length is not None:
             ids = torch.nn.functional.pad(ids, (0, length - tokens))
@@ -652,7 +744,9 @@ class ExportedTextEncoder(ExportedComponent):
 
 
 class OnnxEdgeDiTTransformer2DModel(ExportedEdgeDiT):
-    """An EdgeDiT denoiser in ONNX Runtime; see [`ExportedEdgeDiT`]. Load it with [`~ExportedComponent.from_pretrained`]."""
+    """An EdgeDiT denoiser in ONNX Runtime; see [`ExportedEdgeDiT`]. Load it with
+    [`~ExportedComponent.from_pretrained`].
+    """
 
     FORMAT = "onnx"
 
@@ -660,7 +754,8 @@ class OnnxEdgeDiTTransformer2DModel(ExportedEdgeDiT):
 class ExecutorchEdgeDiTTransformer2DModel(ExportedEdgeDiT):
     """An EdgeDiT denoiser in ExecuTorch; see [`ExportedEdgeDiT`].
 
-    `num_threads` is the size of ExecuTorch's thread pool, which the whole process shares: setting it here sets it for every such component.
+    `num_threads` is the size of ExecuTorch's thread pool, which the whole process shares: setting it here sets it for
+    every such component.
     """
 
     FORMAT = "executorch"

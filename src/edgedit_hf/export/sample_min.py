@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
-"""One image from an export, with numpy and the export's runtime alone: all that an app has to do, in the order in which it has to do it.
+"""One image from an export, with numpy and the export's runtime alone: all that an app has to do, in the order in which
+it has to do it.
 
-    python sample_min.py [--seed N | --reference] [--label N | --token-ids FILE | --prompt TEXT] [--output image.png] [--check]
+    python sample_min.py [--seed N | --reference] [--label N | --token-ids FILE | --prompt TEXT] [--output image.png]
+    [--check]
 
-It stands beside contract.json, whose numbers it uses, and imports nothing but the standard library, numpy and the runtime: onnxruntime, executorch
-(whose Python binding takes torch tensors only, so torch wraps and unwraps numpy arrays there and does nothing else) or, on a Mac and not run, coremltools.
---prompt needs the package `tokenizers` besides. The noise of --seed is numpy's own; it is not that of the same seed in torch. --reference starts from
-the noise in reference.safetensors; --check compares the files' SHA-256 with contract.json's, repeats everything in that file and exits with 1 if an
-error is above contract.json's tolerance.
+It stands beside contract.json, whose numbers it uses, and imports nothing but the standard library, numpy and the
+runtime: onnxruntime, executorch (whose Python binding takes torch tensors only, so torch wraps and unwraps numpy arrays
+there and does nothing else) or, on a Mac and not run, coremltools. --prompt needs the package `tokenizers` besides. The
+noise of --seed is numpy's own; it is not that of the same seed in torch. --reference starts from the noise in
+reference.safetensors; --check compares the files' SHA-256 with contract.json's, repeats everything in that file and
+exits with 1 if an error is above contract.json's tolerance.
 
-Exit codes: 0 done, 1 the check failed, 2 bad input (one line on stderr), 130 and 143 interrupted, 70 a fault of this program (EDGEDIT_TRACEBACK=1
-shows where).
+Exit codes: 0 done, 1 the check failed, 2 bad input (one line on stderr), 130 and 143 interrupted, 70 a fault of this
+program (EDGEDIT_TRACEBACK=1 shows where).
 """
 
 import argparse
@@ -40,25 +43,43 @@ def read_safetensors(path):
         header.pop("__metadata__", None)
         for name, entry in header.items():
             first, last = entry["data_offsets"]
-            tensors[name] = np.frombuffer(data[start + first : start + last], types[entry["dtype"]]).reshape(entry["shape"])
+            tensors[name] = np.frombuffer(data[start + first : start + last], types[entry["dtype"]]).reshape(
+                entry["shape"]
+            )
     except (struct.error, LookupError, ValueError, TypeError, AttributeError) as error:
         sys.exit(f"{path} is damaged ({type(error).__name__}: {error}); take the export again.")
     return tensors
 
 
 TENSOR = {"name": str, "dtype": str, "shape": list}
-TOKENIZER = {"file": (None, str), "rule": str, "max_tokens": int, "bos_token_id": (None, int), "eos_token_id": (None, int)}
+TOKENIZER = {
+    "file": (None, str),
+    "rule": str,
+    "max_tokens": int,
+    "bos_token_id": (None, int),
+    "eos_token_id": (None, int),
+}
 TOKENIZER |= {"pad_token_id": int, "vocabulary": int}
-CONTRACT = {  # what this program reads of contract.json: (None, x) may be null, [x] is a list of x, "*" stands for every name
+# what this program reads of contract.json: (None, x) may be null, [x] is a list of x, "*" stands for every name
+CONTRACT = {
     "format": str,
     "split": bool,
     "files": {"*": {"sha256": str}},
-    "artefacts": {"*": {"file": str, "precision": str, "tolerance": float, "inputs": [TENSOR], "outputs": [{"name": str}]}},
+    "artefacts": {
+        "*": {"file": str, "precision": str, "tolerance": float, "inputs": [TENSOR], "outputs": [{"name": str}]}
+    },
     "latents": {"multiply": [float], "add": [float]},
     "schedule": {"init_noise_sigma": float, "steps": [{"timestep": float, "input_scale": float, "x": list, "m": list}]},
     "guidance": {"rows": int, "scale": float, "channels": (None, int)},
     "labels": (None, {"count": int, "null": (None, int)}),
-    "text": (None, {"encoders": [{"artefact": (None, str), "tokens": int, "width": int, "open": bool, "tokenizer": (None, TOKENIZER)}]}),
+    "text": (
+        None,
+        {
+            "encoders": [
+                {"artefact": (None, str), "tokens": int, "width": int, "open": bool, "tokenizer": (None, TOKENIZER)}
+            ]
+        },
+    ),
     "reference": {"file": str, "tolerance": float, "image_psnr": float},
 }
 
@@ -89,8 +110,20 @@ def read_contract(folder):
     """contract.json of an export, whose files lie in that folder."""
     contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
     wrong = misfit(contract, CONTRACT)
-    tokenizers = [] if wrong or contract["text"] is None else [encoder["tokenizer"] for encoder in contract["text"]["encoders"] if encoder["tokenizer"]]
-    for name in () if wrong else [entry["file"] for entry in (*contract["artefacts"].values(), contract["reference"], *tokenizers) if entry["file"]]:
+    tokenizers = (
+        []
+        if wrong or contract["text"] is None
+        else [encoder["tokenizer"] for encoder in contract["text"]["encoders"] if encoder["tokenizer"]]
+    )
+    for name in (
+        ()
+        if wrong
+        else [
+            entry["file"]
+            for entry in (*contract["artefacts"].values(), contract["reference"], *tokenizers)
+            if entry["file"]
+        ]
+    ):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             wrong = f"contract.json names the file {name!r}, which is not in this folder"
     if wrong:
@@ -115,7 +148,9 @@ def check_image_path(path, inputs=()):
 
 
 def check_hashes(folder, contract):
-    """Print which files of the export differ from contract.json's SHA-256; whether none does. A name that leaves the folder is none of its files."""
+    """Print which files of the export differ from contract.json's SHA-256; whether none does. A name that leaves the
+    folder is none of its files.
+    """
     passed = True
     for name, facts in contract["files"].items():
         path = Path(folder, name)
@@ -140,7 +175,9 @@ def write_png(path, image):
     rows = b"".join(b"\0" + row.tobytes() for row in image)
     size = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
     chunks = [(b"IHDR", size), (b"tEXt", MAKER), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    body = b"".join(struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks)
+    body = b"".join(
+        struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks
+    )
     Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
@@ -160,7 +197,9 @@ def open_file(path, kind, inputs, outputs):
 
         program = Runtime.get().load_program(str(path))
         method = program.load_method("forward")
-        return lambda arrays: [np.array(value.numpy()) for value in method.execute([torch.from_numpy(array) for array in arrays])]
+        return lambda arrays: [
+            np.array(value.numpy()) for value in method.execute([torch.from_numpy(array) for array in arrays])
+        ]
     import coremltools  # predicts on a Mac only: this branch has not been run
 
     model = coremltools.models.MLModel(str(path))
@@ -173,9 +212,11 @@ def open_file(path, kind, inputs, outputs):
 
 
 class Artefacts:
-    """The files of an export, opened when first used. `artefacts(key, name=array, …)` → outputs by name, for any number of rows.
+    """The files of an export, opened when first used. `artefacts(key, name=array, …)` → outputs by name, for any number
+    of rows.
 
-    opener: `key → function from arrays to arrays`. trace: a dictionary that gets inputs and outputs of every file's first run.
+    opener: `key → function from arrays to arrays`. trace: a dictionary that gets inputs and outputs of every file's
+    first run.
     """
 
     def __init__(self, contract, opener, trace=None):
@@ -186,19 +227,27 @@ class Artefacts:
         times = rows.get("timestep")
         if times is not None and key == "denoiser" and entry["precision"] == "int8" and len(np.unique(times)) > 1:
             # A file with activation scales by timestep takes those of its first row for all.
-            sys.exit(f"The rows of a denoiser's call have the timesteps {np.unique(times).tolist()}; in int8 they must share one.")
+            sys.exit(
+                f"The rows of a denoiser's call have the timesteps {np.unique(times).tolist()}; in int8 they must "
+                "share one."
+            )
         if key not in self.open:
             self.open[key] = self.opener(key)
         arrays = [np.ascontiguousarray(rows[tensor["name"]], tensor["dtype"]) for tensor in entry["inputs"]]
         count, batch = len(arrays[0]), entry["inputs"][0]["shape"][0]
         batch = count if isinstance(batch, str) else batch  # a name stands for an open size
         parts = []
-        for start in range(0, count, batch):  # a fixed batch: as many runs as it takes, the last one filled up with copies of the last row
+        for start in range(
+            0, count, batch
+        ):  # a fixed batch: as many runs as it takes, the last one filled up with copies of the last row
             chosen = np.minimum(np.arange(start, start + batch), count - 1)
             given = [array[chosen] for array in arrays]
             parts.append(self.open[key](given))
             if self.trace is not None and start == 0:
-                for tensors, values, where in ((entry["inputs"], given, "inputs"), (entry["outputs"], parts[0], "outputs")):
+                for tensors, values, where in (
+                    (entry["inputs"], given, "inputs"),
+                    (entry["outputs"], parts[0], "outputs"),
+                ):
                     for tensor, value in zip(tensors, values):
                         self.trace.setdefault(f"{key}.{where}.{tensor['name']}", value)
         return {tensor["name"]: np.concatenate(values)[:count] for tensor, values in zip(entry["outputs"], zip(*parts))}
@@ -208,7 +257,9 @@ class Artefacts:
 
 
 def tokenize(folder, encoder, prompt):
-    """The windows of token ids that a text encoder gets: several for a long prompt of a CLIP-type encoder, else one, which is cut."""
+    """The windows of token ids that a text encoder gets: several for a long prompt of a CLIP-type encoder, else one,
+    which is cut.
+    """
     rule = encoder["tokenizer"]
     try:
         from tokenizers import Tokenizer
@@ -229,7 +280,9 @@ def tokenize(folder, encoder, prompt):
 
 
 def encode_text(contract, artefacts, windows):
-    """(states (1, T, E), mask (1, T)) of every text encoder. windows: for every encoder a list of lists of token ids, `None` for no text."""
+    """(states (1, T, E), mask (1, T)) of every text encoder. windows: for every encoder a list of lists of token ids,
+    `None` for no text.
+    """
     texts = []
     for encoder, rows in zip(contract["text"]["encoders"], windows):
         length, width = encoder["tokens"], encoder["width"]
@@ -239,7 +292,10 @@ def encode_text(contract, artefacts, windows):
             ids = np.array([[*row, *[encoder["tokenizer"]["pad_token_id"]] * (longest - len(row))] for row in rows])
             mask = np.array([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows])
             if (longest > length or sum(map(len, rows)) > length) and not encoder["open"]:
-                sys.exit(f"The prompt has {sum(map(len, rows))} tokens for {encoder['artefact']}; this export takes {length} at most.")
+                sys.exit(
+                    f"The prompt has {sum(map(len, rows))} tokens for {encoder['artefact']}; this export takes "
+                    f"{length} at most."
+                )
             states = artefacts(encoder["artefact"], input_ids=ids, attention_mask=mask)["last_hidden_state"]
             valid = states[mask > 0]  # the windows' tokens one after the other, without padding
         length = max(length, len(valid))
@@ -252,7 +308,9 @@ def encode_text(contract, artefacts, windows):
 
 
 def conditioning(contract, artefacts, label=None, windows=None):
-    """The denoiser's (or conditioners') inputs that say what to draw. First row: that; second row, with guidance: nothing."""
+    """The denoiser's (or conditioners') inputs that say what to draw. First row: that; second row, with guidance:
+    nothing.
+    """
     if contract["labels"] is not None:
         return {"class_labels": np.append(label, contract["labels"]["null"])[: contract["guidance"]["rows"]]}
     inputs = {}
@@ -263,7 +321,9 @@ def conditioning(contract, artefacts, label=None, windows=None):
 
 
 def sample(contract, artefacts, noise, condition, record=None):
-    """uint8 image (H, W, channels) from standard normal noise (1, C, H, W). record: a dictionary that gets what happens on the way."""
+    """uint8 image (H, W, channels) from standard normal noise (1, C, H, W). record: a dictionary that gets what happens
+    on the way.
+    """
     record = {} if record is None else record
     guidance, steps = contract["guidance"], contract["schedule"]["steps"]
     rows, channels = guidance["rows"], noise.shape[1]
@@ -274,7 +334,9 @@ def sample(contract, artefacts, noise, condition, record=None):
     x, m = [noise * contract["schedule"]["init_noise_sigma"]], []
     for index, step in enumerate(steps):
         scaled = np.repeat(x[index] * step["input_scale"], rows, axis=0)
-        prediction = artefacts("denoiser", sample=scaled, **inputs[index])["prediction"][:, :channels]  # a learned variance is left out
+        prediction = artefacts("denoiser", sample=scaled, **inputs[index])["prediction"][
+            :, :channels
+        ]  # a learned variance is left out
         if rows == 2:
             conditional, unconditional = prediction[:1], prediction[1:]
             prediction = unconditional + guidance["scale"] * (conditional - unconditional)
@@ -301,7 +363,10 @@ def reference_windows(contract, reference):
     """Token ids of the reference prompt, without padding."""
     encoders = contract["text"]["encoders"] if contract["text"] else []
     masks = [reference.get(f"mask_{index}") for index in range(len(encoders))]
-    return [None if m is None else [r[v > 0].tolist() for r, v in zip(reference[f"ids_{i}"], m)] for i, m in enumerate(masks)]
+    return [
+        None if m is None else [r[v > 0].tolist() for r, v in zip(reference[f"ids_{i}"], m)]
+        for i, m in enumerate(masks)
+    ]
 
 
 def check(contract, artefacts, reference):
@@ -315,7 +380,9 @@ def check(contract, artefacts, reference):
         print(f"{'ok  ' if passed[-1] else 'FAIL'}  {name:45s} relative error {error:.2e} (tolerance {tolerance:.0e})")
 
     for key, entry in contract["artefacts"].items():
-        found = artefacts(key, **{tensor["name"]: reference[f"{key}.inputs.{tensor['name']}"] for tensor in entry["inputs"]})
+        found = artefacts(
+            key, **{tensor["name"]: reference[f"{key}.inputs.{tensor['name']}"] for tensor in entry["inputs"]}
+        )
         for name, value in found.items():
             compare(f"{key}.outputs.{name}", value, entry["tolerance"])
     condition = conditioning(contract, artefacts, reference.get("label"), reference_windows(contract, reference))
@@ -344,10 +411,15 @@ def read_windows(path, encoders):
     shaped = isinstance(windows, list) and len(windows) == len(encoders)
     for rows, encoder in zip(windows if shaped else (), encoders):
         vocabulary = encoder["tokenizer"]["vocabulary"] if encoder["tokenizer"] else 0
-        shaped = shaped and (rows is None or (isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows)))
+        shaped = shaped and (
+            rows is None or (isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows))
+        )
         shaped = shaped and all(type(token) is int and 0 <= token < vocabulary for row in rows or () for token in row)
     if not shaped:
-        sys.exit(f"--token-ids {path} must hold, for each of {len(encoders)} text encoders, a list of lists of its token ids, as [[[1, 5, 2]], [[7, 2]]].")
+        sys.exit(
+            f"--token-ids {path} must hold, for each of {len(encoders)} text encoders, a list of lists of its token "
+            "ids, as [[[1, 5, 2]], [[7, 2]]]."
+        )
     return windows
 
 
@@ -356,10 +428,14 @@ def main():
     parser = argparse.ArgumentParser(description="One image from this export, with numpy and its runtime alone.")
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument("--seed", type=natural, default=0, help="of numpy's generator")
-    noise.add_argument("--reference", action="store_true", help="the stored noise, and the stored label or prompt if none is given")
+    noise.add_argument(
+        "--reference", action="store_true", help="the stored noise, and the stored label or prompt if none is given"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--label", type=int, help="class number")
-    what.add_argument("--token-ids", help="JSON file: for every text encoder its windows of token ids, as [[[1, 5, 2]], [[7, 2]]]")
+    what.add_argument(
+        "--token-ids", help="JSON file: for every text encoder its windows of token ids, as [[[1, 5, 2]], [[7, 2]]]"
+    )
     what.add_argument("--prompt", help="text; needs the package tokenizers")
     parser.add_argument("--output", default="image.png")
     parser.add_argument("--check", action="store_true", help="compare with reference.safetensors instead")
@@ -384,13 +460,18 @@ def main():
     if args.label is not None:
         label = args.label
         if not 0 <= label < (labels["count"] if labels else 0):
-            sys.exit(f"--label is {label}, but " + (f"the classes are 0 … {labels['count'] - 1}." if labels else "this model takes no labels."))
+            sys.exit(
+                f"--label is {label}, but "
+                + (f"the classes are 0 … {labels['count'] - 1}." if labels else "this model takes no labels.")
+            )
     if text is None and (args.token_ids or args.prompt is not None):
         sys.exit("This model takes no text.")
     if args.token_ids:
         windows = read_windows(args.token_ids, text["encoders"])
     elif args.prompt is not None:
-        windows = [tokenize(folder, encoder, args.prompt) if encoder["artefact"] else None for encoder in text["encoders"]]
+        windows = [
+            tokenize(folder, encoder, args.prompt) if encoder["artefact"] else None for encoder in text["encoders"]
+        ]
     start = reference["noise"]
     if not args.reference:
         start = np.random.default_rng(args.seed).standard_normal(start.shape, dtype=np.float32)
@@ -407,7 +488,9 @@ def interrupt(number, frame):
 def run():
     """The command line, ended in at most one line on stderr; its exit code."""
     code, line = 0, None
-    signal.signal(signal.SIGINT, interrupt)  # though it may have been ignored at the start, as for a job in a script's background
+    signal.signal(
+        signal.SIGINT, interrupt
+    )  # though it may have been ignored at the start, as for a job in a script's background
     signal.signal(signal.SIGTERM, interrupt)
     try:
         try:
@@ -426,7 +509,11 @@ def run():
     except Exception as error:
         if os.environ.get("EDGEDIT_TRACEBACK", "") not in ("", "0"):
             traceback.print_exc()
-        code, line = 70, f"this is a fault of the program or a damaged export (--check), not of your input: {type(error).__name__}: {error}."
+        code, line = (
+            70,
+            f"this is a fault of the program or a damaged export (--check), not of your input: {type(error).__name__}: "
+            f"{error}.",
+        )
         line += " EDGEDIT_TRACEBACK=1 in the environment shows the traceback."
     if line is not None:
         print("sample_min.py: " + " ".join(line.split()), file=sys.stderr)

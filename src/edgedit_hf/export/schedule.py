@@ -1,13 +1,14 @@
 """A diffusers scheduler as numbers: what a step computes, without diffusers.
 
-A deterministic scheduler without clipping is linear. With x_i the sample before step i and m_i the (guided) prediction for `scale_i · x_i` at timestep
-t_i, every step is
+A deterministic scheduler without clipping is linear. With x_i the sample before step i and m_i the (guided) prediction
+for `scale_i · x_i` at timestep t_i, every step is
 
     x_{i+1} = Σ_j A_ij x_j + Σ_j B_ij m_j,   j ≤ i,
 
-one-step solvers with j = i alone, multistep ones with a few older j too. [`linear_schedule`] finds the coefficients by probing: the scheduler
-itself steps through its timesteps once with an "image" of 2S pixels for S steps, x_i the i-th basis vector and m_i the (S + i)-th, so that the pixels
-of what it returns are the coefficients. A random loop then shows that the scheduler does nothing else.
+one-step solvers with j = i alone, multistep ones with a few older j too. [`linear_schedule`] finds the coefficients by
+probing: the scheduler itself steps through its timesteps once with an "image" of 2S pixels for S steps, x_i the i-th
+basis vector and m_i the (S + i)-th, so that the pixels of what it returns are the coefficients. A random loop then
+shows that the scheduler does nothing else.
 """
 
 from __future__ import annotations
@@ -114,7 +115,6 @@ class NotLinearError(EdgeDiTError):
     """A scheduler is more than coefficients."""
 
 
-
 def linear_schedule(scheduler: SchedulerMixin) -> Schedule:
     """The coefficients of a scheduler whose timesteps are set; it is left as it is.
 
@@ -135,7 +135,9 @@ def linear_schedule(scheduler: SchedulerMixin) -> Schedule:
         predictions = {place - count: factor for place, factor in kept.items() if place >= count}
         steps.append(Step(float(scheduler.timesteps[index]), float(image.flatten()[index]), samples, predictions))
     sigmas = getattr(scheduler, "sigmas", None)
-    sigmas = tuple(float(sigma) for sigma in sigmas) if sigmas is not None and len(sigmas) in (count, count + 1) else None
+    sigmas = (
+        tuple(float(sigma) for sigma in sigmas) if sigmas is not None and len(sigmas) in (count, count + 1) else None
+    )
     schedule = Schedule(name, init_noise_sigma, tuple(steps), sigmas)
     _check(scheduler, schedule)
     return schedule
@@ -151,15 +153,24 @@ def check_timesteps(scheduler: SchedulerMixin) -> None:
         if values is not None and not torch.isfinite(torch.as_tensor(values, dtype=torch.float64)).all():
             count, terminal = len(scheduler.timesteps), scheduler.config.get("shift_terminal")
             stretched = f" with shift_terminal={terminal}" if terminal else ""
-            remedy = "take two steps or more, or make it with shift_terminal=None" if terminal and count == 1 else "choose another number of steps"
+            remedy = (
+                "take two steps or more, or make it with shift_terminal=None"
+                if terminal and count == 1
+                else "choose another number of steps"
+            )
             found = torch.as_tensor(values).tolist()
-            raise EdgeDiTError(f"{type(scheduler).__name__}{stretched} has {name} that are not finite for {count} step(s) ({found}); {remedy}.")
+            raise EdgeDiTError(
+                f"{type(scheduler).__name__}{stretched} has {name} that are not finite for {count} step(s) ({found}); "
+                f"{remedy}."
+            )
 
 
 def _step_through(
     scheduler: SchedulerMixin, samples: list[torch.Tensor], predictions: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What a copy of the scheduler returns for every step, and its scaled inputs, given samples and predictions of every step, float64."""
+    """What a copy of the scheduler returns for every step, and its scaled inputs, given samples and predictions of
+    every step, float64.
+    """
     scheduler = copy.deepcopy(scheduler)
     options: dict[str, Any] = {"return_dict": False}
     if "generator" in inspect.signature(scheduler.step).parameters:
@@ -167,12 +178,14 @@ def _step_through(
     outputs, scaled = [], []
     try:
         for timestep, sample, prediction in zip(scheduler.timesteps, samples, predictions):
-            scaled.append(scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample)
+            scaled.append(
+                scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
+            )
             outputs.append(scheduler.step(prediction, timestep, sample, **options)[0].double())
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise NotLinearError(
-            f"{type(scheduler).__name__} does not step through its timesteps on its own ({error}); use DDIMScheduler, or "
-            "FlowMatchEulerDiscreteScheduler for flow matching."
+            f"{type(scheduler).__name__} does not step through its timesteps on its own ({error}); use DDIMScheduler, "
+            "or FlowMatchEulerDiscreteScheduler for flow matching."
         ) from error
     return outputs, scaled
 
@@ -198,8 +211,8 @@ def _check(scheduler: SchedulerMixin, schedule: Schedule) -> None:
     zeros = [torch.zeros(1, 1, SIDE, SIDE, dtype=torch.float64)] * len(schedule.steps)
     noisy = any(bool(output.any()) for output in _step_through(scheduler, zeros, zeros)[0])
     raise NotLinearError(
-        f"{type(scheduler).__name__} is not linear in samples and predictions (off by {worst:.0e} of them, {TOLERANCE:.0e} is allowed): "
-        f"{_reason(scheduler, noisy)}."
+        f"{type(scheduler).__name__} is not linear in samples and predictions (off by {worst:.0e} of them, "
+        f"{TOLERANCE:.0e} is allowed): {_reason(scheduler, noisy)}."
     )
 
 
@@ -209,7 +222,10 @@ def _reason(scheduler: SchedulerMixin, noisy: bool) -> str:
     if noisy:
         if str(config.get("algorithm_type")).startswith("sde-"):
             plain = config.algorithm_type.removeprefix("sde-")
-            return f"it adds noise in every step (algorithm_type {config.algorithm_type!r}); make it with algorithm_type={plain!r}"
+            return (
+                f"it adds noise in every step (algorithm_type {config.algorithm_type!r}); make it with "
+                f"algorithm_type={plain!r}"
+            )
         if config.get("stochastic_sampling"):
             return "it adds noise in every step (stochastic_sampling=True); make it with stochastic_sampling=False"
         flow = name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"

@@ -1,4 +1,6 @@
-"""Gates of an export: does the artefact compute what the model computes (verify.json), and what does it cost (bench.json)?"""
+"""Gates of an export: does the artefact compute what the model computes (verify.json), and what does it cost
+(bench.json)?
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,10 @@ from .onnx import initializer_bytes
 from .parts import MODULATED, Part, is_elastic, text_lengths
 from .runtime import open_session
 
-# ‖artefact − eager‖ / ‖eager‖ of one forward, the worst over all sampling timesteps. fp32 differs by the order of additions only.
-# Quantised networks are worst at the last, nearly clean timesteps, where trained models on digits lie between 0.010 and 0.021 in int8
-# (images at 44 to 54 dB), between 0.009 and 0.015 in 8da8w (43 to 48 dB), and between 0.06 and 0.13 in 4 bits (25 to 32 dB).
+# ‖artefact − eager‖ / ‖eager‖ of one forward, the worst over all sampling timesteps. fp32 differs by the order of
+# additions only. Quantised networks are worst at the last, nearly clean timesteps, where trained models on digits lie
+# between 0.010 and 0.021 in int8 (images at 44 to 54 dB), between 0.009 and 0.015 in 8da8w (43 to 48 dB), and between
+# 0.06 and 0.13 in 4 bits (25 to 32 dB).
 TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "int8": 5e-2, "int4": 3e-1, "8da8w": 5e-2, "8da4w": 3e-1}
 # Peak signal-to-noise ratio of the images after the full loop, where the forwards' errors have added up.
 MIN_PSNR_DB = {"fp32": 50.0, "fp16": 40.0, "int8": 25.0, "int4": 25.0, "8da8w": 25.0, "8da4w": 25.0}
@@ -43,27 +46,45 @@ PROMPTS = (
 
 def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
     """‖found − reference‖ / ‖reference‖ (0 for two zero tensors)."""
-    error, norm = torch.linalg.vector_norm(found.float() - reference.float()), torch.linalg.vector_norm(reference.float())
+    error, norm = (
+        torch.linalg.vector_norm(found.float() - reference.float()),
+        torch.linalg.vector_norm(reference.float()),
+    )
     return float(error / norm) if norm > 0 else (0.0 if error == 0 else math.inf)
 
 
 def sampling_arguments(pipeline: Any, num_images: int, prompts: Sequence[str] | None = None) -> dict[str, Any]:
-    """Arguments of a pipeline's call for so many images: balanced classes, or prompts in turn (random embeddings for a pipeline without encoders)."""
+    """Arguments of a pipeline's call for so many images: balanced classes, or prompts in turn (random embeddings for a
+    pipeline without encoders).
+    """
     config = pipeline.transformer.config
     if not is_elastic(pipeline):
-        return {"class_labels": [i % config.num_classes for i in range(num_images)]} if config.num_classes else {"batch_size": num_images}
+        return (
+            {"class_labels": [i % config.num_classes for i in range(num_images)]}
+            if config.num_classes
+            else {"batch_size": num_images}
+        )
     if pipeline.text_encoder is not None or pipeline.text_encoder_2 is not None:
         texts = list(prompts or PROMPTS)
         return {"prompt": [texts[i % len(texts)] for i in range(num_images)]}
     generator = torch.Generator().manual_seed(0)
     lengths = text_lengths(pipeline)
-    return {"prompt_embeds": [torch.randn(num_images, length, width, generator=generator) for length, width in zip(lengths, config.text_dims)]}
+    return {
+        "prompt_embeds": [
+            torch.randn(num_images, length, width, generator=generator)
+            for length, width in zip(lengths, config.text_dims)
+        ]
+    }
 
 
-def compare(pipeline: Any, exported: Any, seed: int = 0, num_images: int = 8, prompts: Sequence[str] | None = None) -> dict:
-    """Sample with the eager pipeline and with the exported one from the same seeds, at the pipeline's default steps and guidance.
+def compare(
+    pipeline: Any, exported: Any, seed: int = 0, num_images: int = 8, prompts: Sequence[str] | None = None
+) -> dict:
+    """Sample with the eager pipeline and with the exported one from the same seeds, at the pipeline's default steps and
+    guidance.
 
-    At every sampling timestep both denoisers get the eager run's input; afterwards both pipelines run their own loop to the images.
+    At every sampling timestep both denoisers get the eager run's input; afterwards both pipelines run their own loop to
+    the images.
 
     Args:
         pipeline: the eager pipeline.
@@ -73,8 +94,8 @@ def compare(pipeline: Any, exported: Any, seed: int = 0, num_images: int = 8, pr
         prompts: of text to image.
 
     Returns:
-        relative_error (the worst timestep's), worst_timestep, per_timestep, psnr_db (`None` if all images are equal), finite, and how
-        it was measured (seed, images, steps, guidance_scale).
+        relative_error (the worst timestep's), worst_timestep, per_timestep, psnr_db (`None` if all images are equal),
+        finite, and how it was measured (seed, images, steps, guidance_scale).
     """
     artefact = exported.transformer
     eager = with_components(pipeline)
@@ -158,19 +179,19 @@ def check(found: Mapping, precision: str, tolerance: float | None = None, min_ps
     least = MIN_PSNR_DB[precision] if min_psnr_db is None else min_psnr_db
     if not found["finite"]:
         raise EdgeDiTError(
-            f"The {precision} export gives NaN or infinite values (worst at timestep {found['worst_timestep']:g}); nothing was written. "
-            "Check that the model itself samples finite images."
+            f"The {precision} export gives NaN or infinite values (worst at timestep {found['worst_timestep']:g}); "
+            "nothing was written. Check that the model itself samples finite images."
         )
     if found["relative_error"] > tolerance:
         raise EdgeDiTError(
-            f"The {precision} export differs from the model by a relative error of {found['relative_error']:.3g} at timestep "
-            f"{found['worst_timestep']:g}; the tolerance is {tolerance:g}. Nothing was written. Raise the tolerance only if the images "
-            "still satisfy you, or export at a higher precision."
+            f"The {precision} export differs from the model by a relative error of {found['relative_error']:.3g} at "
+            f"timestep {found['worst_timestep']:g}; the tolerance is {tolerance:g}. Nothing was written. Raise the "
+            "tolerance only if the images still satisfy you, or export at a higher precision."
         )
     if found["psnr_db"] is not None and found["psnr_db"] < least:
         raise EdgeDiTError(
-            f"The images of the {precision} export reach {found['psnr_db']:.1f} dB against the model's after {found['steps']} steps; "
-            f"the gate is {least:g} dB. Nothing was written. Export at a higher precision."
+            f"The images of the {precision} export reach {found['psnr_db']:.1f} dB against the model's after "
+            f"{found['steps']} steps; the gate is {least:g} dB. Nothing was written. Export at a higher precision."
         )
     return {
         "precision": precision,
@@ -190,8 +211,8 @@ def check_part(part: Part, precision: str, error: float, tolerance: float | None
     tolerance = TOLERANCE[precision] if tolerance is None else tolerance
     if not error <= tolerance:
         raise EdgeDiTError(
-            f"The {precision} export of the {part.name} of {part.component} differs from the model by a relative error of {error:.3g}; the tolerance is "
-            f"{tolerance:g}. Nothing was written. Export at a higher precision."
+            f"The {precision} export of the {part.name} of {part.component} differs from the model by a relative error "
+            f"of {error:.3g}; the tolerance is {tolerance:g}. Nothing was written. Export at a higher precision."
         )
     return {"precision": precision, "relative_error": error, "tolerance": tolerance}
 
@@ -228,7 +249,10 @@ class _Artefact:
 
 def with_rows(inputs: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
     """Examples of another batch: rows are repeated."""
-    return {name: value.repeat(math.ceil(rows / len(value)), *[1] * (value.ndim - 1))[:rows].contiguous() for name, value in inputs.items()}
+    return {
+        name: value.repeat(math.ceil(rows / len(value)), *[1] * (value.ndim - 1))[:rows].contiguous()
+        for name, value in inputs.items()
+    }
 
 
 def benchmark(
@@ -241,7 +265,8 @@ def benchmark(
     max_seconds: float = 120.0,
     extra: Mapping[str, torch.Tensor] | None = None,
 ) -> dict:
-    """What an artefact costs beside the eager part: latency interleaved in one run a batch, bytes, time to load and memory.
+    """What an artefact costs beside the eager part: latency interleaved in one run a batch, bytes, time to load and
+    memory.
 
     Args:
         part: the eager fp32 part.
@@ -254,9 +279,9 @@ def benchmark(
         extra: examples of inputs that the artefact has beside the part's.
 
     Returns:
-        file_bytes, initializer_bytes (of the weights in the file; also by type where the format tells), initializer_bytes_fp32 (of the
-        part's), load_seconds (first run included), resident_bytes, peak_bytes, latency (one entry a batch: a timing a runner
-        and `speedup` over each other runner, paired by rounds).
+        file_bytes, initializer_bytes (of the weights in the file; also by type where the format tells),
+        initializer_bytes_fp32 (of the part's), load_seconds (first run included), resident_bytes, peak_bytes, latency
+        (one entry a batch: a timing a runner and `speedup` over each other runner, paired by rounds).
     """
     *_, precision = files
     examples = {**part.inputs, **(extra or {})}
@@ -294,6 +319,8 @@ def benchmark(
 
 
 def weight_bytes(file: str | os.PathLike) -> dict[str, int]:
-    """Bytes of the weights in an artefact by type. A .pte file keeps them packed for its kernels: there it is the file's size."""
+    """Bytes of the weights in an artefact by type. A .pte file keeps them packed for its kernels: there it is the
+    file's size.
+    """
     file = Path(file)
     return {"packed": file.stat().st_size} if file.suffix == ".pte" else initializer_bytes(file)

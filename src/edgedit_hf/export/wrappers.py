@@ -1,6 +1,8 @@
-"""Modules with tensors in, tensors out, by position: what an exporter can trace. Parts of a network can be lowered on their own.
+"""Modules with tensors in, tensors out, by position: what an exporter can trace. Parts of a network can be lowered on
+their own.
 
-Also what all lowerings share: the check of the model, the description that goes into a file, silence while exporters talk.
+Also what all lowerings share: the check of the model, the description that goes into a file, silence while exporters
+talk.
 """
 
 from __future__ import annotations
@@ -27,10 +29,14 @@ def check_model(model: EdgeDiTTransformer2DModel) -> None:
     """Raise an [`EdgeDiTError`] unless the model's parameters are float32 and have their own names."""
     compiled = next((name for name, _ in model.named_parameters() if "_orig_mod" in name.split(".")), None)
     if compiled is not None:
-        raise EdgeDiTError(f"A layer of the model is compiled ({compiled}); put it back (layer._orig_mod), then export.")
+        raise EdgeDiTError(
+            f"A layer of the model is compiled ({compiled}); put it back (layer._orig_mod), then export."
+        )
     kinds = sorted({str(p.dtype) for p in model.parameters()})
     if kinds != ["torch.float32"]:
-        raise EdgeDiTError(f"The model's parameters are {', '.join(kinds)}; export needs float32: load it without a torch_dtype.")
+        raise EdgeDiTError(
+            f"The model's parameters are {', '.join(kinds)}; export needs float32: load it without a torch_dtype."
+        )
 
 
 def check_batch(batch: str | int, dynamic: bool = True) -> str | int:
@@ -53,7 +59,9 @@ def plain_config(model: EdgeDiTTransformer2DModel) -> dict:
 
 
 def describe(model: EdgeDiTTransformer2DModel, precision: str, batch: str | int) -> dict[str, str]:
-    """What an artefact says about itself, as text: genotype, config, weights (their hash), precision, batch, versions."""
+    """What an artefact says about itself, as text: genotype, config, weights (their hash), precision, batch,
+    versions.
+    """
     config = plain_config(model)
     return {
         "genotype": Genotype.from_layers(config["layers"], config["hidden_size"]).to_json(),
@@ -67,7 +75,9 @@ def describe(model: EdgeDiTTransformer2DModel, precision: str, batch: str | int)
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what exporters say on every call about absent torchvision, renamed dimensions and their own deprecations; errors pass."""
+    """Silence what exporters say on every call about absent torchvision, renamed dimensions and their own deprecations;
+    errors pass.
+    """
     level = logging.root.manager.disable
     logging.disable(max(level, logging.WARNING))
     try:
@@ -84,7 +94,8 @@ class DenoiserWrapper(nn.Module):
     Args:
         model: `EdgeDiTTransformer2DModel`.
 
-    `sample` is `(B, C, H, W)`, `timestep` float `(B,)`, `class_labels` int64 `(B,)`; unconditional models have no third input.
+    `sample` is `(B, C, H, W)`, `timestep` float `(B,)`, `class_labels` int64 `(B,)`; unconditional models have no third
+    input.
     """
 
     output_names = ["prediction"]
@@ -143,7 +154,8 @@ class BlockWrapper(nn.Module):
 class OnnxAttentionProcessor:
     """Self-attention as ONNX's Attention operator on `(B, N, A)`: the split into heads happens inside the operator.
 
-    The same numbers as the model's own processor with half the nodes: no slices, reshapes and transposes around each attention.
+    The same numbers as the model's own processor with half the nodes: no slices, reshapes and transposes around each
+    attention.
     """
 
     def __call__(self, attn: nn.Module, hidden_states: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -156,7 +168,9 @@ class OnnxAttentionProcessor:
 
 @contextlib.contextmanager
 def onnx_attention(module: nn.Module) -> Iterator[None]:
-    """Within the block, every attention layer of `module` uses [`OnnxAttentionProcessor`]; afterwards its own processor again."""
+    """Within the block, every attention layer of `module` uses [`OnnxAttentionProcessor`]; afterwards its own processor
+    again.
+    """
     layers = [m for m in module.modules() if hasattr(m, "to_qkv") and hasattr(m, "processor")]
     processors = [layer.processor for layer in layers]
     try:

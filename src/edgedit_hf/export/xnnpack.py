@@ -1,16 +1,19 @@
-"""Parts of a pipeline rewritten in the operators that XNNPACK runs itself: the same functions, lowered as one piece. Here EdgeDiT and what all share.
+"""Parts of a pipeline rewritten in the operators that XNNPACK runs itself: the same functions, lowered as one piece.
+Here EdgeDiT and what all share.
 
-What XNNPACK does not take splits a network into many delegated pieces with ExecuTorch's portable operators between them, and what it takes
-literally costs copies. The rewriting, each step exact up to rounding:
+What XNNPACK does not take splits a network into many delegated pieces with ExecuTorch's portable operators between
+them, and what it takes literally costs copies. The rewriting, each step exact up to rounding:
 
-- queries, keys and values are three linear layers, not slices of one output; the softmax's scale is in the weights of the first;
+- queries, keys and values are three linear layers, not slices of one output; the softmax's scale is in the weights of
+  the first;
 - attention is matmul, softmax, matmul on `(B·h, N, N)`: no masks of a safe softmax, no expansions of a 4-D product;
 - layer norm takes its means as products with a constant row 1/D;
 - patches are a permutation and a product, not a convolution, whose layout XNNPACK would have to change twice;
-- tanh-GELU is `x · sigmoid(√(8/π) (x + 0.044715 x³))`: XNNPACK's own GELU is the other one (erf), and ExecuTorch 1.5 lowers either to it
-  without a word (up to 5e-4 off in every neuron).
+- tanh-GELU is `x · sigmoid(√(8/π) (x + 0.044715 x³))`: XNNPACK's own GELU is the other one (erf), and ExecuTorch 1.5
+  lowers either to it without a word (up to 5e-4 off in every neuron).
 
-Every linear layer of a form knows which rows of which layer of the model it holds ([`Source`]), so that given integers find their place.
+Every linear layer of a form knows which rows of which layer of the model it holds ([`Source`]), so that given integers
+find their place.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights of a form's linear layer come from: `factor` times the rows (first, end; `None`: all) of the layer `name` of the model."""
+    """Where the weights of a form's linear layer come from: `factor` times the rows (first, end; `None`: all) of the
+    layer `name` of the model.
+    """
 
     name: str
     rows: tuple[int, int] | None = None
@@ -44,7 +49,8 @@ class Source:
 
 
 class FormLinear(nn.Linear):
-    """A linear layer of a form: rows of a layer of the model, times a factor. Whole layers share their tensors with the model.
+    """A linear layer of a form: rows of a layer of the model, times a factor. Whole layers share their tensors with the
+    model.
 
     Args:
         layer: the layer. name: what the model calls it. rows, factor: see [`Source`].
@@ -66,11 +72,15 @@ class FormLinear(nn.Linear):
 def refuse_adapters(model: nn.Module) -> None:
     """Raise an [`EdgeDiTError`] where PEFT adapters wrap layers."""
     if any(".base_layer." in name for name, _ in model.named_parameters()):
-        raise EdgeDiTError("The model's layers are wrapped for adapters; merge them with fuse_lora(), call unload_lora(), then export.")
+        raise EdgeDiTError(
+            "The model's layers are wrapped for adapters; merge them with fuse_lora(), call unload_lora(), then export."
+        )
 
 
 class XnnpackLayerNorm(nn.Module):
-    """Layer norm over the last dimension; both means are matrix products. `weight` and `bias` (optional) are of its width."""
+    """Layer norm over the last dimension; both means are matrix products. `weight` and `bias` (optional) are of its
+    width.
+    """
 
     def __init__(self, width: int, eps: float, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None):
         super().__init__()
@@ -110,7 +120,9 @@ class XnnpackMLP(nn.Module):
 
 
 def to_patches(sample: torch.Tensor, patch: int, order: Sequence[int]) -> torch.Tensor:
-    """`(B, C, H, W)` → `(B, N, C·P·P)`; `order` permutes `(B, C, H/P, P, W/P, P)` so that batch, row and column of the patches come first."""
+    """`(B, C, H, W)` → `(B, N, C·P·P)`; `order` permutes `(B, C, H/P, P, W/P, P)` so that batch, row and column of the
+    patches come first.
+    """
     batch, channels, height, width = sample.shape
     parts = sample.reshape(batch, channels, height // patch, patch, width // patch, patch).permute(order)
     return parts.reshape(batch, (height // patch) * (width // patch), -1)
@@ -175,7 +187,9 @@ class XnnpackBlock(nn.Module):
         self.mlp = XnnpackMLP(block.mlp, f"{name}.mlp")
 
     def forward(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (modulation[:, row : row + 1] for row in range(6))  # each [B, 1, D]
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
+            modulation[:, row : row + 1] for row in range(6)
+        )  # each [B, 1, D]
         hidden_states = hidden_states + gate_msa * self.attn(modulate(self.norm1(hidden_states), shift_msa, scale_msa))
         return hidden_states + gate_mlp * self.mlp(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
 
@@ -202,20 +216,28 @@ class XnnpackTimestepEmbedder(nn.Module):
 
 
 class XnnpackConditioner(nn.Module):
-    """adaLN of a whole EdgeDiT: `(timestep (B,)[, class_labels (B,)])` → the modulations `(B, 6, D)` of every layer and `(B, 2, D)` of the output.
+    """adaLN of a whole EdgeDiT: `(timestep (B,)[, class_labels (B,)])` → the modulations `(B, 6, D)` of every layer and
+    `(B, 2, D)` of the output.
 
     Args:
         joined: whether they are one tensor, `(B, 6L + 2, D)`.
     """
 
-    def __init__(self, timestep_embedder: nn.Module, label_embedder: nn.Module | None, layers: Sequence[nn.Linear], joined: bool):
+    def __init__(
+        self, timestep_embedder: nn.Module, label_embedder: nn.Module | None, layers: Sequence[nn.Linear], joined: bool
+    ):
         super().__init__()
-        self.timestep_embedder, self.label_embedder = XnnpackTimestepEmbedder(timestep_embedder, "timestep_embedder"), label_embedder
+        self.timestep_embedder, self.label_embedder = (
+            XnnpackTimestepEmbedder(timestep_embedder, "timestep_embedder"),
+            label_embedder,
+        )
         names = [*(f"blocks.{index}.modulation" for index in range(len(layers) - 1)), "modulation_out"]
         self.layers = nn.ModuleList([FormLinear(layer, name) for layer, name in zip(layers, names)])
         self.joined = joined
 
-    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor | list[torch.Tensor]:
+    def forward(
+        self, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
         conditioning = self.timestep_embedder(timestep)
         if class_labels is not None:
             conditioning = conditioning + self.label_embedder(class_labels)
@@ -226,13 +248,22 @@ class XnnpackConditioner(nn.Module):
 
 
 class XnnpackEdgeDiT(nn.Module):
-    """An EdgeDiT for one size of input: `(sample, timestep[, class_labels])`, or `(sample, modulation)` for one without its conditioner."""
+    """An EdgeDiT for one size of input: `(sample, timestep[, class_labels])`, or `(sample, modulation)` for one without
+    its conditioner.
+    """
 
     def __init__(self, model: EdgeDiTTransformer2DModel, size: tuple[int, int], conditioned: bool):
         super().__init__()
         config = model.config
-        self.size, self.patch, self.source_layers = size, config.patch_size, [layer["source"] for layer in config.layers]
-        self.decoder_start, self.skip_start = config.decoder_start, {end: start for start, end in config.long_skips or []}
+        self.size, self.patch, self.source_layers = (
+            size,
+            config.patch_size,
+            [layer["source"] for layer in config.layers],
+        )
+        self.decoder_start, self.skip_start = (
+            config.decoder_start,
+            {end: start for start, end in config.long_skips or []},
+        )
         self.conditioner = None
         if not conditioned:
             layers = [*(block.modulation for block in model.blocks), model.modulation_out]
@@ -245,7 +276,9 @@ class XnnpackEdgeDiT(nn.Module):
         self.register_buffer("position", position, persistent=False)
         decoder = None if config.decoder_start is None else model.decoder_pos_embed.detach()
         self.register_buffer("decoder_position", decoder, persistent=False)
-        self.blocks = nn.ModuleList([XnnpackBlock(block, f"blocks.{index}") for index, block in enumerate(model.blocks)])
+        self.blocks = nn.ModuleList(
+            [XnnpackBlock(block, f"blocks.{index}") for index, block in enumerate(model.blocks)]
+        )
         self.skips = nn.ModuleDict({end: FormLinear(layer, f"skips.{end}") for end, layer in model.skips.items()})
         self.norm_out = XnnpackLayerNorm(config.hidden_size, config.norm_eps)
         self.proj_out = FormLinear(model.proj_out, "proj_out")
@@ -256,7 +289,10 @@ class XnnpackEdgeDiT(nn.Module):
             rows = [table[:, 6 * index : 6 * index + 6] for index in range(len(self.blocks))] + [table[:, -2:]]
         else:
             rows = self.conditioner(*condition)
-        tokens = F.linear(to_patches(sample, self.patch, (0, 2, 4, 1, 3, 5)), self.patch_weight, self.patch_bias) + self.position
+        tokens = (
+            F.linear(to_patches(sample, self.patch, (0, 2, 4, 1, 3, 5)), self.patch_weight, self.patch_bias)
+            + self.position
+        )
         kept = {-1: tokens}
         for source, block, row in zip(self.source_layers, self.blocks, rows):
             if source[0] == self.decoder_start:
@@ -270,7 +306,8 @@ class XnnpackEdgeDiT(nn.Module):
 
 
 def edgedit_form(module: nn.Module, inputs: Sequence[torch.Tensor]) -> nn.Module:
-    """The form of one of EdgeDiT's parts: a [`DenoiserWrapper`], a [`ModulatedDenoiserWrapper`] or a [`ConditionerWrapper`].
+    """The form of one of EdgeDiT's parts: a [`DenoiserWrapper`], a [`ModulatedDenoiserWrapper`] or a
+    [`ConditionerWrapper`].
 
     Args:
         inputs: examples; the first one's size is the form's.

@@ -1,11 +1,14 @@
-"""The elastic DiT rewritten in the operators that XNNPACK runs itself, with the building blocks of [`xnnpack`]: the same function up to rounding.
+"""The elastic DiT rewritten in the operators that XNNPACK runs itself, with the building blocks of [`xnnpack`]: the
+same function up to rounding.
 
 - What depends on sizes alone (rotary tables, strips, the learned text tokens of every row) is a constant or a slice.
-- Queries are laid out once as `(B·k, strips · g · length, d)`, k key/value heads with g queries each: both branches of the sparse attention read them
-  as views, no key or value is repeated, and all strips with a whole neighbourhood are one matrix product.
-- Norm, rotation and the softmax's scale are one expression: with x̂ the normed head and x̂' its halves exchanged, `x̂ · a + x̂' · b + c`, whose
-  tables a, b, c hold cos, sin, and the norm's weight and bias.
-- Masks are additive and finite; the softmax of [`MASKED`] is 0 in float32 beside any token that is there, and the learned ones always are.
+- Queries are laid out once as `(B·k, strips · g · length, d)`, k key/value heads with g queries each: both branches of
+  the sparse attention read them as views, no key or value is repeated, and all strips with a whole neighbourhood are
+  one matrix product.
+- Norm, rotation and the softmax's scale are one expression: with x̂ the normed head and x̂' its halves exchanged, `x̂ ·
+  a + x̂' · b + c`, whose tables a, b, c hold cos, sin, and the norm's weight and bias.
+- Masks are additive and finite; the softmax of [`MASKED`] is 0 in float32 beside any token that is there, and the
+  learned ones always are.
 """
 
 from __future__ import annotations
@@ -48,7 +51,11 @@ class RotatedNorm(nn.Module):
         cos, sin = (table.repeat(1, 2) for table in rotation)  # [N, d]
         sin[:, : self.half] *= -1
         exchanged = torch.cat([torch.arange(self.half, 2 * self.half), torch.arange(self.half)])
-        for name, table in (("direct", weight * cos), ("crossed", weight[exchanged] * sin), ("constant", bias * cos + bias[exchanged] * sin)):
+        for name, table in (
+            ("direct", weight * cos),
+            ("crossed", weight[exchanged] * sin),
+            ("constant", bias * cos + bias[exchanged] * sin),
+        ):
             self.register_buffer(name, table[:, None].contiguous(), persistent=False)  # [N, 1, d]
 
     def forward(self, heads: torch.Tensor) -> torch.Tensor:
@@ -105,7 +112,9 @@ class XnnpackSelfAttention(nn.Module):
         heads = heads.reshape(batch, self.tokens, self.kv_heads * self.group * width)
         if self.strips * self.length > self.tokens:
             heads = F.pad(heads, (0, 0, 0, self.strips * self.length - self.tokens))
-        heads = heads.reshape(batch, self.strips, self.length, self.kv_heads, self.group, width).permute(0, 3, 1, 4, 2, 5)
+        heads = heads.reshape(batch, self.strips, self.length, self.kv_heads, self.group, width).permute(
+            0, 3, 1, 4, 2, 5
+        )
         return heads.reshape(batch * self.kv_heads, self.strips, self.group * self.length, width)
 
     def _tokens(self, rows: torch.Tensor) -> torch.Tensor:
@@ -125,28 +134,43 @@ class XnnpackSelfAttention(nn.Module):
         return torch.bmm(torch.softmax(torch.bmm(query, key.permute(0, 2, 1)), dim=-1), value)
 
     def _near(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Every strip to its neighbours, as [`strip_attention`]: `(B·k, strips, g·length, d)` of queries and results."""
+        """Every strip to its neighbours, as [`strip_attention`]: `(B·k, strips, g·length, d)` of queries and
+        results.
+        """
         heads, _, rows, width = query.shape
         inner = range(self.radius, self.tokens // self.length - self.radius)  # strips whose neighbourhood is whole
         if len(inner) < 2:
             inner = range(0)
 
         def one(strip: int) -> torch.Tensor:
-            first, last = max(0, strip - self.radius) * self.length, min(self.tokens, (strip + self.radius + 1) * self.length)
+            first, last = (
+                max(0, strip - self.radius) * self.length,
+                min(self.tokens, (strip + self.radius + 1) * self.length),
+            )
             queries = query if self.strips == 1 else query[:, strip : strip + 1]
             keys, values = (tensor if last - first == self.tokens else tensor[:, first:last] for tensor in (key, value))
             return self._attend(queries.reshape(heads, rows, width), keys, values).reshape(heads, 1, rows, width)
 
         def neighbourhoods(tensor: torch.Tensor) -> torch.Tensor:
             span = len(inner) * self.length
-            shifted = [tensor[:, shift * self.length : shift * self.length + span] for shift in range(2 * self.radius + 1)]
+            shifted = [
+                tensor[:, shift * self.length : shift * self.length + span] for shift in range(2 * self.radius + 1)
+            ]
             parts = [part.reshape(heads, len(inner), self.length, width) for part in shifted]
-            return torch.cat(parts, dim=2).reshape(heads * len(inner), -1, width) if self.radius else parts[0].reshape(-1, self.length, width)
+            return (
+                torch.cat(parts, dim=2).reshape(heads * len(inner), -1, width)
+                if self.radius
+                else parts[0].reshape(-1, self.length, width)
+            )
 
         parts = [one(strip) for strip in range(inner.start if inner else 0)]
         if inner:
             queries = query[:, inner.start : inner.stop].reshape(heads * len(inner), rows, width)
-            parts.append(self._attend(queries, neighbourhoods(key), neighbourhoods(value)).reshape(heads, len(inner), rows, width))
+            parts.append(
+                self._attend(queries, neighbourhoods(key), neighbourhoods(value)).reshape(
+                    heads, len(inner), rows, width
+                )
+            )
         parts += [one(strip) for strip in range(inner.stop if inner else 0, self.strips)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -160,14 +184,18 @@ class XnnpackSelfAttention(nn.Module):
             shape = batch, tokens // 4, -1, self.head_dim
             far_key = self._keys(self.norm_compressed(self.compress_k(key).reshape(shape)))
             far_value = self._keys(self.compress_v(value).reshape(shape))
-            far = self._attend(query.reshape(len(far_key), -1, self.head_dim), far_key, far_value).reshape(attention.shape)
+            far = self._attend(query.reshape(len(far_key), -1, self.head_dim), far_key, far_value).reshape(
+                attention.shape
+            )
             gate = self._rows(torch.sigmoid(self.gate(hidden_states)).reshape(batch, tokens, -1, 1))
             attention = attention + gate * (far - attention)
         return self.to_out(self._tokens(attention))
 
 
 class XnnpackCrossAttention(nn.Module):
-    """[`ElasticCrossAttention`]: tokens `(B, N, D)`, text `(B, T, E)` and what is added to its scores, `(B, 1, T)` → `(B, N, D)`."""
+    """[`ElasticCrossAttention`]: tokens `(B, N, D)`, text `(B, T, E)` and what is added to its scores, `(B, 1, T)` →
+    `(B, N, D)`.
+    """
 
     def __init__(self, attn: ElasticCrossAttention, name: str):
         super().__init__()
@@ -177,7 +205,10 @@ class XnnpackCrossAttention(nn.Module):
         factor = attn.head_dim**-0.5
         for part, scale in (("norm_q", factor), ("norm_k", 1.0)):
             norm = getattr(attn, part)
-            self.add_module(part, XnnpackLayerNorm(attn.head_dim, norm.eps, norm.weight.detach() * scale, norm.bias.detach() * scale))
+            self.add_module(
+                part,
+                XnnpackLayerNorm(attn.head_dim, norm.eps, norm.weight.detach() * scale, norm.bias.detach() * scale),
+            )
 
     def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         (batch, tokens, _), count = hidden_states.shape, text.shape[1]
@@ -185,8 +216,14 @@ class XnnpackCrossAttention(nn.Module):
         query = self.norm_q(self.to_q(hidden_states).reshape(batch, tokens, -1, width))
         # Query head i reads head i mod k: [B, N, g, k, d] → [B·k, g·N, d].
         query = query.reshape(batch, tokens, -1, heads, width).permute(0, 3, 2, 1, 4).reshape(batch * heads, -1, width)
-        key = self.norm_k(self.to_k(text).reshape(batch, count, heads, width)).permute(0, 2, 3, 1).reshape(batch * heads, width, count)
-        value = self.to_v(text).reshape(batch, count, heads, width).permute(0, 2, 1, 3).reshape(batch * heads, count, width)
+        key = (
+            self.norm_k(self.to_k(text).reshape(batch, count, heads, width))
+            .permute(0, 2, 3, 1)
+            .reshape(batch * heads, width, count)
+        )
+        value = (
+            self.to_v(text).reshape(batch, count, heads, width).permute(0, 2, 1, 3).reshape(batch * heads, count, width)
+        )
         scores = torch.bmm(query, key)
         scores = (scores.reshape(batch, -1, count) + mask).reshape(scores.shape)
         output = torch.bmm(torch.softmax(scores, dim=-1), value).reshape(batch, heads, -1, tokens, width)
@@ -200,20 +237,33 @@ class XnnpackElasticBlock(nn.Module):
         super().__init__()
         self.skip_layers = None
         if block.long_skip is not None:
-            self.skip_layers = nn.ModuleList([FormLinear(getattr(block.long_skip, part), f"{name}.long_skip.{part}") for part in ("hidden", "skip")])
+            self.skip_layers = nn.ModuleList(
+                [FormLinear(getattr(block.long_skip, part), f"{name}.long_skip.{part}") for part in ("hidden", "skip")]
+            )
         self.norm = XnnpackLayerNorm(block.mlp.proj_in.in_features, block.eps)
         self.attn = XnnpackSelfAttention(block.attn, positions, f"{name}.attn")
         self.cross_attn = XnnpackCrossAttention(block.cross_attn, f"{name}.cross_attn")
         self.mlp = XnnpackMLP(block.mlp, f"{name}.mlp")
 
     def forward(
-        self, hidden_states: torch.Tensor, text: torch.Tensor, mask: torch.Tensor, modulation: torch.Tensor, skip: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        text: torch.Tensor,
+        mask: torch.Tensor,
+        modulation: torch.Tensor,
+        skip: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Tokens `(B, N, D)`, text `(B, T, E)`, mask `(B, 1, T)`, modulation `(B, 6, D)`, skip `(B, N, D)` → `(B, N, D)`."""
+        """Tokens `(B, N, D)`, text `(B, T, E)`, mask `(B, 1, T)`, modulation `(B, 6, D)`, skip `(B, N, D)` → `(B, N,
+        D)`.
+        """
         if skip is not None:
             hidden_states = self.skip_layers[0](hidden_states) + self.skip_layers[1](skip)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (modulation[:, row : row + 1] for row in range(6))
-        hidden_states = hidden_states + gate_attn * self.attn(modulate(self.norm(hidden_states), shift_attn, scale_attn))
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (
+            modulation[:, row : row + 1] for row in range(6)
+        )
+        hidden_states = hidden_states + gate_attn * self.attn(
+            modulate(self.norm(hidden_states), shift_attn, scale_attn)
+        )
         hidden_states = hidden_states + self.cross_attn(hidden_states, text, mask)
         return hidden_states + gate_mlp * self.mlp(modulate(self.norm(hidden_states), shift_mlp, scale_mlp))
 
@@ -240,12 +290,19 @@ class XnnpackModulation(nn.Module):
 
 
 class XnnpackTextEmbedder(nn.Module):
-    """[`TextEmbedder`] for a batch: `(text_0, mask_0, text_1, mask_1, …)` → text `(B, T, E)` and its mask `(B, T)` of 0 and 1."""
+    """[`TextEmbedder`] for a batch: `(text_0, mask_0, text_1, mask_1, …)` → text `(B, T, E)` and its mask `(B, T)` of 0
+    and 1.
+    """
 
     def __init__(self, embedder: TextEmbedder, batch: int, name: str):
         super().__init__()
-        self.projections = nn.ModuleList([FormLinear(layer, f"{name}.projections.{index}") for index, layer in enumerate(embedder.projections)])
-        norms = [XnnpackLayerNorm(len(norm.weight), norm.eps, norm.weight.detach(), norm.bias.detach()) for norm in embedder.norms]
+        self.projections = nn.ModuleList(
+            [FormLinear(layer, f"{name}.projections.{index}") for index, layer in enumerate(embedder.projections)]
+        )
+        norms = [
+            XnnpackLayerNorm(len(norm.weight), norm.eps, norm.weight.detach(), norm.bias.detach())
+            for norm in embedder.norms
+        ]
         self.norms = nn.ModuleList(norms)
         self.register_buffer("tokens", embedder.tokens.detach()[None].repeat(batch, 1, 1), persistent=False)
         self.register_buffer("present", torch.ones(batch, len(norms)), persistent=False)
@@ -256,8 +313,8 @@ class XnnpackTextEmbedder(nn.Module):
 
 
 class XnnpackElasticDiT(nn.Module):
-    """An elastic DiT for one size of input and a batch: `(sample, timestep, text_0, mask_0, …)`, or `(sample, modulation, text, text_mask)` for one
-    without its conditioners."""
+    """An elastic DiT for one size of input and a batch: `(sample, timestep, text_0, mask_0, …)`, or `(sample,
+    modulation, text, text_mask)` for one without its conditioners."""
 
     def __init__(self, model: ElasticDiTTransformer2DModel, size: tuple[int, int], batch: int, conditioned: bool):
         super().__init__()
@@ -269,7 +326,10 @@ class XnnpackElasticDiT(nn.Module):
         fine = model._positions(self.rows, self.columns, 1, True, torch.device("cpu"))
         coarse = model._positions(self.rows // 2, self.columns // 2, 2, False, torch.device("cpu"))
         for stage, positions in (("down_blocks", fine), ("middle_blocks", coarse), ("up_blocks", fine)):
-            blocks = [XnnpackElasticBlock(block, positions, f"{stage}.{index}") for index, block in enumerate(getattr(model, stage))]
+            blocks = [
+                XnnpackElasticBlock(block, positions, f"{stage}.{index}")
+                for index, block in enumerate(getattr(model, stage))
+            ]
             self.add_module(stage, nn.ModuleList(blocks))
         self.num_skips = sum(block.skip_layers is not None for block in self.middle_blocks)
         for part in ("down_sample", "up_sample", "proj_out"):
@@ -306,7 +366,8 @@ class XnnpackElasticDiT(nn.Module):
 
 
 def elastic_form(module: nn.Module, inputs: Sequence[torch.Tensor]) -> nn.Module:
-    """The form of one of the elastic DiT's parts: a wrapper of the denoiser, whole or without its conditioners, or one of those.
+    """The form of one of the elastic DiT's parts: a wrapper of the denoiser, whole or without its conditioners, or one
+    of those.
 
     Args:
         inputs: examples; their sizes are the form's.

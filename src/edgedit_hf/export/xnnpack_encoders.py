@@ -1,11 +1,14 @@
-"""VAEs of diffusers and text encoders of transformers with those of their layers rewritten that XNNPACK does not take: the same function up to rounding.
+"""VAEs of diffusers and text encoders of transformers with those of their layers rewritten that XNNPACK does not take:
+the same function up to rounding.
 
-- Group norm takes its means as a pooling over the image and a product with a constant matrix that averages the channels of a group.
+- Group norm takes its means as a pooling over the image and a product with a constant matrix that averages the channels
+  of a group.
 - Nearest upsampling is a product with ones that broadcasts; attention is matmul, softmax, matmul on `(B·h, N, N)`.
 - Layer norm and RMS norm take their means as products; tanh-GELU is a sigmoid (see [`xnnpack`]).
 - T5's relative position bias is a constant.
 
-Everything else stays as it is: look-ups of embeddings, and the masks that transformers builds, are ExecuTorch's portable operators.
+Everything else stays as it is: look-ups of embeddings, and the masks that transformers builds, are ExecuTorch's
+portable operators.
 """
 
 from __future__ import annotations
@@ -79,7 +82,9 @@ class XnnpackRMSNorm(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states * torch.rsqrt(F.linear(hidden_states * hidden_states, self.average) + self.eps) * self.weight
+        return (
+            hidden_states * torch.rsqrt(F.linear(hidden_states * hidden_states, self.average) + self.eps) * self.weight
+        )
 
 
 def attend(
@@ -93,10 +98,14 @@ def attend(
     position_bias: torch.Tensor | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers: queries `(B, h, N, d)`, keys and values `(B, k, M, d)`, additive mask and bias → `(B, N, h, d)`."""
+    """An attention function of transformers: queries `(B, h, N, d)`, keys and values `(B, k, M, d)`, additive mask and
+    bias → `(B, N, h, d)`.
+    """
     (batch, heads, tokens, width), (kv_heads, count) = query.shape, key.shape[1:3]
     query = query.reshape(batch * kv_heads, -1, width) * (width**-0.5 if scaling is None else scaling)
-    scores = torch.bmm(query, key.reshape(batch * kv_heads, count, width).permute(0, 2, 1)).reshape(batch, heads, tokens, count)
+    scores = torch.bmm(query, key.reshape(batch * kv_heads, count, width).permute(0, 2, 1)).reshape(
+        batch, heads, tokens, count
+    )
     for added in (position_bias, attention_mask):
         if added is not None:
             scores = scores + (added if added.shape[-1] == count else added[..., :count])
@@ -109,14 +118,23 @@ class VaeAttention:
     """An attention processor of diffusers: self-attention over the pixels of `(B, C, H, W)`."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: torch.Tensor, encoder_hidden_states: None = None, attention_mask: None = None, temb: None = None
+        self,
+        attn: nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        temb: None = None,
     ) -> torch.Tensor:
         batch, channels, height, width = hidden_states.shape
         tokens = attn.group_norm(hidden_states).reshape(batch, channels, height * width).permute(0, 2, 1)
-        query, key, value = (layer(tokens).reshape(batch, height * width, attn.heads, -1) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        query, key, value = (
+            layer(tokens).reshape(batch, height * width, attn.heads, -1) for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
         query, key, value = (heads.permute(0, 2, 1, 3) for heads in (query, key, value))
         output, _ = attend(attn, query, key, value, None, attn.scale)
-        output = attn.to_out[0](output.reshape(batch, height * width, -1)).permute(0, 2, 1).reshape(batch, -1, height, width)
+        output = (
+            attn.to_out[0](output.reshape(batch, height * width, -1)).permute(0, 2, 1).reshape(batch, -1, height, width)
+        )
         return (output + hidden_states if attn.residual_connection else output) / attn.rescale_output_factor
 
 
@@ -136,14 +154,21 @@ def _replacement(name: str, module: nn.Module) -> nn.Module | None:
     if type(module) is nn.Linear:
         return FormLinear(module, name)
     if type(module) is nn.LayerNorm and module.weight is not None and len(module.normalized_shape) == 1:
-        return XnnpackLayerNorm(len(module.weight), module.eps, module.weight.detach(), None if module.bias is None else module.bias.detach())
+        return XnnpackLayerNorm(
+            len(module.weight),
+            module.eps,
+            module.weight.detach(),
+            None if module.bias is None else module.bias.detach(),
+        )
     if type(module) is nn.GroupNorm:
         return XnnpackGroupNorm(module)
     if kind in ("T5LayerNorm", "LlamaRMSNorm", "Qwen2RMSNorm"):
         return XnnpackRMSNorm(module.weight.detach(), module.variance_epsilon)
     if kind == "Gemma3RMSNorm":
         return XnnpackRMSNorm(1 + module.weight.detach(), module.eps)
-    if kind in ("NewGELUActivation", "GELUTanh", "PytorchGELUTanh") or (type(module) is nn.GELU and module.approximate == "tanh"):
+    if kind in ("NewGELUActivation", "GELUTanh", "PytorchGELUTanh") or (
+        type(module) is nn.GELU and module.approximate == "tanh"
+    ):
         return XnnpackGELU()
     if kind == "Upsample2D" and module.norm is None and module.interpolate and not module.use_conv_transpose:
         return XnnpackUpsample(getattr(module, "conv", None) if module.use_conv else None)
@@ -163,7 +188,8 @@ def _rewrite(module: nn.Module, prefix: str = "", linears: bool = True) -> None:
 
 
 def encoder_form(module: nn.Module, inputs: Sequence[torch.Tensor]) -> nn.Module:
-    """The form of a VAE's decoder or encoder, or of a text encoder. Linear layers of a VAE stay plain: they are not quantised.
+    """The form of a VAE's decoder or encoder, or of a text encoder. Linear layers of a VAE stay plain: they are not
+    quantised.
 
     Args:
         module: one of the wrappers in [`parts`]. inputs: examples.
@@ -181,7 +207,9 @@ def encoder_form(module: nn.Module, inputs: Sequence[torch.Tensor]) -> nn.Module
                 part.config._attn_implementation_internal = ATTENTION
             if getattr(part, "has_relative_attention_bias", False):
                 tokens = inputs[0].shape[1]
-                part.register_buffer("constant_bias", part.compute_bias(tokens, tokens).detach().contiguous(), persistent=False)
+                part.register_buffer(
+                    "constant_bias", part.compute_bias(tokens, tokens).detach().contiguous(), persistent=False
+                )
                 part.compute_bias = lambda *sizes, part=part, **options: part.constant_bias
         _rewrite(form.encoder)
         return form.eval()
@@ -191,6 +219,9 @@ def encoder_form(module: nn.Module, inputs: Sequence[torch.Tensor]) -> nn.Module
             part.set_processor(VaeAttention())
     if isinstance(form, EncoderWrapper) and type(form.vae) is AutoencoderKL:
         if len(inputs[0]) > 1:  # the file runs, and its latents are wrong
-            raise EdgeDiTError(f"ExecuTorch computes this VAE's encoder wrongly for a batch of {len(inputs[0])}; export it for a batch of 1.")
+            raise EdgeDiTError(
+                f"ExecuTorch computes this VAE's encoder wrongly for a batch of {len(inputs[0])}; export it for a "
+                "batch of 1."
+            )
         form = XnnpackVaeEncoder(form.vae)
     return form.eval()

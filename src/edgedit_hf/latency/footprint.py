@@ -1,7 +1,9 @@
-"""Memory and load time of artefacts, each measured in a process of its own: `python -m edgedit_hf.latency.footprint JOB.json`.
+"""Memory and load time of artefacts, each measured in a process of its own: `python -m edgedit_hf.latency.footprint
+JOB.json`.
 
-JOB.json holds `{"file", "format", "inputs", "threads"}`; inputs are a safetensors file in the order of the artefact's inputs (`names`). The last line that
-the process prints is one JSON object. Resident memory is what Linux says of the process (`/proc`); elsewhere it is not measured.
+JOB.json holds `{"file", "format", "inputs", "threads"}`; inputs are a safetensors file in the order of the artefact's
+inputs (`names`). The last line that the process prints is one JSON object. Resident memory is what Linux says of the
+process (`/proc`); elsewhere it is not measured.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ def footprint(file: str | os.PathLike, format: str, inputs: Mapping, threads: in
         threads: of the runtime.
 
     Returns:
-        load_seconds (until the first run is done), resident_bytes (held after some runs) and peak_bytes, both above what the process had with the runtime
-        imported; `None` where memory cannot be measured.
+        load_seconds (until the first run is done), resident_bytes (held after some runs) and peak_bytes, both above
+        what the process had with the runtime imported; `None` where memory cannot be measured.
 
     Raises:
         EdgeDiTError: the process failed.
@@ -50,9 +52,25 @@ def footprint(file: str | os.PathLike, format: str, inputs: Mapping, threads: in
     with tempfile.TemporaryDirectory() as folder:
         tensors, job = Path(folder, "inputs.safetensors"), Path(folder, "job.json")
         save_file({name: value.contiguous() for name, value in inputs.items()}, str(tensors))
-        job.write_text(json.dumps({"file": os.fspath(file), "format": format, "inputs": str(tensors), "names": list(inputs), "threads": threads}))
+        job.write_text(
+            json.dumps(
+                {
+                    "file": os.fspath(file),
+                    "format": format,
+                    "inputs": str(tensors),
+                    "names": list(inputs),
+                    "threads": threads,
+                }
+            )
+        )
         command = [sys.executable, "-m", "edgedit_hf.latency.footprint", str(job)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise EdgeDiTError(f"{file} could not be run in a process of its own (exit code {done.returncode}: {said}).")
@@ -99,7 +117,11 @@ def _measure(job: Mapping) -> dict:
         run()
     held, peak = resident_bytes(), resident_bytes("VmHWM")
     known = before is not None and held is not None and peak is not None
-    return {"load_seconds": seconds, "resident_bytes": held - before if known else None, "peak_bytes": peak - before if known else None}
+    return {
+        "load_seconds": seconds,
+        "resident_bytes": held - before if known else None,
+        "peak_bytes": peak - before if known else None,
+    }
 
 
 if __name__ == "__main__":

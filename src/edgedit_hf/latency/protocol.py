@@ -1,8 +1,9 @@
 """The measurement protocol: everything that is compared is timed in one process, interleaved, with stated threads.
 
-Rounds go A B C A B C …, so that a machine that slows down slows all alike. Within a round every callable runs once untimed and
-once timed: the untimed call brings its weights back into the caches and waits out thread pools that the previous callable left
-spinning, which is the state it meets in a sampling loop. Comparisons use the rounds as pairs ([`paired_ratio`]).
+Rounds go A B C A B C …, so that a machine that slows down slows all alike. Within a round every callable runs once
+untimed and once timed: the untimed call brings its weights back into the caches and waits out thread pools that the
+previous callable left spinning, which is the state it meets in a sampling loop. Comparisons use the rounds as pairs
+([`paired_ratio`]).
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ def measure(
 
 
 def paired_ratio(numerator: Timing, denominator: Timing) -> float:
-    """Median over the rounds of numerator/denominator of one [`measure`]: a drift of the machine cancels within each round."""
+    """Median over the rounds of numerator/denominator of one [`measure`]: a drift of the machine cancels within each
+    round.
+    """
     if not numerator.samples_ms or len(numerator.samples_ms) != len(denominator.samples_ms):
         raise EdgeDiTError(
             f"The timings have {len(numerator.samples_ms)} and {len(denominator.samples_ms)} rounds; "
@@ -117,11 +120,12 @@ def paired_ratio(numerator: Timing, denominator: Timing) -> float:
 
 
 def paired_medians(timings: Mapping[str, Timing]) -> dict[str, float]:
-    """Medians in ms of one [`measure`] with the machine's drift taken out: what many callables cost relative to each other.
+    """Medians in ms of one [`measure`] with the machine's drift taken out: what many callables cost relative to each
+    other.
 
-    Every sample is divided by the median of its round over all callables; the median of these over the rounds is put back on the scale
-    of the median round. With another program on one of two cores this predicted whole networks from a latency table four times
-    better than plain medians did; on a quiet machine the two agree.
+    Every sample is divided by the median of its round over all callables; the median of these over the rounds is put
+    back on the scale of the median round. With another program on one of two cores this predicted whole networks from a
+    latency table four times better than plain medians did; on a quiet machine the two agree.
     """
     if len({len(timing.samples_ms) for timing in timings.values()}) != 1:
         raise EdgeDiTError("Paired medians need timings with their rounds, all from the same measure() call.")

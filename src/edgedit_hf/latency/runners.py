@@ -1,6 +1,7 @@
 """Callables for [`~edgedit_hf.latency.protocol.measure`]: one forward of a fixed batch in a runtime with fixed threads.
 
-Runners are named `<runtime>-<precision>`: "torch-fp32", "onnxruntime-int8", "executorch-int4" (the keys of `latency_ms` in report.json).
+Runners are named `<runtime>-<precision>`: "torch-fp32", "onnxruntime-int8", "executorch-int4" (the keys of `latency_ms`
+in report.json).
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 def session_options(threads: int | None) -> onnxruntime.SessionOptions:
     """ONNX Runtime options with `threads` intra-op threads (`None`: ONNX Runtime's choice, one a physical core).
 
-    Its worker threads spin while a run lasts, as they do in deployment, but stop with it: several sessions that live in one
-    process (interleaved measurements, a pipeline of artefacts) would otherwise burn each other's cores between runs.
+    Its worker threads spin while a run lasts, as they do in deployment, but stop with it: several sessions that live in
+    one process (interleaved measurements, a pipeline of artefacts) would otherwise burn each other's cores between
+    runs.
     """
     import onnxruntime
 
@@ -44,9 +46,11 @@ def session_options(threads: int | None) -> onnxruntime.SessionOptions:
 
 
 def example_inputs(config: Mapping, batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs of one denoiser forward: `sample` `(B, C, H, W)`, `timestep` `(B,)` and, with classes, `class_labels` `(B,)`.
+    """Inputs of one denoiser forward: `sample` `(B, C, H, W)`, `timestep` `(B,)` and, with classes, `class_labels`
+    `(B,)`.
 
-    Values are those of sampling with guidance: unit noise, every image its own timestep, labels over all classes and the null class.
+    Values are those of sampling with guidance: unit noise, every image its own timestep, labels over all classes and
+    the null class.
     """
     generator = torch.Generator().manual_seed(seed)
     size = config["sample_size"]
@@ -119,7 +123,15 @@ def onnx_runner(model: str | Path, config: Mapping, batch: int, threads: int) ->
 
 CONSTANT_PREFIX = "edgedit_"  # of the constant methods by which a .pte file describes itself
 # Numbers of types in .pte files (executorch/runtime/core/portable_type/scalar_type.h).
-_SCALAR_TYPES = {torch.uint8: 0, torch.int8: 1, torch.int32: 3, torch.int64: 4, torch.float16: 5, torch.float32: 6, torch.bool: 11}
+_SCALAR_TYPES = {
+    torch.uint8: 0,
+    torch.int8: 1,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.bool: 11,
+}
 
 
 def require_executorch() -> None:
@@ -150,8 +162,8 @@ _sessions: weakref.WeakSet[ExecutorchSession] = weakref.WeakSet()
 def set_executorch_threads(threads: int) -> None:
     """Set the size of ExecuTorch's thread pool, which the whole process shares (at first: one thread a core).
 
-    XNNPACK keeps a pointer to the pool in every loaded method, so the methods of all sessions are dropped before a new pool is made; each is
-    loaded again at its next run.
+    XNNPACK keeps a pointer to the pool in every loaded method, so the methods of all sessions are dropped before a new
+    pool is made; each is loaded again at its next run.
     """
     if threads < 1:
         raise EdgeDiTError(f"threads is {threads}; ExecuTorch needs at least 1.")
@@ -167,8 +179,8 @@ class ExecutorchSession:
 
     Args:
         path: the file.
-        threads: threads of every run (`None`: the pool as it is). The pool is one for the process: when another session asks for another
-            number, this one loads its network again from `path` at its next run, so do not alternate.
+        threads: threads of every run (`None`: the pool as it is). The pool is one for the process: when another session
+            asks for another number, this one loads its network again from `path` at its next run, so do not alternate.
 
     Raises:
         EdgeDiTError: ExecuTorch is not installed, or refuses the file.
@@ -183,7 +195,10 @@ class ExecutorchSession:
         self._program = self._load(lambda: _load_program(self.path))
         names = [name for name in self._program.method_names if name.startswith(CONSTANT_PREFIX)]
         self.metadata: dict[str, str] = {
-            name.removeprefix(CONSTANT_PREFIX): self._load(lambda name=name: self._program.load_method(name).execute([])[0]) for name in names
+            name.removeprefix(CONSTANT_PREFIX): self._load(
+                lambda name=name: self._program.load_method(name).execute([])[0]
+            )
+            for name in names
         }
         _sessions.add(self)
 
@@ -210,13 +225,18 @@ class ExecutorchSession:
                 self._program = self._load(lambda: _load_program(self.path))
             self._method = self._load(lambda: self._program.load_method("forward"))
             meta = self._method.metadata
-            self._expected = [(tuple(info.sizes()), info.dtype()) for info in map(meta.input_tensor_meta, range(meta.num_inputs()))]
+            self._expected = [
+                (tuple(info.sizes()), info.dtype()) for info in map(meta.input_tensor_meta, range(meta.num_inputs()))
+            ]
         given = [(tuple(tensor.shape), _SCALAR_TYPES.get(tensor.dtype)) for tensor in inputs]
         if given != self._expected:
             found = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in inputs)
             names = {code: str(dtype).removeprefix("torch.") for dtype, code in _SCALAR_TYPES.items()}
             wanted = ", ".join(f"{names.get(code, code)} {shape}" for shape, code in self._expected)
-            raise EdgeDiTError(f"The inputs are {found}, but {self.path} was exported for {wanted}; give these, or export it again for other sizes.")
+            raise EdgeDiTError(
+                f"The inputs are {found}, but {self.path} was exported for {wanted}; give these, or export it again "
+                "for other sizes."
+            )
         return list(self._method.execute([tensor.contiguous() for tensor in inputs]))
 
     def run(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -230,7 +250,8 @@ class ExecutorchRunner:
     Args:
         model: path of the file.
         inputs: tensors by position, of the exported shapes.
-        threads: threads of the pool, which is one for the process: runners that are measured together must ask for the same number.
+        threads: threads of the pool, which is one for the process: runners that are measured together must ask for the
+            same number.
     """
 
     def __init__(self, model: str | Path, inputs: Sequence[torch.Tensor], threads: int):
@@ -244,11 +265,16 @@ class ExecutorchRunner:
 
 
 def executorch_runner(model: str | Path, config: Mapping, batch: int, threads: int) -> ExecutorchRunner:
-    """[`ExecutorchRunner`] of an exported denoiser with the inputs that [`TorchRunner`] uses; the file must be of this batch."""
+    """[`ExecutorchRunner`] of an exported denoiser with the inputs that [`TorchRunner`] uses; the file must be of this
+    batch.
+    """
     runner = ExecutorchRunner(model, list(example_inputs(config, batch).values()), threads)
     made_for = json.loads(runner.session.metadata.get("batch", "null"))
     if made_for != batch:
-        raise EdgeDiTError(f"{model} was exported for batch {made_for}; a runner of batch {batch} is asked for. Export it for this batch.")
+        raise EdgeDiTError(
+            f"{model} was exported for batch {made_for}; a runner of batch {batch} is asked for. Export it for this "
+            "batch."
+        )
     return runner
 
 

@@ -1,7 +1,7 @@
 """What images are compared in: a small classifier's features, ADM's Inception, and a classifier independent of both.
 
-Shapes: n images `[n, C, H, W]` in [-1, 1], 64 features. The classifier is trained on the run's own data, so a distance in
-its features compares the models of one run: a "Fréchet distance (digits-cnn)", never an FID.
+Shapes: n images `[n, C, H, W]` in [-1, 1], 64 features. The classifier is trained on the run's own data, so a distance
+in its features compares the models of one run: a "Fréchet distance (digits-cnn)", never an FID.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ class FeatureExtractor:
             model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
             extractor = cls(model, about["name"], about["accuracy"], about["shape"])
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise EdgeDiTError(f"The feature extractor {str(folder)!r} is damaged ({error}); delete it, the next run trains it anew.") from error
+            raise EdgeDiTError(
+                f"The feature extractor {str(folder)!r} is damaged ({error}); delete it, the next run trains it anew."
+            ) from error
         if extractor.hash != about["hash"]:
             raise EdgeDiTError(
                 f"The feature extractor {str(folder)!r} has weights {extractor.hash}, but its description says "
@@ -121,7 +123,9 @@ class FeatureExtractor:
 
 
 def _distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turn by up to 12°, scale by up to 10 % and shift by up to an eighth of the width, each image by its own amount."""
+    """Turn by up to 12°, scale by up to 10 % and shift by up to an eighth of the width, each image by its own
+    amount.
+    """
     angle, scale, dx, dy = torch.rand(4, len(images), generator=generator) * 2 - 1
     angle, scale = angle * math.pi / 15, 1 + scale / 10
     cos, sin = angle.cos() * scale, angle.sin() * scale

@@ -116,7 +116,9 @@ class RunningMoments:
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
-    """F `[D, rank]` with F Fᵀ = the positive semi-definite matrix; eigenvalues not above zero are rounding and left out."""
+    """F `[D, rank]` with F Fᵀ = the positive semi-definite matrix; eigenvalues not above zero are rounding and left
+    out.
+    """
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
     return vectors[:, values > 0] * np.sqrt(values[values > 0])
 
@@ -125,8 +127,8 @@ def frechet_distance_from_moments(mean_a, covariance_a, mean_b, covariance_b) ->
     """Squared Fréchet (2-Wasserstein) distance of two Gaussians, |μa − μb|² + Tr(A + B − 2 (AB)^½) (Dowson & Landau
     1982).
 
-    With A = F Fᵀ and B = G Gᵀ, Tr (AB)^½ is the sum of the singular values of Fᵀ G: always real, and exact to rounding for
-    covariances without full rank (fewer samples than features), where a matrix root of AB is not.
+    With A = F Fᵀ and B = G Gᵀ, Tr (AB)^½ is the sum of the singular values of Fᵀ G: always real, and exact to rounding
+    for covariances without full rank (fewer samples than features), where a matrix root of AB is not.
 
     Args:
         mean_a, mean_b: `[D]`.

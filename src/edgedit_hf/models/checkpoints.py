@@ -1,7 +1,9 @@
-"""Foreign checkpoints in: DiT, SiT, MDT and MDTv2 weights of the original repositories, and diffusers' DiT folders and Hub ids.
+"""Foreign checkpoints in: DiT, SiT, MDT and MDTv2 weights of the original repositories, and diffusers' DiT folders and
+Hub ids.
 
-Every conversion is exact: it renames, fuses, de-duplicates and checks, and changes no number except SiT's sign (see [`SIT_TIME`]).
-What a checkpoint does not say (heads of an unusual width, DiT or SiT, where MDT's decoder begins) is asked for, never guessed.
+Every conversion is exact: it renames, fuses, de-duplicates and checks, and changes no number except SiT's sign (see
+[`SIT_TIME`]). What a checkpoint does not say (heads of an unusual width, DiT or SiT, where MDT's decoder begins) is
+asked for, never guessed.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ FAMILIES = ("dit", "sit", "mdt")
 NUMERICS = ("original", "diffusers")
 WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: S, B, L and XL of DiT, SiT and MDT
-# SiT's time runs from noise at 0 to data at 1 and its velocity points to the data; ours from data at 0 to noise at 1000, with the
-# velocity ε − x0: the embedder sees 1 − t/1000, and the output projection's sign is turned.
+# SiT's time runs from noise at 0 to data at 1 and its velocity points to the data; ours from data at 0 to noise at
+# 1000, with the velocity ε − x0: the embedder sees 1 − t/1000, and the output projection's sign is turned.
 SIT_TIME = {"timestep_scale": -1e-3, "timestep_offset": 1.0}
 # Classes of diffusers that are this architecture, by the name in config.json; the second is what old DiT folders say.
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
@@ -42,9 +44,17 @@ STEM = "diffusion_pytorch_model"  # of the weight files in a diffusers folder
 WRAPPERS = ("ema", "ema_state_dict", "model_ema", "ema_model", "state_dict", "model_state_dict", "model", "module")
 # What DataParallel, torch.compile, FSDP and activation checkpointing put into the names of weights, anywhere in them.
 WRAPPED_NAMES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-COMMON_PREFIXES = ("model.", "ema_model.", "net.", "diffusion_model.", "transformer.")  # taken off where all names have them
+COMMON_PREFIXES = (
+    "model.",
+    "ema_model.",
+    "net.",
+    "diffusion_model.",
+    "transformer.",
+)  # taken off where all names have them
 SHARED = 4  # a file's tensors may stand for so many times its bytes (weights under two names), not for more
-POSITION_TOLERANCE = 1e-3  # a stored position embedding nearer than this to the formula is the formula (fp16 files round it)
+POSITION_TOLERANCE = (
+    1e-3  # a stored position embedding nearer than this to the formula is the formula (fp16 files round it)
+)
 
 _TRUNK = {
     "x_embedder.proj": "patch_embed",
@@ -81,7 +91,8 @@ class _Source:
     def take(self, key: str) -> torch.Tensor:
         if key not in self.state:
             raise EdgeDiTError(
-                f"{self.name} lacks the weight {key!r} ({len(self.state)} others are left to convert): it is damaged, or not of this family."
+                f"{self.name} lacks the weight {key!r} ({len(self.state)} others are left to convert): it is damaged, "
+                "or not of this family."
             )
         return self.state.pop(key)
 
@@ -95,7 +106,9 @@ class _Source:
         """Number of blocks `<stem>.0`, `<stem>.1`, …"""
         numbers = {int(key[len(stem) + 1 :].split(".")[0]) for key in self.state if key.startswith(stem + ".")}
         if numbers != set(range(len(numbers))):
-            raise EdgeDiTError(f"{self.name} has the blocks {sorted(numbers)} below {stem!r}; they must be 0, 1, 2, … without a gap.")
+            raise EdgeDiTError(
+                f"{self.name} has the blocks {sorted(numbers)} below {stem!r}; they must be 0, 1, 2, … without a gap."
+            )
         return len(numbers)
 
 
@@ -122,25 +135,30 @@ def load_original(
     """A foreign diffusion transformer as an [`EdgeDiTTransformer2DModel`] in float32, in eval mode.
 
     Args:
-        path_or_id: a weights file of facebookresearch/DiT, willisma/SiT or sail-sg/MDT (.pt, .safetensors, …; of a training checkpoint
-            the moving average is taken), a diffusers `DiTTransformer2DModel` or `DiTPipeline` folder, or a Hub id of one.
-        family: `"dit"`, `"sit"` or `"mdt"`; needed for a DiT or SiT file whose name and contents do not say which: they have the same keys.
-        sample_size: the input size you expect, in latent pixels (32 for 256² images, 64 for 512²). A checkpoint of another size is
-            an error, unless `allow_resize`: then the model gets this size, with position embeddings computed for it as the original does.
+        path_or_id: a weights file of facebookresearch/DiT, willisma/SiT or sail-sg/MDT (.pt, .safetensors, …; of a
+            training checkpoint the moving average is taken), a diffusers `DiTTransformer2DModel` or `DiTPipeline`
+            folder, or a Hub id of one.
+        family: `"dit"`, `"sit"` or `"mdt"`; needed for a DiT or SiT file whose name and contents do not say which: they
+            have the same keys.
+        sample_size: the input size you expect, in latent pixels (32 for 256² images, 64 for 512²). A checkpoint of
+            another size is an error, unless `allow_resize`: then the model gets this size, with position embeddings
+                computed for it as the original does.
         num_classes: the number of classes you expect, without the null class; another number is an error.
         num_attention_heads: needed for widths other than those of the papers: the weights do not tell.
         decoder_layers: MDT (first version) only: how many last layers form the decoder; MDTv2's keys tell.
-        numerics: `"original"` computes what the training code computes; `"diffusers"` what diffusers' class computes with the same
-            weights, whose timestep frequencies and one epsilon differ. They are the config fields `frequency_shift` and `mlp_norm_eps`.
-        lora: a LoRA adapter (folder or file of peft or diffusers) that is fused first; it may name the layers as the checkpoint or as
-            [`EdgeDiTTransformer2DModel`] does.
-        variant: of a diffusers folder, the weights of `diffusion_pytorch_model.<variant>.safetensors`, as in diffusers. Default: those
-            without a variant, or, where there are none, those of the only variant.
+        numerics: `"original"` computes what the training code computes; `"diffusers"` what diffusers' class computes
+            with the same weights, whose timestep frequencies and one epsilon differ. They are the config fields
+            `frequency_shift` and `mlp_norm_eps`.
+        lora: a LoRA adapter (folder or file of peft or diffusers) that is fused first; it may name the layers as the
+            checkpoint or as [`EdgeDiTTransformer2DModel`] does.
+        variant: of a diffusers folder, the weights of `diffusion_pytorch_model.<variant>.safetensors`, as in diffusers.
+            Default: those without a variant, or, where there are none, those of the only variant.
         revision, token, cache_dir, local_files_only: as in diffusers, for Hub ids.
 
     Raises:
-        EdgeDiTError: missing, truncated or foreign file, unknown class (the nearest supported one is named), another size or number of
-            classes than asked for, weights that are missing, left over, of a wrong shape or not finite, duplicated embedders that differ.
+        EdgeDiTError: missing, truncated or foreign file, unknown class (the nearest supported one is named), another
+            size or number of classes than asked for, weights that are missing, left over, of a wrong shape or not
+            finite, duplicated embedders that differ.
     """
     for name, value, allowed in (("family", family, (None, *FAMILIES)), ("numerics", numerics, NUMERICS)):
         if value not in allowed:
@@ -166,29 +184,43 @@ def load_original(
                 config, state = _from_diffusers(source, numerics)
             else:
                 config, state = _from_original(source, family, num_attention_heads, decoder_layers)
-        except (IndexError, KeyError, TypeError, RuntimeError, ArithmeticError) as error:  # a weight without the dimensions that its name has
-            raise EdgeDiTError(f"{source.name} cannot be converted, its weights are not of the shapes of a DiT: {_one_line(error)}") from error
+        except (
+            IndexError,
+            KeyError,
+            TypeError,
+            RuntimeError,
+            ArithmeticError,
+        ) as error:  # a weight without the dimensions that its name has
+            raise EdgeDiTError(
+                f"{source.name} cannot be converted, its weights are not of the shapes of a DiT: {_one_line(error)}"
+            ) from error
         if source.config is None and numerics == "diffusers":
             config.update(frequency_shift=1.0, mlp_norm_eps=1e-5)
     if source.state:
         left = sorted(source.state)
-        raise EdgeDiTError(f"{source.name} holds {len(left)} weights that this architecture has no place for, such as {left[0]!r}.")
+        raise EdgeDiTError(
+            f"{source.name} holds {len(left)} weights that this architecture has no place for, such as {left[0]!r}."
+        )
     if num_classes is not None and num_classes != config["num_classes"]:
         raise EdgeDiTError(
-            f"{source.name} has {config['num_classes']} classes, but {num_classes} are asked for; use a checkpoint of your classes, or do "
-            "not ask for a number."
+            f"{source.name} has {config['num_classes']} classes, but {num_classes} are asked for; use a checkpoint of "
+            "your classes, or do not ask for a number."
         )
     if sample_size is not None and sample_size != config["sample_size"]:
         config, state = _resize(source, config, state, sample_size, allow_resize)
     if adapter is not None:
         _fuse(adapter, state)
         if adapter:
-            raise EdgeDiTError(f"The adapter {lora} changes layers that {source.name} does not have, such as {sorted(adapter)[0]!r}.")
+            raise EdgeDiTError(
+                f"The adapter {lora} changes layers that {source.name} does not have, such as {sorted(adapter)[0]!r}."
+            )
     return _build(source.name, config, state)
 
 
 def locate(path_or_id: str | os.PathLike, **hub: Any) -> Path:
-    """The local file or folder of a path or Hub id (of which a transformer's, scheduler's and VAE's files are downloaded)."""
+    """The local file or folder of a path or Hub id (of which a transformer's, scheduler's and VAE's files are
+    downloaded).
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -196,21 +228,31 @@ def locate(path_or_id: str | os.PathLike, **hub: Any) -> Path:
     if path.exists():
         return path
     text = str(path_or_id)
-    if isinstance(path_or_id, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1 or path.suffix in WEIGHT_FILES:
-        raise EdgeDiTError(f"There is no file or folder {text}; give a weights file, a diffusers folder or a Hub id (organisation/name).")
+    if (
+        isinstance(path_or_id, Path)
+        or text.startswith((".", "/", "~"))
+        or text.count("/") != 1
+        or path.suffix in WEIGHT_FILES
+    ):
+        raise EdgeDiTError(
+            f"There is no file or folder {text}; give a weights file, a diffusers folder or a Hub id "
+            "(organisation/name)."
+        )
     wanted = ["*.json", "transformer/*", "scheduler/*", "vae/*", "diffusion_pytorch_model*"]
     try:
         return Path(snapshot_download(text, allow_patterns=wanted, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise EdgeDiTError(f"{text} is neither a local path nor a Hub id that can be downloaded: {' '.join(str(error).split())}") from error
+        raise EdgeDiTError(
+            f"{text} is neither a local path nor a Hub id that can be downloaded: {' '.join(str(error).split())}"
+        ) from error
 
 
 # -------------------------------------------------------------------- reading
 
 
 def only_variant(folder: Path, stem: str = STEM, variant: str | None = None) -> str | None:
-    """Which variant of the weights in a folder of diffusers or transformers is meant: the given one, or none where there are plain files, or the
-    only one that is there.
+    """Which variant of the weights in a folder of diffusers or transformers is meant: the given one, or none where
+    there are plain files, or the only one that is there.
 
     Raises:
         EdgeDiTError: there are several variants and no plain files.
@@ -221,10 +263,15 @@ def only_variant(folder: Path, stem: str = STEM, variant: str | None = None) -> 
     for path in folder.glob(f"{stem}[.-]*"):
         if path.suffix in (".safetensors", ".bin", ".json"):
             rest = re.sub(r"-\d+-of-\d+", "", path.name[len(stem) :]).split(".")
-            found.add(".".join(part for part in rest if part not in ("", "safetensors", "bin", "index", "json")) or None)
+            found.add(
+                ".".join(part for part in rest if part not in ("", "safetensors", "bin", "index", "json")) or None
+            )
     if None in found or len(found) < 2:
         return None if None in found or not found else found.pop()
-    raise EdgeDiTError(f"{folder} holds the variants {', '.join(sorted(found))} of its weights and none without; say which with variant.")
+    raise EdgeDiTError(
+        f"{folder} holds the variants {', '.join(sorted(found))} of its weights and none without; say which with "
+        "variant."
+    )
 
 
 def pipeline_variant(folder: Path) -> str | None:
@@ -239,12 +286,15 @@ def pipeline_variant(folder: Path) -> str | None:
         variants[only_variant(config.parent, stem)] = config.parent.name
     variants.pop(None, None)
     if len(variants) > 1:
-        raise EdgeDiTError(f"The components of {folder} are there in different variants only ({variants}); load and save them in one.")
+        raise EdgeDiTError(
+            f"The components of {folder} are there in different variants only ({variants}); load and save them in one."
+        )
     return next(iter(variants), None)
 
 
 def weight_files(folder: Path, stem: str = STEM, variant: str | None = None) -> list[Path]:
-    """The files of a model's weights, as diffusers finds them: sharded or whole, safetensors before pickles, of a variant or not.
+    """The files of a model's weights, as diffusers finds them: sharded or whole, safetensors before pickles, of a
+    variant or not.
 
     Raises:
         EdgeDiTError: there are none, an index is damaged, or it names files elsewhere or files that are not there.
@@ -264,11 +314,17 @@ def weight_files(folder: Path, stem: str = STEM, variant: str | None = None) -> 
                 raise EdgeDiTError(f"{index} names files outside its folder: {files}.")
             missing = [file for file in files if not (folder / file).is_file()]
             if missing:
-                raise EdgeDiTError(f"{index} names {len(files)} files, of which {missing[0]} is not there; copy or download the whole folder again.")
+                raise EdgeDiTError(
+                    f"{index} names {len(files)} files, of which {missing[0]} is not there; copy or download the whole "
+                    "folder again."
+                )
             return [folder / file for file in files]
         if (folder / f"{stem}{middle}{kind}").is_file():
             return [folder / f"{stem}{middle}{kind}"]
-    raise EdgeDiTError(f"{folder} has no weights; expected {stem}{middle}.safetensors or {stem}{middle}.bin, or an index of their parts.")
+    raise EdgeDiTError(
+        f"{folder} has no weights; expected {stem}{middle}.safetensors or {stem}{middle}.bin, or an index of their "
+        "parts."
+    )
 
 
 def _look_at(path: Path) -> None:
@@ -283,32 +339,47 @@ def _look_at(path: Path) -> None:
     if start.startswith(b"version https://git-lfs"):
         claimed = re.search(rb"size (\d+)", start)
         raise EdgeDiTError(
-            f"{path} ({size} bytes) is a Git LFS pointer, not the weights it stands for{f' ({int(claimed[1])} bytes)' if claimed else ''}; "
-            "fetch them: git lfs pull."
+            f"{path} ({size} bytes) is a Git LFS pointer, not the weights it stands "
+            f"for{f' ({int(claimed[1])} bytes)' if claimed else ''}; fetch them: git lfs pull."
         )
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise EdgeDiTError(f"{path} ({size} bytes) is a web page, not weights; download the file itself (on the Hub its address has /resolve/, not /blob/).")
+        raise EdgeDiTError(
+            f"{path} ({size} bytes) is a web page, not weights; download the file itself (on the Hub its address has "
+            "/resolve/, not /blob/)."
+        )
 
 
 def _read_tensors(path: Path) -> Any:
-    """What a weights file holds; pickles only as far as `weights_only` trusts them (plus the plain namespace of a training run)."""
+    """What a weights file holds; pickles only as far as `weights_only` trusts them (plus the plain namespace of a
+    training run).
+    """
     _look_at(path)
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # old files are no archives
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )  # old files are no archives
     except pickle.UnpicklingError as error:
         # Without torch's advice, which is to trust the file.
         said = re.search(r"GLOBAL [\w.]+|unrecognized function \S+|[Uu]nsupported class \S+", str(error))
         if said is not None:
-            raise EdgeDiTError(f"{path} holds more than tensors and is not opened ({said[0]}); save its state_dict, best as safetensors.") from error
-        raise EdgeDiTError(f"{path} ({path.stat().st_size} bytes) is no readable weights file, or truncated: it is no pickle of tensors.") from error
+            raise EdgeDiTError(
+                f"{path} holds more than tensors and is not opened ({said[0]}); save its state_dict, best as "
+                "safetensors."
+            ) from error
+        raise EdgeDiTError(
+            f"{path} ({path.stat().st_size} bytes) is no readable weights file, or truncated: it is no pickle of "
+            "tensors."
+        ) from error
     except Exception as error:  # what a malformed pickle ends in depends on its bytes
         if isinstance(error, EdgeDiTError):
             raise
-        raise EdgeDiTError(f"{path} ({path.stat().st_size} bytes) is no readable weights file, or truncated: {_one_line(error)}") from error
+        raise EdgeDiTError(
+            f"{path} ({path.stat().st_size} bytes) is no readable weights file, or truncated: {_one_line(error)}"
+        ) from error
 
 
 def _one_line(error: BaseException) -> str:
@@ -316,20 +387,26 @@ def _one_line(error: BaseException) -> str:
 
 
 def _state_of(path: Path, content: Any) -> dict[str, torch.Tensor]:
-    """The state dict in what a file holds, out of its wrappers, under the names that the bare model has; checked, and nothing allocated.
+    """The state dict in what a file holds, out of its wrappers, under the names that the bare model has; checked, and
+    nothing allocated.
 
     Raises:
-        EdgeDiTError: there is none, two names are the same weight's, or a tensor is not a plain one whose values stand in the file.
+        EdgeDiTError: there is none, two names are the same weight's, or a tensor is not a plain one whose values stand
+            in the file.
     """
     for _ in range(len(WRAPPERS)):
-        key = next((key for key in WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)), None)
+        key = next(
+            (key for key in WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)), None
+        )
         if key is None:
             break
         content = content[key]
     if not isinstance(content, Mapping) or not content:
         held = f"a {type(content).__name__}" if not isinstance(content, Mapping) else "an empty dict"
         raise EdgeDiTError(f"{path} holds {held}, not a state dict of tensors.")
-    if foreign := [key for key, value in content.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)]:
+    if foreign := [
+        key for key, value in content.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)
+    ]:
         kind = type(content[foreign[0]]).__name__
         raise EdgeDiTError(
             f"{path} is not a state dict of tensors: {foreign[0]!r}, one of its keys {sorted(map(str, content))[:4]}, "
@@ -353,7 +430,9 @@ def _bare(key: str) -> str:
 
 
 def _check_tensors(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Raise unless every tensor is a plain array of floats (the index of a relative position bias: of integers) that the file really holds."""
+    """Raise unless every tensor is a plain array of floats (the index of a relative position bias: of integers) that
+    the file really holds.
+    """
     size = path.stat().st_size
     claimed = 0
     for name, value in state.items():
@@ -376,8 +455,9 @@ def _check_tensors(path: Path, state: Mapping[str, torch.Tensor]) -> None:
         claimed += needed
         if needed > value.untyped_storage().nbytes() or claimed > SHARED * size:
             raise EdgeDiTError(
-                f"{path} has {size} bytes, but its weights up to {name!r}, of shape {tuple(value.shape)}, stand for {claimed}: tensors in it were "
-                "expanded without their values. Save the model with .contiguous() weights."
+                f"{path} has {size} bytes, but its weights up to {name!r}, of shape {tuple(value.shape)}, stand for "
+                f"{claimed}: tensors in it were expanded without their values. Save the model with .contiguous() "
+                "weights."
             )
 
 
@@ -398,17 +478,20 @@ def _read_folder(path: Path, variant: str | None = None) -> _Source:
         config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         name = config["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EdgeDiTError(f"{folder} has no readable config.json of a diffusers model ({type(error).__name__}: {error}).") from error
+        raise EdgeDiTError(
+            f"{folder} has no readable config.json of a diffusers model ({type(error).__name__}: {error})."
+        ) from error
     supported = (*DIFFUSERS_CLASSES, EdgeDiTTransformer2DModel.__name__)
     if name not in supported:
         nearest = difflib.get_close_matches(str(name), supported, 1, cutoff=0.0)[0]
         raise EdgeDiTError(
-            f"{folder} holds a {name}, which cannot be converted; the nearest supported class is {nearest} (supported: {', '.join(supported)})."
+            f"{folder} holds a {name}, which cannot be converted; the nearest supported class is {nearest} (supported: "
+            f"{', '.join(supported)})."
         )
     if name == "Transformer2DModel" and config.get("norm_type") != "ada_norm_zero":
         raise EdgeDiTError(
-            f"{folder} holds a Transformer2DModel with norm_type {config.get('norm_type')!r}; only 'ada_norm_zero' is a DiT. The nearest "
-            "supported class is DiTTransformer2DModel."
+            f"{folder} holds a Transformer2DModel with norm_type {config.get('norm_type')!r}; only 'ada_norm_zero' is "
+            "a DiT. The nearest supported class is DiTTransformer2DModel."
         )
     files = weight_files(folder, variant=variant)
     check_size(folder, config, files)
@@ -419,7 +502,8 @@ def _read_folder(path: Path, variant: str | None = None) -> _Source:
 
 
 def check_size(folder: Path, config: Mapping[str, Any], files: Sequence[Path]) -> None:
-    """Raise if a config of this package's describes a network that the weight files cannot hold, before one of that size is made.
+    """Raise if a config of this package's describes a network that the weight files cannot hold, before one of that
+    size is made.
 
     A lower bound: the weights of every layer's modulation or attention alone, at one bit each.
     """
@@ -434,22 +518,31 @@ def check_size(folder: Path, config: Mapping[str, Any], files: Sequence[Path]) -
             return
         too_many = weights // 8 > sum(file.stat().st_size for file in files)
     except (KeyError, TypeError, AttributeError) as error:
-        raise EdgeDiTError(f"The config.json of {folder} describes no model ({type(error).__name__}: {error}).") from error
+        raise EdgeDiTError(
+            f"The config.json of {folder} describes no model ({type(error).__name__}: {error})."
+        ) from error
     if too_many:
         raise EdgeDiTError(
-            f"The config.json of {folder} describes {layers} layers with at least {weights} weights, but its weight files have "
-            f"{sum(file.stat().st_size for file in files)} bytes; config and weights must come from the same model."
+            f"The config.json of {folder} describes {layers} layers with at least {weights} weights, but its weight "
+            f"files have {sum(file.stat().st_size for file in files)} bytes; config and weights must come from "
+            "the same "
+            "model."
         )
 
 
 def check_weights(model: torch.nn.Module, what: str) -> None:
-    """Raise unless all weights are finite and no layer is all zeros: nothing can be learned from such a network, and what fails is far from the cause."""
+    """Raise unless all weights are finite and no layer is all zeros: nothing can be learned from such a network, and
+    what fails is far from the cause.
+    """
     check_finite(model.state_dict(), what, "train or convert it anew.")
     for name, layers in model.named_children():
         for index, layer in enumerate(layers if isinstance(layers, torch.nn.ModuleList) else ()):
             parameters = list(layer.parameters())
             if parameters and not any(parameter.any() for parameter in parameters):
-                raise EdgeDiTError(f"{what}: every weight of its layer {name}.{index} is 0, it is no trained network; train or convert it anew.")
+                raise EdgeDiTError(
+                    f"{what}: every weight of its layer {name}.{index} is 0, it is no trained network; train or "
+                    "convert it anew."
+                )
 
 
 # -------------------------------------------------------------------- conversions
@@ -459,11 +552,16 @@ def _sizes(source: _Source, projection: str, output: str, table: str | None) -> 
     """Config fields that the shapes of the patch projection, the output layer and the label table tell."""
     weight, out = source.state.get(projection), source.state.get(output)
     if weight is None or out is None or weight.ndim != 4:
-        raise EdgeDiTError(f"{source.name} lacks the patch projection {projection!r} or the output layer {output!r} of a DiT.")
+        raise EdgeDiTError(
+            f"{source.name} lacks the patch projection {projection!r} or the output layer {output!r} of a DiT."
+        )
     hidden_size, channels, patch = weight.shape[0], weight.shape[1], weight.shape[2]
     ratio = out.shape[0] / (channels * patch * patch)
     if ratio not in (1, 2):
-        raise EdgeDiTError(f"{source.name} predicts {out.shape[0]} values a patch of {patch}² × {channels}; a DiT predicts as many or twice as many.")
+        raise EdgeDiTError(
+            f"{source.name} predicts {out.shape[0]} values a patch of {patch}² × {channels}; a DiT predicts as many or "
+            "twice as many."
+        )
     rows = source.state[table].shape[0] if table in source.state else 0
     return {
         "patch_size": patch,
@@ -477,7 +575,9 @@ def _sizes(source: _Source, projection: str, output: str, table: str | None) -> 
 
 def _from_diffusers(source: _Source, numerics: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     theirs, stem = source.config, "transformer_blocks.0.norm1.emb."
-    config = _sizes(source, "pos_embed.proj.weight", "proj_out_2.weight", stem + "class_embedder.embedding_table.weight")
+    config = _sizes(
+        source, "pos_embed.proj.weight", "proj_out_2.weight", stem + "class_embedder.embedding_table.weight"
+    )
     depth = source.count("transformer_blocks")
     config.update(
         sample_size=theirs["sample_size"],
@@ -513,8 +613,9 @@ def _from_diffusers(source: _Source, numerics: str) -> tuple[dict[str, Any], dic
             if not torch.equal(state.setdefault(key, value), value):
                 difference = (state[key].float() - value.float()).abs().max().item()
                 raise EdgeDiTError(
-                    f"{source.name}: layer {index}'s own copy of {key} differs from layer 0's by up to {difference:.3g}; this architecture has "
-                    "one embedder for all layers, so only checkpoints whose copies are equal can be converted."
+                    f"{source.name}: layer {index}'s own copy of {key} differs from layer 0's by up to "
+                    f"{difference:.3g}; this architecture has one embedder for all layers, so only checkpoints whose "
+                    "copies are equal can be converted."
                 )
     return config, state
 
@@ -550,8 +651,8 @@ def _from_original(
     elif found == "mdt":
         if decoder_layers is None:
             raise EdgeDiTError(
-                f"{source.name} is an MDT of the first version, whose weights do not tell where the decoder begins; give decoder_layers "
-                "(2 for the published MDT-XL/2)."
+                f"{source.name} is an MDT of the first version, whose weights do not tell where the decoder begins; "
+                "give decoder_layers (2 for the published MDT-XL/2)."
             )
         if not 0 < decoder_layers < len(stems):
             raise EdgeDiTError(f"decoder_layers is {decoder_layers}; {source.name} has {len(stems)} layers.")
@@ -570,7 +671,8 @@ def _from_original(
         channels = config["in_channels"]
         for part in ("weight", "bias"):
             value = state[f"proj_out.{part}"]
-            # The last axis of a patch's values is the channel; SiT throws away the second half where DiT's variance stands.
+            # The last axis of a patch's values is the channel; SiT throws away the second half where DiT's variance
+            # stands.
             values = value.unflatten(0, (config["patch_size"] ** 2, -1))[:, :channels]
             state[f"proj_out.{part}"] = -values.flatten(0, 1)
     return config, state
@@ -580,26 +682,33 @@ def _family(source: _Source, asked: str | None) -> str:
     """`dit`, `sit`, `mdt` or `mdtv2`."""
     keys = source.state
     if any(key.startswith("transformer_blocks.") for key in keys):
-        raise EdgeDiTError(f"{source.name} is the weights file of a diffusers model; give its folder, which has the config.json.")
+        raise EdgeDiTError(
+            f"{source.name} is the weights file of a diffusers model; give its folder, which has the config.json."
+        )
     if "x_embedder.proj.weight" not in keys or "final_layer.linear.weight" not in keys:
         raise EdgeDiTError(f"{source.name} is no DiT, SiT or MDT checkpoint: its keys begin with {sorted(keys)[:3]}.")
     masked = "mdtv2" if any(key.startswith("en_inblocks.") for key in keys) else "mdt" if "mask_token" in keys else None
     if masked or asked == "mdt":
         if asked not in (None, "mdt") or not masked:
-            raise EdgeDiTError(f"{source.name} has the keys of {masked or 'DiT or SiT'}, but family {asked!r} is asked for.")
+            raise EdgeDiTError(
+                f"{source.name} has the keys of {masked or 'DiT or SiT'}, but family {asked!r} is asked for."
+            )
         return masked
     said = str(source.arguments.get("model", "")).lower() or Path(source.name).stem.lower()
     named = [family for family in ("dit", "sit") if family in said]
     if asked is None and len(named) != 1:
         raise EdgeDiTError(
-            f"{source.name} may be DiT or SiT: the keys are the same, and neither its name nor its contents say which. Give family='dit' or "
-            "family='sit' (--family)."
+            f"{source.name} may be DiT or SiT: the keys are the same, and neither its name nor its contents say which. "
+            "Give family='dit' or family='sit' (--family)."
         )
     family = asked or named[0]
     if family == "sit":
         for key, value in (("prediction", "velocity"), ("path_type", "Linear")):
             if source.arguments.get(key, value) != value:
-                raise EdgeDiTError(f"{source.name} was trained with {key} {source.arguments[key]!r}; only SiT's {value!r} can be converted.")
+                raise EdgeDiTError(
+                    f"{source.name} was trained with {key} {source.arguments[key]!r}; only SiT's {value!r} can be "
+                    "converted."
+                )
     return family
 
 
@@ -612,7 +721,9 @@ def _move_block(source: _Source, old: str, new: str, state: dict[str, torch.Tens
         source.take(f"{old}attn.rel_pos_bias.relative_position_index")
 
 
-def _take_positions(source: _Source, key: str, config: dict[str, Any], state: dict[str, torch.Tensor], required: bool) -> None:
+def _take_positions(
+    source: _Source, key: str, config: dict[str, Any], state: dict[str, torch.Tensor], required: bool
+) -> None:
     """The input size, and the position embedding if it is not the formula's (MDT trains it)."""
     stored = source.take(key)[0]  # (N, D)
     grid = math.isqrt(len(stored))
@@ -635,8 +746,8 @@ def _ratio(source: _Source, key: str, hidden_size: int) -> float:
 def _heads(source: _Source, hidden_size: int) -> int:
     if hidden_size not in HEADS:
         raise EdgeDiTError(
-            f"{source.name} has width {hidden_size}, for which no published model gives the number of heads (known: {HEADS}); "
-            "give num_attention_heads."
+            f"{source.name} has width {hidden_size}, for which no published model gives the number of heads (known: "
+            f"{HEADS}); give num_attention_heads."
         )
     return HEADS[hidden_size]
 
@@ -648,11 +759,14 @@ def _resize(
     native = config["sample_size"]
     if not allowed:
         raise EdgeDiTError(
-            f"{source.name} was trained at sample size {native} ({8 * native}² images with a VAE of factor 8), but {sample_size} is asked for. "
-            "If you mean to run it at another resolution than it learned, say so with allow_resize (--allow-resize)."
+            f"{source.name} was trained at sample size {native} ({8 * native}² images with a VAE of factor 8), but "
+            f"{sample_size} is asked for. If you mean to run it at another resolution than it learned, say so with "
+            "allow_resize (--allow-resize)."
         )
     if config.get("learned_position") or config.get("position_bias"):
-        raise EdgeDiTError(f"{source.name} learned its positions at sample size {native}; it cannot be resized to {sample_size}.")
+        raise EdgeDiTError(
+            f"{source.name} learned its positions at sample size {native}; it cannot be resized to {sample_size}."
+        )
     return {**config, "sample_size": sample_size}, state
 
 
@@ -670,8 +784,8 @@ def _build(name: str, config: dict[str, Any], state: dict[str, torch.Tensor]) ->
         wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
         key = wrong[0]
         raise EdgeDiTError(
-            f"{name}: {len(wrong)} weights do not fit; {key!r} has the shape {found.get(key, 'none: it is missing')}, the model needs "
-            f"{expected.get(key, 'none: it has no such weight')}."
+            f"{name}: {len(wrong)} weights do not fit; {key!r} has the shape {found.get(key, 'none: it is missing')}, "
+            f"the model needs {expected.get(key, 'none: it has no such weight')}."
         )
     # Cloned: a tensor that stays mapped to its file would change with it.
     state = {key: value.to(torch.float32, copy=True) for key, value in state.items()}
@@ -688,7 +802,9 @@ def _read_lora(path: Path) -> dict[str, torch.Tensor]:
     names = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
     file = next((path / name for name in names if (path / name).is_file()), path)
     if not file.is_file() or file.suffix != ".safetensors":
-        raise EdgeDiTError(f"{path} is no LoRA adapter: expected a .safetensors file, or a folder with {' or '.join(names)}.")
+        raise EdgeDiTError(
+            f"{path} is no LoRA adapter: expected a .safetensors file, or a folder with {' or '.join(names)}."
+        )
     tensors = _read_tensors(file)
     check_finite(tensors, f"The adapter {path}", "take one of before they did.")
     with safe_open(file, framework="pt") as opened:
@@ -702,7 +818,10 @@ def _read_lora(path: Path) -> dict[str, torch.Tensor]:
     held_to(options, Adapter, file if metadata else beside, "peft", "a LoRA adapter")
     for key in ("use_dora", "rank_pattern", "alpha_pattern"):
         if options.get(key):
-            raise EdgeDiTError(f"The adapter {path} has {key} {options[key]!r}; only plain LoRA can be fused. Merge it with peft first.")
+            raise EdgeDiTError(
+                f"The adapter {path} has {key} {options[key]!r}; only plain LoRA can be fused. Merge it with peft "
+                "first."
+            )
     changes: dict[str, torch.Tensor] = {}
     for key in [k for k in tensors if k.endswith(".lora_A.weight")]:
         stem = key.removesuffix(".lora_A.weight")
@@ -716,7 +835,10 @@ def _read_lora(path: Path) -> dict[str, torch.Tensor]:
         scale = alpha / (math.sqrt(rank) if options.get("use_rslora") else rank)
         changes[stem.removeprefix("base_model.model.").removeprefix("transformer.")] = scale * (up @ down)
     if tensors or not changes:
-        raise EdgeDiTError(f"{file} holds {sorted(tensors)[:3] or 'no LoRA weights'}; expected pairs <layer>.lora_A.weight, <layer>.lora_B.weight.")
+        raise EdgeDiTError(
+            f"{file} holds {sorted(tensors)[:3] or 'no LoRA weights'}; expected pairs <layer>.lora_A.weight, "
+            "<layer>.lora_B.weight."
+        )
     return changes
 
 
@@ -725,5 +847,8 @@ def _fuse(changes: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> N
     for layer in [name for name in changes if f"{name}.weight" in state]:
         weight, change = state[f"{layer}.weight"], changes.pop(layer)
         if weight.shape != change.shape:
-            raise EdgeDiTError(f"The adapter changes {layer} by {tuple(change.shape)}, but the checkpoint's weight is {tuple(weight.shape)}.")
+            raise EdgeDiTError(
+                f"The adapter changes {layer} by {tuple(change.shape)}, but the checkpoint's weight is "
+                f"{tuple(weight.shape)}."
+            )
         state[f"{layer}.weight"] = weight.float() + change

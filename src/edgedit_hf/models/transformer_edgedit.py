@@ -1,11 +1,13 @@
 """EdgeDiT: a class-conditional diffusion transformer whose layers may differ (compressed DiT). One self-contained file.
 
-The network is DiT with adaLN-zero (Peebles & Xie, 2023, arXiv:2212.09748) with one timestep/label embedder shared by all layers.
-Every layer has its own attention width, head count and MLP ratio (EdgeDiT, arXiv:2603.28405); the residual width is the teacher's.
-Config fields cover DiT's relatives: SiT (arXiv:2401.08740), MDT and MDTv2 (arXiv:2303.14389), and diffusers' own DiT.
+The network is DiT with adaLN-zero (Peebles & Xie, 2023, arXiv:2212.09748) with one timestep/label embedder shared by
+all layers. Every layer has its own attention width, head count and MLP ratio (EdgeDiT, arXiv:2603.28405); the residual
+width is the teacher's. Config fields cover DiT's relatives: SiT (arXiv:2401.08740), MDT and MDTv2 (arXiv:2303.14389),
+and diffusers' own DiT.
 
-Shapes: B batch, C latent channels, H × W latent size, P patch size, N = (H/P)·(W/P) tokens, D residual width (`hidden_size`),
-A attention width of a layer, h heads, L layers, G = H/P tokens a side, V visible tokens of a masked input.
+Shapes: B batch, C latent channels, H × W latent size, P patch size, N = (H/P)·(W/P) tokens, D residual width
+(`hidden_size`), A attention width of a layer, h heads, L layers, G = H/P tokens a side, V visible tokens of a masked
+input.
 """
 
 import contextlib
@@ -29,20 +31,30 @@ from safetensors.torch import save_file
 from torch import nn
 
 FREQUENCIES = 256  # width of the sinusoidal timestep features (DiT)
-WRAPPERS = ("base_layer", "_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # what PEFT, torch and DDP call a layer in theirs
-# Above any model that exists: a config.json from elsewhere may say anything, and building comes before its weights are looked at.
+WRAPPERS = (
+    "base_layer",
+    "_orig_mod",
+    "module",
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module",
+)  # what PEFT, torch and DDP call a layer in theirs
+# Above any model that exists: a config.json from elsewhere may say anything, and building comes before its weights are
+# looked at.
 MAX_LAYERS, MAX_POSITIONS = 4096, 1 << 27
 
 NO_BITSANDBYTES = (
     "bitsandbytes works with a GPU only, as diffusers calls it. On CPUs quantise with edgedit_hf's own schemes: "
-    'quantization_config=EdgeDiTQuantizationConfig(default={"scheme": "nf4"}), or {"scheme": "affine", "bits": 8}, from edgedit_hf.'
+    'quantization_config=EdgeDiTQuantizationConfig(default={"scheme": "nf4"}), or {"scheme": "affine", "bits": 8}, '
+    "from edgedit_hf."
 )
 
 _DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
 def _edgedit_layers(attention_dim: int, mlp_ratio: float) -> list[dict[str, Any]]:
-    """25 equal layers on 28 teacher layers. Which three pairs the paper merged is unknown; these spread over the middle."""
+    """25 equal layers on 28 teacher layers. Which three pairs the paper merged is unknown; these spread over the
+    middle.
+    """
     sources, layer = [], 0
     while layer < 28:
         step = 2 if layer in (8, 14, 20) else 1
@@ -127,7 +139,9 @@ class EdgeDiTAttnProcessor:
 
 
 class RelativePositionBias(nn.Module):
-    """Learned additive bias of the attention scores by head and relative position on a G × G grid (BEiT, MDT): `(1, h, N, N)`."""
+    """Learned additive bias of the attention scores by head and relative position on a G × G grid (BEiT, MDT): `(1, h,
+    N, N)`.
+    """
 
     def __init__(self, grid: int, heads: int):
         super().__init__()
@@ -174,7 +188,8 @@ class EdgeDiTMLP(nn.Module):
         self.fused = False
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # Asked for, and neither traced, differentiated, quantised nor under an adapter, whose wrapper would be passed over.
+        # Asked for, and neither traced, differentiated, quantised nor under an adapter, whose wrapper would be passed
+        # over.
         plain = type(self.proj_in) is nn.Linear and type(self.proj_in.weight) is nn.Parameter
         plain = plain and hidden_states.device.type == "cpu" and not torch.is_grad_enabled()
         if self.fused and plain and not torch.compiler.is_compiling():
@@ -220,13 +235,15 @@ class EdgeDiTBlock(nn.Module):
         """
         Args:
             hidden_states: `(B, N, D)`.
-            conditioning: `(B, D)`, already activated (SiLU), as [`EdgeDiTTransformer2DModel.embed`] gives it; not used where
-                `modulation`, `(B, 6, D)` from [`~EdgeDiTTransformer2DModel.precompute_modulation`], is given.
+            conditioning: `(B, D)`, already activated (SiLU), as [`EdgeDiTTransformer2DModel.embed`] gives it; not used
+                where `modulation`, `(B, 6, D)` from [`~EdgeDiTTransformer2DModel.precompute_modulation`], is given.
             visible: `(B, N)` positions of the tokens, if they are not the whole grid (only the position bias asks).
         """
         if modulation is None:
             modulation = self.modulation(conditioning).unflatten(-1, (6, -1))  # [B, 6, D]
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.unsqueeze(2).unbind(1)  # each [B, 1, D]
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.unsqueeze(2).unbind(
+            1
+        )  # each [B, 1, D]
         # addcmul(a, b, c) is a + b·c in one pass over memory instead of two.
         attention = self.attn(torch.addcmul(shift_msa, self.norm1(hidden_states), 1 + scale_msa), visible)  # [B, N, D]
         hidden_states = torch.addcmul(hidden_states, gate_msa, attention)
@@ -246,23 +263,31 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         num_layers (`int`, defaults to 28): Layers when `layers` is not given.
         num_attention_heads (`int`, defaults to 16): Heads when `layers` is not given.
         mlp_ratio (`float`, defaults to 4.0): MLP ratio when `layers` is not given.
-        num_classes (`int`, defaults to 1000): Classes; label `num_classes` is the null class of guidance. 0: unconditional.
+        num_classes (`int`, defaults to 1000): Classes; label `num_classes` is the null class of guidance. 0:
+            unconditional.
         learn_sigma (`bool`, defaults to `True`): Whether the output also holds the variance channels of DiT.
-        prediction_type (`str`, defaults to `"epsilon"`): What the output means: `"epsilon"` or `"flow_prediction"` (ε − x0).
-        norm_eps (`float`, defaults to 1e-6): Epsilon of the layer norms.
+        prediction_type (`str`, defaults to `"epsilon"`): What the output means: `"epsilon"` or `"flow_prediction"` (ε −
+        x0). norm_eps (`float`, defaults to 1e-6): Epsilon of the layer norms.
         layers (`list[dict]`, *optional*): The genotype: a dict `{source, attention_dim, num_heads, mlp_ratio}` a layer.
-        mlp_norm_eps (`float`, *optional*): Epsilon of the norms before the MLPs where it differs (diffusers' DiT: 1e-5).
-        frequency_shift (`float`, defaults to 0): Subtracted from the number of timestep frequencies in their exponents' denominator
-            (diffusers' DiT: 1).
-        timestep_scale (`float`, defaults to 1), timestep_offset (`float`, defaults to 0): The embedder sees offset + scale · timestep
+        mlp_norm_eps (`float`, *optional*): Epsilon of the norms before the MLPs where it differs (diffusers' DiT:
+            1e-5).
+        frequency_shift (`float`, defaults to 0): Subtracted from the number of timestep frequencies in their exponents'
+            denominator (diffusers' DiT: 1).
+        timestep_scale (`float`, defaults to 1), timestep_offset (`float`, defaults to 0): The embedder sees offset +
+        scale · timestep
             (SiT, whose time runs from noise at 0 to data at 1: -1/1000 and 1).
-        learned_position (`bool`, defaults to `False`): The position embedding is a weight (MDT); such a model has one input size.
-        position_bias (`bool`, defaults to `False`): Attention has a learned relative position bias (MDT); one input size.
-        long_skips (`list[list[int]]`, *optional*): `[i, j]`: the output of teacher layer i (-1: the embedded input) is joined to the
-            input of teacher layer j by a linear layer 2D → D (MDTv2). Numbers are those in the `source` of the layers, so that they stay
-            right when layers are merged.
-        decoder_start (`int`, *optional*): Teacher layer before which a second position embedding is added (MDT's decoder).
-        side_layers (`int`, defaults to 0): Side blocks, which fill in the masked tokens of a masked input (MDT's training).
+        learned_position (`bool`, defaults to `False`): The position embedding is a weight (MDT); such a model has one
+            input size.
+        position_bias (`bool`, defaults to `False`): Attention has a learned relative position bias (MDT); one input
+            size.
+        long_skips (`list[list[int]]`, *optional*): `[i, j]`: the output of teacher layer i (-1: the embedded input) is
+        joined to the
+            input of teacher layer j by a linear layer 2D → D (MDTv2). Numbers are those in the `source` of the layers,
+            so that they stay right when layers are merged.
+        decoder_start (`int`, *optional*): Teacher layer before which a second position embedding is added (MDT's
+            decoder).
+        side_layers (`int`, defaults to 0): Side blocks, which fill in the masked tokens of a masked input (MDT's
+            training).
     """
 
     _supports_gradient_checkpointing = True
@@ -298,11 +323,15 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
     ):
         super().__init__()
         if max(num_layers if layers is None else len(layers), side_layers) > MAX_LAYERS:
-            raise ValueError(f"The config has {num_layers if layers is None else len(layers)} layers; at most {MAX_LAYERS} are built.")
+            raise ValueError(
+                f"The config has {num_layers if layers is None else len(layers)} layers; at most {MAX_LAYERS} are "
+                "built."
+            )
         if (sample_size // patch_size) ** 2 * hidden_size > MAX_POSITIONS:
             raise ValueError(
-                f"sample_size {sample_size}, patch_size {patch_size} and hidden_size {hidden_size} need a position embedding of "
-                f"{(sample_size // patch_size) ** 2 * hidden_size} values; at most {MAX_POSITIONS} are made."
+                f"sample_size {sample_size}, patch_size {patch_size} and hidden_size {hidden_size} need a position "
+                f"embedding of {(sample_size // patch_size) ** 2 * hidden_size} values; at most {MAX_POSITIONS} are "
+                "made."
             )
         if layers is None:
             layers = [
@@ -323,21 +352,27 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         for index, layer in enumerate(layers):
             if layer["attention_dim"] % layer["num_heads"]:
                 raise ValueError(
-                    f"Layer {index}: attention_dim {layer['attention_dim']} is not a multiple of num_heads {layer['num_heads']}."
+                    f"Layer {index}: attention_dim {layer['attention_dim']} is not a multiple of num_heads "
+                    f"{layer['num_heads']}."
                 )
             if int(hidden_size * layer["mlp_ratio"]) < 1:
-                raise ValueError(f"Layer {index}: mlp_ratio {layer['mlp_ratio']} of hidden_size {hidden_size} leaves no neuron.")
+                raise ValueError(
+                    f"Layer {index}: mlp_ratio {layer['mlp_ratio']} of hidden_size {hidden_size} leaves no neuron."
+                )
         starts, ends = {layer["source"][0] for layer in layers}, {layer["source"][-1] for layer in layers} | {-1}
         for start, end in long_skips or []:
             if start not in ends or end not in starts or start >= end:
                 raise ValueError(
-                    f"The long skip [{start}, {end}] needs a layer whose source ends with {start} and a later one whose source starts with "
-                    f"{end}; the sources are {[layer['source'] for layer in layers]}: a merge must not cross a skip's end."
+                    f"The long skip [{start}, {end}] needs a layer whose source ends with {start} and a later one "
+                    f"whose source starts with {end}; the sources are {[layer['source'] for layer in layers]}: a merge "
+                    "must not cross a skip's end."
                 )
         if decoder_start is not None and decoder_start not in starts:
             raise ValueError(f"decoder_start is {decoder_start}; no layer's source starts with it.")
         if side_layers and decoder_start is None:
-            raise ValueError(f"side_layers is {side_layers}, but there is no decoder_start, before which side blocks stand.")
+            raise ValueError(
+                f"side_layers is {side_layers}, but there is no decoder_start, before which side blocks stand."
+            )
         # The genotype in the config is what the model is built from, never a default that somebody has to recompute.
         self.register_to_config(layers=layers, num_layers=len(layers))
 
@@ -376,9 +411,15 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
 
     @classmethod
     def with_config(cls, config: Mapping[str, Any], **changes: Any) -> "EdgeDiTTransformer2DModel":
-        """A new model with the config of another (or of a config.json) and these changes. Keys that this class does not know are kept as they
-        are, as diffusers does with those that a trainer has added; how the other was quantised is not."""
-        values = {key: value for key, value in {**config, **changes}.items() if not key.startswith("_") and key != "quantization_config"}
+        """A new model with the config of another (or of a config.json) and these changes. Keys that this class does not
+        know are kept as they are, as diffusers does with those that a trainer has added; how the other was quantised is
+        not.
+        """
+        values = {
+            key: value
+            for key, value in {**config, **changes}.items()
+            if not key.startswith("_") and key != "quantization_config"
+        }
         known = cls._get_init_keys(cls) - {"self"}
         model = cls(**{key: value for key, value in values.items() if key in known})
         model.register_to_config(**{key: value for key, value in values.items() if key not in known})
@@ -392,7 +433,9 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         return EdgeDiTBlock(config.hidden_size, *sizes, config.norm_eps, config.mlp_norm_eps, bias_grid)
 
     def reset_parameters(self) -> None:
-        """DiT's initialisation: Xavier for linear layers, zero for modulations and the output, so that layers start as identity."""
+        """DiT's initialisation: Xavier for linear layers, zero for modulations and the output, so that layers start as
+        identity.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -405,7 +448,11 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
             nn.init.normal_(self.label_embedder.weight, std=0.02)
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
-        for layer in (*(block.modulation for block in (*self.blocks, *self.side_blocks)), self.modulation_out, self.proj_out):
+        for layer in (
+            *(block.modulation for block in (*self.blocks, *self.side_blocks)),
+            self.modulation_out,
+            self.proj_out,
+        ):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -426,27 +473,35 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         """
         if timestep.ndim == 0:
             timestep = timestep[None]
-        return self.embed_patches(hidden_states), self.embed_condition(timestep.expand(hidden_states.shape[0]), class_labels)
+        return self.embed_patches(hidden_states), self.embed_condition(
+            timestep.expand(hidden_states.shape[0]), class_labels
+        )
 
     def embed_patches(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Patches and their positions: `(B, C, H, W)` → `(B, N, D)`."""
         height, width = hidden_states.shape[-2:]
         patch = self.config.patch_size
-        if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels or height % patch or width % patch:
+        if (
+            hidden_states.ndim != 4
+            or hidden_states.shape[1] != self.config.in_channels
+            or height % patch
+            or width % patch
+        ):
             raise ValueError(
-                f"The input has shape {tuple(hidden_states.shape)}; this model needs (batch, {self.config.in_channels}, height, width) "
-                f"with height and width multiples of {patch}."
+                f"The input has shape {tuple(hidden_states.shape)}; this model needs (batch, "
+                f"{self.config.in_channels}, height, width) with height and width multiples of {patch}."
             )
         rows, columns = height // patch, width // patch
-        # Contiguous from the start: every layer would otherwise inherit the convolution's layout and copy for its norms and products.
+        # Contiguous from the start: every layer would otherwise inherit the convolution's layout and copy for its norms
+        # and products.
         tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2).contiguous()  # [B, N, D]
         native = self.config.sample_size // patch
         if (rows, columns) == (native, native):
             position = self.pos_embed
         elif self.config.learned_position or self.config.position_bias:
             raise ValueError(
-                f"The input has shape {tuple(hidden_states.shape)}, but this model's positions are learned: it takes only "
-                f"{self.config.sample_size} × {self.config.sample_size}."
+                f"The input has shape {tuple(hidden_states.shape)}, but this model's positions are learned: it takes "
+                f"only {self.config.sample_size} × {self.config.sample_size}."
             )
         else:
             position = sincos_position_embedding(rows, columns, self.config.hidden_size).to(tokens.device)
@@ -464,17 +519,19 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
 
     @torch.no_grad()
     def precompute_modulation(self, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        """What adaLN makes of every timestep and label, for a whole schedule at once: sampling need not compute it again a step.
+        """What adaLN makes of every timestep and label, for a whole schedule at once: sampling need not compute it
+        again a step.
 
-        About a third of a DiT's weights (adaLN) is read here once instead of once a step. With 2·N FLOPs a weight for N = T·K rows it is
-        also one matrix product instead of T thin ones. The table outgrows adaLN's weights beyond [`modulation_steps`] timesteps.
+        About a third of a DiT's weights (adaLN) is read here once instead of once a step. With 2·N FLOPs a weight for N
+        = T·K rows it is also one matrix product instead of T thin ones. The table outgrows adaLN's weights beyond
+        [`modulation_steps`] timesteps.
 
         Args:
             timesteps: `(T,)`. class_labels: `(K,)`, or `None` for an unconditional model (K = 1).
 
         Returns:
-            `(T, K, 6L + 2, D)`: rows 6i … 6i + 5 modulate layer i, the last two the output. `table[step]`, with a row an image,
-            is the `modulation` that [`forward`] takes.
+            `(T, K, 6L + 2, D)`: rows 6i … 6i + 5 modulate layer i, the last two the output. `table[step]`, with a row
+            an image, is the `modulation` that [`forward`] takes.
         """
         count = 1 if class_labels is None else len(class_labels)
         labels = None if class_labels is None else class_labels.repeat(len(timesteps))
@@ -500,20 +557,33 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         return table.view(len(timesteps), count, *table.shape[1:])
 
     def modulation_steps(self, num_labels: int) -> int:
-        """Timesteps whose table of [`precompute_modulation`] is as large as the adaLN weights themselves (D rows), at least one."""
+        """Timesteps whose table of [`precompute_modulation`] is as large as the adaLN weights themselves (D rows), at
+        least one.
+        """
         return max(1, self.config.hidden_size // num_labels)
 
     def offload_modulation(self, path: str | os.PathLike) -> None:
-        """Move the layers' adaLN weights from memory to a new safetensors file; [`precompute_modulation`] then reads them from there, a
-        layer at a time. The model needs a `modulation` until [`restore_modulation`] brings them back."""
+        """Move the layers' adaLN weights from memory to a new safetensors file; [`precompute_modulation`] then reads
+        them from there, a layer at a time. The model needs a `modulation` until [`restore_modulation`] brings them
+        back.
+        """
         if self._modulation_file is not None:
-            raise ValueError(f"The modulation weights are in {self._modulation_file} already; call restore_modulation() first.")
+            raise ValueError(
+                f"The modulation weights are in {self._modulation_file} already; call restore_modulation() first."
+            )
         if os.path.exists(path):
             raise ValueError(f"{path} exists; offload_modulation writes a file of its own. Give another path.")
-        state = {k: v.detach().cpu().contiguous() for k, v in self.blocks.state_dict(prefix="blocks.").items() if ".modulation." in k}
+        state = {
+            k: v.detach().cpu().contiguous()
+            for k, v in self.blocks.state_dict(prefix="blocks.").items()
+            if ".modulation." in k
+        }
         expected = 2 * len(self.blocks)
         if len(state) != expected:
-            raise ValueError(f"The modulation layers hold {len(state)} tensors, not {expected}: unload their adapters, or dequantise them, first.")
+            raise ValueError(
+                f"The modulation layers hold {len(state)} tensors, not {expected}: unload their adapters, or "
+                "dequantise them, first."
+            )
         aside, tag = f"{os.fspath(path)}.tmp-{os.getpid()}", uuid.uuid4().hex
         save_file(state, aside, {"tag": tag})
         os.replace(aside, path)
@@ -527,18 +597,27 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         try:
             with safe_open(self._modulation_file, framework="pt") as file:
                 if (file.metadata() or {}).get("tag") != self._modulation_tag:
-                    raise ValueError(f"{self._modulation_file} is not the file that offload_modulation() wrote; put that one back, or load the model again.")
+                    raise ValueError(
+                        f"{self._modulation_file} is not the file that offload_modulation() wrote; put that one back, "
+                        "or load the model again."
+                    )
                 yield file
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"The modulation weights in {self._modulation_file} cannot be read ({error}); put them back or load the model again.") from error
+            raise ValueError(
+                f"The modulation weights in {self._modulation_file} cannot be read ({error}); put them back or load "
+                "the model again."
+            ) from error
 
     def _stored_modulation(self, file: Any, index: int, copy: bool = False) -> nn.Linear:
-        """The adaLN layer of a block, read from the open file of [`offload_modulation`] to where the model is; without `copy`, on CPUs, it is
-        mapped: it changes with the file."""
+        """The adaLN layer of a block, read from the open file of [`offload_modulation`] to where the model is; without
+        `copy`, on CPUs, it is mapped: it changes with the file."""
         like = self.modulation_out.bias
         with torch.device("meta"):
             linear = nn.Linear(self.config.hidden_size, 6 * self.config.hidden_size)
-        state = {name: file.get_tensor(f"blocks.{index}.modulation.{name}").to(like.device, copy=copy) for name in ("weight", "bias")}
+        state = {
+            name: file.get_tensor(f"blocks.{index}.modulation.{name}").to(like.device, copy=copy)
+            for name in ("weight", "bias")
+        }
         linear.load_state_dict(state, assign=True)
         return linear.requires_grad_(like.requires_grad)
 
@@ -552,8 +631,10 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         self._modulation_file = None
 
     def fuse_gelu(self, fused: bool = True) -> None:
-        """On CPUs, without gradients: apply GELU inside the matrix product before it (oneDNN), not in a pass of its own over the widest
-        activation. The same result within rounding; worth most in bf16. Not for weights that hooks cast or offload."""
+        """On CPUs, without gradients: apply GELU inside the matrix product before it (oneDNN), not in a pass of its own
+        over the widest activation. The same result within rounding; worth most in bf16. Not for weights that hooks cast
+        or offload.
+        """
         for block in (*self.blocks, *self.side_blocks):
             block.mlp.fused = fused
 
@@ -565,7 +646,9 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         conditioning: torch.Tensor | None = None,
         visible: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Input of the layer with this `source`, given the tokens before it and what long skips kept, by teacher layer."""
+        """Input of the layer with this `source`, given the tokens before it and what long skips kept, by teacher
+        layer.
+        """
         if source[0] == self.config.decoder_start:
             if visible is None:
                 tokens = tokens + self.decoder_pos_embed.to(tokens.dtype)
@@ -610,7 +693,9 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         return sample.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
 
     def _unmask(self, tokens: torch.Tensor, conditioning: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Visible tokens `(B, V, D)` → all `(B, N, D)`: the side blocks fill in the masked ones (MDT's side-interpolater)."""
+        """Visible tokens `(B, V, D)` → all `(B, N, D)`: the side blocks fill in the masked ones (MDT's
+        side-interpolater).
+        """
         batch, _, width = tokens.shape
         filled = self.mask_token.to(tokens.dtype).repeat(batch, self.decoder_pos_embed.shape[0], 1)
         place = visible.unsqueeze(-1).expand(-1, -1, width)
@@ -635,9 +720,11 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
             timestep (`torch.Tensor` of shape `(batch,)` or a scalar): Timestep on the scale 0 … 1000.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Classes; `num_classes` means "no class".
             return_dict (`bool`, defaults to `True`): Whether to return a [`Transformer2DModelOutput`].
-            modulation (`torch.Tensor` of shape `(batch, 6 * layers + 2, hidden_size)`, *optional*): A step of the table of
+            modulation (`torch.Tensor` of shape `(batch, 6 * layers + 2, hidden_size)`, *optional*): A step of the table
+            of
                 [`precompute_modulation`]; with it, `timestep` and `class_labels` are not used and may be `None`.
-            visible (`torch.Tensor` of shape `(batch, visible tokens)`, *optional*): For a model with side blocks: the tokens that the
+            visible (`torch.Tensor` of shape `(batch, visible tokens)`, *optional*): For a model with side blocks: the
+            tokens that the
                 layers before `decoder_start` see; the side blocks fill in the others (MDT's masked training).
 
         Returns:
@@ -648,8 +735,8 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         if modulation is None:
             if self._modulation_file is not None:
                 raise ValueError(
-                    f"The modulation weights are in {self._modulation_file}: give the forward a step of precompute_modulation(), "
-                    "or call restore_modulation()."
+                    f"The modulation weights are in {self._modulation_file}: give the forward a step of "
+                    "precompute_modulation(), or call restore_modulation()."
                 )
             if timestep.ndim == 0:
                 timestep = timestep[None]
@@ -657,10 +744,15 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         else:
             expected = (tokens.shape[0], 6 * len(self.blocks) + 2, self.config.hidden_size)
             if tuple(modulation.shape) != expected:
-                raise ValueError(f"modulation has the shape {tuple(modulation.shape)}; this model and batch need {expected}.")
+                raise ValueError(
+                    f"modulation has the shape {tuple(modulation.shape)}; this model and batch need {expected}."
+                )
             table = modulation
         if visible is not None and (self.mask_token is None or conditioning is None):
-            raise ValueError(f"visible needs a model with side blocks (side_layers is {self.config.side_layers}) and no precomputed modulation.")
+            raise ValueError(
+                f"visible needs a model with side blocks (side_layers is {self.config.side_layers}) and no precomputed "
+                "modulation."
+            )
         kept = {-1: tokens} if self._skip_start else {}
         if visible is not None:
             tokens = tokens.gather(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
@@ -671,7 +763,9 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning, None, visible)
             else:
-                tokens = block(tokens, conditioning, None if table is None else table[:, 6 * index : 6 * index + 6], visible)
+                tokens = block(
+                    tokens, conditioning, None if table is None else table[:, 6 * index : 6 * index + 6], visible
+                )
             if layer["source"][-1] in self._skip_start.values():
                 kept[layer["source"][-1]] = tokens
         sample = self.unembed(tokens, conditioning, height, width, None if table is None else table[:, -2:])
@@ -681,8 +775,8 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As in diffusers, but a missing or unexpected weight is an error, not a warning. A quantised model stays packed, unless
-        `quantization_config=EdgeDiTQuantizationConfig(dequantize=True)` is given."""
+        """As in diffusers, but a missing or unexpected weight is an error, not a warning. A quantised model stays
+        packed, unless `quantization_config=EdgeDiTQuantizationConfig(dequantize=True)` is given."""
         return_info = kwargs.pop("output_loading_info", False)
         quantization = kwargs.get("quantization_config")
         unpack = getattr(quantization, "quant_method", None) == "edgedit" and quantization.dequantize
@@ -698,36 +792,52 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         if missing or unexpected:
             raise ValueError(
                 f"The weights in {pretrained_model_name_or_path} do not fit their config: {len(missing)} missing "
-                f"({', '.join(missing[:3]) or 'none'}), {len(unexpected)} unexpected ({', '.join(unexpected[:3]) or 'none'}). "
-                "The config's `layers` and the weights must come from the same model; save it again with save_pretrained."
+                f"({', '.join(missing[:3]) or 'none'}), {len(unexpected)} unexpected "
+                f"({', '.join(unexpected[:3]) or 'none'}). "
+                "The config's `layers` and the weights must come from the same model; save it again with "
+                "save_pretrained."
             )
         if unpack:
             model.dequantize()
         elif quantization is not None and model.hf_quantizer.pre_quantized:
-            raise ValueError(f"{pretrained_model_name_or_path} is quantised already ({model.quantization_method}); load it without quantization_config.")
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is quantised already ({model.quantization_method}); load it without "
+                "quantization_config."
+            )
         return (model, info) if return_info else model
 
     def fuse_lora(self, *args, **kwargs):
         """As in diffusers, but refuses where weights are unpacked at every use: what is added to them would be lost."""
         if getattr(self, "quantization_method", None) == "edgedit":
-            raise ValueError("The model is quantised, so adapters cannot be merged into its weights; call dequantize() first, or keep them apart.")
+            raise ValueError(
+                "The model is quantised, so adapters cannot be merged into its weights; call dequantize() first, or "
+                "keep them apart."
+            )
         return super().fuse_lora(*args, **kwargs)
 
-    @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines pass `variant` and others only if the signature names them
+    @functools.wraps(
+        ModelMixin.save_pretrained, assigned=()
+    )  # pipelines pass `variant` and others only if the signature names them
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in diffusers, but refuses while layers are wrapped (PEFT adapters, torch.compile): their weights would reload as random ones."""
+        """As in diffusers, but refuses while layers are wrapped (PEFT adapters, torch.compile): their weights would
+        reload as random ones.
+        """
         if self._modulation_file is not None:
-            raise ValueError(f"The modulation weights are in {self._modulation_file}; call restore_modulation() before saving the model.")
+            raise ValueError(
+                f"The modulation weights are in {self._modulation_file}; call restore_modulation() before saving the "
+                "model."
+            )
         wrapped = {part for name in self.state_dict() for part in name.split(".") if part in WRAPPERS}
         if wrapped - {"base_layer"}:
             raise ValueError(
-                f"Layers of the model are wrapped ({', '.join(sorted(wrapped))} stands in the names of their weights), so the file would not load. Put "
-                "the layers back (layer._orig_mod, accelerator.unwrap_model(model, keep_torch_compile=False)); model.compile() and "
-                "compile_repeated_blocks() need no wrapper."
+                f"Layers of the model are wrapped ({', '.join(sorted(wrapped))} stands in the names of their weights), "
+                "so the file would not load. Put the layers back (layer._orig_mod, accelerator.unwrap_model(model, "
+                "keep_torch_compile=False)); model.compile() and compile_repeated_blocks() need no wrapper."
             )
         if wrapped:  # delete_adapters() leaves the wrappers behind
             raise ValueError(
-                f"The model's layers are wrapped for the adapters {sorted(getattr(self, 'peft_config', {}))}; keep an adapter with "
-                "save_lora_adapter(), or merge it with fuse_lora(); then call unload_lora() and save the model."
+                f"The model's layers are wrapped for the adapters {sorted(getattr(self, 'peft_config', {}))}; keep an "
+                "adapter with save_lora_adapter(), or merge it with fuse_lora(); then call unload_lora() and save the "
+                "model."
             )
         return super().save_pretrained(save_directory, *args, **kwargs)

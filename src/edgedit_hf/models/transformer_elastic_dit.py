@@ -1,18 +1,22 @@
-"""Elastic DiT: a compact text-to-image diffusion transformer whose width can be chosen at run time. One self-contained file.
+"""Elastic DiT: a compact text-to-image diffusion transformer whose width can be chosen at run time. One self-contained
+file.
 
-After SnapGen++ (arXiv:2601.08303): three stages (Down, Middle, Up; one 2 × 2 down- and one up-sample between them), adaptive sparse
-self-attention in Down and Up, long skips in Middle (U-ViT, arXiv:2209.12152), adaLN-single and cross-attention to text (PixArt-α,
-arXiv:2310.00426), flow matching with the velocity ε − x0 as output. One set of weights holds several sub-networks: a narrower one uses the
-first rows and columns of every matrix (slimmable networks, arXiv:1812.08928); norms and modulation exist once a width; what depends on the
-text alone (its projection, keys and values of the cross-attention) is not sliced, so it is the same for all.
+After SnapGen++ (arXiv:2601.08303): three stages (Down, Middle, Up; one 2 × 2 down- and one up-sample between them),
+adaptive sparse self-attention in Down and Up, long skips in Middle (U-ViT, arXiv:2209.12152), adaLN-single and
+cross-attention to text (PixArt-α, arXiv:2310.00426), flow matching with the velocity ε − x0 as output. One set of
+weights holds several sub-networks: a narrower one uses the first rows and columns of every matrix (slimmable networks,
+arXiv:1812.08928); norms and modulation exist once a width; what depends on the text alone (its projection, keys and
+values of the cross-attention) is not sliced, so it is the same for all.
 
-What the paper leaves open and this file decides: the hidden size is 2304 with heads of 72 channels; keys and values of the self-attention
-have a quarter of the heads at every width, those of the cross-attention a fixed number, and query head i reads head i mod that number, so
-that a head keeps its partner in every width; keys are compressed before norm and rotation, which are then those of the compressed grid; the
-down-sample is a linear layer on 2 × 2 tokens, the up-sample a linear layer whose output is repeated 2 × 2 and added to Down's output.
+What the paper leaves open and this file decides: the hidden size is 2304 with heads of 72 channels; keys and values of
+the self-attention have a quarter of the heads at every width, those of the cross-attention a fixed number, and query
+head i reads head i mod that number, so that a head keeps its partner in every width; keys are compressed before norm
+and rotation, which are then those of the compressed grid; the down-sample is a linear layer on 2 × 2 tokens, the
+up-sample a linear layer whose output is repeated 2 × 2 and added to Down's output.
 
-Shapes: B batch, C latent channels, H × W latent size, P patch size, N = (H/P)·(W/P) tokens (a quarter of that in Middle), D residual width of
-the active sub-network, h query heads, k key/value heads, d channels a head, T text tokens, E text width, L layers.
+Shapes: B batch, C latent channels, H × W latent size, P patch size, N = (H/P)·(W/P) tokens (a quarter of that in
+Middle), D residual width of the active sub-network, h query heads, k key/value heads, d channels a head, T text tokens,
+E text width, L layers.
 """
 
 import functools
@@ -36,11 +40,20 @@ from torch import nn
 
 FREQUENCIES = 256  # width of the sinusoidal timestep features (DiT)
 SLICED_METHODS = ("edgedit", "torchao")  # ways of quantising that leave elastic layers in place
-WRAPPERS = ("base_layer", "_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # what PEFT, torch and DDP call a layer in theirs
-_LOADED_SUBNET: ContextVar[str | None] = ContextVar("_LOADED_SUBNET", default=None)  # while `from_pretrained(subnet=…)` runs: which
+WRAPPERS = (
+    "base_layer",
+    "_orig_mod",
+    "module",
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module",
+)  # what PEFT, torch and DDP call a layer in theirs
+_LOADED_SUBNET: ContextVar[str | None] = ContextVar(
+    "_LOADED_SUBNET", default=None
+)  # while `from_pretrained(subnet=…)` runs: which
 NO_BITSANDBYTES = (
     "bitsandbytes works with a GPU only, as diffusers calls it. On CPUs quantise with edgedit_hf's own schemes: "
-    'quantization_config=EdgeDiTQuantizationConfig(default={"scheme": "nf4"}), or {"scheme": "affine", "bits": 8}, from edgedit_hf.'
+    'quantization_config=EdgeDiTQuantizationConfig(default={"scheme": "nf4"}), or {"scheme": "affine", "bits": 8}, '
+    "from edgedit_hf."
 )
 SUBNETS = {"tiny": 0.375, "small": 0.5, "full": 1.0}
 
@@ -78,8 +91,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 # -------------------------------------------------------------------- elastic layers
 
 
-# The width belongs to the call: it goes down the forward as `*width`, nothing for the full net and for a stand-alone one, whose layers may be
-# any that take a tensor (of PEFT, of a quantiser), and the name of a narrower sub-network for elastic layers.
+# The width belongs to the call: it goes down the forward as `*width`, nothing for the full net and for a stand-alone
+# one, whose layers may be any that take a tensor (of PEFT, of a quantiser), and the name of a narrower sub-network for
+# elastic layers.
 Width = tuple[str, ...]
 
 
@@ -104,14 +118,18 @@ class ElasticLinear(nn.Linear):
 
 
 class ElasticCompression(nn.Conv2d):
-    """Depthwise 2 × 2 convolution of stride 2 over a grid of tokens, of which a sub-network uses the first channels; starts as the mean."""
+    """Depthwise 2 × 2 convolution of stride 2 over a grid of tokens, of which a sub-network uses the first channels;
+    starts as the mean.
+    """
 
     def __init__(self, channels: int, sizes: Mapping[str, int] | None = None):
         super().__init__(channels, channels, kernel_size=2, stride=2, groups=channels)
         self.sizes = sizes
 
     def forward(self, tokens: torch.Tensor, rows: int, columns: int, subnet: str | None = None) -> torch.Tensor:
-        """`(B, N, c)` → `(B, N/4, c)`, as a weighted sum of the four tokens of a window: a convolution would want the channels first."""
+        """`(B, N, c)` → `(B, N/4, c)`, as a weighted sum of the four tokens of a window: a convolution would want the
+        channels first.
+        """
         channels = self.out_channels if subnet is None else self.sizes[subnet]
         windows = tokens.unflatten(1, (rows // 2, 2, columns // 2, 2))  # [B, rows/2, 2, columns/2, 2, c]
         compressed, weight = self.bias[:channels], self.weight
@@ -135,22 +153,31 @@ class PerWidth(nn.ModuleDict):
 
 
 class _Layers:
-    """Makes the layers of a net: elastic ones for a supernet (`subnets` given, the narrowest first), plain ones for a stand-alone net."""
+    """Makes the layers of a net: elastic ones for a supernet (`subnets` given, the narrowest first), plain ones for a
+    stand-alone net.
+    """
 
     def __init__(self, subnets: Mapping[str, float] | None):
         self.subnets = subnets
 
-    def linear(self, inputs: int, outputs: int, bias: bool = True, slice_inputs: bool = True, slice_outputs: bool = True) -> nn.Linear:
+    def linear(
+        self, inputs: int, outputs: int, bias: bool = True, slice_inputs: bool = True, slice_outputs: bool = True
+    ) -> nn.Linear:
         if self.subnets is None:
             return nn.Linear(inputs, outputs, bias)
         sizes = {
-            name: (round(outputs * width) if slice_outputs else outputs, round(inputs * width) if slice_inputs else inputs)
+            name: (
+                round(outputs * width) if slice_outputs else outputs,
+                round(inputs * width) if slice_inputs else inputs,
+            )
             for name, width in self.subnets.items()
         }
         return ElasticLinear(inputs, outputs, bias, sizes)
 
     def compression(self, channels: int) -> ElasticCompression:
-        sizes = None if self.subnets is None else {name: round(channels * width) for name, width in self.subnets.items()}
+        sizes = (
+            None if self.subnets is None else {name: round(channels * width) for name, width in self.subnets.items()}
+        )
         return ElasticCompression(channels, sizes)
 
     def per_width(self, make: Callable[[float], nn.Module]) -> nn.Module:
@@ -166,7 +193,9 @@ class _Layers:
 
 
 class Positions(NamedTuple):
-    """A grid of tokens: its size, and the rotations (cos, sin), each `(N, d/2)`, of its tokens and of its 2 × 2 compressed ones."""
+    """A grid of tokens: its size, and the rotations (cos, sin), each `(N, d/2)`, of its tokens and of its 2 × 2
+    compressed ones.
+    """
 
     rows: int
     columns: int
@@ -174,11 +203,14 @@ class Positions(NamedTuple):
     compressed: tuple[torch.Tensor, torch.Tensor] | None
 
 
-def rotation_table(rows: int, columns: int, stride: int, channels: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def rotation_table(
+    rows: int, columns: int, stride: int, channels: int, theta: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, each `(rows·columns, d/2)` float32, of axial 2-D rotary embeddings (RoPE) of a grid.
 
-    The first quarter of the angles encodes the row, the second the column. Coordinates are the centres of the tokens on the finest grid, of
-    which a token covers `stride` × `stride`, so that all stages and compressed keys share one coordinate system.
+    The first quarter of the angles encodes the row, the second the column. Coordinates are the centres of the tokens on
+    the finest grid, of which a token covers `stride` × `stride`, so that all stages and compressed keys share one
+    coordinate system.
     """
     frequencies = theta ** (-torch.arange(channels // 4, dtype=torch.float32, device=device) / (channels // 4))
     angles = []
@@ -199,15 +231,20 @@ def rotate(heads: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> 
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Softmax attention of queries `(B, h, N, d)` to keys and values `(B, k, M, d)`: `(B, h, N, d)`. Query head i reads head ⌊i · k / h⌋."""
+    """Softmax attention of queries `(B, h, N, d)` to keys and values `(B, k, M, d)`: `(B, h, N, d)`. Query head i reads
+    head ⌊i · k / h⌋.
+    """
     return F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
 
 
-def strip_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: int, radius: int) -> torch.Tensor:
-    """Blockwise neighbourhood attention (SnapGen++, eq. 2): the raster sequence is cut into strips of ⌈N / blocks⌉ tokens (the last may be
-    shorter), and strip b attends to the strips b − radius … b + radius that exist.
+def strip_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: int, radius: int
+) -> torch.Tensor:
+    """Blockwise neighbourhood attention (SnapGen++, eq. 2): the raster sequence is cut into strips of ⌈N / blocks⌉
+    tokens (the last may be shorter), and strip b attends to the strips b − radius … b + radius that exist.
 
-    A loop over the strips, whose keys and values are views: gathering the neighbourhoods into one batch was slower than full attention.
+    A loop over the strips, whose keys and values are views: gathering the neighbourhoods into one batch was slower than
+    full attention.
 
     Args:
         query: `(B, h, N, d)`. key, value: `(B, k, N, d)`; contiguous ones are the fastest.
@@ -235,7 +272,8 @@ def sparse_attention(
 
     Args:
         query: `(B, h, N, d)`. key, value: `(B, k, N, d)`, for the local branch ([`strip_attention`]).
-        compressed_key, compressed_value: `(B, k, N/4, d)`, for the global branch, in which every query attends to all of them.
+        compressed_key, compressed_value: `(B, k, N/4, d)`, for the global branch, in which every query attends to all
+            of them.
         gate: g in (0, 1), `(B, h, N, 1)`.
     """
     near = strip_attention(query, key, value, blocks, radius)
@@ -244,13 +282,26 @@ def sparse_attention(
 
 
 class ElasticSelfAttention(nn.Module):
-    """Grouped-query self-attention with normed, rotated queries and keys: full, or adaptive sparse (SnapGen++, eq. 1-3).
+    """Grouped-query self-attention with normed, rotated queries and keys: full, or adaptive sparse (SnapGen++, eq.
+    1-3).
 
-    Sparse attention has two branches on the same queries, keys and values: a global one over keys and values compressed 2 × 2, and a local one
-    over strips ([`strip_attention`]). A gate in (0, 1), one a head and token, from the layer's input mixes them: g · global + (1 − g) · local.
+    Sparse attention has two branches on the same queries, keys and values: a global one over keys and values compressed
+    2 × 2, and a local one over strips ([`strip_attention`]). A gate in (0, 1), one a head and token, from the layer's
+    input mixes them: g · global + (1 − g) · local.
     """
 
-    def __init__(self, make: _Layers, dim: int, heads: int, kv_heads: int, head_dim: int, eps: float, sparse: bool, blocks: int, radius: int):
+    def __init__(
+        self,
+        make: _Layers,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        eps: float,
+        sparse: bool,
+        blocks: int,
+        radius: int,
+    ):
         super().__init__()
         self.head_dim, self.sparse, self.blocks, self.radius = head_dim, sparse, blocks, radius
         self.to_q = make.linear(dim, heads * head_dim)
@@ -270,12 +321,16 @@ class ElasticSelfAttention(nn.Module):
     def keys_and_values(
         self, key: torch.Tensor, value: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], *width: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Projections `(B, N, k·d)` → keys and values `(B, k, N, d)`, contiguous (the norm of the keys makes them so)."""
+        """Projections `(B, N, k·d)` → keys and values `(B, k, N, d)`, contiguous (the norm of the keys makes them
+        so).
+        """
         return rotate(self.norm_k(self._heads(key), *width), rotation), self._heads(value).contiguous()
 
     def forward(self, hidden_states: torch.Tensor, positions: Positions, *width: str) -> torch.Tensor:
         """`(B, N, D)` → `(B, N, D)`."""
-        query = rotate(self.norm_q(self._heads(self.to_q(hidden_states, *width)), *width), positions.rotation)  # [B, h, N, d]
+        query = rotate(
+            self.norm_q(self._heads(self.to_q(hidden_states, *width)), *width), positions.rotation
+        )  # [B, h, N, d]
         key, value = self.to_k(hidden_states, *width), self.to_v(hidden_states, *width)  # [B, N, k·d]
         keys, values = self.keys_and_values(key, value, positions.rotation, *width)
         if self.sparse:
@@ -290,7 +345,9 @@ class ElasticSelfAttention(nn.Module):
 
 
 class ElasticCrossAttention(nn.Module):
-    """Attention to the text. Keys and values, of `kv_heads` heads, are the same for every sub-network; query head i reads head i mod kv_heads."""
+    """Attention to the text. Keys and values, of `kv_heads` heads, are the same for every sub-network; query head i
+    reads head i mod kv_heads.
+    """
 
     def __init__(self, make: _Layers, dim: int, heads: int, kv_heads: int, head_dim: int, text_width: int, eps: float):
         super().__init__()
@@ -302,9 +359,13 @@ class ElasticCrossAttention(nn.Module):
         self.norm_q = make.per_width(lambda width: nn.LayerNorm(head_dim, eps=eps))
         self.norm_k = make.per_width(lambda width: nn.LayerNorm(head_dim, eps=eps))
 
-    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None, *width: str) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None, *width: str
+    ) -> torch.Tensor:
         """`(B, N, D)`, `(B, T, E)`, mask `(B, 1, 1, T)` of the tokens that are there (`None`: all) → `(B, N, D)`."""
-        query = self.norm_q(self.to_q(hidden_states, *width).unflatten(-1, (-1, self.head_dim)), *width).transpose(1, 2)  # [B, h, N, d]
+        query = self.norm_q(self.to_q(hidden_states, *width).unflatten(-1, (-1, self.head_dim)), *width).transpose(
+            1, 2
+        )  # [B, h, N, d]
         key = self.norm_k(self.to_k(text).unflatten(-1, (-1, self.head_dim)), *width).transpose(1, 2)  # [B, k, T, d]
         value = self.to_v(text).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         group = query.shape[1] // self.kv_heads
@@ -330,7 +391,9 @@ class ElasticMLP(nn.Module):
 
 
 class LongSkip(nn.Module):
-    """A linear layer on [hidden states, skip] (U-ViT), as the sum of one on each, so that both can be sliced. Starts as the identity."""
+    """A linear layer on [hidden states, skip] (U-ViT), as the sum of one on each, so that both can be sliced. Starts as
+    the identity.
+    """
 
     def __init__(self, make: _Layers, dim: int):
         super().__init__()
@@ -353,8 +416,8 @@ class Modulation(nn.Module):
         self.table_out = nn.Parameter(torch.zeros(2, dim))
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
-        """Timesteps `(B,)` on the scale 0 … 1000 → `(B, 6L + 2, D)`: six rows a layer (shift, scale, gate of the attention and of the MLP), then
-        shift and scale of the output."""
+        """Timesteps `(B,)` on the scale 0 … 1000 → `(B, 6L + 2, D)`: six rows a layer (shift, scale, gate of the
+        attention and of the MLP), then shift and scale of the output."""
         half = FREQUENCIES // 2
         exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
         angles = timestep.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)[None]
@@ -366,7 +429,9 @@ class Modulation(nn.Module):
 
 
 class ElasticDiTBlock(nn.Module):
-    """One layer: modulated self-attention, cross-attention to the text, modulated MLP; in late Middle layers a long skip before them."""
+    """One layer: modulated self-attention, cross-attention to the text, modulated MLP; in late Middle layers a long
+    skip before them.
+    """
 
     def __init__(
         self,
@@ -409,11 +474,14 @@ class ElasticDiTBlock(nn.Module):
             hidden_states: `(B, N, D)`. text: `(B, T, E)`. mask: `(B, 1, 1, T)` or `None`.
             modulation: `(B, 6, D)`: shift, scale, gate of the attention, then of the MLP.
             skip: `(B, N, D)` for a block with a long skip.
-            width: of this call; an argument, so that gradient checkpointing computes the same again in the backward pass.
+            width: of this call; an argument, so that gradient checkpointing computes the same again in the backward
+                pass.
         """
         if self.long_skip is not None:
             hidden_states = self.long_skip(hidden_states, skip, *width)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.unsqueeze(2).unbind(1)  # each [B, 1, D]
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.unsqueeze(2).unbind(
+            1
+        )  # each [B, 1, D]
         attention = self.attn(torch.addcmul(shift_attn, self._norm(hidden_states), 1 + scale_attn), positions, *width)
         hidden_states = torch.addcmul(hidden_states, gate_attn, attention)
         hidden_states = hidden_states + self.cross_attn(hidden_states, text, mask, *width)
@@ -422,8 +490,8 @@ class ElasticDiTBlock(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """Projects and concatenates the tokens of the text encoders. One learned token an encoder is always there, so that any of them, or all,
-    may be absent: an encoder whose tokens are all masked is the same as one that is not given."""
+    """Projects and concatenates the tokens of the text encoders. One learned token an encoder is always there, so that
+    any of them, or all, may be absent: an encoder whose tokens are all masked is the same as one that is not given."""
 
     def __init__(self, dims: Sequence[int], width: int, eps: float):
         super().__init__()
@@ -431,8 +499,12 @@ class TextEmbedder(nn.Module):
         self.norms = nn.ModuleList([nn.LayerNorm(width, eps=eps) for _ in dims])
         self.tokens = nn.Parameter(torch.zeros(len(dims), width))
 
-    def forward(self, embeddings: Sequence[torch.Tensor | None], masks: Sequence[torch.Tensor | None], batch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One `(B, T_i, dim_i)` and one `(B, T_i)` (or `None`) an encoder → text `(B, T, E)`, and the mask `(B, 1, 1, T)` if any was given."""
+    def forward(
+        self, embeddings: Sequence[torch.Tensor | None], masks: Sequence[torch.Tensor | None], batch: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One `(B, T_i, dim_i)` and one `(B, T_i)` (or `None`) an encoder → text `(B, T, E)`, and the mask `(B, 1, 1,
+        T)` if any was given.
+        """
         parts = [self.tokens.expand(batch, -1, -1)]
         present = [torch.ones(batch, len(self.projections), dtype=torch.bool, device=self.tokens.device)]
         for projection, norm, embedding, mask in zip(self.projections, self.norms, embeddings, masks):
@@ -461,7 +533,8 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     A text-to-image diffusion transformer in three stages, and a supernet of several widths of itself.
 
     Args:
-        sample_size (`int`, defaults to 128): Height and width of the latent input it was made for; every other size works too.
+        sample_size (`int`, defaults to 128): Height and width of the latent input it was made for; every other size
+            works too.
         patch_size (`int`, defaults to 2): Side of the square patches.
         in_channels (`int`, defaults to 16): Channels of input and output.
         num_attention_heads (`int`, defaults to 32): Query heads; the hidden size D is heads · `attention_head_dim`.
@@ -471,10 +544,13 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         mlp_ratios (`list[float]`, defaults to `[4.0, 3.0, 4.0]`): Their MLP ratios.
         text_dims (`list[int]`, defaults to `[512, 2560]`): Width of the embeddings of every text encoder.
         text_width (`int`, defaults to 1536): Width E that they are projected to.
-        num_text_key_value_heads (`int`, defaults to 4): Key/value heads of the cross-attention, the same in every sub-network.
-        attention_blocks (`int`, defaults to 16), attention_radius (`int`, defaults to 1): Strips of the local attention in Down and Up, and how
+        num_text_key_value_heads (`int`, defaults to 4): Key/value heads of the cross-attention, the same in every
+            sub-network.
+        attention_blocks (`int`, defaults to 16), attention_radius (`int`, defaults to 1): Strips of the local attention
+        in Down and Up, and how
             many neighbours on either side a strip sees.
-        subnets (`dict[str, float]`, *optional*): Name and width of every sub-network, as a share of the full width; one has 1.0. `None`: a
+        subnets (`dict[str, float]`, *optional*): Name and width of every sub-network, as a share of the full width; one
+        has 1.0. `None`: a
             stand-alone net.
         norm_eps (`float`, defaults to 1e-6): Epsilon of the layer norms.
         rope_theta (`float`, defaults to 10000): Base of the rotary embedding's wavelengths.
@@ -508,10 +584,15 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     ):
         super().__init__()
         self.register_to_config(
-            num_layers=list(num_layers), mlp_ratios=list(mlp_ratios), text_dims=list(text_dims), subnets=None if subnets is None else dict(subnets)
+            num_layers=list(num_layers),
+            mlp_ratios=list(mlp_ratios),
+            text_dims=list(text_dims),
+            subnets=None if subnets is None else dict(subnets),
         )
         _check(self.config)
-        if subnets is not None:  # the order of the modules follows from the widths: config.json keeps no order of the names
+        if (
+            subnets is not None
+        ):  # the order of the modules follows from the widths: config.json keeps no order of the names
             subnets = dict(sorted(subnets.items(), key=lambda item: (item[1], item[0])))
             self.register_to_config(subnets=subnets)
         self._full = self._active = None if subnets is None else list(subnets)[-1]
@@ -542,11 +623,14 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             )
 
         down, middle, up = num_layers
-        # U-ViT's symmetric pairs, the innermost of an even number left out: its skip would join a layer's output to itself.
+        # U-ViT's symmetric pairs, the innermost of an even number left out: its skip would join a layer's output to
+        # itself.
         self._num_skips = (middle - 1) // 2
         self.down_blocks = nn.ModuleList([block(0) for _ in range(down)])
         self.down_sample = make.linear(4 * dim, dim)
-        self.middle_blocks = nn.ModuleList([block(1, long_skip=index >= middle - self._num_skips) for index in range(middle)])
+        self.middle_blocks = nn.ModuleList(
+            [block(1, long_skip=index >= middle - self._num_skips) for index in range(middle)]
+        )
         self.up_sample = make.linear(dim, dim)
         self.up_blocks = nn.ModuleList([block(2) for _ in range(up)])
         self.proj_out = make.linear(dim, patch_size * patch_size * in_channels, slice_outputs=False)
@@ -601,18 +685,22 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _known(self, name: str) -> str:
         if self.config.subnets is None:
-            raise ValueError(f"The sub-network {name!r} was asked for, but this is a stand-alone net (subnets is None).")
+            raise ValueError(
+                f"The sub-network {name!r} was asked for, but this is a stand-alone net (subnets is None)."
+            )
         if name not in self.config.subnets:
             raise ValueError(f"There is no sub-network {name!r}; this net has {', '.join(self.subnet_names)}.")
         return name
 
     def set_active_subnet(self, name: str) -> None:
-        """Make this sub-network that of the calls which begin from now on and name none; one that names its `subnet`, or has begun, keeps its own.
-        Takes no time and copies nothing: layers use views of the full weights."""
+        """Make this sub-network that of the calls which begin from now on and name none; one that names its `subnet`,
+        or has begun, keeps its own. Takes no time and copies nothing: layers use views of the full weights."""
         self.__dict__["_active"] = self._known(name)  # a module's own assignment takes three times as long
 
     def resolve_subnet(self, name: str | None = None) -> str | None:
-        """Name of the sub-network that a call with `subnet=name` runs now (`None` for a stand-alone net); a ValueError if there is none."""
+        """Name of the sub-network that a call with `subnet=name` runs now (`None` for a stand-alone net); a ValueError
+        if there is none.
+        """
         return self._active if name is None else self._known(name)
 
     def _width(self, name: str | None) -> Width:
@@ -622,18 +710,21 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return ()
         if getattr(self, "quantization_method", None) not in (None, *SLICED_METHODS):
             raise ValueError(
-                f"The net is quantised by {self.quantization_method}, whose layers cannot be cut to the sub-network {name!r}; load that alone, "
-                f"from_pretrained(…, subnet={name!r}, quantization_config=…), or run {self._full!r}."
+                f"The net is quantised by {self.quantization_method}, whose layers cannot be cut to the sub-network "
+                f"{name!r}; load that alone, from_pretrained(…, subnet={name!r}, quantization_config=…), or run "
+                f"{self._full!r}."
             )
         if getattr(self, "_hf_peft_config_loaded", False) and any(_adapts(module) for module in self.modules()):
             raise ValueError(
-                f"Adapters have the full net's shapes, but the sub-network {name!r} is active; load them into extract_subnet({name!r}), call "
-                f"disable_adapters(), or run {self._full!r}."
+                f"Adapters have the full net's shapes, but the sub-network {name!r} is active; load them into "
+                f"extract_subnet({name!r}), call disable_adapters(), or run {self._full!r}."
             )
         return (name,)
 
     def sample_active_subnet(self, generator: torch.Generator | None = None) -> str:
-        """Activate a sub-network drawn uniformly from all but the full net (which training runs in every step), and return its name."""
+        """Activate a sub-network drawn uniformly from all but the full net (which training runs in every step), and
+        return its name.
+        """
         names = self.subnet_names[:-1]
         if not names:
             raise ValueError(f"There is no sub-network to draw: this net has {self.subnet_names or 'none'}.")
@@ -641,21 +732,32 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return self.active_subnet
 
     def active_subnet_config(self) -> dict[str, Any]:
-        """Config of the stand-alone net that equals the active sub-network (what [`extract_subnet`] makes): what the class takes."""
+        """Config of the stand-alone net that equals the active sub-network (what [`extract_subnet`] makes): what the
+        class takes.
+        """
         return self._own(_subnet_config(self.config, self.active_subnet))
 
     def extract_subnet(self, name: str) -> "ElasticDiTTransformer2DModel":
-        """A stand-alone net whose output is that of the sub-network, with copies of its weights and no trace of the supernet."""
+        """A stand-alone net whose output is that of the sub-network, with copies of its weights and no trace of the
+        supernet.
+        """
         twin = self._empty_twin(self.config, self._known(name))
         target, sources = twin.state_dict(), _source_names(twin, name)
         if any(".base_layer." in key for key in self.state_dict()):
-            raise ValueError("The net's layers are wrapped for adapters; merge them with fuse_lora() and call unload_lora() first.")
+            raise ValueError(
+                "The net's layers are wrapped for adapters; merge them with fuse_lora() and call unload_lora() first."
+            )
         state, trained = {}, {}
         for key, source in sources.items():
-            tensor = attrgetter(source)(self)  # not a parameter if it was unpacked, from a quantised layer: the twin's never are
+            tensor = attrgetter(source)(
+                self
+            )  # not a parameter if it was unpacked, from a quantised layer: the twin's never are
             if type(tensor) not in (nn.Parameter, torch.Tensor):
                 tensor = tensor.dequantize()  # torchao's
-            state[key], trained[key] = tensor.detach()[_corner(target[key])].clone(), tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+            state[key], trained[key] = (
+                tensor.detach()[_corner(target[key])].clone(),
+                tensor.requires_grad or not isinstance(tensor, nn.Parameter),
+            )
         twin.load_state_dict(state, assign=True)
         for key, ours in twin.named_parameters():
             ours.requires_grad_(trained[key])
@@ -663,7 +765,9 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @classmethod
     def _own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of a config that the class takes: not those of diffusers, and of whoever registered some of their own."""
+        """The values of a config that the class takes: not those of diffusers, and of whoever registered some of their
+        own.
+        """
         taken = inspect.signature(cls.__init__).parameters
         return {key: value for key, value in config.items() if key in taken}
 
@@ -683,8 +787,8 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return Positions(rows, columns, rotation_table(rows, columns, stride, *arguments), compressed)
 
     def precompute_modulation(self, timesteps: torch.Tensor, subnet: str | None = None) -> torch.Tensor:
-        """The modulations `(T, 6L + 2, D)` of a sub-network (default: the active one) at timesteps `(T,)`, for a whole schedule at once;
-        `table[step]`, expanded to the batch, is the `modulation` that [`forward`] takes."""
+        """The modulations `(T, 6L + 2, D)` of a sub-network (default: the active one) at timesteps `(T,)`, for a whole
+        schedule at once; `table[step]`, expanded to the batch, is the `modulation` that [`forward`] takes."""
         return self.modulation(timesteps, *self._width(subnet))
 
     def forward(
@@ -702,11 +806,15 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Args:
             hidden_states (`torch.Tensor` of shape `(B, C, H, W)`): Noisy input; H and W multiples of 2 · `patch_size`.
             timestep (`torch.Tensor` of shape `(B,)` or a scalar): Timestep 1000·σ on the scale 0 … 1000.
-            encoder_hidden_states: A `(B, T_i, text_dims[i])` for every text encoder, or `None` for one that is absent; `None`: no text.
-            encoder_attention_mask: A `(B, T_i)` for every text encoder that tells tokens from padding, or `None` where all are tokens.
+            encoder_hidden_states: A `(B, T_i, text_dims[i])` for every text encoder, or `None` for one that is absent;
+                `None`: no text.
+            encoder_attention_mask: A `(B, T_i)` for every text encoder that tells tokens from padding, or `None` where
+                all are tokens.
             return_features: Whether to return the tokens after the last layer too (for feature distillation).
-            modulation (`torch.Tensor` of shape `(B, 6L + 2, D)`, *optional*): A step of [`precompute_modulation`]; `timestep` is not used then.
-            subnet (`str`, *optional*): The sub-network to run, for this call alone. Default: the active one as the call begins.
+            modulation (`torch.Tensor` of shape `(B, 6L + 2, D)`, *optional*): A step of [`precompute_modulation`];
+            `timestep` is not used then.
+            subnet (`str`, *optional*): The sub-network to run, for this call alone. Default: the active one as the call
+                begins.
 
         Returns:
             [`ElasticDiTOutput`], or a tuple of its values.
@@ -716,8 +824,8 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         patch = self.config.patch_size
         if channels != self.config.in_channels or any(side % (2 * patch) for side in size):
             raise ValueError(
-                f"The input has the shape {tuple(hidden_states.shape)}; it needs {self.config.in_channels} channels and a height and width that "
-                f"are multiples of {2 * patch} (patches of {patch}, down-sampled once)."
+                f"The input has the shape {tuple(hidden_states.shape)}; it needs {self.config.in_channels} channels "
+                f"and a height and width that are multiples of {2 * patch} (patches of {patch}, down-sampled once)."
             )
         text, mask = self.embed_text(encoder_hidden_states, encoder_attention_mask, batch)
         if modulation is None:
@@ -727,12 +835,19 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return ElasticDiTOutput(sample=sample, features=features) if return_dict else (sample, features)
 
     def denoise(
-        self, hidden_states: torch.Tensor, modulation: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None, subnet: str | None = None
+        self,
+        hidden_states: torch.Tensor,
+        modulation: torch.Tensor,
+        text: torch.Tensor,
+        mask: torch.Tensor | None,
+        subnet: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The network between its conditions and its output: what a step computes once [`embed_text`] and [`precompute_modulation`] are done.
+        """The network between its conditions and its output: what a step computes once [`embed_text`] and
+        [`precompute_modulation`] are done.
 
         Args:
-            hidden_states: `(B, C, H, W)`. modulation: `(B, 6L + 2, D)`. text: `(B, T, E)`. mask: `(B, 1, 1, T)` or `None`.
+            hidden_states: `(B, C, H, W)`. modulation: `(B, 6L + 2, D)`. text: `(B, T, E)`. mask: `(B, 1, 1, T)` or
+                `None`.
 
         Returns:
             The velocity `(B, C, H, W)` and the tokens `(B, N, D)` after the last layer.
@@ -740,7 +855,12 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return self._denoise(hidden_states, modulation, text, mask, self._width(subnet))
 
     def _denoise(
-        self, hidden_states: torch.Tensor, modulation: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None, width: Width
+        self,
+        hidden_states: torch.Tensor,
+        modulation: torch.Tensor,
+        text: torch.Tensor,
+        mask: torch.Tensor | None,
+        width: Width,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, channels = hidden_states.shape[:2]
         patch = self.config.patch_size
@@ -750,7 +870,9 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         layer = 0
 
-        def run(block: ElasticDiTBlock, tokens: torch.Tensor, positions: Positions, skip: torch.Tensor | None = None) -> torch.Tensor:
+        def run(
+            block: ElasticDiTBlock, tokens: torch.Tensor, positions: Positions, skip: torch.Tensor | None = None
+        ) -> torch.Tensor:
             nonlocal layer
             arguments = tokens, text, mask, modulation[:, 6 * layer : 6 * layer + 6], positions, skip, width
             layer += 1
@@ -778,37 +900,51 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         shift, scale = modulation[:, -2:].unsqueeze(2).unbind(1)  # each [B, 1, D]
         normed = F.layer_norm(tokens, tokens.shape[-1:], eps=self.config.norm_eps)
-        sample = self.proj_out(torch.addcmul(shift, normed, 1 + scale), *width).view(batch, rows, columns, patch, patch, channels)
+        sample = self.proj_out(torch.addcmul(shift, normed, 1 + scale), *width).view(
+            batch, rows, columns, patch, patch, channels
+        )
         return sample.permute(0, 5, 1, 3, 2, 4).reshape(hidden_states.shape), tokens
 
     def embed_text(
         self, embeddings: Sequence[torch.Tensor | None] | None, masks: Sequence[torch.Tensor | None] | None, batch: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Text `(B, T, E)` and its mask `(B, 1, 1, T)` (`None` where all tokens count) of what [`forward`] takes for every text encoder."""
+        """Text `(B, T, E)` and its mask `(B, 1, 1, T)` (`None` where all tokens count) of what [`forward`] takes for
+        every text encoder.
+        """
         dims = self.config.text_dims
         embeddings = [None] * len(dims) if embeddings is None else list(embeddings)
         masks = [None] * len(dims) if masks is None else list(masks)
         if len(embeddings) != len(dims) or len(masks) != len(dims):
-            raise ValueError(f"{len(embeddings)} text embeddings and {len(masks)} masks were given; this net has {len(dims)} text encoders.")
+            raise ValueError(
+                f"{len(embeddings)} text embeddings and {len(masks)} masks were given; this net has {len(dims)} text "
+                "encoders."
+            )
         for index, (embedding, mask, dim) in enumerate(zip(embeddings, masks, dims)):
             if embedding is None:
                 continue
             if embedding.ndim != 3 or embedding.shape[0] != batch or embedding.shape[2] != dim:
-                raise ValueError(f"encoder_hidden_states[{index}] has the shape {tuple(embedding.shape)}; it must be ({batch}, tokens, {dim}).")
+                raise ValueError(
+                    f"encoder_hidden_states[{index}] has the shape {tuple(embedding.shape)}; it must be ({batch}, "
+                    f"tokens, {dim})."
+                )
             if mask is not None and mask.shape != embedding.shape[:2]:
-                raise ValueError(f"encoder_attention_mask[{index}] has the shape {tuple(mask.shape)}; it must be {tuple(embedding.shape[:2])}.")
+                raise ValueError(
+                    f"encoder_attention_mask[{index}] has the shape {tuple(mask.shape)}; it must be "
+                    f"{tuple(embedding.shape[:2])}."
+                )
         return self.text_embedder(embeddings, masks, batch)
 
     # ---------------------------------------------------------------- loading and saving
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subnet: str | None = None, **kwargs):
-        """As in diffusers, but a missing or unexpected weight is an error, not a warning. A quantised net stays packed, unless
-        `quantization_config=EdgeDiTQuantizationConfig(dequantize=True)` is given.
+        """As in diffusers, but a missing or unexpected weight is an error, not a warning. A quantised net stays packed,
+        unless `quantization_config=EdgeDiTQuantizationConfig(dequantize=True)` is given.
 
         Args:
-            subnet (`str`, *optional*): Load this sub-network of a saved supernet as a stand-alone net; only its part of the weights is read
-                (of a quantised one all, packed; the stand-alone net is not quantised). Every other option is diffusers' and means what it
+            subnet (`str`, *optional*): Load this sub-network of a saved supernet as a stand-alone net; only its part of
+                the weights is read (of a quantised one all, packed; the stand-alone net is not quantised). Every other
+                option is diffusers' and means what it
                 means without: `quantization_config` names the layers of the stand-alone net.
         """
         if subnet is not None:
@@ -828,26 +964,39 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if missing or unexpected:
             raise ValueError(
                 f"The weights in {pretrained_model_name_or_path} do not fit their config: {len(missing)} missing "
-                f"({', '.join(missing[:3]) or 'none'}), {len(unexpected)} unexpected ({', '.join(unexpected[:3]) or 'none'}). "
+                f"({', '.join(missing[:3]) or 'none'}), {len(unexpected)} unexpected "
+                f"({', '.join(unexpected[:3]) or 'none'}). "
                 "Config and weights must come from the same model; save it again with save_pretrained."
             )
         if unpack:
             model.dequantize()
         elif quantization is not None and model.hf_quantizer.pre_quantized:
-            raise ValueError(f"{pretrained_model_name_or_path} is quantised already ({model.quantization_method}); load it without quantization_config.")
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is quantised already ({model.quantization_method}); load it without "
+                "quantization_config."
+            )
         return (model, info) if return_info else model
 
     @classmethod
     def _subnet_from_pretrained(cls, path, name: str, **kwargs):
-        """[`from_pretrained`] of a sub-network: diffusers' own loader, to which [`load_config`] and [`_load_pretrained_model`] show the stand-alone
-        net's config and weights."""
-        others = [option for option in ("parallel_config", "use_flashpack") if kwargs.get(option)]  # read the file in ways of their own
+        """[`from_pretrained`] of a sub-network: diffusers' own loader, to which [`load_config`] and
+        [`_load_pretrained_model`] show the stand-alone net's config and weights."""
+        others = [
+            option for option in ("parallel_config", "use_flashpack") if kwargs.get(option)
+        ]  # read the file in ways of their own
         if others:
-            raise ValueError(f"subnet={name!r} cannot be combined with {', '.join(others)}; extract the sub-network, save it, and load that.")
+            raise ValueError(
+                f"subnet={name!r} cannot be combined with {', '.join(others)}; extract the sub-network, save it, and "
+                "load that."
+            )
         config = cls.load_config(path, **kwargs)
         subnets = config.get("subnets")
         if not subnets or name not in subnets:
-            there = f"has the sub-networks {', '.join(sorted(subnets, key=subnets.get))}" if subnets else "is a stand-alone net"
+            there = (
+                f"has the sub-networks {', '.join(sorted(subnets, key=subnets.get))}"
+                if subnets
+                else "is a stand-alone net"
+            )
             raise ValueError(f"subnet={name!r} was asked for, but {path} {there}.")
         if config.get("quantization_config"):
             if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
@@ -855,7 +1004,10 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return_info = kwargs.pop("output_loading_info", False)
             net, info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
             if len(set(getattr(net, "hf_device_map", {}).values())) > 1:
-                raise ValueError(f"subnet={name!r} of the quantised net {path} cannot be combined with a device_map of several devices; load it on one.")
+                raise ValueError(
+                    f"subnet={name!r} of the quantised net {path} cannot be combined with a device_map of several "
+                    "devices; load it on one."
+                )
             twin = net.extract_subnet(name)
             twin.register_to_config(_name_or_path=str(path))
             return (twin.eval(), info) if return_info else twin.eval()
@@ -883,13 +1035,21 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def _load_pretrained_model(cls, model, state_dict, resolved_model_file, path, loaded_keys, *args, **kwargs):
         name = _LOADED_SUBNET.get()
         if name is not None:
-            state_dict = cls._read_subnet(model, name, state_dict, resolved_model_file, path, kwargs.get("disable_mmap", False))
+            state_dict = cls._read_subnet(
+                model, name, state_dict, resolved_model_file, path, kwargs.get("disable_mmap", False)
+            )
             resolved_model_file, loaded_keys = resolved_model_file[:1], list(state_dict)
-        return super()._load_pretrained_model(model, state_dict, resolved_model_file, path, loaded_keys, *args, **kwargs)
+        return super()._load_pretrained_model(
+            model, state_dict, resolved_model_file, path, loaded_keys, *args, **kwargs
+        )
 
     @classmethod
-    def _read_subnet(cls, model, name: str, state_dict, files: Sequence[str], path, disable_mmap: bool) -> dict[str, torch.Tensor]:
-        """The weights of a stand-alone net from the files of a supernet. `state_dict`: what diffusers has of an only file, as a map of it where it can."""
+    def _read_subnet(
+        cls, model, name: str, state_dict, files: Sequence[str], path, disable_mmap: bool
+    ) -> dict[str, torch.Tensor]:
+        """The weights of a stand-alone net from the files of a supernet. `state_dict`: what diffusers has of an only
+        file, as a map of it where it can.
+        """
         twin = cls._empty_twin(model.config, None)
         target, state = twin.state_dict(), {}
         wanted = {source: key for key, source in _source_names(twin, name).items()}
@@ -907,29 +1067,40 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"The weights of {path} cannot be read ({error}); download or save them again.") from error
         absent = [key for key in target if key not in state or state[key].shape != target[key].shape]
         if absent:
-            raise ValueError(f"The weights of {path} lack {len(absent)} tensors of the sub-network {name!r}, such as {absent[0]!r}; save the net again.")
+            raise ValueError(
+                f"The weights of {path} lack {len(absent)} tensors of the sub-network {name!r}, such as {absent[0]!r}; "
+                "save the net again."
+            )
         return state
 
     def fuse_lora(self, *args, **kwargs):
         """As in diffusers, but refuses where weights are unpacked at every use: what is added to them would be lost."""
         if getattr(self, "quantization_method", None) == "edgedit":
-            raise ValueError("The model is quantised, so adapters cannot be merged into its weights; call dequantize() first, or keep them apart.")
+            raise ValueError(
+                "The model is quantised, so adapters cannot be merged into its weights; call dequantize() first, or "
+                "keep them apart."
+            )
         return super().fuse_lora(*args, **kwargs)
 
-    @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines pass `variant` and others only if the signature names them
+    @functools.wraps(
+        ModelMixin.save_pretrained, assigned=()
+    )  # pipelines pass `variant` and others only if the signature names them
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in diffusers, but refuses while layers are wrapped (PEFT adapters, torch.compile): their weights would reload as random ones."""
+        """As in diffusers, but refuses while layers are wrapped (PEFT adapters, torch.compile): their weights would
+        reload as random ones.
+        """
         wrapped = {part for name in self.state_dict() for part in name.split(".") if part in WRAPPERS}
         if wrapped - {"base_layer"}:
             raise ValueError(
-                f"Layers of the model are wrapped ({', '.join(sorted(wrapped))} stands in the names of their weights), so the file would not load. Put "
-                "the layers back (layer._orig_mod, accelerator.unwrap_model(model, keep_torch_compile=False)); model.compile() and "
-                "compile_repeated_blocks() need no wrapper."
+                f"Layers of the model are wrapped ({', '.join(sorted(wrapped))} stands in the names of their weights), "
+                "so the file would not load. Put the layers back (layer._orig_mod, accelerator.unwrap_model(model, "
+                "keep_torch_compile=False)); model.compile() and compile_repeated_blocks() need no wrapper."
             )
         if wrapped:  # delete_adapters() leaves the wrappers behind
             raise ValueError(
-                f"The model's layers are wrapped for the adapters {sorted(getattr(self, 'peft_config', {}))}; keep an adapter with "
-                "save_lora_adapter(), or merge it with fuse_lora(); then call unload_lora() and save the model."
+                f"The model's layers are wrapped for the adapters {sorted(getattr(self, 'peft_config', {}))}; keep an "
+                "adapter with save_lora_adapter(), or merge it with fuse_lora(); then call unload_lora() and save the "
+                "model."
             )
         return super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -937,31 +1108,49 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 # -------------------------------------------------------------------- sub-networks of configs and checkpoints
 
 
-# Above any model that exists: a config.json from elsewhere may say anything, and building comes before its weights are looked at.
+# Above any model that exists: a config.json from elsewhere may say anything, and building comes before its weights are
+# looked at.
 MAX_LAYERS, MAX_TOKENS = 4096, 1 << 22
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    """Raise unless every sub-network of a config has whole heads and dimensions, and the net is not beyond any size that exists."""
+    """Raise unless every sub-network of a config has whole heads and dimensions, and the net is not beyond any size
+    that exists.
+    """
     if sum(config["num_layers"]) > MAX_LAYERS or (config["sample_size"] // config["patch_size"]) ** 2 > MAX_TOKENS:
         raise ValueError(
-            f"The config has num_layers {config['num_layers']}, sample_size {config['sample_size']} and patch_size {config['patch_size']}; at most "
-            f"{MAX_LAYERS} layers and {MAX_TOKENS} tokens are made."
+            f"The config has num_layers {config['num_layers']}, sample_size {config['sample_size']} and patch_size "
+            f"{config['patch_size']}; at most {MAX_LAYERS} layers and {MAX_TOKENS} tokens are made."
         )
-    heads, kv_heads, text_kv = config["num_attention_heads"], config["num_key_value_heads"], config["num_text_key_value_heads"]
+    heads, kv_heads, text_kv = (
+        config["num_attention_heads"],
+        config["num_key_value_heads"],
+        config["num_text_key_value_heads"],
+    )
     if config["attention_head_dim"] % 4:
-        raise ValueError(f"attention_head_dim is {config['attention_head_dim']}; the rotary embedding needs a multiple of 4.")
+        raise ValueError(
+            f"attention_head_dim is {config['attention_head_dim']}; the rotary embedding needs a multiple of 4."
+        )
     if len(config["num_layers"]) != 3 or len(config["mlp_ratios"]) != 3:
-        raise ValueError(f"num_layers is {config['num_layers']} and mlp_ratios {config['mlp_ratios']}; give three values each: Down, Middle, Up.")
+        raise ValueError(
+            f"num_layers is {config['num_layers']} and mlp_ratios {config['mlp_ratios']}; give three values each: "
+            "Down, Middle, Up."
+        )
     if min(config["num_layers"]) < 0 or config["attention_blocks"] < 1 or config["attention_radius"] < 0:
         raise ValueError(
-            f"num_layers {config['num_layers']} and attention_radius {config['attention_radius']} must not be negative, attention_blocks "
-            f"{config['attention_blocks']} at least 1."
+            f"num_layers {config['num_layers']} and attention_radius {config['attention_radius']} must not be "
+            f"negative, attention_blocks {config['attention_blocks']} at least 1."
         )
     subnets = config["subnets"]
     if subnets is not None:
-        if sorted(subnets.values())[-1:] != [1.0] or len(set(subnets.values())) != len(subnets) or min(subnets.values()) <= 0:
-            raise ValueError(f"subnets is {subnets}; widths must differ, lie in (0, 1], and one must be 1.0 (the full net).")
+        if (
+            sorted(subnets.values())[-1:] != [1.0]
+            or len(set(subnets.values())) != len(subnets)
+            or min(subnets.values()) <= 0
+        ):
+            raise ValueError(
+                f"subnets is {subnets}; widths must differ, lie in (0, 1], and one must be 1.0 (the full net)."
+            )
         for name in subnets:
             if not name.isidentifier() or hasattr(PerWidth, name):
                 raise ValueError(f"A sub-network cannot be named {name!r}; use a plain word such as 'small'.")
@@ -969,18 +1158,23 @@ def _check(config: Mapping[str, Any]) -> None:
         narrow, narrow_kv = heads * width, kv_heads * width
         if narrow % 1 or narrow_kv % 1:
             raise ValueError(
-                f"At width {width} ({name}) the {heads} heads become {narrow:g} and the {kv_heads} key/value heads {narrow_kv:g}; choose counts and "
-                "widths that give whole numbers."
+                f"At width {width} ({name}) the {heads} heads become {narrow:g} and the {kv_heads} key/value heads "
+                f"{narrow_kv:g}; choose counts and widths that give whole numbers."
             )
         if narrow % narrow_kv or narrow % text_kv:
             raise ValueError(
-                f"At width {width} ({name}) there are {narrow:g} query heads, which {narrow_kv:g} key/value heads and {text_kv} of the text must divide."
+                f"At width {width} ({name}) there are {narrow:g} query heads, which {narrow_kv:g} key/value heads and "
+                f"{text_kv} of the text must divide."
             )
         for ratio in config["mlp_ratios"]:
             if round(heads * config["attention_head_dim"] * ratio) * width % 1:
-                raise ValueError(f"At width {width} ({name}) an MLP of ratio {ratio} has a fractional width; choose another ratio.")
+                raise ValueError(
+                    f"At width {width} ({name}) an MLP of ratio {ratio} has a fractional width; choose another ratio."
+                )
             if round(heads * config["attention_head_dim"] * ratio) * width < 1:
-                raise ValueError(f"At width {width} ({name}) an MLP of ratio {ratio} has no neuron; choose a larger ratio.")
+                raise ValueError(
+                    f"At width {width} ({name}) an MLP of ratio {ratio} has no neuron; choose a larger ratio."
+                )
 
 
 def _subnet_config(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
@@ -1000,16 +1194,22 @@ def _source_names(twin: nn.Module, name: str) -> dict[str, str]:
     names = {}
     for key in twin.state_dict():
         parts = key.split(".")
-        prefix = next((".".join(parts[:end]) for end in range(1, len(parts)) if ".".join(parts[:end]) in per_width), None)
+        prefix = next(
+            (".".join(parts[:end]) for end in range(1, len(parts)) if ".".join(parts[:end]) in per_width), None
+        )
         names[key] = key if prefix is None else f"{prefix}.{name}{key[len(prefix) :]}"
     return names
 
 
 def _adapts(module: nn.Module) -> bool:
-    """Whether a module is a layer in PEFT's wrapper that an adapter changes: one that is on, and not merged into the weights."""
+    """Whether a module is a layer in PEFT's wrapper that an adapter changes: one that is on, and not merged into the
+    weights.
+    """
     if not hasattr(module, "base_layer") or module.disable_adapters or module.merged:
         return False
-    return any(name in getattr(module, parts) for parts in module.adapter_layer_names for name in module.active_adapters)
+    return any(
+        name in getattr(module, parts) for parts in module.adapter_layer_names for name in module.active_adapters
+    )
 
 
 def _corner(like: torch.Tensor) -> tuple[slice, ...]:

@@ -1,4 +1,6 @@
-"""Found by optimum-cli in the namespace `optimum.commands.register` (setup.cfg maps this folder there): adds `export edgedit`."""
+"""Found by optimum-cli in the namespace `optimum.commands.register` (setup.cfg maps this folder there): adds `export
+edgedit`.
+"""
 
 from optimum.commands.export.base import ExportCommand
 

@@ -1,10 +1,11 @@
-"""ElasticDiTPipeline: prompts in, images out, at any width of the elastic transformer. One self-contained file: torch, diffusers, PIL.
+"""ElasticDiTPipeline: prompts in, images out, at any width of the elastic transformer. One self-contained file: torch,
+diffusers, PIL.
 
-Works on latents with a VAE and directly on pixels without one, with one or both text encoders of the transformer or with prompt
-embeds alone, and with every diffusers scheduler for flow matching.
+Works on latents with a VAE and directly on pixels without one, with one or both text encoders of the transformer or
+with prompt embeds alone, and with every diffusers scheduler for flow matching.
 
-Shapes: B images, C channels of the latents (of the pixels without a VAE), H × W their size, f the VAE's downsampling factor (1 without),
-T_i tokens of text encoder i and D_i their width.
+Shapes: B images, C channels of the latents (of the pixels without a VAE), H × W their size, f the VAE's downsampling
+factor (1 without), T_i tokens of text encoder i and D_i their width.
 """
 
 import contextlib
@@ -38,19 +39,49 @@ from diffusers.utils.torch_utils import randn_tensor
 
 logger = logging.get_logger(__name__)
 
-Text = tuple[list[torch.Tensor | None], list[torch.Tensor | None]]  # embeds [B, T_i, D_i] and masks [B, T_i], one entry an encoder
+Text = tuple[
+    list[torch.Tensor | None], list[torch.Tensor | None]
+]  # embeds [B, T_i, D_i] and masks [B, T_i], one entry an encoder
 PIL_CHANNELS = (1, 3, 4)  # modes L, RGB, RGBA
 # Options of diffusers' from_pretrained that bear on how the transformer is loaded, and those that do not.
-LOADED_WITH = ("torch_dtype", "dtype", "variant", "device_map", "max_memory", "offload_folder", "offload_state_dict", "low_cpu_mem_usage")
+LOADED_WITH = (
+    "torch_dtype",
+    "dtype",
+    "variant",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "offload_state_dict",
+    "low_cpu_mem_usage",
+)
 LOADED_WITH += ("use_safetensors", "disable_mmap", "quantization_config", "trust_remote_code")
-LOADED_ASIDE = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "mirror", "custom_pipeline", "custom_revision")
-LOADED_ASIDE += ("provider", "sess_options", "provider_options", "use_onnx", "load_connected_pipeline", "output_loading_info")
+LOADED_ASIDE = (
+    "cache_dir",
+    "force_download",
+    "proxies",
+    "local_files_only",
+    "token",
+    "revision",
+    "mirror",
+    "custom_pipeline",
+    "custom_revision",
+)
+LOADED_ASIDE += (
+    "provider",
+    "sess_options",
+    "provider_options",
+    "use_onnx",
+    "load_connected_pipeline",
+    "output_loading_info",
+)
 _TOKENIZERS = threading.Lock()  # a tokenizer keeps the truncation of a call on itself
 
 
 @dataclass(eq=False)
 class _Call:
-    """What belongs to one call of a pipeline: calls at once, of one pipeline or of several that share components, each have their own."""
+    """What belongs to one call of a pipeline: calls at once, of one pipeline or of several that share components, each
+    have their own.
+    """
 
     guidance_scale: float
     num_timesteps: int = 0
@@ -58,12 +89,15 @@ class _Call:
     scheduler: SchedulerMixin | None = None  # a copy: schedulers count their steps and keep earlier outputs
 
 
-_CALLS: ContextVar[Mapping[int, _Call]] = ContextVar("calls in progress in this context, by the id of their pipeline", default=MappingProxyType({}))
+_CALLS: ContextVar[Mapping[int, _Call]] = ContextVar(
+    "calls in progress in this context, by the id of their pipeline", default=MappingProxyType({})
+)
 _SCHEDULERS = threading.Lock()  # while one is copied, or told what a call left
 
 
 def _of_call(name: str, doc: str) -> property:
-    """An attribute of the call in progress in this thread (in a callback, of its call), of the last one outside of calls.
+    """An attribute of the call in progress in this thread (in a callback, of its call), of the last one outside of
+    calls.
 
     Set outside of calls, such as by the thread of a stop button, it holds for all calls in progress.
     """
@@ -79,19 +113,23 @@ def _of_call(name: str, doc: str) -> property:
     return property(get, put, doc=doc)
 
 
-# diffusers' LoRA loading is a mixin a model family; Sana's is the one that assumes nothing but a component named `transformer`.
+# diffusers' LoRA loading is a mixin a model family; Sana's is the one that assumes nothing but a component named
+# `transformer`.
 class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     r"""
     Text-to-image generation with an elastic diffusion transformer.
 
     Args:
         transformer ([`ElasticDiTTransformer2DModel`]): Predicts the velocity ε − x0 of noisy latents.
-        scheduler ([`SchedulerMixin`]): A diffusers scheduler for flow matching, such as [`FlowMatchEulerDiscreteScheduler`].
-        vae ([`AutoencoderKL`], [`AutoencoderTiny`], … *optional*): Decodes latents to images. `None`: the transformer works on pixels.
-        text_encoder, tokenizer (*optional*): The first text encoder, whose hidden size is `transformer.config.text_dims[0]`: a text model
-            of transformers. CLIP-type: the normed last hidden state, a prompt longer than its window in several windows. T5-type encoders
+        scheduler ([`SchedulerMixin`]): A diffusers scheduler for flow matching, such as
+        [`FlowMatchEulerDiscreteScheduler`]. vae ([`AutoencoderKL`], [`AutoencoderTiny`], … *optional*): Decodes latents
+        to images. `None`: the transformer works on pixels.
+        text_encoder, tokenizer (*optional*): The first text encoder, whose hidden size is
+            `transformer.config.text_dims[0]`: a text model of transformers. CLIP-type: the normed last hidden state, a
+            prompt longer than its window in several windows. T5-type encoders
             and decoders such as Gemma: the last hidden state of at most `max_sequence_length` tokens.
-        text_encoder_2, tokenizer_2 (*optional*): The same for `text_dims[1]`. A missing encoder is one whose text was dropped in training.
+        text_encoder_2, tokenizer_2 (*optional*): The same for `text_dims[1]`. A missing encoder is one whose text was
+            dropped in training.
         default_steps (`int`, defaults to 28): `num_inference_steps` of a call that gives none.
         default_guidance_scale (`float`, defaults to 4.0): `guidance_scale` of a call that gives none.
         max_sequence_length (`int`, defaults to 128): Tokens of a prompt, for text encoders that are not CLIP-type.
@@ -100,7 +138,8 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "prompt_embeds_2"]
-    # Only the .onnx files of a repository without safetensors in transformer/ are meant: with this, downloads do not skip them.
+    # Only the .onnx files of a repository without safetensors in transformer/ are meant: with this, downloads do not
+    # skip them.
     _is_onnx = True
 
     def __init__(
@@ -138,17 +177,20 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *, subnet: str | None = None, **kwargs):
-        """As in diffusers, and with `subnet` the transformer is that sub-network alone: only its slice of the weights is read. (The base
-        class's `DiffusionPipeline.from_pretrained` knows no `subnet`: it warns, and loads the whole net.) Every other option means what it means
-        without.
+        """As in diffusers, and with `subnet` the transformer is that sub-network alone: only its slice of the weights
+        is read. (The base class's `DiffusionPipeline.from_pretrained` knows no `subnet`: it warns, and loads the whole
+        net.) Every other option means what it means without.
 
         Raises:
-            ValueError: there is no such sub-network, `transformer` is given too, or an option that cannot be combined with `subnet`.
+            ValueError: there is no such sub-network, `transformer` is given too, or an option that cannot be combined
+                with `subnet`.
         """
         if subnet is None:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if "transformer" in kwargs:
-            raise ValueError(f"subnet={subnet!r} says which part of the saved transformer to load, so no transformer can be given.")
+            raise ValueError(
+                f"subnet={subnet!r} says which part of the saved transformer to load, so no transformer can be given."
+            )
         others = {name for name, value in kwargs.items() if value is not None and value is not False}
         others -= {*LOADED_WITH, *LOADED_ASIDE, *inspect.signature(cls.__init__).parameters}
         if kwargs.get("device_map") == "balanced":
@@ -156,7 +198,8 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         if others:
             raise ValueError(
                 f"subnet={subnet!r} cannot be combined with {', '.join(sorted(others))}. Load the sub-network with "
-                "ElasticDiTTransformer2DModel.from_pretrained(…, subfolder='transformer', subnet=…), and give it as transformer=."
+                "ElasticDiTTransformer2DModel.from_pretrained(…, subfolder='transformer', subnet=…), and give it as "
+                "transformer=."
             )
         folder = os.fspath(pretrained_model_name_or_path)
         if not os.path.isdir(folder):
@@ -170,7 +213,10 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         if "quantization_config" in given:
             config = given.pop("quantization_config")
             if not isinstance(config, PipelineQuantizationConfig):
-                raise ValueError(f"quantization_config is a {type(config).__name__}; a pipeline takes a PipelineQuantizationConfig(quant_mapping=…).")
+                raise ValueError(
+                    f"quantization_config is a {type(config).__name__}; a pipeline takes a "
+                    "PipelineQuantizationConfig(quant_mapping=…)."
+                )
             config = config._resolve_quant_config(is_diffusers=True, module_name="transformer")
             given |= {} if config is None else {"quantization_config": config}
         saved, trust = os.path.join(folder, "transformer"), given.pop("trust_remote_code", False)
@@ -182,7 +228,9 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         transformer = model_class.from_pretrained(saved, subnet=subnet, **given)
         if not os.path.isfile(os.path.join(saved, f"{library}.py")):
             return super().from_pretrained(pretrained_model_name_or_path, transformer=transformer, **kwargs)
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, transformer=None, **kwargs)  # diffusers looks for a given one's code in a library
+        pipeline = super().from_pretrained(
+            pretrained_model_name_or_path, transformer=None, **kwargs
+        )  # diffusers looks for a given one's code in a library
         pipeline.register_modules(transformer=transformer)
         pipeline._check_text_encoders()
         pipeline._check_vae()
@@ -226,7 +274,11 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             self._running_calls.remove(call)
             self._last_call = call
             with _SCHEDULERS:
-                left = {name: vars(call.scheduler)[name] for name in ("timesteps", "sigmas", "num_inference_steps") if name in vars(call.scheduler)}
+                left = {
+                    name: vars(call.scheduler)[name]
+                    for name in ("timesteps", "sigmas", "num_inference_steps")
+                    if name in vars(call.scheduler)
+                }
                 vars(shared).update(left)
             call.scheduler = None
 
@@ -261,12 +313,19 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             return 2 ** (len(self.vae.config.block_out_channels) - 1)
         ratio = getattr(self.vae, "spatial_compression_ratio", None)
         if ratio is None:
-            raise ValueError(f"The VAE, a {type(self.vae).__name__}, says nothing of how much it downsamples; use another one.")
+            raise ValueError(
+                f"The VAE, a {type(self.vae).__name__}, says nothing of how much it downsamples; use another one."
+            )
         return ratio
 
     def _encoders(self) -> list[tuple[str, Any, Any]]:
-        """(name, text encoder, tokenizer) of each width in the transformer's `text_dims`; `None` where there is none."""
-        encoders = [("text_encoder", self.text_encoder, self.tokenizer), ("text_encoder_2", self.text_encoder_2, self.tokenizer_2)]
+        """(name, text encoder, tokenizer) of each width in the transformer's `text_dims`; `None` where there is
+        none.
+        """
+        encoders = [
+            ("text_encoder", self.text_encoder, self.tokenizer),
+            ("text_encoder_2", self.text_encoder_2, self.tokenizer_2),
+        ]
         if self.transformer is None:
             return encoders
         count = len(self.transformer.config.text_dims)
@@ -283,14 +342,17 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             if encoder is None:
                 continue
             if dims is not None and index >= len(dims):
-                raise ValueError(f"There is a {name}, but the transformer takes the text of {len(dims)} (text_dims is {list(dims)}).")
+                raise ValueError(
+                    f"There is a {name}, but the transformer takes the text of {len(dims)} (text_dims is {list(dims)})."
+                )
             width = getattr(encoder.config.get_text_config(), "hidden_size", None)
             if dims is not None and width is not None and width != dims[index]:
                 raise ValueError(
-                    f"The hidden size of {name} is {width}, but the transformer takes {dims[index]} (text_dims[{index}]); "
-                    "use the text encoder that the transformer was trained with."
+                    f"The hidden size of {name} is {width}, but the transformer takes {dims[index]} "
+                    f"(text_dims[{index}]); use the text encoder that the transformer was trained with."
                 )
-            # Some tokenizers have a few added tokens that the text model does not know and prompts do not contain (Gemma 3).
+            # Some tokenizers have a few added tokens that the text model does not know and prompts do not contain
+            # (Gemma 3).
             _check_vocabulary(name, tokenizer.vocab_size, encoder)
 
     def _check_vae(self) -> None:
@@ -299,17 +361,23 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         config, channels = self.vae.config, self.transformer.config.in_channels
         latent_channels = config.get("latent_channels", config.get("z_dim"))
         if latent_channels != channels:
-            raise ValueError(f"The VAE has {latent_channels} latent channels, but the transformer takes {channels}; use the one it was trained with.")
+            raise ValueError(
+                f"The VAE has {latent_channels} latent channels, but the transformer takes {channels}; use the one it "
+                "was trained with."
+            )
         _ = self.vae_scale_factor
 
     def check_scheduler(self) -> None:
         """Raise a ValueError if the scheduler does not integrate velocities of flow matching."""
         config, name = self.scheduler.config, type(self.scheduler).__name__
-        if name.startswith("FlowMatch") or (config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas")):
+        if name.startswith("FlowMatch") or (
+            config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas")
+        ):
             return
         raise ValueError(
-            f"The transformer predicts 'flow_prediction', but {name} (prediction_type {config.get('prediction_type')!r}, use_flow_sigmas "
-            f"{config.get('use_flow_sigmas', False)}) does not integrate it; use one that does, such as FlowMatchEulerDiscreteScheduler."
+            f"The transformer predicts 'flow_prediction', but {name} (prediction_type "
+            f"{config.get('prediction_type')!r}, use_flow_sigmas {config.get('use_flow_sigmas', False)}) does not "
+            "integrate it; use one that does, such as FlowMatchEulerDiscreteScheduler."
         )
 
     def _vae(self) -> ModelMixin:
@@ -337,15 +405,20 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     @torch.no_grad()
     def encode_prompt(
-        self, prompt: str | Sequence[str], device: torch.device | str | None = None, max_sequence_length: int | None = None
+        self,
+        prompt: str | Sequence[str],
+        device: torch.device | str | None = None,
+        max_sequence_length: int | None = None,
     ) -> Text:
         """Hidden states of every text encoder.
 
         Returns:
-            embeds `(B, T_i, D_i)` and masks `(B, T_i)` (bool, true where there is a token), one entry an encoder, `None` for a missing one.
+            embeds `(B, T_i, D_i)` and masks `(B, T_i)` (bool, true where there is a token), one entry an encoder,
+            `None` for a missing one.
 
         Raises:
-            ValueError: the prompts are no strings, there is no text encoder, or a tokenizer does not belong to its encoder.
+            ValueError: the prompts are no strings, there is no text encoder, or a tokenizer does not belong to its
+                encoder.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(isinstance(text, str) for text in prompts):
@@ -375,8 +448,8 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         masks = [None] * len(embeds) if masks is None else [masks] if torch.is_tensor(masks) else list(masks)
         if len(embeds) != len(dims) or len(masks) != len(dims):
             raise ValueError(
-                f"{what}_embeds has {len(embeds)} entries and {what}_masks {len(masks)}; this transformer needs one (or None) for each of "
-                f"its {len(dims)} text encoders."
+                f"{what}_embeds has {len(embeds)} entries and {what}_masks {len(masks)}; this transformer needs one "
+                f"(or None) for each of its {len(dims)} text encoders."
             )
         rows = {len(states) for states in embeds if states is not None}
         if len(rows) > 1:
@@ -384,18 +457,21 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         for index, (states, mask) in enumerate(zip(embeds, masks)):
             if states is None:
                 if mask is not None:
-                    raise ValueError(f"{what}_masks[{index}] is given without {what}_embeds[{index}]; give both, or neither.")
+                    raise ValueError(
+                        f"{what}_masks[{index}] is given without {what}_embeds[{index}]; give both, or neither."
+                    )
                 continue
             if states.ndim != 3 or states.shape[-1] != dims[index]:
                 raise ValueError(
-                    f"{what}_embeds[{index}] has the shape {tuple(states.shape)}; the transformer needs (prompts, tokens, {dims[index]}) "
-                    f"(text_dims[{index}])."
+                    f"{what}_embeds[{index}] has the shape {tuple(states.shape)}; the transformer needs (prompts, "
+                    f"tokens, {dims[index]}) (text_dims[{index}])."
                 )
             if mask is None:
                 masks[index] = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
             elif mask.shape != states.shape[:2]:
                 raise ValueError(
-                    f"{what}_masks[{index}] has the shape {tuple(mask.shape)}; {what}_embeds[{index}] needs {tuple(states.shape[:2])}."
+                    f"{what}_masks[{index}] has the shape {tuple(mask.shape)}; {what}_embeds[{index}] needs "
+                    f"{tuple(states.shape[:2])}."
                 )
         return embeds, masks
 
@@ -410,7 +486,9 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         return None if prompt is None else self.encode_prompt(prompt, max_sequence_length=max_sequence_length)
 
     def _conditioning(self, branches: Sequence[Text], count: int) -> dict[str, Any]:
-        """Keyword arguments of the transformer for the branches of guidance below one another: rows `(len(branches) · count, …)`."""
+        """Keyword arguments of the transformer for the branches of guidance below one another: rows `(len(branches) ·
+        count, …)`.
+        """
         embeds, masks = [], []
         for index, width in enumerate(self.transformer.config.text_dims):
             parts = [(branch[0][index], branch[1][index]) for branch in branches]
@@ -434,7 +512,10 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         config, factor = self.transformer.config, self.vae_scale_factor
-        native = config.get("size") or (config.sample_size, config.sample_size)  # an exported transformer may be made for another size
+        native = config.get("size") or (
+            config.sample_size,
+            config.sample_size,
+        )  # an exported transformer may be made for another size
         unit = factor * 2 * config.patch_size  # the Middle stage halves the token grid
         sizes = []
         for name, pixels, latents in (("height", height, native[0]), ("width", width, native[1])):
@@ -445,7 +526,8 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         return sizes[0], sizes[1]
 
     def _set_timesteps(self, steps: int, tokens: int) -> torch.Tensor:
-        """Timesteps on the host, where schedulers index their tables by them: on a GPU every step would wait for the device otherwise.
+        """Timesteps on the host, where schedulers index their tables by them: on a GPU every step would wait for the
+        device otherwise.
 
         Raises:
             ValueError: the scheduler has no schedule of so many steps.
@@ -453,8 +535,9 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         config, name, shift = self.scheduler.config, type(self.scheduler).__name__, {}
         if config.get("shift_terminal") and steps == 1:
             raise ValueError(
-                f"num_inference_steps is 1, but the scheduler's shift_terminal {config.shift_terminal} stretches the steps between the first "
-                f"and the last; take at least 2 steps, or {name}.from_config(config, shift_terminal=None)."
+                f"num_inference_steps is 1, but the scheduler's shift_terminal {config.shift_terminal} stretches the "
+                f"steps between the first and the last; take at least 2 steps, or {name}.from_config(config, "
+                "shift_terminal=None)."
             )
         if config.get("use_dynamic_shifting"):  # as in diffusers' Flux pipeline: linear in the number of tokens
             slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
@@ -462,29 +545,42 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         try:
             self.scheduler.set_timesteps(steps, device="cpu", **shift)
         except TypeError as error:
-            raise ValueError(f"{name} makes no timesteps with its config ({error}); load the scheduler of this model again.") from error
+            raise ValueError(
+                f"{name} makes no timesteps with its config ({error}); load the scheduler of this model again."
+            ) from error
         timesteps = self.scheduler.timesteps
         if not torch.isfinite(timesteps.float()).all():
-            raise ValueError(f"{name} makes of {steps} steps the timesteps {timesteps.tolist()[:4]} …; they must be finite. Take another number of steps.")
+            raise ValueError(
+                f"{name} makes of {steps} steps the timesteps {timesteps.tolist()[:4]} …; they must be finite. Take "
+                "another number of steps."
+            )
         return timesteps
 
     def _not_finite(self, inputs: Mapping[str, torch.Tensor | None]) -> ValueError:
-        """The error of a transformer whose output holds NaN or infinite values: whether an input, a weight or the precision is at fault."""
+        """The error of a transformer whose output holds NaN or infinite values: whether an input, a weight or the
+        precision is at fault.
+        """
         for name, value in inputs.items():
             if value is not None and not torch.isfinite(value).all():
-                return ValueError(f"{name} holds NaN or infinite values, so no image can be made of it; give finite values.")
+                return ValueError(
+                    f"{name} holds NaN or infinite values, so no image can be made of it; give finite values."
+                )
         model = self.transformer
         weights = [*model.named_parameters(), *model.named_buffers()] if isinstance(model, torch.nn.Module) else []
-        bad = [name for name, value in weights if value.is_floating_point() and not value.is_meta and not torch.isfinite(value).all()]
+        bad = [
+            name
+            for name, value in weights
+            if value.is_floating_point() and not value.is_meta and not torch.isfinite(value).all()
+        ]
         if bad:
             return ValueError(
-                f"{len(bad)} of {len(weights)} weights of the transformer hold NaN or infinite values, the first is {bad[0]}; load a checkpoint "
-                "of before they did, or train again with a lower learning rate."
+                f"{len(bad)} of {len(weights)} weights of the transformer hold NaN or infinite values, the first is "
+                f"{bad[0]}; load a checkpoint of before they did, or train again with a lower learning rate."
             )
         dtype = str(getattr(model, "dtype", "an unknown type")).removeprefix("torch.")
         return ValueError(
-            f"The guided output of the transformer is not finite, though its input and weights are: it overflows in {dtype}; use bfloat16 or float32, "
-            f"or less guidance than {self.guidance_scale:g}."
+            "The guided output of the transformer is not finite, though its input and weights are: it overflows in "
+            f"{dtype}; use bfloat16 or float32, or less guidance than {self.guidance_scale:g}."
         )
 
     def prepare_latents(
@@ -493,9 +589,13 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Initial noise in float32, scaled as the scheduler wants it. `latents`: standard normal noise to start from instead."""
+        """Initial noise in float32, scaled as the scheduler wants it. `latents`: standard normal noise to start from
+        instead.
+        """
         if isinstance(generator, (list, tuple)) and len(generator) != shape[0]:
-            raise ValueError(f"{len(generator)} generators were given for {shape[0]} images; give one, or one an image.")
+            raise ValueError(
+                f"{len(generator)} generators were given for {shape[0]} images; give one, or one an image."
+            )
         device = self._execution_device
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -524,7 +624,10 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         subnet: str | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Any, dict], dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end: Callable[[Any, int, Any, dict], dict]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
     ) -> ImagePipelineOutput | tuple:
@@ -533,27 +636,33 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
         Args:
             prompt: One prompt or a list.
-            negative_prompt: What guidance leads away from, one or one a prompt. Default: no text at all, as training drops it, which is
-                not the same as the empty prompt `""`.
+            negative_prompt: What guidance leads away from, one or one a prompt. Default: no text at all, as training
+                drops it, which is not the same as the empty prompt `""`.
             height, width (`int`, *optional*): Size in pixels. Default: what the transformer was made for.
             num_inference_steps (`int`, *optional*): Denoising steps. Default: the pipeline's `default_steps`.
-            guidance_scale (`float`, *optional*): Classifier-free guidance: uncond + scale · (cond − uncond), both in one batch.
-                1 or less: no guidance, half the work. Default: the pipeline's `default_guidance_scale`.
+            guidance_scale (`float`, *optional*): Classifier-free guidance: uncond + scale · (cond − uncond), both in
+                one batch. 1 or less: no guidance, half the work. Default: the pipeline's `default_guidance_scale`.
             num_images_per_prompt: Images of every prompt.
-            generator: One `torch.Generator`, or one an image, which makes every image independent of the rest of its batch.
+            generator: One `torch.Generator`, or one an image, which makes every image independent of the rest of its
+                batch.
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Standard normal noise to start from.
-            prompt_embeds, prompt_masks: What [`encode_prompt`] returns, instead of a prompt: one entry a text encoder, `None` for one
-                that is to be ignored. Without masks every token counts.
+            prompt_embeds, prompt_masks: What [`encode_prompt`] returns, instead of a prompt: one entry a text encoder,
+                `None` for one that is to be ignored. Without masks every token counts.
             negative_prompt_embeds, negative_prompt_masks: The same instead of a negative prompt.
-            subnet (`str`, *optional*): The sub-network to run, for this call alone. Default: the transformer's active one as the call begins.
-            output_type: `"pil"`, `"np"` (`(B, H·f, W·f, C)` in [0, 1]), `"pt"` (`(B, C, H·f, W·f)` in [0, 1]) or `"latent"`.
+            subnet (`str`, *optional*): The sub-network to run, for this call alone. Default: the transformer's active
+                one as the call begins.
+            output_type: `"pil"`, `"np"` (`(B, H·f, W·f, C)` in [0, 1]), `"pt"` (`(B, C, H·f, W·f)` in [0, 1]) or
+                `"latent"`.
             return_dict: Whether to return an [`ImagePipelineOutput`] or a tuple.
-            callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; may return changed tensors,
-                and set the pipeline's `_guidance_scale` or, to stop, `_interrupt`. diffusers' `SDCFGCutoffCallback` works.
-            callback_on_step_end_tensor_inputs: What `tensors` holds: `"latents"`, and `"prompt_embeds"`, `"prompt_embeds_2"`, the hidden
-                states of the first and second text encoder in the rows that the transformer is given, `(2B, T_i, D_i)` with the
-                negative ones first while there is guidance, else `(B, T_i, D_i)` (no tokens where there is no such text).
-            max_sequence_length (`int`, *optional*): Tokens of a prompt beyond which text encoders that are not CLIP-type cut it.
+            callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; may return
+                changed tensors, and set the pipeline's `_guidance_scale` or, to stop, `_interrupt`. diffusers'
+                `SDCFGCutoffCallback` works.
+            callback_on_step_end_tensor_inputs: What `tensors` holds: `"latents"`, and `"prompt_embeds"`,
+                `"prompt_embeds_2"`, the hidden states of the first and second text encoder in the rows that the
+                transformer is given, `(2B, T_i, D_i)` with the negative ones first while there is guidance, else `(B,
+                T_i, D_i)` (no tokens where there is no such text).
+            max_sequence_length (`int`, *optional*): Tokens of a prompt beyond which text encoders that are not
+                CLIP-type cut it.
 
         Raises:
             ValueError: an argument does not fit the model; the message quotes both.
@@ -561,7 +670,9 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         # 1. Check the arguments before any work is done
         for name in ("transformer", "scheduler"):
             if getattr(self, name) is None:
-                raise ValueError(f"This pipeline was made with {name}=None, so it cannot generate images; set pipeline.{name} first.")
+                raise ValueError(
+                    f"This pipeline was made with {name}=None, so it cannot generate images; set pipeline.{name} first."
+                )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -587,15 +698,21 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         latent_height, latent_width = self._latent_size(height, width)
 
         # 2. Text
-        subnet = self.transformer.resolve_subnet(subnet)  # of this call to its end, whatever other calls and callbacks do
+        subnet = self.transformer.resolve_subnet(
+            subnet
+        )  # of this call to its end, whatever other calls and callbacks do
         with self._own_call(guidance_scale):
             text = self._text("prompt", prompt, prompt_embeds, prompt_masks, max_sequence_length)
-            negative = self._text("negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_masks, max_sequence_length)
+            negative = self._text(
+                "negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_masks, max_sequence_length
+            )
             prompts = _rows(text) or 1
             if negative is None:
                 negative = ([None] * len(text[0]), [None] * len(text[0]))
             elif _rows(negative) not in (None, 1, prompts):
-                raise ValueError(f"There are {_rows(negative)} negative prompts for {prompts} prompts; give one, or one a prompt.")
+                raise ValueError(
+                    f"There are {_rows(negative)} negative prompts for {prompts} prompts; give one, or one a prompt."
+                )
 
             # 3. Noise and timesteps
             count = prompts * num_images_per_prompt
@@ -615,11 +732,16 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                         break
                     guided = self.do_classifier_free_guidance
                     if guided not in conditioning:
-                        conditioning[guided] = {**self._conditioning([text, negative] if guided else [text], count), "subnet": subnet}
+                        conditioning[guided] = {
+                            **self._conditioning([text, negative] if guided else [text], count),
+                            "subnet": subnet,
+                        }
                     prediction = self._predict(latents, timestep, on_device[index], conditioning[guided], guided)
                     if index == 0 and not torch.isfinite(prediction).all():
                         embeds = conditioning[guided]["encoder_hidden_states"]
-                        raise self._not_finite({"latents": latents, **{f"prompt_embeds[{i}]": states for i, states in enumerate(embeds)}})
+                        raise self._not_finite(
+                            {"latents": latents, **{f"prompt_embeds[{i}]": states for i, states in enumerate(embeds)}}
+                        )
                     latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs)[0]
                     if callback_on_step_end is not None:
                         used, names = conditioning[guided], ("prompt_embeds", "prompt_embeds_2")
@@ -630,18 +752,25 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                         returned = callback_on_step_end(self, index, timestep, tensors) or {}
                         latents = returned.get("latents", latents)
                         for i, name in enumerate(names):
-                            changed = _changed_rows(name, _swapped(used, i, count), returned[name], count) if name in returned else None
+                            changed = (
+                                _changed_rows(name, _swapped(used, i, count), returned[name], count)
+                                if name in returned
+                                else None
+                            )
                             if changed is not None:
                                 masks = used["encoder_attention_mask"][i]
                                 text = _replaced(text, i, changed[-count:], masks[:count])
-                                negative = _replaced(negative, i, changed[:count], masks[count:]) if guided else negative
+                                negative = (
+                                    _replaced(negative, i, changed[:count], masks[count:]) if guided else negative
+                                )
                                 conditioning = {}
                     progress_bar.update()
 
         if not torch.isfinite(latents).all():
             raise ValueError(
-                f"After {self.num_timesteps} steps the latents hold NaN or infinite values, though the transformer's first output did not: see whether "
-                f"{type(self.scheduler).__name__} is the scheduler (and has the config) of this model, and try less guidance than {self.guidance_scale:g}."
+                f"After {self.num_timesteps} steps the latents hold NaN or infinite values, though the transformer's "
+                f"first output did not: see whether {type(self.scheduler).__name__} is the scheduler (and has the "
+                f"config) of this model, and try less guidance than {self.guidance_scale:g}."
             )
 
         # 5. Decode
@@ -650,15 +779,24 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, on_device: torch.Tensor, conditioning: dict[str, Any], guided: bool
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        on_device: torch.Tensor,
+        conditioning: dict[str, Any],
+        guided: bool,
     ) -> torch.Tensor:
-        """Velocity `(B, C, H, W)` in float32. `timestep`: the scheduler's, on the host; `on_device`: the same where the model is."""
+        """Velocity `(B, C, H, W)` in float32. `timestep`: the scheduler's, on the host; `on_device`: the same where the
+        model is.
+        """
         sample = latents
         if hasattr(self.scheduler, "scale_model_input"):
             sample = self.scheduler.scale_model_input(sample, timestep)
         sample = torch.cat([sample, sample]) if guided else sample  # [B or 2B, C, H, W]
         rows = on_device.expand(len(sample))
-        velocity = self.transformer(sample.to(self.transformer.dtype), rows, **conditioning, return_dict=False)[0].float()
+        velocity = self.transformer(sample.to(self.transformer.dtype), rows, **conditioning, return_dict=False)[
+            0
+        ].float()
         if guided:
             conditional, unconditional = velocity.chunk(2)
             velocity = unconditional + self._guidance_scale * (conditional - unconditional)
@@ -682,26 +820,35 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     # ---------------------------------------------------------------- saving
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, bundle_code: bool | None = None, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args, bundle_code: bool | None = None, **kwargs
+    ) -> None:
         """As in diffusers, and with `bundle_code=True` the folder also holds the code.
 
-        Such a folder loads with `trust_remote_code=True` where this package is not installed (and needs that flag everywhere).
+        Such a folder loads with `trust_remote_code=True` where this package is not installed (and needs that flag
+        everywhere).
 
         Args:
-            bundle_code: Default: `True` for a pipeline whose own code came from such a folder, so that saving it again keeps it
-                loadable, else `False`.
+            bundle_code: Default: `True` for a pipeline whose own code came from such a folder, so that saving it again
+                keeps it loadable, else `False`.
 
         Raises:
-            ValueError: the code cannot be bundled: the transformer is another class, or `push_to_hub=True` is given too (the upload would
-                precede the code; use the method `push_to_hub`).
+            ValueError: the code cannot be bundled: the transformer is another class, or `push_to_hub=True` is given too
+                (the upload would precede the code; use the method `push_to_hub`).
         """
         if bundle_code is None:
             bundle_code = type(self).__module__.startswith("diffusers_modules.")
         model_class = type(getattr(self.transformer, "_orig_mod", self.transformer))  # torch.compile wraps the model
         if bundle_code and model_class.__name__ != "ElasticDiTTransformer2DModel":
-            raise ValueError(f"The code of {model_class.__name__} may not be self-contained, so it cannot be bundled; save without bundle_code.")
+            raise ValueError(
+                f"The code of {model_class.__name__} may not be self-contained, so it cannot be bundled; save without "
+                "bundle_code."
+            )
         if bundle_code and getattr(self.transformer, "quantization_method", None) == "edgedit":
-            raise ValueError("Only the package edgedit_hf can load quantised weights; call transformer.dequantize(), or save without bundle_code.")
+            raise ValueError(
+                "Only the package edgedit_hf can load quantised weights; call transformer.dequantize(), or save "
+                "without bundle_code."
+            )
         if bundle_code and kwargs.get("push_to_hub"):
             raise ValueError("With bundle_code, save first and then upload: pipeline.push_to_hub(repo_id).")
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -719,7 +866,9 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
 
 def _swapped(conditioning: Mapping[str, Any], index: int, count: int) -> torch.Tensor:
-    """Hidden states of a text encoder in diffusers' order: the `count` conditional rows, which the transformer has first, last."""
+    """Hidden states of a text encoder in diffusers' order: the `count` conditional rows, which the transformer has
+    first, last.
+    """
     states = conditioning["encoder_hidden_states"]
     if index >= len(states) or states[index] is None:
         return torch.empty(0, 0, 0)
@@ -734,12 +883,17 @@ def _replaced(text: Text, index: int, states: torch.Tensor, mask: torch.Tensor) 
 
 
 def _unscaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
-    """What a VAE decodes, `(B, C, H, W)`, of the latents that the transformer makes: x / scaling + shift, or x · std / scaling + mean."""
+    """What a VAE decodes, `(B, C, H, W)`, of the latents that the transformer makes: x / scaling + shift, or x · std /
+    scaling + mean.
+    """
     scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
         if not len(mean) == len(std) == latents.shape[1]:
-            raise ValueError(f"The VAE has {len(mean)} latents_mean and {len(std)} latents_std for {latents.shape[1]} channels; it needs one a channel.")
+            raise ValueError(
+                f"The VAE has {len(mean)} latents_mean and {len(std)} latents_std for {latents.shape[1]} channels; it "
+                "needs one a channel."
+            )
         shift, std = (torch.tensor(values, device=latents.device).view(1, -1, 1, 1) for values in (mean, std))
         scale = scale / std
     return latents / scale + shift
@@ -754,14 +908,16 @@ def _check_vocabulary(name: str, needed: int, encoder: Any) -> None:
     there = encoder.get_input_embeddings().num_embeddings
     if needed > there:
         raise ValueError(
-            f"The tokenizer of {name} has at least {needed} tokens, but the embedding of {name}, a {type(encoder).__name__}, has {there} "
-            "rows; they do not belong together. Use the tokenizer saved with the encoder."
+            f"The tokenizer of {name} has at least {needed} tokens, but the embedding of {name}, a "
+            f"{type(encoder).__name__}, has {there} rows; they do not belong together. "
+            "Use the tokenizer saved with the "
+            "encoder."
         )
 
 
 def _windows(tokenizer: Any, config: Any, prompts: Sequence[str], limit: int) -> list[list[list[int]]]:
-    """Token ids of every prompt, in as many windows as its encoder needs: CLIP-type several, each with start and end token; others one,
-    cut with a warning after `limit` tokens."""
+    """Token ids of every prompt, in as many windows as its encoder needs: CLIP-type several, each with start and end
+    token; others one, cut with a warning after `limit` tokens."""
     longest = getattr(config, "max_position_embeddings", None) or limit
     if str(config.model_type).startswith("clip"):
         start, end = ([] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
@@ -775,8 +931,8 @@ def _windows(tokenizer: Any, config: Any, prompts: Sequence[str], limit: int) ->
         if len(row) > len(kept):
             lost = tokenizer.decode(row[len(kept) - 1 :], skip_special_tokens=True)
             logger.warning(
-                f"Prompt {index} has {len(row)} tokens, but max_sequence_length is {limit}: its end is ignored, {lost[:80]!r}. "
-                "Raise max_sequence_length, or shorten the prompt."
+                f"Prompt {index} has {len(row)} tokens, but max_sequence_length is {limit}: its end is ignored, "
+                f"{lost[:80]!r}. Raise max_sequence_length, or shorten the prompt."
             )
     return [[row] for row in rows]
 
@@ -784,7 +940,9 @@ def _windows(tokenizer: Any, config: Any, prompts: Sequence[str], limit: int) ->
 def _encode(
     encoder: Any, windows: Sequence[Sequence[Sequence[int]]], padding: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last hidden states `(B, T, D)` of the tokens of every prompt, its windows joined, zero behind them; and their mask `(B, T)`."""
+    """Last hidden states `(B, T, D)` of the tokens of every prompt, its windows joined, zero behind them; and their
+    mask `(B, T)`.
+    """
     flat = [row for rows in windows for row in rows]
     lengths = [len(row) for row in flat]
     width = max(1, *lengths)
@@ -811,8 +969,8 @@ def _encode(
 def _changed_rows(name: str, before: torch.Tensor, after: torch.Tensor, count: int) -> torch.Tensor | None:
     """What a callback made of the rows of conditioning that it was handed; `None` if it left them as they were.
 
-    The last `count` rows are conditional. As diffusers' callbacks that end guidance do, it may return those alone, or (whose code is
-    written for one image) only the very last.
+    The last `count` rows are conditional. As diffusers' callbacks that end guidance do, it may return those alone, or
+    (whose code is written for one image) only the very last.
     """
     if after.shape[1:] == before.shape[1:] and len(after) in (len(before), count) and len(after) <= len(before):
         rows = before.clone()
@@ -821,6 +979,6 @@ def _changed_rows(name: str, before: torch.Tensor, after: torch.Tensor, count: i
     if after.shape == before[-1:].shape and torch.equal(after.to(before), before[-1:]):
         return None
     raise ValueError(
-        f"The callback returned {name} of shape {tuple(after.shape)}; it was handed {tuple(before.shape)}, of which the last {count} rows are "
-        "conditional: return as many rows, or those alone."
+        f"The callback returned {name} of shape {tuple(after.shape)}; it was handed {tuple(before.shape)}, of which "
+        f"the last {count} rows are conditional: return as many rows, or those alone."
     )

@@ -1,4 +1,6 @@
-"""Reproducible sets of generated images: image i depends on (seed, i), and its caption, alone, whatever the batch size."""
+"""Reproducible sets of generated images: image i depends on (seed, i), and its caption, alone, whatever the batch
+size.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ EVALUATION_STREAM = 1  # keeps the noise of evaluation apart from that of traini
 
 @contextmanager
 def quiet_call(pipeline: Any) -> Iterator[None]:
-    """A call of a pipeline without its progress bar, which is shown as before afterwards; what the pipeline refuses is an [`EdgeDiTError`]."""
+    """A call of a pipeline without its progress bar, which is shown as before afterwards; what the pipeline refuses is
+    an [`EdgeDiTError`].
+    """
     shown = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(**{**shown, "disable": True})
     try:
@@ -62,9 +66,15 @@ def generate(
     for start in range(first, first + num_images, batch_size):
         rows = range(start, min(start + batch_size, first + num_images))
         latents = draws(seed, 0, rows, shape, stream=EVALUATION_STREAM).noise
-        asked = {"batch_size": len(rows)} if labels is None else {"class_labels": labels[rows.start - first : rows.stop - first]}
+        asked = (
+            {"batch_size": len(rows)}
+            if labels is None
+            else {"class_labels": labels[rows.start - first : rows.stop - first]}
+        )
         with quiet_call(pipeline):
-            batch = pipeline(**asked, latents=latents, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="pt").images
+            batch = pipeline(
+                **asked, latents=latents, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="pt"
+            ).images
         images.append(batch.float().cpu() * 2 - 1)
     return torch.cat(images), labels
 
@@ -80,7 +90,8 @@ def generate_from_captions(
     guidance_scale: float = 2.0,
     batch_size: int = 250,
 ) -> torch.Tensor:
-    """An image of every caption, `(len(captions), C, H, W)` float32 in [-1, 1]; a sub-network's and another's start from the same noise.
+    """An image of every caption, `(len(captions), C, H, W)` float32 in [-1, 1]; a sub-network's and another's start
+    from the same noise.
 
     Args:
         pipeline: text to image. subnet: as its call. steps, guidance_scale: as its call.

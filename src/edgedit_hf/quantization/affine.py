@@ -1,4 +1,6 @@
-"""Even grids for weights: a scale (and a zero point) for every output row and group of inputs; rounding to the nearest grid point."""
+"""Even grids for weights: a scale (and a zero point) for every output row and group of inputs; rounding to the nearest
+grid point.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,14 @@ def grid(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -> t
         group_size: inputs a group (the last may be shorter); 0: all.
 
     Returns:
-        Scale, float16 `(O, G)`, and zero point, uint8 `(O, G)`. Values v mean scale · (v − zero point), v = 0 … 2^bits − 1. A symmetric grid
-        has the zero point 2^(bits − 1), and so reaches one step further down than up; the others always hold 0 exactly.
+        Scale, float16 `(O, G)`, and zero point, uint8 `(O, G)`. Values v mean scale · (v − zero point), v = 0 … 2^bits
+        − 1. A symmetric grid has the zero point 2^(bits − 1), and so reaches one step further down than up; the others
+        always hold 0 exactly.
     """
     size = min(group_size or weight.shape[1], weight.shape[1])
-    groups = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % size)).unflatten(1, (-1, size))  # a padded 0 is on every grid
+    groups = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % size)).unflatten(
+        1, (-1, size)
+    )  # a padded 0 is on every grid
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     levels = (1 << bits) - 1
     if symmetric:
@@ -40,10 +45,18 @@ def round_to_grid(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.T
 
 
 def affine_weight(
-    values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int, group_size: int, symmetric: bool, shape: tuple[int, ...]
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    shape: tuple[int, ...],
 ) -> AffineWeight:
     """Pack grid values uint8 `(O, n)` and their grids `(O, G)` as [`grid`] makes them."""
-    return AffineWeight(pack(values, bits), scale, None if symmetric else pack(zero_point, bits), bits, group_size, tuple(shape))
+    return AffineWeight(
+        pack(values, bits), scale, None if symmetric else pack(zero_point, bits), bits, group_size, tuple(shape)
+    )
 
 
 def quantize_affine(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -> AffineWeight:
@@ -52,4 +65,6 @@ def quantize_affine(weight: torch.Tensor, bits: int, group_size: int, symmetric:
     scale, zero_point = grid(matrix, bits, group_size, symmetric)
     size = min(group_size or matrix.shape[1], matrix.shape[1])
     spread = [part.repeat_interleave(size, dim=1)[:, : matrix.shape[1]] for part in (scale, zero_point)]
-    return affine_weight(round_to_grid(matrix, *spread, bits), scale, zero_point, bits, group_size, symmetric, weight.shape)
+    return affine_weight(
+        round_to_grid(matrix, *spread, bits), scale, zero_point, bits, group_size, symmetric, weight.shape
+    )

@@ -1,11 +1,13 @@
-"""What quantisation is fitted to: the inputs that the network and its layers see along the pipeline's own sampling loop, with guidance.
+"""What quantisation is fitted to: the inputs that the network and its layers see along the pipeline's own sampling
+loop, with guidance.
 
-No data set is needed: the pipeline samples from fixed noise, with balanced classes or given prompts, and every forward of its transformer is
-recorded ([`record`]). Replayed, these forwards tell the second moments of every layer's input ([`second_moments`], for error-compensating
-rounding), their ranges by timestep ([`input_ranges`], for static activation scales), and the error of a changed network ([`output_error`]).
+No data set is needed: the pipeline samples from fixed noise, with balanced classes or given prompts, and every forward
+of its transformer is recorded ([`record`]). Replayed, these forwards tell the second moments of every layer's input
+([`second_moments`], for error-compensating rounding), their ranges by timestep ([`input_ranges`], for static activation
+scales), and the error of a changed network ([`output_error`]).
 
-Shapes: B rows of a forward (guided: twice the images), C channels, H × W the latents' size, n weights that one output of a layer sees, G groups
-of a convolution (1 for a linear layer).
+Shapes: B rows of a forward (guided: twice the images), C channels, H × W the latents' size, n weights that one output
+of a layer sees, G groups of a convolution (1 for a linear layer).
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from ..errors import EdgeDiTError
 from ..models.transformer_elastic_dit import ElasticCompression
 from ..pipelines.sampling import quiet_call
 
-CALIBRATION_STREAM, CHECK_STREAM = 20, 21  # of `diffusion.draws`: noise that quantisation is fitted to, and that it is judged by
+CALIBRATION_STREAM, CHECK_STREAM = (
+    20,
+    21,
+)  # of `diffusion.draws`: noise that quantisation is fitted to, and that it is judged by
 MOMENTS_BYTES = 2 << 30  # second moments held at a time, by default
 
 
@@ -36,7 +41,8 @@ class ModelCall:
 
     Args:
         timestep: on the scale 0 … 1000.
-        inputs: keyword arguments of the forward, on the CPU; without a precomputed modulation, so that the layers that make it run too.
+        inputs: keyword arguments of the forward, on the CPU; without a precomputed modulation, so that the layers that
+            make it run too.
         subnet: the sub-network that ran, of a supernet.
     """
 
@@ -83,7 +89,11 @@ def _recorded(model: nn.Module, calls: list[ModelCall]) -> Iterator[None]:
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         bound = signature.bind(module, *args, **kwargs).arguments
-        inputs = {name: copy(name, value) for name, value in bound.items() if name not in ("self", "return_dict", "modulation", "subnet")}
+        inputs = {
+            name: copy(name, value)
+            for name, value in bound.items()
+            if name not in ("self", "return_dict", "modulation", "subnet")
+        }
         calls.append(ModelCall(float(inputs["timestep"].reshape(-1)[0]), inputs, bound.get("subnet")))
 
     handle = model.register_forward_pre_hook(hook, with_kwargs=True)
@@ -108,8 +118,8 @@ def record(
 ) -> Recording:
     """Sample with the pipeline and record the forwards of its transformer.
 
-    Image i starts from noise that is a function of (seed, stream, i) and has class i mod the number of classes, or prompt i mod the number
-    of prompts.
+    Image i starts from noise that is a function of (seed, stream, i) and has class i mod the number of classes, or
+    prompt i mod the number of prompts.
 
     Args:
         pipeline: an [`EdgeDiTPipeline`] or [`ElasticDiTPipeline`] with a PyTorch transformer.
@@ -125,7 +135,9 @@ def record(
     shape = (config["in_channels"], config["sample_size"], config["sample_size"])
     classes, text = config.get("num_classes"), "text_dims" in config
     if text and not prompts:
-        raise EdgeDiTError("Text to image is calibrated with prompts, but none are given; give some that your users could write.")
+        raise EdgeDiTError(
+            "Text to image is calibrated with prompts, but none are given; give some that your users could write."
+        )
     calls: list[ModelCall] = []
     latents, labels = [], []
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "latent"}
@@ -160,7 +172,9 @@ def spread(calls: Sequence[ModelCall], timesteps: int) -> list[ModelCall]:
 
 @torch.no_grad()
 def replay(model: nn.Module, call: ModelCall) -> torch.Tensor:
-    """The prediction `(B, C, H, W)` float32 of a recorded forward, on the model's device, without the channels of a learned variance."""
+    """The prediction `(B, C, H, W)` float32 of a recorded forward, on the model's device, without the channels of a
+    learned variance.
+    """
     device = next(model.parameters()).device
     inputs = {name: _moved(value, device) for name, value in call.inputs.items()}
     if call.subnet is not None:
@@ -189,7 +203,9 @@ class OutputError:
 
     @property
     def sqnr_db(self) -> float:
-        """Signal to quantisation noise ratio in decibels, 10·log10(Σ signal / Σ error); infinite if there is no error."""
+        """Signal to quantisation noise ratio in decibels, 10·log10(Σ signal / Σ error); infinite if there is no
+        error.
+        """
         return _decibels(sum(self.signal), sum(self.mse))
 
     @property
@@ -200,7 +216,11 @@ class OutputError:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, where `None` stands for an infinite ratio."""
         ratios = [None if math.isinf(value) else value for value in (self.sqnr_db, *self.sqnr_by_timestep)]
-        by_timestep = {"timesteps": list(self.timesteps), "mse_by_timestep": list(self.mse), "sqnr_db_by_timestep": ratios[1:]}
+        by_timestep = {
+            "timesteps": list(self.timesteps),
+            "mse_by_timestep": list(self.mse),
+            "sqnr_db_by_timestep": ratios[1:],
+        }
         return {"mse": self.mean_mse, "sqnr_db": ratios[0], **by_timestep}
 
 
@@ -209,12 +229,20 @@ def _decibels(signal: float, error: float) -> float:
 
 
 def output_error(model: nn.Module, calls: Sequence[ModelCall], references: Sequence[torch.Tensor]) -> OutputError:
-    """How far the outputs of `model` are from `references`, one a call (what [`replay`] gave with the reference network)."""
+    """How far the outputs of `model` are from `references`, one a call (what [`replay`] gave with the reference
+    network).
+    """
     sums: dict[float, torch.Tensor] = {}
     for call, reference in zip(calls, references, strict=True):
         error = replay(model, call).cpu().double() - reference.cpu().double()
         total = sums.setdefault(call.timestep, torch.zeros(3, dtype=torch.float64))
-        total += torch.stack([error.pow(2).sum(), reference.double().cpu().pow(2).sum(), torch.tensor(float(error.numel()), dtype=torch.float64)])
+        total += torch.stack(
+            [
+                error.pow(2).sum(),
+                reference.double().cpu().pow(2).sum(),
+                torch.tensor(float(error.numel()), dtype=torch.float64),
+            ]
+        )
     timesteps = sorted(sums)
     return OutputError(tuple(timesteps), *(tuple(float(sums[t][i] / sums[t][2]) for t in timesteps) for i in (0, 1)))
 
@@ -223,19 +251,28 @@ def output_error(model: nn.Module, calls: Sequence[ModelCall], references: Seque
 
 
 def layer_inputs(module: nn.Module, args: Sequence[Any]) -> torch.Tensor:
-    """The inputs of a linear or convolutional layer as a matrix a group, `(G, rows, n)`: output = inputs · weightᵀ, n as in `weight[0]`.
+    """The inputs of a linear or convolutional layer as a matrix a group, `(G, rows, n)`: output = inputs · weightᵀ, n
+    as in `weight[0]`.
 
-    A sub-network of an elastic layer, which sees the first inputs alone, gets zeros for the others: they tell nothing of those weights.
+    A sub-network of an elastic layer, which sees the first inputs alone, gets zeros for the others: they tell nothing
+    of those weights.
     """
     values = args[0].detach()
     if isinstance(module, ElasticCompression):  # on tokens instead of an image
         rows, columns = args[1], args[2]
-        windows = values.unflatten(1, (rows // 2, 2, columns // 2, 2)).permute(5, 0, 1, 3, 2, 4)  # [c, B, rows/2, columns/2, 2, 2]
+        windows = values.unflatten(1, (rows // 2, 2, columns // 2, 2)).permute(
+            5, 0, 1, 3, 2, 4
+        )  # [c, B, rows/2, columns/2, 2, 2]
         return F.pad(windows.reshape(windows.shape[0], -1, 4), (0, 0, 0, 0, 0, module.in_channels - windows.shape[0]))
     if isinstance(module, nn.Conv2d):
         if isinstance(module.padding, str) or module.padding_mode != "zeros":
-            raise EdgeDiTError(f"A convolution with padding {module.padding!r} ({module.padding_mode}) cannot be calibrated; use numbers of zeros.")
-        columns = F.unfold(values, module.kernel_size, module.dilation, module.padding, module.stride)  # [B, Cin·kh·kw, places]
+            raise EdgeDiTError(
+                f"A convolution with padding {module.padding!r} ({module.padding_mode}) cannot be calibrated; use "
+                "numbers of zeros."
+            )
+        columns = F.unfold(
+            values, module.kernel_size, module.dilation, module.padding, module.stride
+        )  # [B, Cin·kh·kw, places]
         groups = columns.unflatten(1, (module.groups, -1))
         return groups.permute(1, 0, 3, 2).flatten(1, 2)
     return F.pad(values.flatten(0, -2), (0, module.in_features - values.shape[-1])).unsqueeze(0)
@@ -283,8 +320,8 @@ def moment_batches(model: nn.Module, names: Sequence[str], memory_bytes: int = M
 def second_moments(model: nn.Module, calls: Sequence[ModelCall], names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Mean of x·xᵀ over all inputs x that each layer sees in these calls, `(G, n, n)` float32 on the model's device.
 
-    That is the Hessian of the layer's squared output error, but for a factor; averaged over the timesteps and widths of the calls.
-    A layer that is never called has zeros.
+    That is the Hessian of the layer's squared output error, but for a factor; averaged over the timesteps and widths of
+    the calls. A layer that is never called has zeros.
     """
     device = next(model.parameters()).device
     sums = {}
@@ -304,7 +341,9 @@ def second_moments(model: nn.Module, calls: Sequence[ModelCall], names: Sequence
     return {name: total / max(1, counts[name]) for name, total in sums.items()}
 
 
-def input_ranges(model: nn.Module, calls: Sequence[ModelCall], names: Sequence[str]) -> tuple[list[float], dict[str, torch.Tensor]]:
+def input_ranges(
+    model: nn.Module, calls: Sequence[ModelCall], names: Sequence[str]
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Least and greatest input of every layer at every timestep of the calls.
 
     Returns:

@@ -1,8 +1,9 @@
 """Error-compensating rounding: GPTQ (Frantar et al., 2022, arXiv:2210.17323) for affine grids and for palettes.
 
-The weights of an output are rounded one input after the other, and what rounding an input's weight changes in the output is made up for by the
-weights that are still to come, as the second moments of the layer's inputs tell how inputs stand in for one another. The result lies on the same
-grid as rounding to the nearest would give, so that every runtime that takes the one takes the other.
+The weights of an output are rounded one input after the other, and what rounding an input's weight changes in the
+output is made up for by the weights that are still to come, as the second moments of the layer's inputs tell how inputs
+stand in for one another. The result lies on the same grid as rounding to the nearest would give, so that every runtime
+that takes the one takes the other.
 
 Shapes: G groups of a convolution (1 for a linear layer), R outputs a group, n inputs an output sees.
 """
@@ -35,7 +36,8 @@ def compensated_rounding(
     Args:
         weight: `(G, R, n)`.
         moments: `(G, n, n)`, mean of x·xᵀ over the inputs x. Inputs that are always zero are rounded to the nearest.
-        nearest: `nearest(values (G, R), inputs (G,))` gives the grid's nearest values for the weights of one input a group.
+        nearest: `nearest(values (G, R), inputs (G,))` gives the grid's nearest values for the weights of one input a
+            group.
         damping: added to the diagonal of the moments, as a share of its mean (the paper's 1 %).
 
     Returns:
@@ -46,19 +48,30 @@ def compensated_rounding(
     """
     groups, rows, inputs = weight.shape
     if moments.shape != (groups, inputs, inputs):
-        raise EdgeDiTError(f"The weight has the shape {tuple(weight.shape)} and the moments {tuple(moments.shape)}; they must be {(groups, inputs, inputs)}.")
+        raise EdgeDiTError(
+            f"The weight has the shape {tuple(weight.shape)} and the moments {tuple(moments.shape)}; they must be "
+            f"{(groups, inputs, inputs)}."
+        )
     if not torch.isfinite(moments).all():
-        raise EdgeDiTError("The second moments of the layer's inputs are not finite; calibrate with a pipeline in float32.")
+        raise EdgeDiTError(
+            "The second moments of the layer's inputs are not finite; calibrate with a pipeline in float32."
+        )
     hessian = moments.double()
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     unseen = diagonal <= 0
     # Inputs that matter most first, while there are still many others to make up for them.
     order = torch.argsort(diagonal, dim=1, descending=True, stable=True)  # [G, n]
     mean = diagonal.sum(1) / (~unseen).sum(1).clamp(min=1)
-    hessian = hessian + torch.diag_embed(torch.where(unseen, torch.ones_like(diagonal), damping * mean[:, None] + 1e-30))
-    hessian = hessian.gather(1, order[:, :, None].expand(-1, -1, inputs)).gather(2, order[:, None].expand(-1, inputs, -1))
+    hessian = hessian + torch.diag_embed(
+        torch.where(unseen, torch.ones_like(diagonal), damping * mean[:, None] + 1e-30)
+    )
+    hessian = hessian.gather(1, order[:, :, None].expand(-1, -1, inputs)).gather(
+        2, order[:, None].expand(-1, inputs, -1)
+    )
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()  # its rows tell how an input's error spreads to later ones
+    factor = torch.linalg.cholesky(
+        inverse, upper=True
+    ).float()  # its rows tell how an input's error spreads to later ones
     left = weight.float().gather(2, order[:, None].expand(-1, rows, -1))  # what is still to be rounded
     rounded = torch.empty_like(left)
     for start in range(0, inputs, BLOCK):
@@ -75,11 +88,19 @@ def compensated_rounding(
     return torch.empty_like(rounded).scatter_(2, order[:, None].expand(-1, rows, -1), rounded)
 
 
-def gptq(weight: torch.Tensor, moments: torch.Tensor, bits: int = 4, group_size: int = 32, symmetric: bool = True, damping: float = 0.01) -> AffineWeight:
+def gptq(
+    weight: torch.Tensor,
+    moments: torch.Tensor,
+    bits: int = 4,
+    group_size: int = 32,
+    symmetric: bool = True,
+    damping: float = 0.01,
+) -> AffineWeight:
     """A weight on the affine grids of [`affine.quantize_affine`], rounded with compensation.
 
     Args:
-        weight: `(O, …)`. moments: `(G, n, n)`, as [`calibration.second_moments`] gives them. damping: as in [`compensated_rounding`].
+        weight: `(O, …)`. moments: `(G, n, n)`, as [`calibration.second_moments`] gives them. damping: as in
+            [`compensated_rounding`].
         bits, group_size, symmetric: as of an affine spec.
     """
     rows, columns = matrix_shape(tuple(weight.shape))
@@ -93,13 +114,20 @@ def gptq(weight: torch.Tensor, moments: torch.Tensor, bits: int = 4, group_size:
         step, zero = scales.gather(2, place)[..., 0], zero_points.gather(2, place)[..., 0]
         return (round_to_grid(values, step, zero, bits).float() - zero) * step
 
-    rounded = compensated_rounding(matrix.unflatten(0, (groups, -1)), moments, nearest_value, damping).reshape(rows, columns)
+    rounded = compensated_rounding(matrix.unflatten(0, (groups, -1)), moments, nearest_value, damping).reshape(
+        rows, columns
+    )
     spread = [part.repeat_interleave(size, dim=1)[:, :columns] for part in (scale, zero_point)]
-    return affine_weight(round_to_grid(rounded, *spread, bits), scale, zero_point, bits, group_size, symmetric, tuple(weight.shape))
+    return affine_weight(
+        round_to_grid(rounded, *spread, bits), scale, zero_point, bits, group_size, symmetric, tuple(weight.shape)
+    )
 
 
-def gptq_palette(weight: torch.Tensor, moments: torch.Tensor, bits: int = 4, rows_per_palette: int = 16, damping: float = 0.01) -> PaletteWeight:
-    """A palettised weight: k-means in which a weight counts as much as its input's mean square, then rounding with compensation.
+def gptq_palette(
+    weight: torch.Tensor, moments: torch.Tensor, bits: int = 4, rows_per_palette: int = 16, damping: float = 0.01
+) -> PaletteWeight:
+    """A palettised weight: k-means in which a weight counts as much as its input's mean square, then rounding with
+    compensation.
 
     Args:
         weight, moments, damping: as of [`gptq`]. bits, rows_per_palette: as of a palette spec.
@@ -117,12 +145,20 @@ def gptq_palette(weight: torch.Tensor, moments: torch.Tensor, bits: int = 4, row
         index = nearest(values.reshape(rows, 1), row_palette)
         return row_palette.gather(1, index.long()).reshape(values.shape)
 
-    rounded = compensated_rounding(matrix.unflatten(0, (groups, -1)), moments, nearest_value, damping).reshape(rows, columns)
-    return PaletteWeight(pack(nearest(rounded, row_palette), bits), palette, bits, rows_per_palette, tuple(weight.shape))
+    rounded = compensated_rounding(matrix.unflatten(0, (groups, -1)), moments, nearest_value, damping).reshape(
+        rows, columns
+    )
+    return PaletteWeight(
+        pack(nearest(rounded, row_palette), bits), palette, bits, rows_per_palette, tuple(weight.shape)
+    )
 
 
-def quantize_compensated(weight: torch.Tensor, spec: Mapping[str, Any], moments: torch.Tensor, damping: float = 0.01) -> QuantizedWeight:
-    """[`quantize.quantize_weight`] with compensation, of a palette or affine spec; NF4 is rounded to the nearest code."""
+def quantize_compensated(
+    weight: torch.Tensor, spec: Mapping[str, Any], moments: torch.Tensor, damping: float = 0.01
+) -> QuantizedWeight:
+    """[`quantize.quantize_weight`] with compensation, of a palette or affine spec; NF4 is rounded to the nearest
+    code.
+    """
     spec = complete_spec(spec, tuple(weight.shape))
     if spec["scheme"] == "palette":
         return gptq_palette(weight, moments, spec["bits"], spec["rows_per_palette"], damping)

@@ -1,8 +1,9 @@
 """Layers whose weight is quantised: they keep packed tensors, and `layer.weight` unpacks them when somebody asks.
 
-The layer stays what it is (an [`ElasticLinear`] still slices `self.weight`, `isinstance(layer, nn.Linear)` holds): its class becomes a
-subclass in which `weight` is a property. The packed tensors are buffers `weight_packed`, `weight_palette`, `weight_scale`, …, and so part of
-the state dict. Nothing is kept unpacked: a forward needs the memory of one layer's weight more.
+The layer stays what it is (an [`ElasticLinear`] still slices `self.weight`, `isinstance(layer, nn.Linear)` holds): its
+class becomes a subclass in which `weight` is a property. The packed tensors are buffers `weight_packed`,
+`weight_palette`, `weight_scale`, …, and so part of the state dict. Nothing is kept unpacked: a forward needs the memory
+of one layer's weight more.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class QuantizedLayer:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The unpacked weight, made anew at every access. It is no parameter: changes of it are lost, and no gradient is kept."""
+        """The unpacked weight, made anew at every access. It is no parameter: changes of it are lost, and no gradient
+        is kept.
+        """
         with torch.no_grad():
             return get_quantized_weight(self).dequantize(self.weight_dtype)
 
@@ -39,7 +42,8 @@ class QuantizedLayer:
         return _new_quantized, (self.plain_class,), self.__dict__
 
     def _apply(self, fn, *args, **kwargs):
-        # `.to(dtype)` and the like: palettes and scales keep their type, which another cannot hold without loss; what they unpack to changes.
+        # `.to(dtype)` and the like: palettes and scales keep their type, which another cannot hold without loss; what
+        # they unpack to changes.
         before = {PREFIX + name: self._buffers[PREFIX + name] for name in self.weight_tensors}
         super()._apply(fn, *args, **kwargs)
         for name, tensor in before.items():
@@ -60,7 +64,9 @@ def _new_quantized(plain: type[nn.Module]) -> nn.Module:
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear and 2-D convolutional layer of a model by name, quantised or not. Embeddings are look-ups and stay as they are."""
+    """Every linear and 2-D convolutional layer of a model by name, quantised or not. Embeddings are look-ups and stay
+    as they are.
+    """
     return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
 
 
@@ -73,16 +79,24 @@ def get_quantized_weight(module: nn.Module) -> QuantizedWeight | None:
     """The quantised weight of a layer (its own tensors, not copies); `None` if it is not quantised."""
     if not isinstance(module, QuantizedLayer):
         return None
-    return SCHEMES[module.weight_spec["scheme"]].from_tensors(module.weight_spec, {name: module._buffers[PREFIX + name] for name in module.weight_tensors})
+    return SCHEMES[module.weight_spec["scheme"]].from_tensors(
+        module.weight_spec, {name: module._buffers[PREFIX + name] for name in module.weight_tensors}
+    )
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
     """The quantised weights of a model by the name of their layer."""
-    return {name: get_quantized_weight(module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    return {
+        name: get_quantized_weight(module)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLayer)
+    }
 
 
 def set_quantized_weight(module: nn.Module, quantized: QuantizedWeight) -> None:
-    """Put a quantised weight in the place of a layer's parameter `weight`. The weight unpacks to the parameter's type, on its device."""
+    """Put a quantised weight in the place of a layer's parameter `weight`. The weight unpacks to the parameter's type,
+    on its device.
+    """
     if isinstance(module, QuantizedLayer):
         raise EdgeDiTError(f"The layer is quantised already ({module.weight_spec}); dequantise it first.")
     if not isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -96,14 +110,21 @@ def set_quantized_weight(module: nn.Module, quantized: QuantizedWeight) -> None:
 
 
 def set_empty_weight(module: nn.Module, spec: Mapping[str, Any]) -> None:
-    """[`set_quantized_weight`] with tensors that have shapes but no values yet (on the meta device), for a loader to fill in."""
+    """[`set_quantized_weight`] with tensors that have shapes but no values yet (on the meta device), for a loader to
+    fill in.
+    """
     spec = complete_spec(spec, weight_shape(module))
-    tensors = {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in layout(spec, weight_shape(module)).items()}
+    tensors = {
+        name: torch.empty(size, dtype=dtype, device="meta")
+        for name, (size, dtype) in layout(spec, weight_shape(module)).items()
+    }
     set_quantized_weight(module, from_tensors(spec, tensors))
 
 
 def dequantize_layer(module: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Undo [`set_quantized_weight`]: the unpacked weight becomes the layer's parameter again, of type `dtype` (default: what it unpacks to)."""
+    """Undo [`set_quantized_weight`]: the unpacked weight becomes the layer's parameter again, of type `dtype` (default:
+    what it unpacks to).
+    """
     weight = get_quantized_weight(module).dequantize(dtype or module.weight_dtype)
     for name in module.weight_tensors:
         del module._buffers[PREFIX + name]
@@ -122,7 +143,8 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> Non
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Put plain parameters back in place of a model's quantised weights, in place; saved now, it is a model like any other.
+    """Put plain parameters back in place of a model's quantised weights, in place; saved now, it is a model like any
+    other.
 
     Args:
         dtype: of the new parameters; default: the type of the others.

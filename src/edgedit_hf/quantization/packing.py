@@ -24,10 +24,14 @@ def check_bits(bits: int, allowed: tuple[int, ...] = BITS) -> None:
 
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack the last dimension of uint8 `values` `(…, n)`, each below 2^bits, to uint8 `(…, ⌈n·bits/8⌉)`; spare bits are 0."""
+    """Pack the last dimension of uint8 `values` `(…, n)`, each below 2^bits, to uint8 `(…, ⌈n·bits/8⌉)`; spare bits are
+    0.
+    """
     check_bits(bits)
     if values.dtype != torch.uint8 or (values.numel() and int(values.max()) >= 1 << bits):
-        raise EdgeDiTError(f"Values of type {values.dtype} do not fit {bits} bits; give uint8 values below {1 << bits}.")
+        raise EdgeDiTError(
+            f"Values of type {values.dtype} do not fit {bits} bits; give uint8 values below {1 << bits}."
+        )
     if bits == 8:
         return values.contiguous()
     per_byte = 8 // bits
@@ -49,7 +53,9 @@ def _codes(bits: int, device: torch.device) -> torch.Tensor:
     return (torch.arange(256, device=device)[:, None] >> shifts) & ((1 << bits) - 1)
 
 
-def lookup(packed: torch.Tensor, tables: torch.Tensor, bits: int, count: int, table_of_row: torch.Tensor | None = None) -> torch.Tensor:
+def lookup(
+    packed: torch.Tensor, tables: torch.Tensor, bits: int, count: int, table_of_row: torch.Tensor | None = None
+) -> torch.Tensor:
     """What packed values stand for: a table look-up of whole bytes, so that 4-bit values are fetched in pairs.
 
     Args:
@@ -63,7 +69,9 @@ def lookup(packed: torch.Tensor, tables: torch.Tensor, bits: int, count: int, ta
     per_byte = 8 // bits
     table = tables if bits == 8 else tables[:, _codes(bits, tables.device)]  # [T, 256, values a byte]
     table = table.reshape(-1, per_byte).contiguous()
-    words = table.view(_WORDS[min(8, per_byte * table.element_size())])  # what one byte stands for, moved as one integer where it fits
+    words = table.view(
+        _WORDS[min(8, per_byte * table.element_size())]
+    )  # what one byte stands for, moved as one integer where it fits
     if words.shape[-1] == 1:
         words = words.squeeze(-1)
     rows = packed.reshape(-1, packed.shape[-1])

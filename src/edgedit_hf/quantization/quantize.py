@@ -1,4 +1,6 @@
-"""Quantise weights: k-means palettes, even grids by rounding to the nearest, NF4; of a tensor, or of a model by a plan."""
+"""Quantise weights: k-means palettes, even grids by rounding to the nearest, NF4; of a tensor, or of a model by a
+plan.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,14 @@ from .quantizer import mark_quantized
 from .weights import NF4_CODES, NF4Weight, PaletteWeight, QuantizedWeight, complete_spec, spec_bits
 
 
-def quantize_palette(weight: torch.Tensor, bits: int = 4, rows_per_palette: int = 16, importance: torch.Tensor | None = None) -> PaletteWeight:
+def quantize_palette(
+    weight: torch.Tensor, bits: int = 4, rows_per_palette: int = 16, importance: torch.Tensor | None = None
+) -> PaletteWeight:
     """k-means palettes of a weight `(O, …)`, one for every run of `rows_per_palette` output rows (0: one for all).
 
     Args:
-        importance: `(n,)`, what an error of each of a row's weights costs (for example the mean square of its input); default: the same.
+        importance: `(n,)`, what an error of each of a row's weights costs (for example the mean square of its input);
+            default: the same.
     """
     matrix = weight.detach().float().flatten(1)
     rows, columns = matrix.shape
@@ -35,7 +40,9 @@ def quantize_palette(weight: torch.Tensor, bits: int = 4, rows_per_palette: int 
         palette = kmeans_1d(part, 1 << bits, weights)[0].half()
         palettes.append(palette)
         indices.append(nearest(part, palette).view(-1, columns))  # again: the palette has been rounded
-    return PaletteWeight(pack(torch.cat(indices), bits), torch.cat(palettes), bits, rows_per_palette, tuple(weight.shape))
+    return PaletteWeight(
+        pack(torch.cat(indices), bits), torch.cat(palettes), bits, rows_per_palette, tuple(weight.shape)
+    )
 
 
 def quantize_nf4(weight: torch.Tensor, block: int = 64) -> NF4Weight:
@@ -50,8 +57,12 @@ def quantize_nf4(weight: torch.Tensor, block: int = 64) -> NF4Weight:
     return NF4Weight(pack(values, 4), absmax.half(), block, tuple(weight.shape))
 
 
-def quantize_weight(weight: torch.Tensor, spec: Mapping[str, Any], importance: torch.Tensor | None = None) -> QuantizedWeight:
-    """A weight `(O, …)` in the form that `spec` names (see [`weights`]); `importance` as in [`quantize_palette`], for palettes only."""
+def quantize_weight(
+    weight: torch.Tensor, spec: Mapping[str, Any], importance: torch.Tensor | None = None
+) -> QuantizedWeight:
+    """A weight `(O, …)` in the form that `spec` names (see [`weights`]); `importance` as in [`quantize_palette`], for
+    palettes only.
+    """
     spec = complete_spec(spec, tuple(weight.shape))
     _check_values(weight, "The weight")
     if spec["scheme"] == "palette":
@@ -67,7 +78,8 @@ def quantize_model(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> N
     """Quantise the weights of the layers that a plan names, in place. The model is then saved and loaded in this form.
 
     Args:
-        plan: layer name → spec. Layers that it does not name keep their weights; so do biases, norms, embeddings and tables.
+        plan: layer name → spec. Layers that it does not name keep their weights; so do biases, norms, embeddings and
+            tables.
     """
     check_plan(model, plan)
     layers = quantizable_layers(model)
@@ -84,19 +96,33 @@ def check_plan(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> None:
     wrapped = next((name for name in layers if ".base_layer" in name or ".lora_" in name), None)
     compiled = next((name for name in layers if "_orig_mod" in name.split(".")), None)
     if compiled is not None:
-        raise EdgeDiTError(f"The layer {compiled!r} is compiled, and would be saved under that name; quantise the model (model._orig_mod) before.")
+        raise EdgeDiTError(
+            f"The layer {compiled!r} is compiled, and would be saved under that name; quantise the model "
+            "(model._orig_mod) before."
+        )
     if wrapped is not None:
-        raise EdgeDiTError(f"The layer {wrapped!r} belongs to a PEFT adapter; merge it with fuse_lora(), call unload_lora(), and quantise then.")
+        raise EdgeDiTError(
+            f"The layer {wrapped!r} belongs to a PEFT adapter; merge it with fuse_lora(), call unload_lora(), and "
+            "quantise then."
+        )
     for name, spec in plan.items():
         if name not in layers:
-            raise EdgeDiTError(f"The plan names {name!r}, which is no linear or convolutional layer of the model; see quantizable_layers(model).")
+            raise EdgeDiTError(
+                f"The plan names {name!r}, which is no linear or convolutional layer of the model; see "
+                "quantizable_layers(model)."
+            )
         if isinstance(layers[name], QuantizedLayer):
-            raise EdgeDiTError(f"The layer {name!r} is quantised already ({layers[name].weight_spec}); call dequantize_model(model) first.")
+            raise EdgeDiTError(
+                f"The layer {name!r} is quantised already ({layers[name].weight_spec}); call dequantize_model(model) "
+                "first."
+            )
         complete_spec(spec, weight_shape(layers[name]))
 
 
 def stored_bytes(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> int:
-    """Bytes of all tensors of the model's file once it is quantised by this plan. The model may be on the meta device."""
+    """Bytes of all tensors of the model's file once it is quantised by this plan. The model may be on the meta
+    device.
+    """
     layers = quantizable_layers(model)
     total = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     for name, spec in plan.items():
@@ -108,4 +134,6 @@ def stored_bytes(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> int
 def _check_values(weight: torch.Tensor, what: str) -> None:
     largest = float(weight.detach().abs().max())
     if not largest <= torch.finfo(torch.float16).max:  # NaN too
-        raise EdgeDiTError(f"{what} has a value of size {largest}; quantised weights must be finite and below 65504 (float16).")
+        raise EdgeDiTError(
+            f"{what} has a value of size {largest}; quantised weights must be finite and below 65504 (float16)."
+        )

@@ -1,7 +1,9 @@
-"""What makes up for quantised weights: biases, norms and modulation, tuned so that the network's output is the unquantised one's again.
+"""What makes up for quantised weights: biases, norms and modulation, tuned so that the network's output is the
+unquantised one's again.
 
-SnapGen++ (arXiv:2601.08303, supplement): the weights stay frozen. The loss is the distance to the unquantised network's prediction for the same
-input ([`distill.output_loss.output_loss`]); the inputs are the unquantised network's own samples with noise added, so no data set is needed.
+SnapGen++ (arXiv:2601.08303, supplement): the weights stay frozen. The loss is the distance to the unquantised network's
+prediction for the same input ([`distill.output_loss.output_loss`]); the inputs are the unquantised network's own
+samples with noise added, so no data set is needed.
 """
 
 from __future__ import annotations
@@ -17,18 +19,26 @@ from ..captions import TextTable
 from ..diffusion import draws, drop_labels
 from ..optimisation import check_names
 
-SAMPLE_STREAM, SUBNET_STREAM, POOL_STREAM = 22, 23, 24  # of `diffusion.draws`: which samples, which sub-network, and noise of the samples
+SAMPLE_STREAM, SUBNET_STREAM, POOL_STREAM = (
+    22,
+    23,
+    24,
+)  # of `diffusion.draws`: which samples, which sub-network, and noise of the samples
 
 
 def tuned_parameters(model: nn.Module, quantized: Collection[str]) -> dict[str, nn.Parameter]:
-    """The parameters that self-distillation tunes, by name: biases, norms, and what makes modulations (their tables, and their weights where
-    they are not quantised).
+    """The parameters that self-distillation tunes, by name: biases, norms, and what makes modulations (their tables,
+    and their weights where they are not quantised).
 
     Args:
         quantized: names of the quantised layers, whose weights stay as they are.
     """
     frozen = {f"{name}.weight" for name in quantized}
-    norms = {f"{name}." for name, module in model.named_modules() if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))}
+    norms = {
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
+    }
 
     def tuned(name: str) -> bool:
         return name.endswith(".bias") or "modulation" in name or any(name.startswith(norm) for norm in norms)
@@ -49,7 +59,10 @@ class TunedState:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy the values in; an EdgeDiTError if they are of other parameters."""
-        check_names("tuned weights", *({name: tensor.shape for name, tensor in values.items()} for values in (state, self.parameters)))
+        check_names(
+            "tuned weights",
+            *({name: tensor.shape for name, tensor in values.items()} for values in (state, self.parameters)),
+        )
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name])
 
@@ -78,7 +91,9 @@ def step_subnet(names: Sequence[str], seed: int, step: int) -> str | None:
     """The sub-network that a step tunes, drawn uniformly from all (`None` of a stand-alone net)."""
     if not names:
         return None
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed, SUBNET_STREAM], dtype=np.uint64), counter=[0, 0, step, 0]))
+    generator = np.random.Generator(
+        np.random.Philox(key=np.array([seed, SUBNET_STREAM], dtype=np.uint64), counter=[0, 0, step, 0])
+    )
     return names[int(generator.integers(len(names)))]
 
 
@@ -96,11 +111,16 @@ class SamplePool(NamedTuple):
     texts: TextTable | None = None
 
     def condition(self, drawn: StepDraws, dropout: float, num_classes: int) -> dict[str, Any]:
-        """Keyword arguments of the transformer for the drawn samples; a share `dropout` goes without label or any text, as guidance needs it."""
+        """Keyword arguments of the transformer for the drawn samples; a share `dropout` goes without label or any text,
+        as guidance needs it.
+        """
         if self.labels is not None:
             return {"class_labels": drop_labels(self.labels[drawn.samples], drawn.drop, dropout, num_classes)}
         if self.texts is None:
             return {}
         embeds, masks = self.texts.batch(drawn.samples % len(self.texts))
         kept = (drawn.drop >= dropout)[:, None]
-        return {"encoder_hidden_states": embeds, "encoder_attention_mask": [None if mask is None else mask & kept for mask in masks]}
+        return {
+            "encoder_hidden_states": embeds,
+            "encoder_attention_mask": [None if mask is None else mask & kept for mask in masks],
+        }

@@ -1,8 +1,10 @@
-"""Which layer gets how many bits: the error of the network's output when one layer alone is quantised, and the best choice within a budget.
+"""Which layer gets how many bits: the error of the network's output when one layer alone is quantised, and the best
+choice within a budget.
 
-SnapGen++ (arXiv:2601.08303, supplement): most layers have 4 bits, those whose quantisation changes the network's output most have 8, so that
-the average is 4.3. Here that choice is a multiple-choice knapsack problem, solved to optimality: each layer takes one of its candidates, the
-true stored bits (indices, palettes, scales) stay within the budget, and the sum of the layers' errors is least.
+SnapGen++ (arXiv:2601.08303, supplement): most layers have 4 bits, those whose quantisation changes the network's output
+most have 8, so that the average is 4.3. Here that choice is a multiple-choice knapsack problem, solved to optimality:
+each layer takes one of its candidates, the true stored bits (indices, palettes, scales) stay within the budget, and the
+sum of the layers' errors is least.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from ..errors import EdgeDiTError
 from .calibration import ModelCall, OutputError, output_error
 from .weights import matrix_shape
 
-PALETTE_SHARES = (0.05, 0.2)  # bits a weight that 4-bit palettes may add, for the candidates between one palette a layer and many
+PALETTE_SHARES = (
+    0.05,
+    0.2,
+)  # bits a weight that 4-bit palettes may add, for the candidates between one palette a layer and many
 SMALL_LAYER = 4096  # weights below which a layer may stay as it is: its palettes would be as large as itself
 SCALE = 1e4  # the budget in the solver's units, where its absolute tolerances are far below one bit
 
@@ -47,7 +52,8 @@ class Allocation:
     Args:
         chosen: the candidate of every layer.
         average_bits: stored bits a weight. error: sum of the chosen candidates' errors.
-        bound: no choice within the budget has a smaller sum (equal to `error`, but for rounding, where the solver proved it).
+        bound: no choice within the budget has a smaller sum (equal to `error`, but for rounding, where the solver
+            proved it).
     """
 
     chosen: Mapping[str, Candidate]
@@ -61,31 +67,43 @@ class Allocation:
         return {name: candidate.spec for name, candidate in self.chosen.items() if candidate.spec is not None}
 
 
-def candidate_specs(shape: Sequence[int], scheme: str = "palette", rows_per_palette: int | None = None, group_size: int = 64) -> list[dict[str, Any] | None]:
+def candidate_specs(
+    shape: Sequence[int], scheme: str = "palette", rows_per_palette: int | None = None, group_size: int = 64
+) -> list[dict[str, Any] | None]:
     """The forms that a weight of this shape may take: 4 bit and 8 bit; of a small layer also as it is (`None`).
 
     Args:
         scheme: `"palette"` or `"affine"` (symmetric).
-        rows_per_palette: output rows that share a 4-bit palette, 0: all; `None`: several choices, from one palette to about 0.2 bits a weight
-            for palettes. The counts divide the rows, as Core ML wants it.
+        rows_per_palette: output rows that share a 4-bit palette, 0: all; `None`: several choices, from one palette to
+            about 0.2 bits a weight for palettes. The counts divide the rows, as Core ML wants it.
         group_size: inputs that share a scale (affine).
     """
     rows, columns = matrix_shape(tuple(shape))
     if scheme == "affine":
-        specs: list[dict[str, Any] | None] = [{"scheme": scheme, "bits": bits, "group_size": group_size, "symmetric": True} for bits in (4, 8)]
+        specs: list[dict[str, Any] | None] = [
+            {"scheme": scheme, "bits": bits, "group_size": group_size, "symmetric": True} for bits in (4, 8)
+        ]
     else:
         runs = {rows_per_palette}
         if rows_per_palette is None:
             wanted = [16 * 16 / (columns * share) for share in PALETTE_SHARES]  # 16 entries of 16 bits
             # The largest power of two that divides the rows and is not above what is wanted by more than a half.
-            runs = {0, *(max(2**k for k in range(rows.bit_length()) if rows % 2**k == 0 and (k == 0 or 2**k <= 1.5 * most)) for most in wanted)} - {rows}
+            runs = {
+                0,
+                *(
+                    max(2**k for k in range(rows.bit_length()) if rows % 2**k == 0 and (k == 0 or 2**k <= 1.5 * most))
+                    for most in wanted
+                ),
+            } - {rows}
         specs = [{"scheme": scheme, "bits": 4, "rows_per_palette": run} for run in sorted(runs)]
         specs.append({"scheme": scheme, "bits": 8, "rows_per_palette": 0})
     return [*specs, None] if math.prod(shape) < SMALL_LAYER else specs
 
 
 @torch.no_grad()
-def replaced_weight_error(model: nn.Module, name: str, weight: torch.Tensor, calls: Sequence[ModelCall], references: Sequence[torch.Tensor]) -> OutputError:
+def replaced_weight_error(
+    model: nn.Module, name: str, weight: torch.Tensor, calls: Sequence[ModelCall], references: Sequence[torch.Tensor]
+) -> OutputError:
     """Error of the network's output when the layer `name` has another weight and everything else is as it was.
 
     Args:
@@ -102,10 +120,16 @@ def replaced_weight_error(model: nn.Module, name: str, weight: torch.Tensor, cal
         parameter.copy_(original)
 
 
-def allocate(candidates: Mapping[str, Sequence[Candidate]], sizes: Mapping[str, int], budget_bits: float = 4.3, max_seconds: float = 60.0) -> Allocation:
+def allocate(
+    candidates: Mapping[str, Sequence[Candidate]],
+    sizes: Mapping[str, int],
+    budget_bits: float = 4.3,
+    max_seconds: float = 60.0,
+) -> Allocation:
     """Choose a candidate for every layer: the least sum of errors at `budget_bits` or fewer bits a weight on average.
 
-    Exact (HiGHS' branch and bound, through SciPy) unless `max_seconds` are over first; [`Allocation.bound`] then tells how far it may be off.
+    Exact (HiGHS' branch and bound, through SciPy) unless `max_seconds` are over first; [`Allocation.bound`] then tells
+    how far it may be off.
 
     Args:
         candidates: of every layer, at least one.
@@ -121,22 +145,30 @@ def allocate(candidates: Mapping[str, Sequence[Candidate]], sizes: Mapping[str, 
     flat = [(row, candidate) for row, name in enumerate(names) for candidate in candidates[name]]
     for row, candidate in flat:
         if not np.isfinite(candidate.error):
-            raise EdgeDiTError(f"The error of layer {names[row]} as {candidate.spec} is {candidate.error}; a layer with such an error cannot be stored so.")
+            raise EdgeDiTError(
+                f"The error of layer {names[row]} as {candidate.spec} is {candidate.error}; a layer with such an error "
+                "cannot be stored so."
+            )
     weights = sum(sizes[name] for name in names)
     allowed = budget_bits * weights
     least = sum(min(candidate.num_bits for candidate in candidates[name]) for name in names)
     if least > allowed:
         raise EdgeDiTError(
-            f"The budget is {budget_bits:g} bits a weight, but the smallest candidates of the {len(names)} layers have {least / weights:.3f}; raise the "
-            "budget, or let more rows share a palette or more weights a scale."
+            f"The budget is {budget_bits:g} bits a weight, but the smallest candidates of the {len(names)} layers have "
+            f"{least / weights:.3f}; raise the budget, or let more rows share a palette or more weights a scale."
         )
     errors = np.array([candidate.error for _, candidate in flat])
     bits = np.array([candidate.num_bits for _, candidate in flat], dtype=np.float64)
     largest = max(float(np.abs(errors).max()), np.finfo(float).tiny)
-    one_each = csr_array((np.ones(len(flat)), ([row for row, _ in flat], np.arange(len(flat)))), shape=(len(names), len(flat)))
+    one_each = csr_array(
+        (np.ones(len(flat)), ([row for row, _ in flat], np.arange(len(flat)))), shape=(len(names), len(flat))
+    )
     limit = allowed
     while True:
-        constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(bits[None] * (SCALE / allowed), -np.inf, SCALE * (limit / allowed))]
+        constraints = [
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(bits[None] * (SCALE / allowed), -np.inf, SCALE * (limit / allowed)),
+        ]
         solved = milp(
             errors / largest,
             constraints=constraints,
@@ -145,7 +177,10 @@ def allocate(candidates: Mapping[str, Sequence[Candidate]], sizes: Mapping[str, 
             options={"mip_rel_gap": 0.0, "time_limit": max_seconds},
         )
         if solved.x is None:
-            raise EdgeDiTError(f"No allocation of {budget_bits:g} bits was found in {max_seconds:g} s ({solved.message}); give more time or a larger budget.")
+            raise EdgeDiTError(
+                f"No allocation of {budget_bits:g} bits was found in {max_seconds:g} s ({solved.message}); give more "
+                "time or a larger budget."
+            )
         picked = {names[flat[i][0]]: flat[i][1] for i in np.flatnonzero(solved.x > 0.5)}
         spent = sum(candidate.num_bits for candidate in picked.values())
         if spent <= allowed:

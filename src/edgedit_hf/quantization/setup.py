@@ -1,4 +1,6 @@
-"""What a run of quantisation works with: the pipeline, prompts and their embeddings, how it samples, what judges it, and what it will cost."""
+"""What a run of quantisation works with: the pipeline, prompts and their embeddings, how it samples, what judges it,
+and what it will cost.
+"""
 
 from __future__ import annotations
 
@@ -29,19 +31,28 @@ def load_source(config: RunConfig) -> Any:
         EdgeDiTError: there is none, it is quantised already, or it has no such sub-network.
     """
     options = config.quantize
-    path = options.path or next((config.folder(name) for name in ("student-tuned", "elastic") if config.folder(name).exists()), None)
+    path = options.path or next(
+        (config.folder(name) for name in ("student-tuned", "elastic") if config.folder(name).exists()), None
+    )
     if path is None:
-        raise EdgeDiTError(f"There is nothing to quantise: {config.output_dir} has neither student-tuned nor elastic, and quantize.path is null; set it.")
+        raise EdgeDiTError(
+            f"There is nothing to quantise: {config.output_dir} has neither student-tuned nor elastic, and "
+            "quantize.path is null; set it."
+        )
     pipeline = load_pipeline(path, kind=KINDS)
     packed = quantized_weights(pipeline.transformer)
     if packed:
-        raise EdgeDiTError(f"{path} is quantised already ({len(packed)} layers); give the pipeline that it was made from.")
+        raise EdgeDiTError(
+            f"{path} is quantised already ({len(packed)} layers); give the pipeline that it was made from."
+        )
     check_weights(pipeline.transformer, f"The pipeline {path}")
     if options.subnet is not None:
         try:
             pipeline.register_modules(transformer=pipeline.transformer.extract_subnet(options.subnet).eval())
         except (AttributeError, ValueError) as error:
-            raise EdgeDiTError(f"quantize.subnet is {options.subnet!r}, but {path} has no such sub-network: {error}") from error
+            raise EdgeDiTError(
+                f"quantize.subnet is {options.subnet!r}, but {path} has no such sub-network: {error}"
+            ) from error
     return pipeline
 
 
@@ -51,7 +62,9 @@ def widths_of(pipeline: Any) -> list[str | None]:
 
 
 def load_prompts(config: RunConfig, pipeline: Any) -> list[str] | None:
-    """Prompts of text to image, each once: of `quantize.prompts`, or the captions of the data. `None` for a class-conditional pipeline."""
+    """Prompts of text to image, each once: of `quantize.prompts`, or the captions of the data. `None` for a
+    class-conditional pipeline.
+    """
     if "text_dims" not in pipeline.transformer.config:
         return None
     path = config.quantize.prompts
@@ -60,7 +73,9 @@ def load_prompts(config: RunConfig, pipeline: Any) -> list[str] | None:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise EdgeDiTError(f"quantize.prompts {path} cannot be read ({error}); give a text file with a prompt a line.") from error
+        raise EdgeDiTError(
+            f"quantize.prompts {path} cannot be read ({error}); give a text file with a prompt a line."
+        ) from error
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise EdgeDiTError(f"quantize.prompts {path} has no prompt; write one a line.")
@@ -82,12 +97,17 @@ def load_texts(config: RunConfig, pipeline: Any, prompts: Sequence[str] | None, 
 def sampling_options(config: RunConfig, prompts: Sequence[str] | None) -> dict[str, Any]:
     """How every image of a run is sampled: arguments of [`calibration.record`]."""
     options = config.quantize
-    sampling = {"steps": options.sampling_steps, "guidance_scale": options.guidance_scale, "batch_size": options.sampling_batch_size}
+    sampling = {
+        "steps": options.sampling_steps,
+        "guidance_scale": options.guidance_scale,
+        "batch_size": options.sampling_batch_size,
+    }
     return {**sampling, "seed": config.seed, "prompts": prompts}
 
 
 class Judge:
-    """The error of a network's output at every timestep of the sampling loop, a width each, on noise that nothing was fitted to.
+    """The error of a network's output at every timestep of the sampling loop, a width each, on noise that nothing was
+    fitted to.
 
     Args:
         pipeline: with the reference network, whose loop is recorded.
@@ -95,12 +115,20 @@ class Judge:
     """
 
     def __init__(self, pipeline: Any, images: int, **sampling: Any) -> None:
-        self.calls = {width: record(pipeline, images, stream=CHECK_STREAM, subnet=width, **sampling).calls for width in widths_of(pipeline)}
-        self.references = {width: [replay(pipeline.transformer, call) for call in calls] for width, calls in self.calls.items()}
+        self.calls = {
+            width: record(pipeline, images, stream=CHECK_STREAM, subnet=width, **sampling).calls
+            for width in widths_of(pipeline)
+        }
+        self.references = {
+            width: [replay(pipeline.transformer, call) for call in calls] for width, calls in self.calls.items()
+        }
 
     def __call__(self, model: nn.Module) -> dict[str, dict[str, Any]]:
         """[`OutputError.to_dict`] by width (`full` for a network that has one)."""
-        return {width or "full": output_error(model, calls, self.references[width]).to_dict() for width, calls in self.calls.items()}
+        return {
+            width or "full": output_error(model, calls, self.references[width]).to_dict()
+            for width, calls in self.calls.items()
+        }
 
 
 def print_quantization_estimate(config: RunConfig) -> None:
@@ -115,8 +143,15 @@ def print_quantization_estimate(config: RunConfig) -> None:
     started = time.monotonic()
     replay(model, call)
     row_seconds = (time.monotonic() - started) / len(call.inputs["hidden_states"])
-    steps, guided = options.sampling_steps or pipeline.config.default_steps, len(call.inputs["hidden_states"]) // min(images, 8)
-    forms = sum(spec is not None for layer in layers.values() for spec in candidate_specs(layer.weight.shape, options.scheme, options.rows_per_palette))
+    steps, guided = (
+        options.sampling_steps or pipeline.config.default_steps,
+        len(call.inputs["hidden_states"]) // min(images, 8),
+    )
+    forms = sum(
+        spec is not None
+        for layer in layers.values()
+        for spec in candidate_specs(layer.weight.shape, options.scheme, options.rows_per_palette)
+    )
     # Two recordings are replayed about three times: moments twice, judging before and after.
     sampled = (5 * len(widths) * options.calibration_images + bool(options.steps) * options.samples) * steps * guided
     rows = {
@@ -124,9 +159,18 @@ def print_quantization_estimate(config: RunConfig) -> None:
         "sensitivity": forms * len(widths) * options.sensitivity_images * min(options.timesteps, steps) * guided,
         "self-distillation": 4 * options.steps * options.batch_size,
     }
-    weights, total = sum(layer.weight.numel() for layer in layers.values()), sum(parameter.numel() for parameter in model.parameters())
+    weights, total = (
+        sum(layer.weight.numel() for layer in layers.values()),
+        sum(parameter.numel() for parameter in model.parameters()),
+    )
     for name, count in rows.items():
         print(f"{name:<20} {count:>12,} images through the network, about {count * row_seconds / 60:>8.1f} min")
     size = (weights * options.budget_bits / 8 + 4 * (total - weights)) / 1e9
-    print(f"result: about {size:.4f} GB for {total / 1e6:.1f} M parameters; memory: {8 * total / 1e9:.2f} GB for two networks in fp32, and their activations")
-    print(f"{len(layers)} layers in {forms} forms; {1e3 * row_seconds:.1f} ms an image and forward, measured just now with {torch.get_num_threads()} threads")
+    print(
+        f"result: about {size:.4f} GB for {total / 1e6:.1f} M parameters; memory: {8 * total / 1e9:.2f} GB for two "
+        "networks in fp32, and their activations"
+    )
+    print(
+        f"{len(layers)} layers in {forms} forms; {1e3 * row_seconds:.1f} ms an image and forward, measured just now "
+        f"with {torch.get_num_threads()} threads"
+    )

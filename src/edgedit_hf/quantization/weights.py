@@ -1,8 +1,10 @@
-"""Quantised weights: packed integers and what they stand for, as tensors for safetensors and as a plain dict for config.json.
+"""Quantised weights: packed integers and what they stand for, as tensors for safetensors and as a plain dict for
+config.json.
 
-A weight of shape `(O, …)` is seen as a matrix `(O, n)` of output rows, n = inputs · kernel size. Its *spec* is a dict that says how it is
-stored: `{"scheme": "palette", "bits", "rows_per_palette"}`, `{"scheme": "affine", "bits", "group_size", "symmetric"}` or
-`{"scheme": "nf4", "block"}`, with `"shape"` once there is a weight. Palettes and scales are float16.
+A weight of shape `(O, …)` is seen as a matrix `(O, n)` of output rows, n = inputs · kernel size. Its *spec* is a dict
+that says how it is stored: `{"scheme": "palette", "bits", "rows_per_palette"}`, `{"scheme": "affine", "bits",
+"group_size", "symmetric"}` or `{"scheme": "nf4", "block"}`, with `"shape"` once there is a weight. Palettes and scales
+are float16.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch
 from ..errors import EdgeDiTError
 from .packing import lookup, packed_size
 
-# The 16 quantiles of a normal distribution, scaled to [-1, 1], that bitsandbytes calls NormalFloat4 (QLoRA, arXiv:2305.14314, appendix E).
+# The 16 quantiles of a normal distribution, scaled to [-1, 1], that bitsandbytes calls NormalFloat4 (QLoRA,
+# arXiv:2305.14314, appendix E).
 NF4_CODES = (
     -1.0,
     -0.6961928009986877,
@@ -40,7 +43,8 @@ NF4_CODES = (
 
 @dataclass(frozen=True)
 class PaletteWeight:
-    """Every weight is an entry of a palette, which a run of consecutive output rows shares (Core ML's look-up tables per grouped channel).
+    """Every weight is an entry of a palette, which a run of consecutive output rows shares (Core ML's look-up tables
+    per grouped channel).
 
     Args:
         indices: uint8 `(O, ⌈n·bits/8⌉)`, packed.
@@ -76,7 +80,12 @@ class PaletteWeight:
 
     def spec(self) -> dict[str, Any]:
         """How the weight is stored, in plain values."""
-        return {"scheme": self.scheme, "bits": self.bits, "rows_per_palette": self.rows_per_palette, "shape": list(self.shape)}
+        return {
+            "scheme": self.scheme,
+            "bits": self.bits,
+            "rows_per_palette": self.rows_per_palette,
+            "shape": list(self.shape),
+        }
 
     @property
     def num_bits(self) -> int:
@@ -99,7 +108,8 @@ class AffineWeight:
     Args:
         values: uint8 `(O, ⌈n·bits/8⌉)`, packed integers 0 … 2^bits − 1.
         scale: float16 `(O, G)`, G = ⌈n / group_size⌉.
-        zero_point: uint8 `(O, ⌈G·bits/8⌉)`, packed; `None`: 2^(bits − 1) everywhere (a symmetric grid; ONNX's default for unsigned 4 bit).
+        zero_point: uint8 `(O, ⌈G·bits/8⌉)`, packed; `None`: 2^(bits − 1) everywhere (a symmetric grid; ONNX's default
+            for unsigned 4 bit).
         group_size: consecutive inputs that share a scale (the last group may be shorter); 0: all.
     """
 
@@ -127,7 +137,14 @@ class AffineWeight:
 
     @classmethod
     def from_tensors(cls, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> AffineWeight:
-        return cls(tensors["packed"], tensors["scale"], tensors.get("zero_point"), spec["bits"], spec["group_size"], tuple(spec["shape"]))
+        return cls(
+            tensors["packed"],
+            tensors["scale"],
+            tensors.get("zero_point"),
+            spec["bits"],
+            spec["group_size"],
+            tuple(spec["shape"]),
+        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Tensors to store, by name."""
@@ -180,7 +197,10 @@ class NF4Weight:
     @staticmethod
     def layout(spec: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         count = math.prod(shape)
-        return {"packed": ((packed_size(count, 4),), torch.uint8), "absmax": ((-(-count // spec["block"]),), torch.float16)}
+        return {
+            "packed": ((packed_size(count, 4),), torch.uint8),
+            "absmax": ((-(-count // spec["block"]),), torch.float16),
+        }
 
     @classmethod
     def from_tensors(cls, spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> NF4Weight:
@@ -210,7 +230,9 @@ class NF4Weight:
 
 
 def _padded(tensor: torch.Tensor, group: int) -> torch.Tensor:
-    """The tensor with zeros up to whole groups of its last dimension; itself, contiguous, where there is nothing to add."""
+    """The tensor with zeros up to whole groups of its last dimension; itself, contiguous, where there is nothing to
+    add.
+    """
     missing = -tensor.shape[-1] % group
     return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor.contiguous()
 
@@ -226,16 +248,22 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def complete_spec(spec: Mapping[str, Any], shape: tuple[int, ...] | None = None) -> dict[str, Any]:
-    """A spec with the values that it leaves open, checked; with the shape of the weight where it is given (a spec that has another one does
-    not fit)."""
+    """A spec with the values that it leaves open, checked; with the shape of the weight where it is given (a spec that
+    has another one does not fit)."""
     if not isinstance(spec, Mapping):
-        raise EdgeDiTError(f"The spec of a quantised weight is {spec!r}; it must be a dict such as {{'scheme': 'nf4'}}.")
+        raise EdgeDiTError(
+            f"The spec of a quantised weight is {spec!r}; it must be a dict such as {{'scheme': 'nf4'}}."
+        )
     kind = SCHEMES.get(spec["scheme"]) if isinstance(spec.get("scheme"), str) else None
     if kind is None:
-        raise EdgeDiTError(f"The spec {dict(spec)} has the scheme {spec.get('scheme')!r}; the schemes are {', '.join(SCHEMES)}.")
+        raise EdgeDiTError(
+            f"The spec {dict(spec)} has the scheme {spec.get('scheme')!r}; the schemes are {', '.join(SCHEMES)}."
+        )
     unknown = sorted(set(spec) - {"scheme", "shape", *kind.defaults})
     if unknown:
-        raise EdgeDiTError(f"The spec {dict(spec)} has {unknown[0]!r}; {kind.scheme!r} takes {', '.join(kind.defaults)}.")
+        raise EdgeDiTError(
+            f"The spec {dict(spec)} has {unknown[0]!r}; {kind.scheme!r} takes {', '.join(kind.defaults)}."
+        )
     complete = {"scheme": kind.scheme, **kind.defaults, **spec}
     for name in kind.defaults:
         value = complete[name]
@@ -253,7 +281,10 @@ def complete_spec(spec: Mapping[str, Any], shape: tuple[int, ...] | None = None)
         raise EdgeDiTError(f"The spec {dict(spec)} has the shape {claimed!r}; it must be a list of positive integers.")
     if shape is not None:
         if tuple(complete.get("shape", shape)) != tuple(shape):
-            raise EdgeDiTError(f"The spec {dict(spec)} is for a weight of shape {tuple(spec['shape'])}, but the layer's is {tuple(shape)}.")
+            raise EdgeDiTError(
+                f"The spec {dict(spec)} is for a weight of shape {tuple(spec['shape'])}, but the layer's is "
+                f"{tuple(shape)}."
+            )
         complete["shape"] = list(shape)
     return complete
 
@@ -277,7 +308,9 @@ def from_tensors(spec: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -
 
 
 def spec_bits(spec: Mapping[str, Any], shape: tuple[int, ...]) -> int:
-    """Bits that a weight of this shape takes in this form: what [`PaletteWeight.num_bits`] will say, without a weight."""
+    """Bits that a weight of this shape takes in this form: what [`PaletteWeight.num_bits`] will say, without a
+    weight.
+    """
     return sum(8 * math.prod(size) * dtype.itemsize for size, dtype in layout(spec, shape).values())
 
 

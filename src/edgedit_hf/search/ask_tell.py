@@ -1,5 +1,5 @@
-"""Ask/tell searches over genotypes for two minimised objectives, (Fréchet distance, latency in ms): the shared part, and
-random search.
+"""Ask/tell searches over genotypes for two minimised objectives, (Fréchet distance, latency in ms): the shared part,
+and random search.
 
 A search keeps its whole state in JSON, and what it asks next is a function of that state alone: one that was killed and
 resumed asks for the same genotypes and ends with the same bytes.
@@ -44,8 +44,8 @@ class AskTellSearch(ABC):
         space: the legal genotypes; also a restricted one (`space.stage(...)`).
         num_evaluations: the budget; `ask` never asks for more in all, and for no more than the space holds.
         seed: what the asked genotypes depend on besides the points told.
-        num_initial: the first points, which do not depend on the objectives: the most and the least expensive genotype, then
-            a scrambled Sobol sequence in [0, 1]^L. The reference point is fixed when that many are told.
+        num_initial: the first points, which do not depend on the objectives: the most and the least expensive genotype,
+            then a scrambled Sobol sequence in [0, 1]^L. The reference point is fixed when that many are told.
         reference: (distance, latency_ms) that bounds the hypervolume; default 1.1 × the worst initial value of each.
     """
 
@@ -61,8 +61,8 @@ class AskTellSearch(ABC):
     ) -> None:
         if not 1 <= num_initial <= num_evaluations:
             raise EdgeDiTError(
-                f"num_initial is {num_initial} and num_evaluations is {num_evaluations}; the first must be at least 1 and at "
-                "most the second."
+                f"num_initial is {num_initial} and num_evaluations is {num_evaluations}; the first must be at least 1 "
+                "and at most the second."
             )
         self.space = space
         self.num_evaluations = int(num_evaluations)
@@ -152,7 +152,9 @@ class AskTellSearch(ABC):
         for index in pareto_front(self.points):
             genotype = self.space.from_code(self.told[index]["code"])
             entry = {**self.told[index], "hash": genotype.hash, "genotype": json.loads(genotype.to_json())}
-            entries.append(dict(sorted(entry.items())))  # the state file sorts its keys too: a resumed search gives the same bytes
+            entries.append(
+                dict(sorted(entry.items()))
+            )  # the state file sorts its keys too: a resumed search gives the same bytes
         return entries
 
     def hypervolume(self) -> float | None:
@@ -202,7 +204,10 @@ class AskTellSearch(ABC):
             search.reference = None if state["reference"] is None else _objectives(state["reference"])
             search._pending = [search.space.code(search.space.from_code(code)) for code in state["pending"]]
         except EdgeDiTError as error:
-            raise EdgeDiTError(f"The search state cannot be read: {str(error).removesuffix(' Delete it to search anew.')} Delete it to search anew.") from None
+            raise EdgeDiTError(
+                f"The search state cannot be read: {str(error).removesuffix(' Delete it to search anew.')} Delete it "
+                "to search anew."
+            ) from None
         except (ValueError, TypeError) as error:  # no JSON, or settings of another version
             raise EdgeDiTError(f"The search state cannot be read ({error}). Delete it to search anew.") from None
         return search
@@ -257,7 +262,9 @@ class RandomSearch(AskTellSearch):
 
 
 def summary(search: AskTellSearch, random: RandomSearch | None = None) -> dict[str, Any]:
-    """What `search/front.json` holds: the front, the reference point, the hypervolume after each evaluation (distance × ms)."""
+    """What `search/front.json` holds: the front, the reference point, the hypervolume after each evaluation (distance ×
+    ms).
+    """
     if search.reference is None:
         raise EdgeDiTError(
             f"{len(search.told)} of {search.num_initial} initial points are told; finish the search first."
@@ -278,8 +285,8 @@ def _objectives(values: Sequence[float]) -> tuple[float, float]:
     pair = tuple(float(value) for value in values)
     if len(pair) != 2 or not all(math.isfinite(value) and value > 0 for value in pair):
         raise EdgeDiTError(
-            f"The objectives are {list(pair)}; expected (distance, latency_ms), both finite and greater than 0. A NaN means "
-            "that the samples or the features behind the distance are broken: fix those, nothing was recorded."
+            f"The objectives are {list(pair)}; expected (distance, latency_ms), both finite and greater than 0. A NaN "
+            "means that the samples or the features behind the distance are broken: fix those, nothing was recorded."
         )
     return pair
 
@@ -303,7 +310,9 @@ def sobol(space: SearchSpace, count: int, seed: int) -> Iterator[Code]:
 
 
 def anchors(space: SearchSpace) -> list[Code]:
-    """The most and the least expensive genotype, by parameters: all original, and all merged with "both" (whole space)."""
+    """The most and the least expensive genotype, by parameters: all original, and all merged with "both" (whole
+    space).
+    """
 
     def parameters(code: Code) -> int:
         layers = space.from_code(code).layers

@@ -30,14 +30,16 @@ MC_SAMPLES = 64
 class BayesSearch(AskTellSearch):
     """Multi-objective Bayesian optimisation (EdgeDiT; qLogEHVI: Ament et al. 2023, qNEHVI: Daulton et al. 2021).
 
-    Surrogates: one GP an objective on `space.features`; the distance, which spans orders of magnitude, enters as its log.
-    Candidates are taken one after the other, each given the ones before it, from a pool of unseen genotypes: neighbours of
-    the current front (at most half of the pool) and Sobol points; the whole rest of the space when that is no larger.
+    Surrogates: one GP an objective on `space.features`; the distance, which spans orders of magnitude, enters as its
+    log. Candidates are taken one after the other, each given the ones before it, from a pool of unseen genotypes:
+    neighbours of the current front (at most half of the pool) and Sobol points; the whole rest of the space when that
+    is no larger.
 
     Args:
-        acquisition: "qlogehvi", "qlognehvi" or "ehvi" (the paper's, not in logs). Genotypes that were asked for and not told
-            yet enter the first and last with their predicted mean (kriging believer: the exact joint value of q of them
-            costs 2^q); "qlognehvi" integrates over their outcomes, and over noise in the told ones, at about thrice the time.
+        acquisition: "qlogehvi", "qlognehvi" or "ehvi" (the paper's, not in logs). Genotypes that were asked for and not
+            told yet enter the first and last with their predicted mean (kriging believer: the exact joint value of q of
+            them costs 2^q); "qlognehvi" integrates over their outcomes, and over noise in the told ones, at about
+            thrice the time.
         pool_size: genotypes among which the acquisition function chooses.
         Others: see [`AskTellSearch`].
     """
@@ -67,7 +69,9 @@ class BayesSearch(AskTellSearch):
 
     def propose(self, count: int) -> list[Code]:
         if self.reference is None:
-            raise EdgeDiTError(f"{len(self.told)} of {self.num_initial} initial points are told; tell the pending ones before asking.")
+            raise EdgeDiTError(
+                f"{len(self.told)} of {self.num_initial} initial points are told; tell the pending ones before asking."
+            )
         from botorch.optim import optimize_acqf_discrete
 
         pool = self._pool()
@@ -101,7 +105,9 @@ class BayesSearch(AskTellSearch):
         return pool + first_unseen(far, seen | set(pool), self.pool_size - len(pool))
 
     def _fit(self) -> tuple[ModelListGP, Tensor, Tensor, Tensor]:
-        """Fitted GPs on standardised, negated objectives (BoTorch maximises): (model, inputs, outcomes, reference point)."""
+        """Fitted GPs on standardised, negated objectives (BoTorch maximises): (model, inputs, outcomes, reference
+        point).
+        """
         from botorch.fit import fit_gpytorch_mll
         from botorch.models import ModelListGP, SingleTaskGP
         from gpytorch.mlls import SumMarginalLogLikelihood
@@ -112,8 +118,8 @@ class BayesSearch(AskTellSearch):
         std = torch.where(std > 0, std, 1.0)
         y = (y - mean) / std
         reference = ((_surrogate_targets([self.reference]) - mean) / std)[0]
-        # Outcomes are standardised here and not inside each GP, so that the acquisition function, whose smoothing widths are
-        # absolute, sees objectives of the order of 1.
+        # Outcomes are standardised here and not inside each GP, so that the acquisition function, whose smoothing
+        # widths are absolute, sees objectives of the order of 1.
         model = ModelListGP(*(SingleTaskGP(x, y[:, i : i + 1], outcome_transform=None) for i in range(2)))
         mll = SumMarginalLogLikelihood(model.likelihood, model)
         fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"ftol": 1e-6}})  # a quarter of the default's time
@@ -128,8 +134,9 @@ class BayesSearch(AskTellSearch):
         from botorch.sampling import SobolQMCNormalSampler
         from botorch.utils.multi_objective.box_decompositions.non_dominated import FastNondominatedPartitioning
 
-        # BoTorch would compile a C++ kernel here on first use: half a minute, a lock file that a killed process leaves behind
-        # for the next one to wait on, and other roundings with a compiler than without. This tells it not to try.
+        # BoTorch would compile a C++ kernel here on first use: half a minute, a lock file that a killed process leaves
+        # behind for the next one to wait on, and other roundings with a compiler than without. This tells it not to
+        # try.
         logei._load_attempted = True
 
         sampler = SobolQMCNormalSampler(torch.Size([MC_SAMPLES]), seed=self._step_seed() % 2**31)
@@ -156,8 +163,10 @@ def _surrogate_targets(points: Sequence[Sequence[float]]) -> Tensor:
 
 @contextmanager
 def _reproducible(seed: int) -> Iterator[None]:
-    """One thread and a fixed seed, both given back afterwards, so that what is asked depends on neither. Hushes BoTorch's
-    notes that unscaled inputs (the features are 0 and 1 already) and plain EHVI (asked for by name) are unusual."""
+    """One thread and a fixed seed, both given back afterwards, so that what is asked depends on neither. Hushes
+    BoTorch's notes that unscaled inputs (the features are 0 and 1 already) and plain EHVI (asked for by name) are
+    unusual.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

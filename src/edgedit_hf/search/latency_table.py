@@ -1,9 +1,10 @@
 """LatencyTable: what a genotype costs in the runtime that ships, from one measurement a distinct layer shape.
 
-A single layer alone is dominated by call overhead and meets warmer caches than it does inside a network, so networks of equal layers at
-two depths ([`DEPTHS`]) are timed, all interleaved, and a network's time is fitted as `trunk + Σ layers`. Whole networks of mixed shapes
-run in the same rounds; the table keeps how well it predicts them (`prediction`). For ONNX Runtime every layer shape, the embedders and the
-output layer are lowered once and the networks joined from them; for ExecuTorch every network is lowered as a whole.
+A single layer alone is dominated by call overhead and meets warmer caches than it does inside a network, so networks of
+equal layers at two depths ([`DEPTHS`]) are timed, all interleaved, and a network's time is fitted as `trunk + Σ
+layers`. Whole networks of mixed shapes run in the same rounds; the table keeps how well it predicts them
+(`prediction`). For ONNX Runtime every layer shape, the embedders and the output layer are lowered once and the networks
+joined from them; for ExecuTorch every network is lowered as a whole.
 """
 
 from __future__ import annotations
@@ -126,7 +127,9 @@ class LatencyTable:
                     file = parts.network(shapes, precision, Path(folder, f"{number}.onnx"))
                 else:
                     layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(shapes)]
-                    file = export_network({**config, "layers": layers}, runtime, precision, batch, Path(folder, str(number)))
+                    file = export_network(
+                        {**config, "layers": layers}, runtime, precision, batch, Path(folder, str(number))
+                    )
                 runners[key] = RUNNERS[runtime](file, config, batch, threads)
         timings = measure(runners, repeats=repeats, max_seconds=max_seconds, progress=progress)
         times = paired_medians(timings)
@@ -172,21 +175,24 @@ class LatencyTable:
         """
         if genotype.hidden_size != self.space.hidden_size or genotype.num_teacher_layers != self.space.num_layers:
             raise EdgeDiTError(
-                f"The genotype compresses {genotype.num_teacher_layers} layers of width {genotype.hidden_size}, but this latency table "
-                f"belongs to a teacher of {self.space.num_layers} layers of width {self.space.hidden_size}; build a table for its teacher."
+                f"The genotype compresses {genotype.num_teacher_layers} layers of width {genotype.hidden_size}, but "
+                f"this latency table belongs to a teacher of {self.space.num_layers} layers of width "
+                f"{self.space.hidden_size}; build a table for its teacher."
             )
         total = self.trunk_ms
         for layer in genotype.layers:
             if layer.shape not in self.blocks:
                 raise EdgeDiTError(
-                    f"The genotype has a layer of shape {layer.shape} (attention_dim, num_heads, mlp_ratio); this table measured "
-                    f"{sorted(self.blocks)}. Build a table for its search space."
+                    f"The genotype has a layer of shape {layer.shape} (attention_dim, num_heads, mlp_ratio); this "
+                    f"table measured {sorted(self.blocks)}. Build a table for its search space."
                 )
             total += self.blocks[layer.shape]
         return total
 
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """Raise an [`EdgeDiTError`] if the table was measured for another input, width or output than this model config's."""
+        """Raise an [`EdgeDiTError`] if the table was measured for another input, width or output than this model
+        config's.
+        """
         wrong = {key: (self.trunk[key], config[key]) for key in TRUNK_KEYS if self.trunk[key] != config[key]}
         if wrong:
             differences = ", ".join(f"{key} {mine} (table) / {other} (model)" for key, (mine, other) in wrong.items())
@@ -199,8 +205,9 @@ class LatencyTable:
     ) -> dict[str, Any]:
         """Export whole networks as the export stage does, time them now, and compare.
 
-        The machine may be faster or slower than when the table was measured. The original network therefore runs in the same rounds;
-        its measured over its predicted time is the drift, and every prediction is multiplied by it before it is compared.
+        The machine may be faster or slower than when the table was measured. The original network therefore runs in the
+        same rounds; its measured over its predicted time is the drift, and every prediction is multiplied by it before
+        it is compared.
 
         Args:
             config: the teacher's model config.
@@ -208,7 +215,8 @@ class LatencyTable:
             repeats: timed rounds.
 
         Returns:
-            `{"mean", "max", "drift", "networks": [{"genotype", "code", "predicted_ms", "measured_ms", "relative_error"}]}`; errors are
+            `{"mean", "max", "drift", "networks": [{"genotype", "code", "predicted_ms", "measured_ms",
+            "relative_error"}]}`; errors are
             |predicted − measured| / measured.
         """
         from ..latency.protocol import measure, paired_medians
@@ -276,7 +284,9 @@ class LatencyTable:
 
 
 def check_genotypes(space: SearchSpace) -> list[Genotype]:
-    """Three genotypes for the prediction error: all original, all smallest, and one that mixes merges and all options."""
+    """Three genotypes for the prediction error: all original, all smallest, and one that mixes merges and all
+    options.
+    """
     codes = [codes[0] for codes in space.allowed], [codes[-1] for codes in space.allowed]
     # Steps through each pair's choices by a number prime to 20, so that neighbours differ.
     mixed = [codes[(7 * i + 6) % len(codes)] for i, codes in enumerate(space.allowed)]
@@ -285,7 +295,9 @@ def check_genotypes(space: SearchSpace) -> list[Genotype]:
 
 
 def random_model(config: Mapping[str, Any], seed: int = 0) -> EdgeDiTTransformer2DModel:
-    """A model with random weights everywhere: zeros and repeated biases, as fresh models have, would be folded away in lowering."""
+    """A model with random weights everywhere: zeros and repeated biases, as fresh models have, would be folded away in
+    lowering.
+    """
     import torch
 
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
@@ -299,7 +311,9 @@ def random_model(config: Mapping[str, Any], seed: int = 0) -> EdgeDiTTransformer
 
 
 def export_network(config: Mapping[str, Any], runtime: str, precision: str, batch: int, path: Path) -> Path:
-    """Export a whole network of random weights as the export stage does; returns the file, `path` with the format's ending."""
+    """Export a whole network of random weights as the export stage does; returns the file, `path` with the format's
+    ending.
+    """
     model = random_model(config)
     if runtime == "executorch":
         from ..export.executorch import export_executorch
@@ -314,7 +328,8 @@ def export_network(config: Mapping[str, Any], runtime: str, precision: str, batc
 
 
 class LoweredParts:
-    """Embedders, output layer and one layer of each shape, each lowered to ONNX once; [`~LoweredParts.network`] joins them.
+    """Embedders, output layer and one layer of each shape, each lowered to ONNX once; [`~LoweredParts.network`] joins
+    them.
 
     Args:
         config: the teacher's model config.
@@ -372,7 +387,8 @@ def join(parts: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
         def rename(name: str, names: dict[str, str] = names, number: int = number) -> str:
             return names.get(name, f"{number}.{name}" if name else "")
 
-        # An output may bear the name of an input (tokens in, tokens out): inside the part, readers of that name mean the input.
+        # An output may bear the name of an input (tokens in, tokens out): inside the part, readers of that name mean
+        # the input.
         inputs = {value.name: known[value.name] for value in part.graph.input}
         for node in part.graph.node:
             copy = joined.graph.node.add()
@@ -390,7 +406,8 @@ def join(parts: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
 
 
 def _fit(times: Mapping[tuple[Shape, int], float]) -> tuple[float, dict[Shape, float], float]:
-    """Least squares of `time = trunk + depth · layer(shape)` over the networks of equal layers, each weighted by 1/time.
+    """Least squares of `time = trunk + depth · layer(shape)` over the networks of equal layers, each weighted by
+    1/time.
 
     Returns:
         trunk, shape → layer (all in the unit of `times`), and the largest relative residual.
@@ -405,8 +422,8 @@ def _fit(times: Mapping[tuple[Shape, int], float]) -> tuple[float, dict[Shape, f
     trunk, *layers = (float(value) for value in solution)
     if min(layers) <= 0:
         raise EdgeDiTError(
-            f"The fitted layer times are {[round(t, 4) for t in layers]} ms; they must be positive. The machine was too busy: "
-            "close other programs, or raise latency.repeats or latency.batch_size."
+            f"The fitted layer times are {[round(t, 4) for t in layers]} ms; they must be positive. The machine was "
+            "too busy: close other programs, or raise latency.repeats or latency.batch_size."
         )
     return max(trunk, 0.0), dict(zip(shapes, layers)), residual
 

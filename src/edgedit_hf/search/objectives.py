@@ -25,7 +25,8 @@ class StudentQuality:
         pipeline: the teacher's pipeline; its scheduler and VAE generate.
         extractor: `.features(images) -> [n, D]`.
         real_features: `[N, D]`.
-        samples, steps, guidance_scale, seed, batch_size: of the generated images, made where the pipeline's transformer is.
+        samples, steps, guidance_scale, seed, batch_size: of the generated images, made where the pipeline's transformer
+            is.
         autocast: the precision that images are generated in, e.g. `accelerator.autocast`.
     """
 
@@ -47,7 +48,13 @@ class StudentQuality:
         self.pipeline = pipeline
         self.extractor = extractor
         self.real_features = real_features
-        self.sampling = {"num_images": samples, "steps": steps, "guidance_scale": guidance_scale, "seed": seed, "batch_size": batch_size}
+        self.sampling = {
+            "num_images": samples,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
         self.autocast = autocast
 
     def __call__(self, genotype: Genotype) -> float:

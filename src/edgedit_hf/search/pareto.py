@@ -34,8 +34,8 @@ def pareto_front(points: Points) -> list[int]:
     array = _as_points(points)
     front: list[int] = []
     best = np.inf
-    # By the first objective, ties by the second, then by position (lexsort is stable): a point is on the front if and only
-    # if it improves the second objective over everything before it.
+    # By the first objective, ties by the second, then by position (lexsort is stable): a point is on the front if and
+    # only if it improves the second objective over everything before it.
     for index in np.lexsort((array[:, 1], array[:, 0])):
         if array[index, 1] < best:
             best = array[index, 1]

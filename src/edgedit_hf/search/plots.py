@@ -102,11 +102,12 @@ def hypervolume_plot(path: str | os.PathLike, traces: Mapping[str, Sequence[floa
 
 
 def proxy_loss_plot(path: str | os.PathLike, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Loss of every proxy block before and after its distillation, grouped by what the block is, and what other starts would have had.
+    """Loss of every proxy block before and after its distillation, grouped by what the block is, and what other starts
+    would have had.
 
     Args:
-        entries: of a proxy bank's index: `source` (teacher layers), `option`, `loss_before`, `loss_after`, and, in newer banks, `losses`
-            (by name of [`PROXY_STARTS`]).
+        entries: of a proxy bank's index: `source` (teacher layers), `option`, `loss_before`, `loss_after`, and, in
+            newer banks, `losses` (by name of [`PROXY_STARTS`]).
     """
     groups: dict[tuple[bool, str], list[Mapping[str, Any]]] = {}
     for entry in sorted(entries.values(), key=lambda e: (len(e["source"]), OPTIONS.index(e["option"]), e["source"])):
@@ -139,7 +140,15 @@ def proxy_loss_plot(path: str | os.PathLike, entries: Mapping[str, Mapping[str, 
             every = -(-len(group) // ((16 if merged else 30) // len(row)))  # as many names as fit
             ticks += list(x[::every])
             names += [_layers_name(e["source"]) for e in group[::every]]
-            axes.text(x.mean(), 1.02, OPTION_LABELS[option], color=colour, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
+            axes.text(
+                x.mean(),
+                1.02,
+                OPTION_LABELS[option],
+                color=colour,
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="bottom",
+            )
             start += len(group) + 1
         axes.set_yscale("log")
         axes.set_xticks(ticks, names, fontsize=8)
@@ -152,31 +161,53 @@ def proxy_loss_plot(path: str | os.PathLike, entries: Mapping[str, Mapping[str, 
         look = {"markerfacecolor": "white", "markeredgecolor": BLACK} if own else {"color": GREY}
         marks.append(Line2D([], [], linestyle="none", marker=marker, label=label, **look))
     if not shown:
-        marks.append(Line2D([], [], linestyle="none", marker="o", markerfacecolor="white", markeredgecolor=BLACK, label="at the start"))
+        marks.append(
+            Line2D(
+                [],
+                [],
+                linestyle="none",
+                marker="o",
+                markerfacecolor="white",
+                markeredgecolor=BLACK,
+                label="at the start",
+            )
+        )
     marks.append(Line2D([], [], linestyle="none", marker="o", color=BLACK, label="after distillation"))
     figure.legend(handles=marks, loc="outside upper center", ncols=len(marks), frameon=False, **LEGEND)
     _save(figure, path)
 
 
 def sensitivity_plot(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], num_layers: int) -> None:
-    """What single changes cost: a layer's own feature loss and the whole model's output error, by place; on the right, everywhere at once.
+    """What single changes cost: a layer's own feature loss and the whole model's output error, by place; on the right,
+    everywhere at once.
 
     Args:
-        rows: of training/sensitivity.py's table: `change`, `layers` (lists of teacher layers), `layer_before`, `layer_after` (`None` for
-            the change everywhere), `model_before`, `model_after`.
+        rows: of training/sensitivity.py's table: `change`, `layers` (lists of teacher layers), `layer_before`,
+            `layer_after` (`None` for the change everywhere), `model_before`, `model_after`.
     """
     names = list(dict.fromkeys(row["change"] for row in rows))
     looks = dict(zip(names, zip((BLUE, "#56B4E9", GREEN, ORANGE, "#B8860B", RED, PURPLE), "osD^v<>")))
     figure, _ = _figure(10.5, 4.4, axes=False)
     layer_axes, model_axes, all_axes = figure.subplots(1, 3, width_ratios=(3, 3, 1.6))
-    for axes, quantity, label in ((layer_axes, "layer", "feature loss of the layer"), (model_axes, "model", "output error of the model")):
+    for axes, quantity, label in (
+        (layer_axes, "layer", "feature loss of the layer"),
+        (model_axes, "model", "output error of the model"),
+    ):
         _style(axes)
         for name in names:
             places = [row for row in rows if row["change"] == name and row["layer_after"] is not None]
             x = [(row["layers"][0][0] + row["layers"][0][-1]) / 2 for row in places]
             colour, marker = looks[name]
             axes.plot(x, [row[f"{quantity}_before"] for row in places], color=colour, linestyle=":", linewidth=1)
-            axes.plot(x, [row[f"{quantity}_after"] for row in places], color=colour, marker=marker, markersize=4, linewidth=1.6, label=name)
+            axes.plot(
+                x,
+                [row[f"{quantity}_after"] for row in places],
+                color=colour,
+                marker=marker,
+                markersize=4,
+                linewidth=1.6,
+                label=name,
+            )
         axes.set_yscale("log")
         axes.set_xlim(-0.3, num_layers - 0.7)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -187,7 +218,9 @@ def sensitivity_plot(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]],
         colour, marker = looks[name]
         for row in rows:
             if row["change"] == name and row["layer_after"] is None:
-                all_axes.vlines(place, *sorted((row["model_before"], row["model_after"])), color=colour, linestyle=":", linewidth=1)
+                all_axes.vlines(
+                    place, *sorted((row["model_before"], row["model_after"])), color=colour, linestyle=":", linewidth=1
+                )
                 all_axes.scatter(place, row["model_before"], s=24, marker=marker, facecolor="white", edgecolor=colour)
                 all_axes.scatter(place, row["model_after"], s=24, marker=marker, color=colour)
     all_axes.set_yscale("log")
@@ -243,7 +276,9 @@ def montage(images: np.ndarray, columns: int) -> np.ndarray:
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images) or not np.isfinite(images).all():
-        raise EdgeDiTError(f"The images have shape {images.shape}; expected finite values of shape (n, height, width, 1 or 3).")
+        raise EdgeDiTError(
+            f"The images have shape {images.shape}; expected finite values of shape (n, height, width, 1 or 3)."
+        )
     if images.dtype != np.uint8:
         images = np.rint(images.clip(0, 1) * 255).astype(np.uint8)
     count, height, width, _ = images.shape
@@ -292,7 +327,10 @@ def caption_grid(path: str | os.PathLike, captions: Sequence[str], rows: Mapping
     """
     count = len(captions)
     if not count or not rows or any(len(images) != count for images in rows.values()):
-        raise EdgeDiTError(f"There are {count} captions and rows of {[len(images) for images in rows.values()]} images; give as many of each.")
+        raise EdgeDiTError(
+            f"There are {count} captions and rows of {[len(images) for images in rows.values()]} images; give as many "
+            "of each."
+        )
     figure, _ = _figure(10.0, 0.75 + len(rows) * 10.0 / (count + 0.7), axes=False)
     axes_of = figure.subplots(len(rows), count, squeeze=False)
     for (label, images), of_row in zip(rows.items(), axes_of):

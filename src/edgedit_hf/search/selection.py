@@ -56,7 +56,12 @@ def select(
     )
     path = whole["path"] or run_dir / "teacher"
     output = run_dir / "student" if output is None else output
-    check_output(output, [path, *(run_dir / name for name in ("teacher", "bank", "search", "latency"))], overwrite=True, foreign=foreign_to_student)
+    check_output(
+        output,
+        [path, *(run_dir / name for name in ("teacher", "bank", "search", "latency"))],
+        overwrite=True,
+        foreign=foreign_to_student,
+    )
     teacher = load_pipeline(path, "stage teacher (training/train_teacher.py)")
     bank = ProxyBank(run_dir / "bank", teacher.transformer)
     facts = {
@@ -71,7 +76,8 @@ def select(
 def write_student(
     teacher: EdgeDiTPipeline, bank: ProxyBank, genotype: Genotype, output: str | os.PathLike, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Assemble a genotype's student and write it as a pipeline folder with `choice.json`: its genotype, and `facts` about the choice.
+    """Assemble a genotype's student and write it as a pipeline folder with `choice.json`: its genotype, and `facts`
+    about the choice.
 
     The folder changes as a whole: killed at any moment, either the earlier student stands there or this one.
 
@@ -79,8 +85,17 @@ def write_student(
         what `choice.json` holds.
     """
     student = bank.assemble(genotype)
-    check_finite(student.state_dict(), "The assembled student", f"nothing was written. Make {bank.folder} anew from a sound teacher.")
-    choice = {"genotype": genotype.to_layers(), "genotype_hash": genotype.hash, "code": list(bank.space.code(genotype)), **facts}
+    check_finite(
+        student.state_dict(),
+        "The assembled student",
+        f"nothing was written. Make {bank.folder} anew from a sound teacher.",
+    )
+    choice = {
+        "genotype": genotype.to_layers(),
+        "genotype_hash": genotype.hash,
+        "code": list(bank.space.code(genotype)),
+        **facts,
+    }
     with replace_results(output) as folder:
         with_transformer(teacher, student).save_pretrained(folder)
         atomic_write_json(folder / "choice.json", choice)
