@@ -34,7 +34,8 @@ from distill_proxies import CALIBRATION_STREAM, TEST_STREAM, TRAIN_STREAM, featu
 from edgedit_hf.distill.closed_form import closed_form_block, truncated_block  # noqa: E402
 from edgedit_hf.distill.feature_loss import rate_scale  # noqa: E402
 from edgedit_hf.distill.proxy_group import Features, Proxy, held_out_losses, new_optimizer, random_block, train_step  # noqa: E402
-from edgedit_hf.launch import (  # noqa: E402
+from edgedit_hf.run.config import RunConfig, load_config  # noqa: E402
+from edgedit_hf.run.launch import (  # noqa: E402
     learning_rate_at,
     load_teacher,
     load_training_set,
@@ -42,7 +43,6 @@ from edgedit_hf.launch import (  # noqa: E402
     search_space_of,
     set_learning_rate,
 )
-from edgedit_hf.recipes import RunConfig, load_config  # noqa: E402
 from edgedit_hf.search_space import OPTIONS, can_merge  # noqa: E402
 
 MARKS = (0, 10, 20, 30, 60, 100, 200, 300)

@@ -31,7 +31,10 @@ from train_teacher import train_denoiser  # noqa: E402
 from edgedit_hf.distill.proxy_bank import ProxyBank  # noqa: E402
 from edgedit_hf.files import atomic_write_json  # noqa: E402
 from edgedit_hf.genotype import Genotype  # noqa: E402
-from edgedit_hf.launch import (  # noqa: E402
+from edgedit_hf.metrics.generative import frechet_distance  # noqa: E402
+from edgedit_hf.pipelines.sampling import generate  # noqa: E402
+from edgedit_hf.run.config import load_config  # noqa: E402
+from edgedit_hf.run.launch import (  # noqa: E402
     load_pipeline,
     load_run_images,
     load_teacher,
@@ -39,10 +42,7 @@ from edgedit_hf.launch import (  # noqa: E402
     make_accelerator,
     with_transformer,
 )
-from edgedit_hf.metrics.generative import frechet_distance  # noqa: E402
-from edgedit_hf.pipelines.sampling import generate  # noqa: E402
-from edgedit_hf.recipes import load_config  # noqa: E402
-from edgedit_hf.run_state import RunState  # noqa: E402
+from edgedit_hf.run.state import RunState  # noqa: E402
 
 REQUIRED_RATIO = 1.1
 POINTS = 3  # places on each curve besides its start

@@ -46,7 +46,6 @@ from edgedit_hf.data import to_bytes  # noqa: E402
 from edgedit_hf.files import check_output  # noqa: E402
 from edgedit_hf.latency.protocol import environment, measure  # noqa: E402
 from edgedit_hf.latency.runners import TorchRunner  # noqa: E402
-from edgedit_hf.launch import load_pipeline, load_run_images, make_accelerator, with_transformer  # noqa: E402
 from edgedit_hf.metrics.features import FeatureExtractor  # noqa: E402
 from edgedit_hf.metrics.generative import frechet_distance, psnr  # noqa: E402
 from edgedit_hf.pipelines.sampling import generate  # noqa: E402
@@ -57,7 +56,8 @@ from edgedit_hf.quantization.layers import quantizable_layers, quantized_weights
 from edgedit_hf.quantization.quantize import quantize_model  # noqa: E402
 from edgedit_hf.quantization.quantizer import mark_quantized  # noqa: E402
 from edgedit_hf.quantization.setup import Judge  # noqa: E402
-from edgedit_hf.recipes import load_config  # noqa: E402
+from edgedit_hf.run.config import load_config  # noqa: E402
+from edgedit_hf.run.launch import load_pipeline, load_run_images, make_accelerator, with_transformer  # noqa: E402
 from edgedit_hf.search.plots import montage, sample_grid  # noqa: E402
 
 BUDGET, REQUIRED_DISTANCE = 4.3, 1.05

@@ -8,8 +8,8 @@ import numpy as np
 
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.files import atomic_write_json
-from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.state import RunState
 from edgedit_hf.search.ask_tell import RandomSearch, summary
 from edgedit_hf.search.bayes import BayesSearch
 from edgedit_hf.search.pareto import choose

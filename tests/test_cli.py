@@ -103,7 +103,7 @@ def test_info_of_an_elastic_net_has_a_line_a_subnet(tmp_path, capsys):
 
 
 def test_init_prints_a_recipe_with_every_key_commented(tmp_path, capsys):
-    from edgedit_hf.recipes import load_config
+    from edgedit_hf.run.config import load_config
 
     assert main(["init", "--teacher", "runs/teacher", "--data", "my: images", "--output", "runs/mine"]) == 0
     printed = capsys.readouterr().out

@@ -146,7 +146,7 @@ def test_an_error_while_it_starts():
 @pytest.mark.kills
 def test_signals_at_any_moment_of_the_imports():
     program = STARTING.format(
-        work="import torch, diffusers\nfrom edgedit_hf.launch import recipe_main\nprint('imported')"
+        work="import torch, diffusers\nfrom edgedit_hf.run.launch import recipe_main\nprint('imported')"
     )
     for number in range(12):
         process = subprocess.Popen(

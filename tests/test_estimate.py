@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.estimate import Machine, estimate, print_estimate
-from edgedit_hf.launch import new_pipeline
-from edgedit_hf.recipes import RunConfig, load_config
+from edgedit_hf.run.config import RunConfig, load_config
+from edgedit_hf.run.launch import new_pipeline
 from edgedit_hf.search_space import SearchSpace, model_cost
 
 STAGES = ["teacher", "bank", "latency", "search", "student", "tune", "export", "evaluate"]
@@ -221,7 +221,7 @@ PAPER = """
 import sys
 from pathlib import Path
 from edgedit_hf.estimate import print_estimate
-from edgedit_hf.recipes import load_config
+from edgedit_hf.run.config import load_config
 print_estimate(load_config(sys.argv[1], ["output_dir=" + sys.argv[2]]))
 status = Path("/proc/self/status").read_text()  # not getrusage: its peak includes the parent's, from before the exec
 print("peak", next(int(line.split()[1]) // 1024 for line in status.splitlines() if line.startswith("VmHWM")))

@@ -81,7 +81,7 @@ def test_bad_requests(report):
 
 
 def test_recipe_of_the_report_is_one_that_loads(report, tmp_path):
-    from edgedit_hf.recipes import load_config
+    from edgedit_hf.run.config import load_config
 
     (tmp_path / "run.yaml").write_text(report["reproduce"]["yaml"])
     config = load_config(tmp_path / "run.yaml")

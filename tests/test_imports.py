@@ -127,7 +127,7 @@ LIGHT = """
 import resource, sys
 before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
 import edgedit_hf
-import edgedit_hf.recipes, edgedit_hf.search_space, edgedit_hf.metrics
+import edgedit_hf.run.config, edgedit_hf.search_space, edgedit_hf.metrics
 dir(edgedit_hf)
 spent = resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
 heavy = {"torch", "numpy", "diffusers", "transformers", "accelerate", "onnxruntime"} & set(sys.modules)

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import Diffusion
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.launch import (
+from edgedit_hf.run.config import RunConfig, load_config
+from edgedit_hf.run.launch import (
     TEXT_TO_IMAGE_VAES,
     check_fits_data,
     learning_rate_at,
@@ -39,8 +40,7 @@ from edgedit_hf.launch import (
     teacher_path,
     with_transformer,
 )
-from edgedit_hf.recipes import RunConfig, load_config
-from edgedit_hf.run_state import Interrupted
+from edgedit_hf.run.state import Interrupted
 
 NAMES = [f"digit {i}" for i in range(10)]
 
@@ -391,7 +391,7 @@ def with_remote_code(folder):
 
 
 def test_code_in_a_repository_is_neither_run_nor_asked_for(tmp_path, monkeypatch):
-    from edgedit_hf.launch import load_text_encoder
+    from edgedit_hf.run.launch import load_text_encoder
 
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked at the terminal"))
     encoder = tmp_path / "own"
@@ -411,7 +411,7 @@ def test_code_in_a_repository_is_neither_run_nor_asked_for(tmp_path, monkeypatch
 def test_a_tokenizer_is_not_read_through_a_link_out_of_its_folder(tmp_path):
     from flow_pipelines import clip, tokenizer
 
-    from edgedit_hf.launch import load_text_encoder
+    from edgedit_hf.run.launch import load_text_encoder
 
     clip(projection=False).save_pretrained(tmp_path / "text_encoder")
     tokenizer().save_pretrained(tmp_path / "tokenizer")

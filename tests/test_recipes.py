@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.recipes import RunConfig, commented_yaml, load_config, unused
+from edgedit_hf.run.config import RunConfig, commented_yaml, load_config, unused
 
 
 @pytest.fixture

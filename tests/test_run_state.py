@@ -28,7 +28,7 @@ from edgedit_hf.files import (
     read_json,
     weights_hash,
 )
-from edgedit_hf.run_state import (
+from edgedit_hf.run.state import (
     STAGE_LABEL,
     Facts,
     Interrupted,
@@ -594,7 +594,7 @@ def test_weights_that_are_not_finite_are_not_published(tmp_path):
 
 WORKING = """
 import sys, time
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run.state import RunState
 run = RunState(sys.argv[1], "demo", {}, 1000)
 for step in run.steps():
     print(step, flush=True)
@@ -689,7 +689,7 @@ def test_a_folder_of_somebody_elses_is_no_stage(tmp_path):
 MAIN_ALONE = """
 import sys
 from accelerate import Accelerator
-from edgedit_hf.run_state import on_main
+from edgedit_hf.run.state import on_main
 
 def work():
     raise {"missing": FileNotFoundError(2, "gone", "there"), "bug": KeyError("name")}[sys.argv[1]]

@@ -23,12 +23,12 @@ from edgedit_hf.elastic_report import build_elastic_report, draw_elastic_figures
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import hash_json
 from edgedit_hf.genotype import Genotype
-from edgedit_hf.launch import read_genotype
 from edgedit_hf.metrics.features import FeatureExtractor, ImageDataset, train_classifier
 from edgedit_hf.quantization.activations import ActivationScales
-from edgedit_hf.recipes import RunConfig
 from edgedit_hf.report import build_report
-from edgedit_hf.run_state import RunState, load_state, save_state
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.launch import read_genotype
+from edgedit_hf.run.state import RunState, load_state, save_state
 from edgedit_hf.schema import check, convert, fill, key, read_lines, read_record, shorten
 from edgedit_hf.search import plots
 from edgedit_hf.search.ask_tell import RandomSearch

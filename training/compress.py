@@ -28,11 +28,11 @@ from accelerate import Accelerator
 from edgedit_hf.estimate import estimate
 from edgedit_hf.files import read_json
 from edgedit_hf.hub import write_card
-from edgedit_hf.launch import recipe_main
 from edgedit_hf.preflight import COMPRESS, preflight
-from edgedit_hf.recipes import RunConfig
 from edgedit_hf.report import write_report
-from edgedit_hf.run_state import STAGE_LABEL
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.launch import recipe_main
+from edgedit_hf.run.state import STAGE_LABEL
 
 STAGES = {
     "teacher": train_teacher.run,

@@ -35,7 +35,9 @@ from edgedit_hf.distill.schedule import PROCESS_BYTES, Group, MemoryModel, depth
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import weights_hash
 from edgedit_hf.genotype import LayerSpec
-from edgedit_hf.launch import (
+from edgedit_hf.preflight import preflight
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.launch import (
     check_fits_data,
     learning_rate_at,
     load_teacher,
@@ -45,9 +47,7 @@ from edgedit_hf.launch import (
     search_space_of,
     set_learning_rate,
 )
-from edgedit_hf.preflight import preflight
-from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run.state import RunState
 
 CLASS_DROPOUT = 0.1  # features are distilled with and without a class, as guidance will need both
 TRAIN_STREAM, CALIBRATION_STREAM, TEST_STREAM = 0, 2, 3

@@ -23,15 +23,15 @@ from edgedit_hf.captions import STYLES, CaptionedDataset, parse_caption, style_w
 from edgedit_hf.data import to_bytes
 from edgedit_hf.files import atomic_write_json, file_sha256
 from edgedit_hf.latency.protocol import environment, measure
-from edgedit_hf.launch import load_pipeline, load_run_captions, load_run_images, recipe_main
 from edgedit_hf.metrics.features import IndependentClassifier
 from edgedit_hf.metrics.generative import frechet_distance
 from edgedit_hf.pipelines.pipeline_elastic_dit import ElasticDiTPipeline
 from edgedit_hf.pipelines.sampling import generate_from_captions
 from edgedit_hf.preflight import preflight
-from edgedit_hf.recipes import RunConfig
 from edgedit_hf.records import ElasticStage, Latencies
-from edgedit_hf.run_state import RunState, pipeline_weights_hash
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.launch import load_pipeline, load_run_captions, load_run_images, recipe_main
+from edgedit_hf.run.state import RunState, pipeline_weights_hash
 from edgedit_hf.schema import read_record
 from edgedit_hf.search_space import BYTES, elastic_cost
 

@@ -17,11 +17,11 @@ from accelerate import Accelerator
 
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.files import atomic_write_json, changed_file, file_record, weights_hash
-from edgedit_hf.launch import load_pipeline, recipe_main
 from edgedit_hf.preflight import preflight
-from edgedit_hf.recipes import RunConfig
 from edgedit_hf.records import Listed
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.launch import load_pipeline, recipe_main
+from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
 
 

@@ -22,7 +22,9 @@ from edgedit_hf import EdgeDiTTransformer2DModel
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.files import weights_hash
 from edgedit_hf.genotype import Genotype
-from edgedit_hf.launch import (
+from edgedit_hf.preflight import preflight
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.launch import (
     check_fits_data,
     load_pipeline,
     load_teacher,
@@ -30,9 +32,7 @@ from edgedit_hf.launch import (
     recipe_main,
     with_transformer,
 )
-from edgedit_hf.preflight import preflight
-from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run.state import RunState
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:

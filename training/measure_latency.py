@@ -16,10 +16,10 @@ from functools import partial
 
 from accelerate import Accelerator
 
-from edgedit_hf.launch import load_teacher, recipe_main, search_space_of
 from edgedit_hf.preflight import preflight
-from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.launch import load_teacher, recipe_main, search_space_of
+from edgedit_hf.run.state import RunState
 from edgedit_hf.search.latency_table import LatencyTable
 
 BUSY_RESIDUAL = 0.1  # an idle machine fits to about 0.02

@@ -33,8 +33,6 @@ from edgedit_hf.diffusion import Diffusion
 from edgedit_hf.distill.output_loss import output_loss
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import atomic_write_json, file_sha256, hash_json, weights_hash
-from edgedit_hf.launch import learning_rate_at, load_pipeline, recipe_main, set_learning_rate
-from edgedit_hf.optimisation import Optimisation
 from edgedit_hf.preflight import preflight
 from edgedit_hf.quantization.calibration import moment_batches, record, replay, second_moments, spread
 from edgedit_hf.quantization.gptq import quantize_compensated
@@ -61,9 +59,11 @@ from edgedit_hf.quantization.setup import (
     widths_of,
 )
 from edgedit_hf.quantization.weights import spec_bits
-from edgedit_hf.recipes import RunConfig
 from edgedit_hf.records import Quantization
-from edgedit_hf.run_state import Facts, RunState
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.launch import learning_rate_at, load_pipeline, recipe_main, set_learning_rate
+from edgedit_hf.run.optimisation import Optimisation
+from edgedit_hf.run.state import Facts, RunState
 from edgedit_hf.schema import read_record
 
 RECORD, SAMPLES = "quantization.json", "samples.safetensors"

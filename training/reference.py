@@ -7,7 +7,6 @@ import torch
 
 from edgedit_hf.data import ImageDataset
 from edgedit_hf.files import atomic_write_json
-from edgedit_hf.launch import load_run_images
 from edgedit_hf.metrics.features import (
     FeatureExtractor,
     InceptionExtractor,
@@ -15,7 +14,8 @@ from edgedit_hf.metrics.features import (
     train_independent_classifier,
 )
 from edgedit_hf.metrics.generative import frechet_distance
-from edgedit_hf.recipes import RunConfig
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.launch import load_run_images
 
 REAL_IMAGES = 50_000  # more add nothing to the distance's precision at the sample counts used
 CHUNK = 1000

@@ -21,11 +21,11 @@ from reference import load_extractor, real_features
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.files import atomic_write_json, file_sha256
 from edgedit_hf.genotype import Genotype
-from edgedit_hf.launch import load_run_images, load_teacher, recipe_main
 from edgedit_hf.preflight import preflight
-from edgedit_hf.recipes import RunConfig
 from edgedit_hf.records import SearchState
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.launch import load_run_images, load_teacher, recipe_main
+from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
 from edgedit_hf.search.ask_tell import AskTellSearch, RandomSearch, summary
 from edgedit_hf.search.bayes import BayesSearch

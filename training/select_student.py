@@ -18,11 +18,11 @@ from accelerate import Accelerator
 
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.files import file_sha256
-from edgedit_hf.launch import load_teacher, read_genotype, recipe_main
 from edgedit_hf.preflight import preflight
-from edgedit_hf.recipes import RunConfig
 from edgedit_hf.records import BankIndex, Front
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.launch import load_teacher, read_genotype, recipe_main
+from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
 from edgedit_hf.search.selection import select, write_student
 

@@ -32,7 +32,10 @@ from edgedit_hf.distill.proxy_group import Features, Proxy, ProxyGroup, held_out
 from edgedit_hf.distill.sensitivity import disjoint, relative_output_error, single_changes, spliced_student
 from edgedit_hf.files import atomic_write_json, atomic_write_text, weights_hash
 from edgedit_hf.genotype import LayerSpec
-from edgedit_hf.launch import (
+from edgedit_hf.markup import csv_cell, markdown
+from edgedit_hf.preflight import preflight
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.launch import (
     check_fits_data,
     learning_rate_at,
     load_teacher,
@@ -40,10 +43,7 @@ from edgedit_hf.launch import (
     recipe_main,
     set_learning_rate,
 )
-from edgedit_hf.markup import csv_cell, markdown
-from edgedit_hf.preflight import preflight
-from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run.state import RunState
 from edgedit_hf.search.plots import sensitivity_plot
 from edgedit_hf.search_space import model_cost
 

@@ -22,10 +22,10 @@ from accelerate import Accelerator
 
 from edgedit_hf.elastic.estimate import print_elastic_estimate
 from edgedit_hf.elastic_report import write_elastic_report
-from edgedit_hf.launch import recipe_main
 from edgedit_hf.preflight import TEXT_TO_IMAGE, preflight
-from edgedit_hf.recipes import RunConfig
-from edgedit_hf.run_state import STAGE_LABEL
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.launch import recipe_main
+from edgedit_hf.run.state import STAGE_LABEL
 
 STAGES = (train_text_encoders.run, train_elastic.run, evaluate_elastic.run)
 

@@ -43,12 +43,12 @@ from edgedit_hf.elastic.sampling import drop_texts, step_subnets, text_uniforms
 from edgedit_hf.elastic.setup import load_text_table, new_elastic, new_elastic_pipeline
 from edgedit_hf.elastic.sharding import ShardedModel, ShardedOptimisation, whole
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.launch import learning_rate_at, load_captioned_set, recipe_main, set_learning_rate
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
-from edgedit_hf.optimisation import Optimisation
 from edgedit_hf.preflight import preflight
-from edgedit_hf.recipes import ElasticConfig, RunConfig
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run.config import ElasticConfig, RunConfig
+from edgedit_hf.run.launch import learning_rate_at, load_captioned_set, recipe_main, set_learning_rate
+from edgedit_hf.run.optimisation import Optimisation
+from edgedit_hf.run.state import RunState
 
 
 class MicroBatch(NamedTuple):

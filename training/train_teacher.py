@@ -23,7 +23,9 @@ from edgedit_hf.data import step_loader
 from edgedit_hf.diffusion import Diffusion, draws, drop_labels
 from edgedit_hf.distill.output_loss import output_loss
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.launch import (
+from edgedit_hf.preflight import preflight
+from edgedit_hf.run.config import RunConfig, TeacherConfig, TuneConfig
+from edgedit_hf.run.launch import (
     learning_rate_at,
     load_training_set,
     new_pipeline,
@@ -31,10 +33,8 @@ from edgedit_hf.launch import (
     recipe_main,
     set_learning_rate,
 )
-from edgedit_hf.optimisation import Optimisation
-from edgedit_hf.preflight import preflight
-from edgedit_hf.recipes import RunConfig, TeacherConfig, TuneConfig
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run.optimisation import Optimisation
+from edgedit_hf.run.state import RunState
 
 
 def train_denoiser(

@@ -27,11 +27,11 @@ from transformers.utils.logging import disable_progress_bar
 from edgedit_hf.captions import STYLES, TEMPLATES, CaptionedDataset, caption_loader, style_words, write_caption
 from edgedit_hf.diffusion import draws
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.launch import learning_rate_at, load_run_captions, recipe_main, set_learning_rate
-from edgedit_hf.optimisation import Optimisation
 from edgedit_hf.preflight import preflight
-from edgedit_hf.recipes import RunConfig, TextConfig
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run.config import RunConfig, TextConfig
+from edgedit_hf.run.launch import learning_rate_at, load_run_captions, recipe_main, set_learning_rate
+from edgedit_hf.run.optimisation import Optimisation
+from edgedit_hf.run.state import RunState
 
 IMAGE_SIDE = 32  # the image encoder looks at images of at most this size
 T5_TOKENS = 128  # tokens of a caption that the T5-type encoder is trained on

@@ -21,9 +21,9 @@ from .data import check_vae_takes
 from .distill.schedule import PROCESS_BYTES, MemoryModel, pairs_of, plan_bank, prefix_cost, wanted_proxies
 from .errors import EdgeDiTError
 from .genotype import LayerSpec
-from .launch import load_run_images, new_teacher, read_genotype, search_space_of
 from .models.transformer_edgedit import EdgeDiTTransformer2DModel
-from .recipes import OptimisationConfig, RunConfig
+from .run.config import OptimisationConfig, RunConfig
+from .run.launch import load_run_images, new_teacher, read_genotype, search_space_of
 from .search_space import BYTES, OPTIONS, Cost, SearchSpace, layer_cost, model_cost, trunk_cost
 
 LIBRARIES = 0.15e9  # what botorch and ONNX Runtime add to a process

@@ -27,7 +27,10 @@ from .elastic.setup import new_elastic
 from .errors import EdgeDiTError
 from .estimate import Machine, estimate, workload
 from .files import atomic_write_json, check_writable, class_name, hash_json
-from .launch import (
+from .metrics.features import InceptionExtractor, check_classifiable
+from .records import Named
+from .run.config import OptimisationConfig, RunConfig
+from .run.launch import (
     TEXT_TO_IMAGE_VAES,
     VAES,
     load_run_captions,
@@ -37,9 +40,6 @@ from .launch import (
     search_space_of,
     teacher_path,
 )
-from .metrics.features import InceptionExtractor, check_classifiable
-from .recipes import OptimisationConfig, RunConfig
-from .records import Named
 from .schema import read_record
 from .search_space import SearchSpace
 

@@ -18,7 +18,6 @@ from .errors import EdgeDiTError
 from .files import atomic_write_json, atomic_write_text, file_sha256
 from .genotype import Genotype
 from .hub import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
-from .recipes import RunConfig
 from .records import (
     Asked,
     BankFigures,
@@ -34,7 +33,8 @@ from .records import (
     Table,
     Verified,
 )
-from .run_state import pipeline_weights_hash
+from .run.config import RunConfig
+from .run.state import pipeline_weights_hash
 from .schema import read_record
 from .search_space import OPTIONS, SearchSpace
 

@@ -90,7 +90,7 @@ def copy(here: Path):
 
 
 def recipe(here: Path):
-    from edgedit_hf.launch import recipe_main
+    from edgedit_hf.run.launch import recipe_main
 
     (here / "in").mkdir()
     (here / "in" / "a.png").write_bytes(b"an image")
@@ -232,8 +232,8 @@ def test_recipes_are_not_copied_through_a_link(tmp_path, capsys):
 
 
 def test_a_run_may_read_an_earlier_stage_of_its_own_folder(tmp_path):
-    from edgedit_hf.launch import check_run_folder
-    from edgedit_hf.recipes import load_config
+    from edgedit_hf.run.config import load_config
+    from edgedit_hf.run.launch import check_run_folder
 
     (tmp_path / "recipe.yaml").touch()
     (tmp_path / "run" / "student-tuned").mkdir(parents=True)

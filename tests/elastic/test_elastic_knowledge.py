@@ -11,7 +11,7 @@ from edgedit_hf.diffusion import Diffusion
 from edgedit_hf.elastic.knowledge import load_knowledge, teacher_note
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
-from edgedit_hf.recipes import RunConfig
+from edgedit_hf.run.config import RunConfig
 
 
 def captioned(*shapes):

@@ -7,7 +7,7 @@ import pytest
 from edgedit_hf.elastic.setup import new_elastic
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
-from edgedit_hf.recipes import load_config
+from edgedit_hf.run.config import load_config
 
 
 def test_a_model_file_by_diffusers_may_hold_keys_of_others_and_one_by_hand_may_not(repository, tmp_path):

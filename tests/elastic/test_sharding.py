@@ -19,7 +19,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from edgedit_hf import launch
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run.state import RunState
 
 def make_accelerator(config, make=launch.make_accelerator):
     accelerator = make(config)

@@ -25,8 +25,8 @@ from edgedit_hf.distill.flow_teacher import latent_space
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export.contract import _to_decoder
 from edgedit_hf.export.parts import vae_parts
-from edgedit_hf.launch import TEXT_TO_IMAGE_VAES, VAES
 from edgedit_hf.pipelines import pipeline_edgedit, pipeline_elastic_dit
+from edgedit_hf.run.launch import TEXT_TO_IMAGE_VAES, VAES
 
 STATISTICS = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.0, 1.5, 2.0]}
 

@@ -9,7 +9,7 @@ from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, ProxyBank, Se
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import file_record, replace_folder
-from edgedit_hf.run_state import RunState
+from edgedit_hf.run.state import RunState
 from edgedit_hf.search.objectives import StudentQuality
 from edgedit_hf.search.selection import select, write_student
 from edgedit_hf.search_space import model_cost

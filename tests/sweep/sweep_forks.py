@@ -54,7 +54,7 @@ def warm_up(quick: bool = False) -> None:
     import edgedit_hf
 
     names = [
-        "edgedit_hf.launch",
+        "edgedit_hf.run.launch",
         "edgedit_hf.estimate",
         "edgedit_hf.report",
         "edgedit_hf.commands.cli",

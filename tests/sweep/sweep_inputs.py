@@ -121,7 +121,7 @@ def build_fixtures(root: Path) -> None:
     )
     shutil.rmtree(root / "stopped" / "teacher")
     program = (
-        "import os, sys, runpy\nfrom edgedit_hf.run_state import RunState\nkept = RunState.checkpoint\n"
+        "import os, sys, runpy\nfrom edgedit_hf.run.state import RunState\nkept = RunState.checkpoint\n"
         "def stop(self):\n    kept(self)\n    os._exit(0)\nRunState.checkpoint = stop\n"
         f"sys.path.insert(0, {str(TRAINING)!r})\n"
         "sys.argv = ['x', '--config', 'tiny.yaml', '--override', 'output_dir=stopped']\n"
@@ -470,7 +470,7 @@ BAD_VALUES = (
 
 def recipe_keys() -> Iterator[tuple[str, str]]:
     """(section, key) of every key of the recipe; the section of a top-level key is empty."""
-    from edgedit_hf.recipes import RunConfig
+    from edgedit_hf.run.config import RunConfig
 
     for entry in dataclasses.fields(RunConfig):
         kind = getattr(RunConfig(), entry.name)

@@ -20,7 +20,7 @@ from edgedit_hf.files import read_json
 from edgedit_hf.quantization.layers import quantizable_layers, quantized_weights
 from edgedit_hf.quantization.sensitivity import candidate_specs
 from edgedit_hf.quantization.setup import print_quantization_estimate
-from edgedit_hf.recipes import load_config
+from edgedit_hf.run.config import load_config
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 DEBUG = {"config": "debug-quantize.yaml"}

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         raise EdgeDiTError(
             f"--image-size is {args.image_size}; it must be a multiple of {factor}, the VAE's downsampling factor."
         )
-    from ..launch import load_original_pipeline
+    from ..run.launch import load_original_pipeline
     from ..search_space import model_cost
 
     pipeline = load_original_pipeline(

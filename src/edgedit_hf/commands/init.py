@@ -18,7 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the recipe."""
-    from ..recipes import commented_yaml
+    from ..run.config import commented_yaml
 
     given = {"teacher.path": args.teacher, "data.source": args.data, "output_dir": args.output}
     print(commented_yaml([f"{key}={value}" for key, value in given.items() if value is not None]), end="")

@@ -23,7 +23,7 @@ from torch import nn
 from ..errors import EdgeDiTError
 from ..genotype import LayerSpec
 from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
-from ..optimisation import Optimisation
+from ..run.optimisation import Optimisation
 from .closed_form import closed_form_block, truncated_block
 from .feature_loss import feature_loss
 from .schedule import depth_of

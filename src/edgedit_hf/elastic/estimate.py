@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..captions import parse_buckets
 from ..distill.schedule import PROCESS_BYTES
 from ..estimate import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, meta_vae, print_table
-from ..launch import load_run_captions
 from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
-from ..recipes import RunConfig
+from ..run.config import RunConfig
+from ..run.launch import load_run_captions
 from ..search_space import TEXT_TOKENS, elastic_cost, elastic_weights
 from .knowledge import teacher_note
 from .setup import new_elastic

@@ -16,7 +16,7 @@ from ..distill.flow_teacher import FlowTeacher, check_latents, check_quantizatio
 from ..distill.knowledge import FeatureProjector, feature_distance, grid_of, knowledge_loss
 from ..distill.output_loss import output_loss
 from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
-from ..recipes import RunConfig
+from ..run.config import RunConfig
 
 
 class Knowledge:

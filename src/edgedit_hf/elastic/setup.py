@@ -12,11 +12,11 @@ from typing import Any
 from ..captions import TextTable, text_table
 from ..diffusion import make_scheduler
 from ..errors import EdgeDiTError
-from ..launch import check_memory, load_text
 from ..models.transformer_elastic_dit import PRESETS, ElasticDiTTransformer2DModel
 from ..pipelines.pipeline_elastic_dit import ElasticDiTPipeline
-from ..recipes import RunConfig
 from ..records import ElasticModel
+from ..run.config import RunConfig
+from ..run.launch import check_memory, load_text
 from ..schema import read_record
 from ..search_space import elastic_weights
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..optimisation import Optimisation
+from ..run.optimisation import Optimisation
 
 
 def _part(value: Any) -> Any:

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from ..errors import EdgeDiTError
-from ..launch import with_transformer
 from ..metrics.generative import psnr
 from ..quantization.affine import quantize_affine
 from ..quantization.calibration import output_error, record, replay, spread
 from ..quantization.weights import AffineWeight
+from ..run.launch import with_transformer
 from .executorch import given_weight, linear_scheme, quantized_weight
 from .onnx_lowbit import GROUP, MIN_QUANTIZED_ELEMENTS
 from .parts import share

@@ -20,9 +20,9 @@ from ..errors import EdgeDiTError
 from ..files import atomic_folder, atomic_write_json, check_finite, check_output, versions, weights_hash
 from ..genotype import Genotype
 from ..latency.protocol import environment
-from ..launch import load_pipeline, with_components
 from ..quantization.layers import dequantize_model, quantized_weights
 from ..quantization.weights import AffineWeight
+from ..run.launch import load_pipeline, with_components
 from . import verify
 from .contract import Artefact, set_schedule, write_contract
 from .executorch import DEFAULT_BATCH, SCHEMES, lower_executorch

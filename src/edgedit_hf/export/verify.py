@@ -15,8 +15,8 @@ import torch
 from ..errors import EdgeDiTError
 from ..latency.footprint import footprint
 from ..latency.protocol import environment, measure, paired_ratio
-from ..launch import with_components
 from ..metrics.generative import psnr
+from ..run.launch import with_components
 from .onnx import initializer_bytes
 from .parts import MODULATED, Part, is_elastic, text_lengths
 from .runtime import open_session

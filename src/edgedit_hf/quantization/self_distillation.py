@@ -17,7 +17,7 @@ from torch import nn
 
 from ..captions import TextTable
 from ..diffusion import draws, drop_labels
-from ..optimisation import check_names
+from ..run.optimisation import check_names
 
 SAMPLE_STREAM, SUBNET_STREAM, POOL_STREAM = (
     22,

@@ -14,9 +14,9 @@ from torch import nn
 
 from ..captions import TextTable, text_table
 from ..errors import EdgeDiTError
-from ..launch import load_pipeline, load_run_captions
 from ..models.checkpoints import check_weights
-from ..recipes import RunConfig
+from ..run.config import RunConfig
+from ..run.launch import load_pipeline, load_run_captions
 from .calibration import CHECK_STREAM, output_error, record, replay
 from .layers import quantizable_layers, quantized_weights
 from .sensitivity import candidate_specs

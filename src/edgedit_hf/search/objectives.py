@@ -9,10 +9,10 @@ import torch
 
 from ..distill.proxy_bank import ProxyBank
 from ..genotype import Genotype
-from ..launch import with_transformer
 from ..metrics.generative import frechet_distance
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 from ..pipelines.sampling import generate
+from ..run.launch import with_transformer
 
 
 class StudentQuality:

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from diffusers.utils import logging as diffusers_logging
 
-from . import entry
-from .captions import CaptionedDataset, cache_captioned_latents, load_captioned, open_captioned_latents
-from .data import ImageDataset, LatentDataset, cache_latents, load_images, open_latents
-from .diffusion import make_scheduler
-from .errors import EdgeDiTError
-from .files import ask_nothing, check_links, check_output, read_json, release_locks
-from .genotype import Genotype
-from .models.checkpoints import (
+from .. import entry
+from ..captions import CaptionedDataset, cache_captioned_latents, load_captioned, open_captioned_latents
+from ..data import ImageDataset, LatentDataset, cache_latents, load_images, open_latents
+from ..diffusion import make_scheduler
+from ..errors import EdgeDiTError
+from ..files import ask_nothing, check_links, check_output, read_json, release_locks
+from ..genotype import Genotype
+from ..models.checkpoints import (
     check_size,
     check_weights,
     load_original,
@@ -32,14 +32,14 @@ from .models.checkpoints import (
     pipeline_variant,
     weight_files,
 )
-from .models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
-from .pipelines.pipeline_edgedit import EdgeDiTPipeline
-from .pipelines.usable import check_scheduler, check_usable
-from .recipes import RunConfig, load_config, unused
-from .records import PipelineIndex, SchedulerConfig
-from .run_state import close_progress, on_main
-from .schema import read_record
-from .search_space import SearchSpace, model_cost
+from ..models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
+from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
+from ..pipelines.usable import check_scheduler, check_usable
+from ..records import PipelineIndex, SchedulerConfig
+from ..schema import read_record
+from ..search_space import SearchSpace, model_cost
+from .config import RunConfig, load_config, unused
+from .state import close_progress, on_main
 
 
 def recipe_main(
@@ -81,7 +81,7 @@ def recipe_main(
                 entry.tell(f"note: {note}")
         check_run_folder(config)
         if arguments.dry_run:
-            from .estimate import print_estimate
+            from ..estimate import print_estimate
 
             notes = [] if check is None else check(config, dry_run=True)
             (dry_run or print_estimate)(config)

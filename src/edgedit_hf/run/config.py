@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import EdgeDiTError
-from .schema import fill, key, shorten
+from ..errors import EdgeDiTError
+from ..schema import fill, key, shorten
 
 # Greatest values: beyond what anybody runs, and below what exhausts memory or overflows before a message could say so.
 STEPS = 10**9  # optimiser steps, and steps between two events

@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import EdgeDiTError
-from .files import (
+from ..errors import EdgeDiTError
+from ..files import (
     HASHED_ALWAYS,
     STAGE_FILES,
     FolderLock,
@@ -45,8 +45,8 @@ from .files import (
     sync_tree,
     versions,
 )
-from .records import Asked, Checkpoint, Named, Results
-from .schema import held_to, read_record
+from ..records import Asked, Checkpoint, Named, Results
+from ..schema import held_to, read_record
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .errors import EdgeDiTError
+from ..errors import EdgeDiTError
 
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
