@@ -10,13 +10,13 @@ import typing
 
 import pytest
 import torch
+from edgedit_hf.data.images.captions import TextTable
+from edgedit_hf.data.images.images import open_latents
 from run_folder import make_run
 from safetensors.torch import save_file
 
 from edgedit_hf import records
-from edgedit_hf.captions import TextTable
 from edgedit_hf.commands.info import describe
-from edgedit_hf.data import open_latents
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.elastic.setup import new_elastic
 from edgedit_hf.elastic_report import build_elastic_report, draw_elastic_figures, headlines

@@ -23,8 +23,8 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from edgedit_hf.data.images.images import batch_indices
 
-from edgedit_hf.data import batch_indices
 from edgedit_hf.diffusion import Diffusion, draws, drop_labels
 from edgedit_hf.distill import proxy_group
 from edgedit_hf.distill.closed_form import combine_blocks

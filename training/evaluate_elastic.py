@@ -16,11 +16,11 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
+from edgedit_hf.data.images.captions import STYLES, CaptionedDataset, parse_caption, style_words
+from edgedit_hf.data.images.images import to_bytes
 from reference import describe_reference, load_extractor, real_features
 from safetensors.torch import save_file
 
-from edgedit_hf.captions import STYLES, CaptionedDataset, parse_caption, style_words
-from edgedit_hf.data import to_bytes
 from edgedit_hf.files import atomic_write_json, file_sha256
 from edgedit_hf.latency.protocol import environment, measure
 from edgedit_hf.metrics.features import IndependentClassifier

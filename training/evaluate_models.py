@@ -19,10 +19,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import Accelerator
+from edgedit_hf.data.images.images import to_bytes
 from reference import describe_reference, load_extractor, real_features
 from safetensors.torch import load_file, save_file
 
-from edgedit_hf.data import to_bytes
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export.executorch import export_executorch
 from edgedit_hf.export.onnx import export_onnx, quantize_int8

@@ -23,8 +23,8 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from distill_proxies import CALIBRATION_STREAM, TEST_STREAM, TRAIN_STREAM, features_at
+from edgedit_hf.data.images.images import batch_indices
 
-from edgedit_hf.data import batch_indices
 from edgedit_hf.diffusion import Diffusion, draws
 from edgedit_hf.distill.closed_form import closed_form_block
 from edgedit_hf.distill.feature_loss import rate_scale

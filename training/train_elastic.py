@@ -27,8 +27,8 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
+from edgedit_hf.data.images.captions import CaptionedDataset, TextTable, caption_loader
 
-from edgedit_hf.captions import CaptionedDataset, TextTable, caption_loader
 from edgedit_hf.diffusion import TRAIN_TIMESTEPS, Diffusion, draws
 from edgedit_hf.elastic.estimate import print_elastic_estimate
 from edgedit_hf.elastic.knowledge import Knowledge, load_knowledge

@@ -17,9 +17,9 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from edgedit_hf.data.images.images import step_loader
 
 from edgedit_hf import EdgeDiTTransformer2DModel
-from edgedit_hf.data import step_loader
 from edgedit_hf.diffusion import Diffusion, draws, drop_labels
 from edgedit_hf.distill.output_loss import output_loss
 from edgedit_hf.errors import EdgeDiTError

@@ -20,11 +20,18 @@ from statistics import NormalDist
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from edgedit_hf.data.images.captions import (
+    STYLES,
+    TEMPLATES,
+    CaptionedDataset,
+    caption_loader,
+    style_words,
+    write_caption,
+)
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from edgedit_hf.captions import STYLES, TEMPLATES, CaptionedDataset, caption_loader, style_words, write_caption
 from edgedit_hf.diffusion import draws
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.preflight import preflight

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
-from .data import check_vae_takes
+from .data.images import check_vae_takes
 from .distill.schedule import PROCESS_BYTES, MemoryModel, pairs_of, plan_bank, prefix_cost, wanted_proxies
 from .errors import EdgeDiTError
 from .genotype import LayerSpec

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .data import check_images
+from .data.images import check_images
 from .diffusion import make_scheduler
 from .distill.proxy_group import new_optimizer
 from .distill.schedule import wanted_proxies

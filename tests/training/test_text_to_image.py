@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from edgedit_hf.data.images.captions import HELD_OUT, parse_caption
 from PIL import Image
 from safetensors.torch import load_file
 
 from edgedit_hf import ElasticDiTPipeline
-from edgedit_hf.captions import HELD_OUT, parse_caption
 from edgedit_hf.commands.cli import main
 from edgedit_hf.elastic_report import spread, write_elastic_report
 from edgedit_hf.errors import EdgeDiTError
@@ -87,10 +87,10 @@ def test_the_images_are_the_pipelines(whole):
 
 def test_agreement_counts_what_captions_say(recipes, monkeypatch):
     monkeypatch.syspath_prepend(str(recipes.root / "training"))
+    from edgedit_hf.data.images.captions import load_captioned
+    from edgedit_hf.data.images.images import load_images
     from evaluate_elastic import agreement, judged_captions
 
-    from edgedit_hf.captions import load_captioned
-    from edgedit_hf.data import load_images
     from edgedit_hf.metrics.features import train_independent_classifier
 
     classifier = train_independent_classifier(load_images("digits"))

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..data.latents import is_video, latent_scale
 from ..errors import EdgeDiTError
 from ..files import ask_nothing, class_name, hash_json, weights_hash
-from ..latents import is_video, latent_scale
 from ..models.checkpoints import pipeline_variant
 
 QUANTIZATIONS = ("none", "8bit", "4bit")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..captions import parse_buckets
+from ..data.captions import parse_buckets
 from ..distill.schedule import PROCESS_BYTES
 from ..estimate import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, meta_vae, print_table
 from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel

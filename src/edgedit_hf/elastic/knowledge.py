@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..captions import CaptionedDataset, TextTable, text_table
+from ..data.captions import CaptionedDataset, TextTable, text_table
 from ..distill.flow_teacher import FlowTeacher, check_latents, check_quantization, teacher_family, transformer_bytes
 from ..distill.knowledge import FeatureProjector, feature_distance, grid_of, knowledge_loss
 from ..distill.output_loss import output_loss

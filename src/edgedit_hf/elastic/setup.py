@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..captions import TextTable, text_table
+from ..data.captions import TextTable, text_table
 from ..diffusion import make_scheduler
 from ..errors import EdgeDiTError
 from ..models.transformer_elastic_dit import PRESETS, ElasticDiTTransformer2DModel

@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
+from ..data.latents import decoder_numbers, latent_scale
 from ..errors import EdgeDiTError
 from ..files import atomic_write_text, explain_write_errors, file_sha256, versions
 from ..genotype import Genotype
-from ..latents import decoder_numbers, latent_scale
 from ..markup import MARKUP
 from . import sample_min
 from .parts import MODULATED, Part, is_elastic

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..data.latents import vae_decode, vae_encode
 from ..errors import EdgeDiTError
-from ..latents import vae_decode, vae_encode
 from .wrappers import DenoiserWrapper
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..data import ImageDataset, batch_indices, stratified_split, to_bytes
+from ..data.images import ImageDataset, batch_indices, stratified_split, to_bytes
 from ..errors import EdgeDiTError
 from ..files import atomic_folder, atomic_write_json, file_sha256, weights_hash
 from ..records import Extractor

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..captions import TextTable, text_table
+from ..data.captions import TextTable, text_table
 from ..errors import EdgeDiTError
 from ..models.checkpoints import check_weights
 from ..run.config import RunConfig

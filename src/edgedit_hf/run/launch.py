@@ -17,8 +17,8 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 
 from .. import entry
-from ..captions import CaptionedDataset, cache_captioned_latents, load_captioned, open_captioned_latents
-from ..data import ImageDataset, LatentDataset, cache_latents, load_images, open_latents
+from ..data.captions import CaptionedDataset, cache_captioned_latents, load_captioned, open_captioned_latents
+from ..data.images import ImageDataset, LatentDataset, cache_latents, load_images, open_latents
 from ..diffusion import make_scheduler
 from ..errors import EdgeDiTError
 from ..files import ask_nothing, check_links, check_output, read_json, release_locks

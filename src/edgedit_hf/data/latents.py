@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .errors import EdgeDiTError
+from ..errors import EdgeDiTError
 
 
 class LatentScale(NamedTuple):

@@ -24,7 +24,11 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .data import (
+from ..errors import EdgeDiTError
+from ..files import FolderLock, atomic_folder, atomic_write_json, hash_json, sweep, weights_hash
+from ..records import TextIndex
+from ..schema import read_record
+from .images import (
     IN_MEMORY_BYTES,
     ImageDataset,
     LatentDataset,
@@ -42,11 +46,7 @@ from .data import (
     step_loader,
     stream_generator,
 )
-from .errors import EdgeDiTError
-from .files import FolderLock, atomic_folder, atomic_write_json, hash_json, sweep, weights_hash
-from .image_sources import EncodedRows, caption_column_of, parse_background
-from .records import TextIndex
-from .schema import read_record
+from .sources import EncodedRows, caption_column_of, parse_background
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 STYLES = {"stroke": ("thin", "thick"), "width": ("narrow", "wide"), "slant": ("left", "right")}

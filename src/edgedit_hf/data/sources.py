@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps
 
-from .errors import EdgeDiTError
+from ..errors import EdgeDiTError
 
 if TYPE_CHECKING:
     import datasets

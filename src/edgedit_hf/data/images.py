@@ -24,9 +24,12 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .errors import EdgeDiTError
-from .files import FolderLock, atomic_folder, atomic_write_json, hash_json, sweep, weights_hash
-from .image_sources import (
+from ..errors import EdgeDiTError
+from ..files import FolderLock, atomic_folder, atomic_write_json, hash_json, sweep, weights_hash
+from ..records import LatentIndex
+from ..schema import read_record
+from .latents import encode, latent_scale
+from .sources import (
     HELD_OUT_NAMES,
     ArrayRows,
     EncodedRows,
@@ -36,9 +39,6 @@ from .image_sources import (
     parse_background,
     read_labels,
 )
-from .latents import encode, latent_scale
-from .records import LatentIndex
-from .schema import read_record
 
 IN_MEMORY_BYTES = 256 * 1024**2  # sets below this size are decoded once and kept, as bytes (latents: as float32)
 LATENT_FORMAT = 1
