@@ -26,8 +26,6 @@ from diffusers_dit import fail, peak_bytes
 from torch import nn
 
 from edgedit_hf.export.onnx import DEFAULT_OPSET, lower
-from edgedit_hf.latency.protocol import environment, measure, paired_ratio
-from edgedit_hf.latency.runners import OnnxRunner
 from edgedit_hf.models.transformer_elastic_dit import (
     ElasticDiTTransformer2DModel,
     Positions,
@@ -35,6 +33,8 @@ from edgedit_hf.models.transformer_elastic_dit import (
     rotation_table,
     sparse_attention,
 )
+from edgedit_hf.runtimes.runners import OnnxRunner
+from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 
 HEADS, CHANNELS = 16, 64
 REQUIRED = 1.5

@@ -32,16 +32,16 @@ from diffusers_dit import fail, random_transformer
 
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
+from edgedit_hf.export.components import open_session
 from edgedit_hf.export.executorch import lower_executorch
 from edgedit_hf.export.onnx import lower_onnx
 from edgedit_hf.export.parts import edgedit_parts
 from edgedit_hf.export.pipeline import export_pipeline
-from edgedit_hf.export.runtime import open_session
 from edgedit_hf.export.verify import relative_error
-from edgedit_hf.latency.footprint import footprint
-from edgedit_hf.latency.protocol import environment, measure, paired_ratio
 from edgedit_hf.quantization.activations import activation_scales
 from edgedit_hf.quantization.calibration import input_ranges, record
+from edgedit_hf.runtimes.footprint import footprint
+from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 
 HERE = Path(__file__).resolve().parent
 AMX = "amx_int8" in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "")

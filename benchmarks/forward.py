@@ -27,8 +27,8 @@ from diffusers_dit import (
     weight_bytes,
 )
 
-from edgedit_hf.latency.protocol import environment, measure, paired_ratio
-from edgedit_hf.latency.runners import example_inputs
+from edgedit_hf.runtimes.runners import example_inputs
+from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 from edgedit_hf.search_space import model_cost
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -44,8 +44,6 @@ from edgedit_hf.data.images.images import to_bytes  # noqa: E402
 from reference import load_extractor, real_features  # noqa: E402
 
 from edgedit_hf.files import check_output  # noqa: E402
-from edgedit_hf.latency.protocol import environment, measure  # noqa: E402
-from edgedit_hf.latency.runners import TorchRunner  # noqa: E402
 from edgedit_hf.metrics.features import FeatureExtractor  # noqa: E402
 from edgedit_hf.metrics.generative import frechet_distance, psnr  # noqa: E402
 from edgedit_hf.pipelines.sampling import generate  # noqa: E402
@@ -58,6 +56,8 @@ from edgedit_hf.quantization.quantizer import mark_quantized  # noqa: E402
 from edgedit_hf.quantization.setup import Judge  # noqa: E402
 from edgedit_hf.run.config import load_config  # noqa: E402
 from edgedit_hf.run.launch import load_pipeline, load_run_images, make_accelerator, with_transformer  # noqa: E402
+from edgedit_hf.runtimes.runners import TorchRunner  # noqa: E402
+from edgedit_hf.runtimes.timing import environment, measure  # noqa: E402
 from edgedit_hf.search.plots import montage, sample_grid  # noqa: E402
 
 BUDGET, REQUIRED_DISTANCE = 4.3, 1.05

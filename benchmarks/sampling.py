@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from diffusers_dit import diffusers_twin, fail, random_transformer, weight_bytes
 
 from edgedit_hf import EdgeDiTPipeline
-from edgedit_hf.latency.protocol import environment
+from edgedit_hf.runtimes.timing import environment
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REQUIRED = {"fp32": 1.02, "bf16": 1.08}

@@ -36,9 +36,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgedit_hf.export.onnx import DEFAULT_OPSET, lower, save_onnx
-from edgedit_hf.latency.protocol import environment, measure, paired_ratio
-from edgedit_hf.latency.runners import OnnxRunner, session_options
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
+from edgedit_hf.runtimes.runners import OnnxRunner, session_options
+from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 
 VARIANTS = ("PixArt", "A", "B", "C", "D")
 PUBLISHED_MS = {"A": 2000, "B": 550, "C": 293, "D": 360}  # iPhone 16 Pro Max, SnapGen++ fig. 3

@@ -35,10 +35,10 @@ from PIL import Image
 
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.estimate import estimate
-from edgedit_hf.latency.protocol import environment
 from edgedit_hf.models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from edgedit_hf.pipelines.pipeline_edgedit import EdgeDiTPipeline
 from edgedit_hf.run.config import load_config
+from edgedit_hf.runtimes.timing import environment
 from edgedit_hf.search_space import UNMERGED, SearchSpace
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"

@@ -22,7 +22,6 @@ from reference import describe_reference, load_extractor, real_features
 from safetensors.torch import save_file
 
 from edgedit_hf.files import atomic_write_json, file_sha256
-from edgedit_hf.latency.protocol import environment, measure
 from edgedit_hf.metrics.features import IndependentClassifier
 from edgedit_hf.metrics.generative import frechet_distance
 from edgedit_hf.pipelines.pipeline_elastic_dit import ElasticDiTPipeline
@@ -32,6 +31,7 @@ from edgedit_hf.records import ElasticStage, Latencies
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import load_pipeline, load_run_captions, load_run_images, recipe_main
 from edgedit_hf.run.state import RunState, pipeline_weights_hash
+from edgedit_hf.runtimes.timing import environment, measure
 from edgedit_hf.schema import read_record
 from edgedit_hf.search_space import BYTES, elastic_cost
 

@@ -29,8 +29,6 @@ from edgedit_hf.export.onnx import export_onnx, quantize_int8
 from edgedit_hf.export.verify import weight_bytes
 from edgedit_hf.files import atomic_write_json, weights_hash
 from edgedit_hf.genotype import Genotype
-from edgedit_hf.latency.protocol import environment, measure, paired_ratio
-from edgedit_hf.latency.runners import TorchRunner, executorch_runner, onnx_runner
 from edgedit_hf.metrics.features import class_agreement
 from edgedit_hf.metrics.generative import frechet_distance, precision_recall, psnr
 from edgedit_hf.pipelines.sampling import generate
@@ -39,6 +37,8 @@ from edgedit_hf.records import Latencies
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import load_pipeline, load_run_images, recipe_main, teacher_path
 from edgedit_hf.run.state import RunState, pipeline_weights_hash
+from edgedit_hf.runtimes.runners import TorchRunner, executorch_runner, onnx_runner
+from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 from edgedit_hf.schema import read_record
 from edgedit_hf.search.plots import save_montage
 from edgedit_hf.search_space import BYTES, Cost, model_cost

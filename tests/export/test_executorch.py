@@ -21,8 +21,8 @@ from edgedit_hf.export.parts import edgedit_parts
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.export.xnnpack import XnnpackGELU, XnnpackLayerNorm
 from edgedit_hf.genotype import Genotype
-from edgedit_hf.latency.protocol import measure
-from edgedit_hf.latency.runners import TorchRunner, example_inputs, executorch_runner
+from edgedit_hf.runtimes.runners import TorchRunner, example_inputs, executorch_runner
+from edgedit_hf.runtimes.timing import measure
 from edgedit_hf.search_space import SearchSpace
 
 

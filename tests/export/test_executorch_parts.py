@@ -18,9 +18,9 @@ from edgedit_hf.export.executorch import form_of, lower_executorch, quantize_lin
 from edgedit_hf.export.parts import edgedit_parts, elastic_parts, share, text_encoder_part, vae_parts
 from edgedit_hf.export.xnnpack import FormLinear
 from edgedit_hf.files import aside_of
-from edgedit_hf.latency.runners import ExecutorchSession
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.quantization.affine import quantize_affine
+from edgedit_hf.runtimes.runners import ExecutorchSession
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

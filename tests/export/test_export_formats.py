@@ -16,12 +16,12 @@ from torch import nn
 from edgedit_hf import EdgeDiTPipeline, ElasticDiTPipeline, ElasticDiTTransformer2DModel
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.export.components import OnnxSession
 from edgedit_hf.export.mixed import choose_8bit, nearest_form, quantized_linears, xnnpack_weights
 from edgedit_hf.export.onnx import initializer_bytes, lower_onnx
 from edgedit_hf.export.onnx_lowbit import half_precision
 from edgedit_hf.export.parts import edgedit_parts
 from edgedit_hf.export.pipeline import export_pipeline
-from edgedit_hf.export.runtime import OnnxSession
 from edgedit_hf.export.verify import relative_error
 from edgedit_hf.quantization.activations import activation_scales, simulated_activations
 from edgedit_hf.quantization.affine import quantize_affine

@@ -28,8 +28,8 @@ from edgedit_hf.export.onnx import (
 from edgedit_hf.export.onnx_lowbit import MIN_QUANTIZED_ELEMENTS, gemm_to_matmul
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.genotype import Genotype
-from edgedit_hf.latency.runners import example_inputs, onnx_runner
 from edgedit_hf.run.launch import with_components
+from edgedit_hf.runtimes.runners import example_inputs, onnx_runner
 from edgedit_hf.search_space import SearchSpace
 
 

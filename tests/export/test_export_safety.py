@@ -17,8 +17,8 @@ from torch import nn
 from edgedit_hf import EdgeDiTPipeline, OnnxEdgeDiTTransformer2DModel
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export import sample_min
+from edgedit_hf.export.components import COMPONENTS, ExportedComponent
 from edgedit_hf.export.pipeline import export_pipeline
-from edgedit_hf.export.runtime import COMPONENTS, ExportedComponent
 from edgedit_hf.export.schedule import linear_schedule
 from edgedit_hf.files import file_sha256
 

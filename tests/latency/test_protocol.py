@@ -9,8 +9,8 @@ import torch
 from onnx import TensorProto, helper
 
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.latency.protocol import MIN_ROUNDS, Timing, environment, measure, paired_medians, paired_ratio
-from edgedit_hf.latency.runners import OnnxRunner, TorchRunner, example_inputs, session_options
+from edgedit_hf.runtimes.runners import OnnxRunner, TorchRunner, example_inputs, session_options
+from edgedit_hf.runtimes.timing import MIN_ROUNDS, Timing, environment, measure, paired_medians, paired_ratio
 
 
 def test_rounds_are_interleaved_and_warm():

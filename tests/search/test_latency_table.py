@@ -10,7 +10,7 @@ import torch
 
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.genotype import Genotype, LayerSpec
-from edgedit_hf.latency.runners import example_inputs, onnx_runner
+from edgedit_hf.runtimes.runners import example_inputs, onnx_runner
 from edgedit_hf.search.latency_table import DEPTHS, LatencyTable, LoweredParts, _fit, check_genotypes, random_model
 from edgedit_hf.search_space import OPTIONS, SearchSpace
 

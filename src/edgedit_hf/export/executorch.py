@@ -21,9 +21,9 @@ from torch import nn
 
 from ..errors import EdgeDiTError
 from ..files import aside_of, explain_write_errors
-from ..latency.runners import CONSTANT_PREFIX, require_executorch
 from ..quantization.packing import unpack
 from ..quantization.weights import AffineWeight
+from ..runtimes.runners import CONSTANT_PREFIX, require_executorch
 from .executorch_backends import NOT_RUN, check_backend, edge_program
 from .parts import (
     ConditionerWrapper,

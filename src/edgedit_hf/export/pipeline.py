@@ -19,11 +19,12 @@ from torch import nn
 from ..errors import EdgeDiTError
 from ..files import atomic_folder, atomic_write_json, check_finite, check_output, versions, weights_hash
 from ..genotype import Genotype
-from ..latency.protocol import environment
 from ..quantization.layers import dequantize_model, quantized_weights
 from ..quantization.weights import AffineWeight
 from ..run.launch import load_pipeline, with_components
+from ..runtimes.timing import environment
 from . import verify
+from .components import COMPONENTS, SUFFIXES, open_session, stem
 from .contract import Artefact, set_schedule, write_contract
 from .executorch import DEFAULT_BATCH, SCHEMES, lower_executorch
 from .executorch_backends import NOT_RUN as BACKEND_NOT_RUN
@@ -32,7 +33,6 @@ from .mixed import Form, choose_8bit, nearest_form, quantized_linears, xnnpack_w
 from .onnx_lowbit import GROUP, MIN_QUANTIZED_ELEMENTS
 from .options import check_ranges
 from .parts import Part, is_elastic, latent_size, pipeline_parts, text_lengths
-from .runtime import COMPONENTS, SUFFIXES, open_session, stem
 from .schedule import NotLinearError
 from .wrappers import check_batch, check_model, plain_config
 

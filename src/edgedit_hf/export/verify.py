@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from ..errors import EdgeDiTError
-from ..latency.footprint import footprint
-from ..latency.protocol import environment, measure, paired_ratio
 from ..metrics.generative import psnr
 from ..run.launch import with_components
+from ..runtimes.footprint import footprint
+from ..runtimes.timing import environment, measure, paired_ratio
+from .components import open_session
 from .onnx import initializer_bytes
 from .parts import MODULATED, Part, is_elastic, text_lengths
-from .runtime import open_session
 
 # ‖artefact − eager‖ / ‖eager‖ of one forward, the worst over all sampling timesteps. fp32 differs by the order of
 # additions only. Quantised networks are worst at the last, nearly clean timesteps, where trained models on digits lie

@@ -106,8 +106,8 @@ class LatencyTable:
             max_seconds: end early, after at least 5 rounds, once the timed calls took this long.
             progress: called after every round with (rounds done, rounds asked for).
         """
-        from ..latency.protocol import environment, measure, paired_medians
-        from ..latency.runners import RUNNERS
+        from ..runtimes.runners import RUNNERS
+        from ..runtimes.timing import environment, measure, paired_medians
 
         if precision not in PRECISIONS.get(runtime, ()):
             existing = ", ".join(f"{name}-{kind}" for name, kinds in PRECISIONS.items() for kind in kinds)
@@ -219,8 +219,8 @@ class LatencyTable:
             "relative_error"}]}`; errors are
             |predicted − measured| / measured.
         """
-        from ..latency.protocol import measure, paired_medians
-        from ..latency.runners import RUNNERS
+        from ..runtimes.runners import RUNNERS
+        from ..runtimes.timing import measure, paired_medians
 
         self.check_config(config)
         genotypes = [genotypes] if isinstance(genotypes, Genotype) else list(genotypes)
@@ -341,7 +341,7 @@ class LoweredParts:
 
         from ..export.onnx import DEFAULT_OPSET, lower
         from ..export.wrappers import BlockWrapper, EmbedWrapper, UnembedWrapper
-        from ..latency.runners import example_inputs
+        from ..runtimes.runners import example_inputs
 
         layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(shapes)]
         model = random_model({**config, "layers": layers})

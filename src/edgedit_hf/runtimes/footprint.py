@@ -1,4 +1,4 @@
-"""Memory and load time of artefacts, each measured in a process of its own: `python -m edgedit_hf.latency.footprint
+"""Memory and load time of artefacts, each measured in a process of its own: `python -m edgedit_hf.runtimes.footprint
 JOB.json`.
 
 JOB.json holds `{"file", "format", "inputs", "threads"}`; inputs are a safetensors file in the order of the artefact's
@@ -63,7 +63,7 @@ def footprint(file: str | os.PathLike, format: str, inputs: Mapping, threads: in
                 }
             )
         )
-        command = [sys.executable, "-m", "edgedit_hf.latency.footprint", str(job)]
+        command = [sys.executable, "-m", "edgedit_hf.runtimes.footprint", str(job)]
         done = subprocess.run(
             command,
             capture_output=True,

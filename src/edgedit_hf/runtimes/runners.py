@@ -1,4 +1,4 @@
-"""Callables for [`~edgedit_hf.latency.protocol.measure`]: one forward of a fixed batch in a runtime with fixed threads.
+"""Callables for [`~edgedit_hf.runtimes.timing.measure`]: one forward of a fixed batch in a runtime with fixed threads.
 
 Runners are named `<runtime>-<precision>`: "torch-fp32", "onnxruntime-int8", "executorch-int4" (the keys of `latency_ms`
 in report.json).

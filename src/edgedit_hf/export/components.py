@@ -23,8 +23,8 @@ from diffusers.utils import BaseOutput
 
 from ..errors import EdgeDiTError
 from ..files import copy_tree, file_sha256, read_json
-from ..latency.runners import ExecutorchSession, session_options
 from ..records import ContractFiles
+from ..runtimes.runners import ExecutorchSession, session_options
 from ..schema import read_record
 from .parts import MODULATED
 

@@ -1,1 +1,0 @@
-"""How latency is measured (`protocol`) and what can be measured (`runners`)."""
