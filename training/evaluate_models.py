@@ -20,12 +20,12 @@ from tempfile import TemporaryDirectory
 import torch
 from accelerate import Accelerator
 from edgedit_hf.data.images.images import to_bytes
+from edgedit_hf.export.executorch.lower.lower import export_executorch
+from edgedit_hf.export.onnx.lower.lower import export_onnx, quantize_int8
 from reference import describe_reference, load_extractor, real_features
 from safetensors.torch import load_file, save_file
 
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.export.executorch import export_executorch
-from edgedit_hf.export.onnx import export_onnx, quantize_int8
 from edgedit_hf.export.verify import weight_bytes
 from edgedit_hf.files import atomic_write_json, weights_hash
 from edgedit_hf.genotype import Genotype

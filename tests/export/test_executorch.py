@@ -10,16 +10,16 @@ from argparse import ArgumentParser
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from edgedit_hf.export.executorch.lower.lower import GROUP, export_executorch, form_of, quantize_linears
+from edgedit_hf.export.executorch.lower.xnnpack import XnnpackGELU, XnnpackLayerNorm
 from torch import nn
 
 from edgedit_hf import EdgeDiTPipeline, ExecutorchEdgeDiTTransformer2DModel, OnnxEdgeDiTTransformer2DModel
 from edgedit_hf.commands.export import EdgeDiTExportCommand
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.export.executorch import GROUP, export_executorch, form_of, quantize_linears
 from edgedit_hf.export.parts import edgedit_parts
 from edgedit_hf.export.pipeline import export_pipeline
-from edgedit_hf.export.xnnpack import XnnpackGELU, XnnpackLayerNorm
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.runtimes.runners import TorchRunner, example_inputs, executorch_runner
 from edgedit_hf.runtimes.timing import measure

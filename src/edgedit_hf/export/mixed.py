@@ -21,11 +21,11 @@ from ..quantization.affine import quantize_affine
 from ..quantization.calibration import output_error, record, replay, spread
 from ..quantization.weights import AffineWeight
 from ..run.launch import with_transformer
-from .executorch import given_weight, linear_scheme, quantized_weight
-from .onnx_lowbit import GROUP, MIN_QUANTIZED_ELEMENTS
+from .executorch.lower import given_weight, linear_scheme, quantized_weight
+from .executorch.xnnpack import FormLinear
+from .onnx.lowbit import GROUP, MIN_QUANTIZED_ELEMENTS
 from .parts import share
 from .verify import PROMPTS, sampling_arguments
-from .xnnpack import FormLinear
 
 TIMESTEPS = 4  # that the ranking is measured at
 Form = Callable[[str, nn.Linear, int], torch.Tensor]  # (name, the layer, 4 or 8 bits) → the weight that simulates it

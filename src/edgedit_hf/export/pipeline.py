@@ -26,11 +26,11 @@ from ..runtimes.timing import environment
 from . import verify
 from .components import COMPONENTS, SUFFIXES, open_session, stem
 from .contract import Artefact, set_schedule, write_contract
-from .executorch import DEFAULT_BATCH, SCHEMES, lower_executorch
-from .executorch_backends import NOT_RUN as BACKEND_NOT_RUN
-from .executorch_backends import check_backend
+from .executorch.backends import NOT_RUN as BACKEND_NOT_RUN
+from .executorch.backends import check_backend
+from .executorch.lower import DEFAULT_BATCH, SCHEMES, lower_executorch
 from .mixed import Form, choose_8bit, nearest_form, quantized_linears, xnnpack_weights
-from .onnx_lowbit import GROUP, MIN_QUANTIZED_ELEMENTS
+from .onnx.lowbit import GROUP, MIN_QUANTIZED_ELEMENTS
 from .options import check_ranges
 from .parts import Part, is_elastic, latent_size, pipeline_parts, text_lengths
 from .schedule import NotLinearError
@@ -86,7 +86,7 @@ class Format:
 
 
 def _lower_onnx(part: Part, path: Path, precision: str, facts: Mapping[str, str], options: Options) -> dict:
-    from .onnx import DEFAULT_OPSET, lower_onnx
+    from .onnx.lower import DEFAULT_OPSET, lower_onnx
 
     return lower_onnx(
         part,
@@ -114,7 +114,7 @@ def _lower_executorch(part: Part, path: Path, precision: str, facts: Mapping[str
 
 
 def _lower_coreml(part: Part, path: Path, precision: str, facts: Mapping[str, str], options: Options) -> dict:
-    from .coreml import lower_coreml
+    from .coreml.lower import lower_coreml
 
     quantized = options.quantized if part.component == "transformer" else {}
     if quantized and precision != "fp32":
@@ -624,7 +624,7 @@ class _Job:
         """The gate of Core ML packages, which cannot be run here: their programs, read back and interpreted
         ([`mil.run_package`]).
         """
-        from .mil import run_package
+        from .coreml.mil import run_package
 
         checked = {}
         for part in parts:

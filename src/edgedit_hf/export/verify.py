@@ -18,7 +18,7 @@ from ..run.launch import with_components
 from ..runtimes.footprint import footprint
 from ..runtimes.timing import environment, measure, paired_ratio
 from .components import open_session
-from .onnx import initializer_bytes
+from .onnx.lower import initializer_bytes
 from .parts import MODULATED, Part, is_elastic, text_lengths
 
 # ‖artefact − eager‖ / ‖eager‖ of one forward, the worst over all sampling timesteps. fp32 differs by the order of

@@ -316,12 +316,12 @@ def export_network(config: Mapping[str, Any], runtime: str, precision: str, batc
     """
     model = random_model(config)
     if runtime == "executorch":
-        from ..export.executorch import export_executorch
+        from ..export.executorch.lower import export_executorch
 
         path = path.with_suffix(".pte")
         export_executorch(model, path, precision, batch)
         return path
-    from ..export.onnx import export_onnx, quantize_int8
+    from ..export.onnx.lower import export_onnx, quantize_int8
 
     file = export_onnx(model, path.with_suffix(".onnx"))
     return quantize_int8(file, path.with_suffix(".int8.onnx")) if precision == "int8" else file
@@ -339,7 +339,7 @@ class LoweredParts:
     def __init__(self, config: Mapping[str, Any], shapes: Sequence[Shape]):
         import torch
 
-        from ..export.onnx import DEFAULT_OPSET, lower
+        from ..export.onnx.lower import DEFAULT_OPSET, lower
         from ..export.wrappers import BlockWrapper, EmbedWrapper, UnembedWrapper
         from ..runtimes.runners import example_inputs
 
@@ -357,7 +357,7 @@ class LoweredParts:
 
     def network(self, shapes: Sequence[Shape], precision: str, path: Path) -> Path:
         """Write a whole network with layers of these shapes; every layer has its own copy of the weights."""
-        from ..export.onnx import quantize_int8, save_onnx
+        from ..export.onnx.lower import quantize_int8, save_onnx
 
         proto = join([self.embed, *(self.blocks[shape] for shape in shapes), self.unembed])
         if precision == "fp32":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import EdgeDiTError
+from ...errors import EdgeDiTError
 
 NOT_RUN = {
     "xnnpack": None,

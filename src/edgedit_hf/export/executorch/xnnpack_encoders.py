@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
 
-from ..errors import EdgeDiTError
-from .parts import EncoderWrapper, TextEncoderWrapper, share
+from ...errors import EdgeDiTError
+from ..parts import EncoderWrapper, TextEncoderWrapper, share
 from .xnnpack import FormLinear, XnnpackGELU, XnnpackLayerNorm, refuse_adapters
 
 ATTENTION = "edgedit_xnnpack"  # the name under which transformers finds [`attend`]

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..errors import EdgeDiTError
-from .coreml import load_program
+from ...errors import EdgeDiTError
+from .lower import load_program
 
 if TYPE_CHECKING:
     from coremltools.converters.mil import Operation, Var

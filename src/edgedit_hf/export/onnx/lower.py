@@ -19,18 +19,18 @@ import numpy as np
 import onnx
 import torch
 
-from ..errors import EdgeDiTError
-from ..files import explain_write_errors
-from .onnx_lowbit import dynamic_int8, half_precision, linear_nodes, static_int8, weight_only
-from .parts import Part
-from .wrappers import DenoiserWrapper, check_batch, check_model, describe, onnx_attention, quiet
+from ...errors import EdgeDiTError
+from ...files import explain_write_errors
+from ..parts import Part
+from ..wrappers import DenoiserWrapper, check_batch, check_model, describe, onnx_attention, quiet
+from .lowbit import dynamic_int8, half_precision, linear_nodes, static_int8, weight_only
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
-    from ..quantization.activations import ActivationScales
-    from ..quantization.weights import AffineWeight
+    from ...models.transformer_edgedit import EdgeDiTTransformer2DModel
+    from ...quantization.activations import ActivationScales
+    from ...quantization.weights import AffineWeight
 
 ATTENTION_OPSET = 23  # the first with an Attention operator: fewer nodes, and faster than its decomposed form
 DEFAULT_OPSET = ATTENTION_OPSET

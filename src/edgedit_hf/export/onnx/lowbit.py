@@ -20,13 +20,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from ..errors import EdgeDiTError
-from ..quantization.affine import quantize_affine
-from ..quantization.packing import unpack
-from ..quantization.weights import AffineWeight
+from ...errors import EdgeDiTError
+from ...quantization.affine import quantize_affine
+from ...quantization.packing import unpack
+from ...quantization.weights import AffineWeight
 
 if TYPE_CHECKING:
-    from ..quantization.activations import ActivationScales
+    from ...quantization.activations import ActivationScales
 
 MIN_QUANTIZED_ELEMENTS = 1024  # smaller matrices stay fp32: their scales and extra operators cost more than they save
 GROUP = 32  # inputs that share a scale in 4 bits

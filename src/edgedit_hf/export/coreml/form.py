@@ -20,8 +20,8 @@ import math
 import torch
 from torch import nn
 
-from ..models.transformer_elastic_dit import ElasticCompression
-from .parts import share
+from ...models.transformer_elastic_dit import ElasticCompression
+from ..parts import share
 
 MAX_RANK = 5
 aten = torch.ops.aten

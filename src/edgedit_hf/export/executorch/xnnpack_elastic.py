@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..models.transformer_elastic_dit import FREQUENCIES
-from .parts import ElasticConditionerWrapper, ModulatedElasticDenoiserWrapper, TextConditionerWrapper
+from ...models.transformer_elastic_dit import FREQUENCIES
+from ..parts import ElasticConditionerWrapper, ModulatedElasticDenoiserWrapper, TextConditionerWrapper
 from .xnnpack import FormLinear, XnnpackLayerNorm, XnnpackMLP, from_patches, modulate, refuse_adapters, to_patches
 
 if TYPE_CHECKING:
-    from ..models.transformer_elastic_dit import (
+    from ...models.transformer_elastic_dit import (
         ElasticCompression,
         ElasticCrossAttention,
         ElasticDiTBlock,

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import EdgeDiTError
-from ..files import aside_of, explain_write_errors
-from ..quantization.packing import unpack
-from ..quantization.weights import AffineWeight
-from ..runtimes.runners import CONSTANT_PREFIX, require_executorch
-from .executorch_backends import NOT_RUN, check_backend, edge_program
-from .parts import (
+from ...errors import EdgeDiTError
+from ...files import aside_of, explain_write_errors
+from ...quantization.packing import unpack
+from ...quantization.weights import AffineWeight
+from ...runtimes.runners import CONSTANT_PREFIX, require_executorch
+from ..parts import (
     ConditionerWrapper,
     ElasticConditionerWrapper,
     ElasticDenoiserWrapper,
@@ -35,13 +34,14 @@ from .parts import (
     TextConditionerWrapper,
     edgedit_parts,
 )
-from .wrappers import DenoiserWrapper, check_batch, check_model, describe, quiet
+from ..wrappers import DenoiserWrapper, check_batch, check_model, describe, quiet
+from .backends import NOT_RUN, check_backend, edge_program
 from .xnnpack import FormLinear, edgedit_form
 from .xnnpack_elastic import elastic_form
 from .xnnpack_encoders import encoder_form
 
 if TYPE_CHECKING:
-    from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
+    from ...models.transformer_edgedit import EdgeDiTTransformer2DModel
 
 SCHEMES = {"fp32": "fp32", "int8": "8da8w", "int4": "8da4w"}  # precision → scheme of the linear layers
 GROUP = 32  # inputs that share a scale in 4 bits: XNNPACK's smallest

@@ -32,15 +32,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import EdgeDiTError
-from ..files import atomic_folder, explain_write_errors
-from ..quantization.layers import quantizable_layers
-from ..quantization.packing import unpack
-from ..quantization.quantize import quantize_weight
-from ..quantization.weights import AffineWeight, PaletteWeight, QuantizedWeight, matrix_shape
-from .coreml_form import coreml_program
-from .parts import Part, share
-from .wrappers import quiet
+from ...errors import EdgeDiTError
+from ...files import atomic_folder, explain_write_errors
+from ...quantization.layers import quantizable_layers
+from ...quantization.packing import unpack
+from ...quantization.quantize import quantize_weight
+from ...quantization.weights import AffineWeight, PaletteWeight, QuantizedWeight, matrix_shape
+from ..parts import Part, share
+from ..wrappers import quiet
+from .form import coreml_program
 
 if TYPE_CHECKING:
     from coremltools.converters.mil import Operation, Program, Var

@@ -27,12 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import EdgeDiTError
-from ..models.transformer_edgedit import sincos_position_embedding
-from .parts import ConditionerWrapper, ModulatedDenoiserWrapper
+from ...errors import EdgeDiTError
+from ...models.transformer_edgedit import sincos_position_embedding
+from ..parts import ConditionerWrapper, ModulatedDenoiserWrapper
 
 if TYPE_CHECKING:
-    from ..models.transformer_edgedit import EdgeDiTAttention, EdgeDiTBlock, EdgeDiTTransformer2DModel, TimestepEmbedder
+    from ...models.transformer_edgedit import (
+        EdgeDiTAttention,
+        EdgeDiTBlock,
+        EdgeDiTTransformer2DModel,
+        TimestepEmbedder,
+    )
 
 # -------------------------------------------------------------------- what all forms share
 
