@@ -41,6 +41,7 @@ import quantize  # noqa: E402
 import train_teacher  # noqa: E402
 from diffusers_dit import fail  # noqa: E402
 from edgedit_hf.data.images.images import to_bytes  # noqa: E402
+from edgedit_hf.report.edgedit.plots import montage, sample_grid  # noqa: E402
 from reference import load_extractor, real_features  # noqa: E402
 
 from edgedit_hf.files import check_output  # noqa: E402
@@ -58,7 +59,6 @@ from edgedit_hf.run.config import load_config  # noqa: E402
 from edgedit_hf.run.launch import load_pipeline, load_run_images, make_accelerator, with_transformer  # noqa: E402
 from edgedit_hf.runtimes.runners import TorchRunner  # noqa: E402
 from edgedit_hf.runtimes.timing import environment, measure  # noqa: E402
-from edgedit_hf.search.plots import montage, sample_grid  # noqa: E402
 
 BUDGET, REQUIRED_DISTANCE = 4.3, 1.05
 RTN = {"scheme": "affine", "bits": 4, "group_size": 64, "symmetric": True}

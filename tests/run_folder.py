@@ -5,6 +5,7 @@ up.
 from pathlib import Path
 
 import numpy as np
+from edgedit_hf.report.edgedit.plots import save_montage
 
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.files import atomic_write_json
@@ -13,7 +14,6 @@ from edgedit_hf.run.state import RunState
 from edgedit_hf.search.ask_tell import RandomSearch, summary
 from edgedit_hf.search.bayes import BayesSearch
 from edgedit_hf.search.pareto import choose
-from edgedit_hf.search.plots import save_montage
 from edgedit_hf.search_space import SearchSpace, model_cost
 
 METRIC = "fid[digits-cnn,n=64]"

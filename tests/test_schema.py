@@ -12,6 +12,8 @@ import pytest
 import torch
 from edgedit_hf.data.images.captions import TextTable
 from edgedit_hf.data.images.images import open_latents
+from edgedit_hf.report.edgedit.edgedit import build_report
+from edgedit_hf.report.edgedit.elastic import build_elastic_report, draw_elastic_figures, headlines
 from run_folder import make_run
 from safetensors.torch import save_file
 
@@ -19,18 +21,16 @@ from edgedit_hf import records
 from edgedit_hf.commands.info import describe
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.elastic.setup import new_elastic
-from edgedit_hf.elastic_report import build_elastic_report, draw_elastic_figures, headlines
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import hash_json
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.metrics.features import FeatureExtractor, ImageDataset, train_classifier
 from edgedit_hf.quantization.activations import ActivationScales
-from edgedit_hf.report import build_report
+from edgedit_hf.report.edgedit import plots
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import read_genotype
 from edgedit_hf.run.state import RunState, load_state, save_state
 from edgedit_hf.schema import check, convert, fill, key, read_lines, read_record, shorten
-from edgedit_hf.search import plots
 from edgedit_hf.search.ask_tell import RandomSearch
 from edgedit_hf.search.bayes import BayesSearch
 from edgedit_hf.search.latency_table import LatencyTable

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from edgedit_hf.data.images.images import to_bytes
 from edgedit_hf.export.executorch.lower.lower import export_executorch
 from edgedit_hf.export.onnx.lower.lower import export_onnx, quantize_int8
+from edgedit_hf.report.edgedit.plots import save_montage
 from reference import describe_reference, load_extractor, real_features
 from safetensors.torch import load_file, save_file
 
@@ -40,7 +41,6 @@ from edgedit_hf.run.state import RunState, pipeline_weights_hash
 from edgedit_hf.runtimes.runners import TorchRunner, executorch_runner, onnx_runner
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 from edgedit_hf.schema import read_record
-from edgedit_hf.search.plots import save_montage
 from edgedit_hf.search_space import BYTES, Cost, model_cost
 
 # (name, stage in report.json); a model whose folder the run does not have is left out.

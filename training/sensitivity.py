@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from distill_proxies import CALIBRATION_STREAM, TEST_STREAM, TRAIN_STREAM, features_at
 from edgedit_hf.data.images.images import batch_indices
+from edgedit_hf.report.edgedit.plots import sensitivity_plot
 
 from edgedit_hf.diffusion import Diffusion, draws
 from edgedit_hf.distill.closed_form import closed_form_block
@@ -44,7 +45,6 @@ from edgedit_hf.run.launch import (
     set_learning_rate,
 )
 from edgedit_hf.run.state import RunState
-from edgedit_hf.search.plots import sensitivity_plot
 from edgedit_hf.search_space import model_cost
 
 OUTPUT_STREAM = 4  # noise that whole models are judged on

@@ -56,7 +56,7 @@ def warm_up(quick: bool = False) -> None:
     names = [
         "edgedit_hf.run.launch",
         "edgedit_hf.estimate",
-        "edgedit_hf.report",
+        "edgedit_hf.report.edgedit",
         "edgedit_hf.commands.cli",
         "edgedit_hf.elastic.estimate",
         "matplotlib.pyplot",

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from edgedit_hf.data.images.captions import HELD_OUT, parse_caption
+from edgedit_hf.report.edgedit.elastic import spread, write_elastic_report
 from PIL import Image
 from safetensors.torch import load_file
 
 from edgedit_hf import ElasticDiTPipeline
 from edgedit_hf.commands.cli import main
-from edgedit_hf.elastic_report import spread, write_elastic_report
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.pipelines.sampling import generate_from_captions
 

@@ -16,9 +16,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the report, of either family, and say where it is."""
     if (args.run_dir / "elastic").is_dir() and not (args.run_dir / "bank").exists():
-        from ..elastic_report import write_elastic_report as write_report
+        from ..report.elastic import write_elastic_report as write_report
     else:
-        from ..report import write_report
+        from ..report.edgedit import write_report
 
     write_report(args.run_dir)
     print(args.run_dir / "report.html")

@@ -23,8 +23,8 @@ from PIL import Image
 from ..errors import EdgeDiTError
 from ..files import aside_of
 from ..genotype import Genotype
+from ..search.pareto import pareto_front
 from ..search_space import OPTIONS, SearchSpace
-from .pareto import pareto_front
 
 Points = Sequence[Sequence[float]]
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY, BLACK = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #8A8F98 #1A1A1A".split()

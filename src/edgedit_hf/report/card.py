@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import EdgeDiTError
-from .files import atomic_write_text
-from .markup import MARKUP, markdown, one_line
-from .run.config import LICENSE, REPO_ID
-from .run.state import pipeline_weights_hash
-from .schema import shorten
+from ..errors import EdgeDiTError
+from ..files import atomic_write_text
+from ..markup import MARKUP, markdown, one_line
+from ..run.config import LICENSE, REPO_ID
+from ..run.state import pipeline_weights_hash
+from ..schema import shorten
 
 # What readers call the models of a run, by their name in report.json, in the order in which they are compared.
 MODEL_LABELS = {

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .data.captions import STYLES, is_held_out, parse_caption
-from .errors import EdgeDiTError
-from .files import atomic_write_json, atomic_write_text
-from .hub import metric_label
-from .records import Captions, ElasticEvaluation, ElasticStage, Latency, Model, Reference, Telemetry, TextStage
-from .report import FORMAT, Figure, check_judged, optional_record, render_html, reproduce
-from .schema import convert, read_lines, read_record
+from ..data.captions import STYLES, is_held_out, parse_caption
+from ..errors import EdgeDiTError
+from ..files import atomic_write_json, atomic_write_text
+from ..records import Captions, ElasticEvaluation, ElasticStage, Latency, Model, Reference, Telemetry, TextStage
+from ..schema import convert, read_lines, read_record
+from .card import metric_label
+from .edgedit import FORMAT, Figure, check_judged, optional_record, render_html, reproduce
 
 STAGES = {
     "text": "stage text (training/train_text_encoders.py)",
@@ -112,7 +112,7 @@ def training_curves(run_dir: Path, report: Mapping[str, Any]) -> dict[str, tuple
 
 def draw_elastic_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
     """Write the PNGs below `run_dir/report` and describe them."""
-    from .search import plots
+    from . import plots
 
     folder, captions = run_dir / "report", read_record(run_dir / "evaluate" / "captions.json", Captions, JUDGED_BY)
     names = [model["name"] for model in report["models"]]

@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import EdgeDiTError
-from .files import atomic_write_json, atomic_write_text, file_sha256
-from .genotype import Genotype
-from .hub import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
-from .records import (
+from ..errors import EdgeDiTError
+from ..files import atomic_write_json, atomic_write_text, file_sha256
+from ..genotype import Genotype
+from ..records import (
     Asked,
     BankFigures,
     Bench,
@@ -33,10 +32,11 @@ from .records import (
     Table,
     Verified,
 )
-from .run.config import RunConfig
-from .run.state import pipeline_weights_hash
-from .schema import read_record
-from .search_space import OPTIONS, SearchSpace
+from ..run.config import RunConfig
+from ..run.state import pipeline_weights_hash
+from ..schema import read_record
+from ..search_space import OPTIONS, SearchSpace
+from .card import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
 
 FORMAT = 1
 STAGES = {
@@ -346,7 +346,7 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
     import numpy as np
     from PIL import Image
 
-    from .search import plots
+    from . import plots
 
     folder, search, genotype = run_dir / "report", report["search"], report["genotype"]
     space = SearchSpace.from_dict(report["bank"]["space"])
@@ -433,7 +433,7 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
 
 def _starts_in_words(bank: Mapping[str, Any]) -> str:
     """How the starts compare, e.g. "Median loss of narrow MLP: random 1.1, copied weights 0.29, …"."""
-    from .search.plots import OPTION_LABELS, PROXY_STARTS
+    from .plots import OPTION_LABELS, PROXY_STARTS
 
     parts = []
     for name, losses in bank["median_losses"].items():
