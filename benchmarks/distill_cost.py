@@ -24,8 +24,8 @@ import sys
 import torch
 
 from edgedit_hf.distill.closed_form import truncated_block
+from edgedit_hf.distill.memory_plan import depth_of
 from edgedit_hf.distill.proxy_group import Proxy, new_optimizer, teacher_features, train_step
-from edgedit_hf.distill.schedule import depth_of
 from edgedit_hf.models.transformer_edgedit import EdgeDiTTransformer2DModel
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 from edgedit_hf.search_space import SearchSpace

@@ -31,7 +31,7 @@ from train_teacher import train_denoiser  # noqa: E402
 from edgedit_hf.distill.proxy_bank import ProxyBank  # noqa: E402
 from edgedit_hf.files import atomic_write_json  # noqa: E402
 from edgedit_hf.genotype import Genotype  # noqa: E402
-from edgedit_hf.metrics.generative import frechet_distance  # noqa: E402
+from edgedit_hf.metrics.distances import frechet_distance  # noqa: E402
 from edgedit_hf.pipelines.sampling import generate  # noqa: E402
 from edgedit_hf.run.config import load_config  # noqa: E402
 from edgedit_hf.run.launch import (  # noqa: E402

@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from edgedit_hf import records
 from edgedit_hf.commands.info import describe
 from edgedit_hf.distill.proxy_bank import ProxyBank
-from edgedit_hf.elastic.setup import new_elastic
+from edgedit_hf.elastic.supernet import new_elastic
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import hash_json
 from edgedit_hf.genotype import Genotype
-from edgedit_hf.metrics.features import FeatureExtractor, ImageDataset, train_classifier
+from edgedit_hf.metrics.extractors import FeatureExtractor, ImageDataset, train_classifier
 from edgedit_hf.quantization.activations import ActivationScales
 from edgedit_hf.report.edgedit import plots
 from edgedit_hf.run.config import RunConfig

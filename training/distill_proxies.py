@@ -29,9 +29,17 @@ from edgedit_hf.diffusion import Diffusion, draws, drop_labels
 from edgedit_hf.distill import proxy_group
 from edgedit_hf.distill.closed_form import combine_blocks
 from edgedit_hf.distill.feature_loss import rate_scale
+from edgedit_hf.distill.memory_plan import (
+    PROCESS_BYTES,
+    Group,
+    MemoryModel,
+    depth_of,
+    pairs_of,
+    plan_bank,
+    wanted_proxies,
+)
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.distill.proxy_group import Features, Proxy, ProxyGroup, held_out_losses, start_blocks, train_step
-from edgedit_hf.distill.schedule import PROCESS_BYTES, Group, MemoryModel, depth_of, pairs_of, plan_bank, wanted_proxies
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import weights_hash
 from edgedit_hf.genotype import LayerSpec

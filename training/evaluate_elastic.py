@@ -22,8 +22,8 @@ from reference import describe_reference, load_extractor, real_features
 from safetensors.torch import save_file
 
 from edgedit_hf.files import atomic_write_json, file_sha256
-from edgedit_hf.metrics.features import IndependentClassifier
-from edgedit_hf.metrics.generative import frechet_distance
+from edgedit_hf.metrics.distances import frechet_distance
+from edgedit_hf.metrics.extractors import IndependentClassifier
 from edgedit_hf.pipelines.pipeline_elastic_dit import ElasticDiTPipeline
 from edgedit_hf.pipelines.sampling import generate_from_captions
 from edgedit_hf.preflight import preflight

@@ -30,8 +30,8 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export.verify import weight_bytes
 from edgedit_hf.files import atomic_write_json, weights_hash
 from edgedit_hf.genotype import Genotype
-from edgedit_hf.metrics.features import class_agreement
-from edgedit_hf.metrics.generative import frechet_distance, precision_recall, psnr
+from edgedit_hf.metrics.distances import frechet_distance, precision_recall, psnr
+from edgedit_hf.metrics.extractors import class_agreement
 from edgedit_hf.pipelines.sampling import generate
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import Latencies

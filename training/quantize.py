@@ -34,8 +34,19 @@ from edgedit_hf.distill.output_loss import output_loss
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import atomic_write_json, file_sha256, hash_json, weights_hash
 from edgedit_hf.preflight import preflight
+from edgedit_hf.quantization.allocation import Candidate, allocate, candidate_specs, replaced_weight_error
 from edgedit_hf.quantization.calibration import moment_batches, record, replay, second_moments, spread
 from edgedit_hf.quantization.gptq import quantize_compensated
+from edgedit_hf.quantization.inputs import (
+    KINDS,
+    Judge,
+    load_prompts,
+    load_source,
+    load_texts,
+    print_quantization_estimate,
+    sampling_options,
+    widths_of,
+)
 from edgedit_hf.quantization.layers import dequantize_model, quantizable_layers, quantized_weights, set_quantized_weight
 from edgedit_hf.quantization.quantize import quantize_weight
 from edgedit_hf.quantization.quantizer import mark_quantized
@@ -46,17 +57,6 @@ from edgedit_hf.quantization.self_distillation import (
     step_draws,
     step_subnet,
     tuned_parameters,
-)
-from edgedit_hf.quantization.sensitivity import Candidate, allocate, candidate_specs, replaced_weight_error
-from edgedit_hf.quantization.setup import (
-    KINDS,
-    Judge,
-    load_prompts,
-    load_source,
-    load_texts,
-    print_quantization_estimate,
-    sampling_options,
-    widths_of,
 )
 from edgedit_hf.quantization.weights import spec_bits
 from edgedit_hf.records import Quantization

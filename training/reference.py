@@ -7,13 +7,13 @@ import torch
 from edgedit_hf.data.images.images import ImageDataset
 
 from edgedit_hf.files import atomic_write_json
-from edgedit_hf.metrics.features import (
+from edgedit_hf.metrics.distances import frechet_distance
+from edgedit_hf.metrics.extractors import (
     FeatureExtractor,
     InceptionExtractor,
     train_classifier,
     train_independent_classifier,
 )
-from edgedit_hf.metrics.generative import frechet_distance
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import load_run_images
 

@@ -21,7 +21,7 @@ import train_text_encoders
 from accelerate import Accelerator
 from edgedit_hf.report.edgedit.elastic import write_elastic_report
 
-from edgedit_hf.elastic.estimate import print_elastic_estimate
+from edgedit_hf.elastic.cost import print_elastic_estimate
 from edgedit_hf.preflight import TEXT_TO_IMAGE, preflight
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main

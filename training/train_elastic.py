@@ -30,7 +30,8 @@ from diffusers.training_utils import EMAModel
 from edgedit_hf.data.images.captions import CaptionedDataset, TextTable, caption_loader
 
 from edgedit_hf.diffusion import TRAIN_TIMESTEPS, Diffusion, draws
-from edgedit_hf.elastic.estimate import print_elastic_estimate
+from edgedit_hf.elastic.cost import print_elastic_estimate
+from edgedit_hf.elastic.draws import drop_texts, step_subnets, text_uniforms
 from edgedit_hf.elastic.knowledge import Knowledge, load_knowledge
 from edgedit_hf.elastic.losses import (
     balance_scale,
@@ -39,9 +40,8 @@ from edgedit_hf.elastic.losses import (
     take_gradients,
     validation_losses,
 )
-from edgedit_hf.elastic.sampling import drop_texts, step_subnets, text_uniforms
-from edgedit_hf.elastic.setup import load_text_table, new_elastic, new_elastic_pipeline
 from edgedit_hf.elastic.sharding import ShardedModel, ShardedOptimisation, whole
+from edgedit_hf.elastic.supernet import load_text_table, new_elastic, new_elastic_pipeline
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.preflight import preflight

@@ -20,14 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .data.images import check_images
 from .diffusion import make_scheduler
+from .distill.memory_plan import wanted_proxies
 from .distill.proxy_group import new_optimizer
-from .distill.schedule import wanted_proxies
-from .elastic.estimate import data_shapes
-from .elastic.setup import new_elastic
+from .elastic.cost import data_shapes
+from .elastic.supernet import new_elastic
 from .errors import EdgeDiTError
 from .estimate import Machine, estimate, workload
 from .files import atomic_write_json, check_writable, class_name, hash_json
-from .metrics.features import InceptionExtractor, check_classifiable
+from .metrics.extractors import InceptionExtractor, check_classifiable
 from .records import Named
 from .run.config import OptimisationConfig, RunConfig
 from .run.launch import (

@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from flow_pipelines import MAKERS, flux, randomise
 
-from edgedit_hf.distill.flow_teacher import (
+from edgedit_hf.elastic.flow_teacher import (
     FAMILIES,
     FlowTeacher,
     _pack,

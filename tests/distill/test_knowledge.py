@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edgedit_hf.distill.knowledge import (
+from edgedit_hf.elastic.knowledge_loss import (
     FeatureProjector,
     data_weight,
     feature_distance,

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from edgedit_hf import Genotype, SearchSpace
-from edgedit_hf.distill.schedule import (
+from edgedit_hf.distill.memory_plan import (
     MemoryModel,
     contiguous_shares,
     depth_of,

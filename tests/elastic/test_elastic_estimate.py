@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from edgedit_hf.elastic.estimate import elastic_estimate, print_elastic_estimate, saved_bytes
+from edgedit_hf.elastic.cost import elastic_estimate, print_elastic_estimate, saved_bytes
 from edgedit_hf.estimate import Machine, gpus
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.run.config import RunConfig, load_config

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from edgedit_hf.elastic.sampling import drop_texts, step_subnets, text_uniforms
+from edgedit_hf.elastic.draws import drop_texts, step_subnets, text_uniforms
 
 NAMES = ["tiny", "small", "wide", "full"]
 

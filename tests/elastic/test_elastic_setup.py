@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from edgedit_hf.elastic.setup import new_elastic
+from edgedit_hf.elastic.supernet import new_elastic
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.run.config import load_config

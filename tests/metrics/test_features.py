@@ -17,7 +17,7 @@ from edgedit_hf.metrics import (
     train_classifier,
     train_independent_classifier,
 )
-from edgedit_hf.metrics.features import INCEPTION_FILE
+from edgedit_hf.metrics.extractors import INCEPTION_FILE
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from flow_pipelines import sana
 from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, ElasticDiTPipeline, ElasticDiTTransformer2DModel
 from edgedit_hf.data.images import latents
 from edgedit_hf.diffusion import make_scheduler
-from edgedit_hf.distill.flow_teacher import latent_space
+from edgedit_hf.elastic.flow_teacher import latent_space
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export.contract import _to_decoder
 from edgedit_hf.export.parts import vae_parts

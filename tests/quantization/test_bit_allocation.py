@@ -9,8 +9,8 @@ import torch
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.quantization.allocation import Candidate, allocate, candidate_specs, replaced_weight_error
 from edgedit_hf.quantization.calibration import record, replay
-from edgedit_hf.quantization.sensitivity import Candidate, allocate, candidate_specs, replaced_weight_error
 
 
 def problem(seed: int, layers: int, options: int):

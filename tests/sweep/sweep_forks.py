@@ -58,7 +58,7 @@ def warm_up(quick: bool = False) -> None:
         "edgedit_hf.estimate",
         "edgedit_hf.report.edgedit",
         "edgedit_hf.commands.cli",
-        "edgedit_hf.elastic.estimate",
+        "edgedit_hf.elastic.cost",
         "matplotlib.pyplot",
     ]
     if not quick:

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from edgedit_hf import Genotype, ProxyBank, SearchSpace
-from edgedit_hf.distill.schedule import MemoryModel, pairs_of
+from edgedit_hf.distill.memory_plan import MemoryModel, pairs_of
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.run.launch import load_pipeline
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.files import read_json
+from edgedit_hf.quantization.allocation import candidate_specs
+from edgedit_hf.quantization.inputs import print_quantization_estimate
 from edgedit_hf.quantization.layers import quantizable_layers, quantized_weights
-from edgedit_hf.quantization.sensitivity import candidate_specs
-from edgedit_hf.quantization.setup import print_quantization_estimate
 from edgedit_hf.run.config import load_config
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]

@@ -91,7 +91,7 @@ def test_agreement_counts_what_captions_say(recipes, monkeypatch):
     from edgedit_hf.data.images.images import load_images
     from evaluate_elastic import agreement, judged_captions
 
-    from edgedit_hf.metrics.features import train_independent_classifier
+    from edgedit_hf.metrics.extractors import train_independent_classifier
 
     classifier = train_independent_classifier(load_images("digits"))
     real = load_captioned("digits", "validation")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edgedit_hf.elastic.sampling import step_subnets
+from edgedit_hf.elastic.draws import step_subnets
 from edgedit_hf.files import read_json
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]

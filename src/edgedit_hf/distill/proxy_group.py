@@ -26,7 +26,7 @@ from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
 from ..run.optimisation import Optimisation
 from .closed_form import closed_form_block, truncated_block
 from .feature_loss import feature_loss
-from .schedule import depth_of
+from .memory_plan import depth_of
 
 STARTS = {
     "closed_form": "closed_form",

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ..data.captions import CaptionedDataset, TextTable, text_table
-from ..distill.flow_teacher import FlowTeacher, check_latents, check_quantization, teacher_family, transformer_bytes
-from ..distill.knowledge import FeatureProjector, feature_distance, grid_of, knowledge_loss
 from ..distill.output_loss import output_loss
 from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from ..run.config import RunConfig
+from .flow_teacher import FlowTeacher, check_latents, check_quantization, teacher_family, transformer_bytes
+from .knowledge_loss import FeatureProjector, feature_distance, grid_of, knowledge_loss
 
 
 class Knowledge:

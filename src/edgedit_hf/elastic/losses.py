@@ -25,7 +25,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..diffusion import Diffusion, draws
-from .sampling import VALIDATION_STREAM
+from .draws import VALIDATION_STREAM
 
 Gradients = list[torch.Tensor | None]
 

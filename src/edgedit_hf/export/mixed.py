@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import EdgeDiTError
-from ..metrics.generative import psnr
+from ..metrics.distances import psnr
 from ..quantization.affine import quantize_affine
 from ..quantization.calibration import output_error, record, replay, spread
 from ..quantization.weights import AffineWeight

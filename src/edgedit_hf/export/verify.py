@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import EdgeDiTError
-from ..metrics.generative import psnr
+from ..metrics.distances import psnr
 from ..run.launch import with_components
 from ..runtimes.footprint import footprint
 from ..runtimes.timing import environment, measure, paired_ratio

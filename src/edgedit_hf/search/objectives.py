@@ -9,7 +9,7 @@ import torch
 
 from ..distill.proxy_bank import ProxyBank
 from ..genotype import Genotype
-from ..metrics.generative import frechet_distance
+from ..metrics.distances import frechet_distance
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 from ..pipelines.sampling import generate
 from ..run.launch import with_transformer

@@ -12,14 +12,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..data.captions import parse_buckets
-from ..distill.schedule import PROCESS_BYTES
+from ..distill.memory_plan import PROCESS_BYTES
 from ..estimate import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, meta_vae, print_table
 from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from ..run.config import RunConfig
 from ..run.launch import load_run_captions
 from ..search_space import TEXT_TOKENS, elastic_cost, elastic_weights
 from .knowledge import teacher_note
-from .setup import new_elastic
+from .supernet import new_elastic
 
 BALANCE_BYTES = (
     32  # moved a weight, step and sub-network: both gradients are read three times, the sum is written twice

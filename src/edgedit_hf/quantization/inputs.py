@@ -17,9 +17,9 @@ from ..errors import EdgeDiTError
 from ..models.checkpoints import check_weights
 from ..run.config import RunConfig
 from ..run.launch import load_pipeline, load_run_captions
+from .allocation import candidate_specs
 from .calibration import CHECK_STREAM, output_error, record, replay
 from .layers import quantizable_layers, quantized_weights
-from .sensitivity import candidate_specs
 
 KINDS = ("EdgeDiTPipeline", "ElasticDiTPipeline")
 
