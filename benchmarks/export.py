@@ -29,8 +29,8 @@ from pathlib import Path
 
 import torch
 from diffusers_dit import fail, random_transformer
-from edgedit_hf.export.executorch.lower.lower import lower_executorch
-from edgedit_hf.export.onnx.lower.lower import lower_onnx
+from edgedit_hf.export.executorch.lower import lower_executorch
+from edgedit_hf.export.onnx.lower import lower_onnx
 
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler

@@ -74,8 +74,8 @@ def assemble(run: Path, folder: Path) -> None:
 
 def export(name: str, runtime: str, batch: int, path: Path, folder: Path | None) -> None:
     """Write one network for one runtime."""
-    from edgedit_hf.export.executorch.lower.lower import export_executorch
-    from edgedit_hf.export.onnx.lower.lower import export_onnx
+    from edgedit_hf.export.executorch.lower import export_executorch
+    from edgedit_hf.export.onnx.lower import export_onnx
 
     model = network(name, folder)
     if runtime == "onnxruntime":

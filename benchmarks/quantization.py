@@ -40,8 +40,8 @@ sys.path.insert(0, str(ROOT / "training"))
 import quantize  # noqa: E402
 import train_teacher  # noqa: E402
 from diffusers_dit import fail  # noqa: E402
-from edgedit_hf.data.images.images import to_bytes  # noqa: E402
-from edgedit_hf.report.edgedit.plots import montage, sample_grid  # noqa: E402
+from edgedit_hf.data.images import to_bytes  # noqa: E402
+from edgedit_hf.report.plots import montage, sample_grid  # noqa: E402
 from reference import load_extractor, real_features  # noqa: E402
 
 from edgedit_hf.files import check_output  # noqa: E402

@@ -32,7 +32,7 @@ import onnxruntime
 import torch
 from diffusers import PixArtTransformer2DModel
 from diffusers_dit import fail
-from edgedit_hf.export.onnx.lower.lower import DEFAULT_OPSET, lower, save_onnx
+from edgedit_hf.export.onnx.lower import DEFAULT_OPSET, lower, save_onnx
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -5,7 +5,7 @@ up.
 from pathlib import Path
 
 import numpy as np
-from edgedit_hf.report.edgedit.plots import save_montage
+from edgedit_hf.report.plots import save_montage
 
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.files import atomic_write_json

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from edgedit_hf.data.images.captions import (
+from edgedit_hf.data.captions import (
     HELD_OUT,
     STYLES,
     TEMPLATES,
@@ -32,10 +32,10 @@ from edgedit_hf.data.images.captions import (
     text_table,
     write_caption,
 )
-from edgedit_hf.data.images.images import load_images
+from edgedit_hf.data.images import load_images
 from PIL import Image
 
-from edgedit_hf.data.images import captions
+from edgedit_hf.data import captions
 from edgedit_hf.errors import EdgeDiTError
 
 SIZES = [(40, 40), (20, 60), (60, 20), (48, 44), (30, 80), (90, 30), (32, 32), (24, 70), (64, 20)]  # height, width
@@ -376,7 +376,7 @@ def test_the_stream_is_a_function_of_seed_and_step(bucketed):
 
 
 def test_one_bucket_streams_as_uncaptioned_images_do(digits):
-    from edgedit_hf.data.images.images import batch_indices
+    from edgedit_hf.data.images import batch_indices
 
     train = digits["train"]
     for step in (0, 11, 400):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from edgedit_hf.data.images.images import (
+from edgedit_hf.data.images import (
     ImageDataset,
     batch_indices,
     cache_latents,
@@ -24,7 +24,7 @@ from edgedit_hf.data.images.images import (
 )
 from PIL import Image
 
-from edgedit_hf.data.images import images as data
+from edgedit_hf.data import images as data
 from edgedit_hf.errors import EdgeDiTError
 
 
@@ -442,7 +442,7 @@ def test_modes_that_pillow_cannot_convert_are_named(tmp_path):
 
 def rows_of(folder: Path) -> dict[str, list]:
     """Every split's files, and labels or texts, in order, as our loader sees them."""
-    from edgedit_hf.data.images.sources import open_splits
+    from edgedit_hf.data.sources import open_splits
 
     return {name: comparable(table) for name, table in open_splits(str(folder), None).items()}
 
@@ -592,7 +592,7 @@ def test_links_back_end_the_scan(tmp_path):
 
 
 def test_a_column_of_ids_is_not_one_of_classes(tmp_path, monkeypatch):
-    from edgedit_hf.data.images import sources as image_sources
+    from edgedit_hf.data import sources as image_sources
 
     monkeypatch.setattr(image_sources, "MANY_CLASSES", 3)
     for values, classes in ((["u", "v", "w", "x", "y"], 5), ([0, 1, 2, 3, 4], 5), ([0, 9, 0, 9, 0], 10)):

@@ -6,8 +6,8 @@ import shutil
 import subprocess
 
 import pytest
-from edgedit_hf.report.edgedit.card import comparison_table, metric_label, scaled, write_card
-from edgedit_hf.report.edgedit.edgedit import build_report, write_report
+from edgedit_hf.report.card import comparison_table, metric_label, scaled, write_card
+from edgedit_hf.report.edgedit import build_report, write_report
 from run_folder import METRIC, make_run
 
 from edgedit_hf import EdgeDiTPipeline

@@ -10,10 +10,10 @@ import typing
 
 import pytest
 import torch
-from edgedit_hf.data.images.captions import TextTable
-from edgedit_hf.data.images.images import open_latents
-from edgedit_hf.report.edgedit.edgedit import build_report
-from edgedit_hf.report.edgedit.elastic import build_elastic_report, draw_elastic_figures, headlines
+from edgedit_hf.data.captions import TextTable
+from edgedit_hf.data.images import open_latents
+from edgedit_hf.report.edgedit import build_report
+from edgedit_hf.report.elastic import build_elastic_report, draw_elastic_figures, headlines
 from run_folder import make_run
 from safetensors.torch import save_file
 
@@ -26,7 +26,7 @@ from edgedit_hf.files import hash_json
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.metrics.extractors import FeatureExtractor, ImageDataset, train_classifier
 from edgedit_hf.quantization.activations import ActivationScales
-from edgedit_hf.report.edgedit import plots
+from edgedit_hf.report import plots
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import read_genotype
 from edgedit_hf.run.state import RunState, load_state, save_state

@@ -24,8 +24,8 @@ import search_architecture
 import select_student
 import train_teacher
 from accelerate import Accelerator
-from edgedit_hf.report.edgedit.card import write_card
-from edgedit_hf.report.edgedit.edgedit import write_report
+from edgedit_hf.report.card import write_card
+from edgedit_hf.report.edgedit import write_report
 
 from edgedit_hf.estimate import estimate
 from edgedit_hf.files import read_json

@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from edgedit_hf.data.images.images import batch_indices
+from edgedit_hf.data.images import batch_indices
 
 from edgedit_hf.diffusion import Diffusion, draws, drop_labels
 from edgedit_hf.distill import proxy_group

@@ -16,8 +16,8 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from edgedit_hf.data.images.captions import STYLES, CaptionedDataset, parse_caption, style_words
-from edgedit_hf.data.images.images import to_bytes
+from edgedit_hf.data.captions import STYLES, CaptionedDataset, parse_caption, style_words
+from edgedit_hf.data.images import to_bytes
 from reference import describe_reference, load_extractor, real_features
 from safetensors.torch import save_file
 

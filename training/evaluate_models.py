@@ -19,10 +19,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import Accelerator
-from edgedit_hf.data.images.images import to_bytes
-from edgedit_hf.export.executorch.lower.lower import export_executorch
-from edgedit_hf.export.onnx.lower.lower import export_onnx, quantize_int8
-from edgedit_hf.report.edgedit.plots import save_montage
+from edgedit_hf.data.images import to_bytes
+from edgedit_hf.export.executorch.lower import export_executorch
+from edgedit_hf.export.onnx.lower import export_onnx, quantize_int8
+from edgedit_hf.report.plots import save_montage
 from reference import describe_reference, load_extractor, real_features
 from safetensors.torch import load_file, save_file
 

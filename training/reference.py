@@ -4,7 +4,7 @@ classifier. Not a stage of its own: search and evaluation call it, and the extra
 """
 
 import torch
-from edgedit_hf.data.images.images import ImageDataset
+from edgedit_hf.data.images import ImageDataset
 
 from edgedit_hf.files import atomic_write_json
 from edgedit_hf.metrics.distances import frechet_distance

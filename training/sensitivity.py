@@ -23,8 +23,8 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from distill_proxies import CALIBRATION_STREAM, TEST_STREAM, TRAIN_STREAM, features_at
-from edgedit_hf.data.images.images import batch_indices
-from edgedit_hf.report.edgedit.plots import sensitivity_plot
+from edgedit_hf.data.images import batch_indices
+from edgedit_hf.report.plots import sensitivity_plot
 
 from edgedit_hf.diffusion import Diffusion, draws
 from edgedit_hf.distill.closed_form import closed_form_block

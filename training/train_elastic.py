@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
-from edgedit_hf.data.images.captions import CaptionedDataset, TextTable, caption_loader
+from edgedit_hf.data.captions import CaptionedDataset, TextTable, caption_loader
 
 from edgedit_hf.diffusion import TRAIN_TIMESTEPS, Diffusion, draws
 from edgedit_hf.elastic.cost import print_elastic_estimate

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from edgedit_hf.data.images.images import step_loader
+from edgedit_hf.data.images import step_loader
 
 from edgedit_hf import EdgeDiTTransformer2DModel
 from edgedit_hf.diffusion import Diffusion, draws, drop_labels

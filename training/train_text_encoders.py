@@ -20,7 +20,7 @@ from statistics import NormalDist
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from edgedit_hf.data.images.captions import (
+from edgedit_hf.data.captions import (
     STYLES,
     TEMPLATES,
     CaptionedDataset,

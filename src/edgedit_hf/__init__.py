@@ -45,14 +45,15 @@ _MODULES = (
     "data",
     "diffusion",
     "distill",
+    "elastic",
     "export",
-    "latency",
     "metrics",
     "models",
     "pipelines",
     "quantization",
-    "recipes",
     "report",
+    "run",
+    "runtimes",
     "search",
 )
 

@@ -13,7 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from edgedit_hf.export.onnx.lower.lower import lower_onnx
+from edgedit_hf.export.onnx.lower import lower_onnx
 from flow_pipelines import clip, t5
 from flow_pipelines import tokenizer as make_tokenizer
 from markdown_it import MarkdownIt

@@ -10,8 +10,8 @@ from argparse import ArgumentParser
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from edgedit_hf.export.executorch.lower.lower import GROUP, export_executorch, form_of, quantize_linears
-from edgedit_hf.export.executorch.lower.xnnpack import XnnpackGELU, XnnpackLayerNorm
+from edgedit_hf.export.executorch.lower import GROUP, export_executorch, form_of, quantize_linears
+from edgedit_hf.export.executorch.xnnpack import XnnpackGELU, XnnpackLayerNorm
 from torch import nn
 
 from edgedit_hf import EdgeDiTPipeline, ExecutorchEdgeDiTTransformer2DModel, OnnxEdgeDiTTransformer2DModel

@@ -10,8 +10,8 @@ import os
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from edgedit_hf.export.executorch.lower.lower import form_of, lower_executorch, quantize_linears, quantized_weight
-from edgedit_hf.export.executorch.lower.xnnpack import FormLinear
+from edgedit_hf.export.executorch.lower import form_of, lower_executorch, quantize_linears, quantized_weight
+from edgedit_hf.export.executorch.xnnpack import FormLinear
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from edgedit_hf.export.coreml.lower.lower import load_program, lower_coreml, native_inputs, read_metadata
-from edgedit_hf.export.coreml.lower.mil import run_package
+from edgedit_hf.export.coreml.lower import load_program, lower_coreml, native_inputs, read_metadata
+from edgedit_hf.export.coreml.mil import run_package
 from safetensors.torch import load_file
 from torch import nn
 

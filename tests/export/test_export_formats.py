@@ -10,8 +10,8 @@ import onnx
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from edgedit_hf.export.onnx.lower.lowbit import half_precision
-from edgedit_hf.export.onnx.lower.lower import initializer_bytes, lower_onnx
+from edgedit_hf.export.onnx.lowbit import half_precision
+from edgedit_hf.export.onnx.lower import initializer_bytes, lower_onnx
 from onnx import numpy_helper
 from torch import nn
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from edgedit_hf.export.executorch.lower.lower import export_executorch
-from edgedit_hf.export.onnx.lower.lower import export_onnx
+from edgedit_hf.export.executorch.lower import export_executorch
+from edgedit_hf.export.onnx.lower import export_onnx
 from safetensors.torch import load_file
 
 from edgedit_hf import load_original

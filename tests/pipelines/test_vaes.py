@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from edgedit_hf.data.images.images import ImageDataset, cache_latents, to_bytes
+from edgedit_hf.data.images import ImageDataset, cache_latents, to_bytes
 from flow_pipelines import sana
 
 from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, ElasticDiTPipeline, ElasticDiTTransformer2DModel
-from edgedit_hf.data.images import latents
+from edgedit_hf.data import latents
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.elastic.flow_teacher import latent_space
 from edgedit_hf.errors import EdgeDiTError

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.report.edgedit import plots
+from edgedit_hf.report import plots
 from edgedit_hf.search_space import SearchSpace
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 
 import pytest
-from edgedit_hf.report.edgedit.edgedit import write_report
+from edgedit_hf.report.edgedit import write_report
 
 from edgedit_hf.errors import EdgeDiTError
 

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from edgedit_hf.data.images.captions import HELD_OUT, parse_caption
-from edgedit_hf.report.edgedit.elastic import spread, write_elastic_report
+from edgedit_hf.data.captions import HELD_OUT, parse_caption
+from edgedit_hf.report.elastic import spread, write_elastic_report
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -87,8 +87,8 @@ def test_the_images_are_the_pipelines(whole):
 
 def test_agreement_counts_what_captions_say(recipes, monkeypatch):
     monkeypatch.syspath_prepend(str(recipes.root / "training"))
-    from edgedit_hf.data.images.captions import load_captioned
-    from edgedit_hf.data.images.images import load_images
+    from edgedit_hf.data.captions import load_captioned
+    from edgedit_hf.data.images import load_images
     from evaluate_elastic import agreement, judged_captions
 
     from edgedit_hf.metrics.extractors import train_independent_classifier

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 _EXPORTS = {
-    "generative": (
+    "distances": (
         "RunningMoments",
         "frechet_distance",
         "frechet_distance_from_moments",
@@ -13,7 +13,7 @@ _EXPORTS = {
         "precision_recall",
         "psnr",
     ),
-    "features": (
+    "extractors": (
         "FeatureExtractor",
         "InceptionExtractor",
         "class_agreement",

@@ -1,1 +1,1 @@
-"""PLACEHOLDER"""
+"""Opening, running and timing artefacts: the only place that knows the runtimes."""

@@ -1,1 +1,1 @@
-"""PLACEHOLDER"""
+"""Lowering to Core ML, and an interpreter of the saved program."""

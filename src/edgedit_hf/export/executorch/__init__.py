@@ -1,1 +1,1 @@
-"""PLACEHOLDER"""
+"""Lowering to ExecuTorch: networks in the form that XNNPACK runs, and delegates."""
