@@ -23,9 +23,9 @@ import sys
 
 import torch
 from diffusers_dit import fail, peak_bytes
-from edgedit_hf.export.onnx.lower import DEFAULT_OPSET, lower
 from torch import nn
 
+from edgedit_hf.export.onnx.lower import DEFAULT_OPSET, lower
 from edgedit_hf.models.transformer_elastic_dit import (
     ElasticDiTTransformer2DModel,
     Positions,

@@ -29,20 +29,15 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "training"))
 
-from distill_proxies import CALIBRATION_STREAM, TEST_STREAM, TRAIN_STREAM, features_at  # noqa: E402
-
+from edgedit_hf.data.loading import load_training_set  # noqa: E402
 from edgedit_hf.distill.closed_form import closed_form_block, truncated_block  # noqa: E402
 from edgedit_hf.distill.feature_loss import rate_scale  # noqa: E402
 from edgedit_hf.distill.proxy_group import Features, Proxy, held_out_losses, new_optimizer, random_block, train_step  # noqa: E402
+from edgedit_hf.distill.teacher import load_teacher, search_space_of  # noqa: E402
+from edgedit_hf.distill.teacher_features import CALIBRATION_STREAM, TEST_STREAM, TRAIN_STREAM, features_at  # noqa: E402
 from edgedit_hf.run.config import RunConfig, load_config  # noqa: E402
-from edgedit_hf.run.launch import (  # noqa: E402
-    learning_rate_at,
-    load_teacher,
-    load_training_set,
-    make_accelerator,
-    search_space_of,
-    set_learning_rate,
-)
+from edgedit_hf.run.launch import make_accelerator  # noqa: E402
+from edgedit_hf.run.optimisation import learning_rate_at, set_learning_rate  # noqa: E402
 from edgedit_hf.search_space import OPTIONS, can_merge  # noqa: E402
 
 MARKS = (0, 10, 20, 30, 60, 100, 200, 300)

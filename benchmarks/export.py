@@ -29,12 +29,12 @@ from pathlib import Path
 
 import torch
 from diffusers_dit import fail, random_transformer
-from edgedit_hf.export.executorch.lower import lower_executorch
-from edgedit_hf.export.onnx.lower import lower_onnx
 
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.export.components import open_session
+from edgedit_hf.export.executorch.lower import lower_executorch
+from edgedit_hf.export.onnx.lower import lower_onnx
 from edgedit_hf.export.parts import edgedit_parts
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.export.verify import relative_error

@@ -25,23 +25,18 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "training"))
 
-from reference import load_extractor, real_features  # noqa: E402
-from train_teacher import train_denoiser  # noqa: E402
-
+from edgedit_hf.data.loading import load_run_images, load_training_set  # noqa: E402
+from edgedit_hf.distill.denoiser import train_denoiser  # noqa: E402
 from edgedit_hf.distill.proxy_bank import ProxyBank  # noqa: E402
+from edgedit_hf.distill.teacher import load_teacher  # noqa: E402
 from edgedit_hf.files import atomic_write_json  # noqa: E402
 from edgedit_hf.genotype import Genotype  # noqa: E402
 from edgedit_hf.metrics.distances import frechet_distance  # noqa: E402
+from edgedit_hf.metrics.reference import load_extractor, real_features  # noqa: E402
+from edgedit_hf.pipelines.loading import load_pipeline, with_transformer  # noqa: E402
 from edgedit_hf.pipelines.sampling import generate  # noqa: E402
 from edgedit_hf.run.config import load_config  # noqa: E402
-from edgedit_hf.run.launch import (  # noqa: E402
-    load_pipeline,
-    load_run_images,
-    load_teacher,
-    load_training_set,
-    make_accelerator,
-    with_transformer,
-)
+from edgedit_hf.run.launch import make_accelerator  # noqa: E402
 from edgedit_hf.run.state import RunState  # noqa: E402
 
 REQUIRED_RATIO = 1.1

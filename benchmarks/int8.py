@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from diffusers_dit import fail, random_transformer
-from edgedit_hf.export.onnx.lower import export_onnx, quantize_int8
 
 from edgedit_hf.export.components import OnnxEdgeDiTTransformer2DModel
+from edgedit_hf.export.onnx.lower import export_onnx, quantize_int8
 from edgedit_hf.runtimes.runners import TorchRunner, example_inputs
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 

@@ -26,7 +26,7 @@ from diffusers_dit import fail, preset_config, random_transformer
 from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, Genotype
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.distill.proxy_bank import ProxyBank
-from edgedit_hf.run.launch import load_pipeline
+from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.runtimes.runners import example_inputs, executorch_runner, onnx_runner
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 from edgedit_hf.search_space import model_cost

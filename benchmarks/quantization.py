@@ -40,13 +40,13 @@ sys.path.insert(0, str(ROOT / "training"))
 import quantize  # noqa: E402
 import train_teacher  # noqa: E402
 from diffusers_dit import fail  # noqa: E402
-from edgedit_hf.data.images import to_bytes  # noqa: E402
-from edgedit_hf.report.plots import montage, sample_grid  # noqa: E402
-from reference import load_extractor, real_features  # noqa: E402
 
-from edgedit_hf.files import check_output  # noqa: E402
+from edgedit_hf.data.datasets import to_bytes  # noqa: E402
+from edgedit_hf.data.loading import load_run_images  # noqa: E402
 from edgedit_hf.metrics.distances import frechet_distance, psnr  # noqa: E402
 from edgedit_hf.metrics.extractors import FeatureExtractor  # noqa: E402
+from edgedit_hf.metrics.reference import load_extractor, real_features  # noqa: E402
+from edgedit_hf.pipelines.loading import load_pipeline, with_transformer  # noqa: E402
 from edgedit_hf.pipelines.sampling import generate  # noqa: E402
 from edgedit_hf.quantization.activations import activation_scales, simulated_activations  # noqa: E402
 from edgedit_hf.quantization.calibration import input_ranges, output_error, record, second_moments  # noqa: E402
@@ -55,8 +55,10 @@ from edgedit_hf.quantization.inputs import Judge  # noqa: E402
 from edgedit_hf.quantization.layers import quantizable_layers, quantized_weights, set_quantized_weight  # noqa: E402
 from edgedit_hf.quantization.quantize import quantize_model  # noqa: E402
 from edgedit_hf.quantization.quantizer import mark_quantized  # noqa: E402
+from edgedit_hf.report.plots import montage, sample_grid  # noqa: E402
 from edgedit_hf.run.config import load_config  # noqa: E402
-from edgedit_hf.run.launch import load_pipeline, load_run_images, make_accelerator, with_transformer  # noqa: E402
+from edgedit_hf.run.launch import make_accelerator  # noqa: E402
+from edgedit_hf.run.outputs import check_output  # noqa: E402
 from edgedit_hf.runtimes.runners import TorchRunner  # noqa: E402
 from edgedit_hf.runtimes.timing import environment, measure  # noqa: E402
 

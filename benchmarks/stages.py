@@ -32,10 +32,10 @@ import onnxruntime
 import torch
 from diffusers import PixArtTransformer2DModel
 from diffusers_dit import fail
-from edgedit_hf.export.onnx.lower import DEFAULT_OPSET, lower, save_onnx
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from edgedit_hf.export.onnx.lower import DEFAULT_OPSET, lower, save_onnx
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.runtimes.runners import OnnxRunner, session_options
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio

@@ -5,10 +5,10 @@ up.
 from pathlib import Path
 
 import numpy as np
-from edgedit_hf.report.plots import save_montage
 
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.files import atomic_write_json
+from edgedit_hf.report.plots import save_montage
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.state import RunState
 from edgedit_hf.search.ask_tell import RandomSearch, summary

@@ -12,30 +12,29 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from edgedit_hf.data.captions import (
-    HELD_OUT,
-    STYLES,
-    TEMPLATES,
-    TextTable,
-    bucket_batch,
-    cache_captioned_latents,
-    caption_loader,
-    encoders_hash,
-    is_held_out,
-    load_captioned,
-    measure_style,
-    nearest_bucket,
-    open_captioned_latents,
-    parse_buckets,
-    parse_caption,
-    style_words,
-    text_table,
-    write_caption,
-)
-from edgedit_hf.data.images import load_images
 from PIL import Image
 
 from edgedit_hf.data import captions
+from edgedit_hf.data.batches import bucket_batch, caption_loader
+from edgedit_hf.data.captions import (
+    cache_captioned_latents,
+    load_captioned,
+    nearest_bucket,
+    open_captioned_latents,
+    parse_buckets,
+)
+from edgedit_hf.data.digits import (
+    HELD_OUT,
+    STYLES,
+    TEMPLATES,
+    is_held_out,
+    measure_style,
+    parse_caption,
+    style_words,
+    write_caption,
+)
+from edgedit_hf.data.images import load_images
+from edgedit_hf.data.text_table import TextTable, encoders_hash, text_table
 from edgedit_hf.errors import EdgeDiTError
 
 SIZES = [(40, 40), (20, 60), (60, 20), (48, 44), (30, 80), (90, 30), (32, 32), (24, 70), (64, 20)]  # height, width
@@ -376,7 +375,7 @@ def test_the_stream_is_a_function_of_seed_and_step(bucketed):
 
 
 def test_one_bucket_streams_as_uncaptioned_images_do(digits):
-    from edgedit_hf.data.images import batch_indices
+    from edgedit_hf.data.batches import batch_indices
 
     train = digits["train"]
     for step in (0, 11, 400):

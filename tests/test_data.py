@@ -13,18 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from edgedit_hf.data.images import (
-    ImageDataset,
-    batch_indices,
-    cache_latents,
-    check_images,
-    load_images,
-    open_latents,
-    step_loader,
-)
 from PIL import Image
 
 from edgedit_hf.data import images as data
+from edgedit_hf.data.batches import batch_indices, step_loader
+from edgedit_hf.data.datasets import ImageDataset
+from edgedit_hf.data.images import check_images, load_images
+from edgedit_hf.data.latents import cache_latents, open_latents
 from edgedit_hf.errors import EdgeDiTError
 
 

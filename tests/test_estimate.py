@@ -9,10 +9,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from edgedit_hf.distill.proxy_bank import ProxyBank
+from edgedit_hf.distill.teacher import new_pipeline
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.estimate import Machine, estimate, print_estimate
+from edgedit_hf.estimate import estimate, print_estimate
 from edgedit_hf.run.config import RunConfig, load_config
-from edgedit_hf.run.launch import new_pipeline
+from edgedit_hf.run.cost import Machine
 from edgedit_hf.search_space import SearchSpace, model_cost
 
 STAGES = ["teacher", "bank", "latency", "search", "student", "tune", "export", "evaluate"]

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import (
-    FolderLock,
     aside_of,
     atomic_folder,
     atomic_write_text,
@@ -25,9 +24,9 @@ from edgedit_hf.files import (
     check_finite_files,
     file_record,
     publish_into,
-    release_locks,
     sweep,
 )
+from edgedit_hf.run.lock import FolderLock, release_locks
 
 
 def gone() -> int:

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import yaml
-from edgedit_hf.report.card import render_card, template, write_card
-from edgedit_hf.report.edgedit import build_report
 from run_folder import METRIC, make_run
 
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.report.card import render_card, template, write_card
+from edgedit_hf.report.edgedit import build_report
 
 
 @pytest.fixture(scope="module")

@@ -20,26 +20,14 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from edgedit_hf import EdgeDiTPipeline
+from edgedit_hf.data.loading import load_run_images, load_training_set
 from edgedit_hf.diffusion import Diffusion
+from edgedit_hf.distill.teacher import check_fits_data, load_teacher, new_pipeline, new_teacher, teacher_path
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.pipelines.loading import TEXT_TO_IMAGE_VAES, load_pipeline, load_vae, with_transformer
 from edgedit_hf.run.config import RunConfig, load_config
-from edgedit_hf.run.launch import (
-    TEXT_TO_IMAGE_VAES,
-    check_fits_data,
-    learning_rate_at,
-    load_pipeline,
-    load_run_images,
-    load_teacher,
-    load_training_set,
-    load_vae,
-    make_accelerator,
-    new_pipeline,
-    new_teacher,
-    recipe_main,
-    set_learning_rate,
-    teacher_path,
-    with_transformer,
-)
+from edgedit_hf.run.launch import make_accelerator, recipe_main
+from edgedit_hf.run.optimisation import learning_rate_at, set_learning_rate
 from edgedit_hf.run.state import Interrupted
 
 NAMES = [f"digit {i}" for i in range(10)]
@@ -391,7 +379,7 @@ def with_remote_code(folder):
 
 
 def test_code_in_a_repository_is_neither_run_nor_asked_for(tmp_path, monkeypatch):
-    from edgedit_hf.run.launch import load_text_encoder
+    from edgedit_hf.pipelines.loading import load_text_encoder
 
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked at the terminal"))
     encoder = tmp_path / "own"
@@ -411,7 +399,7 @@ def test_code_in_a_repository_is_neither_run_nor_asked_for(tmp_path, monkeypatch
 def test_a_tokenizer_is_not_read_through_a_link_out_of_its_folder(tmp_path):
     from flow_pipelines import clip, tokenizer
 
-    from edgedit_hf.run.launch import load_text_encoder
+    from edgedit_hf.pipelines.loading import load_text_encoder
 
     clip(projection=False).save_pretrained(tmp_path / "text_encoder")
     tokenizer().save_pretrained(tmp_path / "tokenizer")

@@ -103,7 +103,7 @@ def test_a_damaged_held_out_image_is_found_before_the_first_stage_and_by_no_stag
 ):
     monkeypatch.setattr("edgedit_hf.data.images.IN_MEMORY_BYTES", 0)  # as of a set that is not decoded at once
     source = f"data.source={images(tmp_path / 'images')}"
-    from edgedit_hf.run.launch import load_run_images
+    from edgedit_hf.data.loading import load_run_images
 
     run = config(tmp_path / "run", source, "teacher.conditional=false")
     first = load_run_images(run, "validation").batch([0])["images"][0, 0].numpy()

@@ -6,8 +6,6 @@ import shutil
 import subprocess
 
 import pytest
-from edgedit_hf.report.card import comparison_table, metric_label, scaled, write_card
-from edgedit_hf.report.edgedit import build_report, write_report
 from run_folder import METRIC, make_run
 
 from edgedit_hf import EdgeDiTPipeline
@@ -15,6 +13,8 @@ from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import file_sha256
 from edgedit_hf.genotype import Genotype
+from edgedit_hf.report.card import comparison_table, metric_label, scaled, write_card
+from edgedit_hf.report.edgedit import build_report, write_report
 from edgedit_hf.run.state import pipeline_weights_hash
 
 CHROMIUM = next(

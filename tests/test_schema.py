@@ -10,16 +10,15 @@ import typing
 
 import pytest
 import torch
-from edgedit_hf.data.captions import TextTable
-from edgedit_hf.data.images import open_latents
-from edgedit_hf.report.edgedit import build_report
-from edgedit_hf.report.elastic import build_elastic_report, draw_elastic_figures, headlines
 from run_folder import make_run
 from safetensors.torch import save_file
 
 from edgedit_hf import records
 from edgedit_hf.commands.info import describe
+from edgedit_hf.data.latents import open_latents
+from edgedit_hf.data.text_table import TextTable
 from edgedit_hf.distill.proxy_bank import ProxyBank
+from edgedit_hf.distill.teacher import read_genotype
 from edgedit_hf.elastic.supernet import new_elastic
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import hash_json
@@ -27,8 +26,9 @@ from edgedit_hf.genotype import Genotype
 from edgedit_hf.metrics.extractors import FeatureExtractor, ImageDataset, train_classifier
 from edgedit_hf.quantization.activations import ActivationScales
 from edgedit_hf.report import plots
+from edgedit_hf.report.edgedit import build_report
+from edgedit_hf.report.elastic import build_elastic_report, draw_elastic_figures, headlines
 from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.launch import read_genotype
 from edgedit_hf.run.state import RunState, load_state, save_state
 from edgedit_hf.schema import check, convert, fill, key, read_lines, read_record, shorten
 from edgedit_hf.search.ask_tell import RandomSearch

@@ -24,12 +24,12 @@ import search_architecture
 import select_student
 import train_teacher
 from accelerate import Accelerator
-from edgedit_hf.report.card import write_card
-from edgedit_hf.report.edgedit import write_report
 
-from edgedit_hf.estimate import estimate
+from edgedit_hf.estimate import estimate, print_estimate
 from edgedit_hf.files import read_json
 from edgedit_hf.preflight import COMPRESS, preflight
+from edgedit_hf.report.card import write_card
+from edgedit_hf.report.edgedit import write_report
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.state import STAGE_LABEL
@@ -80,4 +80,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, check=partial(preflight, stages=COMPRESS))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=COMPRESS))

@@ -23,9 +23,8 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from edgedit_hf.data.images import batch_indices
 
-from edgedit_hf.diffusion import Diffusion, draws, drop_labels
+from edgedit_hf.data.loading import load_training_set
 from edgedit_hf.distill import proxy_group
 from edgedit_hf.distill.closed_form import combine_blocks
 from edgedit_hf.distill.feature_loss import rate_scale
@@ -40,40 +39,17 @@ from edgedit_hf.distill.memory_plan import (
 )
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.distill.proxy_group import Features, Proxy, ProxyGroup, held_out_losses, start_blocks, train_step
+from edgedit_hf.distill.teacher import check_fits_data, load_teacher, read_genotype, search_space_of
+from edgedit_hf.distill.teacher_features import CALIBRATION_STREAM, TEST_STREAM, TRAIN_STREAM, features_at
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.estimate import print_estimate
 from edgedit_hf.files import weights_hash
 from edgedit_hf.genotype import LayerSpec
 from edgedit_hf.preflight import preflight
 from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.launch import (
-    check_fits_data,
-    learning_rate_at,
-    load_teacher,
-    load_training_set,
-    read_genotype,
-    recipe_main,
-    search_space_of,
-    set_learning_rate,
-)
+from edgedit_hf.run.launch import recipe_main
+from edgedit_hf.run.optimisation import learning_rate_at, set_learning_rate
 from edgedit_hf.run.state import RunState
-
-CLASS_DROPOUT = 0.1  # features are distilled with and without a class, as guidance will need both
-TRAIN_STREAM, CALIBRATION_STREAM, TEST_STREAM = 0, 2, 3
-
-
-def features_at(
-    teacher, dataset, rows: int, seed: int, step: int, stream: int, device, precision: str, depth: int
-) -> Features:
-    """Teacher features of the images and noise of a step: functions of (seed, stream, step), whatever the rank or
-    group.
-    """
-    batch = dataset.batch(batch_indices(len(dataset), rows, seed + stream, step))
-    drawn = draws(seed, step, range(rows), batch["images"].shape[1:], stream=stream)
-    diffusion, classes = Diffusion.for_config(teacher.config), teacher.config.num_classes
-    t = diffusion.timesteps(drawn.time)
-    labels = drop_labels(batch["labels"], drawn.drop, CLASS_DROPOUT, classes).to(device) if classes else None
-    noisy = diffusion.noisy(batch["images"], drawn.noise, t)
-    return proxy_group.teacher_features(teacher, noisy.to(device), t.to(device), labels, depth, precision)
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
@@ -237,5 +213,9 @@ def describe_group(members: Group, peak: int) -> dict:
 
 if __name__ == "__main__":
     recipe_main(
-        run, __doc__, {"--memory-budget-gb": "bank.memory_budget_gb"}, check=partial(preflight, stages=("bank",))
+        run,
+        __doc__,
+        {"--memory-budget-gb": "bank.memory_budget_gb"},
+        dry_run=print_estimate,
+        check=partial(preflight, stages=("bank",)),
     )

@@ -16,20 +16,24 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from edgedit_hf.data.captions import STYLES, CaptionedDataset, parse_caption, style_words
-from edgedit_hf.data.images import to_bytes
-from reference import describe_reference, load_extractor, real_features
 from safetensors.torch import save_file
 
+from edgedit_hf.data.captions import CaptionedDataset
+from edgedit_hf.data.datasets import to_bytes
+from edgedit_hf.data.digits import STYLES, parse_caption, style_words
+from edgedit_hf.data.loading import load_run_captions, load_run_images
+from edgedit_hf.estimate import print_estimate
 from edgedit_hf.files import atomic_write_json, file_sha256
 from edgedit_hf.metrics.distances import frechet_distance
 from edgedit_hf.metrics.extractors import IndependentClassifier
+from edgedit_hf.metrics.reference import describe_reference, load_extractor, real_features
+from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.pipelines.pipeline_elastic_dit import ElasticDiTPipeline
 from edgedit_hf.pipelines.sampling import generate_from_captions
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import ElasticStage, Latencies
 from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.launch import load_pipeline, load_run_captions, load_run_images, recipe_main
+from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.state import RunState, pipeline_weights_hash
 from edgedit_hf.runtimes.timing import environment, measure
 from edgedit_hf.schema import read_record
@@ -177,4 +181,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, check=partial(preflight, stages=("evaluate-elastic",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("evaluate-elastic",)))

@@ -19,24 +19,28 @@ from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import Accelerator
-from edgedit_hf.data.images import to_bytes
-from edgedit_hf.export.executorch.lower import export_executorch
-from edgedit_hf.export.onnx.lower import export_onnx, quantize_int8
-from edgedit_hf.report.plots import save_montage
-from reference import describe_reference, load_extractor, real_features
 from safetensors.torch import load_file, save_file
 
+from edgedit_hf.data.datasets import to_bytes
+from edgedit_hf.data.loading import load_run_images
+from edgedit_hf.distill.teacher import teacher_path
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.estimate import print_estimate
+from edgedit_hf.export.executorch.lower import export_executorch
+from edgedit_hf.export.onnx.lower import export_onnx, quantize_int8
 from edgedit_hf.export.verify import weight_bytes
 from edgedit_hf.files import atomic_write_json, weights_hash
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.metrics.distances import frechet_distance, precision_recall, psnr
 from edgedit_hf.metrics.extractors import class_agreement
+from edgedit_hf.metrics.reference import describe_reference, load_extractor, real_features
+from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.pipelines.sampling import generate
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import Latencies
+from edgedit_hf.report.plots import save_montage
 from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.launch import load_pipeline, load_run_images, recipe_main, teacher_path
+from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.state import RunState, pipeline_weights_hash
 from edgedit_hf.runtimes.runners import TorchRunner, executorch_runner, onnx_runner
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
@@ -239,4 +243,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, check=partial(preflight, stages=("evaluate",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("evaluate",)))

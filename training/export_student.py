@@ -15,12 +15,14 @@ from functools import partial
 
 from accelerate import Accelerator
 
+from edgedit_hf.estimate import print_estimate
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.files import atomic_write_json, changed_file, file_record, weights_hash
+from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import Listed
 from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.launch import load_pipeline, recipe_main
+from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
 
@@ -70,4 +72,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, check=partial(preflight, stages=("export",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("export",)))

@@ -16,22 +16,19 @@ if __name__ == "__main__":
 from functools import partial
 
 from accelerate import Accelerator
-from train_teacher import train_denoiser
 
 from edgedit_hf import EdgeDiTTransformer2DModel
+from edgedit_hf.data.loading import load_training_set
+from edgedit_hf.distill.denoiser import train_denoiser
 from edgedit_hf.distill.proxy_bank import ProxyBank
+from edgedit_hf.distill.teacher import check_fits_data, load_teacher
+from edgedit_hf.estimate import print_estimate
 from edgedit_hf.files import weights_hash
 from edgedit_hf.genotype import Genotype
+from edgedit_hf.pipelines.loading import load_pipeline, with_transformer
 from edgedit_hf.preflight import preflight
 from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.launch import (
-    check_fits_data,
-    load_pipeline,
-    load_teacher,
-    load_training_set,
-    recipe_main,
-    with_transformer,
-)
+from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.state import RunState
 
 
@@ -90,4 +87,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, check=partial(preflight, stages=("tune",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("tune",)))

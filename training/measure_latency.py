@@ -16,9 +16,11 @@ from functools import partial
 
 from accelerate import Accelerator
 
+from edgedit_hf.distill.teacher import load_teacher, search_space_of
+from edgedit_hf.estimate import print_estimate
 from edgedit_hf.preflight import preflight
 from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.launch import load_teacher, recipe_main, search_space_of
+from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.state import RunState
 from edgedit_hf.search.latency_table import LatencyTable
 
@@ -62,4 +64,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, check=partial(preflight, stages=("latency",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("latency",)))

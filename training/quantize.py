@@ -33,6 +33,7 @@ from edgedit_hf.diffusion import Diffusion
 from edgedit_hf.distill.output_loss import output_loss
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import atomic_write_json, file_sha256, hash_json, weights_hash
+from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.preflight import preflight
 from edgedit_hf.quantization.allocation import Candidate, allocate, candidate_specs, replaced_weight_error
 from edgedit_hf.quantization.calibration import moment_batches, record, replay, second_moments, spread
@@ -61,8 +62,8 @@ from edgedit_hf.quantization.self_distillation import (
 from edgedit_hf.quantization.weights import spec_bits
 from edgedit_hf.records import Quantization
 from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.launch import learning_rate_at, load_pipeline, recipe_main, set_learning_rate
-from edgedit_hf.run.optimisation import Optimisation
+from edgedit_hf.run.launch import recipe_main
+from edgedit_hf.run.optimisation import Optimisation, learning_rate_at, set_learning_rate
 from edgedit_hf.run.state import Facts, RunState
 from edgedit_hf.schema import read_record
 

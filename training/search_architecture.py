@@ -16,15 +16,18 @@ if __name__ == "__main__":
 from functools import partial
 
 from accelerate import Accelerator
-from reference import load_extractor, real_features
 
+from edgedit_hf.data.loading import load_run_images
 from edgedit_hf.distill.proxy_bank import ProxyBank
+from edgedit_hf.distill.teacher import load_teacher
+from edgedit_hf.estimate import print_estimate
 from edgedit_hf.files import atomic_write_json, file_sha256
 from edgedit_hf.genotype import Genotype
+from edgedit_hf.metrics.reference import load_extractor, real_features
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import SearchState
 from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.launch import load_run_images, load_teacher, recipe_main
+from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
 from edgedit_hf.search.ask_tell import AskTellSearch, RandomSearch, summary
@@ -148,4 +151,4 @@ def joined(space: SearchSpace, searches: list[AskTellSearch], seed: int) -> AskT
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, check=partial(preflight, stages=("search",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("search",)))

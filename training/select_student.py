@@ -17,11 +17,13 @@ from functools import partial
 from accelerate import Accelerator
 
 from edgedit_hf.distill.proxy_bank import ProxyBank
+from edgedit_hf.distill.teacher import load_teacher, read_genotype
+from edgedit_hf.estimate import print_estimate
 from edgedit_hf.files import file_sha256
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import BankIndex, Front
 from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.launch import load_teacher, read_genotype, recipe_main
+from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
 from edgedit_hf.search.selection import select, write_student
@@ -63,4 +65,4 @@ def build(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, check=partial(preflight, stages=("student",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("student",)))

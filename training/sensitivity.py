@@ -22,28 +22,25 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from distill_proxies import CALIBRATION_STREAM, TEST_STREAM, TRAIN_STREAM, features_at
-from edgedit_hf.data.images import batch_indices
-from edgedit_hf.report.plots import sensitivity_plot
 
+from edgedit_hf.data.batches import batch_indices
+from edgedit_hf.data.loading import load_training_set
 from edgedit_hf.diffusion import Diffusion, draws
 from edgedit_hf.distill.closed_form import closed_form_block
 from edgedit_hf.distill.feature_loss import rate_scale
 from edgedit_hf.distill.proxy_group import Features, Proxy, ProxyGroup, held_out_losses, new_optimizer, train_step
 from edgedit_hf.distill.sensitivity import disjoint, relative_output_error, single_changes, spliced_student
+from edgedit_hf.distill.teacher import check_fits_data, load_teacher
+from edgedit_hf.distill.teacher_features import CALIBRATION_STREAM, TEST_STREAM, TRAIN_STREAM, features_at
+from edgedit_hf.estimate import print_estimate
 from edgedit_hf.files import atomic_write_json, atomic_write_text, weights_hash
 from edgedit_hf.genotype import LayerSpec
 from edgedit_hf.markup import csv_cell, markdown
 from edgedit_hf.preflight import preflight
+from edgedit_hf.report.plots import sensitivity_plot
 from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.launch import (
-    check_fits_data,
-    learning_rate_at,
-    load_teacher,
-    load_training_set,
-    recipe_main,
-    set_learning_rate,
-)
+from edgedit_hf.run.launch import recipe_main
+from edgedit_hf.run.optimisation import learning_rate_at, set_learning_rate
 from edgedit_hf.run.state import RunState
 from edgedit_hf.search_space import model_cost
 
@@ -232,4 +229,4 @@ def as_markdown(rows: list[dict], steps: int) -> str:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, check=partial(preflight, stages=("sensitivity",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("sensitivity",)))

@@ -19,10 +19,10 @@ import evaluate_elastic
 import train_elastic
 import train_text_encoders
 from accelerate import Accelerator
-from edgedit_hf.report.elastic import write_elastic_report
 
 from edgedit_hf.elastic.cost import print_elastic_estimate
 from edgedit_hf.preflight import TEXT_TO_IMAGE, preflight
+from edgedit_hf.report.elastic import write_elastic_report
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.state import STAGE_LABEL

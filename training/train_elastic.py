@@ -27,8 +27,11 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
-from edgedit_hf.data.captions import CaptionedDataset, TextTable, caption_loader
 
+from edgedit_hf.data.batches import caption_loader
+from edgedit_hf.data.captions import CaptionedDataset
+from edgedit_hf.data.loading import load_captioned_set
+from edgedit_hf.data.text_table import TextTable
 from edgedit_hf.diffusion import TRAIN_TIMESTEPS, Diffusion, draws
 from edgedit_hf.elastic.cost import print_elastic_estimate
 from edgedit_hf.elastic.draws import drop_texts, step_subnets, text_uniforms
@@ -46,8 +49,8 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.preflight import preflight
 from edgedit_hf.run.config import ElasticConfig, RunConfig
-from edgedit_hf.run.launch import learning_rate_at, load_captioned_set, recipe_main, set_learning_rate
-from edgedit_hf.run.optimisation import Optimisation
+from edgedit_hf.run.launch import recipe_main
+from edgedit_hf.run.optimisation import Optimisation, learning_rate_at, set_learning_rate
 from edgedit_hf.run.state import RunState
 
 

@@ -20,24 +20,21 @@ from statistics import NormalDist
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from edgedit_hf.data.captions import (
-    STYLES,
-    TEMPLATES,
-    CaptionedDataset,
-    caption_loader,
-    style_words,
-    write_caption,
-)
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
+from edgedit_hf.data.batches import caption_loader
+from edgedit_hf.data.captions import CaptionedDataset
+from edgedit_hf.data.digits import STYLES, TEMPLATES, style_words, write_caption
+from edgedit_hf.data.loading import load_run_captions
 from edgedit_hf.diffusion import draws
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.estimate import print_estimate
 from edgedit_hf.preflight import preflight
 from edgedit_hf.run.config import RunConfig, TextConfig
-from edgedit_hf.run.launch import learning_rate_at, load_run_captions, recipe_main, set_learning_rate
-from edgedit_hf.run.optimisation import Optimisation
+from edgedit_hf.run.launch import recipe_main
+from edgedit_hf.run.optimisation import Optimisation, learning_rate_at, set_learning_rate
 from edgedit_hf.run.state import RunState
 
 IMAGE_SIDE = 32  # the image encoder looks at images of at most this size
@@ -412,4 +409,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, check=partial(preflight, stages=("text",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("text",)))

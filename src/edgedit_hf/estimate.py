@@ -6,31 +6,27 @@ converted, a data set or an autoencoder of the Hub) is replaced by an assumption
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
-from .data.images import check_vae_takes
+from .data.loading import load_run_images
 from .distill.memory_plan import PROCESS_BYTES, MemoryModel, pairs_of, plan_bank, prefix_cost, wanted_proxies
+from .distill.teacher import new_teacher, read_genotype, search_space_of
 from .errors import EdgeDiTError
 from .genotype import LayerSpec
 from .models.transformer_edgedit import EdgeDiTTransformer2DModel
+from .pipelines.loading import meta_vae
 from .run.config import OptimisationConfig, RunConfig
-from .run.launch import load_run_images, new_teacher, read_genotype, search_space_of
+from .run.cost import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, print_table
 from .search_space import BYTES, OPTIONS, Cost, SearchSpace, layer_cost, model_cost, trunk_cost
 
 LIBRARIES = 0.15e9  # what botorch and ONNX Runtime add to a process
-BACKWARD = 2  # a backward costs two forwards
-UPDATE_BYTES = (
-    40  # moved a weight and step: AdamW reads four values and writes three, the moving average reads two and writes one
-)
 TABLE_ROUND_NETWORKS = 12  # networks timed in a round of the latency table, as FLOPs of as many teachers
 TABLE_DEPTHS = (
     2,
@@ -39,63 +35,6 @@ TABLE_DEPTHS = (
 CHUNK = 2000  # images that stage evaluate holds as floats at a time
 CG_ITERATIONS = 30  # of a closed-form refit, with two products of 2·M·F·D FLOPs each
 JUDGED = 7  # times that every proxy sees the held-out images: three starts and four points of its curve
-SD_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}  # assumed where the VAE is not here
-SD_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-IMAGENET = {"classes": 1000, "images": 1_281_167}  # assumed where the data set is not here
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What estimates are for: processes of one machine, one device each.
-
-    Args:
-        flops: FLOPs a second that a process reaches in matrix products of the launch's precision. fp32_flops: in
-            float32.
-        conv_flops: in the VAE's convolutions, which run in float32 (TF32 on a GPU).
-        update_bytes: bytes a second that an optimiser's update moves.
-        gpu: whether `memory` of the estimates is a GPU's; stages that need none run on the host's CPU as `host` says.
-    """
-
-    name: str
-    processes: int
-    flops: float
-    fp32_flops: float
-    conv_flops: float
-    update_bytes: float
-    gpu: bool = False
-    host: Machine | None = None
-
-
-def gpus(count: int, host: Machine) -> Machine:
-    """A100-SXM4-80GB in bf16: 312, 156 and 19.5 TFLOP/s in bf16, TF32 and fp32 at peak, 2.04 TB/s (NVIDIA's data
-    sheet). Assumed reached: 40 % of the first two, 80 % of the others; transfers between GPUs are taken to hide behind
-    the backward pass.
-    """
-    return Machine(
-        f"{count} × A100", count, 0.4 * 312e12, 0.8 * 19.5e12, 0.4 * 156e12, 0.8 * 2.04e12, gpu=True, host=host
-    )
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Cost of one stage: seconds, peak bytes of memory a process (of its GPU, where it has one), bytes on disk when it
-    is finished.
-
-    `device`: where the work is done, by how many processes; stages without a data-parallel loop use the main process
-    alone. `before`: seconds of these that pass before a first training step (latents, starts of proxies).
-    """
-
-    stage: str
-    seconds: float
-    memory: float
-    disk: float
-    device: str = "cpu"
-    processes: int = 1
-    before: float = 0.0
 
 
 # -------------------------------------------------------------------- what the run is made of
@@ -111,24 +50,6 @@ class Workload:
     encode_flops: float = 0.0  # of the VAE, an image
     decode_flops: float = 0.0
     assumed: list[str] = field(default_factory=list)
-
-
-def meta_vae(path: str, assumed: list[str], shape: Sequence[int]) -> AutoencoderKL | Any:
-    """The autoencoder for images of shape `(C, H, W)` on the meta device, or one like Stable Diffusion's if it is not
-    on this machine.
-    """
-    from diffusers import AutoencoderTiny
-
-    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-    with torch.device("meta"):
-        try:
-            values = AutoencoderKL.load_config(path, local_files_only=True)
-            vae = classes[values["_class_name"]].from_config(values)
-        except (OSError, KeyError):
-            assumed.append(f"the VAE {path} is not here: taken to be like Stable Diffusion's (factor 8, 4 channels)")
-            return AutoencoderKL(**SD_VAE, **SD_BLOCKS, in_channels=shape[0], out_channels=shape[0])
-    check_vae_takes(shape, vae.config)
-    return vae
 
 
 def _flops(call) -> float:
@@ -223,16 +144,6 @@ def here(config: RunConfig, model_config: dict[str, Any]) -> Machine:
         UPDATE_BYTES * 0.7 * weights / median_seconds(optimizer.step)
     )  # without the moving average, it moves 28 of 40 bytes
     return Machine("here", 1, rate, rate, rate, updates)
-
-
-def median_seconds(call) -> float:
-    """Median seconds of a call, of three to seven in about a second."""
-    seconds = []
-    while len(seconds) < 7 and (len(seconds) < 3 or sum(seconds) < 1):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[len(seconds) // 2]
 
 
 # -------------------------------------------------------------------- the stages
@@ -518,56 +429,9 @@ def estimate(config: RunConfig, machine: Machine | None = None, on_gpus: int = 0
 # -------------------------------------------------------------------- the table
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 3600:
-        minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes}:{rest:02d} m"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} d"
-
-
 def print_estimate(config: RunConfig) -> None:
     """Print the estimates as a table: here, on one GPU and on eight."""
     work = workload(config)
     local = here(config, work.model)
     machines = (local, gpus(1, local), gpus(8, local))
     print_table(machines, [_Estimator(config, work, machine).all() for machine in machines], work.assumed)
-
-
-def print_table(machines: Sequence[Machine], tables: Sequence[list[Estimate]], assumed: Iterable[str]) -> None:
-    """Print the stages' estimates, one table a machine; the first is this one."""
-    local = machines[0]
-    header = [f"{'stage':<9}"]
-    for machine in machines:
-        header.append(
-            f"{machine.name + ':':>10} {'time':>8} {'memory':>9}" + (f" {'disk':>9}" if machine is local else "")
-        )
-    print(" ".join(header))
-    for rows in zip(*tables):
-        cells = [f"{rows[0].stage:<9}"]
-        for machine, row in zip(machines, rows):
-            where = (
-                ""
-                if not machine.gpu
-                else row.device
-                if row.device == "cpu"
-                else f"{row.processes} GPU" + "s" * (row.processes > 1)
-            )
-            cells.append(
-                f"{where:>10} {_duration(row.seconds):>8} {row.memory / 1e9:>6.2f} GB"
-                + (f" {row.disk / 1e9:>6.2f} GB" if machine is local else "")
-            )
-        print(" ".join(cells))
-    cells = [f"{'all':<9}"]
-    for machine, rows in zip(machines, tables):
-        memory = max(row.memory for row in rows if not machine.gpu or row.device == "gpu")
-        disk = f" {sum(row.disk for row in rows) / 1e9:>6.2f} GB" if machine is local else ""
-        cells.append(f"{'':>10} {_duration(sum(row.seconds for row in rows)):>8} {memory / 1e9:>6.2f} GB{disk}")
-    print(" ".join(cells))
-    print(
-        f"Closed-form FLOPs. here: {local.flops / 1e9:.0f} GFLOP/s, measured just now with {torch.get_num_threads()} "
-        "threads; nothing was written. GPUs: A100 80 GB in bf16 at 40 % of 312 TFLOP/s; stages on 1 GPU of 8 use the "
-        "main process alone, those on the CPU run as they do here. Memory: of a process, or of its GPU; disk: of "
-        "results, checkpoints apart."
-    )
-    for line in assumed:
-        print(f"Assumed: {line}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
 import hashlib
@@ -13,10 +12,7 @@ import platform
 import re
 import shutil
 import socket
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +113,7 @@ def check_finite_files(folder: str | os.PathLike, what: str, remedy: str) -> Non
 # -------------------------------------------------------------------- processes and what they leave behind
 
 
-def _started(pid: int) -> str | None:
+def process_started(pid: int) -> str | None:
     """When a process of this machine began, as its kernel counts; `None` if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
@@ -140,7 +136,7 @@ def aside_of(path: Path, kind: str = "tmp") -> Path:
     """The hidden neighbour of `path` that this process writes before it takes the place of `path` (`"old"`: that the
     old content is moved to).
     """
-    return path.with_name(f".{path.name}.{kind}-{_host_tag()}-{os.getpid()}-{_started(os.getpid())}")
+    return path.with_name(f".{path.name}.{kind}-{_host_tag()}-{os.getpid()}-{process_started(os.getpid())}")
 
 
 _ASIDE = re.compile(
@@ -152,7 +148,7 @@ def _abandoned(found: re.Match) -> bool:
     """Whether the process that wrote an aside is gone; of another host nobody here can tell."""
     if found["host"] not in (None, _host_tag()):
         return False
-    started = _started(int(found["pid"]))
+    started = process_started(int(found["pid"]))
     return started is None or found["started"] not in (None, started)
 
 
@@ -172,121 +168,6 @@ def sweep(folder: str | os.PathLike, name: str | None = None) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink()
-
-
-class FolderLock:
-    """One process at a time works in a folder: the file `run.lock` in it names who does.
-
-    The lock of a process that is gone is taken over where that can be known, on the same host. A process may take its
-    own lock again.
-
-    Args:
-        folder: must exist.
-
-    Raises:
-        EdgeDiTError: (on `acquire`) another process holds it; the message says which, and what to do if it is gone.
-    """
-
-    NAME = "run.lock"
-    _held: set[Path] = set()
-
-    def __init__(self, folder: str | os.PathLike) -> None:
-        self.path = Path(folder).absolute() / self.NAME
-
-    def __enter__(self) -> FolderLock:
-        self.acquire()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.release()
-
-    def acquire(self) -> None:
-        """Take the lock or raise."""
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-        command = " ".join(sys.argv)[:300]
-        text = json.dumps({**mine, "since": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": command}) + "\n"
-        with explain_write_errors(self.path), _exclusively(self.path.parent):
-            sweep(self.path.parent, self.NAME)
-            holder = self._holder()
-            if holder is not None and {key: holder.get(key) for key in mine} != mine:
-                if holder.get("host") != mine["host"]:
-                    raise self._refusal(holder)
-                started = _started(holder["pid"]) if isinstance(holder.get("pid"), int) else None
-                if started is not None and started == holder.get("started"):
-                    raise self._refusal(holder)
-            aside = aside_of(self.path)
-            try:
-                aside.write_text(text, encoding="utf-8")
-                if holder is None:
-                    try:
-                        os.link(aside, self.path)  # fails if another host was faster
-                    except FileExistsError:
-                        raise self._refusal(self._holder() or {}) from None
-                    except OSError:  # no links on this file system
-                        os.replace(aside, self.path)
-                else:
-                    os.replace(aside, self.path)
-            finally:
-                aside.unlink(missing_ok=True)
-        self._held.add(self.path)
-
-    def release(self) -> None:
-        """Give the lock back, if this process has it."""
-        if self.path not in self._held:
-            return
-        self._held.discard(self.path)
-        with contextlib.suppress(OSError, EdgeDiTError):
-            if (self._holder() or {}).get("pid") == os.getpid():  # not of a forked child
-                self.path.unlink()
-
-    def _holder(self) -> dict[str, Any] | None:
-        try:
-            found = parse_json(self.path.read_text(encoding="utf-8"))
-            if isinstance(found, dict):
-                return found
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            pass
-        raise EdgeDiTError(
-            f"{self.path} is damaged, so nobody can tell who works in {self.path.parent}; if no process does, delete "
-            "that file."
-        )
-
-    def _refusal(self, holder: Mapping[str, Any]) -> EdgeDiTError:
-        who = (
-            f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')}: "
-            f"{holder.get('command')})"
-        )
-        return EdgeDiTError(
-            f"{self.path.parent} is in use by {who}. Wait for it or stop it; if it is gone, delete {self.path} and run "
-            "again."
-        )
-
-
-def release_locks() -> None:
-    """Give back every lock of this process."""
-    for path in list(FolderLock._held):
-        FolderLock(path.parent).release()
-
-
-atexit.register(release_locks)
-
-
-@contextlib.contextmanager
-def _exclusively(folder: Path) -> Iterator[None]:
-    """One process of this host at a time, where the file system can: looking at a lock and taking it belong
-    together.
-    """
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # not on every network file system
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 # -------------------------------------------------------------------- which files belong to a result
@@ -550,189 +431,3 @@ def copy_tree(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
 
 # -------------------------------------------------------------------- where a command may write
-
-
-PIPELINES = ("EdgeDiTPipeline", "ElasticDiTPipeline")
-COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-WRITTEN = {  # beside the components of a pipeline folder, by our own commands
-    *(
-        "model_index.json",
-        "contract.json",
-        "reference.safetensors",
-        "sample_min.py",
-        "PORTING.md",
-        "verify.json",
-        "bench.json",
-        "delegation.json",
-    ),
-    *("choice.json", "quantization.json", "pipeline_edgedit.py", "pipeline_elastic_dit.py"),
-}
-STAGE_FILES = {"run.json", "stage.json", "telemetry.jsonl", "checkpoints", "run.lock", ".publish"}
-WRITTEN_SUFFIXES = (
-    ".json",
-    ".safetensors",
-    ".onnx",
-    ".data",
-    ".pte",
-    ".mlmodel",
-    ".bin",
-    ".py",
-    ".txt",
-    ".model",
-    ".jinja",
-)
-
-
-def class_name(config: Mapping[str, Any]) -> Any:
-    """The class that a config.json or model_index.json names; with code of its own stands [file, class]."""
-    name = config.get("_class_name")
-    return name[-1] if isinstance(name, list) and name else name
-
-
-def foreign_to_pipeline(folder: Path) -> str | None:
-    """What tells a folder from a pipeline folder or export that a command of ours wrote, in words; `None`: nothing. A
-    run's stages are not a command's.
-    """
-    if owned := sorted(STAGE_FILES & set(os.listdir(folder))):
-        return f"is the folder of a stage of a run (it holds {owned[0]})"
-    return _foreign(folder)
-
-
-def _foreign(folder: Path) -> str | None:
-    index = folder / ("model_index.json" if (folder / "model_index.json").is_file() else "contract.json")
-    try:
-        values = read_json(index, "save_pretrained")
-        ours = isinstance(values, dict) and (class_name(values) in PIPELINES or "contract_version" in values)
-    except EdgeDiTError:
-        ours = False
-    if not ours:
-        return "is not a pipeline folder"
-    for root, folders, files in os.walk(folder):
-        for entry in sorted((*folders, *files)):
-            path = Path(root, entry)
-            known = (
-                entry in WRITTEN | STAGE_FILES or entry in COMPONENTS
-                if Path(root) == folder
-                else entry in folders or entry.endswith(WRITTEN_SUFFIXES)
-            )
-            if path.is_symlink() or not known:
-                return f"holds {path.relative_to(folder)}, which this package did not write"
-    return None
-
-
-def foreign_to_student(folder: Path) -> str | None:
-    """What tells a folder from a student that was selected, or from a stage that has not written its own yet, in words;
-    `None`: nothing.
-    """
-    if {entry.name for entry in folder.iterdir()} <= STAGE_FILES:
-        return None
-    return _foreign(folder) if (folder / "choice.json").is_file() else "is not a student that was selected"
-
-
-def check_output(
-    output: str | os.PathLike,
-    inputs: Iterable[str | os.PathLike | None] = (),
-    *,
-    overwrite: bool = False,
-    foreign: Callable[[Path], str | None] | None = foreign_to_pipeline,
-) -> None:
-    """Raise unless a command may write a folder: nothing that the user has is lost, and it can be written.
-
-    Args:
-        output: the folder.
-        inputs: what the command reads: files and folders; what does not exist, such as a Hub id, is left out.
-        overwrite: whether an older result of ours may be replaced.
-        foreign: says what in an existing folder is not ours; `None`: single files are written into it, and its others
-            stay.
-
-    Raises:
-        EdgeDiTError: it has no name, is a link, is or holds the current or the home folder, is, holds or lies in an
-            input, holds what is not ours, or cannot be written. Allowing to overwrite changes nothing about these.
-    """
-    real = check_place(output)
-    for given in inputs:
-        relation = _relation(real, given) if given is not None and os.fspath(given) else None
-        if relation is not None:
-            raise EdgeDiTError(
-                f"The output {output} {relation} the input {given}, which would be lost or changed; choose another "
-                "output."
-            )
-    if real.exists() and foreign is not None and any(real.iterdir()):
-        found = foreign(real)
-        if found is not None:
-            raise EdgeDiTError(f"{output} exists and {found}; it is left as it is. Choose another output.")
-        if not overwrite:
-            raise EdgeDiTError(
-                f"{output} holds a pipeline already; choose another output, or allow overwriting it (--overwrite)."
-            )
-    check_writable(
-        real if foreign is None else aside_of(real), output
-    )  # a folder that is replaced is written beside its place
-
-
-def check_place(output: str | os.PathLike) -> Path:
-    """The real path of a folder to write; raises where no command may write, whatever is there."""
-    text = os.fspath(output)
-    if not text.strip() or "\0" in text:
-        raise EdgeDiTError(f"The output {text!r} is no name of a folder; give one.")
-    if os.path.islink(text.rstrip("/")):
-        raise EdgeDiTError(f"The output {text} is a link to {os.path.realpath(text)}; give the folder itself.")
-    real = Path(os.path.realpath(text))
-    for place, name in ((Path.cwd(), "the current folder"), (os.path.expanduser("~"), "your home folder")):
-        if _within(Path(os.path.realpath(place)), real):
-            raise EdgeDiTError(f"The output {text!r} is {real}, which is or holds {name}; give a folder of its own.")
-    if real.exists() and not real.is_dir():
-        raise EdgeDiTError(f"The output {text} is a file; give a folder.")
-    return real
-
-
-def _within(path: Path, folder: Path) -> bool:
-    """Whether a real path is a folder or lies in it, under whatever name (case, mounts)."""
-    if path == folder or folder in path.parents:
-        return True
-    for place in (path, *path.parents):
-        with contextlib.suppress(OSError):
-            if os.path.samefile(place, folder):
-                return True
-    return False
-
-
-def _relation(output: Path, given: str | os.PathLike) -> str | None:
-    """How a real path stands to an input, in words; `None`: they are apart, or there is no such input."""
-    try:
-        if not os.path.lexists(given):
-            return None
-        source = Path(os.path.realpath(given))
-    except (OSError, ValueError):
-        return None
-    inside, holds = _within(output, source), _within(source, output) or _within(Path(os.path.abspath(given)), output)
-    return "is" if inside and holds else "lies in" if inside else "holds" if holds else None
-
-
-def check_writable(path: str | os.PathLike, named: str | os.PathLike | None = None) -> None:
-    """Raise unless a folder is at a path, or could be made there, that this process may write into: hours later would
-    be late to find out.
-
-    It is tried with a folder that is removed at once. `named`: what messages call the path.
-    """
-    named, place = path if named is None else named, Path(path)
-    if "\0" in str(path):
-        raise EdgeDiTError(f"The path {str(named)!r} holds a NUL byte; choose another output.")
-    longest = os.pathconf("/", "PC_NAME_MAX")
-    if any(len(os.fsencode(part)) > longest for part in place.parts):
-        shown = os.fspath(named)
-        shown = shown if len(shown) < 100 else f"{shown[:60]}…"
-        raise EdgeDiTError(
-            f"Cannot write {shown}: a name in it, with what is added while it is written, is longer than {longest} "
-            "bytes; choose another."
-        )
-    try:
-        while not os.path.lexists(place) and place != place.parent:
-            place = place.parent
-        if not place.is_dir():
-            raise EdgeDiTError(f"Cannot write {named}: {place} is not a folder; choose a folder you may write to.")
-        os.rmdir(tempfile.mkdtemp(prefix=".edgedit-", dir=place))
-    except OSError as error:
-        raise EdgeDiTError(
-            f"Cannot write {named} ({os.strerror(error.errno)}); choose a place, with space, where you may write."
-        ) from error

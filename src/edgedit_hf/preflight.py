@@ -19,27 +19,22 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .data.images import check_images
+from .data.loading import load_run_captions, load_run_images
 from .diffusion import make_scheduler
 from .distill.memory_plan import wanted_proxies
 from .distill.proxy_group import new_optimizer
+from .distill.teacher import read_genotype, search_space_of, teacher_path
 from .elastic.cost import data_shapes
 from .elastic.supernet import new_elastic
 from .errors import EdgeDiTError
-from .estimate import Machine, estimate, workload
-from .files import atomic_write_json, check_writable, class_name, hash_json
+from .estimate import estimate, workload
+from .files import atomic_write_json, hash_json
 from .metrics.extractors import InceptionExtractor, check_classifiable
+from .pipelines.loading import TEXT_TO_IMAGE_VAES, VAES, load_scheduler
 from .records import Named
 from .run.config import OptimisationConfig, RunConfig
-from .run.launch import (
-    TEXT_TO_IMAGE_VAES,
-    VAES,
-    load_run_captions,
-    load_run_images,
-    load_scheduler,
-    read_genotype,
-    search_space_of,
-    teacher_path,
-)
+from .run.cost import Machine
+from .run.outputs import check_writable, class_name
 from .schema import read_record
 from .search_space import SearchSpace
 

@@ -9,7 +9,7 @@ import pytest
 
 from edgedit_hf.commands.cli import main
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.files import check_output, foreign_to_pipeline
+from edgedit_hf.run.outputs import check_output, foreign_to_pipeline
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:

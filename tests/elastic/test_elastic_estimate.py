@@ -7,9 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edgedit_hf.elastic.cost import elastic_estimate, print_elastic_estimate, saved_bytes
-from edgedit_hf.estimate import Machine, gpus
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.run.config import RunConfig, load_config
+from edgedit_hf.run.cost import Machine, gpus
 
 COUNTING = Machine("counting", 1, 1e9, 1e9, 1e9, 1e30)  # one FLOP a nanosecond, updates for nothing: times are FLOPs
 

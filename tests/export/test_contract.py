@@ -13,7 +13,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from edgedit_hf.export.onnx.lower import lower_onnx
 from flow_pipelines import clip, t5
 from flow_pipelines import tokenizer as make_tokenizer
 from markdown_it import MarkdownIt
@@ -25,6 +24,7 @@ from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export import sample_min
 from edgedit_hf.export.contract import Artefact, _porting, run_part, write_contract
+from edgedit_hf.export.onnx.lower import lower_onnx
 from edgedit_hf.export.parts import pipeline_parts
 from edgedit_hf.files import file_sha256
 

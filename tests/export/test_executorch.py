@@ -10,14 +10,14 @@ from argparse import ArgumentParser
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from edgedit_hf.export.executorch.lower import GROUP, export_executorch, form_of, quantize_linears
-from edgedit_hf.export.executorch.xnnpack import XnnpackGELU, XnnpackLayerNorm
 from torch import nn
 
 from edgedit_hf import EdgeDiTPipeline, ExecutorchEdgeDiTTransformer2DModel, OnnxEdgeDiTTransformer2DModel
 from edgedit_hf.commands.export import EdgeDiTExportCommand
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.export.executorch.lower import GROUP, export_executorch, form_of, quantize_linears
+from edgedit_hf.export.executorch.xnnpack import XnnpackGELU, XnnpackLayerNorm
 from edgedit_hf.export.parts import edgedit_parts
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.genotype import Genotype

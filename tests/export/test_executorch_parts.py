@@ -10,12 +10,12 @@ import os
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from edgedit_hf.export.executorch.lower import form_of, lower_executorch, quantize_linears, quantized_weight
-from edgedit_hf.export.executorch.xnnpack import FormLinear
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.export.executorch.lower import form_of, lower_executorch, quantize_linears, quantized_weight
+from edgedit_hf.export.executorch.xnnpack import FormLinear
 from edgedit_hf.export.parts import edgedit_parts, elastic_parts, share, text_encoder_part, vae_parts
 from edgedit_hf.files import aside_of
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel

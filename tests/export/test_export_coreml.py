@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from edgedit_hf.export.coreml.lower import load_program, lower_coreml, native_inputs, read_metadata
-from edgedit_hf.export.coreml.mil import run_package
 from safetensors.torch import load_file
 from torch import nn
 
 from edgedit_hf import load_original
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.export.coreml.lower import load_program, lower_coreml, native_inputs, read_metadata
+from edgedit_hf.export.coreml.mil import run_package
 from edgedit_hf.export.parts import Part, edgedit_parts, elastic_parts, text_encoder_part, vae_parts
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.quantization.layers import dequantize_model, quantizable_layers, quantized_weights

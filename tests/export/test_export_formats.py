@@ -10,8 +10,6 @@ import onnx
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from edgedit_hf.export.onnx.lowbit import half_precision
-from edgedit_hf.export.onnx.lower import initializer_bytes, lower_onnx
 from onnx import numpy_helper
 from torch import nn
 
@@ -20,6 +18,8 @@ from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export.components import OnnxSession
 from edgedit_hf.export.mixed import choose_8bit, nearest_form, quantized_linears, xnnpack_weights
+from edgedit_hf.export.onnx.lowbit import half_precision
+from edgedit_hf.export.onnx.lower import initializer_bytes, lower_onnx
 from edgedit_hf.export.parts import edgedit_parts
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.export.verify import relative_error

@@ -11,8 +11,6 @@ import onnx
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from edgedit_hf.export.onnx.lowbit import MIN_QUANTIZED_ELEMENTS, gemm_to_matmul
-from edgedit_hf.export.onnx.lower import export_onnx, initializer_bytes, quantize_int8, read_metadata, save_onnx
 
 from edgedit_hf import EdgeDiTPipeline, OnnxEdgeDiTTransformer2DModel
 from edgedit_hf.commands.export import EdgeDiTExportCommand
@@ -20,9 +18,11 @@ from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export import verify
 from edgedit_hf.export.onnx import lower as lowering
+from edgedit_hf.export.onnx.lowbit import MIN_QUANTIZED_ELEMENTS, gemm_to_matmul
+from edgedit_hf.export.onnx.lower import export_onnx, initializer_bytes, quantize_int8, read_metadata, save_onnx
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.genotype import Genotype
-from edgedit_hf.run.launch import with_components
+from edgedit_hf.pipelines.loading import with_components
 from edgedit_hf.runtimes.runners import example_inputs, onnx_runner
 from edgedit_hf.search_space import SearchSpace
 

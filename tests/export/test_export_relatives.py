@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from edgedit_hf.export.executorch.lower import export_executorch
-from edgedit_hf.export.onnx.lower import export_onnx
 from safetensors.torch import load_file
 
 from edgedit_hf import load_original
+from edgedit_hf.export.executorch.lower import export_executorch
+from edgedit_hf.export.onnx.lower import export_onnx
 from edgedit_hf.runtimes.runners import ExecutorchSession, OnnxRunner
 
 ORACLES = Path(__file__).parents[1] / "models" / "oracles"

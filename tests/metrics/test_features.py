@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from edgedit_hf.data.images import ImageDataset, load_images, stratified_split
 
+from edgedit_hf.data.datasets import ImageDataset
+from edgedit_hf.data.images import load_images, stratified_split
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.metrics import (
     FeatureExtractor,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from edgedit_hf import EdgeDiTError, EdgeDiTTransformer2DModel, SearchSpace, load_original, model_cost
 from edgedit_hf.models.transformer_edgedit import TimestepEmbedder
-from edgedit_hf.run.launch import load_original_pipeline
+from edgedit_hf.pipelines.loading import load_original_pipeline
 
 ORACLES = Path(__file__).parent / "oracles"
 HEADS = 4  # of the oracles

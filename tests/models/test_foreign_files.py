@@ -30,7 +30,7 @@ from edgedit_hf import (
 )
 from edgedit_hf.commands.info import describe
 from edgedit_hf.distill.sensitivity import spliced_student
-from edgedit_hf.run.launch import load_pipeline, load_vae
+from edgedit_hf.pipelines.loading import load_pipeline, load_vae
 from edgedit_hf.search.latency_table import random_model
 
 

@@ -8,8 +8,8 @@ import torch
 
 from edgedit_hf import EdgeDiTError, EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
+from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.pipelines.usable import check_scheduler
-from edgedit_hf.run.launch import load_pipeline
 
 
 @pytest.fixture(scope="module")

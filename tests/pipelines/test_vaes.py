@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from edgedit_hf.data.images import ImageDataset, cache_latents, to_bytes
 from flow_pipelines import sana
 
 from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, ElasticDiTPipeline, ElasticDiTTransformer2DModel
 from edgedit_hf.data import latents
+from edgedit_hf.data.datasets import ImageDataset, to_bytes
+from edgedit_hf.data.latents import cache_latents
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.elastic.flow_teacher import latent_space
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export.contract import _to_decoder
 from edgedit_hf.export.parts import vae_parts
 from edgedit_hf.pipelines import pipeline_edgedit, pipeline_elastic_dit
-from edgedit_hf.run.launch import TEXT_TO_IMAGE_VAES, VAES
+from edgedit_hf.pipelines.loading import TEXT_TO_IMAGE_VAES, VAES
 
 STATISTICS = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.0, 1.5, 2.0]}
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from edgedit_hf import Genotype, ProxyBank, SearchSpace
 from edgedit_hf.distill.memory_plan import MemoryModel, pairs_of
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.run.launch import load_pipeline
+from edgedit_hf.pipelines.loading import load_pipeline
 
 LAYERS = 5
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -7,9 +7,9 @@ import os
 import shutil
 
 import pytest
-from edgedit_hf.report.edgedit import write_report
 
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.report.edgedit import write_report
 
 pytestmark = [pytest.mark.slow, pytest.mark.kills]
 

@@ -9,15 +9,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from edgedit_hf.data.captions import HELD_OUT, parse_caption
-from edgedit_hf.report.elastic import spread, write_elastic_report
 from PIL import Image
 from safetensors.torch import load_file
 
 from edgedit_hf import ElasticDiTPipeline
 from edgedit_hf.commands.cli import main
+from edgedit_hf.data.digits import HELD_OUT, parse_caption
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.pipelines.sampling import generate_from_captions
+from edgedit_hf.report.elastic import spread, write_elastic_report
 
 SMALL = (
     "text.steps=1 elastic.steps=3 elastic.validation_samples=8 evaluate.samples=16 evaluate.extractor_steps=2 "
@@ -87,10 +87,10 @@ def test_the_images_are_the_pipelines(whole):
 
 def test_agreement_counts_what_captions_say(recipes, monkeypatch):
     monkeypatch.syspath_prepend(str(recipes.root / "training"))
-    from edgedit_hf.data.captions import load_captioned
-    from edgedit_hf.data.images import load_images
     from evaluate_elastic import agreement, judged_captions
 
+    from edgedit_hf.data.captions import load_captioned
+    from edgedit_hf.data.images import load_images
     from edgedit_hf.metrics.extractors import train_independent_classifier
 
     classifier = train_independent_classifier(load_images("digits"))

@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
     """Convert, write, and say what it is."""
     from ..errors import EdgeDiTError
     from ..export.options import check_ranges
-    from ..files import atomic_folder, check_output
+    from ..files import atomic_folder
+    from ..run.outputs import check_output
 
     check_ranges(
         image_size=args.image_size, num_classes=args.num_classes, heads=args.heads, decoder_layers=args.decoder_layers
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         raise EdgeDiTError(
             f"--image-size is {args.image_size}; it must be a multiple of {factor}, the VAE's downsampling factor."
         )
-    from ..run.launch import load_original_pipeline
+    from ..pipelines.loading import load_original_pipeline
     from ..search_space import model_cost
 
     pipeline = load_original_pipeline(

@@ -14,7 +14,8 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from ..entry import guard
 from ..errors import EdgeDiTError
 from ..export.options import check_ranges
-from ..files import check_output, read_json
+from ..files import read_json
+from ..run.outputs import check_output
 
 DTYPES = {  # of each format
     "onnx": ("fp32", "fp16", "int8", "int4"),

@@ -42,7 +42,8 @@ def copy_recipes(folder: str | os.PathLike, force: bool = False) -> list[Path]:
     """
     from importlib.resources import as_file, files
 
-    from ..files import atomic_write_text, check_output
+    from ..files import atomic_write_text
+    from ..run.outputs import check_output
 
     with as_file(files("edgedit_hf.training")) as source:
         check_output(folder, [source], foreign=None)

@@ -13,13 +13,26 @@ Shapes: B images, C channels of the latents, H × W their size.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
 from ..errors import EdgeDiTError
+from ..files import atomic_folder, atomic_write_json, hash_json, sweep, weights_hash
+from ..pipelines.loading import check_vae_takes
+from ..records import LatentIndex
+from ..run.lock import FolderLock
+from ..schema import read_record
+from .datasets import IN_MEMORY_BYTES, ImageDataset, MapDataset
 
 
 class LatentScale(NamedTuple):
@@ -122,3 +135,199 @@ def encode(vae: Any, images: torch.Tensor) -> torch.Tensor:
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """x `(B, C, H, W)` → images about [-1, 1] float32, as the pipelines decode what a denoiser has made."""
     return vae_decode(vae, unscaled(latents.to(vae.device), vae.config).to(vae.dtype)).float()
+
+
+LATENT_FORMAT = 1
+
+
+SHARD_BATCHES = 32  # batches of latents in a file: what a killed `cache_latents` loses at most
+
+
+class LatentDataset(MapDataset):
+    """The latents that [`cache_latents`] wrote, with the interface of [`ImageDataset`]: "images" are latents, float32.
+
+    Attributes:
+        fingerprint: of the images' fingerprint and the VAE's hash.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder)
+        index = _read_index(self.folder)
+        self.shape = tuple(index["shape"])
+        self.label_names = list(index["label_names"])
+        self.fingerprint = hash_json([index["dataset"], index["vae"]])
+        self._shard_rows = index["shard_rows"]
+        shards = range(_num_shards(index))
+        # Counted from the folders that are there, not from the number that the index claims.
+        there = {path.parent.name for path in self.folder.glob("shard-*/latents.safetensors")}
+        missing = len(shards) - len(there)
+        if missing > 0 or any(_shard_file(self.folder, shard).parent.name not in there for shard in shards):
+            raise EdgeDiTError(
+                f"The latent cache {str(self.folder)!r} is unfinished: {max(missing, 1)} of {len(shards)} parts are "
+                "missing. Run cache_latents again, it continues."
+            )
+        self._files: dict[int, safe_open] = {}
+        for shard in shards:
+            self._check(shard, min(self._shard_rows, index["count"] - shard * self._shard_rows))
+        self.labels = torch.cat([self._file(shard).get_tensor("labels") for shard in shards])
+        if len(self.labels) != index["count"]:
+            raise EdgeDiTError(
+                f"The latent cache {str(self.folder)!r} holds {len(self.labels)} latents, but its index says "
+                f"{index['count']}; delete the folder and make it anew."
+            )
+
+    def _file(self, shard: int) -> safe_open:
+        if shard not in self._files:
+            path = _shard_file(self.folder, shard)
+            try:
+                self._files[shard] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise EdgeDiTError(
+                    f"{path} is damaged ({error}); delete {str(path.parent)!r} and run cache_latents again, it makes "
+                    "that part anew."
+                ) from error
+        return self._files[shard]
+
+    def _check(self, shard: int, rows: int) -> None:
+        """Raise unless a part holds as many latents and labels, of the shape, as the index says."""
+        file, path, wanted = (
+            self._file(shard),
+            _shard_file(self.folder, shard),
+            {"latents": [rows, *self.shape], "labels": [rows]},
+        )
+        found = {name: file.get_slice(name).get_shape() if name in file.keys() else None for name in wanted}
+        if found != wanted:
+            raise EdgeDiTError(
+                f"{path} is damaged: it holds {found}, its index says {wanted}; delete {str(path.parent)!r} and run "
+                "cache_latents again."
+            )
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_files": {}}  # open files do not travel to data-loading processes
+
+    @functools.cached_property
+    def _memory(self) -> torch.Tensor | None:
+        if 4 * len(self) * int(np.prod(self.shape)) > IN_MEMORY_BYTES:
+            return None
+        shards = range(-(-len(self) // self._shard_rows))
+        return torch.cat([self._file(shard).get_tensor("latents") for shard in shards])
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """`{"images": [n, c, h, w] float32 latents, "labels": [n] int64}` at these positions."""
+        indices = torch.from_numpy(np.asarray(indices, dtype=np.int64))
+        labels = self.labels[indices]
+        if self._memory is not None:
+            return {"images": self._memory[indices], "labels": labels}
+        places = [divmod(index % len(self), self._shard_rows) for index in indices.tolist()]
+        latents = [self._file(shard).get_slice("latents")[row : row + 1] for shard, row in places]
+        return {"images": torch.cat(latents), "labels": labels}
+
+
+def open_latents(folder: str | os.PathLike) -> LatentDataset:
+    """Open what [`cache_latents`] has finished; an unfinished, damaged or foreign folder raises [`EdgeDiTError`]."""
+    return LatentDataset(folder)
+
+
+def _read_index(folder: Path) -> dict:
+    index = read_record(folder / "index.json", LatentIndex, "cache_latents", "a latent cache")
+    if index["format"] != LATENT_FORMAT:
+        raise EdgeDiTError(
+            f"{folder / 'index.json'} does not describe a latent cache of format {LATENT_FORMAT}, but of "
+            f"{index['format']}; choose another folder."
+        )
+    return index
+
+
+def _num_shards(index: dict) -> int:
+    return -(-index["count"] // index["shard_rows"])
+
+
+def _shard_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}" / "latents.safetensors"
+
+
+@torch.inference_mode()
+def _encode(vae: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """[`latents.encode`] on the host in float32, `[n, c, h, w]`."""
+    latents = encode(vae, images).float().cpu().contiguous()
+    size, latent_size = tuple(images.shape[-2:]), tuple(latents.shape[-2:])
+    factor = size[0] // latent_size[0]
+    if size != (factor * latent_size[0], factor * latent_size[1]) or factor & (factor - 1):
+        raise EdgeDiTError(
+            f"The VAE turns images of {size} into latents of {latent_size}, which it cannot turn back into that size; "
+            "set resolution to a multiple of its downsampling factor."
+        )
+    if not torch.isfinite(latents).all():
+        raise EdgeDiTError(f"The VAE ({vae.dtype}) gives latents that are NaN or infinite; use it in float32.")
+    return latents
+
+
+def cache_latents(
+    dataset: ImageDataset, vae: torch.nn.Module, folder: str | os.PathLike, batch_size: int = 16, progress: bool = True
+) -> LatentDataset:
+    """Encode every image once and keep the latents in `folder` (safetensors parts and `index.json`).
+
+    Killed at any moment and called again with the same arguments, it continues with the first missing part; a finished
+    cache is only opened. One process writes a folder.
+
+    Args:
+        dataset: images `[C, H, W]` with the VAE's number of channels.
+        vae: an autoencoder that [`launch.load_vae`] knows, on the device and in the precision to encode with.
+        folder: of the cache; one of other images or of another VAE is an error.
+        batch_size: images encoded at a time.
+        progress: show a progress bar on a terminal.
+    """
+    folder = Path(folder)
+    check_vae_takes(dataset.shape, vae.config)
+    factors = [vae.config.get("scaling_factor"), vae.config.get("shift_factor")]
+    if latent_scale(vae.config).mean is not None:
+        factors += [vae.config["latents_mean"], vae.config["latents_std"]]
+    made_from = {
+        "dataset": dataset.fingerprint,
+        "vae": hash_json([type(vae).__name__, weights_hash(vae.state_dict()), factors]),
+    }
+    if (folder / "index.json").exists():
+        index = _read_index(folder)
+        for name, value in made_from.items():
+            if index[name] != value:
+                raise EdgeDiTError(
+                    f"The latent cache {str(folder)!r} was made from the {name} {index[name]}, but this run has the "
+                    f"{name} {value}; choose another folder or delete this one."
+                )
+        if index["count"] != len(dataset):
+            raise EdgeDiTError(
+                f"The latent cache {str(folder)!r} is of {index['count']} images, but there are {len(dataset)}; delete "
+                "the folder."
+            )
+    else:
+        shape = _encode(vae, dataset.batch([0])["images"]).shape[1:]
+        index = {
+            "format": LATENT_FORMAT,
+            **made_from,
+            "count": len(dataset),
+            "shape": list(shape),
+            "shard_rows": batch_size * SHARD_BATCHES,
+            "label_names": dataset.label_names,
+        }
+        atomic_write_json(folder / "index.json", index)
+    if all(_shard_file(folder, shard).is_file() for shard in range(_num_shards(index))):
+        return LatentDataset(folder)
+    rows = index["shard_rows"]
+    with (
+        FolderLock(folder),
+        tqdm(total=len(dataset), desc="Encoding latents", unit="image", disable=None if progress else True) as bar,
+    ):
+        sweep(folder)
+        for shard in range(_num_shards(index)):
+            positions = np.arange(shard * rows, min((shard + 1) * rows, len(dataset)))
+            if not _shard_file(folder, shard).is_file():
+                parts = []
+                for start in range(0, len(positions), batch_size):
+                    parts.append(_encode(vae, dataset.batch(positions[start : start + batch_size])["images"]))
+                    bar.update(len(parts[-1]))
+                with atomic_folder(folder / f"shard-{shard:05d}") as aside:
+                    content = {"latents": torch.cat(parts), "labels": dataset.labels[positions].contiguous()}
+                    save_file(content, aside / "latents.safetensors")
+            else:
+                bar.update(len(positions))
+    return LatentDataset(folder)

@@ -12,11 +12,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..data.captions import parse_buckets
+from ..data.loading import load_run_captions
 from ..distill.memory_plan import PROCESS_BYTES
-from ..estimate import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, meta_vae, print_table
 from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
+from ..pipelines.loading import meta_vae
 from ..run.config import RunConfig
-from ..run.launch import load_run_captions
+from ..run.cost import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, print_table
 from ..search_space import TEXT_TOKENS, elastic_cost, elastic_weights
 from .knowledge import teacher_note
 from .supernet import new_elastic

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..data.captions import CaptionedDataset, TextTable, text_table
+from ..data.captions import CaptionedDataset
+from ..data.text_table import TextTable, text_table
 from ..distill.output_loss import output_loss
 from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from ..run.config import RunConfig

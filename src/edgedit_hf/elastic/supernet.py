@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.captions import TextTable, text_table
+from ..data.text_table import TextTable, text_table
 from ..diffusion import make_scheduler
 from ..errors import EdgeDiTError
 from ..models.transformer_elastic_dit import PRESETS, ElasticDiTTransformer2DModel
+from ..pipelines.loading import check_memory, load_text_encoder
 from ..pipelines.pipeline_elastic_dit import ElasticDiTPipeline
 from ..records import ElasticModel
 from ..run.config import RunConfig
-from ..run.launch import check_memory, load_text
 from ..schema import read_record
 from ..search_space import elastic_weights
 
@@ -120,3 +120,28 @@ def new_elastic_pipeline(
         )
     except ValueError as error:
         raise EdgeDiTError(f"The text encoders cannot be used: {error}") from error
+
+
+def load_text(config: RunConfig) -> tuple[Any, Any, Any, Any]:
+    """(text_encoder, tokenizer, text_encoder_2, tokenizer_2) of the run: its own, or those that `text` names; None for
+    'none'.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # as diffusers' in `recipe_main`
+    given = {"": config.text.encoder, "_2": config.text.encoder_2}
+    if set(given.values()) == {"none"}:
+        raise EdgeDiTError(
+            "text.encoder and text.encoder_2 are both 'none'; captions need one, set the other to null or to an "
+            "encoder."
+        )
+    found: list[Any] = []
+    for suffix, path in given.items():
+        own = config.folder("text", f"text_encoder{suffix}")
+        if path is None and not own.is_dir():
+            raise EdgeDiTError(
+                f"There is no text encoder in {own}; it is written by stage text (training/train_text_encoders.py), "
+                "run that first."
+            )
+        found += (None, None) if path == "none" else load_text_encoder(own if path is None else path)
+    return tuple(found)

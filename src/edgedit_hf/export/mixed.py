@@ -17,10 +17,10 @@ from torch import nn
 
 from ..errors import EdgeDiTError
 from ..metrics.distances import psnr
+from ..pipelines.loading import with_transformer
 from ..quantization.affine import quantize_affine
 from ..quantization.calibration import output_error, record, replay, spread
 from ..quantization.weights import AffineWeight
-from ..run.launch import with_transformer
 from .executorch.lower import given_weight, linear_scheme, quantized_weight
 from .executorch.xnnpack import FormLinear
 from .onnx.lowbit import GROUP, MIN_QUANTIZED_ELEMENTS

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from ..errors import EdgeDiTError
-from ..files import atomic_folder, atomic_write_json, check_finite, check_output, versions, weights_hash
+from ..files import atomic_folder, atomic_write_json, check_finite, versions, weights_hash
 from ..genotype import Genotype
+from ..pipelines.loading import load_pipeline, with_components
 from ..quantization.layers import dequantize_model, quantized_weights
 from ..quantization.weights import AffineWeight
-from ..run.launch import load_pipeline, with_components
+from ..run.outputs import check_output
 from ..runtimes.timing import environment
 from . import verify
 from .components import COMPONENTS, SUFFIXES, open_session, stem

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import EdgeDiTError
 from ..metrics.distances import psnr
-from ..run.launch import with_components
+from ..pipelines.loading import with_components
 from ..runtimes.footprint import footprint
 from ..runtimes.timing import environment, measure, paired_ratio
 from .components import open_session

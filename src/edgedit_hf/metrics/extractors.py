@@ -17,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..data.images import ImageDataset, batch_indices, stratified_split, to_bytes
+from ..data.batches import batch_indices
+from ..data.datasets import ImageDataset, to_bytes
+from ..data.images import stratified_split
 from ..errors import EdgeDiTError
 from ..files import atomic_folder, atomic_write_json, file_sha256, weights_hash
 from ..records import Extractor

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.captions import TextTable, text_table
+from ..data.loading import load_run_captions
+from ..data.text_table import TextTable, text_table
 from ..errors import EdgeDiTError
 from ..models.checkpoints import check_weights
+from ..pipelines.loading import load_pipeline
 from ..run.config import RunConfig
-from ..run.launch import load_pipeline, load_run_captions
 from .allocation import candidate_specs
 from .calibration import CHECK_STREAM, output_error, record, replay
 from .layers import quantizable_layers, quantized_weights

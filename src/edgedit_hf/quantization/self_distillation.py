@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.captions import TextTable
+from ..data.text_table import TextTable
 from ..diffusion import draws, drop_labels
 from ..run.optimisation import check_names
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.captions import STYLES, is_held_out, parse_caption
+from ..data.digits import STYLES, is_held_out, parse_caption
 from ..errors import EdgeDiTError
 from ..files import atomic_write_json, atomic_write_text
 from ..records import Captions, ElasticEvaluation, ElasticStage, Latency, Model, Reference, Telemetry, TextStage

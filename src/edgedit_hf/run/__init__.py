@@ -1,1 +1,4 @@
-"""What every stage of a run needs: configuration, stages, state, optimisation, command line. Imports nothing of the rooms below."""
+"""What every stage needs: configuration, stages, state, optimisation, command line.
+
+Imports nothing of the rooms below.
+"""

@@ -7,6 +7,7 @@ without a word onto the wrong ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -158,3 +159,17 @@ class Optimisation:
             self.ema.load_state_dict({**state["ema"], "shadow_params": shadows})
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
+
+
+def learning_rate_at(step: int, peak: float, warmup: int, total: int, final_share: float) -> float:
+    """Linear warm-up to `peak`, then cosine decay to `final_share · peak` at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * (final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Give every parameter group this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = value

@@ -27,8 +27,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import EdgeDiTError
 from ..files import (
     HASHED_ALWAYS,
-    STAGE_FILES,
-    FolderLock,
     atomic_folder,
     atomic_write_json,
     atomic_write_text,
@@ -47,6 +45,8 @@ from ..files import (
 )
 from ..records import Asked, Checkpoint, Named, Results
 from ..schema import held_to, read_record
+from .lock import FolderLock
+from .outputs import STAGE_FILES
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

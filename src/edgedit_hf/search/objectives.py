@@ -10,9 +10,9 @@ import torch
 from ..distill.proxy_bank import ProxyBank
 from ..genotype import Genotype
 from ..metrics.distances import frechet_distance
+from ..pipelines.loading import with_transformer
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 from ..pipelines.sampling import generate
-from ..run.launch import with_transformer
 
 
 class StudentQuality:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.proxy_bank import ProxyBank
-from ..files import atomic_write_json, check_finite, check_output, foreign_to_student
+from ..files import atomic_write_json, check_finite
 from ..genotype import Genotype
+from ..pipelines.loading import load_pipeline, with_transformer
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 from ..records import Front
-from ..run.launch import load_pipeline, with_transformer
+from ..run.outputs import check_output, foreign_to_student
 from ..run.state import replace_results
 from ..schema import read_record
 from .pareto import choose

@@ -4,18 +4,18 @@ classifier. Not a stage of its own: search and evaluation call it, and the extra
 """
 
 import torch
-from edgedit_hf.data.images import ImageDataset
 
-from edgedit_hf.files import atomic_write_json
-from edgedit_hf.metrics.distances import frechet_distance
-from edgedit_hf.metrics.extractors import (
+from ..data.datasets import ImageDataset
+from ..data.loading import load_run_images
+from ..files import atomic_write_json
+from ..run.config import RunConfig
+from .distances import frechet_distance
+from .extractors import (
     FeatureExtractor,
     InceptionExtractor,
     train_classifier,
     train_independent_classifier,
 )
-from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.launch import load_run_images
 
 REAL_IMAGES = 50_000  # more add nothing to the distance's precision at the sample counts used
 CHUNK = 1000
