@@ -833,7 +833,7 @@ def commented_yaml(overrides: Sequence[str] = ()) -> str:
         if not dataclasses.is_dataclass(value):
             lines.append(f"{entry.name}: {plain(value)}  # {entry.metadata['doc']}")
             continue
-        lines += ["", f"{entry.name}:  # {type(value).__doc__}"]
+        lines += ["", f"{entry.name}:  # {' '.join(type(value).__doc__.split())}"]
         for setting in dataclasses.fields(value):
             lines.append(f"  {setting.name}: {plain(getattr(value, setting.name))}  # {setting.metadata['doc']}")
     return "\n".join(lines) + "\n"
