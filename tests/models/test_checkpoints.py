@@ -9,22 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline
+from oracles import HEADS, ORACLES, oracle, random_diffusers_model
 from safetensors.torch import load_file, save_file
 
 from edgedit_hf import EdgeDiTError, EdgeDiTTransformer2DModel, SearchSpace, load_original, model_cost
 from edgedit_hf.models.transformer_edgedit import TimestepEmbedder
 from edgedit_hf.pipelines.loading import load_original_pipeline
-
-ORACLES = Path(__file__).parent / "oracles"
-HEADS = 4  # of the oracles
-
-
-def oracle(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Weights under their original keys, and the calls' inputs and outputs."""
-    tensors = load_file(ORACLES / f"{name}.safetensors")
-    weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
-    return weights, {key: value for key, value in tensors.items() if not key.startswith("weights.")}
 
 
 @pytest.fixture
@@ -42,19 +33,6 @@ def checkpoint(tmp_path):
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
-
-
-def random_diffusers_model(seed: int = 0, copies_equal: bool = True, **config) -> DiTTransformer2DModel:
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 3}
-    model = DiTTransformer2DModel(**{**sizes, "sample_size": 8, "num_embeds_ada_norm": 10, **config}).eval()
-    generator = torch.Generator().manual_seed(seed)
-    state = model.state_dict()
-    for value in state.values():
-        value.copy_(0.1 * torch.randn(value.shape, generator=generator))
-    if copies_equal:
-        for key in (k for k in state if ".norm1.emb." in k):
-            state[key].copy_(state["transformer_blocks.0." + key.split(".", 2)[2]])
-    return model
 
 
 # -------------------------------------------------------------------- proofs

@@ -14,8 +14,8 @@ from collections import OrderedDict
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from oracles import HEADS, oracle, random_diffusers_model
 from safetensors.torch import load_file, save_file
-from test_checkpoints import HEADS, oracle, random_diffusers_model
 
 from edgedit_hf import (
     EdgeDiTError,

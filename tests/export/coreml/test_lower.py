@@ -24,7 +24,7 @@ from edgedit_hf.quantization.layers import dequantize_model, quantizable_layers,
 from edgedit_hf.quantization.packing import unpack
 from edgedit_hf.quantization.quantize import quantize_model, quantize_weight
 
-ORACLES = Path(__file__).parents[1] / "models" / "oracles"
+ORACLES = Path(__file__).parents[2] / "models" / "oracles"
 # Runs and groups that divide the sizes of the debug net, and some whose last one is shorter.
 SPECS = [
     {"scheme": "palette", "bits": 4, "rows_per_palette": 16},
