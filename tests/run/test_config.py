@@ -195,7 +195,7 @@ def test_the_written_recipe_is_the_defaults_with_every_key_explained(load):
                 line.startswith(f"{entry.name}: ") and line.endswith(f"  # {entry.metadata['doc']}") for line in lines
             )
             continue
-        assert f"{entry.name}:  # {type(section).__doc__}" in lines
+        assert f"{entry.name}:  # {' '.join(type(section).__doc__.split())}" in lines
         for key in dataclasses.fields(section):
             assert key.metadata["doc"] and key.name in values[entry.name]
             assert any(
