@@ -101,6 +101,15 @@ def test_the_wheel_holds_code_recipes_and_templates(wheel, repository):
     assert "optimum/__init__.py" not in names and "optimum/commands/register/__init__.py" not in names
 
 
+def test_the_description_of_a_package_index_has_no_link_into_the_repository(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = [name for name in archive.namelist() if name.endswith("dist-info/METADATA")]
+    text = archive.read(metadata).decode()
+    assert "Description-Content-Type: text/markdown" in text and "# edgedit_hf" in text and "make demo" in text
+    links = re.findall(r"\]\((.*?)\)", text)
+    assert links and all(link.startswith("https://") for link in links)
+
+
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     """A fresh environment with the wheel installed and the tested dependencies; returns its bin folder and an empty

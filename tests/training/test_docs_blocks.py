@@ -1,5 +1,9 @@
-"""Every command and snippet of the README runs, at debug scale. A new line there without a way to run it here fails."""
+"""Every command and Python block of the README, of CONTRIBUTING and of docs/ runs, at debug scale.
 
+A new command without a way to run it here fails.
+"""
+
+import json
 import os
 import re
 import shlex
@@ -15,16 +19,26 @@ from PIL import Image
 from safetensors.torch import load_file
 
 BIN = Path(sys.executable).parent
+RUN_BLOCKS = """
+import sys
+for path in sys.argv[1:]:
+    print(path, flush=True)
+    exec(compile(open(path, encoding="utf-8").read(), path, "exec"), {"__name__": "__main__"})
+"""
 
 
-def blocks(recipes, language: str) -> list[str]:
-    text = (recipes.root / "README.md").read_text(encoding="utf-8")
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+def pages(recipes) -> list[Path]:
+    return [recipes.root / "README.md", recipes.root / "CONTRIBUTING.md", *sorted(recipes.root.glob("docs/**/*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
 def commands(recipes) -> list[str]:
-    lines = [line.split("#")[0].strip() for block in blocks(recipes, "bash") for line in block.splitlines()]
-    return [line for line in lines if line]
+    """Every command of every page, once."""
+    lines = [line for page in pages(recipes) for block in blocks(page, "bash") for line in block.splitlines()]
+    return list(dict.fromkeys(command for line in lines if (command := line.split("#")[0].strip())))
 
 
 def shell(recipes, command: list[str], cwd: Path, expect: int = 0) -> str:
@@ -38,7 +52,7 @@ def shell(recipes, command: list[str], cwd: Path, expect: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def clone(recipes, tmp_path_factory):
-    """A folder that looks like the clone (README's paths are relative to it) with finished debug runs as `runs/demo`
+    """A folder that looks like the clone (the pages' paths are relative to it) with finished debug runs as `runs/demo`
     and `runs/demo-t2i`.
     """
     folder = tmp_path_factory.mktemp("clone")
@@ -54,16 +68,16 @@ def find(recipes, part: str) -> str:
     found = [command for command in commands(recipes) if part == command] or [
         command for command in commands(recipes) if part in command
     ]
-    assert len(found) == 1, f"README has {len(found)} commands with {part!r}"
+    assert len(found) == 1, f"README and docs/ have {len(found)} commands with {part!r}"
     return found[0]
 
 
 def test_every_command_has_a_test_here(recipes):
     source = Path(__file__).read_text(encoding="utf-8")
     handled = re.findall(r'find\(recipes, "(.*?)"\)', source)
-    # What is started with --dry-run is also run (test_pip_users_run), and stands in the README without it.
+    # What is started with --dry-run is also run (test_pip_users_run), and stands on the pages without it.
     left = [command for command in commands(recipes) if not any(part in f"{command} --dry-run" for part in handled)]
-    assert left == [], "README commands that no test runs"
+    assert left == [], "commands that no test runs"
 
 
 def test_make_targets(recipes):
@@ -87,28 +101,47 @@ def test_dry_run_prints_a_line_a_stage(recipes, clone):
     assert not (clone / "runs" / "demo" / "digits").exists()
 
 
-def test_the_run_has_what_the_readme_says(recipes, clone):
+def test_the_run_has_what_its_page_says(recipes, clone):
     run = clone / "runs" / "demo"
-    for entry in re.findall(r"\| `?\w+`? \| `\w+\.py` \| `([\w./-]+)`", (recipes.root / "README.md").read_text()):
-        assert (run / entry).exists(), entry
-    for entry in (
-        "report.html",
-        "report.json",
-        "teacher-more-steps",
-        "exported/onnx-int8/model_index.json",
-        "evaluate/teacher.png",
-    ):
+    rows = re.findall(r"^\| \[\w+\]\(.*?\) \| `(\w+\.py)` \| (.*) \|$", page_text(recipes, "runs"), flags=re.MULTILINE)
+    assert len(rows) == 8
+    for script, written in rows:
+        assert (recipes.root / "training" / script).is_file(), script
+        for entry in re.findall(r"`([\w./-]+)`", written):
+            assert (run / entry).exists(), entry
+    for entry in ("report.html", "report.json", "exported/onnx-int8/model_index.json", "evaluate/teacher.png"):
         assert (run / entry).exists(), entry
 
 
-def test_python_snippets(recipes, clone):
-    snippets = blocks(recipes, "python")
-    assert len(snippets) >= 2
-    for code in snippets:
-        shell(recipes, [sys.executable, "-c", code], clone)
-    assert (clone / "runs" / "demo-t2i" / "report.html").is_file() and (
-        clone / "small" / "transformer" / "config.json"
-    ).is_file()
+def page_text(recipes, name: str) -> str:
+    return (recipes.root / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def run_blocks(recipes, clone, tmp_path, chosen: list[Path]) -> list[str]:
+    """Run every Python block of these pages, all in one process, which spares the imports; return their names."""
+    files = []
+    for page in chosen:
+        for number, code in enumerate(blocks(page, "python")):
+            files.append(tmp_path / f"{page.stem}-{number}.py")
+            files[-1].write_text(code, encoding="utf-8")
+    shell(recipes, [sys.executable, "-c", RUN_BLOCKS, *map(str, files)], clone)
+    return [file.stem for file in files]
+
+
+def test_python_blocks(recipes, clone, tmp_path):
+    rest = [page for page in pages(recipes) if page.name != "export.md"]  # which needs an export, below
+    ran = run_blocks(recipes, clone, tmp_path, rest)
+    assert {"README-0", "bank-0", "elastic-0", "python-0", "python-1", "quantize-0", "hub-0"} <= set(ran)
+    assert (clone / "runs" / "demo-t2i" / "report.html").is_file()
+    assert (clone / "small" / "transformer" / "config.json").is_file()
+
+
+def test_no_block_is_left_out(recipes):
+    """A block in another language, or indented, would not be run."""
+    for page in pages(recipes):
+        fences = re.findall(r"^\s*```(.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert fences[::2] == [name for name in fences[::2] if name in ("bash", "python", "text")], page
+        assert set(fences[1::2]) <= {""} and len(fences) % 2 == 0, page
 
 
 def sampled_from(recipes, clone, folder: str) -> str:
@@ -125,7 +158,9 @@ def sampled_from(recipes, clone, folder: str) -> str:
 
 def test_export_and_load_back(recipes, clone):
     shell(recipes, shlex.split(find(recipes, "--format onnx")), clone)
-    assert "OnnxEdgeDiTTransformer2DModel (8, 8)" in sampled_from(recipes, clone, "exported")
+    (block,) = blocks(recipes.root / "docs" / "export.md", "python")
+    code = f"{block}\nprint(type(pipeline.transformer).__name__, image.size)"
+    assert "OnnxEdgeDiTTransformer2DModel (8, 8)" in shell(recipes, [sys.executable, "-c", code], clone)
 
 
 def test_export_to_executorch_and_load_back(recipes, clone):
@@ -231,6 +266,23 @@ def test_two_process_commands_run(recipes, clone):
     shell(recipes, [*shlex.split(find(recipes, "train teacher --num_processes 2"))], clone)
     shell(recipes, [*shlex.split(find(recipes, "torchrun --standalone"))], clone)
     assert (clone / "runs" / "debug" / "bank" / "index.json").exists()
+
+
+def test_what_is_counted(recipes):
+    counted = json.loads(shell(recipes, shlex.split(find(recipes, "edgedit info")), recipes.root))
+    row = re.search(r"^\| DiT-XL/2 \| ([\d.]+) M \| ([\d.]+) \|$", page_text(recipes, "teacher"), flags=re.MULTILINE)
+    assert [f"{counted['parameters'] / 1e6:.2f}", f"{counted['flops'] / 1e9:.2f}"] == list(row.groups())
+
+
+def test_the_report_again(recipes, clone):
+    def metrics():
+        report = json.loads((clone / "runs" / "demo" / "report.json").read_text())
+        return {model["name"]: (model["metrics"], model["latency_ms"]) for model in report["models"]}
+
+    before = metrics()
+    (clone / "runs" / "demo" / "report.html").unlink()
+    shell(recipes, shlex.split(find(recipes, "edgedit report")), clone)
+    assert metrics() == before and (clone / "runs" / "demo" / "report.html").is_file()
 
 
 def test_pip_install_is_the_packaging_tests(recipes):
