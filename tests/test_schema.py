@@ -28,8 +28,9 @@ from edgedit_hf.quantization.activations import ActivationScales
 from edgedit_hf.report import plots
 from edgedit_hf.report.edgedit import build_report
 from edgedit_hf.report.elastic import build_elastic_report, draw_elastic_figures, headlines
+from edgedit_hf.run.checkpoint import load_state, save_state
 from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.state import RunState, load_state, save_state
+from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import check, convert, fill, key, read_lines, read_record, shorten
 from edgedit_hf.search.ask_tell import RandomSearch
 from edgedit_hf.search.bayes import BayesSearch

@@ -34,7 +34,8 @@ from edgedit_hf.preflight import preflight
 from edgedit_hf.records import ElasticStage, Latencies
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
-from edgedit_hf.run.state import RunState, pipeline_weights_hash
+from edgedit_hf.run.results import pipeline_weights_hash
+from edgedit_hf.run.state import RunState
 from edgedit_hf.runtimes.timing import environment, measure
 from edgedit_hf.schema import read_record
 from edgedit_hf.search_space import BYTES, elastic_cost

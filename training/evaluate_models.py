@@ -41,7 +41,8 @@ from edgedit_hf.records import Latencies
 from edgedit_hf.report.plots import save_montage
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
-from edgedit_hf.run.state import RunState, pipeline_weights_hash
+from edgedit_hf.run.results import pipeline_weights_hash
+from edgedit_hf.run.state import RunState
 from edgedit_hf.runtimes.runners import TorchRunner, executorch_runner, onnx_runner
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 from edgedit_hf.schema import read_record

@@ -61,10 +61,11 @@ from edgedit_hf.quantization.self_distillation import (
 )
 from edgedit_hf.quantization.weights import spec_bits
 from edgedit_hf.records import Quantization
+from edgedit_hf.run.checkpoint import Facts
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.optimisation import Optimisation, learning_rate_at, set_learning_rate
-from edgedit_hf.run.state import Facts, RunState
+from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
 
 RECORD, SAMPLES = "quantization.json", "samples.safetensors"

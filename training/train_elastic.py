@@ -48,9 +48,10 @@ from edgedit_hf.elastic.supernet import load_text_table, new_elastic, new_elasti
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.preflight import preflight
-from edgedit_hf.run.config import ElasticConfig, RunConfig
+from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.optimisation import Optimisation, learning_rate_at, set_learning_rate
+from edgedit_hf.run.sections import ElasticConfig
 from edgedit_hf.run.state import RunState
 
 

@@ -32,9 +32,10 @@ from edgedit_hf.diffusion import draws
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.estimate import print_estimate
 from edgedit_hf.preflight import preflight
-from edgedit_hf.run.config import RunConfig, TextConfig
+from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.optimisation import Optimisation, learning_rate_at, set_learning_rate
+from edgedit_hf.run.sections import TextConfig
 from edgedit_hf.run.state import RunState
 
 IMAGE_SIDE = 32  # the image encoder looks at images of at most this size

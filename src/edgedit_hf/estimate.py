@@ -22,8 +22,9 @@ from .errors import EdgeDiTError
 from .genotype import LayerSpec
 from .models.transformer_edgedit import EdgeDiTTransformer2DModel
 from .pipelines.loading import meta_vae
-from .run.config import OptimisationConfig, RunConfig
+from .run.config import RunConfig
 from .run.cost import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, print_table
+from .run.sections import OptimisationConfig
 from .search_space import BYTES, OPTIONS, Cost, SearchSpace, layer_cost, model_cost, trunk_cost
 
 LIBRARIES = 0.15e9  # what botorch and ONNX Runtime add to a process

@@ -32,9 +32,10 @@ from .files import atomic_write_json, hash_json
 from .metrics.extractors import InceptionExtractor, check_classifiable
 from .pipelines.loading import TEXT_TO_IMAGE_VAES, VAES, load_scheduler
 from .records import Named
-from .run.config import OptimisationConfig, RunConfig
+from .run.config import RunConfig
 from .run.cost import Machine
 from .run.outputs import check_writable, class_name
+from .run.sections import OptimisationConfig
 from .schema import read_record
 from .search_space import SearchSpace
 

@@ -21,7 +21,7 @@ from edgedit_hf.distill.proxy_group import (
     train_step,
 )
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.run.state import load_state, save_state
+from edgedit_hf.run.checkpoint import load_state, save_state
 
 LAYERS = 4
 CPU = torch.device("cpu")

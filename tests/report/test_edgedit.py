@@ -15,7 +15,7 @@ from edgedit_hf.files import file_sha256
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.report.card import comparison_table, metric_label, scaled, write_card
 from edgedit_hf.report.edgedit import build_report, write_report
-from edgedit_hf.run.state import pipeline_weights_hash
+from edgedit_hf.run.results import pipeline_weights_hash
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None

@@ -9,8 +9,9 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.run.checkpoint import load_state, save_state
 from edgedit_hf.run.optimisation import Optimisation
-from edgedit_hf.run.state import RunState, load_state, save_state
+from edgedit_hf.run.state import RunState
 
 
 def make_net(order=("one", "two", "three"), width: int = 3) -> torch.nn.ModuleDict:

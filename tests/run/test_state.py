@@ -28,16 +28,10 @@ from edgedit_hf.files import (
     read_json,
     weights_hash,
 )
-from edgedit_hf.run.state import (
-    STAGE_LABEL,
-    Facts,
-    Interrupted,
-    RunState,
-    first_difference,
-    load_state,
-    replace_results,
-    save_state,
-)
+from edgedit_hf.run.checkpoint import Facts, load_state, save_state
+from edgedit_hf.run.comparison import first_difference
+from edgedit_hf.run.results import replace_results
+from edgedit_hf.run.state import STAGE_LABEL, Interrupted, RunState
 
 STEPS = 9
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from edgedit_hf.elastic.supernet import load_text
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.pipelines.loading import load_text_encoder
-from edgedit_hf.run.config import RunConfig, TextConfig
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.sections import TextConfig
 
 TINY = (
     *"text.vocabulary_size=450 text.hidden_size=32 text.num_layers=1 text.num_heads=2 text.steps=90 "

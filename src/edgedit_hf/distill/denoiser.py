@@ -12,8 +12,8 @@ from ..data.batches import step_loader
 from ..diffusion import Diffusion, draws, drop_labels
 from ..errors import EdgeDiTError
 from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
-from ..run.config import TeacherConfig, TuneConfig
 from ..run.optimisation import Optimisation, learning_rate_at, set_learning_rate
+from ..run.sections import TeacherConfig, TuneConfig
 from ..run.state import RunState
 from .output_loss import output_loss
 

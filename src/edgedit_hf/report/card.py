@@ -15,8 +15,8 @@ from typing import Any
 from ..errors import EdgeDiTError
 from ..files import atomic_write_text
 from ..markup import MARKUP, markdown, one_line
-from ..run.config import LICENSE, REPO_ID
-from ..run.state import pipeline_weights_hash
+from ..run.results import pipeline_weights_hash
+from ..run.sections import LICENSE, REPO_ID
 from ..schema import shorten
 
 # What readers call the models of a run, by their name in report.json, in the order in which they are compared.

@@ -33,7 +33,7 @@ from ..records import (
     Verified,
 )
 from ..run.config import RunConfig
-from ..run.state import pipeline_weights_hash
+from ..run.results import pipeline_weights_hash
 from ..schema import read_record
 from ..search_space import OPTIONS, SearchSpace
 from .card import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template

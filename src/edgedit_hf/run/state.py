@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import hashlib
 import json
 import math
 import os
@@ -26,105 +25,28 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import EdgeDiTError
 from ..files import (
-    HASHED_ALWAYS,
-    atomic_folder,
     atomic_write_json,
     atomic_write_text,
     changed_file,
     check_finite_files,
     explain_write_errors,
     file_record,
-    file_sha256,
     fsync_path,
-    is_finite,
     publish_into,
-    read_json,
     sweep,
     sync_tree,
     versions,
 )
-from ..records import Asked, Checkpoint, Named, Results
+from ..records import Asked, Checkpoint, Results
 from ..schema import held_to, read_record
+from .checkpoint import first_non_finite, load_state, save_state
+from .comparison import AFTER_NAN, FORMAT, NO_RESULT, _known_to, _with, first_difference, without_keys
 from .lock import FolderLock
 from .outputs import STAGE_FILES
+from .results import UNLISTED
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-# -------------------------------------------------------------------- nested state <-> safetensors + JSON
-
-
-def save_state(folder: str | os.PathLike, state: Any, name: str = "state") -> None:
-    """Write nested dicts/lists of tensors and plain values (e.g. an optimiser's `state_dict()`) as `name.safetensors` +
-    `name.json`.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    tensors: dict[str, torch.Tensor] = {}
-    storages: set[int] = set()
-
-    def encode(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            key = str(len(tensors))
-            tensor = value.detach().cpu().contiguous()
-            # safetensors refuses tensors that share memory; copying only those spares a second copy of everything.
-            start = tensor.untyped_storage().data_ptr()
-            tensors[key] = tensor.clone() if start in storages else tensor
-            storages.add(start)
-            return {"tensor": key}
-        if isinstance(value, Mapping):
-            return {"dict": [[k, encode(v)] for k, v in value.items()]}
-        if isinstance(value, tuple):
-            return {"tuple": [encode(v) for v in value]}
-        if isinstance(value, list):
-            return {"list": [encode(v) for v in value]}
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return {"value": value}
-        raise TypeError(f"cannot checkpoint a {type(value).__name__}")
-
-    plain = encode(state)
-    save_file(tensors, Path(folder, f"{name}.safetensors"))
-    Path(folder, f"{name}.json").write_text(json.dumps(plain), encoding="utf-8")
-
-
-def load_state(folder: str | os.PathLike, name: str = "state") -> Any:
-    """Read what [`save_state`] wrote."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(Path(folder, f"{name}.safetensors"))
-    except (SafetensorError, OSError) as error:
-        raise EdgeDiTError(
-            f"The checkpoint {folder} cannot be read ({error}); delete that folder to continue from the one before it, "
-            "or start anew."
-        ) from error
-
-    def decode(value: dict) -> Any:
-        ((kind, content),) = value.items()
-        if kind == "tensor":
-            return tensors[content]
-        if kind == "dict":
-            return {k: decode(v) for k, v in content}
-        if kind == "list":
-            return [decode(v) for v in content]
-        if kind == "tuple":
-            return tuple(decode(v) for v in content)
-        if kind == "value":
-            return content
-        raise ValueError(f"it holds a {kind!r}")
-
-    path = Path(folder, f"{name}.json")
-    plain = read_json(path, "the checkpoint writer", nan=True)
-    try:
-        return decode(plain)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise EdgeDiTError(
-            f"The checkpoint {folder} cannot be read ({path.name}: {error!r}); delete that folder to continue from the "
-            "one before it, or start anew."
-        ) from error
-
 
 # -------------------------------------------------------------------- one stage
 
@@ -148,156 +70,6 @@ def close_progress() -> None:
     """End every progress bar that an error left open, so that what is printed next starts on a line of its own."""
     for bar in list(_OPEN_BARS):
         bar.close()
-
-
-class Facts(dict):
-    """Plain values that belong to a checkpoint (pass it to [`RunState.track`])."""
-
-    def state_dict(self) -> dict:
-        """A copy."""
-        return dict(self)
-
-    def load_state_dict(self, state: Mapping) -> None:
-        """Hold these values and no others."""
-        self.clear()
-        self.update(state)
-
-
-def first_non_finite(state: Any, name: str = "") -> str | None:
-    """Dotted name of the first tensor in nested dicts and lists that holds a NaN or an infinity."""
-    import torch
-
-    if isinstance(state, torch.Tensor):
-        return None if is_finite(state) else name
-    parts = (
-        state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, (list, tuple)) else ()
-    )
-    found = (first_non_finite(part, f"{name}.{key}" if name else str(key)) for key, part in parts)
-    return next((bad for bad in found if bad is not None), None)
-
-
-NO_RESULT = ("num_workers", "log_every", "checkpoint_every")
-"""Keys of any section that no result depends on: changing them neither refuses a folder nor makes it anew."""
-
-AFTER_NAN = ("learning_rate", "warmup_steps", "max_grad_norm")
-"""Keys that may change once a stage was stopped by values that are not finite; it continues from its checkpoint with
-the new ones.
-"""
-
-OWN_FILES = ("run.json", "stage.json", "telemetry.jsonl", "checkpoints", FolderLock.NAME)
-LATER_FILES = ("README.md", "curves.json")  # of a card, of a benchmark: written into finished folders
-UNLISTED = (*OWN_FILES, *LATER_FILES)
-
-
-def without_keys(value: Any, names: tuple[str, ...]) -> Any:
-    """Nested dicts without the entries of these names."""
-    if not isinstance(value, Mapping):
-        return value
-    return {key: without_keys(part, names) for key, part in value.items() if key not in names}
-
-
-@contextlib.contextmanager
-def replace_results(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yields an empty folder; what is put there takes the place of `folder` at once, of a stage's folder of all its
-    results.
-
-    What a stage says of itself stays (`run.json`, `telemetry.jsonl`), and `stage.json`, if it is finished, lists the
-    new files.
-    """
-    folder = Path(folder)
-    sweep(folder.parent, folder.name)
-    stage = folder.exists() and (folder / "run.json").is_file()
-    lock = FolderLock(folder)
-    try:
-        if stage:
-            lock.acquire()
-        with atomic_folder(folder) as aside:
-            yield aside
-            if stage:
-                record = file_record(aside, UNLISTED)
-                for name in ("run.json", "telemetry.jsonl", FolderLock.NAME):
-                    if (folder / name).is_file():
-                        shutil.copy2(folder / name, aside / name)
-                if (folder / "stage.json").is_file():
-                    atomic_write_json(
-                        aside / "stage.json",
-                        {**read_record(folder / "stage.json", Results, "the stage"), "files": record},
-                    )
-    finally:
-        if stage and (folder / "stage.json").is_file():
-            lock.release()
-
-
-NO_WEIGHTS = (
-    ".json",
-    ".txt",
-    ".md",
-    ".py",
-    ".jinja",
-    ".model",
-    ".yaml",
-)  # suffixes beside weights in a component's folder
-
-
-def pipeline_weights_hash(folder: str | os.PathLike) -> str | None:
-    """First 16 hex digits of the SHA-256 over the weight files of a pipeline folder's components; `None` where there is
-    no such folder.
-
-    Equal weights in equal files give equal hashes wherever the folder lies. Large files whose hash a stage has recorded
-    are not read again.
-    """
-    folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        return None
-    index, known = read_record(folder / "model_index.json", Named, "save_pretrained"), {}
-    for root in (folder.parent, folder):
-        if (root / "stage.json").is_file():
-            listed = read_record(root / "stage.json", Results, "the stage").get("files", {})
-            known |= {root / name: entry for name, entry in listed.items()}
-    digest = hashlib.sha256()
-    for name in sorted(
-        name for name, value in index.items() if isinstance(value, list) and Path(name).name == name != ".."
-    ):
-        for path in sorted(
-            path for path in (folder / name).rglob("*") if path.is_file() and path.suffix not in NO_WEIGHTS
-        ):
-            about, entry = path.stat(), known.get(path, {})
-            recorded = about.st_size > HASHED_ALWAYS and (about.st_size, about.st_mtime_ns) == (
-                entry.get("size"),
-                entry.get("mtime_ns"),
-            )
-            digest.update(
-                f"{path.relative_to(folder).as_posix()} {entry['sha256'] if recorded else file_sha256(path)}\n".encode()
-            )
-    return digest.hexdigest()[:16]
-
-
-def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """Dotted name and both values of the first place where two nested plain values differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}, key=str):
-            if (
-                found := first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-            ) is not None:
-                return found
-        return None
-    return None if old == new else (path, old, new)
-
-
-def _known_to(old: Any, new: Any) -> Any:
-    """Nested dicts with those keys alone that the older ones have too."""
-    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
-        return new
-    return {key: _known_to(old[key], value) for key, value in new.items() if key in old}
-
-
-def _with(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
-    """Nested dicts with another value at a path."""
-    first, *rest = path
-    return {**values, first: _with(values.get(first) or {}, rest, value) if rest else value}
-
-
-FORMAT = 2  # of run.json; 1, without the key, did not record all inputs
 
 
 def on_main(work: Callable[[], Any], accelerator: Accelerator | None) -> None:

@@ -14,7 +14,7 @@ from ..pipelines.loading import load_pipeline, with_transformer
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 from ..records import Front
 from ..run.outputs import check_output, foreign_to_student
-from ..run.state import replace_results
+from ..run.results import replace_results
 from ..schema import read_record
 from .pareto import choose
 
