@@ -121,6 +121,3 @@ def make_accelerator(config: RunConfig) -> Any:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(max(1, config.threads // local))
     return accelerator
-
-
-# -------------------------------------------------------------------- optimisation
