@@ -809,7 +809,7 @@ def test_bundled_code_loads_with_trust_and_saves_again(shared, saved, tmp_path):
             loaded.save_pretrained(second)  # its code came from a folder, so the code goes along
     with pytest.raises(ValueError, match="save first"):
         loaded.save_pretrained(tmp_path / "third", push_to_hub=True)
-    with pytest.raises(ValueError, match="PointNet may not be self-contained"):
+    with pytest.raises(ValueError, match="PointNet is not self-contained"):
         make_pipeline(None, None, PointNet.from_preset("elastic-dit-debug")).save_pretrained(
             tmp_path / "fourth", bundle_code=True
         )

@@ -1,4 +1,4 @@
-"""Pipelines: each is one self-contained file that ships to the Hub as it is. Imported when used."""
+"""Pipelines: each, with `call.py` put into it, is one self-contained file that ships to the Hub. Imported when used."""
 
 from typing import Any
 

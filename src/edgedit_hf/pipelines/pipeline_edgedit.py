@@ -1,5 +1,5 @@
-"""EdgeDiTPipeline: class labels in, images out. One self-contained file: it imports only torch, diffusers, numpy and
-PIL.
+"""EdgeDiTPipeline: class labels in, images out. Self-contained: it imports only torch, diffusers, numpy and, beside it,
+what every pipeline does.
 
 Works on latents with a VAE and directly on pixels without one, with a learned or a fixed variance, with a
 class-conditional or an unconditional transformer, and with every diffusers scheduler that fits what the transformer
@@ -9,75 +9,27 @@ Shapes: B images, C channels of the latents (of the pixels without a VAE), H × 
 factor (1 without).
 """
 
-import contextlib
-import copy
 import difflib
-import inspect
-import json
 import math
 import operator
-import os
-import shutil
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
+
+from .call import Callback, CallMixin, postprocess, vae_output
 
 Label = int | str
-PIL_CHANNELS = (1, 3, 4)  # modes L, RGB, RGBA
 
 
-@dataclass(eq=False)
-class _Call:
-    """What belongs to one call of a pipeline: calls at once, of one pipeline or of several that share components, each
-    have their own.
-    """
-
-    guidance_scale: float
-    num_timesteps: int = 0
-    interrupt: bool = False
-    scheduler: SchedulerMixin | None = None  # a copy: schedulers count their steps and keep earlier outputs
-
-
-_CALLS: ContextVar[Mapping[int, _Call]] = ContextVar(
-    "calls in progress in this context, by the id of their pipeline", default=MappingProxyType({})
-)
-_SCHEDULERS = threading.Lock()  # while one is copied, or told what a call left
-
-
-def _of_call(name: str, doc: str) -> property:
-    """An attribute of the call in progress in this thread (in a callback, of its call), of the last one outside of
-    calls.
-
-    Set outside of calls, such as by the thread of a stop button, it holds for all calls in progress.
-    """
-
-    def get(self: Any) -> Any:
-        return getattr(self._call, name)
-
-    def put(self: Any, value: Any) -> None:
-        own = _CALLS.get().get(id(self))
-        for call in (own,) if own is not None else (self._last_call, *self._running_calls):
-            setattr(call, name, value)
-
-    return property(get, put, doc=doc)
-
-
-class EdgeDiTPipeline(DiffusionPipeline):
+class EdgeDiTPipeline(CallMixin, DiffusionPipeline):
     r"""
     Class-conditional (or unconditional) image generation with a diffusion transformer.
 
@@ -100,6 +52,8 @@ class EdgeDiTPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents", "class_labels", "prompt_embeds"]
+    _bundled_model = "EdgeDiTTransformer2DModel"
+    _token_multiple = 1
     # Only the .onnx files of a repository without safetensors in transformer/ are meant: with this, downloads do not
     # skip them.
     _is_onnx = True
@@ -115,8 +69,7 @@ class EdgeDiTPipeline(DiffusionPipeline):
         guidance_channels: int | None = None,
     ):
         super().__init__()
-        self._last_call = _Call(default_guidance_scale)
-        self._running_calls: list[_Call] = []
+        self._begin_calls(default_guidance_scale)
         if id2label is not None:
             id2label = {str(key): str(name) for key, name in id2label.items()}
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
@@ -128,87 +81,10 @@ class EdgeDiTPipeline(DiffusionPipeline):
         )
         self._check_id2label()
 
-    # ---------------------------------------------------------------- state of a call
-
-    _guidance_scale = _of_call("guidance_scale", "Guidance of the call in progress, which a callback may change.")
-    _num_timesteps = _of_call("num_timesteps", "Steps of the call in progress.")
-    _interrupt = _of_call("interrupt", "Whether the call in progress is to stop.")
-
-    @property
-    def _call(self) -> _Call:
-        own = _CALLS.get().get(id(self))
-        return own if own is not None else (self._running_calls or [self._last_call])[-1]
-
-    @property
-    def scheduler(self) -> SchedulerMixin | None:
-        """The scheduler; in a callback, the copy that its call uses. After a call it has the timesteps of that call."""
-        own = _CALLS.get().get(id(self))
-        return self.__dict__.get("scheduler") if own is None else own.scheduler
-
-    @scheduler.setter
-    def scheduler(self, value: SchedulerMixin | None) -> None:
-        self.__dict__["scheduler"] = value
-        if (own := _CALLS.get().get(id(self))) is not None:
-            own.scheduler = value
-
-    @contextlib.contextmanager
-    def _own_call(self, guidance_scale: float) -> Iterator[None]:
-        """Within it `_guidance_scale`, `_num_timesteps`, `_interrupt` and `scheduler` are this call's own."""
-        shared = self.__dict__["scheduler"]  # not that of a call around this one
-        with _SCHEDULERS:
-            call = _Call(guidance_scale, scheduler=copy.deepcopy(shared))
-        self._running_calls.append(call)
-        token = _CALLS.set({**_CALLS.get(), id(self): call})
-        try:
-            yield
-        finally:
-            _CALLS.reset(token)
-            self._running_calls.remove(call)
-            self._last_call = call
-            with _SCHEDULERS:
-                left = {
-                    name: vars(call.scheduler)[name]
-                    for name in ("timesteps", "sigmas", "num_inference_steps")
-                    if name in vars(call.scheduler)
-                }
-                vars(shared).update(left)
-            call.scheduler = None
-
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance of the call in progress; a callback may change `_guidance_scale`."""
-        return self._guidance_scale
-
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the call in progress runs the transformer with and without its classes."""
-        return self._guidance_scale > 1 and self.transformer.config.num_classes > 0
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the call in progress."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has asked, by `_interrupt`, to stop."""
-        return self._interrupt
-
-    # ---------------------------------------------------------------- components
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Side of the square of pixels that one latent stands for (1 without a VAE)."""
-        if self.vae is None:
-            return 1
-        if "block_out_channels" in self.vae.config:
-            return 2 ** (len(self.vae.config.block_out_channels) - 1)
-        ratio = getattr(self.vae, "spatial_compression_ratio", None)
-        if ratio is None:
-            raise ValueError(
-                f"The VAE, a {type(self.vae).__name__}, says nothing of how much it downsamples; use another one."
-            )
-        return ratio
+        return super().do_classifier_free_guidance and self.transformer.config.num_classes > 0
 
     # ---------------------------------------------------------------- labels
 
@@ -311,22 +187,6 @@ class EdgeDiTPipeline(DiffusionPipeline):
         learned = str(self.scheduler.config.get("variance_type")).startswith("learned")
         return learned and type(self.scheduler).__name__ in ("DDPMScheduler", "DDPMParallelScheduler")
 
-    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        config, factor = self.transformer.config, self.vae_scale_factor
-        native = config.get("size") or (
-            config.sample_size,
-            config.sample_size,
-        )  # an exported transformer may be made for another size
-        sizes = []
-        for name, pixels, latents in (("height", height, native[0]), ("width", width, native[1])):
-            pixels = latents * factor if pixels is None else pixels
-            if pixels < 1 or pixels % (factor * config.patch_size):
-                raise ValueError(
-                    f"{name} is {pixels}; it must be a positive multiple of {factor * config.patch_size} pixels."
-                )
-            sizes.append(pixels // factor)
-        return sizes[0], sizes[1]
-
     def _prepare_labels(self, class_labels: Any, batch_size: int | None, num_images_per_label: int) -> list[int] | int:
         """The class of every image, or their number for an unconditional transformer."""
         classes = self.transformer.config.num_classes
@@ -352,84 +212,6 @@ class EdgeDiTPipeline(DiffusionPipeline):
             raise ValueError("class_labels is empty; give at least one class number or name.")
         return labels
 
-    def _set_timesteps(self, steps: int, tokens: int) -> torch.Tensor:
-        """Timesteps on the host, where schedulers index their tables by them: on a GPU every step would wait for the
-        device otherwise.
-
-        Raises:
-            ValueError: the scheduler has no schedule of so many steps.
-        """
-        config, name, shift = self.scheduler.config, type(self.scheduler).__name__, {}
-        if config.get("shift_terminal") and steps == 1:
-            raise ValueError(
-                f"num_inference_steps is 1, but the scheduler's shift_terminal {config.shift_terminal} stretches the "
-                f"steps between the first and the last; take at least 2 steps, or {name}.from_config(config, "
-                "shift_terminal=None)."
-            )
-        if config.get("use_dynamic_shifting"):  # as in diffusers' Flux pipeline: linear in the number of tokens
-            slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-            shift["mu"] = config.base_shift + slope * (tokens - config.base_image_seq_len)
-        try:
-            self.scheduler.set_timesteps(steps, device="cpu", **shift)
-        except TypeError as error:
-            raise ValueError(
-                f"{name} makes no timesteps with its config ({error}); load the scheduler of this model again."
-            ) from error
-        timesteps = self.scheduler.timesteps
-        if not torch.isfinite(timesteps.float()).all():
-            raise ValueError(
-                f"{name} makes of {steps} steps the timesteps {timesteps.tolist()[:4]} …; they must be finite. Take "
-                "another number of steps."
-            )
-        return timesteps
-
-    def _not_finite(self, inputs: Mapping[str, torch.Tensor | None]) -> ValueError:
-        """The error of a transformer whose output holds NaN or infinite values: whether an input, a weight or the
-        precision is at fault.
-        """
-        for name, value in inputs.items():
-            if value is not None and not torch.isfinite(value).all():
-                return ValueError(
-                    f"{name} holds NaN or infinite values, so no image can be made of it; give finite values."
-                )
-        model = self.transformer
-        weights = [*model.named_parameters(), *model.named_buffers()] if isinstance(model, torch.nn.Module) else []
-        bad = [
-            name
-            for name, value in weights
-            if value.is_floating_point() and not value.is_meta and not torch.isfinite(value).all()
-        ]
-        if bad:
-            return ValueError(
-                f"{len(bad)} of {len(weights)} weights of the transformer hold NaN or infinite values, the first is "
-                f"{bad[0]}; load a checkpoint of before they did, or train again with a lower learning rate."
-            )
-        dtype = str(getattr(model, "dtype", "an unknown type")).removeprefix("torch.")
-        return ValueError(
-            "The guided output of the transformer is not finite, though its input and weights are: it overflows in "
-            f"{dtype}; use bfloat16 or float32, or less guidance than {self.guidance_scale:g}."
-        )
-
-    def prepare_latents(
-        self,
-        shape: tuple[int, int, int, int],
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Initial noise in float32, scaled as the scheduler wants it. `latents`: standard normal noise to start from
-        instead.
-        """
-        if isinstance(generator, (list, tuple)) and len(generator) != shape[0]:
-            raise ValueError(
-                f"{len(generator)} generators were given for {shape[0]} images; give one, or one an image."
-            )
-        device = self._execution_device
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents has the shape {tuple(latents.shape)}; these arguments need {shape}.")
-        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
-
     # ---------------------------------------------------------------- generation
 
     @torch.no_grad()
@@ -442,10 +224,7 @@ class EdgeDiTPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Any, dict], dict]
-        | PipelineCallback
-        | MultiPipelineCallbacks
-        | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_label: int = 1,
         batch_size: int | None = None,
@@ -481,21 +260,7 @@ class EdgeDiTPipeline(DiffusionPipeline):
             ValueError: an argument does not fit the model; the message quotes both.
         """
         # 1. Check the arguments before any work is done
-        for name in ("transformer", "scheduler"):
-            if getattr(self, name) is None:
-                raise ValueError(
-                    f"This pipeline was made with {name}=None, so it cannot generate images; set pipeline.{name} first."
-                )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ()
-        foreign = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if foreign:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs names {foreign}; the tensors are {self._callback_tensor_inputs}."
-            )
+        names = self._check_call(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
         if steps < 1:
             raise ValueError(f"num_inference_steps is {steps}; it must be at least 1.")
@@ -517,9 +282,7 @@ class EdgeDiTPipeline(DiffusionPipeline):
             latents = self.prepare_latents((count, channels, latent_height, latent_width), generator, latents)
             classes = None if isinstance(labels, int) else torch.tensor(labels, device=device)  # [B]
             null = None if classes is None else torch.full_like(classes, self.transformer.config.num_classes)
-            step_kwargs = {"return_dict": False}
-            if "generator" in inspect.signature(self.scheduler.step).parameters:
-                step_kwargs["generator"] = generator
+            step_arguments = self._step_arguments(generator)
             on_device = timesteps.to(device)
             modulations, guided = None, False
 
@@ -538,41 +301,25 @@ class EdgeDiTPipeline(DiffusionPipeline):
                     prediction = self._predict(latents, timestep, inputs, next(modulations), guided)
                     if index == 0 and not torch.isfinite(prediction).all():
                         raise self._not_finite({"latents": latents})
-                    latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs)[0]
+                    latents = self.scheduler.step(prediction, timestep, latents, **step_arguments)[0]
                     if callback_on_step_end is not None:
-                        # In diffusers' order, the unconditional rows first.
-                        known = (
-                            timestep.new_empty(0)
-                            if classes is None
-                            else torch.cat([null, classes])
-                            if guided
-                            else classes
+                        handed = timestep.new_empty(0) if classes is None else classes
+                        latents, changed = self._call_back(
+                            callback_on_step_end,
+                            (index, timestep),
+                            names,
+                            latents,
+                            partial(_handed_labels, handed, null if guided else None),
+                            count,
                         )
-                        tensors = {
-                            name: latents if name == "latents" else known.clone()
-                            for name in callback_on_step_end_tensor_inputs
-                        }
-                        returned = callback_on_step_end(self, index, timestep, tensors) or {}
-                        latents = returned.get("latents", latents)
-                        for name in ("class_labels", "prompt_embeds"):
-                            changed = _changed_rows(name, known, returned[name], count) if name in returned else None
-                            if changed is not None:
-                                self._check_classes(changed)
-                                null, classes = (changed[:count] if guided else null), changed[-count:]
-                                modulations = None
+                        for labels in changed.values():
+                            self._check_classes(labels)
+                            null, classes = (labels[:count] if guided else null), labels[-count:]
+                            modulations = None
                     progress_bar.update()
 
-        if not torch.isfinite(latents).all():
-            raise ValueError(
-                f"After {self.num_timesteps} steps the latents hold NaN or infinite values, though the transformer's "
-                f"first output did not: see whether {type(self.scheduler).__name__} is the scheduler (and has the "
-                f"config) of this model, and try less guidance than {self.guidance_scale:g}."
-            )
-
         # 4. Decode
-        images = latents if output_type == "latent" else self._postprocess(self.decode(latents), output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._output(latents, output_type, return_dict)
 
     def _check_classes(self, classes: torch.Tensor) -> None:
         """Raise unless these are classes of the transformer, or its null class."""
@@ -642,100 +389,15 @@ class EdgeDiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, C, H, W)` → images `(B, channels, H·f, W·f)` in [0, 1], float32."""
-        if self.vae is not None:
-            video = "temperal_downsample" in self.vae.config  # a video VAE, such as Qwen-Image's: one frame
-            latents = _unscaled(latents, self.vae.config).to(self.vae.dtype)
-            images = self.vae.decode(latents.unsqueeze(2) if video else latents, return_dict=False)[0].float()
-            latents = images[:, :, 0] if video else images
-        return VaeImageProcessor.denormalize(latents)
+        return VaeImageProcessor.denormalize(latents if self.vae is None else vae_output(self.vae, latents))
 
     @staticmethod
-    def _postprocess(images: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
-        if output_type == "pil" and images.shape[1] not in PIL_CHANNELS:
-            raise ValueError(f"Images of {images.shape[1]} channels are no PIL images; use output_type 'np' or 'pt'.")
-        return VaeImageProcessor().postprocess(images, output_type, do_denormalize=[False] * len(images))
-
-    # ---------------------------------------------------------------- saving
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, *args, bundle_code: bool | None = None, **kwargs
-    ) -> None:
-        """As in diffusers, and with `bundle_code=True` the folder also holds the code.
-
-        Such a folder loads with `trust_remote_code=True` where this package is not installed (and needs that flag
-        everywhere).
-
-        Args:
-            bundle_code: Default: `True` for a pipeline whose own code came from such a folder, so that saving it again
-                keeps it loadable, else `False`.
-
-        Raises:
-            ValueError: the code cannot be bundled: a component is not self-contained, or `push_to_hub=True` is given
-                too (the upload would precede the code; use the method `push_to_hub`).
-        """
-        if bundle_code is None:
-            bundle_code = type(self).__module__.startswith("diffusers_modules.")
-        if bundle_code:
-            model_class = type(
-                getattr(self.transformer, "_orig_mod", self.transformer)
-            )  # torch.compile wraps the model
-            source = Path(inspect.getfile(model_class))
-            if model_class.__name__ != "EdgeDiTTransformer2DModel":
-                raise ValueError(
-                    f"The code of {model_class.__name__} is not self-contained, so it cannot be bundled; "
-                    "save without bundle_code, for use with the package installed."
-                )
-            if getattr(self.transformer, "quantization_method", None) == "edgedit":
-                raise ValueError(
-                    "Only the package edgedit_hf can load quantised weights; call transformer.dequantize(), or save "
-                    "without bundle_code."
-                )
-            if kwargs.get("push_to_hub"):
-                raise ValueError("With bundle_code, save first and then upload: pipeline.push_to_hub(repo_id).")
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if not bundle_code:
-            return
-        folder, own = Path(save_directory), Path(__file__)
-        shutil.copyfile(own, folder / own.name)
-        shutil.copyfile(source, folder / "transformer" / source.name)
-        index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
-        index["_class_name"] = [own.stem, type(self).__name__]
-        index["transformer"] = [source.stem, model_class.__name__]
-        written = folder / f"{self.config_name}.tmp"
-        written.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(written, folder / self.config_name)
+    def _postprocess(images: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
+        return postprocess(images, output_type, normalized=False)
 
 
-def _changed_rows(name: str, before: torch.Tensor, after: torch.Tensor, count: int) -> torch.Tensor | None:
-    """What a callback made of the rows of conditioning that it was handed; `None` if it left them as they were.
-
-    The last `count` rows are conditional. As diffusers' callbacks that end guidance do, it may return those alone, or
-    (whose code is written for one image) only the very last.
+def _handed_labels(classes: torch.Tensor, null: torch.Tensor | None, name: str) -> torch.Tensor:
+    """A copy of the labels of the transformer's rows in diffusers' order: those of no class, while there is guidance,
+    first. (`name`: a callback may ask for them by either of two names.)
     """
-    if after.shape[1:] == before.shape[1:] and len(after) in (len(before), count) and len(after) <= len(before):
-        rows = before.clone()
-        rows[len(rows) - len(after) :] = after
-        return None if torch.equal(rows, before) else rows
-    if after.shape == before[-1:].shape and torch.equal(after.to(before), before[-1:]):
-        return None
-    raise ValueError(
-        f"The callback returned {name} of shape {tuple(after.shape)}; it was handed {tuple(before.shape)}, of which "
-        f"the last {count} rows are conditional: return as many rows, or those alone."
-    )
-
-
-def _unscaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
-    """What a VAE decodes, `(B, C, H, W)`, of the latents that the transformer makes: x / scaling + shift, or x · std /
-    scaling + mean.
-    """
-    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        if not len(mean) == len(std) == latents.shape[1]:
-            raise ValueError(
-                f"The VAE has {len(mean)} latents_mean and {len(std)} latents_std for {latents.shape[1]} channels; it "
-                "needs one a channel."
-            )
-        shift, std = (torch.tensor(values, device=latents.device).view(1, -1, 1, 1) for values in (mean, std))
-        scale = scale / std
-    return latents / scale + shift
+    return classes.clone() if null is None else torch.cat([null, classes])

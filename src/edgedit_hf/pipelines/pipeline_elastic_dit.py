@@ -1,5 +1,5 @@
-"""ElasticDiTPipeline: prompts in, images out, at any width of the elastic transformer. One self-contained file: torch,
-diffusers, PIL.
+"""ElasticDiTPipeline: prompts in, images out, at any width of the elastic transformer. Self-contained: it imports only
+torch, diffusers, numpy and, beside it, what every pipeline does.
 
 Works on latents with a VAE and directly on pixels without one, with one or both text encoders of the transformer or
 with prompt embeds alone, and with every diffusers scheduler for flow matching.
@@ -8,41 +8,32 @@ Shapes: B images, C channels of the latents (of the pixels without a VAE), H × 
 factor (1 without), T_i tokens of text encoder i and D_i their width.
 """
 
-import contextlib
-import copy
 import inspect
-import json
 import math
 import os
-import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import PipelineQuantizationConfig
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, get_class_obj_and_candidates
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
+
+from .call import Callback, CallMixin, postprocess, vae_output
 
 logger = logging.get_logger(__name__)
 
-Text = tuple[
-    list[torch.Tensor | None], list[torch.Tensor | None]
-]  # embeds [B, T_i, D_i] and masks [B, T_i], one entry an encoder
-PIL_CHANNELS = (1, 3, 4)  # modes L, RGB, RGBA
+# Embeds [B, T_i, D_i] and masks [B, T_i], one entry an encoder.
+Text = tuple[list[torch.Tensor | None], list[torch.Tensor | None]]
+TEXT_TENSORS = ("prompt_embeds", "prompt_embeds_2")  # what a callback calls the hidden states of the text encoders
 # Options of diffusers' from_pretrained that bear on how the transformer is loaded, and those that do not.
 LOADED_WITH = (
     "torch_dtype",
@@ -77,45 +68,9 @@ LOADED_ASIDE += (
 _TOKENIZERS = threading.Lock()  # a tokenizer keeps the truncation of a call on itself
 
 
-@dataclass(eq=False)
-class _Call:
-    """What belongs to one call of a pipeline: calls at once, of one pipeline or of several that share components, each
-    have their own.
-    """
-
-    guidance_scale: float
-    num_timesteps: int = 0
-    interrupt: bool = False
-    scheduler: SchedulerMixin | None = None  # a copy: schedulers count their steps and keep earlier outputs
-
-
-_CALLS: ContextVar[Mapping[int, _Call]] = ContextVar(
-    "calls in progress in this context, by the id of their pipeline", default=MappingProxyType({})
-)
-_SCHEDULERS = threading.Lock()  # while one is copied, or told what a call left
-
-
-def _of_call(name: str, doc: str) -> property:
-    """An attribute of the call in progress in this thread (in a callback, of its call), of the last one outside of
-    calls.
-
-    Set outside of calls, such as by the thread of a stop button, it holds for all calls in progress.
-    """
-
-    def get(self: Any) -> Any:
-        return getattr(self._call, name)
-
-    def put(self: Any, value: Any) -> None:
-        own = _CALLS.get().get(id(self))
-        for call in (own,) if own is not None else (self._last_call, *self._running_calls):
-            setattr(call, name, value)
-
-    return property(get, put, doc=doc)
-
-
 # diffusers' LoRA loading is a mixin a model family; Sana's is the one that assumes nothing but a component named
 # `transformer`.
-class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+class ElasticDiTPipeline(CallMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     r"""
     Text-to-image generation with an elastic diffusion transformer.
 
@@ -137,7 +92,9 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "prompt_embeds_2"]
+    _callback_tensor_inputs = ["latents", *TEXT_TENSORS]
+    _bundled_model = "ElasticDiTTransformer2DModel"
+    _token_multiple = 2  # the Middle stage halves the token grid
     # Only the .onnx files of a repository without safetensors in transformer/ are meant: with this, downloads do not
     # skip them.
     _is_onnx = True
@@ -156,8 +113,7 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         max_sequence_length: int = 128,
     ):
         super().__init__()
-        self._last_call = _Call(default_guidance_scale)
-        self._running_calls: list[_Call] = []
+        self._begin_calls(default_guidance_scale)
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -236,87 +192,7 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         pipeline._check_vae()
         return pipeline
 
-    # ---------------------------------------------------------------- state of a call
-
-    _guidance_scale = _of_call("guidance_scale", "Guidance of the call in progress, which a callback may change.")
-    _num_timesteps = _of_call("num_timesteps", "Steps of the call in progress.")
-    _interrupt = _of_call("interrupt", "Whether the call in progress is to stop.")
-
-    @property
-    def _call(self) -> _Call:
-        own = _CALLS.get().get(id(self))
-        return own if own is not None else (self._running_calls or [self._last_call])[-1]
-
-    @property
-    def scheduler(self) -> SchedulerMixin | None:
-        """The scheduler; in a callback, the copy that its call uses. After a call it has the timesteps of that call."""
-        own = _CALLS.get().get(id(self))
-        return self.__dict__.get("scheduler") if own is None else own.scheduler
-
-    @scheduler.setter
-    def scheduler(self, value: SchedulerMixin | None) -> None:
-        self.__dict__["scheduler"] = value
-        if (own := _CALLS.get().get(id(self))) is not None:
-            own.scheduler = value
-
-    @contextlib.contextmanager
-    def _own_call(self, guidance_scale: float) -> Iterator[None]:
-        """Within it `_guidance_scale`, `_num_timesteps`, `_interrupt` and `scheduler` are this call's own."""
-        shared = self.__dict__["scheduler"]  # not that of a call around this one
-        with _SCHEDULERS:
-            call = _Call(guidance_scale, scheduler=copy.deepcopy(shared))
-        self._running_calls.append(call)
-        token = _CALLS.set({**_CALLS.get(), id(self): call})
-        try:
-            yield
-        finally:
-            _CALLS.reset(token)
-            self._running_calls.remove(call)
-            self._last_call = call
-            with _SCHEDULERS:
-                left = {
-                    name: vars(call.scheduler)[name]
-                    for name in ("timesteps", "sigmas", "num_inference_steps")
-                    if name in vars(call.scheduler)
-                }
-                vars(shared).update(left)
-            call.scheduler = None
-
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance of the call in progress; a callback may change `_guidance_scale`."""
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the call in progress runs the transformer with and without its text."""
-        return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the call in progress."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has asked, by `_interrupt`, to stop."""
-        return self._interrupt
-
     # ---------------------------------------------------------------- components
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Side of the square of pixels that one latent stands for (1 without a VAE)."""
-        if self.vae is None:
-            return 1
-        if "block_out_channels" in self.vae.config:
-            return 2 ** (len(self.vae.config.block_out_channels) - 1)
-        ratio = getattr(self.vae, "spatial_compression_ratio", None)
-        if ratio is None:
-            raise ValueError(
-                f"The VAE, a {type(self.vae).__name__}, says nothing of how much it downsamples; use another one."
-            )
-        return ratio
 
     def _encoders(self) -> list[tuple[str, Any, Any]]:
         """(name, text encoder, tokenizer) of each width in the transformer's `text_dims`; `None` where there is
@@ -508,101 +384,6 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             masks.append(mask.flatten(0, 1))
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": masks}
 
-    # ---------------------------------------------------------------- checks
-
-    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        config, factor = self.transformer.config, self.vae_scale_factor
-        native = config.get("size") or (
-            config.sample_size,
-            config.sample_size,
-        )  # an exported transformer may be made for another size
-        unit = factor * 2 * config.patch_size  # the Middle stage halves the token grid
-        sizes = []
-        for name, pixels, latents in (("height", height, native[0]), ("width", width, native[1])):
-            pixels = latents * factor if pixels is None else pixels
-            if pixels < 1 or pixels % unit:
-                raise ValueError(f"{name} is {pixels}; it must be a positive multiple of {unit} pixels.")
-            sizes.append(pixels // factor)
-        return sizes[0], sizes[1]
-
-    def _set_timesteps(self, steps: int, tokens: int) -> torch.Tensor:
-        """Timesteps on the host, where schedulers index their tables by them: on a GPU every step would wait for the
-        device otherwise.
-
-        Raises:
-            ValueError: the scheduler has no schedule of so many steps.
-        """
-        config, name, shift = self.scheduler.config, type(self.scheduler).__name__, {}
-        if config.get("shift_terminal") and steps == 1:
-            raise ValueError(
-                f"num_inference_steps is 1, but the scheduler's shift_terminal {config.shift_terminal} stretches the "
-                f"steps between the first and the last; take at least 2 steps, or {name}.from_config(config, "
-                "shift_terminal=None)."
-            )
-        if config.get("use_dynamic_shifting"):  # as in diffusers' Flux pipeline: linear in the number of tokens
-            slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-            shift["mu"] = config.base_shift + slope * (tokens - config.base_image_seq_len)
-        try:
-            self.scheduler.set_timesteps(steps, device="cpu", **shift)
-        except TypeError as error:
-            raise ValueError(
-                f"{name} makes no timesteps with its config ({error}); load the scheduler of this model again."
-            ) from error
-        timesteps = self.scheduler.timesteps
-        if not torch.isfinite(timesteps.float()).all():
-            raise ValueError(
-                f"{name} makes of {steps} steps the timesteps {timesteps.tolist()[:4]} …; they must be finite. Take "
-                "another number of steps."
-            )
-        return timesteps
-
-    def _not_finite(self, inputs: Mapping[str, torch.Tensor | None]) -> ValueError:
-        """The error of a transformer whose output holds NaN or infinite values: whether an input, a weight or the
-        precision is at fault.
-        """
-        for name, value in inputs.items():
-            if value is not None and not torch.isfinite(value).all():
-                return ValueError(
-                    f"{name} holds NaN or infinite values, so no image can be made of it; give finite values."
-                )
-        model = self.transformer
-        weights = [*model.named_parameters(), *model.named_buffers()] if isinstance(model, torch.nn.Module) else []
-        bad = [
-            name
-            for name, value in weights
-            if value.is_floating_point() and not value.is_meta and not torch.isfinite(value).all()
-        ]
-        if bad:
-            return ValueError(
-                f"{len(bad)} of {len(weights)} weights of the transformer hold NaN or infinite values, the first is "
-                f"{bad[0]}; load a checkpoint of before they did, or train again with a lower learning rate."
-            )
-        dtype = str(getattr(model, "dtype", "an unknown type")).removeprefix("torch.")
-        return ValueError(
-            "The guided output of the transformer is not finite, though its input and weights are: it overflows in "
-            f"{dtype}; use bfloat16 or float32, or less guidance than {self.guidance_scale:g}."
-        )
-
-    def prepare_latents(
-        self,
-        shape: tuple[int, int, int, int],
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Initial noise in float32, scaled as the scheduler wants it. `latents`: standard normal noise to start from
-        instead.
-        """
-        if isinstance(generator, (list, tuple)) and len(generator) != shape[0]:
-            raise ValueError(
-                f"{len(generator)} generators were given for {shape[0]} images; give one, or one an image."
-            )
-        device = self._execution_device
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents has the shape {tuple(latents.shape)}; these arguments need {shape}.")
-        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
-
     # ---------------------------------------------------------------- generation
 
     @torch.no_grad()
@@ -624,10 +405,7 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         subnet: str | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Any, dict], dict]
-        | PipelineCallback
-        | MultiPipelineCallbacks
-        | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
     ) -> ImagePipelineOutput | tuple:
@@ -668,21 +446,7 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             ValueError: an argument does not fit the model; the message quotes both.
         """
         # 1. Check the arguments before any work is done
-        for name in ("transformer", "scheduler"):
-            if getattr(self, name) is None:
-                raise ValueError(
-                    f"This pipeline was made with {name}=None, so it cannot generate images; set pipeline.{name} first."
-                )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ()
-        foreign = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if foreign:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs names {foreign}; the tensors are {self._callback_tensor_inputs}."
-            )
+        names = self._check_call(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
         for name, value in (("num_inference_steps", steps), ("num_images_per_prompt", num_images_per_prompt)):
             if value < 1:
@@ -720,9 +484,7 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             timesteps = self._set_timesteps(steps, (latent_height // patch) * (latent_width // patch))
             self._num_timesteps = len(timesteps)
             on_device = timesteps.to(latents.device)
-            step_kwargs = {"return_dict": False}
-            if "generator" in inspect.signature(self.scheduler.step).parameters:
-                step_kwargs["generator"] = generator
+            step_arguments = self._step_arguments(generator)
 
             # 4. Denoise
             conditioning: dict[bool, dict[str, Any]] = {}  # of a step with and without guidance; made once
@@ -742,41 +504,27 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                         raise self._not_finite(
                             {"latents": latents, **{f"prompt_embeds[{i}]": states for i, states in enumerate(embeds)}}
                         )
-                    latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs)[0]
+                    latents = self.scheduler.step(prediction, timestep, latents, **step_arguments)[0]
                     if callback_on_step_end is not None:
-                        used, names = conditioning[guided], ("prompt_embeds", "prompt_embeds_2")
-                        tensors = {
-                            name: latents if name == "latents" else _swapped(used, names.index(name), count)
-                            for name in callback_on_step_end_tensor_inputs
-                        }
-                        returned = callback_on_step_end(self, index, timestep, tensors) or {}
-                        latents = returned.get("latents", latents)
-                        for i, name in enumerate(names):
-                            changed = (
-                                _changed_rows(name, _swapped(used, i, count), returned[name], count)
-                                if name in returned
-                                else None
-                            )
-                            if changed is not None:
-                                masks = used["encoder_attention_mask"][i]
-                                text = _replaced(text, i, changed[-count:], masks[:count])
-                                negative = (
-                                    _replaced(negative, i, changed[:count], masks[count:]) if guided else negative
-                                )
-                                conditioning = {}
+                        used = conditioning[guided]
+                        latents, changed = self._call_back(
+                            callback_on_step_end,
+                            (index, timestep),
+                            names,
+                            latents,
+                            partial(_swapped, used, count=count),
+                            count,
+                        )
+                        for name, states in changed.items():
+                            encoder, rows = TEXT_TENSORS.index(name), used["encoder_attention_mask"]
+                            text = _replaced(text, encoder, states[-count:], rows[encoder][:count])
+                            if guided:
+                                negative = _replaced(negative, encoder, states[:count], rows[encoder][count:])
+                            conditioning = {}
                     progress_bar.update()
 
-        if not torch.isfinite(latents).all():
-            raise ValueError(
-                f"After {self.num_timesteps} steps the latents hold NaN or infinite values, though the transformer's "
-                f"first output did not: see whether {type(self.scheduler).__name__} is the scheduler (and has the "
-                f"config) of this model, and try less guidance than {self.guidance_scale:g}."
-            )
-
         # 5. Decode
-        images = latents if output_type == "latent" else self._postprocess(self.decode(latents), output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._output(latents, output_type, return_dict)
 
     def _predict(
         self,
@@ -805,71 +553,18 @@ class ElasticDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, C, H, W)` → images `(B, channels, H·f, W·f)` about [-1, 1], float32."""
-        if self.vae is None:
-            return latents
-        latents = _unscaled(latents, self.vae.config).to(self.vae.dtype)
-        if "temperal_downsample" in self.vae.config:  # a video VAE, such as Qwen-Image's: one frame
-            return self.vae.decode(latents.unsqueeze(2), return_dict=False)[0][:, :, 0].float()
-        return self.vae.decode(latents, return_dict=False)[0].float()
+        return latents if self.vae is None else vae_output(self.vae, latents)
 
     @staticmethod
     def _postprocess(images: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
-        if output_type == "pil" and images.shape[1] not in PIL_CHANNELS:
-            raise ValueError(f"Images of {images.shape[1]} channels are no PIL images; use output_type 'np' or 'pt'.")
-        return VaeImageProcessor().postprocess(images, output_type)
-
-    # ---------------------------------------------------------------- saving
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, *args, bundle_code: bool | None = None, **kwargs
-    ) -> None:
-        """As in diffusers, and with `bundle_code=True` the folder also holds the code.
-
-        Such a folder loads with `trust_remote_code=True` where this package is not installed (and needs that flag
-        everywhere).
-
-        Args:
-            bundle_code: Default: `True` for a pipeline whose own code came from such a folder, so that saving it again
-                keeps it loadable, else `False`.
-
-        Raises:
-            ValueError: the code cannot be bundled: the transformer is another class, or `push_to_hub=True` is given too
-                (the upload would precede the code; use the method `push_to_hub`).
-        """
-        if bundle_code is None:
-            bundle_code = type(self).__module__.startswith("diffusers_modules.")
-        model_class = type(getattr(self.transformer, "_orig_mod", self.transformer))  # torch.compile wraps the model
-        if bundle_code and model_class.__name__ != "ElasticDiTTransformer2DModel":
-            raise ValueError(
-                f"The code of {model_class.__name__} may not be self-contained, so it cannot be bundled; save without "
-                "bundle_code."
-            )
-        if bundle_code and getattr(self.transformer, "quantization_method", None) == "edgedit":
-            raise ValueError(
-                "Only the package edgedit_hf can load quantised weights; call transformer.dequantize(), or save "
-                "without bundle_code."
-            )
-        if bundle_code and kwargs.get("push_to_hub"):
-            raise ValueError("With bundle_code, save first and then upload: pipeline.push_to_hub(repo_id).")
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if not bundle_code:
-            return
-        folder, own, source = Path(save_directory), Path(__file__), Path(inspect.getfile(model_class))
-        shutil.copyfile(own, folder / own.name)
-        shutil.copyfile(source, folder / "transformer" / source.name)
-        index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
-        index["_class_name"] = [own.stem, type(self).__name__]
-        index["transformer"] = [source.stem, model_class.__name__]
-        written = folder / f"{self.config_name}.tmp"
-        written.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(written, folder / self.config_name)
+        return postprocess(images, output_type, normalized=True)
 
 
-def _swapped(conditioning: Mapping[str, Any], index: int, count: int) -> torch.Tensor:
+def _swapped(conditioning: Mapping[str, Any], name: str, count: int) -> torch.Tensor:
     """Hidden states of a text encoder in diffusers' order: the `count` conditional rows, which the transformer has
     first, last.
     """
-    states = conditioning["encoder_hidden_states"]
+    states, index = conditioning["encoder_hidden_states"], TEXT_TENSORS.index(name)
     if index >= len(states) or states[index] is None:
         return torch.empty(0, 0, 0)
     return torch.cat([states[index][count:], states[index][:count]])
@@ -880,23 +575,6 @@ def _replaced(text: Text, index: int, states: torch.Tensor, mask: torch.Tensor) 
     embeds, masks = list(text[0]), list(text[1])
     embeds[index], masks[index] = states, mask
     return embeds, masks
-
-
-def _unscaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
-    """What a VAE decodes, `(B, C, H, W)`, of the latents that the transformer makes: x / scaling + shift, or x · std /
-    scaling + mean.
-    """
-    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        if not len(mean) == len(std) == latents.shape[1]:
-            raise ValueError(
-                f"The VAE has {len(mean)} latents_mean and {len(std)} latents_std for {latents.shape[1]} channels; it "
-                "needs one a channel."
-            )
-        shift, std = (torch.tensor(values, device=latents.device).view(1, -1, 1, 1) for values in (mean, std))
-        scale = scale / std
-    return latents / scale + shift
 
 
 def _rows(text: Text) -> int | None:
@@ -964,21 +642,3 @@ def _encode(
         embeds[index, : totals[index]] = states[first:last][valid[first:last]]
         first = last
     return embeds, mask
-
-
-def _changed_rows(name: str, before: torch.Tensor, after: torch.Tensor, count: int) -> torch.Tensor | None:
-    """What a callback made of the rows of conditioning that it was handed; `None` if it left them as they were.
-
-    The last `count` rows are conditional. As diffusers' callbacks that end guidance do, it may return those alone, or
-    (whose code is written for one image) only the very last.
-    """
-    if after.shape[1:] == before.shape[1:] and len(after) in (len(before), count) and len(after) <= len(before):
-        rows = before.clone()
-        rows[len(rows) - len(after) :] = after
-        return None if torch.equal(rows, before) else rows
-    if after.shape == before[-1:].shape and torch.equal(after.to(before), before[-1:]):
-        return None
-    raise ValueError(
-        f"The callback returned {name} of shape {tuple(after.shape)}; it was handed {tuple(before.shape)}, of which "
-        f"the last {count} rows are conditional: return as many rows, or those alone."
-    )

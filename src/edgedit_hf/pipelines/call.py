@@ -1,0 +1,448 @@
+"""What every pipeline of this package does around its transformer: the state of a call, its checks, its noise and
+timesteps, the callback of a step, the VAE, and saving with the code. Imports only torch, diffusers, numpy and PIL, and
+nothing of this package: bundled code holds its text in place of the pipeline's import of it.
+"""
+
+import ast
+import contextlib
+import copy
+import inspect
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+PIL_CHANNELS = (1, 3, 4)  # modes L, RGB, RGBA
+Callback = Callable[[Any, int, Any, dict], dict] | PipelineCallback | MultiPipelineCallbacks
+
+
+@dataclass(eq=False)
+class Call:
+    """What belongs to one call of a pipeline: calls at once, of one pipeline or of several that share components, each
+    have their own.
+    """
+
+    guidance_scale: float
+    num_timesteps: int = 0
+    interrupt: bool = False
+    scheduler: SchedulerMixin | None = None  # a copy: schedulers count their steps and keep earlier outputs
+
+
+_CALLS: ContextVar[Mapping[int, Call]] = ContextVar(
+    "calls in progress in this context, by the id of their pipeline", default=MappingProxyType({})
+)
+_SCHEDULERS = threading.Lock()  # while one is copied, or told what a call left
+
+
+def _of_call(name: str, doc: str) -> property:
+    """An attribute of the call in progress in this thread (in a callback, of its call), of the last one outside of
+    calls.
+
+    Set outside of calls, such as by the thread of a stop button, it holds for all calls in progress.
+    """
+
+    def get(self: Any) -> Any:
+        return getattr(self._call, name)
+
+    def put(self: Any, value: Any) -> None:
+        own = _CALLS.get().get(id(self))
+        for call in (own,) if own is not None else (self._last_call, *self._running_calls):
+            setattr(call, name, value)
+
+    return property(get, put, doc=doc)
+
+
+class CallMixin:
+    """Stands before `DiffusionPipeline` among the bases of a pipeline, whose `__init__` begins its calls with
+    [`_begin_calls`].
+    """
+
+    _callback_tensor_inputs: Sequence[str]  # "latents", and what conditions them
+    _bundled_model: str  # name of the one class of transformer whose file can be bundled
+    _token_multiple: int  # of patches: what the sides of the token grid must be a multiple of
+    # Of DiffusionPipeline and of the pipeline itself:
+    config: Any
+    config_name: Any
+    decode: Any
+    maybe_free_model_hooks: Any
+    transformer: Any
+    vae: Any
+    _execution_device: Any
+    _postprocess: Any
+
+    # ---------------------------------------------------------------- state of a call
+
+    _guidance_scale = _of_call("guidance_scale", "Guidance of the call in progress, which a callback may change.")
+    _num_timesteps = _of_call("num_timesteps", "Steps of the call in progress.")
+    _interrupt = _of_call("interrupt", "Whether the call in progress is to stop.")
+
+    def _begin_calls(self, guidance_scale: float) -> None:
+        """No call yet: what belongs to one has its default."""
+        self._last_call = Call(guidance_scale)
+        self._running_calls: list[Call] = []
+
+    @property
+    def _call(self) -> Call:
+        own = _CALLS.get().get(id(self))
+        return own if own is not None else (self._running_calls or [self._last_call])[-1]
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler; in a callback, the copy that its call uses. After a call it has the timesteps of that call."""
+        own = _CALLS.get().get(id(self))
+        return self.__dict__.get("scheduler") if own is None else own.scheduler
+
+    @scheduler.setter
+    def scheduler(self, value: SchedulerMixin | None) -> None:
+        self.__dict__["scheduler"] = value
+        if (own := _CALLS.get().get(id(self))) is not None:
+            own.scheduler = value
+
+    @contextlib.contextmanager
+    def _own_call(self, guidance_scale: float) -> Iterator[None]:
+        """Within it `_guidance_scale`, `_num_timesteps`, `_interrupt` and `scheduler` are this call's own."""
+        shared = self.__dict__["scheduler"]  # not that of a call around this one
+        with _SCHEDULERS:
+            call = Call(guidance_scale, scheduler=copy.deepcopy(shared))
+        self._running_calls.append(call)
+        token = _CALLS.set({**_CALLS.get(), id(self): call})
+        try:
+            yield
+        finally:
+            _CALLS.reset(token)
+            self._running_calls.remove(call)
+            self._last_call = call
+            with _SCHEDULERS:
+                left = {
+                    name: vars(call.scheduler)[name]
+                    for name in ("timesteps", "sigmas", "num_inference_steps")
+                    if name in vars(call.scheduler)
+                }
+                vars(shared).update(left)
+            call.scheduler = None
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the call in progress; a callback may change `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the call in progress runs the transformer with and without its conditioning."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call in progress."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked, by `_interrupt`, to stop."""
+        return self._interrupt
+
+    # ---------------------------------------------------------------- checks
+
+    def _check_call(self, output_type: str, callback: Callback | None, names: Sequence[str]) -> Sequence[str]:
+        """Names of the tensors that the callback of a call is handed.
+
+        Raises:
+            ValueError: a component is missing, or there is no such output type or tensor.
+        """
+        for name in ("transformer", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"This pipeline was made with {name}=None, so it cannot generate images; set pipeline.{name} first."
+                )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            names = callback.tensor_inputs
+        names = names or ()
+        foreign = [name for name in names if name not in self._callback_tensor_inputs]
+        if foreign:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs names {foreign}; the tensors are {self._callback_tensor_inputs}."
+            )
+        return names
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Side of the square of pixels that one latent stands for (1 without a VAE)."""
+        if self.vae is None:
+            return 1
+        if "block_out_channels" in self.vae.config:
+            return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        ratio = getattr(self.vae, "spatial_compression_ratio", None)
+        if ratio is None:
+            raise ValueError(
+                f"The VAE, a {type(self.vae).__name__}, says nothing of how much it downsamples; use another one."
+            )
+        return ratio
+
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        config, factor = self.transformer.config, self.vae_scale_factor
+        # An exported transformer may be made for another size.
+        native = config.get("size") or (config.sample_size, config.sample_size)
+        unit = factor * self._token_multiple * config.patch_size
+        sizes = []
+        for name, pixels, latents in (("height", height, native[0]), ("width", width, native[1])):
+            pixels = latents * factor if pixels is None else pixels
+            if pixels < 1 or pixels % unit:
+                raise ValueError(f"{name} is {pixels}; it must be a positive multiple of {unit} pixels.")
+            sizes.append(pixels // factor)
+        return sizes[0], sizes[1]
+
+    def _not_finite(self, inputs: Mapping[str, torch.Tensor | None]) -> ValueError:
+        """The error of a transformer whose output holds NaN or infinite values: whether an input, a weight or the
+        precision is at fault.
+        """
+        for name, value in inputs.items():
+            if value is not None and not torch.isfinite(value).all():
+                return ValueError(
+                    f"{name} holds NaN or infinite values, so no image can be made of it; give finite values."
+                )
+        model = self.transformer
+        weights = [*model.named_parameters(), *model.named_buffers()] if isinstance(model, torch.nn.Module) else []
+        bad = [
+            name
+            for name, value in weights
+            if value.is_floating_point() and not value.is_meta and not torch.isfinite(value).all()
+        ]
+        if bad:
+            return ValueError(
+                f"{len(bad)} of {len(weights)} weights of the transformer hold NaN or infinite values, the first is "
+                f"{bad[0]}; load a checkpoint of before they did, or train again with a lower learning rate."
+            )
+        dtype = str(getattr(model, "dtype", "an unknown type")).removeprefix("torch.")
+        return ValueError(
+            "The guided output of the transformer is not finite, though its input and weights are: it overflows in "
+            f"{dtype}; use bfloat16 or float32, or less guidance than {self.guidance_scale:g}."
+        )
+
+    # ---------------------------------------------------------------- steps
+
+    def _set_timesteps(self, steps: int, tokens: int) -> torch.Tensor:
+        """Timesteps on the host, where schedulers index their tables by them: on a GPU every step would wait for the
+        device otherwise.
+
+        Raises:
+            ValueError: the scheduler has no schedule of so many steps.
+        """
+        config, name, shift = self.scheduler.config, type(self.scheduler).__name__, {}
+        if config.get("shift_terminal") and steps == 1:
+            raise ValueError(
+                f"num_inference_steps is 1, but the scheduler's shift_terminal {config.shift_terminal} stretches the "
+                f"steps between the first and the last; take at least 2 steps, or {name}.from_config(config, "
+                "shift_terminal=None)."
+            )
+        if config.get("use_dynamic_shifting"):  # as in diffusers' Flux pipeline: linear in the number of tokens
+            slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+            shift["mu"] = config.base_shift + slope * (tokens - config.base_image_seq_len)
+        try:
+            self.scheduler.set_timesteps(steps, device="cpu", **shift)
+        except TypeError as error:
+            raise ValueError(
+                f"{name} makes no timesteps with its config ({error}); load the scheduler of this model again."
+            ) from error
+        timesteps = self.scheduler.timesteps
+        if not torch.isfinite(timesteps.float()).all():
+            raise ValueError(
+                f"{name} makes of {steps} steps the timesteps {timesteps.tolist()[:4]} …; they must be finite. Take "
+                "another number of steps."
+            )
+        return timesteps
+
+    def prepare_latents(
+        self,
+        shape: tuple[int, int, int, int],
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Initial noise in float32, scaled as the scheduler wants it. `latents`: standard normal noise to start from
+        instead.
+        """
+        if isinstance(generator, (list, tuple)) and len(generator) != shape[0]:
+            raise ValueError(
+                f"{len(generator)} generators were given for {shape[0]} images; give one, or one an image."
+            )
+        device = self._execution_device
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents has the shape {tuple(latents.shape)}; these arguments need {shape}.")
+        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _step_arguments(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
+        """Keyword arguments of the scheduler's step."""
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        return {"return_dict": False, **({"generator": generator} if takes_generator else {})}
+
+    def _call_back(
+        self,
+        callback: Callback,
+        step: tuple[int, torch.Tensor],
+        names: Sequence[str],
+        latents: torch.Tensor,
+        rows: Callable[[str], torch.Tensor],
+        count: int,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The callback of a step.
+
+        Args:
+            step: its index and timestep. names: of the tensors that the callback is handed.
+            rows: a copy of the conditioning of a name, in diffusers' order: the `count` conditional rows last.
+
+        Returns:
+            the latents, and the rows of every conditioning that the callback changed.
+        """
+        tensors = {name: latents if name == "latents" else rows(name) for name in names}
+        returned = callback(self, *step, tensors) or {}
+        changed = {}
+        for name in self._callback_tensor_inputs:
+            if name == "latents" or name not in returned:
+                continue
+            after = _changed_rows(name, rows(name), returned[name], count)
+            if after is not None:
+                changed[name] = after
+        return returned.get("latents", latents), changed
+
+    def _output(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        """What a call returns of its last latents."""
+        if not torch.isfinite(latents).all():
+            raise ValueError(
+                f"After {self.num_timesteps} steps the latents hold NaN or infinite values, though the transformer's "
+                f"first output did not: see whether {type(self.scheduler).__name__} is the scheduler (and has the "
+                f"config) of this model, and try less guidance than {self.guidance_scale:g}."
+            )
+        images = latents if output_type == "latent" else self._postprocess(self.decode(latents), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    # ---------------------------------------------------------------- saving
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args, bundle_code: bool | None = None, **kwargs
+    ) -> None:
+        """As in diffusers, and with `bundle_code=True` the folder also holds the code.
+
+        Such a folder loads with `trust_remote_code=True` where this package is not installed (and needs that flag
+        everywhere).
+
+        Args:
+            bundle_code: Default: `True` for a pipeline whose own code came from such a folder, so that saving it again
+                keeps it loadable, else `False`.
+
+        Raises:
+            ValueError: the code cannot be bundled: the transformer is another class, or `push_to_hub=True` is given too
+                (the upload would precede the code; use the method `push_to_hub`).
+        """
+        if bundle_code is None:
+            bundle_code = type(self).__module__.startswith("diffusers_modules.")
+        model_class = type(getattr(self.transformer, "_orig_mod", self.transformer))  # torch.compile wraps the model
+        if bundle_code and model_class.__name__ != self._bundled_model:
+            raise ValueError(
+                f"The code of {model_class.__name__} is not self-contained, so it cannot be bundled; save without "
+                "bundle_code, for use with the package installed."
+            )
+        if bundle_code and getattr(self.transformer, "quantization_method", None) == "edgedit":
+            raise ValueError(
+                "Only the package edgedit_hf can load quantised weights; call transformer.dequantize(), or save "
+                "without bundle_code."
+            )
+        if bundle_code and kwargs.get("push_to_hub"):
+            raise ValueError("With bundle_code, save first and then upload: pipeline.push_to_hub(repo_id).")
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if not bundle_code:
+            return
+        folder, source = Path(save_directory), Path(inspect.getfile(model_class))
+        own = next(kind for kind in type(self).__mro__ if "_bundled_model" in vars(kind))
+        code = Path(inspect.getfile(own))
+        (folder / code.name).write_text(_in_one_file(code), encoding="utf-8")
+        shutil.copyfile(source, folder / "transformer" / source.name)
+        index_file = folder / self.config_name
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index["_class_name"] = [code.stem, type(self).__name__]
+        index["transformer"] = [source.stem, model_class.__name__]
+        written = index_file.with_name(f"{index_file.name}.tmp")
+        written.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(written, index_file)
+
+
+def _in_one_file(path: Path) -> str:
+    """The source of a module with that of its siblings in place of their imports.
+
+    A bundle of several files would not do: diffusers names a module after its repository, and Python finds no sibling
+    of a module where that name has a dot (`…/elastic-dit-1.6b`).
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for node in reversed(ast.parse("".join(lines)).body):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            sibling = path.with_name(f"{node.module}.py").read_text(encoding="utf-8")
+            lines[node.lineno - 1 : node.end_lineno] = [sibling]
+    return "".join(lines)
+
+
+def _changed_rows(name: str, before: torch.Tensor, after: torch.Tensor, count: int) -> torch.Tensor | None:
+    """What a callback made of the rows of conditioning that it was handed; `None` if it left them as they were.
+
+    The last `count` rows are conditional. As diffusers' callbacks that end guidance do, it may return those alone, or
+    (whose code is written for one image) only the very last.
+    """
+    if after.shape[1:] == before.shape[1:] and len(after) in (len(before), count) and len(after) <= len(before):
+        rows = before.clone()
+        rows[len(rows) - len(after) :] = after
+        return None if torch.equal(rows, before) else rows
+    if after.shape == before[-1:].shape and torch.equal(after.to(before), before[-1:]):
+        return None
+    raise ValueError(
+        f"The callback returned {name} of shape {tuple(after.shape)}; it was handed {tuple(before.shape)}, of which "
+        f"the last {count} rows are conditional: return as many rows, or those alone."
+    )
+
+
+def vae_output(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """What a VAE makes of latents `(B, C, H, W)`: images `(B, channels, H·f, W·f)`, float32."""
+    latents = unscaled(latents, vae.config).to(vae.dtype)
+    if "temperal_downsample" in vae.config:  # a video VAE, such as Qwen-Image's: one frame
+        return vae.decode(latents.unsqueeze(2), return_dict=False)[0][:, :, 0].float()
+    return vae.decode(latents, return_dict=False)[0].float()
+
+
+def unscaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    """What a VAE decodes, `(B, C, H, W)`, of the latents that the transformer makes: x / scaling + shift, or x · std /
+    scaling + mean.
+    """
+    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        if not len(mean) == len(std) == latents.shape[1]:
+            raise ValueError(
+                f"The VAE has {len(mean)} latents_mean and {len(std)} latents_std for {latents.shape[1]} channels; it "
+                "needs one a channel."
+            )
+        shift, std = (torch.tensor(values, device=latents.device).view(1, -1, 1, 1) for values in (mean, std))
+        scale = scale / std
+    return latents / scale + shift
+
+
+def postprocess(images: torch.Tensor, output_type: str, *, normalized: bool) -> torch.Tensor | np.ndarray | list:
+    """Images `(B, channels, H, W)`, about [-1, 1] (`normalized`) or in [0, 1], as the output type of a call."""
+    if output_type == "pil" and images.shape[1] not in PIL_CHANNELS:
+        raise ValueError(f"Images of {images.shape[1]} channels are no PIL images; use output_type 'np' or 'pt'.")
+    denormalize = None if normalized else [False] * len(images)
+    return VaeImageProcessor().postprocess(images, output_type, do_denormalize=denormalize)
