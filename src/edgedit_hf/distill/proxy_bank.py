@@ -27,7 +27,7 @@ from ..files import (
     weights_hash,
 )
 from ..genotype import Genotype, LayerSpec
-from ..models.checkpoints import check_weights
+from ..models.stored_weights import check_weights
 from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
 from ..records import BankIndex
 from ..schema import held_to, shorten

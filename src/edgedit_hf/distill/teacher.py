@@ -11,7 +11,7 @@ from ..data.latents import LatentDataset
 from ..diffusion import make_scheduler
 from ..errors import EdgeDiTError
 from ..genotype import Genotype
-from ..models.checkpoints import check_weights
+from ..models.stored_weights import check_weights
 from ..models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from ..pipelines.loading import check_memory, load_pipeline
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline

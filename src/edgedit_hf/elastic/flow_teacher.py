@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from ..data.latents import is_video, latent_scale
 from ..errors import EdgeDiTError
 from ..files import ask_nothing, hash_json, weights_hash
-from ..models.checkpoints import pipeline_variant
+from ..models.stored_weights import pipeline_variant
 from ..run.outputs import class_name
 
 QUANTIZATIONS = ("none", "8bit", "4bit")

@@ -18,14 +18,8 @@ from ..files import (
     check_links,
     read_json,
 )
-from ..models.checkpoints import (
-    check_size,
-    load_original,
-    locate,
-    only_variant,
-    pipeline_variant,
-    weight_files,
-)
+from ..models.checkpoints import check_size, load_original
+from ..models.stored_weights import locate, only_variant, pipeline_variant, weight_files
 from ..records import PipelineIndex, SchedulerConfig
 from ..schema import read_record
 from .pipeline_edgedit import EdgeDiTPipeline

@@ -15,7 +15,7 @@ from torch import nn
 from ..data.loading import load_run_captions
 from ..data.text_table import TextTable, text_table
 from ..errors import EdgeDiTError
-from ..models.checkpoints import check_weights
+from ..models.stored_weights import check_weights
 from ..pipelines.loading import load_pipeline
 from ..run.config import RunConfig
 from .allocation import candidate_specs
