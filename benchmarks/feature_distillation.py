@@ -68,7 +68,7 @@ def main() -> None:
     accelerator = make_accelerator(config)
     teacher = load_teacher(config)
     student = load_pipeline(config.folder("student"), "stage student")
-    genotype = Genotype.from_layers(student.transformer.config.layers, student.transformer.config.hidden_size)
+    genotype = Genotype.of(student.transformer.config)
     bank = ProxyBank(config.folder("bank"), teacher.transformer)
     dataset, _ = load_training_set(config, accelerator)
     images = load_run_images(config)

@@ -55,7 +55,7 @@ def assemble(run: Path, folder: Path) -> None:
     bank = ProxyBank(run / "bank", teacher.transformer)
     for name in STUDENTS:
         config = preset_config(name)
-        student = bank.assemble(Genotype.from_layers(config.layers, config.hidden_size))
+        student = bank.assemble(Genotype.of(config))
         pipeline = EdgeDiTPipeline(student, make_scheduler(student.config.prediction_type))
         pipeline.save_pretrained(folder / name.replace("/", "-"))
         loaded = DiffusionPipeline.from_pretrained(folder / name)

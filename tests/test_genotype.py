@@ -29,6 +29,7 @@ def test_json_and_layers_round_trip():
     assert Genotype.from_json(genotype.to_json()) == genotype
     assert Genotype.from_layers(genotype.to_layers(), 32) == genotype
     assert Genotype.from_layers(json.loads(json.dumps(genotype.to_layers())), 32) == genotype
+    assert Genotype.of({"layers": genotype.to_layers(), "hidden_size": 32, "num_classes": 10}) == genotype
     assert json.loads(genotype.to_json()) == {"hidden_size": 32, "layers": genotype.to_layers()}
 
 

@@ -75,7 +75,7 @@ def measure_latencies(pipelines: dict, config: RunConfig) -> dict:
     with TemporaryDirectory() as folder:
         for name in ("teacher", "student-tuned"):
             model = pipelines[name].transformer
-            hashes[name] = Genotype.from_layers(model.config.layers, model.config.hidden_size).hash
+            hashes[name] = Genotype.of(model.config).hash
             fp32 = export_onnx(model, Path(folder, f"{name}.onnx"))
             int8 = quantize_int8(fp32, Path(folder, f"{name}-int8.onnx"))
             batch = options.latency_batch_size
@@ -206,7 +206,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         distance = frechet_distance(features, real)
         model = pipeline.transformer.config
         cost = model_cost(model)
-        genotype = Genotype.from_layers(model["layers"], model["hidden_size"])
+        genotype = Genotype.of(model)
         runtimes = latency.get(genotype.hash, {})
         shipped = f"{'executorch' if 'executorch' in name else 'onnxruntime'}-{model.get('precision')}"
         result = {

@@ -44,7 +44,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     )
 
     def random_student() -> EdgeDiTTransformer2DModel:
-        genotype = Genotype.from_layers(student.transformer.config.layers, student.transformer.config.hidden_size)
+        genotype = Genotype.of(student.transformer.config)
         return ProxyBank(config.folder("bank"), teacher).assemble(genotype, random_seed=config.seed)
 
     starts = {"student-tuned": lambda: student.transformer}

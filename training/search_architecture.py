@@ -120,7 +120,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     random = evaluate_all(RandomSearch.sharing_initial(found), "random.json") if options.random_baseline else None
     next(progress, None)  # shows and writes the last evaluation
     progress.close()
-    whole = Genotype.from_layers(teacher_config["layers"], teacher_config["hidden_size"])
+    whole = Genotype.of(teacher_config)
     cost = model_cost(teacher_config)
     teacher = {
         "path": config.teacher.path,

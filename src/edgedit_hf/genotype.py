@@ -145,6 +145,11 @@ class Genotype:
             raise EdgeDiTError(f"hidden_size is {shorten(hidden_size)}; it must be an integer.")
         return cls(tuple(LayerSpec.from_dict(layer) for layer in layers), hidden_size)
 
+    @classmethod
+    def of(cls, config: Mapping) -> Genotype:
+        """The genotype that a model's config (or a preset's) holds."""
+        return cls.from_layers(config["layers"], config["hidden_size"])
+
     def to_json(self) -> str:
         """Canonical JSON: equal genotypes give equal text."""
         return json.dumps({"hidden_size": self.hidden_size, "layers": self.to_layers()}, sort_keys=True)
@@ -161,7 +166,7 @@ class Genotype:
         if not isinstance(data, dict) or set(data) != {"hidden_size", "layers"}:
             keys = shorten(sorted(data)) if isinstance(data, dict) else type(data).__name__
             raise EdgeDiTError(f"The genotype holds {keys}; expected exactly the keys ['hidden_size', 'layers'].")
-        return cls.from_layers(data["layers"], data["hidden_size"])
+        return cls.of(data)
 
     @classmethod
     def original(cls, num_layers: int, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> Genotype:

@@ -84,7 +84,7 @@ class SearchSpace:
     @classmethod
     def for_config(cls, config: Mapping, **sizes) -> SearchSpace:
         """The space of the teacher with this model config (`EdgeDiTTransformer2DModel.config`, uncompressed)."""
-        teacher = Genotype.from_layers(config["layers"], config["hidden_size"])
+        teacher = Genotype.of(config)
         shapes = {layer.shape for layer in teacher.layers}
         if len(shapes) != 1 or teacher.merged:
             raise EdgeDiTError(
@@ -402,7 +402,7 @@ def model_cost(config: Mapping, height: int | None = None, width: int | None = N
     height, width = height or config["sample_size"], width or config["sample_size"]
     tokens = (height // config["patch_size"]) * (width // config["patch_size"])
     total = trunk_cost(config, tokens)
-    for layer in Genotype.from_layers(config["layers"], config["hidden_size"]).layers:
+    for layer in Genotype.of(config).layers:
         total += layer_cost(config["hidden_size"], layer.shape, tokens)
     return total
 

@@ -70,7 +70,7 @@ def test_a_genotype_needs_its_reduced_and_merged_layers_and_the_parts_of_both():
 
 @pytest.mark.parametrize(("name", "option"), [("EdgeDiT-1", "mlp"), ("EdgeDiT-6", "attention")])
 def test_a_published_student_needs_25_of_the_140(name, option):
-    wanted = wanted_proxies(XL, [Genotype.from_layers(PRESETS[name]["layers"], 1152)])
+    wanted = wanted_proxies(XL, [Genotype.of(PRESETS[name])])
     assert len(wanted) == 25 and {XL.option_of(layer) for layer in wanted} == {option}
 
 

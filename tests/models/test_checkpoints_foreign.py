@@ -164,8 +164,8 @@ def test_keys_that_a_trainer_added_to_the_config_are_ignored_and_kept(make_trans
     made = {
         "diffusers": loaded,
         "load_original": original,
-        "the bank's student": bank.assemble(Genotype.from_layers(teacher.config.layers, 32)),
-        "a random student": bank.assemble(Genotype.from_layers(teacher.config.layers, 32), random_seed=0),
+        "the bank's student": bank.assemble(Genotype.of(teacher.config)),
+        "a random student": bank.assemble(Genotype.of(teacher.config), random_seed=0),
         "a spliced one": spliced_student(teacher, []),
         "a random net": random_model(loaded.config),
     }

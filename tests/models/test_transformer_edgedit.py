@@ -299,7 +299,7 @@ def test_a_saved_network_loads_equal(make_transformer, tmp_path, shards, variant
     again = EdgeDiTTransformer2DModel.from_pretrained(tmp_path, **variant)
     assert torch.equal(output(again), output(model)) and not again.training
     assert again.config.layers == model.config.layers == LAYERS["mixed"]
-    assert Genotype.from_layers(again.config.layers, again.config.hidden_size) == SPACE.from_code((6, 19))
+    assert Genotype.of(again.config) == SPACE.from_code((6, 19))
     state = model.state_dict()
     assert again.state_dict().keys() == state.keys() and all(
         torch.equal(v, state[k]) for k, v in again.state_dict().items()

@@ -213,7 +213,7 @@ def test_figures_without_hashes_are_refused_where_the_model_is_another(judged, m
     path, run = judged / "evaluate" / "student-tuned.json", judged / "student-tuned" / "run.json"
     entry = json.loads(path.read_text())
     layers = make_transformer().config
-    own = Genotype.from_layers(layers.layers, layers.hidden_size).hash
+    own = Genotype.of(layers).hash
     old = {**{key: value for key, value in entry.items() if key not in ("folder", "weights")}, "genotype_hash": own}
     path.write_text(json.dumps(old))
     made = json.loads(run.read_text())

@@ -121,7 +121,7 @@ def _edgedit_facts(config: dict[str, Any]) -> dict[str, Any]:
         sizes = (config["num_layers"], config["hidden_size"], config["num_attention_heads"], config["mlp_ratio"])
         config["layers"] = Genotype.original(*sizes).to_layers()
     cost = model_cost(config)
-    genotype = Genotype.from_layers(config["layers"], config["hidden_size"])
+    genotype = Genotype.of(config)
     return {
         "parameters": cost.parameters,
         "weights": cost.weights,

@@ -26,7 +26,7 @@ def single_changes(config: Mapping) -> dict[str, list[LayerSpec]]:
     Attention widths are the multiples of 8·heads nearest to 4/9 and 2/3 of the hidden size; what would not be smaller
     than the teacher's own is left out, as are merges across a long skip's end.
     """
-    teacher = Genotype.from_layers(config["layers"], config["hidden_size"])
+    teacher = Genotype.of(config)
     if len({layer.shape for layer in teacher.layers}) != 1 or teacher.merged:
         raise EdgeDiTError(
             f"The teacher has {len(teacher.merged)} merged layers and {len({layer.shape for layer in teacher.layers})} "

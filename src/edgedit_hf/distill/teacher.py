@@ -71,7 +71,7 @@ def search_space_of(config: RunConfig, model_config: Any) -> SearchSpace:
 def read_genotype(name: str, key: str) -> Genotype:
     """The genotype that a recipe's `key` names: a student preset such as `EdgeDiT-1`, or a JSON file."""
     if name in PRESETS and "layers" in PRESETS[name]:
-        return Genotype.from_layers(PRESETS[name]["layers"], PRESETS[name]["hidden_size"])
+        return Genotype.of(PRESETS[name])
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -242,9 +242,7 @@ def _describe(
         },
         "model": config,
         "subnet": pipeline.transformer.active_subnet if elastic else None,
-        "genotype": None
-        if elastic
-        else json.loads(Genotype.from_layers(config["layers"], config["hidden_size"]).to_json()),
+        "genotype": None if elastic else json.loads(Genotype.of(config).to_json()),
         "versions": versions(),
         "reference": {
             "file": REFERENCE,

@@ -478,7 +478,7 @@ class _Job:
         config = plain_config(self.pipeline.transformer)
         said: dict[str, Any] = {"weights": weights_hash(self.pipeline.transformer.state_dict())}
         if "layers" in config:
-            said["genotype"] = Genotype.from_layers(config["layers"], config["hidden_size"]).hash
+            said["genotype"] = Genotype.of(config).hash
         if self.subnet is not None:
             said["subnet"] = self.subnet
         return said
@@ -522,7 +522,7 @@ class _Job:
             "versions": json.dumps(versions()),
         }
         if "layers" in config and "hidden_size" in config and component == "transformer":
-            said["genotype"] = Genotype.from_layers(config["layers"], config["hidden_size"]).to_json()
+            said["genotype"] = Genotype.of(config).to_json()
         if self.subnet is not None and component == "transformer":
             said["subnet"] = self.subnet
         return said

@@ -64,7 +64,7 @@ def describe(model: EdgeDiTTransformer2DModel, precision: str, batch: str | int)
     """
     config = plain_config(model)
     return {
-        "genotype": Genotype.from_layers(config["layers"], config["hidden_size"]).to_json(),
+        "genotype": Genotype.of(config).to_json(),
         "config": json.dumps(config, sort_keys=True),
         "weights": weights_hash(model.state_dict()),
         "precision": precision,

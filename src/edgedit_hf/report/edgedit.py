@@ -176,7 +176,7 @@ def _check_judged_before(run_dir: Path, model: Mapping[str, Any], made_by: str) 
     elif was is not None and "layers" in (
         config := optional_record(folder / "transformer" / "config.json", dict[str, Any]) or {}
     ):
-        now = Genotype.from_layers(config["layers"], config["hidden_size"]).hash
+        now = Genotype.of(config).hash
         since = None if now == was else f"holds the genotype {now} now, not {was}"
     if since:
         raise EdgeDiTError(
@@ -370,7 +370,7 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
         names = ", ".join(panels)
         add("samples", "Samples", f"Grids of generated images: {names}.", "Same place, same seed and class.")
 
-    student = Genotype.from_layers(genotype["layers"], genotype["hidden_size"])
+    student = Genotype.of(genotype)
     plots.genotype_strip(folder / "genotype.png", student, space)
     options = ", ".join(f"{count} {plots.OPTION_LABELS[option]}" for option, count in genotype["options"].items())
     add(

@@ -181,7 +181,7 @@ def test_images_of_the_loaded_pipelines(pipeline, fp32, int4):
 
 
 def test_reports(pipeline, fp32, int4):
-    genotype = Genotype.from_layers(pipeline.transformer.config.layers, 32)
+    genotype = Genotype.of(pipeline.transformer.config)
     for path, precision, scheme, batch in ((fp32, "fp32", "fp32", 2), (int4, "int4", "8da4w", 1)):
         report = json.loads((path / "verify.json").read_text())
         assert report["passed"] and report["precision"] == scheme and report["genotype"] == genotype.hash
@@ -222,9 +222,7 @@ def test_reports(pipeline, fp32, int4):
 
 def test_the_file_describes_itself(pipeline, fp32):
     metadata = ExecutorchEdgeDiTTransformer2DModel.from_pretrained(fp32 / "transformer").metadata
-    assert Genotype.from_json(json.dumps(metadata["genotype"])) == Genotype.from_layers(
-        pipeline.transformer.config.layers, 32
-    )
+    assert Genotype.from_json(json.dumps(metadata["genotype"])) == Genotype.of(pipeline.transformer.config)
     assert metadata["precision"] == metadata["scheme"] == "fp32" and metadata["batch"] == "2"
     assert metadata["config"]["sample_size"] == 8 and "executorch" in metadata["versions"]
     assert metadata["weights"] == json.loads((fp32 / "verify.json").read_text())["weights"]

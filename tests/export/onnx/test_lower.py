@@ -106,7 +106,7 @@ def test_images_of_the_loaded_pipeline(pipeline, fp32, int8):
 
 
 def test_reports(pipeline, fp32, int8):
-    genotype = Genotype.from_layers(pipeline.transformer.config.layers, 32)
+    genotype = Genotype.of(pipeline.transformer.config)
     for path, precision in ((fp32, "fp32"), (int8, "int8")):
         report = json.loads((path / "verify.json").read_text())
         assert report["passed"] and report["precision"] == precision and report["genotype"] == genotype.hash
@@ -144,7 +144,7 @@ def test_the_file_describes_itself(pipeline, fp32, int8):
         metadata = read_metadata(path / "transformer/onnx/model.onnx")
         assert metadata["precision"] == precision and metadata["batch"] == "dynamic"
         genotype = Genotype.from_json(metadata["genotype"])
-        assert genotype == Genotype.from_layers(pipeline.transformer.config.layers, 32)
+        assert genotype == Genotype.of(pipeline.transformer.config)
         assert json.loads(metadata["config"])["sample_size"] == 8 and "torch" in json.loads(metadata["versions"])
     content = (fp32 / "transformer/onnx/model.onnx").read_bytes()
     assert b"site-packages" not in content and b".py" not in content  # no paths of the machine that made it
