@@ -53,8 +53,7 @@ from edgedit_hf.quantization.calibration import input_ranges, output_error, reco
 from edgedit_hf.quantization.gptq import quantize_compensated  # noqa: E402
 from edgedit_hf.quantization.inputs import Judge  # noqa: E402
 from edgedit_hf.quantization.layers import quantizable_layers, quantized_weights, set_quantized_weight  # noqa: E402
-from edgedit_hf.quantization.quantize import quantize_model  # noqa: E402
-from edgedit_hf.quantization.quantizer import mark_quantized  # noqa: E402
+from edgedit_hf.quantization.quantizer import mark_quantized, quantize_model  # noqa: E402
 from edgedit_hf.report.plots import montage, sample_grid  # noqa: E402
 from edgedit_hf.run.config import load_config  # noqa: E402
 from edgedit_hf.run.launch import make_accelerator  # noqa: E402

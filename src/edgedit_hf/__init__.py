@@ -34,7 +34,7 @@ _NAMES = {
     "dequantize_model": ".quantization.layers",
     "load_original": ".models.checkpoints",
     "model_cost": ".search_space",
-    "quantize_model": ".quantization.quantize",
+    "quantize_model": ".quantization.quantizer",
     # diffusers looks these up in the library that model_index.json names, to see how a component is loaded.
     "ConfigMixin": "diffusers",
     "ExportedComponent": ".export.components",

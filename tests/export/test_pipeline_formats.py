@@ -27,7 +27,7 @@ from edgedit_hf.quantization.activations import activation_scales, simulated_act
 from edgedit_hf.quantization.affine import quantize_affine
 from edgedit_hf.quantization.calibration import input_ranges, record
 from edgedit_hf.quantization.packing import unpack
-from edgedit_hf.quantization.quantize import quantize_model
+from edgedit_hf.quantization.quantizer import quantize_model
 
 
 def smooth(module: nn.Module, scale: float = 0.05, seed: int = 0) -> nn.Module:

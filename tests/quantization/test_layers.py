@@ -25,7 +25,8 @@ from edgedit_hf.quantization.layers import (
     weight_shape,
 )
 from edgedit_hf.quantization.packing import packed_size
-from edgedit_hf.quantization.quantize import quantize_model, quantize_weight, stored_bytes
+from edgedit_hf.quantization.quantize import quantize_weight, stored_bytes
+from edgedit_hf.quantization.quantizer import quantize_model
 from edgedit_hf.quantization.weights import from_tensors, layout, spec_bits
 
 SPECS = [

@@ -1,5 +1,5 @@
-"""Quantise weights: k-means palettes, even grids by rounding to the nearest, NF4; of a tensor, or of a model by a
-plan.
+"""Quantise weights: k-means palettes, even grids by rounding to the nearest, NF4; of a tensor, or of a model's layers
+by a plan.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from .affine import quantize_affine
 from .kmeans import kmeans_1d, nearest
 from .layers import QuantizedLayer, quantizable_layers, set_quantized_weight, weight_shape
 from .packing import pack
-from .quantizer import mark_quantized
 from .weights import NF4_CODES, NF4Weight, PaletteWeight, QuantizedWeight, complete_spec, spec_bits
 
 
@@ -74,20 +73,14 @@ def quantize_weight(
     return quantize_nf4(weight, spec["block"])
 
 
-def quantize_model(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> None:
-    """Quantise the weights of the layers that a plan names, in place. The model is then saved and loaded in this form.
-
-    Args:
-        plan: layer name → spec. Layers that it does not name keep their weights; so do biases, norms, embeddings and
-            tables.
-    """
+def quantize_layers(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> None:
+    """Quantise the weights of the layers that a plan names, in place; the model's config says nothing of it."""
     check_plan(model, plan)
     layers = quantizable_layers(model)
     for name in plan:
         _check_values(layers[name].weight, f"The weight of {name}")
     for name, spec in plan.items():
         set_quantized_weight(layers[name], quantize_weight(layers[name].weight, spec))
-    mark_quantized(model)
 
 
 def check_plan(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> None:

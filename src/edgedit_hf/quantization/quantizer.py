@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import EdgeDiTError
 from .layers import PREFIX, QuantizedLayer, dequantize_layers, forget_quantization, quantizable_layers, set_empty_weight
+from .quantize import quantize_layers
 from .weights import complete_spec
 
 
@@ -131,8 +132,6 @@ class EdgeDiTQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:
             return
-        from .quantize import quantize_model  # it marks models with this quantiser
-
         config = self.quantization_config
         names = quantizable_layers(model) if config.default is not None else ()
         quantize_model(model, {**{name: config.default for name in names}, **config.layers})
@@ -171,3 +170,14 @@ def mark_quantized(model: nn.Module) -> None:
     model.register_to_config(quantization_config=config.to_dict())
     model.hf_quantizer = EdgeDiTQuantizer(config, pre_quantized=True)
     model.quantization_method = config.quant_method
+
+
+def quantize_model(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> None:
+    """Quantise the weights of the layers that a plan names, in place. The model is then saved and loaded in this form.
+
+    Args:
+        plan: layer name → spec. Layers that it does not name keep their weights; so do biases, norms, embeddings and
+            tables.
+    """
+    quantize_layers(model, plan)
+    mark_quantized(model)

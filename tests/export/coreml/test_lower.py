@@ -22,7 +22,8 @@ from edgedit_hf.export.parts import Part, edgedit_parts, elastic_parts, text_enc
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.quantization.layers import dequantize_model, quantizable_layers, quantized_weights
 from edgedit_hf.quantization.packing import unpack
-from edgedit_hf.quantization.quantize import quantize_model, quantize_weight
+from edgedit_hf.quantization.quantize import quantize_weight
+from edgedit_hf.quantization.quantizer import quantize_model
 
 ORACLES = Path(__file__).parents[2] / "models" / "oracles"
 # Runs and groups that divide the sizes of the debug net, and some whose last one is shorter.
