@@ -34,3 +34,8 @@ def on_page_markdown(markdown, page, config, files):
     from edgedit_hf.run.config import commented_yaml
 
     return markdown.replace(ALL_KEYS, f"```yaml\n{commented_yaml([])}```")
+
+
+def on_page_content(html, page, config, files):
+    """Names that docstrings put in brackets, [`Name`] or [`~module.Name`], as code."""
+    return re.sub(r"\[<code>(?:~[\w.]*?)?(\w+(?:\.\w+)?)</code>\]", r"<code>\1</code>", html)
