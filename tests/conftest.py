@@ -2,9 +2,11 @@
 cache.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from recipe_runs import Recipes
 
 # Before anything imports huggingface_hub, and inherited by every child process.
 _HOME = tempfile.mkdtemp(prefix="edgedit-tests-")
@@ -38,6 +41,62 @@ def pytest_sessionfinish(session, exitstatus):
 def repository() -> Path:
     """Root of the checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def recipes() -> Recipes:
+    """Starts recipes of this checkout as processes, at debug scale."""
+    return Recipes()
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """`made_once("name", make)`: a folder that `make(folder)` fills once a session, in whichever worker needs it first.
+
+    It is everybody's: read it, or change a copy.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def folder_of(name: str, make) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
+
+
+DEBUG_COMMANDS = {
+    "debug": "edgedit train compress --config training/recipes/debug.yaml",
+    "debug-t2i": "edgedit train text-to-image --config training/recipes/debug-t2i.yaml",
+}
+"""What makes the shared runs, as the README has it."""
+
+
+@pytest.fixture(scope="session")
+def debug_run(recipes, made_once) -> Path:
+    """The finished run of debug.yaml that the session shares (about 40 s): read it, or change a copy."""
+    return _debug_run("debug", recipes, made_once)
+
+
+@pytest.fixture(scope="session")
+def debug_t2i_run(recipes, made_once) -> Path:
+    """The finished run of debug-t2i.yaml that the session shares (about 25 s): read it, or change a copy."""
+    return _debug_run("debug-t2i", recipes, made_once)
+
+
+def _debug_run(name: str, recipes, made_once) -> Path:
+    def make(folder: Path) -> None:
+        (folder / "training").symlink_to(ROOT / "training")
+        recipes.shell(shlex.split(DEBUG_COMMANDS[name]), folder)
+
+    return made_once(f"clone-{name}", make) / "runs" / name
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,129 @@
+"""Running recipes as a user does: as processes."""
+
+import os
+import random
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAINING = ROOT / "training"
+BIN = Path(sys.executable).parent
+
+
+class Recipes:
+    """Starts recipes of this checkout with one thread each, at debug scale."""
+
+    root = ROOT
+    tiny = (
+        *"teacher.hidden_size=32 teacher.num_layers=2 teacher.num_heads=2 teacher.steps=4 teacher.batch_size=8 "
+        "bank.steps=2 bank.both_steps=1".split(),
+        *"bank.calibration_samples=8 bank.batch_size=4 latency.repeats=3 latency.batch_size=2 search.evaluations=4 "
+        "search.initial=3".split(),
+        *"search.samples=16 search.sampling_steps=1 student.max_latency_ratio=null".split(),
+        "student.max_parameters_ratio=null",
+        *"student.max_flops_ratio=null tune.steps=2 tune.batch_size=8".split(),
+        *"evaluate.samples=16 evaluate.sampling_steps=1".split(),
+        *"evaluate.extractor_steps=5 evaluate.grid=1 evaluate.latency_batch_size=2 evaluate.latency_repeats=3".split(),
+    )
+    """Overrides that make any recipe smaller than debug.yaml."""
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        return {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    @staticmethod
+    def arguments(name: str, output: Path, *overrides: str, config: str = "debug.yaml") -> list[str]:
+        values = (f"output_dir={output}", "threads=1", *overrides)
+        options = [part for value in values for part in ("--override", value)]
+        return [str(TRAINING / f"{name}.py"), "--config", str(TRAINING / "recipes" / config), *options]
+
+    def run(
+        self,
+        name: str,
+        output: Path,
+        *overrides: str,
+        launcher: list[str] | None = None,
+        check: bool = True,
+        timeout: int = 600,
+        config: str = "debug.yaml",
+    ):
+        command = [*(launcher or [sys.executable]), *self.arguments(name, output, *overrides, config=config)]
+        result = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=timeout)
+        if check:
+            assert result.returncode == 0, (
+                f"{name} ended with {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+            )
+        return result
+
+    def shell(self, command: list[str], cwd: Path, expect: int = 0, timeout: int = 900) -> str:
+        """A command as a user types it, with this environment's programs on the path; returns its stdout."""
+        environment = {**self.environment(), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+        assert done.returncode == expect, (
+            f"{shlex.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        )
+        return done.stdout
+
+    def run_here(self, name: str, output: Path, *overrides: str, config: str = "debug.yaml") -> None:
+        """Run in this process, which spares the imports; bad input ends with `SystemExit`."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", self.arguments(name, output, *overrides, config=config))
+            patch.syspath_prepend(str(TRAINING))
+            runpy.run_path(str(TRAINING / f"{name}.py"), run_name="__main__")
+
+    def start(self, name: str, output: Path, *overrides: str, config: str = "debug.yaml") -> subprocess.Popen:
+        command = [sys.executable, *self.arguments(name, output, *overrides, config=config)]
+        return subprocess.Popen(
+            command,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run_with_kills(
+        self,
+        name: str,
+        output: Path,
+        marker: Path,
+        seconds: float,
+        *overrides: str,
+        kills: int = 1,
+        config: str = "debug.yaml",
+    ) -> list[float]:
+        """Run, SIGKILL the whole process group at a random moment of the `seconds` after `marker` appears, run again to
+        the end.
+        """
+        delays = []
+        for _ in range(kills):
+            process = self.start(name, output, *overrides, config=config)
+            deadline = time.monotonic() + 120
+            while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            delays.append(random.SystemRandom().uniform(0, seconds))
+            time.sleep(delays[-1])
+            with_suppressed_kill(process)
+            process.communicate()
+        self.run(name, output, *overrides, config=config)
+        return delays
+
+
+def with_suppressed_kill(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # it had finished
