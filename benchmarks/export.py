@@ -34,6 +34,7 @@ from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.export.components import open_session
 from edgedit_hf.export.executorch.lower import lower_executorch
+from edgedit_hf.export.formats import ExportOptions
 from edgedit_hf.export.onnx.lower import lower_onnx
 from edgedit_hf.export.parts import edgedit_parts
 from edgedit_hf.export.pipeline import export_pipeline
@@ -215,7 +216,9 @@ def trained(arguments, folder: Path) -> list[dict]:
     for format, dtype, options in WAYS:
         output = folder / "-".join([format, dtype, *options.values()])
         export_pipeline(
-            source, output, format=format, dtype=dtype, threads=arguments.threads, bench_batches=(2,), **options
+            source,
+            output,
+            ExportOptions(format=format, dtype=dtype, threads=arguments.threads, bench_batches=(2,), **options),
         )
         verified, cost = (json.loads((output / name).read_text()) for name in ("verify.json", "bench.json"))
         latency = next(

@@ -16,6 +16,7 @@ from functools import partial
 from accelerate import Accelerator
 
 from edgedit_hf.estimate import print_estimate
+from edgedit_hf.export.formats import ExportOptions
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.files import atomic_write_json, changed_file, file_record, weights_hash
 from edgedit_hf.pipelines.loading import load_pipeline
@@ -58,12 +59,14 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         export_pipeline(
             source,
             outputs[index],
-            format=kind,
-            dtype=dtype,
-            threads=config.export.threads,
-            seed=config.seed,
-            bench_batches=(1, config.evaluate.latency_batch_size),
-            overwrite=True,
+            ExportOptions(
+                format=kind,
+                dtype=dtype,
+                threads=config.export.threads,
+                seed=config.seed,
+                bench_batches=(1, config.evaluate.latency_batch_size),
+                overwrite=True,
+            ),
         )
         made[outputs[index].name] = file_record(outputs[index])
         atomic_write_json(progress, made)

@@ -7,7 +7,6 @@ it cannot check, and says so. Stages that are finished are not looked at.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from .elastic.cost import data_shapes
 from .elastic.supernet import new_elastic
 from .errors import EdgeDiTError
 from .estimate import estimate, workload
+from .export.formats import FORMATS
 from .files import atomic_write_json, hash_json
 from .metrics.extractors import InceptionExtractor, check_classifiable
 from .pipelines.loading import TEXT_TO_IMAGE_VAES, VAES, load_scheduler
@@ -172,10 +172,9 @@ def check_tools(config: RunConfig, stages: Sequence[str]) -> None:
     executorch += (
         ["latency.runtime executorch"] if config.latency.runtime == "executorch" and "latency" in stages else []
     )
-    if executorch and importlib.util.find_spec("executorch") is None:
-        raise EdgeDiTError(
-            f"{executorch[0]} needs ExecuTorch, which is not installed: pip install 'edgedit_hf[executorch]'."
-        )
+    package = FORMATS["executorch"].package
+    if executorch and not package.installed:
+        raise EdgeDiTError(f"{executorch[0]} needs {package.name}, which is not installed: {package.remedy}.")
     if "bank" in stages:
         new_optimizer(config.bank.optimizer, [torch.nn.Parameter(torch.zeros(1))], 1e-3)
     if config.evaluate.extractor == "inception" and {"search", "evaluate", "evaluate-elastic"} & set(stages):

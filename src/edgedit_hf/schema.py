@@ -200,6 +200,42 @@ def _item(item: Any, hint: Any, name: str, place: int, rule: Rule, text_numbers:
     return convert(item, hint, f"{name}[{place}]", rule, text_numbers=text_numbers)
 
 
+# -------------------------------------------------------------------- options of a command
+
+
+def check_option(option: str, value: Any, rule: Rule) -> None:
+    """Raise unless an option of a command, where it is given (not `None`), is a number in the range of its rule.
+
+    It must be a whole number where the range's end is one.
+
+    Args:
+        option: its name, without the dashes; `_` stands for `-`.
+
+    Raises:
+        EdgeDiTError: naming the option, its value and its range.
+    """
+    if value is None:
+        return
+    whole = isinstance(rule.maximum, int)
+    least = rule.above if rule.minimum is None else rule.minimum
+    try:
+        number = (int if whole else float)(value)
+        fits = (
+            least <= number <= rule.maximum
+            and number != rule.above
+            and (not whole or number == float(value) or isinstance(value, str))
+            and math.isfinite(number)
+            and not isinstance(value, bool)
+        )
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        kind = "a whole number" if whole else "a number"
+        start = f"above {least:g}, up to" if rule.above is not None else f"from {least:g} to"
+        end = "2^63 - 1" if rule.maximum == 2**63 - 1 else str(rule.maximum) if whole else f"{rule.maximum:g}"
+        raise EdgeDiTError(f"--{option.replace('_', '-')} is {value}; give {kind} {start} {end}.")
+
+
 # -------------------------------------------------------------------- many
 
 

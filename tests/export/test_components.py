@@ -18,6 +18,7 @@ from edgedit_hf import EdgeDiTPipeline, OnnxEdgeDiTTransformer2DModel
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export import sample_min
 from edgedit_hf.export.components import COMPONENTS, ExportedComponent
+from edgedit_hf.export.formats import ExportOptions
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.export.schedule import linear_schedule
 from edgedit_hf.files import file_sha256
@@ -45,7 +46,9 @@ def export(pipeline, tmp_path_factory):
             output = tmp_path_factory.mktemp("export") / "out"
             rough = {"tolerance": 1.0, "min_psnr_db": 1.0} if options.get("dtype") == "int8" else {}
             made[key] = export_pipeline(
-                pipeline, output, threads=1, bench_batches=(2,), bench_repeats=2, num_images=2, **rough, **options
+                pipeline,
+                output,
+                ExportOptions(threads=1, bench_batches=(2,), bench_repeats=2, num_images=2, **rough, **options),
             )
         return made[key]
 

@@ -17,6 +17,7 @@ from edgedit_hf import EdgeDiTPipeline, ElasticDiTPipeline, ElasticDiTTransforme
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export.components import OnnxSession
+from edgedit_hf.export.formats import ExportOptions
 from edgedit_hf.export.mixed import choose_8bit, nearest_form, quantized_linears, xnnpack_weights
 from edgedit_hf.export.onnx.lowbit import half_precision
 from edgedit_hf.export.onnx.lower import initializer_bytes, lower_onnx
@@ -185,7 +186,9 @@ def test_8_bits_go_to_few_layers_that_need_them(pipeline, form, goals):
 
 def test_a_split_export_computes_modulations_once(pipeline, tmp_path):
     folder = export_pipeline(
-        pipeline, tmp_path / "out", split_conditioner=True, threads=1, bench_batches=(2,), bench_repeats=2
+        pipeline,
+        tmp_path / "out",
+        ExportOptions(split_conditioner=True, threads=1, bench_batches=(2,), bench_repeats=2),
     )
     loaded = DiffusionPipeline.from_pretrained(folder)
     assert torch.allclose(images_of(loaded, [3, 7]), images_of(pipeline, [3, 7]), atol=1e-4)
@@ -215,7 +218,7 @@ def test_a_split_export_computes_modulations_once(pipeline, tmp_path):
 
 def test_an_open_resolution(pipeline, tmp_path):
     folder = export_pipeline(
-        pipeline, tmp_path / "out", resolution="dynamic", threads=1, bench_batches=(2,), bench_repeats=2
+        pipeline, tmp_path / "out", ExportOptions(resolution="dynamic", threads=1, bench_batches=(2,), bench_repeats=2)
     )
     loaded = DiffusionPipeline.from_pretrained(folder)
     for size in ({}, {"height": 12, "width": 6}):
@@ -232,7 +235,9 @@ def test_a_quantised_model_keeps_its_integers(pipeline, make_transformer, tmp_pa
     quantised = EdgeDiTPipeline(model, make_scheduler("epsilon"), default_steps=2, default_guidance_scale=1.5)
     quantised.save_pretrained(tmp_path / "model")
     folder = export_pipeline(
-        tmp_path / "model", tmp_path / "out", dtype="int4", batch=2, threads=1, bench_repeats=2, min_psnr_db=20.0
+        tmp_path / "model",
+        tmp_path / "out",
+        ExportOptions(dtype="int4", batch=2, threads=1, bench_repeats=2, min_psnr_db=20.0),
     )
     tensors = {
         t.name: numpy_helper.to_array(t)
@@ -268,7 +273,7 @@ def test_text_to_image_splits_and_loads_back(tmp_path, caplog):
         "bench_repeats": 2,
         "num_images": 2,
     }
-    folder = export_pipeline(pipeline, tmp_path / "out", **options)
+    folder = export_pipeline(pipeline, tmp_path / "out", ExportOptions(**options))
     caplog.clear()
     loaded = DiffusionPipeline.from_pretrained(folder)
     assert not [record for record in caplog.records if "Expected types" in record.message]
@@ -352,10 +357,7 @@ def test_prompts_to_images_from_the_hub(format, split, kind, make_hub_server, ru
     export_pipeline(
         tmp_path / "torch",
         tmp_path / "exported",
-        format=format,
-        split_conditioner=split,
-        prompts=["a 3", "a"],
-        **options,
+        ExportOptions(format=format, split_conditioner=split, prompts=["a 3", "a"], **options),
     )
     torch.save(images_of(pipeline, ["a 3", "a"]), tmp_path / "expected.pt")
     env = make_hub_server({"acme/exported": tmp_path / "exported", "acme/torch": tmp_path / "torch"})
@@ -383,7 +385,7 @@ def test_prompts_to_images_from_the_hub(format, split, kind, make_hub_server, ru
 )
 def test_options_that_do_not_go_together(pipeline, tmp_path, options, message):
     with pytest.raises(EdgeDiTError, match=message):
-        export_pipeline(pipeline, tmp_path / "out", **options)
+        export_pipeline(pipeline, tmp_path / "out", ExportOptions(**options))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -395,7 +397,7 @@ def test_elastic_options_that_do_not_go_together(tmp_path):
         ({"resolution": (9, 8)}, "multiples of 2 pixels"),
     ):
         with pytest.raises(EdgeDiTError, match=message):
-            export_pipeline(pipeline, tmp_path / "out", **options)
+            export_pipeline(pipeline, tmp_path / "out", ExportOptions(**options))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -403,12 +405,13 @@ FULL_DISK = """
 import resource, signal, sys
 import edgedit_hf
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.export.formats import ExportOptions
 from edgedit_hf.export.pipeline import export_pipeline
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # no file can grow beyond this, as on a disk that is full
 try:
-    export_pipeline(sys.argv[1], sys.argv[2], threads=1)
+    export_pipeline(sys.argv[1], sys.argv[2], ExportOptions(threads=1))
 except EdgeDiTError as error:
     print(error)
 """

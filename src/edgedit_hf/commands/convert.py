@@ -50,13 +50,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert, write, and say what it is."""
     from ..errors import EdgeDiTError
-    from ..export.options import check_ranges
     from ..files import atomic_folder
     from ..run.outputs import check_output
+    from ..schema import Rule, check_option
 
-    check_ranges(
-        image_size=args.image_size, num_classes=args.num_classes, heads=args.heads, decoder_layers=args.decoder_layers
-    )
+    check_option("image-size", args.image_size, Rule(minimum=8, maximum=4096))
+    check_option("num-classes", args.num_classes, Rule(minimum=0, maximum=1_000_000))
+    check_option("heads", args.heads, Rule(minimum=1, maximum=1024))
+    check_option("decoder-layers", args.decoder_layers, Rule(minimum=1, maximum=1024))
     factor = 8  # of the autoencoders that these models were trained with
     check_output(args.output, [args.source, args.teacher_lora, args.vae], overwrite=args.overwrite)
     if args.image_size is not None and args.image_size % factor:

@@ -13,22 +13,14 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..entry import guard
 from ..errors import EdgeDiTError
-from ..export.options import check_ranges
+from ..export.formats import FIXED_BATCH, FORMATS, ExportOptions, Resolution, dtype_words, gate_words
 from ..files import read_json
 from ..run.outputs import check_output
-
-DTYPES = {  # of each format
-    "onnx": ("fp32", "fp16", "int8", "int4"),
-    "executorch": ("fp32", "int8", "int4"),
-    "coreml": ("fp32", "fp16", "int8", "int4"),
-}
-DTYPE_HELP = (
-    "fp32, fp16 (not executorch), int8 (executorch: 8da8w) or int4 (executorch: 8da4w; coreml: palettes of 16 entries)"
-)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The command's options."""
+    open_formats = ", ".join(name for name, target in FORMATS.items() if target.dynamic)
     parser.add_argument(
         "--model",
         required=True,
@@ -36,12 +28,20 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="pipeline folder or Hub id of an EdgeDiTPipeline or ElasticDiTPipeline",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="pipeline folder to write")
-    parser.add_argument("--format", default="onnx", help=f"artefact format: {', '.join(DTYPES)} (default onnx)")
-    parser.add_argument("--dtype", default="fp32", help=f"precision: {DTYPE_HELP} (default fp32)")
+    parser.add_argument(
+        "--format",
+        default=ExportOptions.format,
+        help=f"artefact format: {', '.join(FORMATS)} (default {ExportOptions.format})",
+    )
+    parser.add_argument(
+        "--dtype",
+        default=ExportOptions.dtype,
+        help=f"precision: {dtype_words()} (default {ExportOptions.dtype})",
+    )
     parser.add_argument(
         "--batch",
-        help="rows of a forward: a number or, for onnx, 'dynamic'; guidance makes it twice the images (default: "
-        "dynamic for onnx, else 2)",
+        help=f"rows of a forward: a number or, for {open_formats}, 'dynamic'; guidance makes it twice the images "
+        f"(default: dynamic for {open_formats}, else {FIXED_BATCH})",
     )
     parser.add_argument("--subnet", metavar="NAME", help="sub-network of an elastic supernet (default: the full net)")
     parser.add_argument(
@@ -52,55 +52,69 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--resolution",
         metavar="HxW",
-        help="height and width in pixels, or 'dynamic' for onnx (default: what the network was made for)",
+        help=f"height and width in pixels, or 'dynamic' for {open_formats} (default: what the network was made for)",
     )
     parser.add_argument(
         "--opset", type=int, help="ONNX operator set, 18 or later (default: the newest this package was tested with)"
     )
     parser.add_argument(
         "--activations",
-        default="dynamic",
+        default=ExportOptions.activations,
         help="of onnx int8: dynamic, static (calibrated on the pipeline's own samples) or by-timestep (scales chosen "
-        "by step) (default dynamic)",
+        f"by step) (default {ExportOptions.activations})",
     )
     parser.add_argument(
         "--weights",
-        default="nearest",
+        default=ExportOptions.weights,
         help="of int4: nearest, or gptq (error-compensating, calibrated on the pipeline's own samples) (default "
-        "nearest)",
+        f"{ExportOptions.weights})",
     )
     parser.add_argument(
         "--backend",
-        default="xnnpack",
+        default=ExportOptions.backend,
         help="of executorch: xnnpack, or coreml or qnn where their SDKs are installed; files of those two are not run "
-        "(default xnnpack)",
+        f"(default {ExportOptions.backend})",
     )
     parser.add_argument(
         "--tolerance",
         type=float,
-        help="largest relative error of a forward, over all sampling timesteps (default 1e-3 for fp32, 1e-2 for fp16, "
-        "5e-2 for int8, 3e-1 for int4)",
+        help=f"largest relative error of a forward, over all sampling timesteps (default {gate_words('tolerance')})",
     )
     parser.add_argument(
         "--min-psnr",
         type=float,
         metavar="DB",
         help="least signal-to-noise ratio of the images of the whole loop; in int4, layers get 8 bits until it is "
-        "reached (default 50 for fp32, 40 for fp16, else 25)",
+        f"reached (default {gate_words('min_psnr_db')})",
     )
     parser.add_argument(
         "--prompts",
         metavar="FILE",
         help="text to image: a prompt a line, to calibrate and verify with (default: eight plain ones)",
     )
-    parser.add_argument("--images", type=int, default=8, help="images that are compared (default 8)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of the runtimes that are compared (default 2)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the images that are compared (default 0)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=ExportOptions.num_images,
+        help=f"images that are compared (default {ExportOptions.num_images})",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=ExportOptions.threads,
+        help=f"threads of the runtimes that are compared (default {ExportOptions.threads})",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=ExportOptions.seed,
+        help=f"seed of the images that are compared (default {ExportOptions.seed})",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an older pipeline folder at --output")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository holds")
 
 
-def parse_resolution(text: str | None) -> tuple[int, int] | str | None:
+def parse_resolution(text: str | None) -> Resolution:
     """`"HxW"` → (height, width); `"dynamic"` and `None` as they are.
 
     Raises:
@@ -140,43 +154,20 @@ def run_export(args: Any) -> None:
     Raises:
         EdgeDiTError: an option is unknown, the model cannot be loaded, or a gate fails.
     """
-    if args.format not in DTYPES:
-        raise EdgeDiTError(f"--format is {args.format!r}; the formats are {', '.join(DTYPES)}.")
-    if args.dtype not in DTYPES[args.format]:
-        raise EdgeDiTError(
-            f"--dtype is {args.dtype!r}; the format {args.format} exists as {', '.join(DTYPES[args.format])}."
-        )
-    resolution, prompts = parse_resolution(args.resolution), read_prompts(args.prompts)
-    check_ranges(
-        batch=None if args.batch == "dynamic" else args.batch,
-        opset=args.opset,
-        tolerance=args.tolerance,
-        min_psnr=args.min_psnr,
-        images=args.images,
-        threads=args.threads,
-        seed=args.seed,
-    )
-    for side in resolution if isinstance(resolution, tuple) else ():
-        check_ranges(resolution=side)
-    check_output(args.output, [args.model, args.prompts], overwrite=args.overwrite)
-    from ..export.pipeline import export_pipeline
-
-    folder = export_pipeline(
-        args.model,
-        args.output,
+    options = ExportOptions(
         format=args.format,
         dtype=args.dtype,
         batch=args.batch,
         split_conditioner=args.split_conditioner,
         subnet=args.subnet,
-        resolution=resolution,
+        resolution=parse_resolution(args.resolution),
         opset=args.opset,
         tolerance=args.tolerance,
         min_psnr_db=args.min_psnr,
         activations=args.activations,
         weights=args.weights,
         backend=args.backend,
-        prompts=prompts,
+        prompts=read_prompts(args.prompts),
         num_images=args.images,
         seed=args.seed,
         threads=args.threads,
@@ -184,8 +175,12 @@ def run_export(args: Any) -> None:
         trust_remote_code=args.trust_remote_code,
         inputs=[args.prompts],
     )
+    check_output(args.output, [args.model, args.prompts], overwrite=args.overwrite)
+    from ..export.pipeline import export_pipeline
+
+    folder = export_pipeline(args.model, args.output, options)
     print(summary(read_json(folder / "verify.json", "the export"), read_json(folder / "bench.json", "the export")))
-    if args.format == "coreml" or args.backend != "xnnpack":
+    if options.not_run:
         print(f"Wrote {folder}; PORTING.md in it says how to run it on a device.")
     else:
         print(f"Wrote {folder}; load it with: import edgedit_hf; DiffusionPipeline.from_pretrained({str(folder)!r})")

@@ -25,9 +25,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Choose, assemble, and say what was chosen."""
-    from ..export.options import check_ranges
+    from ..schema import Rule, check_option
 
-    check_ranges(max_latency_ms=args.max_latency_ms, max_parameters_ratio=args.max_parameters_ratio)
+    check_option("max-latency-ms", args.max_latency_ms, Rule(above=0.0, maximum=1e9))
+    check_option("max-parameters-ratio", args.max_parameters_ratio, Rule(above=0.0, maximum=1e6))
     from ..search.selection import select
 
     output = args.run_dir / "student" if args.output is None else args.output

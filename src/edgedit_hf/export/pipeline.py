@@ -25,25 +25,22 @@ from ..quantization.weights import AffineWeight
 from ..run.outputs import check_output
 from ..runtimes.timing import environment
 from . import verify
-from .components import COMPONENTS, SUFFIXES, open_session, stem
+from .components import COMPONENTS, open_session, stem
 from .contract import Artefact, set_schedule, write_contract
-from .executorch.backends import NOT_RUN as BACKEND_NOT_RUN
-from .executorch.backends import check_backend
-from .executorch.lower import DEFAULT_BATCH, SCHEMES, lower_executorch
+from .executorch.lower import lower_executorch
+from .formats import ExportOptions
 from .mixed import Form, choose_8bit, nearest_form, quantized_linears, xnnpack_weights
 from .onnx.lowbit import GROUP, MIN_QUANTIZED_ELEMENTS
-from .options import check_ranges
 from .parts import Part, is_elastic, latent_size, pipeline_parts, text_lengths
 from .schedule import NotLinearError
-from .wrappers import check_batch, check_model, plain_config
+from .wrappers import check_model, plain_config
 
-Resolution = tuple[int, int] | str | None
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
-class Options:
-    """What an export asks of its format, beside the precision.
+class Lowering:
+    """What an export asks of a lowering, beside the precision.
 
     Args:
         opset: ONNX operator set.
@@ -65,28 +62,7 @@ class Options:
     backend: str = "xnnpack"
 
 
-@dataclass(frozen=True)
-class Format:
-    """One artefact format.
-
-    Args:
-        schemes: precision → what it means here, a key of `verify.TOLERANCE`.
-        default_batch: rows of a forward of an export that states none.
-        dynamic: whether sizes may stay open.
-        lower: `(part, path, precision, facts, options)` writes a part; returns facts for bench.json.
-        four_bits: what its runtime makes of a layer in 4 bits, given the low-bit weights to use as they are. smallest:
-            weights of a layer that it quantises.
-    """
-
-    schemes: Mapping[str, str]
-    default_batch: str | int
-    dynamic: bool
-    lower: Callable[[Part, Path, str, Mapping[str, str], Options], dict]
-    four_bits: Callable[[Mapping[str, Any]], Form] | None = None
-    smallest: int = MIN_QUANTIZED_ELEMENTS
-
-
-def _lower_onnx(part: Part, path: Path, precision: str, facts: Mapping[str, str], options: Options) -> dict:
+def _lower_onnx(part: Part, path: Path, precision: str, facts: Mapping[str, str], lowering: Lowering) -> dict:
     from .onnx.lower import DEFAULT_OPSET, lower_onnx
 
     return lower_onnx(
@@ -94,72 +70,49 @@ def _lower_onnx(part: Part, path: Path, precision: str, facts: Mapping[str, str]
         path,
         precision,
         facts,
-        opset=DEFAULT_OPSET if options.opset is None else options.opset,
-        open_sizes=options.open_sizes,
-        scales=options.scales if part.name == "denoiser" else None,
-        given=options.given,
-        keep_8bit=options.keep_8bit,
-        layers=options.layers,
+        opset=DEFAULT_OPSET if lowering.opset is None else lowering.opset,
+        open_sizes=lowering.open_sizes,
+        scales=lowering.scales if part.name == "denoiser" else None,
+        given=lowering.given,
+        keep_8bit=lowering.keep_8bit,
+        layers=lowering.layers,
     )
 
 
-def _lower_executorch(part: Part, path: Path, precision: str, facts: Mapping[str, str], options: Options) -> dict:
+def _lower_executorch(part: Part, path: Path, precision: str, facts: Mapping[str, str], lowering: Lowering) -> dict:
     in_transformer = part.component == "transformer"
     given = (
-        {name: weight for name, weight in options.given.items() if isinstance(weight, AffineWeight)}
+        {name: weight for name, weight in lowering.given.items() if isinstance(weight, AffineWeight)}
         if in_transformer
         else None
     )
-    kept = options.keep_8bit if in_transformer else ()
-    return lower_executorch(part, path, precision, facts, keep_8bit=kept, affine=given, backend=options.backend)
+    kept = lowering.keep_8bit if in_transformer else ()
+    return lower_executorch(part, path, precision, facts, keep_8bit=kept, affine=given, backend=lowering.backend)
 
 
-def _lower_coreml(part: Part, path: Path, precision: str, facts: Mapping[str, str], options: Options) -> dict:
+def _lower_coreml(part: Part, path: Path, precision: str, facts: Mapping[str, str], lowering: Lowering) -> dict:
     from .coreml.lower import lower_coreml
 
-    quantized = options.quantized if part.component == "transformer" else {}
+    quantized = lowering.quantized if part.component == "transformer" else {}
     if quantized and precision != "fp32":
         precision = "fp16"  # of all that is not packed already
     return lower_coreml(part, path, precision, facts, quantized=quantized or None)
 
 
-FORMATS = {
-    "onnx": Format(
-        {name: name for name in ("fp32", "fp16", "int8", "int4")}, "dynamic", True, _lower_onnx, nearest_form
-    ),
-    "executorch": Format(SCHEMES, DEFAULT_BATCH, False, _lower_executorch, xnnpack_weights, 1),
-    "coreml": Format({name: name for name in ("fp32", "fp16", "int8", "int4")}, DEFAULT_BATCH, False, _lower_coreml),
+LOWER: dict[str, Callable[[Part, Path, str, Mapping[str, str], Lowering], dict]] = {
+    "onnx": _lower_onnx,
+    "executorch": _lower_executorch,
+    "coreml": _lower_coreml,
 }
-ACTIVATIONS = ("dynamic", "static", "by-timestep")
-WEIGHTS = ("nearest", "gptq")
+# What the runtime makes of a layer in 4 bits, given the low-bit weights to use as they are, and the least weights of a
+# layer that it quantises.
+FOUR_BITS: dict[str, tuple[Callable[[Mapping[str, Any]], Form], int]] = {
+    "onnx": (nearest_form, MIN_QUANTIZED_ELEMENTS),
+    "executorch": (xnnpack_weights, 1),
+}
 
 
-def export_pipeline(
-    pipeline: Any,
-    output: str | os.PathLike,
-    *,
-    format: str = "onnx",
-    dtype: str = "fp32",
-    batch: str | int | None = None,
-    split_conditioner: bool = False,
-    subnet: str | None = None,
-    resolution: Resolution = None,
-    opset: int | None = None,
-    tolerance: float | None = None,
-    min_psnr_db: float | None = None,
-    activations: str = "dynamic",
-    weights: str = "nearest",
-    backend: str = "xnnpack",
-    prompts: Sequence[str] | None = None,
-    seed: int = 0,
-    threads: int = 2,
-    bench_batches: Sequence[int] = (2, 8),
-    bench_repeats: int = 20,
-    num_images: int = 8,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    inputs: Sequence[str | os.PathLike | None] = (),
-) -> Path:
+def export_pipeline(pipeline: Any, output: str | os.PathLike, options: ExportOptions | None = None) -> Path:
     """Export a pipeline: lower every network of it, verify and time the result, and write a pipeline folder around the
     artefacts.
 
@@ -170,67 +123,24 @@ def export_pipeline(
     Args:
         pipeline: an [`EdgeDiTPipeline`] or [`ElasticDiTPipeline`], a pipeline folder or a Hub id.
         output: folder to write.
-        format: `"onnx"`, `"executorch"` or `"coreml"`.
-        dtype: `"fp32"`, `"int8"` or `"int4"`, for ONNX and Core ML also `"fp16"`. Convolutions of a VAE stay at 16 bits
-            or more, and text encoders have 8 bits in `"int4"`.
-        batch: `"dynamic"` (ONNX's default), or the rows of a forward (default 2); guidance makes two an image.
-        split_conditioner: write adaLN, a third of a DiT's weights, as an artefact of its own, which a schedule needs
-            once.
-        subnet: of an elastic supernet: which one (default: the active one, the full net).
-        resolution: (height, width) in pixels; `"dynamic"` for an ONNX file of an EdgeDiT that takes any; default: what
-            it was made for.
-        opset: ONNX operator set, 18 or later.
-        tolerance: largest relative error of a forward; default as in `verify.TOLERANCE`.
-        min_psnr_db: least ratio of the images of the whole loop; default as in `verify.MIN_PSNR_DB`. In int4, layers
-            get 8 bits, the most sensitive first, until it is reached.
-        activations: of ONNX in int8: `"dynamic"`, `"static"` (calibrated on the pipeline's own samples) or
-            `"by-timestep"` (a scale a bucket of timesteps).
-        weights: of int4: `"nearest"`, or `"gptq"` (error-compensating, calibrated in the same way). A model that is
-            quantised already keeps its own.
-        backend: of ExecuTorch: `"xnnpack"`, or `"coreml"` or `"qnn"` where their SDKs are installed; the files of those
-            two cannot be run here.
-        prompts: of text to image: what is sampled to calibrate and to verify.
-        seed: seed of the comparison's images.
-        threads: threads of the comparison and the timing.
-        bench_batches: batches that are timed (a fixed `batch` is timed alone).
-        bench_repeats: timed rounds a batch.
-        num_images: images of the comparison, rounded up to what fills a fixed batch.
-        overwrite: whether `output`, if it is an older pipeline folder, is replaced.
-        trust_remote_code: whether code in the pipeline's repository may run.
-        inputs: further files of the user that `output` must not touch.
+        options: what is asked; default: ONNX in fp32.
 
     Returns:
         `output`.
 
     Raises:
         EdgeDiTError: the pipeline cannot be loaded or is an export already, `output` is in the way, options do not fit
-            the pipeline or the format, or a gate fails (the message has the measured error and the tolerance; nothing
-            is written).
+            the pipeline, or a gate fails (the message has the measured error and the tolerance; nothing is written).
     """
-    if format not in FORMATS:
-        raise EdgeDiTError(f"format is {format!r}; the formats are {', '.join(FORMATS)}.")
-    target = FORMATS[format]
-    batch = check_batch(target.default_batch if batch is None else batch, target.dynamic)
-    if dtype not in target.schemes:
-        raise EdgeDiTError(f"dtype is {dtype!r}; the format {format} exists as {', '.join(target.schemes)}.")
-    _check_options(format, dtype, opset, activations, weights, resolution, backend)
-    numbers = {
-        "opset": opset,
-        "tolerance": tolerance,
-        "min_psnr": min_psnr_db,
-        "images": num_images,
-        "threads": threads,
-        "seed": seed,
-    }
-    check_ranges(**numbers, batch=None if batch == "dynamic" else batch)
-    for side in resolution if isinstance(resolution, tuple) else ():
-        check_ranges(resolution=side)
+    options = ExportOptions() if options is None else options
     source = str(pipeline) if isinstance(pipeline, (str, os.PathLike)) else None
-    check_output(output, [source, *inputs], overwrite=overwrite)
+    check_output(output, [source, *options.inputs], overwrite=options.overwrite)
     output = Path(output)
     if source is not None:
         pipeline = load_pipeline(
-            pipeline, trust_remote_code=trust_remote_code, kind=("EdgeDiTPipeline", "ElasticDiTPipeline")
+            pipeline,
+            trust_remote_code=options.trust_remote_code,
+            kind=("EdgeDiTPipeline", "ElasticDiTPipeline"),
         )
     if not isinstance(pipeline.transformer, nn.Module):
         raise EdgeDiTError(
@@ -239,104 +149,50 @@ def export_pipeline(
         )
     if hasattr(pipeline.transformer, "_orig_mod"):  # compiled: its weights would have other names
         pipeline = with_components(pipeline, transformer=pipeline.transformer._orig_mod)
-    pipeline, subnet = _with_subnet(pipeline, subnet)
+    pipeline, subnet = _with_subnet(pipeline, options.subnet)
     plain, packed = _plain(pipeline)
     check_finite(
         plain.transformer.state_dict(), "The pipeline's transformer", "nothing was written. Export a sound checkpoint."
     )
-    open_size = resolution == "dynamic"
+    open_size = options.resolution == "dynamic"
     if open_size and is_elastic(pipeline):
         raise EdgeDiTError(
             "The resolution is 'dynamic', but an elastic DiT cuts its tokens into strips of a fixed number; export it "
             "once a resolution."
         )
-    size = latent_size(plain, None if open_size else resolution)
-    job = _Job(plain, target, format, dtype, batch, split_conditioner, subnet, None if open_size else size)
+    size = latent_size(plain, None if open_size else options.resolution)
+    if is_elastic(pipeline) and options.batch != "dynamic":
+        options = replace(options, prompts=prompts_that_fit(plain, options.prompts))
+    job = _Job(plain, options, subnet, None if open_size else size)
     set_schedule(plain, size)
     parts = pipeline_parts(
         plain,
-        split=split_conditioner,
+        split=options.split_conditioner,
         size=_other(size, plain) if open_size else size,
         batch=job.rows,
         images=job.images,
     )
-    options = Options(
-        opset=opset, open_sizes=job.open_sizes, quantized=packed, backend=backend, layers=plain.transformer
+    lowering = Lowering(
+        opset=options.opset,
+        open_sizes=job.open_sizes,
+        quantized=packed,
+        backend=options.backend,
+        layers=plain.transformer,
     )
-    if is_elastic(pipeline) and batch != "dynamic":
-        prompts = prompts_that_fit(plain, prompts)
-    asked = {"seed": seed, "num_images": num_images, "prompts": prompts}
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
     try:
         with atomic_folder(output) as folder:
             facts = {"source": source, **job.identity()}
-            if format == "coreml" or backend != "xnnpack":
-                said = job.write(folder, parts, options)
-                save_without_networks(plain, folder)
-                facts |= job.contract(folder, parts, said, options, asked, None)
-                checked = job.interpreted(folder, parts, said, tolerance) if format == "coreml" else {}
-                reason = NOT_RUN if format == "coreml" else BACKEND_NOT_RUN[backend]
-                atomic_write_json(
-                    folder / "verify.json",
-                    {"precision": dtype, "passed": None, "parts": checked, "not_run": reason, **facts},
-                )
-                atomic_write_json(folder / "bench.json", {"parts": said, "environment": environment(threads), **facts})
-                return output
-            if packed and dtype in ("int8", "int4"):
-                options = replace(options, given=packed)
-            options = _calibrated(plain, options, format, dtype, activations, weights, seed, prompts)
-            said, verified, exported = job.write_verified(
-                folder, parts, options, pipeline, asked, tolerance, min_psnr_db, threads
-            )
-            exported.save_pretrained(folder)
-            facts |= job.contract(folder, parts, said, options, asked, threads)
-            atomic_write_json(folder / "verify.json", {**verified, **facts})
-            batches = bench_batches if batch == "dynamic" else [batch]
-            cost = job.cost(folder, parts, said, options, batches, threads, bench_repeats)
-            atomic_write_json(folder / "bench.json", {**cost, **facts})
-            delegation = {file: entry["delegation"] for file, entry in said.items() if "delegation" in entry}
-            if delegation:
-                atomic_write_json(folder / "delegation.json", delegation)
+            if options.not_run:
+                job.write_unverified(folder, parts, lowering, facts)
+            else:
+                if packed and options.dtype in ("int8", "int4"):
+                    lowering = replace(lowering, given=packed)
+                job.write_verified(folder, parts, _calibrated(plain, lowering, options), pipeline, facts)
     finally:
         torch.set_num_threads(before)
     return output
-
-
-NOT_RUN = (
-    "Core ML runs on Apple's systems only, so the packages were not run. The errors are those of the saved programs, "
-    "interpreted operator by operator in PyTorch with their declared types, for example inputs."
-)
-
-
-def _check_options(
-    format: str, dtype: str, opset: int | None, activations: str, weights: str, resolution: Resolution, backend: str
-) -> None:
-    """Raise unless the options exist and go together."""
-    if backend != "xnnpack":
-        if format != "executorch":
-            raise EdgeDiTError(f"backend is {backend!r}; backends belong to ExecuTorch. Leave it out for {format}.")
-        check_backend(backend, dtype)
-    if opset is not None and format != "onnx":
-        raise EdgeDiTError(f"opset is {opset}; operator sets belong to ONNX. Leave it out for {format}.")
-    if activations not in ACTIVATIONS:
-        raise EdgeDiTError(f"activations is {activations!r}; it may be {', '.join(ACTIVATIONS)}.")
-    if activations != "dynamic" and (format, dtype) != ("onnx", "int8"):
-        raise EdgeDiTError(
-            f"activations is {activations!r}, but the export is {format} {dtype}; calibrated activations are for onnx "
-            "int8."
-        )
-    if weights not in WEIGHTS:
-        raise EdgeDiTError(f"weights is {weights!r}; it may be {', '.join(WEIGHTS)}.")
-    if weights != "nearest" and (dtype != "int4" or format == "coreml"):
-        raise EdgeDiTError(
-            f"weights is {weights!r}, but the export is {format} {dtype}; compensated rounding is for onnx and "
-            "executorch int4."
-        )
-    if resolution == "dynamic" and format != "onnx":
-        raise EdgeDiTError(
-            f"The resolution is 'dynamic', but {format} files are made for one size; give HxW, or export to onnx."
-        )
 
 
 def _with_subnet(pipeline: Any, subnet: str | None) -> tuple[Any, str | None]:
@@ -375,42 +231,35 @@ def _other(size: tuple[int, int], pipeline: Any) -> tuple[int, int]:
     return size[0] + 2 * patch, size[1] + 4 * patch
 
 
-def _calibrated(
-    pipeline: Any,
-    options: Options,
-    format: str,
-    dtype: str,
-    activations: str,
-    weights: str,
-    seed: int,
-    prompts: Sequence[str] | None,
-) -> Options:
-    """The options with what is measured on the pipeline's own samples: activation scales, or compensated 4-bit
+def _calibrated(pipeline: Any, lowering: Lowering, options: ExportOptions) -> Lowering:
+    """The lowering with what is measured on the pipeline's own samples: activation scales, or compensated 4-bit
     weights.
     """
-    if activations == "dynamic" and weights == "nearest":
-        return options
+    if options.activations == "dynamic" and options.weights == "nearest":
+        return lowering
     from ..quantization.activations import activation_scales
     from ..quantization.calibration import input_ranges, record, second_moments
     from ..quantization.gptq import gptq
 
     model = pipeline.transformer
-    layers = [name for name in quantized_linears(model) if name not in options.given]
-    calls = record(pipeline, CALIBRATION_IMAGES, seed=seed, prompts=list(prompts or verify.PROMPTS)).calls
-    if activations != "dynamic":
+    layers = [name for name in quantized_linears(model) if name not in lowering.given]
+    calls = record(
+        pipeline, CALIBRATION_IMAGES, seed=options.seed, prompts=list(options.prompts or verify.PROMPTS)
+    ).calls
+    if options.activations != "dynamic":
         # The first layer sees the sample itself, where one value (a background's) may fill half of it: its rounding
         # error would be the same everywhere.
         timesteps, ranges = input_ranges(model, calls, [name for name in layers if name != "patch_embed"])
         used = {
             name: bounds for name, bounds in ranges.items() if torch.isfinite(bounds).all()
         }  # side blocks are never called
-        buckets = min(BUCKETS, len(timesteps)) if activations == "by-timestep" else 1
-        return replace(options, scales=activation_scales(timesteps, used, buckets))
-    given = dict(options.given)
+        buckets = min(BUCKETS, len(timesteps)) if options.activations == "by-timestep" else 1
+        return replace(lowering, scales=activation_scales(timesteps, used, buckets))
+    given = dict(lowering.given)
     for name in layers:  # one at a time: the moments of all layers of a large network would not fit
         moments = second_moments(model, calls, [name])[name]
         given[name] = gptq(model.get_submodule(name).weight, moments, 4, GROUP, symmetric=True)
-    return replace(options, given=given)
+    return replace(lowering, given=given)
 
 
 CALIBRATION_IMAGES = 16
@@ -418,15 +267,15 @@ EIGHT_BIT_ATTEMPTS = 3
 BUCKETS = 8  # of timesteps, each with activation scales of its own
 
 
-def extra_inputs(part: Part, options: Options) -> dict[str, torch.Tensor]:
+def extra_inputs(part: Part, lowering: Lowering) -> dict[str, torch.Tensor]:
     """Examples of what a file takes beside the part's own inputs: a split denoiser with activation scales by timestep
     is told the timestep.
     """
     if (
         part.name != "denoiser"
         or "timestep" in part.inputs
-        or options.scales is None
-        or options.scales.num_buckets == 1
+        or lowering.scales is None
+        or lowering.scales.num_buckets == 1
     ):
         return {}
     return {"timestep": torch.full((len(part.inputs["sample"]),), 500.0)}
@@ -437,28 +286,24 @@ class _Job:
     """One export: what its steps share."""
 
     pipeline: Any  # with plain weights
-    target: Format
-    format: str
-    dtype: str
-    batch: str | int
-    split: bool
+    options: ExportOptions
     subnet: str | None
     size: tuple[int, int] | None  # of the latents; `None`: any
 
     @property
     def rows(self) -> int:
         """Rows of the denoiser's examples: torch.export would freeze an open batch of 0 or 1."""
-        return 2 if self.batch == "dynamic" else int(self.batch)
+        return 2 if self.options.batch == "dynamic" else int(self.options.batch)
 
     @property
     def images(self) -> int:
         """Images of the VAE's and prompts of the text encoders' examples."""
-        return 2 if self.batch == "dynamic" else 1
+        return 2 if self.options.batch == "dynamic" else 1
 
     @property
     def open_sizes(self) -> tuple[str, ...]:
         """Sizes that stay open."""
-        if self.batch != "dynamic":
+        if self.options.batch != "dynamic":
             return ()
         sizes = (
             "batch",
@@ -485,17 +330,23 @@ class _Job:
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """config.json of every component that becomes an artefact."""
-        pipeline, export = self.pipeline, {"precision": self.dtype, "batch": self.batch}
+        pipeline, export = self.pipeline, {"precision": self.options.dtype, "batch": self.options.batch}
         model = {
             **plain_config(pipeline.transformer),
             **export,
-            "split": self.split,
+            "split": self.options.split_conditioner,
             "size": None if self.size is None else list(self.size),
         }
         if is_elastic(pipeline):
-            model |= {"subnet": self.subnet, "text_tokens": None if self.batch == "dynamic" else text_lengths(pipeline)}
+            model |= {
+                "subnet": self.subnet,
+                "text_tokens": None if self.options.batch == "dynamic" else text_lengths(pipeline),
+            }
         configs = {"transformer": model}
-        images = {"precision": self.dtype, "batch": "dynamic" if self.batch == "dynamic" else self.images}
+        images = {
+            "precision": self.options.dtype,
+            "batch": "dynamic" if self.options.batch == "dynamic" else self.images,
+        }
         if pipeline.vae is not None:
             configs["vae"] = {**plain_config(pipeline.vae), **images, "size": model["size"]}
         if is_elastic(pipeline):
@@ -503,7 +354,11 @@ class _Job:
                 encoder = getattr(pipeline, name)
                 if encoder is not None:
                     vocabulary = encoder.get_input_embeddings().num_embeddings
-                    added = {**images, "tokens": None if self.batch == "dynamic" else tokens, "vocabulary": vocabulary}
+                    added = {
+                        **images,
+                        "tokens": None if self.options.batch == "dynamic" else tokens,
+                        "vocabulary": vocabulary,
+                    }
                     configs[name] = {
                         **json.loads(encoder.config.to_json_string(use_diff=False)),
                         "edgedit_export": added,
@@ -517,8 +372,8 @@ class _Job:
         said = {
             "config": json.dumps(config, sort_keys=True),
             "weights": weights_hash(module.state_dict()),
-            "precision": self.dtype,
-            "batch": str(self.batch),
+            "precision": self.options.dtype,
+            "batch": str(self.options.batch),
             "versions": json.dumps(versions()),
         }
         if "layers" in config and "hidden_size" in config and component == "transformer":
@@ -527,30 +382,31 @@ class _Job:
             said["subnet"] = self.subnet
         return said
 
-    def precision(self, part: Part) -> str:
+    def dtype_of(self, part: Part) -> str:
         """The precision that is asked of a part: text encoders run once an image and steer all of it, so that they have
         8 bits in int4.
         """
-        return "int8" if self.dtype == "int4" and part.component in TEXT_ENCODERS else self.dtype
+        dtype = self.options.dtype
+        return "int8" if dtype == "int4" and part.component in TEXT_ENCODERS else dtype
 
     def file(self, part: Part) -> str:
         """Where a part's artefact stands within the export."""
-        return f"{part.component}/{self.format}/{stem(part.name)}{SUFFIXES[self.format]}"
+        return f"{part.component}/{self.options.format}/{stem(part.name)}{self.options.target.suffix}"
 
-    def write(self, folder: Path, parts: Sequence[Part], options: Options) -> dict[str, dict]:
+    def write(self, folder: Path, parts: Sequence[Part], lowering: Lowering) -> dict[str, dict]:
         """Lower every part. Returns what each lowering says, by the artefact's file."""
         facts = {component: self.facts(component) for component in {part.component for part in parts}}
         said = {}
         for part in parts:
             path = folder / self.file(part)
             path.parent.mkdir(parents=True, exist_ok=True)
-            precision = self.precision(part)
-            said[self.file(part)] = self.target.lower(
-                part, path, precision, {**facts[part.component], "part": part.name}, options
+            lower = LOWER[self.options.format]
+            said[self.file(part)] = lower(
+                part, path, self.dtype_of(part), {**facts[part.component], "part": part.name}, lowering
             )
         return said
 
-    def load(self, folder: Path, threads: int) -> Any:
+    def load(self, folder: Path) -> Any:
         """The pipeline around the artefacts in `folder`."""
         loaded = {}
         for component, config in self.configs().items():
@@ -563,65 +419,95 @@ class _Job:
                 if is_elastic(self.pipeline)
                 else "edgedit"
             )
-            cls = COMPONENTS[self.format, kind]
+            cls = COMPONENTS[self.options.format, kind]
             cls(**config).save_config(folder / component)
-            loaded[component] = cls.from_pretrained(folder / component, num_threads=threads)
+            loaded[component] = cls.from_pretrained(folder / component, num_threads=self.options.threads)
         return with_components(self.pipeline, **loaded)
 
     def write_verified(
-        self,
-        folder: Path,
-        parts: Sequence[Part],
-        options: Options,
-        eager: Any,
-        asked: Mapping[str, Any],
-        tolerance: float | None,
-        min_psnr_db: float | None,
-        threads: int,
-    ) -> tuple[dict, dict, Any]:
-        """Lower, load back and compare. Returns what the lowerings say, what verify.json holds, and the exported
-        pipeline.
+        self, folder: Path, parts: Sequence[Part], lowering: Lowering, eager: Any, facts: Mapping[str, Any]
+    ) -> None:
+        """Lower, load back, compare and time: the whole export.
+
+        Args:
+            eager: the pipeline as it was given, which the artefacts are compared with.
+            facts: what verify.json and bench.json say beside.
         """
-        scheme = self.target.schemes[self.dtype]
-        least = verify.MIN_PSNR_DB[scheme] if min_psnr_db is None else min_psnr_db
+        options = self.options
+        said, verified, lowering = self.lower_until_good(folder, parts, lowering, eager)
+        facts = {**facts, **self.contract(folder, parts, said, lowering, options.threads)}
+        atomic_write_json(folder / "verify.json", {**verified, **facts})
+        atomic_write_json(folder / "bench.json", {**self.cost(folder, parts, said, lowering), **facts})
+        delegation = {file: entry["delegation"] for file, entry in said.items() if "delegation" in entry}
+        if delegation:
+            atomic_write_json(folder / "delegation.json", delegation)
+
+    def write_unverified(
+        self, folder: Path, parts: Sequence[Part], lowering: Lowering, facts: Mapping[str, Any]
+    ) -> None:
+        """The whole export of artefacts that cannot be run here."""
+        options = self.options
+        said = self.write(folder, parts, lowering)
+        save_without_networks(self.pipeline, folder)
+        facts = {**facts, **self.contract(folder, parts, said, lowering, None)}
+        checked = self.interpreted(folder, parts, said) if options.format == "coreml" else {}
+        verified = {"precision": options.dtype, "passed": None, "parts": checked, "not_run": options.not_run}
+        atomic_write_json(folder / "verify.json", {**verified, **facts})
+        atomic_write_json(folder / "bench.json", {"parts": said, "environment": environment(options.threads), **facts})
+
+    def lower_until_good(
+        self, folder: Path, parts: Sequence[Part], lowering: Lowering, eager: Any
+    ) -> tuple[dict, dict, Lowering]:
+        """Lower, load back and compare; in int4 with as many layers of 8 bits as the images need. The exported pipeline
+        is in `folder` then.
+
+        Returns:
+            what the lowerings say, what verify.json holds, and the lowering that was good.
+        """
+        options, precision = self.options, self.options.precision
+        asked = {"seed": options.seed, "num_images": options.num_images, "prompts": options.prompts}
+        least = precision.min_psnr_db if options.min_psnr_db is None else options.min_psnr_db
         goal = least
         for _ in range(EIGHT_BIT_ATTEMPTS):
-            if self.dtype == "int4":
-                form = self.target.four_bits(options.given)
+            if options.dtype == "int4":
+                form, smallest = FOUR_BITS[options.format]
                 kept = choose_8bit(
                     self.pipeline,
-                    form,
+                    form(lowering.given),
                     goal,
-                    smallest=self.target.smallest,
-                    seed=asked["seed"],
-                    prompts=asked["prompts"],
+                    smallest=smallest,
+                    seed=options.seed,
+                    prompts=options.prompts,
                 )
-                options = replace(options, keep_8bit=tuple(kept))
-            given = {name: weight for name, weight in options.given.items() if name not in options.keep_8bit}
-            said = self.write(folder, parts, replace(options, given=given))
-            exported = self.load(folder, threads)
+                lowering = replace(lowering, keep_8bit=tuple(kept))
+            given = {name: weight for name, weight in lowering.given.items() if name not in lowering.keep_8bit}
+            said = self.write(folder, parts, replace(lowering, given=given))
+            exported = self.load(folder)
             found = verify.compare(eager, exported, **asked)
-            if self.dtype != "int4" or not found["finite"] or found["psnr_db"] is None or found["psnr_db"] >= least:
+            if options.dtype != "int4" or not found["finite"] or found["psnr_db"] is None or found["psnr_db"] >= least:
                 break
             goal += (
                 least - found["psnr_db"] + 0.5
             )  # kernels round a little differently than the simulation: ask for more
-        found = verify.check(found, scheme, tolerance, min_psnr_db)
-        if self.dtype == "int4":
-            found["layers_of_8_bits"] = list(options.keep_8bit)
+        found = verify.check(found, precision.name, options.tolerance, options.min_psnr_db)
+        if options.dtype == "int4":
+            found["layers_of_8_bits"] = list(lowering.keep_8bit)
         checked = {}
         for part in parts:
             if part.name == "denoiser":
                 continue
             file = self.file(part)
-            precision = self.target.schemes[said[file].get("precision", self.precision(part))]
-            session = open_session(folder / file, self.format, threads)
-            checked[file] = verify.check_part(part, precision, verify.compare_part(part, session))
-        return said, {**found, "parts": checked}, exported
+            session = open_session(folder / file, options.format, options.threads)
+            checked[file] = verify.check_part(part, self.precision_of(part, said), verify.compare_part(part, session))
+        exported.save_pretrained(folder)
+        return said, {**found, "parts": checked}, lowering
 
-    def interpreted(
-        self, folder: Path, parts: Sequence[Part], said: Mapping[str, dict], tolerance: float | None
-    ) -> dict[str, dict]:
+    def precision_of(self, part: Part, said: Mapping[str, dict]) -> str:
+        """The precision that a part's lowering says it has, as its runtime calls it."""
+        dtype = said[self.file(part)].get("precision", self.dtype_of(part))
+        return self.options.target.precisions[dtype].name
+
+    def interpreted(self, folder: Path, parts: Sequence[Part], said: Mapping[str, dict]) -> dict[str, dict]:
         """The gate of Core ML packages, which cannot be run here: their programs, read back and interpreted
         ([`mil.run_package`]).
         """
@@ -630,10 +516,11 @@ class _Job:
         checked = {}
         for part in parts:
             file = self.file(part)
-            precision = self.target.schemes[said[file]["precision"]]
             # A model that is quantised already is compared with its own unpacked weights.
             session = SimpleNamespace(run=lambda inputs, file=file: list(run_package(folder / file, inputs).values()))
-            checked[file] = verify.check_part(part, precision, verify.compare_part(part, session), tolerance)
+            checked[file] = verify.check_part(
+                part, self.precision_of(part, said), verify.compare_part(part, session), self.options.tolerance
+            )
         return checked
 
     def contract(
@@ -641,57 +528,49 @@ class _Job:
         folder: Path,
         parts: Sequence[Part],
         said: Mapping[str, dict],
-        options: Options,
-        asked: Mapping[str, Any],
+        lowering: Lowering,
         threads: int | None,
     ) -> dict[str, str]:
         """Write the port contract, with the artefacts' own outputs as its reference (`threads` of their runtime) or,
         where they cannot be run (`None`), the eager network's. Returns nothing, or why there is none: a scheduler that
         adds noise is not numbers alone.
         """
+        options = self.options
         sessions: dict[str, Any] = {}
 
         def run(artefact: Artefact, inputs: Mapping[str, Any]) -> dict[str, Any]:
             if artefact.file not in sessions:
-                sessions[artefact.file] = open_session(folder / artefact.file, self.format, threads)
+                sessions[artefact.file] = open_session(folder / artefact.file, options.format, threads)
             found = sessions[artefact.file].run({name: torch.from_numpy(value) for name, value in inputs.items()})
             return dict(zip(artefact.part.outputs, (value.numpy() for value in found)))
 
         artefacts = []
         for part in parts:
             entry = said[self.file(part)]
-            precision = "fp32" if entry.get("scheme") == "fp32" else entry.get("precision", self.precision(part))
+            precision = "fp32" if entry.get("scheme") == "fp32" else entry.get("precision", self.dtype_of(part))
             artefacts.append(
-                Artefact(part, self.file(part), precision, options.open_sizes, extra_inputs(part, options))
+                Artefact(part, self.file(part), precision, lowering.open_sizes, extra_inputs(part, lowering))
             )
-        prompts = asked["prompts"]
         try:
             write_contract(
                 folder,
                 self.pipeline,
                 artefacts,
-                format=self.format,
-                precision=self.dtype,
-                split=self.split,
-                seed=asked["seed"],
-                prompt=prompts[0] if prompts else verify.PROMPTS[0],
+                format=options.format,
+                precision=options.dtype,
+                split=options.split_conditioner,
+                seed=options.seed,
+                prompt=options.prompts[0] if options.prompts else verify.PROMPTS[0],
                 run=None if threads is None else run,
             )
         except NotLinearError as error:
             return {"contract": f"none was written: {error}"}
         return {}
 
-    def cost(
-        self,
-        folder: Path,
-        parts: Sequence[Part],
-        said: Mapping[str, dict],
-        options: Options,
-        batches: Sequence[int],
-        threads: int,
-        repeats: int,
-    ) -> dict:
+    def cost(self, folder: Path, parts: Sequence[Part], said: Mapping[str, dict], lowering: Lowering) -> dict:
         """What bench.json holds: the denoiser's cost, and under `parts` that of every other artefact."""
+        options = self.options
+        batches = options.bench_batches if options.batch == "dynamic" else [options.batch]
         found: dict[str, Any] = {}
         others = {}
         for part in parts:
@@ -699,12 +578,12 @@ class _Job:
             rows = batches if part.component == "transformer" else [self.images]
             measured = verify.benchmark(
                 part,
-                {self.precision(part): folder / file},
-                self.format,
+                {self.dtype_of(part): folder / file},
+                options.format,
                 rows,
-                threads,
-                repeats,
-                extra=extra_inputs(part, options),
+                options.threads,
+                options.bench_repeats,
+                extra=extra_inputs(part, lowering),
             )
             if part.name == "denoiser":
                 found = {**measured, **said[file]}

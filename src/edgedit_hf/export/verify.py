@@ -18,16 +18,9 @@ from ..pipelines.loading import with_components
 from ..runtimes.footprint import footprint
 from ..runtimes.timing import environment, measure, paired_ratio
 from .components import open_session
+from .formats import FORMATS, PRECISIONS
 from .onnx.lower import initializer_bytes
 from .parts import MODULATED, Part, is_elastic, text_lengths
-
-# ‖artefact − eager‖ / ‖eager‖ of one forward, the worst over all sampling timesteps. fp32 differs by the order of
-# additions only. Quantised networks are worst at the last, nearly clean timesteps, where trained models on digits lie
-# between 0.010 and 0.021 in int8 (images at 44 to 54 dB), between 0.009 and 0.015 in 8da8w (43 to 48 dB), and between
-# 0.06 and 0.13 in 4 bits (25 to 32 dB).
-TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "int8": 5e-2, "int4": 3e-1, "8da8w": 5e-2, "8da4w": 3e-1}
-# Peak signal-to-noise ratio of the images after the full loop, where the forwards' errors have added up.
-MIN_PSNR_DB = {"fp32": 50.0, "fp16": 40.0, "int8": 25.0, "int4": 25.0, "8da8w": 25.0, "8da4w": 25.0}
 
 PROMPTS = (
     "a photo of a cat sitting on a chair",
@@ -168,15 +161,15 @@ def check(found: Mapping, precision: str, tolerance: float | None = None, min_ps
 
     Args:
         found: what [`compare`] returned.
-        precision: a key of [`TOLERANCE`].
-        tolerance: largest relative error of a forward; default [`TOLERANCE`].
-        min_psnr_db: least ratio of the images; default [`MIN_PSNR_DB`].
+        precision: a key of [`PRECISIONS`].
+        tolerance: largest relative error of a forward; default the precision's.
+        min_psnr_db: least ratio of the images; default the precision's.
 
     Raises:
         EdgeDiTError: NaN or infinite values, a relative error above the tolerance, or images below `min_psnr_db`.
     """
-    tolerance = TOLERANCE[precision] if tolerance is None else tolerance
-    least = MIN_PSNR_DB[precision] if min_psnr_db is None else min_psnr_db
+    tolerance = PRECISIONS[precision].tolerance if tolerance is None else tolerance
+    least = PRECISIONS[precision].min_psnr_db if min_psnr_db is None else min_psnr_db
     if not found["finite"]:
         raise EdgeDiTError(
             f"The {precision} export gives NaN or infinite values (worst at timestep {found['worst_timestep']:g}); "
@@ -208,7 +201,7 @@ def check_part(part: Part, precision: str, error: float, tolerance: float | None
     Raises:
         EdgeDiTError: the error is not finite or above the tolerance.
     """
-    tolerance = TOLERANCE[precision] if tolerance is None else tolerance
+    tolerance = PRECISIONS[precision].tolerance if tolerance is None else tolerance
     if not error <= tolerance:
         raise EdgeDiTError(
             f"The {precision} export of the {part.name} of {part.component} differs from the model by a relative error "
@@ -285,7 +278,7 @@ def benchmark(
     """
     *_, precision = files
     examples = {**part.inputs, **(extra or {})}
-    runtime = {"onnx": "onnxruntime"}.get(format, format)
+    runtime = FORMATS[format].runtime
     shipped = f"{runtime}-{precision}"
     latency = []
     for batch in batches:

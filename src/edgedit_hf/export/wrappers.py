@@ -39,20 +39,6 @@ def check_model(model: EdgeDiTTransformer2DModel) -> None:
         )
 
 
-def check_batch(batch: str | int, dynamic: bool = True) -> str | int:
-    """`"dynamic"` (where it exists) or a positive integer (also as text), else an [`EdgeDiTError`]."""
-    if batch == "dynamic" and dynamic:
-        return batch
-    try:
-        number = int(batch)
-    except ValueError:
-        number = 0
-    if number < 1:
-        choice = "'dynamic' or a number" if dynamic else "a number"
-        raise EdgeDiTError(f"batch is {batch!r}; give {choice} of at least 1.")
-    return number
-
-
 def plain_config(model: EdgeDiTTransformer2DModel) -> dict:
     """The model's config without diffusers' own entries."""
     return {key: value for key, value in model.config.items() if not key.startswith("_")}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EdgeDiTError
+from ..export.formats import MEASURED
 from ..schema import fill, key, shorten
 from .sections import (
     LICENSE,
@@ -246,9 +247,13 @@ def _check(config: RunConfig, source: str) -> None:
         raise EdgeDiTError(
             f"{source}: search.initial {search.initial} exceeds search.evaluations {search.evaluations}."
         )
-    if config.latency.runtime == "onnxruntime" and config.latency.precision == "int4":
+    latency = config.latency
+    measured = MEASURED[latency.runtime].measured
+    if latency.precision not in measured:
+        runtimes = " or ".join(name for name, target in MEASURED.items() if latency.precision in target.measured)
         raise EdgeDiTError(
-            f"{source}: latency.precision int4 needs latency.runtime executorch; ONNX Runtime has fp32 and int8."
+            f"{source}: latency.precision {latency.precision} needs latency.runtime {runtimes}; {latency.runtime} has "
+            f"{' and '.join(measured)}."
         )
     bank = config.bank
     if teacher.path is None:  # of a given teacher the search space says it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..export.formats import FORMATS, MEASURED
 from ..schema import key
 
 # Greatest values: beyond what anybody runs, and below what exhausts memory or overflows before a message could say so.
@@ -173,11 +174,11 @@ class LatencyConfig:
 
     batch_size: int = key(32, "images a forward", minimum=1, maximum=BATCH)
     threads: int = key(2, "threads of the runtime", minimum=1, maximum=THREADS)
-    runtime: str = key(
-        "onnxruntime", "runtime that will ship: onnxruntime or executorch", ("onnxruntime", "executorch")
-    )
+    runtime: str = key("onnxruntime", f"runtime that will ship: {' or '.join(MEASURED)}", tuple(MEASURED))
     precision: str = key(
-        "fp32", "precision of the measured artefacts: fp32, int8, or int4 (executorch only)", ("fp32", "int8", "int4")
+        "fp32",
+        "precision of the measured artefacts: fp32, int8, or int4 (executorch only)",
+        tuple(dict.fromkeys(dtype for target in MEASURED.values() for dtype in target.measured)),
     )
     repeats: int = key(40, "measurements a shape; the median counts", minimum=3, maximum=REPEATS)
 
@@ -270,12 +271,15 @@ class ExportConfig:
     """Artefacts for the phone's runtime."""
 
     dtypes: list[str] = key(
-        lambda: ["fp32", "int8"], "precisions of the ONNX exports: fp32, int8", choices=("fp32", "int8"), items=10
+        lambda: ["fp32", "int8"],
+        f"precisions of the ONNX exports: {', '.join(FORMATS['onnx'].measured)}",
+        choices=FORMATS["onnx"].measured,
+        items=10,
     )
     executorch: list[str] = key(
         lambda: [],
         "precisions of the ExecuTorch exports: fp32, int8 (8da8w), int4 (8da4w); needs edgedit_hf[executorch]",
-        choices=("fp32", "int8", "int4"),
+        choices=FORMATS["executorch"].measured,
         items=10,
     )
     threads: int = key(2, "threads of the runtime when exports are timed", minimum=1, maximum=THREADS)

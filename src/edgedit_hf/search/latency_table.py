@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import EdgeDiTError
+from ..export.formats import MEASURED
 from ..files import atomic_write_json, hash_json, read_json
 from ..genotype import Genotype, LayerSpec
 from ..records import Table
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
 
 FORMAT = 1
-PRECISIONS = {"onnxruntime": ("fp32", "int8"), "executorch": ("fp32", "int8", "int4")}  # of each runtime
 DEPTHS = (2, 6)  # layers of the fitted networks
 TRUNK_KEYS = ("sample_size", "patch_size", "in_channels", "hidden_size", "num_classes", "learn_sigma")
 Shape = tuple[int, int, float]
@@ -99,7 +99,7 @@ class LatencyTable:
             space: its search space.
             batch: images a forward.
             threads: intra-op threads of the runtime.
-            runtime: a key of [`PRECISIONS`].
+            runtime: a key of [`MEASURED`].
             precision: one that the runtime has.
             repeats: timed rounds; medians count.
             check: whole networks that are timed in the same rounds; default [`check_genotypes`].
@@ -109,9 +109,9 @@ class LatencyTable:
         from ..runtimes.runners import RUNNERS
         from ..runtimes.timing import environment, measure, paired_medians
 
-        if precision not in PRECISIONS.get(runtime, ()):
-            existing = ", ".join(f"{name}-{kind}" for name, kinds in PRECISIONS.items() for kind in kinds)
-            raise EdgeDiTError(f"A table of {runtime}-{precision} is asked for; what exists is {existing}.")
+        existing = [f"{name}-{dtype}" for name, target in MEASURED.items() for dtype in target.measured]
+        if f"{runtime}-{precision}" not in existing:
+            raise EdgeDiTError(f"A table of {runtime}-{precision} is asked for; what exists is {', '.join(existing)}.")
         if batch < 1:
             raise EdgeDiTError(f"batch is {batch}; it must be at least 1.")
         check = check_genotypes(space) if check is None else list(check)

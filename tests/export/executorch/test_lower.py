@@ -18,6 +18,7 @@ from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export.executorch.lower import GROUP, export_executorch, form_of, quantize_linears
 from edgedit_hf.export.executorch.xnnpack import XnnpackGELU, XnnpackLayerNorm
+from edgedit_hf.export.formats import ExportOptions
 from edgedit_hf.export.parts import edgedit_parts
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.genotype import Genotype
@@ -56,7 +57,7 @@ def pipeline(make_transformer):
 @pytest.fixture(scope="module")
 def fp32(pipeline, tmp_path_factory):
     output = tmp_path_factory.mktemp("export") / "fp32"
-    return export_pipeline(pipeline, output, format="executorch", threads=1, bench_repeats=3)
+    return export_pipeline(pipeline, output, ExportOptions(format="executorch", threads=1, bench_repeats=3))
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +142,9 @@ def test_what_cannot_be_exported_is_an_error(pipeline, make_transformer, tmp_pat
     with pytest.raises(EdgeDiTError, match="fuse_lora"):
         export_executorch(adapted, tmp_path / "model.pte")
     with pytest.raises(EdgeDiTError, match="opset is 20; operator sets belong to ONNX"):
-        export_pipeline(pipeline, tmp_path / "out", format="executorch", opset=20)
+        export_pipeline(pipeline, tmp_path / "out", ExportOptions(format="executorch", opset=20))
     with pytest.raises(EdgeDiTError, match="format is 'tflite'; the formats are onnx, executorch, coreml"):
-        export_pipeline(pipeline, tmp_path / "out", format="tflite")
+        export_pipeline(pipeline, tmp_path / "out", ExportOptions(format="tflite"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -230,7 +231,9 @@ def test_the_file_describes_itself(pipeline, fp32):
 
 @pytest.mark.slow
 def test_int8_stands_between(pipeline, tmp_path):
-    output = export_pipeline(pipeline, tmp_path / "int8", format="executorch", dtype="int8", threads=1, bench_repeats=2)
+    output = export_pipeline(
+        pipeline, tmp_path / "int8", ExportOptions(format="executorch", dtype="int8", threads=1, bench_repeats=2)
+    )
     report, bench = (json.loads((output / f"{name}.json").read_text()) for name in ("verify", "bench"))
     assert 1e-4 < report["relative_error"] < 5e-2 and list(bench["linear_layers"]) == ["8da8w"]
 
@@ -275,7 +278,7 @@ def test_a_failed_gate_writes_nothing(make_transformer, tmp_path):
         model.proj_out.bias[0] = torch.nan
     pipe = EdgeDiTPipeline(model, make_scheduler("epsilon"), default_steps=2)
     with pytest.raises(EdgeDiTError, match="NaN or infinite.*nothing was written"):
-        export_pipeline(pipe, tmp_path / "out", format="executorch", threads=1)
+        export_pipeline(pipe, tmp_path / "out", ExportOptions(format="executorch", threads=1))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -313,7 +316,7 @@ def test_a_missing_package_names_the_remedy(pipeline, fp32, tmp_path, monkeypatc
     )
     remedy = re.escape("pip install 'edgedit_hf[executorch]'")
     with pytest.raises(EdgeDiTError, match=remedy):
-        export_pipeline(pipeline, tmp_path / "out", format="executorch")
+        export_pipeline(pipeline, tmp_path / "out", ExportOptions(format="executorch"))
     with pytest.raises(EdgeDiTError, match=remedy):
         ExecutorchEdgeDiTTransformer2DModel.from_pretrained(fp32 / "transformer")
     assert list(tmp_path.iterdir()) == []

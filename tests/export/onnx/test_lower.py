@@ -17,6 +17,7 @@ from edgedit_hf.commands.export import EdgeDiTExportCommand
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export import verify
+from edgedit_hf.export.formats import ExportOptions
 from edgedit_hf.export.onnx import lower as lowering
 from edgedit_hf.export.onnx.lowbit import MIN_QUANTIZED_ELEMENTS, gemm_to_matmul
 from edgedit_hf.export.onnx.lower import export_onnx, initializer_bytes, quantize_int8, read_metadata, save_onnx
@@ -62,7 +63,7 @@ def folder(pipeline, tmp_path_factory):
 @pytest.fixture(scope="module")
 def fp32(pipeline, tmp_path_factory):
     output = tmp_path_factory.mktemp("export") / "onnx-fp32"
-    return export_pipeline(pipeline, output, threads=1, bench_batches=(2,), bench_repeats=3)
+    return export_pipeline(pipeline, output, ExportOptions(threads=1, bench_batches=(2,), bench_repeats=3))
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,9 @@ def test_every_parametrisation(make_transformer, tmp_path):
         num_classes=0, prediction_type="flow_prediction", layers=Genotype.original(1, 32, 2).to_layers()
     )
     pipe = quiet(EdgeDiTPipeline(flow, make_scheduler("flow_prediction"), default_steps=2))
-    loaded = DiffusionPipeline.from_pretrained(export_pipeline(pipe, tmp_path / "flow", threads=1, bench_repeats=2))
+    loaded = DiffusionPipeline.from_pretrained(
+        export_pipeline(pipe, tmp_path / "flow", ExportOptions(threads=1, bench_repeats=2))
+    )
     expected = pipe(batch_size=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
     found = quiet(loaded)(batch_size=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
     assert torch.allclose(found, expected, atol=1e-4)
@@ -167,7 +170,7 @@ def test_every_parametrisation(make_transformer, tmp_path):
 
     sigma = make_transformer(learn_sigma=True, layers=Genotype.original(1, 32, 2).to_layers())
     pipe = quiet(EdgeDiTPipeline(sigma, make_scheduler("epsilon"), default_steps=2))
-    output = export_pipeline(pipe, tmp_path / "sigma", batch=4, threads=1, bench_repeats=2)
+    output = export_pipeline(pipe, tmp_path / "sigma", ExportOptions(batch=4, threads=1, bench_repeats=2))
     report = json.loads((output / "verify.json").read_text())
     assert report["images"] == 8 and report["guidance_scale"] > 1  # in four forwards of the file's batch
     assert [e["batch"] for e in json.loads((output / "bench.json").read_text())["latency"]] == [4]
@@ -252,7 +255,7 @@ def test_big_weights_stand_beside_the_file(pipeline, fp32, tmp_path, monkeypatch
 )
 def test_bad_options(pipeline, tmp_path, options, message):
     with pytest.raises(EdgeDiTError, match=message):
-        export_pipeline(pipeline, tmp_path / "out", **options)
+        export_pipeline(pipeline, tmp_path / "out", ExportOptions(**options))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -280,7 +283,7 @@ def test_a_failed_gate_writes_nothing_and_removes_nothing(make_transformer, tmp_
     older.mkdir()
     (older / "model_index.json").write_text('{"_class_name": "EdgeDiTPipeline"}')
     with pytest.raises(EdgeDiTError, match="NaN or infinite.*nothing was written"):
-        export_pipeline(pipe, older, threads=1, overwrite=True)
+        export_pipeline(pipe, older, ExportOptions(threads=1, overwrite=True))
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and [p.name for p in older.iterdir()] == ["model_index.json"]
 
 
@@ -308,7 +311,7 @@ def test_the_comparison_sees_a_wrong_artefact(pipeline, fp32, make_transformer):
 def test_what_is_in_the_way_stays(pipeline, fp32, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(EdgeDiTError, match="not a pipeline folder; it is left as it is"):
-        export_pipeline(pipeline, tmp_path, overwrite=True)
+        export_pipeline(pipeline, tmp_path, ExportOptions(overwrite=True))
     with pytest.raises(EdgeDiTError, match="--overwrite"):
         export_pipeline(pipeline, fp32)
     assert (tmp_path / "notes.txt").read_text() == "mine" and (fp32 / "verify.json").exists()
@@ -418,7 +421,7 @@ def test_from_the_hub_and_from_its_cache(
     pipe.save_pretrained(tmp_path / "torch")
     # With the weights beside the file, as a big model has them: the filter must keep both.
     monkeypatch.setattr(lowering, "EXTERNAL_DATA_BYTES", 0)
-    export_pipeline(tmp_path / "torch", tmp_path / "onnx", threads=1, bench_repeats=2)
+    export_pipeline(tmp_path / "torch", tmp_path / "onnx", ExportOptions(threads=1, bench_repeats=2))
     torch.save(images_of(pipe), tmp_path / "expected.pt")
     cache = make_hub_cache(tmp_path / "onnx", "acme/cached")
     env = make_hub_server({"acme/onnx": tmp_path / "onnx", "acme/torch": tmp_path / "torch"})

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import io
 import math
 import os
@@ -38,6 +37,7 @@ from ...quantization.layers import quantizable_layers
 from ...quantization.packing import unpack
 from ...quantization.quantize import quantize_weight
 from ...quantization.weights import AffineWeight, PaletteWeight, QuantizedWeight, matrix_shape
+from ..formats import FORMATS
 from ..parts import Part, share
 from ..wrappers import quiet
 from .form import coreml_program
@@ -45,7 +45,7 @@ from .form import coreml_program
 if TYPE_CHECKING:
     from coremltools.converters.mil import Operation, Program, Var
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+FORMAT = FORMATS["coreml"]
 TARGET = "iOS18"
 SPECS = {
     "int8": {"scheme": "affine", "bits": 8, "group_size": 0, "symmetric": True},
@@ -56,12 +56,6 @@ METADATA_PREFIX = "edgedit."
 # Statistics of norms: squares overflow half precision above 255, and a mean of many loses digits.
 _STATISTICS = {"square", "pow", "reduce_mean", "reduce_l2_norm", "rsqrt", "sqrt"}
 _ON_THE_WAY_TO_AN_ANGLE = {"add", "sub", "mul", "real_div", "matmul", "expand_dims", "reshape", "transpose", "concat"}
-
-
-def require_coremltools() -> None:
-    """Raise an [`EdgeDiTError`] with the remedy where the package `coremltools` is missing (it is optional)."""
-    if importlib.util.find_spec("coremltools") is None:
-        raise EdgeDiTError("coremltools is not installed; install it with: pip install 'edgedit_hf[coreml]'")
 
 
 @contextlib.contextmanager
@@ -86,7 +80,7 @@ def lower_coreml(
     Args:
         part: what to lower.
         path: the package, a folder whose name ends in `.mlpackage`; it appears whole or not at all.
-        precision: one of [`PRECISIONS`]; with `quantized`, `"fp16"` or `"fp32"`: what everything else is.
+        precision: a dtype of the format; with `quantized`, `"fp16"` or `"fp32"`: what everything else is.
         facts: text stored in the package's user-defined metadata as `edgedit.<key>`.
         quantized: layer name → the weight of which the part's module holds the dequantised values. Palettes become
             `constexpr_lut_to_dense` with the same indices and entries, grids `constexpr_blockwise_shift_scale` with the
@@ -101,7 +95,7 @@ def lower_coreml(
         EdgeDiTError: coremltools is not installed; precision, shapes or a kind of quantised weight do not exist in Core
             ML; the part has an operator that it cannot convert; the disk is full.
     """
-    require_coremltools()
+    FORMAT.package.require()
     path, quantized = Path(path), dict(quantized or {})
     _check(path, precision, quantized, dynamic)
     compute = "fp32" if precision == "fp32" else "fp16"
@@ -135,10 +129,10 @@ def lower_coreml(
 
 
 def _check(path: Path, precision: str, quantized: Mapping[str, QuantizedWeight], dynamic: bool) -> None:
-    if precision not in PRECISIONS:
-        raise EdgeDiTError(f"precision is {precision!r}; Core ML exports exist as {', '.join(PRECISIONS)}.")
-    if path.suffix != ".mlpackage":
-        raise EdgeDiTError(f"{path} does not end in .mlpackage, as a Core ML package must; choose another name.")
+    if precision not in FORMAT.precisions:
+        raise EdgeDiTError(f"precision is {precision!r}; Core ML exports exist as {', '.join(FORMAT.precisions)}.")
+    if path.suffix != FORMAT.suffix:
+        raise EdgeDiTError(f"{path} does not end in {FORMAT.suffix}, as a Core ML package must; choose another name.")
     if dynamic:
         raise EdgeDiTError(
             "Core ML exports have fixed shapes, but open ones were asked for; give the batch as a number."
@@ -334,7 +328,7 @@ def _dense(part: Part, quantized: Mapping[str, QuantizedWeight], mapped: list[st
 
 def load_program(path: str | os.PathLike) -> Program:
     """The MIL program of a package, with its weights."""
-    require_coremltools()
+    FORMAT.package.require()
     with silent():
         import coremltools as ct
         from coremltools.converters.mil.frontend.milproto.load import load
@@ -387,7 +381,7 @@ def read_package(path: str | os.PathLike) -> dict[str, Any]:
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The `edgedit.*` metadata of a package without the prefix."""
-    require_coremltools()
+    FORMAT.package.require()
     with silent():
         import coremltools as ct
 

@@ -8,52 +8,21 @@ Qualcomm's SDK, which is not on PyPI: this module never downloads it, and its pa
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...errors import EdgeDiTError
-
-NOT_RUN = {
-    "xnnpack": None,
-    "coreml": "The file was lowered, but not run: Core ML's delegate runs on Apple's devices only.",
-    "qnn": "The file was lowered, but not run: QNN's delegate runs on Qualcomm's devices only.",
-}
 QNN_CHIPSET = "SM8650"  # Snapdragon 8 Gen 3
-
-
-def check_backend(backend: str, precision: str) -> None:
-    """Raise an [`EdgeDiTError`] unless the backend exists, its SDK is there, and it takes the precision."""
-    if backend not in NOT_RUN:
-        raise EdgeDiTError(f"backend is {backend!r}; the backends of ExecuTorch here are {', '.join(NOT_RUN)}.")
-    if backend != "xnnpack" and precision != "fp32":
-        raise EdgeDiTError(
-            f"precision is {precision!r}; through ExecuTorch's {backend} delegate only fp32 is exported (it computes "
-            "in 16 bits there). For small Core ML weights use the format coreml."
-        )
-    if backend == "coreml" and importlib.util.find_spec("coremltools") is None:
-        raise EdgeDiTError(
-            "The backend coreml needs coremltools, which is not installed; install it with: pip install "
-            "'edgedit_hf[coreml]'"
-        )
-    if backend == "qnn" and not os.path.isdir(os.environ.get("QNN_SDK_ROOT", "")):
-        raise EdgeDiTError(
-            "The backend qnn needs Qualcomm's AI Engine Direct SDK, but QNN_SDK_ROOT is "
-            f"{os.environ.get('QNN_SDK_ROOT', '')!r}, not a folder; install the SDK from Qualcomm's site and set "
-            "QNN_SDK_ROOT to it."
-        )
 
 
 def edge_program(backend: str, form: nn.Module, inputs: Sequence[torch.Tensor], constants: Mapping[str, Any]) -> Any:
     """Trace a module and give the backend what it takes: ExecuTorch's `EdgeProgramManager`.
 
     Args:
-        backend: see [`check_backend`].
+        backend: see [`~edgedit_hf.export.formats.FORMATS`].
         form: module with positional tensor inputs, in eval mode. inputs: examples; their shapes become the program's.
         constants: constant methods of the program, by name.
     """

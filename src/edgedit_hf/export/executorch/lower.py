@@ -23,7 +23,8 @@ from ...errors import EdgeDiTError
 from ...files import aside_of, explain_write_errors
 from ...quantization.packing import unpack
 from ...quantization.weights import AffineWeight
-from ...runtimes.runners import CONSTANT_PREFIX, require_executorch
+from ...runtimes.runners import CONSTANT_PREFIX
+from ..formats import FORMATS
 from ..parts import (
     ConditionerWrapper,
     ElasticConditionerWrapper,
@@ -34,8 +35,8 @@ from ..parts import (
     TextConditionerWrapper,
     edgedit_parts,
 )
-from ..wrappers import DenoiserWrapper, check_batch, check_model, describe, quiet
-from .backends import NOT_RUN, check_backend, edge_program
+from ..wrappers import DenoiserWrapper, check_model, describe, quiet
+from .backends import edge_program
 from .xnnpack import FormLinear, edgedit_form
 from .xnnpack_elastic import elastic_form
 from .xnnpack_encoders import encoder_form
@@ -43,11 +44,11 @@ from .xnnpack_encoders import encoder_form
 if TYPE_CHECKING:
     from ...models.transformer_edgedit import EdgeDiTTransformer2DModel
 
-SCHEMES = {"fp32": "fp32", "int8": "8da8w", "int4": "8da4w"}  # precision → scheme of the linear layers
+FORMAT = FORMATS["executorch"]
+SCHEMES = {dtype: precision.name for dtype, precision in FORMAT.precisions.items()}  # of the linear layers
 GROUP = 32  # inputs that share a scale in 4 bits: XNNPACK's smallest
 SHRINKS = tuple(0.72 + 0.03 * step for step in range(11))  # 0.72 … 1.02
 TINY = 1e-30  # least scale: of a group of zeros
-DEFAULT_BATCH = 2  # one image with guidance
 SHARE_METHOD = (
     "Median over the runs of 1 - (time in delegate calls) / (time of Method::execute), both from ExecuTorch's event "
     "tracer (ETDump) in the Python runtime on the host's CPU; so the interpreter's own time counts as not delegated."
@@ -55,7 +56,10 @@ SHARE_METHOD = (
 
 
 def export_executorch(
-    model: EdgeDiTTransformer2DModel, path: str | os.PathLike, precision: str = "fp32", batch: int = DEFAULT_BATCH
+    model: EdgeDiTTransformer2DModel,
+    path: str | os.PathLike,
+    precision: str = "fp32",
+    batch: int = FORMAT.default_batch,
 ) -> dict:
     """Write an EdgeDiT as a `.pte` file with inputs `sample`, `timestep`, `class_labels` and output `prediction`.
 
@@ -74,10 +78,10 @@ def export_executorch(
         EdgeDiTError: ExecuTorch is not installed, the model is not float32 or not plain weights, or precision or batch
             do not exist.
     """
-    require_executorch()
+    FORMAT.package.require()
     _check_precision(precision)
     check_model(model)
-    batch = check_batch(batch, dynamic=False)
+    batch = FORMAT.check_batch(batch)
     size = model.config.sample_size
     (part,) = edgedit_parts(model, (size, size), batch, split=False)
     return lower_executorch(part, path, precision, describe(model, precision, batch), profile_runs=0)
@@ -117,9 +121,10 @@ def lower_executorch(
         EdgeDiTError: ExecuTorch or a backend's SDK is not installed, the part cannot be lowered, or given weights have
             another shape.
     """
-    require_executorch()
+    FORMAT.package.require()
     _check_precision(precision)
-    check_backend(backend, precision)
+    FORMAT.check_backend(backend, precision)
+    not_run = FORMAT.backends[backend]
     inputs = tuple(part.inputs.values())
     form = form_of(part) if backend == "xnnpack" else part.module
     scheme = "fp32" if part.component == "vae" else SCHEMES[precision]  # its convolutions have no dynamic quantisation
@@ -132,12 +137,12 @@ def lower_executorch(
         raise EdgeDiTError(
             f"ExecuTorch cannot lower the {part.name} of the {part.component} ({type(part.module).__name__}): {reason}"
         ) from error
-    if profile_runs and NOT_RUN[backend] is None:
+    if profile_runs and not_run is None:
         delegation |= profile(path, inputs, profile_runs)
     return {
         "backend": backend,
         "scheme": scheme,
-        "not_run": NOT_RUN[backend],
+        "not_run": not_run,
         **layers,
         "bytes": Path(path).stat().st_size,
         "delegation": delegation,

@@ -21,8 +21,9 @@ import torch
 
 from ...errors import EdgeDiTError
 from ...files import explain_write_errors
+from ..formats import FORMATS
 from ..parts import Part
-from ..wrappers import DenoiserWrapper, check_batch, check_model, describe, onnx_attention, quiet
+from ..wrappers import DenoiserWrapper, check_model, describe, onnx_attention, quiet
 from .lowbit import dynamic_int8, half_precision, linear_nodes, static_int8, weight_only
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 ATTENTION_OPSET = 23  # the first with an Attention operator: fewer nodes, and faster than its decomposed form
 DEFAULT_OPSET = ATTENTION_OPSET
 EXTERNAL_DATA_BYTES = 1_500_000_000  # above this the weights go to model.onnx.data: one protobuf file ends at 2 GB
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+FORMAT = FORMATS["onnx"]
 
 
 # -------------------------------------------------------------------- fp32
@@ -58,7 +59,7 @@ def export_onnx(
     Raises:
         EdgeDiTError: the model is not float32 or not plain weights, or the batch or opset is not one.
     """
-    batch = check_batch(batch)
+    batch = FORMAT.check_batch(batch)
     check_model(model)
     size = model.config.sample_size
     example = 2 if batch == "dynamic" else batch  # torch.export would freeze a dynamic batch of 0 or 1
@@ -88,7 +89,7 @@ def lower_onnx(
     Args:
         part: what to write.
         path: the .onnx file; weights above [`EXTERNAL_DATA_BYTES`] go to `<path>.data` beside it.
-        precision: one of [`PRECISIONS`]. A part without large linear layers stays fp32 in int8 and int4.
+        precision: a dtype of the format. A part without large linear layers stays fp32 in int8 and int4.
         facts: text for the file's metadata.
         opset: ONNX operator set, 18 or later.
         open_sizes: names of sizes (values of `part.dynamic`) that stay open; all others are those of the examples.
@@ -100,8 +101,8 @@ def lower_onnx(
         precision (what the file is), and where it applies activations, linear_layers (number by bits), fp32_islands.
     """
     path = Path(path)
-    if precision not in PRECISIONS:
-        raise EdgeDiTError(f"precision is {precision!r}; ONNX files exist as {', '.join(PRECISIONS)}.")
+    if precision not in FORMAT.precisions:
+        raise EdgeDiTError(f"precision is {precision!r}; ONNX files exist as {', '.join(FORMAT.precisions)}.")
     module, layers, said = part.module, part.module if layers is None else layers, {"precision": precision}
     if precision == "fp16":
         module, said["fp32_islands"] = half_precision(module, part.inputs)
