@@ -114,7 +114,7 @@ def test_the_next_writer_of_a_folder_clears_up(tmp_path, writer):
 
 HOLDER = """
 import sys, time
-from edgedit_hf.files import FolderLock
+from edgedit_hf.run.lock import FolderLock
 FolderLock(sys.argv[1]).acquire()
 print("held", flush=True)
 time.sleep(60)
@@ -147,7 +147,8 @@ def test_a_second_process_is_told_who_works_in_the_folder(tmp_path, holder):
 
 def test_a_lock_ends_with_its_process(tmp_path, run_python):
     run_python(
-        "import sys\nfrom edgedit_hf.files import FolderLock\nFolderLock(sys.argv[1]).acquire()\nraise SystemExit(3)",
+        "import sys\nfrom edgedit_hf.run.lock import FolderLock\nFolderLock(sys.argv[1]).acquire()\n"
+        "raise SystemExit(3)",
         tmp_path,
         expect=3,
     )

@@ -101,7 +101,7 @@ def test_settings_that_a_later_stage_of_text_to_image_would_refuse(tmp_path, ove
 def test_a_damaged_held_out_image_is_found_before_the_first_stage_and_by_no_stage_that_does_not_use_it(
     tmp_path, monkeypatch, dry_run
 ):
-    monkeypatch.setattr("edgedit_hf.data.images.IN_MEMORY_BYTES", 0)  # as of a set that is not decoded at once
+    monkeypatch.setattr("edgedit_hf.data.datasets.IN_MEMORY_BYTES", 0)  # as of a set that is not decoded at once
     source = f"data.source={images(tmp_path / 'images')}"
     from edgedit_hf.data.loading import load_run_images
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from edgedit_hf.data import captions
 from edgedit_hf.data.batches import bucket_batch, caption_loader
 from edgedit_hf.data.captions import (
     cache_captioned_latents,
@@ -451,12 +450,12 @@ CAPTIONS = ["a cat", "a black dog", "a cat", "cat", "a black black cat dog", "do
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(captions, "TEXT_SHARD", 2)
+    monkeypatch.setattr("edgedit_hf.data.text_table.TEXT_SHARD", 2)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_text_table_gives_each_row_its_caption(small_shards, monkeypatch, tmp_path, in_memory):
-    monkeypatch.setattr(captions, "IN_MEMORY_BYTES", 1 << 20 if in_memory else 0)
+    monkeypatch.setattr("edgedit_hf.data.text_table.IN_MEMORY_BYTES", 1 << 20 if in_memory else 0)
     texts = Texts()
     table = text_table(texts, CAPTIONS, tmp_path / "texts", batch_size=2)
     assert len(table) == 6 and table.dims == [0, 8] and table.lengths == [0, 5]

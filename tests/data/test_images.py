@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from edgedit_hf.data import images as data
 from edgedit_hf.data.batches import batch_indices, step_loader
 from edgedit_hf.data.datasets import ImageDataset
 from edgedit_hf.data.images import check_images, load_images
@@ -239,7 +238,7 @@ def test_turned_photographs_are_turned_back(tmp_path):
 
 def test_big_sets_are_decoded_when_asked_for(class_folders, monkeypatch):
     small = load_images(str(class_folders))
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr("edgedit_hf.data.datasets.IN_MEMORY_BYTES", 100)
     big = load_images(str(class_folders))
     assert big._memory is None and small._memory is not None
     assert big.fingerprint == small.fingerprint
@@ -699,7 +698,7 @@ def test_folder_without_images(tmp_path, content, message):
 
 def test_damaged_image_of_a_big_set_is_named(class_folders, monkeypatch):
     damage(class_folders)
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr("edgedit_hf.data.datasets.IN_MEMORY_BYTES", 100)
     dataset = load_images(str(class_folders), validation_fraction=0)
     with pytest.raises(EdgeDiTError, match="dog/03.png is corrupt or truncated"):
         dataset.batch(range(15))
@@ -708,7 +707,7 @@ def test_damaged_image_of_a_big_set_is_named(class_folders, monkeypatch):
 def test_every_damaged_image_is_named_before_it_is_needed(class_folders, monkeypatch):
     check_images(load_images(validation_fraction=0))
     check_images(load_images(str(class_folders)))
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr("edgedit_hf.data.datasets.IN_MEMORY_BYTES", 100)
     check_images(load_images(str(class_folders), validation_fraction=0))
     damage(class_folders)
     for options in ({}, {"resolution": 16}):
@@ -726,7 +725,7 @@ def test_every_damaged_image_is_named_before_it_is_needed(class_folders, monkeyp
     (class_folders / "test" / "00.png").unlink()
     with pytest.raises(EdgeDiTError, match="cat/01.png is .*dog/03.png is .*test/00.png cannot be read .No such file"):
         check_images(dataset)
-    monkeypatch.setattr(data, "NAMED", 1)
+    monkeypatch.setattr("edgedit_hf.data.images.NAMED", 1)
     with pytest.raises(
         EdgeDiTError, match="3 of 15 images cannot be used: .*cat/01.png is [^;]*; replace or remove it. … and 2 more$"
     ):
@@ -871,7 +870,7 @@ def test_latents_are_what_the_vae_says(tmp_path, colour_digits, kind, monkeypatc
     wanted = encoded.latents if kind == "tiny" else (encoded.latent_dist.mode() - 0.1) * 0.5
     batch = latents.batch(order)
     assert torch.allclose(batch["images"], wanted, atol=1e-5) and batch["labels"].dtype == torch.int64
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr("edgedit_hf.data.latents.IN_MEMORY_BYTES", 100)
     big = open_latents(tmp_path)
     assert big._memory is None and torch.equal(big.batch(order)["images"], batch["images"])
     for _, _, part in step_loader(big, 8, 0, 0, 2, num_workers=1):

@@ -24,6 +24,7 @@ from edgedit_hf.data.loading import load_run_images, load_training_set
 from edgedit_hf.diffusion import Diffusion
 from edgedit_hf.distill.teacher import check_fits_data, load_teacher, new_pipeline, new_teacher, teacher_path
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.estimate import print_estimate
 from edgedit_hf.pipelines.loading import TEXT_TO_IMAGE_VAES, load_pipeline, load_vae, with_transformer
 from edgedit_hf.run.config import RunConfig, load_config
 from edgedit_hf.run.launch import make_accelerator, recipe_main
@@ -70,7 +71,7 @@ def launch(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", str(recipe), *arguments])
         code = 0
         try:
-            recipe_main(run, "What the recipe does.")
+            recipe_main(run, "What the recipe does.", dry_run=print_estimate)
         except SystemExit as end:
             code = end.code
         shown = capsys.readouterr()

@@ -111,7 +111,7 @@ def recipe(here: Path):
                 ],
             )
             try:
-                recipe_main(lambda *_: pytest.fail("it ran"), "")
+                recipe_main(lambda *_: pytest.fail("it ran"), "", dry_run=lambda config: None)
             except SystemExit as stop:
                 return stop.code
         return 0

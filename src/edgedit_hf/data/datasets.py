@@ -168,7 +168,7 @@ def to_bytes(images: torch.Tensor) -> torch.Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-CHECK_BATCH, NAMED = 1024, 5  # images checked at a time; how many of those that cannot be used are named
+CHECK_BATCH = 1024  # images checked at a time
 
 
 _BAR = {"unit": "image", "delay": 5, "leave": False, "disable": None}  # only on terminals, and only after a while

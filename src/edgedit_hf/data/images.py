@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ..errors import EdgeDiTError
 from .batches import stream_generator
-from .datasets import NAMED, ImageDataset
+from .datasets import ImageDataset
 from .digits import load_digit_images
 from .sources import (
     HELD_OUT_NAMES,
@@ -30,6 +30,8 @@ from .sources import (
 )
 
 # ------------------------------------------------------------------ datasets
+
+NAMED = 5  # how many of the images that cannot be used are named
 
 
 def check_images(dataset: ImageDataset | Dataset) -> None:
