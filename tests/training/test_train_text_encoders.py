@@ -17,23 +17,13 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.pipelines.loading import load_text_encoder
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.sections import TextConfig
+from edgedit_hf.training import train_text_encoders
 
 TINY = (
     *"text.vocabulary_size=450 text.hidden_size=32 text.num_layers=1 text.num_heads=2 text.steps=90 "
     "text.batch_size=64".split(),
     *"text.learning_rate=5e-3 text.warmup_steps=5 text.checkpoint_every=10 text.log_every=10".split(),
 )
-
-
-@pytest.fixture(scope="module")
-def stage():
-    """The recipe's module."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "training"))
-    try:
-        import train_text_encoders
-    finally:
-        sys.path.pop(0)
-    return train_text_encoders
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +83,7 @@ def test_they_are_read_back_and_encode_prompts(trained):
         torch.testing.assert_close(both[output], one, atol=1e-5, rtol=1e-4)
 
 
-def test_an_encoder_brought_along_is_used_as_it_is(trained, stage, tmp_path, capsys):
+def test_an_encoder_brought_along_is_used_as_it_is(trained, tmp_path, capsys):
     given = RunConfig(
         output_dir=str(tmp_path), text=TextConfig(encoder=str(trained / "text" / "text_encoder"), encoder_2="none")
     )
@@ -104,13 +94,13 @@ def test_an_encoder_brought_along_is_used_as_it_is(trained, stage, tmp_path, cap
         shutil.copytree(trained / "text" / part, folder, dirs_exist_ok=True)
     assert load_text_encoder(folder)[1].get_vocab() == tokenizer.get_vocab()
     capsys.readouterr()
-    stage.run(given, Accelerator(cpu=True))
+    train_text_encoders.run(given, Accelerator(cpu=True))
     assert "used as they are" in capsys.readouterr().out and not (tmp_path / "text").exists()
 
 
-def test_only_the_missing_encoder_is_trained(stage, trained, tmp_path):
+def test_only_the_missing_encoder_is_trained(trained, tmp_path):
     text = TextConfig(encoder=str(trained / "text" / "text_encoder"), hidden_size=8, num_heads=2, steps=2, batch_size=8)
-    stage.run(RunConfig(output_dir=str(tmp_path), text=text), Accelerator(cpu=True))
+    train_text_encoders.run(RunConfig(output_dir=str(tmp_path), text=text), Accelerator(cpu=True))
     assert {path.name for path in (tmp_path / "text").iterdir() if path.is_dir()} == {"text_encoder_2", "tokenizer_2"}
     assert set(json.loads((tmp_path / "text" / "stage.json").read_text())["learned"]["validation"]) == {"masked_tokens"}
 
@@ -144,59 +134,6 @@ def test_two_ranks_equal_one(recipes, tmp_path):
         json.loads((tmp_path / run / "text" / "telemetry.jsonl").read_text().splitlines()[-1]) for run in ("one", "two")
     ]
     assert facts[0]["contrast"] == pytest.approx(facts[1]["contrast"], rel=1e-2)
-
-
-# -------------------------------------------------------------------- formulas
-
-
-def test_contrastive_loss_shares_the_target_of_equal_captions(stage):
-    torch.manual_seed(0)
-    text, image = (torch.nn.functional.normalize(torch.randn(4, 8), dim=1) for _ in range(2))
-    logits = image @ text.T / 0.5
-    plain = stage.contrastive_loss(text, image, torch.eye(4, dtype=torch.bool), 0.5)
-    wanted = (
-        torch.nn.functional.cross_entropy(logits, torch.arange(4))
-        + torch.nn.functional.cross_entropy(logits.T, torch.arange(4))
-    ) / 2
-    torch.testing.assert_close(plain, wanted)
-    # The first two rows have one caption: swapping their images changes nothing.
-    same = torch.eye(4, dtype=torch.bool)
-    same[0, 1] = same[1, 0] = True
-    swapped = image[[1, 0, 2, 3]]
-    assert stage.contrastive_loss(text[[0, 0, 2, 3]], image, same, 0.5) == pytest.approx(
-        float(stage.contrastive_loss(text[[0, 0, 2, 3]], swapped, same, 0.5))
-    )
-
-
-def test_masks_are_a_function_of_seed_step_and_row(stage):
-    ids = torch.tensor([[5, 6, 7, 8, 1], [5, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
-    mask = (ids > 0).long()
-    chosen = [stage.choose_masked(ids, mask, 1, 0.5, 3, step, range(3)) for step in range(200)]
-    assert torch.equal(stage.choose_masked(ids[1:], mask[1:], 1, 0.5, 3, 9, [1, 2]), chosen[9][1:])
-    assert not any((m & ((ids == 1) | (mask == 0))).any() for m in chosen)  # neither the end nor padding
-    assert all(m[0].any() and m[1, 0] and not m[2].any() for m in chosen)  # at least one, where there is one
-    assert torch.stack(chosen).float().mean(0)[0, :4].mean() == pytest.approx(0.5, abs=0.06)
-
-
-def test_masked_loss_is_the_mean_of_captions(stage):
-    torch.manual_seed(0)
-    logits, ids = torch.randn(4, 5, 7), torch.randint(7, (4, 5))
-    masked = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
-    per_row = [
-        torch.nn.functional.cross_entropy(logits[i][masked[i]], ids[i][masked[i]])
-        if masked[i].any()
-        else torch.zeros(())
-        for i in range(4)
-    ]
-    torch.testing.assert_close(stage.masked_loss(logits, ids, masked), sum(per_row) / 4)
-    halves = [stage.masked_loss(logits[rows], ids[rows], masked[rows]) for rows in (slice(0, 2), slice(2, 4))]
-    torch.testing.assert_close(sum(halves) / 2, stage.masked_loss(logits, ids, masked))
-
-
-@pytest.mark.parametrize(("size", "side"), [((8, 8), 8), ((96, 160), 32), ((20, 20), 16), ((6, 30), 8)])
-def test_image_encoder_takes_any_size(stage, size, side):
-    encoder = stage.ImageEncoder(3, min(size), 16)
-    assert encoder.side == side and encoder(torch.randn(2, 3, *size)).shape == (2, 16)
 
 
 # -------------------------------------------------------------------- bad input
