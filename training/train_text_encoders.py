@@ -17,7 +17,6 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
 from edgedit_hf.data.batches import caption_loader
@@ -34,8 +33,8 @@ from edgedit_hf.elastic.text_encoders import (
     judge_clip,
     judge_t5,
     masked_loss,
+    new_text_encoders,
     tokenize,
-    train_tokenizer,
 )
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.estimate import print_estimate
@@ -43,7 +42,6 @@ from edgedit_hf.preflight import preflight
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.optimisation import Optimisation, learning_rate_at, set_learning_rate
-from edgedit_hf.run.sections import TextConfig
 from edgedit_hf.run.state import RunState
 
 
@@ -73,35 +71,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     if state.finished:
         return
     torch.manual_seed(config.seed)
-    clip, t5, tokenizers = None, None, {}
-    width, layers, heads = options.hidden_size, options.num_layers, options.num_heads
-    if options.encoder is None:
-        tokenizers["clip"] = train_tokenizer(dataset.captions, options.vocabulary_size, "clip", options.max_tokens)
-        special = {
-            f"{name}_token_id": getattr(tokenizers["clip"], f"{name}_token_id") for name in ("pad", "bos", "eos")
-        }
-        sizes = {
-            "hidden_size": width,
-            "intermediate_size": 4 * width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-        }
-        positions = {
-            "vocab_size": len(tokenizers["clip"]),
-            "max_position_embeddings": options.max_tokens,
-            "projection_dim": width,
-        }
-        clip = CLIPTextModel(CLIPTextConfig(**sizes, **positions, **special))
-    if options.encoder_2 is None:
-        tokenizers["t5"] = train_tokenizer(dataset.captions, options.vocabulary_size, "t5", T5_TOKENS)
-        sizes = {"d_model": width, "d_kv": width // heads, "d_ff": 2 * width, "num_layers": layers, "num_heads": heads}
-        kind = {
-            "feed_forward_proj": "gated-silu",
-            "dropout_rate": 0.0,
-            "pad_token_id": 0,
-            "eos_token_id": tokenizers["t5"].eos_token_id,
-        }
-        t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizers["t5"]), **sizes, **kind))
+    clip, t5, tokenizers = new_text_encoders(options, dataset.captions)
     limits = {"clip": options.max_tokens, "t5": T5_TOKENS}
     tokens = {kind: tokenize(tokenizer, dataset.captions, limits[kind]) for kind, tokenizer in tokenizers.items()}
     number = {caption: place for place, caption in enumerate(sorted(set(dataset.captions)))}

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
-from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from ..data.captions import CaptionedDataset
 from ..data.digits import STYLES, TEMPLATES, style_words, write_caption
 from ..diffusion import draws
-from ..run.config import TextConfig
+from ..run.sections import TextConfig
 
 IMAGE_SIDE = 32  # the image encoder looks at images of at most this size
 T5_TOKENS = 128  # tokens of a caption that the T5-type encoder is trained on
@@ -82,6 +82,44 @@ def tokenize(
 
 
 # -------------------------------------------------------------------- what is trained
+
+
+def new_text_encoders(
+    options: TextConfig, captions: Sequence[str]
+) -> tuple[CLIPTextModel | None, T5EncoderModel | None, dict[str, PreTrainedTokenizerFast]]:
+    """The untrained encoders that the recipe names none for, and their tokenizers, "clip" and "t5", trained on the
+    captions.
+    """
+    clip, t5, tokenizers = None, None, {}
+    width, layers, heads = options.hidden_size, options.num_layers, options.num_heads
+    if options.encoder is None:
+        tokenizers["clip"] = train_tokenizer(captions, options.vocabulary_size, "clip", options.max_tokens)
+        special = {
+            f"{name}_token_id": getattr(tokenizers["clip"], f"{name}_token_id") for name in ("pad", "bos", "eos")
+        }
+        sizes = {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+        }
+        positions = {
+            "vocab_size": len(tokenizers["clip"]),
+            "max_position_embeddings": options.max_tokens,
+            "projection_dim": width,
+        }
+        clip = CLIPTextModel(CLIPTextConfig(**sizes, **positions, **special))
+    if options.encoder_2 is None:
+        tokenizers["t5"] = train_tokenizer(captions, options.vocabulary_size, "t5", T5_TOKENS)
+        sizes = {"d_model": width, "d_kv": width // heads, "d_ff": 2 * width, "num_layers": layers, "num_heads": heads}
+        kind = {
+            "feed_forward_proj": "gated-silu",
+            "dropout_rate": 0.0,
+            "pad_token_id": 0,
+            "eos_token_id": tokenizers["t5"].eos_token_id,
+        }
+        t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizers["t5"]), **sizes, **kind))
+    return clip, t5, tokenizers
 
 
 class ImageEncoder(nn.Module):
