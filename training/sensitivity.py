@@ -15,68 +15,33 @@ if __name__ == "__main__":
 
     starting()  # the imports take seconds: Ctrl-C ends them in one line
 
-import csv
-import io
 import statistics
 from functools import partial
 
-import torch
 from accelerate import Accelerator
 
-from edgedit_hf.data.batches import batch_indices
 from edgedit_hf.data.loading import load_training_set
-from edgedit_hf.diffusion import Diffusion, draws
 from edgedit_hf.distill.closed_form import closed_form_block
 from edgedit_hf.distill.feature_loss import rate_scale
 from edgedit_hf.distill.proxy_group import Features, Proxy, ProxyGroup, held_out_losses, new_optimizer, train_step
-from edgedit_hf.distill.sensitivity import disjoint, relative_output_error, single_changes, spliced_student
+from edgedit_hf.distill.sensitivity import (
+    Judge,
+    disjoint,
+    saved,
+    single_changes,
+)
 from edgedit_hf.distill.teacher import check_fits_data, load_teacher
 from edgedit_hf.distill.teacher_features import CALIBRATION_STREAM, TEST_STREAM, TRAIN_STREAM, features_at
 from edgedit_hf.estimate import print_estimate
 from edgedit_hf.files import atomic_write_json, atomic_write_text, weights_hash
 from edgedit_hf.genotype import LayerSpec
-from edgedit_hf.markup import csv_cell, markdown
 from edgedit_hf.preflight import preflight
 from edgedit_hf.report.plots import sensitivity_plot
+from edgedit_hf.report.sensitivity import as_csv, as_markdown
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.optimisation import learning_rate_at, set_learning_rate
 from edgedit_hf.run.state import RunState
-from edgedit_hf.search_space import model_cost
-
-OUTPUT_STREAM = 4  # noise that whole models are judged on
-
-
-class Judge:
-    """Relative output error of a changed teacher at evenly spaced timesteps, on images and noise that are a function of
-    the seed.
-    """
-
-    def __init__(
-        self, teacher, dataset, samples: int, count: int, batch_size: int, seed: int, device: torch.device
-    ) -> None:
-        self.teacher = teacher
-        self.timesteps = [round(1000 * (i + 0.5) / count) for i in range(count)]
-        diffusion = Diffusion.for_config(teacher.config)
-        self.batches = []
-        for index, t in enumerate(self.timesteps):
-            batch = dataset.batch(batch_indices(len(dataset), samples, seed + OUTPUT_STREAM, index))
-            noise = draws(seed, index, range(samples), batch["images"].shape[1:], stream=OUTPUT_STREAM).noise
-            times = torch.full((samples,), t)
-            noisy = diffusion.noisy(batch["images"], noise, times)
-            labels = batch["labels"] if teacher.config.num_classes else None
-            for rows in torch.arange(samples).split(batch_size):
-                inputs = [None if tensor is None else tensor[rows].to(device) for tensor in (noisy, times, labels)]
-                with torch.no_grad():
-                    self.batches.append((index, inputs, teacher(*inputs).sample))
-
-    def __call__(self, blocks: list[tuple[LayerSpec, torch.nn.Module]]) -> list[float]:
-        """Mean error at each timestep with these blocks in place of their teacher layers."""
-        student = spliced_student(self.teacher, blocks)
-        errors: list[list[torch.Tensor]] = [[] for _ in self.timesteps]
-        for index, inputs, reference in self.batches:
-            errors[index].append(relative_output_error(student, *inputs, reference))
-        return [float(torch.cat(found).double().mean()) for found in errors]
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
@@ -173,59 +138,6 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     print((state.folder / "table.md").read_text(encoding="utf-8"))
     everywhere = {row["change"]: row["model_after"] for row in rows if row["layer_after"] is None}
     state.finish(changes=len(changes), places=sum(map(len, changes.values())), model_error_everywhere=everywhere)
-
-
-def saved(teacher, blocks) -> dict[str, float]:
-    """Parameters and FLOPs of the changed model as shares of the teacher's."""
-    whole, changed = model_cost(teacher.config), model_cost(dict(spliced_student(teacher, blocks).config))
-    return {"parameters": changed.parameters / whole.parameters, "flops": changed.flops / whole.flops}
-
-
-def as_csv(rows: list[dict]) -> str:
-    """All rows; without the errors by timestep, which table.json holds."""
-    columns = ["change", "layers", "parameters", "flops", "layer_before", "layer_after", "model_before", "model_after"]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(
-            {
-                **row,
-                "change": csv_cell(row["change"]),
-                "layers": " ".join("+".join(map(str, source)) for source in row["layers"]),
-            }
-        )
-    return text.getvalue()
-
-
-def as_markdown(rows: list[dict], steps: int) -> str:
-    """One line a change: damage of a single place (median, worst) and of all places at once."""
-    lines = [
-        f"Damage at the closed-form start → after {steps} steps. Layer: normalised feature loss. Model: relative "
-        "output error.",
-        "",
-        "| change | FLOPs everywhere | layer, median | layer, worst | model, median | model, worst | worst place | "
-        "model, everywhere |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name in dict.fromkeys(row["change"] for row in rows):
-        *places, everywhere = [row for row in rows if row["change"] == name]
-
-        def pair(quantity: str, reduce, among=places) -> str:
-            return " → ".join(
-                f"{reduce([row[f'{quantity}_{when}'] for row in among]):.3g}" for when in ("before", "after")
-            )
-
-        worst = max(places, key=lambda row: row["model_after"])["layers"][0]
-        cells = [
-            pair("layer", statistics.median),
-            pair("layer", max),
-            pair("model", statistics.median),
-            pair("model", max),
-        ]
-        cells += ["–".join(map(str, sorted({worst[0], worst[-1]}))), pair("model", max, [everywhere])]
-        lines.append(f"| {markdown(name)} | {everywhere['flops']:.0%} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

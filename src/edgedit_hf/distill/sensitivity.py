@@ -9,14 +9,17 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from ..data.batches import batch_indices
+from ..diffusion import Diffusion, draws
 from ..errors import EdgeDiTError
 from ..genotype import Genotype, LayerSpec
 from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
-from ..search_space import can_merge
+from ..search_space import can_merge, model_cost
 
 MLP_RATIOS = (1.0, 2.0, 3.0)
 ATTENTION_SHARES = (4 / 9, 2 / 3)  # 512 and 768 of DiT-XL's 1152
 MERGES = (2, 3)
+OUTPUT_STREAM = 4  # noise that whole models are judged on
 
 
 def single_changes(config: Mapping) -> dict[str, list[LayerSpec]]:
@@ -120,3 +123,41 @@ def relative_output_error(
             "it, or use one of before it was damaged."
         )
     return error
+
+
+class Judge:
+    """Relative output error of a changed teacher at evenly spaced timesteps, on images and noise that are a function of
+    the seed.
+    """
+
+    def __init__(
+        self, teacher, dataset, samples: int, count: int, batch_size: int, seed: int, device: torch.device
+    ) -> None:
+        self.teacher = teacher
+        self.timesteps = [round(1000 * (i + 0.5) / count) for i in range(count)]
+        diffusion = Diffusion.for_config(teacher.config)
+        self.batches = []
+        for index, t in enumerate(self.timesteps):
+            batch = dataset.batch(batch_indices(len(dataset), samples, seed + OUTPUT_STREAM, index))
+            noise = draws(seed, index, range(samples), batch["images"].shape[1:], stream=OUTPUT_STREAM).noise
+            times = torch.full((samples,), t)
+            noisy = diffusion.noisy(batch["images"], noise, times)
+            labels = batch["labels"] if teacher.config.num_classes else None
+            for rows in torch.arange(samples).split(batch_size):
+                inputs = [None if tensor is None else tensor[rows].to(device) for tensor in (noisy, times, labels)]
+                with torch.no_grad():
+                    self.batches.append((index, inputs, teacher(*inputs).sample))
+
+    def __call__(self, blocks: list[tuple[LayerSpec, torch.nn.Module]]) -> list[float]:
+        """Mean error at each timestep with these blocks in place of their teacher layers."""
+        student = spliced_student(self.teacher, blocks)
+        errors: list[list[torch.Tensor]] = [[] for _ in self.timesteps]
+        for index, inputs, reference in self.batches:
+            errors[index].append(relative_output_error(student, *inputs, reference))
+        return [float(torch.cat(found).double().mean()) for found in errors]
+
+
+def saved(teacher, blocks) -> dict[str, float]:
+    """Parameters and FLOPs of the changed model as shares of the teacher's."""
+    whole, changed = model_cost(teacher.config), model_cost(dict(spliced_student(teacher, blocks).config))
+    return {"parameters": changed.parameters / whole.parameters, "flops": changed.flops / whole.flops}
