@@ -1,9 +1,10 @@
 """Sensitivity of a teacher to single changes: which changes there are, a student with given blocks in place of layers,
-its output error.
+its output error, and the proxies of one change while they are tuned.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -15,6 +16,9 @@ from ..errors import EdgeDiTError
 from ..genotype import Genotype, LayerSpec
 from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
 from ..search_space import can_merge, model_cost
+from .closed_form import closed_form_block
+from .proxy_group import Features, Proxy, ProxyGroup, held_out_losses, new_optimizer
+from .teacher_features import FeatureSource
 
 MLP_RATIOS = (1.0, 2.0, 3.0)
 ATTENTION_SHARES = (4 / 9, 2 / 3)  # 512 and 768 of DiT-XL's 1152
@@ -125,7 +129,7 @@ def relative_output_error(
     return error
 
 
-class Judge:
+class OutputErrors:
     """Relative output error of a changed teacher at evenly spaced timesteps, on images and noise that are a function of
     the seed.
     """
@@ -161,3 +165,56 @@ def saved(teacher, blocks) -> dict[str, float]:
     """Parameters and FLOPs of the changed model as shares of the teacher's."""
     whole, changed = model_cost(teacher.config), model_cost(dict(spliced_student(teacher, blocks).config))
     return {"parameters": changed.parameters / whole.parameters, "flops": changed.flops / whole.flops}
+
+
+class ChangeGroup(ProxyGroup):
+    """The proxies of one change, one at every place of the teacher; `written` holds the damage of all changes so far.
+
+    Args:
+        source: features of the teacher. errors: of whole models. learning_rate: peak of the tune.
+    """
+
+    def __init__(self, source: FeatureSource, errors: OutputErrors, learning_rate: float) -> None:
+        super().__init__(self._new_proxy)
+        self.source, self.errors, self.learning_rate = source, errors, learning_rate
+        self.layers = len(source.teacher.blocks)
+        self.test = list(source.held_out(self.layers))
+
+    def _new_proxy(self, layer: LayerSpec, block: EdgeDiTBlock | None) -> Proxy:
+        block = self.source.teacher.new_block(layer.to_dict()) if block is None else block
+        block = block.to(self.source.device).requires_grad_(True)
+        return Proxy(layer, block, new_optimizer("adamw", block.parameters(), self.learning_rate))
+
+    def start(self, name: str, layers: Sequence[LayerSpec]) -> None:
+        """Put the change's proxies on the device, each as the closed form fits it."""
+        blocks = self.source.teacher.blocks
+        calibration = Features.cat(list(self.source.calibration(self.layers)))
+        for layer in layers:
+            sources = [blocks[i] for i in layer.source]
+            x, conditioning = calibration.inputs[layer.source[0]], calibration.conditioning
+            block = closed_form_block(sources, x, conditioning, layer.attention_dim, layer.mlp_ratio)
+            self.proxies[f"{name}: {layer.source[0]}"] = self._new_proxy(layer, block)
+
+    def measure(self, name: str, when: str) -> None:
+        """Note the damage of every place of the change, and of all places at once, `when` ("before" or "after" the
+        tune).
+        """
+        losses = held_out_losses(self.blocks(), self.test)
+        places = {key: [(proxy.layer, proxy.block)] for key, proxy in self.proxies.items()}
+        everywhere = disjoint(proxy.layer for proxy in self.proxies.values())
+        places[f"{name}: all"] = [
+            (proxy.layer, proxy.block) for proxy in self.proxies.values() if proxy.layer in everywhere
+        ]
+        for key, blocks in places.items():
+            errors = self.errors(blocks)
+            row = self.written.setdefault(
+                key,
+                {
+                    "change": name,
+                    "layers": [list(layer.source) for layer, _ in blocks],
+                    **saved(self.source.teacher, blocks),
+                },
+            )
+            row[f"layer_{when}"] = losses.get(key)
+            row[f"model_{when}"] = statistics.fmean(errors)
+            row[f"model_{when}_by_timestep"] = errors
