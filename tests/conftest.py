@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from recipe_runs import Recipes
+from recipe_runs import DEBUG_COMMANDS, Recipes
 
 # Before anything imports huggingface_hub, and inherited by every child process.
 _HOME = tempfile.mkdtemp(prefix="edgedit-tests-")
@@ -70,13 +70,6 @@ def made_once(tmp_path_factory):
         return folder
 
     return folder_of
-
-
-DEBUG_COMMANDS = {
-    "debug": "edgedit train compress --config training/recipes/debug.yaml",
-    "debug-t2i": "edgedit train text-to-image --config training/recipes/debug-t2i.yaml",
-}
-"""What makes the shared runs, as the README has it."""
 
 
 @pytest.fixture(scope="session")

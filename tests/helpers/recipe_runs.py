@@ -16,6 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAINING = ROOT / "training"
 BIN = Path(sys.executable).parent
 
+DEBUG_COMMANDS = {
+    "debug": "edgedit train compress --config training/recipes/debug.yaml",
+    "debug-t2i": "edgedit train text-to-image --config training/recipes/debug-t2i.yaml",
+}
+"""What makes the shared runs, as the documentation has it."""
+
 
 class Recipes:
     """Starts recipes of this checkout with one thread each, at debug scale."""

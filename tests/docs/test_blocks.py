@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from recipe_runs import BIN, DEBUG_COMMANDS
 from safetensors.torch import load_file
 
-BIN = Path(sys.executable).parent
 RUN_BLOCKS = """
 import sys
 for path in sys.argv[1:]:
@@ -41,27 +41,21 @@ def commands(recipes) -> list[str]:
     return list(dict.fromkeys(command for line in lines if (command := line.split("#")[0].strip())))
 
 
-def shell(recipes, command: list[str], cwd: Path, expect: int = 0) -> str:
-    environment = {**recipes.environment(), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == expect, (
-        f"{shlex.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    )
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def clone(recipes, tmp_path_factory):
+def clone(recipes, debug_run, debug_t2i_run, tmp_path_factory):
     """A folder that looks like the clone (the pages' paths are relative to it) with finished debug runs as `runs/demo`
-    and `runs/demo-t2i`.
+    and `runs/demo-t2i`: the session's, which the commands of the pages made.
     """
     folder = tmp_path_factory.mktemp("clone")
     (folder / "training").symlink_to(recipes.root / "training")
-    shell(recipes, shlex.split(find(recipes, "train compress --config training/recipes/debug.yaml")), folder)
-    (folder / "runs" / "debug").rename(folder / "runs" / "demo")
-    shell(recipes, shlex.split(find(recipes, "text-to-image --config training/recipes/debug-t2i.yaml")), folder)
-    (folder / "runs" / "debug-t2i").rename(folder / "runs" / "demo-t2i")
+    shutil.copytree(debug_run, folder / "runs" / "demo")
+    shutil.copytree(debug_t2i_run, folder / "runs" / "demo-t2i")
     return folder
+
+
+def test_the_shared_runs_are_those_of_the_pages(recipes):
+    assert find(recipes, "train compress --config training/recipes/debug.yaml") == DEBUG_COMMANDS["debug"]
+    assert find(recipes, "text-to-image --config training/recipes/debug-t2i.yaml") == DEBUG_COMMANDS["debug-t2i"]
 
 
 def find(recipes, part: str) -> str:
@@ -82,10 +76,10 @@ def test_every_command_has_a_test_here(recipes):
 
 def test_make_targets(recipes):
     for target in (find(recipes, "make demo"), find(recipes, "make demo-t2i"), find(recipes, "make test")):
-        assert shell(recipes, [*shlex.split(target), "-n"], recipes.root)
-    demo = shell(recipes, ["make", "-n", "demo"], recipes.root)
+        assert recipes.shell([*shlex.split(target), "-n"], recipes.root)
+    demo = recipes.shell(["make", "-n", "demo"], recipes.root)
     assert "edgedit train compress" in demo and "training/recipes/digits.yaml" in demo and "HF_HUB_OFFLINE=1" in demo
-    demo = shell(recipes, ["make", "-n", "demo-t2i"], recipes.root)
+    demo = recipes.shell(["make", "-n", "demo-t2i"], recipes.root)
     assert (
         "edgedit train text-to-image" in demo
         and "training/recipes/digits-t2i.yaml" in demo
@@ -94,7 +88,7 @@ def test_make_targets(recipes):
 
 
 def test_dry_run_prints_a_line_a_stage(recipes, clone):
-    printed = shell(recipes, shlex.split(find(recipes, "digits.yaml --dry-run")), clone)
+    printed = recipes.shell(shlex.split(find(recipes, "digits.yaml --dry-run")), clone)
     assert [
         line.split()[0] for line in printed.splitlines()[1:10]
     ] == "teacher bank latency search student tune export evaluate all".split()
@@ -124,7 +118,7 @@ def run_blocks(recipes, clone, tmp_path, chosen: list[Path]) -> list[str]:
         for number, code in enumerate(blocks(page, "python")):
             files.append(tmp_path / f"{page.stem}-{number}.py")
             files[-1].write_text(code, encoding="utf-8")
-    shell(recipes, [sys.executable, "-c", RUN_BLOCKS, *map(str, files)], clone)
+    recipes.shell([sys.executable, "-c", RUN_BLOCKS, *map(str, files)], clone)
     return [file.stem for file in files]
 
 
@@ -153,43 +147,43 @@ def sampled_from(recipes, clone, folder: str) -> str:
         f"DiffusionPipeline.from_pretrained({folder!r});print(type(p.transformer).__name__, p(class_labels=3, "
         "num_inference_steps=2).images[0].size)"
     )
-    return shell(recipes, [sys.executable, "-c", code], clone)
+    return recipes.shell([sys.executable, "-c", code], clone)
 
 
 def test_export_and_load_back(recipes, clone):
-    shell(recipes, shlex.split(find(recipes, "--format onnx")), clone)
+    recipes.shell(shlex.split(find(recipes, "--format onnx")), clone)
     (block,) = blocks(recipes.root / "docs" / "export.md", "python")
     code = f"{block}\nprint(type(pipeline.transformer).__name__, image.size)"
-    assert "OnnxEdgeDiTTransformer2DModel (8, 8)" in shell(recipes, [sys.executable, "-c", code], clone)
+    assert "OnnxEdgeDiTTransformer2DModel (8, 8)" in recipes.shell([sys.executable, "-c", code], clone)
 
 
 def test_export_to_executorch_and_load_back(recipes, clone):
-    shell(recipes, shlex.split(find(recipes, "--format executorch")), clone)
+    recipes.shell(shlex.split(find(recipes, "--format executorch")), clone)
     assert "ExecutorchEdgeDiTTransformer2DModel (8, 8)" in sampled_from(recipes, clone, "exported-pte")
 
 
 def test_what_an_app_author_ports(recipes, clone):
     """After the export above: the loop in numpy, against its reference."""
     if not (clone / "exported").is_dir():
-        shell(recipes, shlex.split(find(recipes, "--format onnx")), clone)
-    assert "ok" in shell(recipes, shlex.split(find(recipes, "sample_min.py --check")), clone)
-    shell(recipes, shlex.split(find(recipes, "sample_min.py --reference")), clone)
+        recipes.shell(shlex.split(find(recipes, "--format onnx")), clone)
+    assert "ok" in recipes.shell(shlex.split(find(recipes, "sample_min.py --check")), clone)
+    recipes.shell(shlex.split(find(recipes, "sample_min.py --reference")), clone)
     assert Image.open(clone / "three.png").size == (8, 8)
 
 
 @pytest.mark.slow
 def test_export_of_text_to_image(recipes, clone):
-    shell(recipes, shlex.split(find(recipes, "--subnet small --split-conditioner")), clone)
+    recipes.shell(shlex.split(find(recipes, "--subnet small --split-conditioner")), clone)
     code = (
         "import edgedit_hf; from diffusers import DiffusionPipeline; p = "
         "DiffusionPipeline.from_pretrained('exported-t2i');print(type(p.text_encoder_2).__name__, p('a thick seven', "
         "num_inference_steps=2).images[0].size)"
     )
-    assert "OnnxTextEncoder (8, 8)" in shell(recipes, [sys.executable, "-c", code], clone)
+    assert "OnnxTextEncoder (8, 8)" in recipes.shell([sys.executable, "-c", code], clone)
 
 
 def test_quantise(recipes, clone):
-    shell(recipes, shlex.split(find(recipes, "train quantize")), clone)
+    recipes.shell(shlex.split(find(recipes, "train quantize")), clone)
     assert (clone / "runs" / "debug-quantize" / "quantized" / "quantization.json").is_file()
 
 
@@ -198,7 +192,7 @@ def test_convert_an_original_checkpoint(recipes, tmp_path):
     weights = {key.removeprefix("weights."): value for key, value in oracle.items() if key.startswith("weights.")}
     command = shlex.split(find(recipes, "edgedit convert"))
     torch.save(weights, tmp_path / command[2])
-    printed = shell(recipes, [*command, "--heads", "4"], tmp_path)  # a small one: its width is not one of the paper's
+    printed = recipes.shell([*command, "--heads", "4"], tmp_path)  # a small one: its width is not one of the paper's
     assert "2 layers of width 48" in printed and (tmp_path / command[3] / "model_index.json").is_file()
 
 
@@ -210,7 +204,7 @@ def test_two_process_commands_start(recipes, clone):
     )
     for text in started:
         command = shlex.split(text)
-        assert "usage" in shell(recipes, [*command[: command.index("--config")], "--help"], clone)
+        assert "usage" in recipes.shell([*command[: command.index("--config")], "--help"], clone)
 
 
 @pytest.fixture(scope="module")
@@ -223,20 +217,20 @@ def pip_user(recipes, tmp_path_factory):
             Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(
                 folder / "my_images" / label / f"{i}.png"
             )
-    shell(recipes, shlex.split(find(recipes, "edgedit recipes copy")), folder)
-    shell(recipes, ["sh", "-c", find(recipes, "edgedit init")], folder)
+    recipes.shell(shlex.split(find(recipes, "edgedit recipes copy")), folder)
+    recipes.shell(["sh", "-c", find(recipes, "edgedit init")], folder)
     return folder
 
 
 def test_pip_users_dry_run(recipes, pip_user):
-    assert "evaluate" in shell(recipes, shlex.split(find(recipes, "compress --config run.yaml --dry-run")), pip_user)
+    assert "evaluate" in recipes.shell(shlex.split(find(recipes, "compress --config run.yaml --dry-run")), pip_user)
 
 
 def test_select_another_point(recipes, clone, tmp_path):
     command = shlex.split(find(recipes, "edgedit select"))
     shutil.copytree(clone / "runs" / "demo", tmp_path / "runs" / "edgedit")
     before = (tmp_path / "runs" / "edgedit" / "search" / "state.json").read_bytes()
-    shell(recipes, command, tmp_path)
+    recipes.shell(command, tmp_path)
     assert (tmp_path / "runs" / "edgedit" / "student" / "choice.json").exists()
     assert (tmp_path / "runs" / "edgedit" / "search" / "state.json").read_bytes() == before
     assert "latency_ms" in failing(recipes, [*command[:-1], "1e-9"], tmp_path)
@@ -254,22 +248,22 @@ def test_pip_users_run(recipes, pip_user):
     overrides = [part for value in recipes.tiny for part in ("--override", value)]
     command = find(recipes, "compress --config run.yaml --dry-run").removesuffix(" --dry-run")
     assert command in commands(recipes)
-    shell(recipes, [*shlex.split(command), *overrides], pip_user)
+    recipes.shell([*shlex.split(command), *overrides], pip_user)
     assert (pip_user / "runs" / "edgedit" / "report.html").exists()
 
 
 @pytest.mark.slow
 def test_two_process_commands_run(recipes, clone):
     (clone / "runs" / "debug").mkdir(exist_ok=True)
-    shell(recipes, [*shlex.split(find(recipes, "cpu-2.yaml training/train_teacher.py"))], clone)
+    recipes.shell([*shlex.split(find(recipes, "cpu-2.yaml training/train_teacher.py"))], clone)
     shutil.rmtree(clone / "runs" / "debug")
-    shell(recipes, [*shlex.split(find(recipes, "train teacher --num_processes 2"))], clone)
-    shell(recipes, [*shlex.split(find(recipes, "torchrun --standalone"))], clone)
+    recipes.shell([*shlex.split(find(recipes, "train teacher --num_processes 2"))], clone)
+    recipes.shell([*shlex.split(find(recipes, "torchrun --standalone"))], clone)
     assert (clone / "runs" / "debug" / "bank" / "index.json").exists()
 
 
 def test_what_is_counted(recipes):
-    counted = json.loads(shell(recipes, shlex.split(find(recipes, "edgedit info")), recipes.root))
+    counted = json.loads(recipes.shell(shlex.split(find(recipes, "edgedit info")), recipes.root))
     row = re.search(r"^\| DiT-XL/2 \| ([\d.]+) M \| ([\d.]+) \|$", page_text(recipes, "teacher"), flags=re.MULTILINE)
     assert [f"{counted['parameters'] / 1e6:.2f}", f"{counted['flops'] / 1e9:.2f}"] == list(row.groups())
 
@@ -281,7 +275,7 @@ def test_the_report_again(recipes, clone):
 
     before = metrics()
     (clone / "runs" / "demo" / "report.html").unlink()
-    shell(recipes, shlex.split(find(recipes, "edgedit report")), clone)
+    recipes.shell(shlex.split(find(recipes, "edgedit report")), clone)
     assert metrics() == before and (clone / "runs" / "demo" / "report.html").is_file()
 
 

@@ -1,6 +1,6 @@
 """What the pages must keep to: the README's size and first screen, a navigation that has every page, links that lead
 somewhere, on PyPI too. That the site builds is `mkdocs build --strict`'s business, in `make check`; that every command
-runs, training/test_docs_blocks.py's.
+runs, test_blocks.py's.
 """
 
 import ast
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 AT_ROOT = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 PAGES = [*AT_ROOT.values(), *sorted(path.relative_to(ROOT).as_posix() for path in DOCS.glob("**/*.md"))]
