@@ -1,5 +1,6 @@
 # make demo   installs, then compresses a small diffusion transformer on the embedded digits: runs/demo/report.html
 # make demo-t2i   installs, then trains an elastic text-to-image supernet on captioned digits: runs/demo-t2i/report.html
+# make check   installs, then looks at the code and the docs: ruff, its formatter, mypy, mkdocs
 # make test   installs, then runs the quick tests
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ export TOKENIZERS_PARALLELISM := false
 
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: install demo demo-t2i test test-slow clean
+.PHONY: install demo demo-t2i check test test-slow clean
 
 install: $(INSTALLED)
 
@@ -34,6 +35,12 @@ demo: install
 demo-t2i: install
 	$(OFFLINE) $(BIN)/edgedit train text-to-image --config_file training/accelerate/cpu.yaml --config training/recipes/digits-t2i.yaml
 
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
 test: install
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
@@ -43,5 +50,5 @@ test-slow: install
 	$(OFFLINE) $(BIN)/python -m pytest -q -m "slow$(if $(PART), and $(if $(filter rest,$(PART)),not (demos or kills or sweep),$(PART)))"
 
 clean:
-	rm -rf runs build dist .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf runs build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
 	find src tests training benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import signal
@@ -209,8 +210,9 @@ def guard(
             done.
         at_end: called before the line is printed, such as to close progress bars.
     """
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        with contextlib.suppress(ValueError, OSError):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     code, line, cause = 0, None, None
     with signals():
         started()

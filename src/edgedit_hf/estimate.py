@@ -365,7 +365,7 @@ class _Estimator:
     def stage_tune(self) -> Estimate:
         options = self.config.tune
         runs = [self.student] * (1 + options.random_proxies) + [self.teacher] * options.teacher_more_steps
-        seconds, held = zip(*(self.training(cost, options) for cost in runs))
+        seconds, memory = zip(*(self.training(cost, options) for cost in runs))
         more = 0.0
         if options.output_kd:  # a forward of the teacher for every step of a student
             more = (
@@ -376,7 +376,7 @@ class _Estimator:
         keeps_teacher = options.output_kd or (
             not self.machine.gpu and (options.random_proxies or options.teacher_more_steps)
         )
-        held = max(*held, held[0] + 4 * self.teacher.weights if keeps_teacher else 0)
+        held = max(*memory, memory[0] + 4 * self.teacher.weights if keeps_teacher else 0)
         disk = 4.0 * sum(cost.weights for cost in runs)
         return Estimate("tune", sum(seconds) + more, self.base + held, disk, self.device, self.machine.processes)
 

@@ -112,7 +112,7 @@ def check_space(path: str | os.PathLike, needed: float, what: str) -> None:
 def check_batches(config: RunConfig, stages: Sequence[str], processes: int) -> None:
     """Raise unless every batch can be divided between the processes and the micro-batches."""
     for stage in stages:
-        options = getattr(config, stage, None)
+        options: Any = getattr(config, stage, None)
         if stage == "teacher" and config.teacher.path is not None:
             continue
         if isinstance(options, OptimisationConfig) and options.batch_size % (processes * options.gradient_accumulation):
@@ -258,10 +258,13 @@ def _check_compression(
 
 def _bytes_to_write(config: RunConfig, stages: Sequence[str], processes: int) -> float:
     """Bytes of the results; the machine does not matter for them. Raises if proxies do not fit a memory budget."""
-    return sum(row.disk for row in estimate(config, Machine("here", processes, *4 * [1.0])) if row.stage in stages)
+    return sum(
+        row.disk for row in estimate(config, Machine("here", processes, 1.0, 1.0, 1.0, 1.0)) if row.stage in stages
+    )
 
 
 def _check_genotype(config: RunConfig, space: SearchSpace, wanted: Sequence[Any]) -> None:
+    assert config.student.genotype is not None
     genotype = read_genotype(config.student.genotype, "student.genotype")
     space.code(genotype)  # raises unless it is of this teacher and these reduced sizes
     needed = {(layer.source, space.option_of(layer)) for layer in wanted_proxies(space, [genotype])}

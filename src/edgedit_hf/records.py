@@ -11,8 +11,8 @@ from .schema import key
 WIDTH, LAYERS, HEADS, SIDE = 2**16, 1000, 2**12, 2**16
 COUNT = 10**12  # images, steps, bytes: counted, never allocated
 FIGURE = 1e30  # parameters, FLOPs, distances
-MS = {"above": 0.0, "maximum": 1e12}  # milliseconds
-SHARE = {"minimum": 0.0, "maximum": 1.0}
+MS: dict[str, Any] = {"above": 0.0, "maximum": 1e12}  # milliseconds
+SHARE: dict[str, Any] = {"minimum": 0.0, "maximum": 1.0}
 
 
 # -------------------------------------------------------------------- search space, bank, latency table
@@ -269,7 +269,7 @@ class Subnets:
 class ElasticEvaluation(Stage):
     """evaluate/stage.json of text to image."""
 
-    config: Subnets = key()
+    config: Subnets = key()  # type: ignore[assignment]
 
 
 @dataclass(kw_only=True)

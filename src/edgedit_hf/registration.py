@@ -66,7 +66,7 @@ def _patch() -> None:
 
     previous = vars(diffusers).get("__getattr__")
     if getattr(previous, "__module__", None) != __name__:
-        diffusers.__getattr__ = getattr_of_diffusers
+        vars(diffusers)["__getattr__"] = getattr_of_diffusers
 
 
 class _Quantizer:
@@ -118,5 +118,5 @@ class _AfterImport(importlib.abc.MetaPathFinder):
                 sys.meta_path.remove(self)
             self._patch()
 
-        spec.loader.exec_module = execute_and_patch
+        vars(spec.loader)["exec_module"] = execute_and_patch
         return spec

@@ -180,7 +180,7 @@ def convert(value: Any, hint: Any, name: str, rule: Rule = Rule(), *, text_numbe
                 entry: convert(item, inner[1], f"{name}.{shorten(entry)[1:-1]}", rule, text_numbers=text_numbers)
                 for entry, item in value.items()
             }
-        if dataclasses.is_dataclass(option) and kind is dict:
+        if isinstance(option, type) and dataclasses.is_dataclass(option) and kind is dict:
             check(value, option, name)
             return value
     raise EdgeDiTError(
@@ -218,6 +218,7 @@ def check_option(option: str, value: Any, rule: Rule) -> None:
         return
     whole = isinstance(rule.maximum, int)
     least = rule.above if rule.minimum is None else rule.minimum
+    assert least is not None and rule.maximum is not None, "the rule of an option has a range"
     try:
         number = (int if whole else float)(value)
         fits = (
@@ -246,7 +247,7 @@ def hints_of(schema: type) -> dict[str, Any]:
 
 
 @functools.cache
-def _fields(schema: type) -> dict[str, tuple[Any, Rule, bool]]:
+def _fields(schema: Any) -> dict[str, tuple[Any, Rule, bool]]:
     return {
         entry.name: (
             hints_of(schema)[entry.name],
@@ -271,7 +272,8 @@ def fill(target: Any, values: Any, source: str, prefix: str = "") -> list[str]:
         raise EdgeDiTError(
             f"{source}: {prefix or 'the file'} holds {type(values).__name__}; it must hold keys and values."
         )
-    fields, given = _fields(type(target)), []
+    kind: Any = type(target)
+    fields, given = _fields(kind), []
     for entry, value in values.items():
         name = f"{prefix}.{entry}" if prefix else str(entry)
         if entry not in fields:
@@ -331,7 +333,9 @@ def held_to(
 ) -> None:
     """Hold the content of a file against its schema, as [`read_record`] does."""
     try:
-        check(values, schema) if dataclasses.is_dataclass(schema) else convert(values, schema, "it")
+        check(values, schema) if isinstance(schema, type) and dataclasses.is_dataclass(schema) else convert(
+            values, schema, "it"
+        )
     except EdgeDiTError as error:
         again = (
             f"{made_by} writes it, run that stage again"

@@ -285,11 +285,13 @@ class SearchSpace:
         (4^n).
         """
         odd = self.num_layers % 2
+        allowed: list[Sequence[int]]
         if name == "merge":
-            allowed = [(0, UNMERGED)] * self.num_pairs + [(0,)] * odd
+            allowed = [*[(0, UNMERGED)] * self.num_pairs, *[(0,)] * odd]
         elif name == "options" and genotype is not None:
             merged = [choice >= UNMERGED for choice in self.code(genotype)[: self.num_pairs]]
-            allowed = [range(UNMERGED, UNMERGED + 4) if m else range(UNMERGED) for m in merged] + [range(4)] * odd
+            allowed = [range(UNMERGED, UNMERGED + 4) if m else range(UNMERGED) for m in merged]
+            allowed += [range(4)] * odd
         else:
             raise EdgeDiTError(
                 f"stage({name!r}) is not a stage; use 'merge', or 'options' with the genotype that stage 'merge' chose."

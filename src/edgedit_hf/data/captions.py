@@ -64,7 +64,7 @@ class CaptionedDataset(Dataset):
         self.bucket_of = torch.as_tensor(np.asarray(bucket_of, dtype=np.int64))
         self.labels = labels
         self.label_names = list(label_names)
-        self.shapes: list[tuple[int, int, int]] = [tuple(part.shape) for part in self.parts]
+        self.shapes: list[tuple[int, ...]] = [tuple(part.shape) for part in self.parts]
         self._place = torch.empty(len(self), dtype=torch.int64)  # of a row in its bucket
         for bucket, part in enumerate(self.parts):
             rows = self.rows_of(bucket)
@@ -78,7 +78,7 @@ class CaptionedDataset(Dataset):
         return len(self.captions)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """The one shape of all images."""
         if len(self.shapes) > 1:
             raise EdgeDiTError(

@@ -86,13 +86,13 @@ class ImageDataset(MapDataset):
         self._all_labels = np.asarray(labels if self.label_names else np.zeros(count), dtype=np.int64)
         if len(self._all_labels) != count:
             raise EdgeDiTError(f"There are {count} images but {len(self._all_labels)} labels; every image needs one.")
-        labels = self._all_labels[self._indices]
-        for wrong in np.flatnonzero((labels < 0) | (labels >= max(self.num_classes, 1)))[:1]:
+        chosen = self._all_labels[self._indices]
+        for wrong in np.flatnonzero((chosen < 0) | (chosen >= max(self.num_classes, 1)))[:1]:
             raise EdgeDiTError(
-                f"The label {labels[wrong]} of image {self._indices[wrong]} is out of range: there are "
+                f"The label {chosen[wrong]} of image {self._indices[wrong]} is out of range: there are "
                 f"{self.num_classes} classes, 0 … {self.num_classes - 1}. Correct it, or choose another label_column."
             )
-        self.labels = torch.from_numpy(labels)
+        self.labels = torch.from_numpy(chosen)
 
     @functools.cached_property
     def fingerprint(self) -> str:

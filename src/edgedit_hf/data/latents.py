@@ -214,11 +214,11 @@ class LatentDataset(MapDataset):
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """`{"images": [n, c, h, w] float32 latents, "labels": [n] int64}` at these positions."""
-        indices = torch.from_numpy(np.asarray(indices, dtype=np.int64))
-        labels = self.labels[indices]
+        rows = torch.from_numpy(np.asarray(indices, dtype=np.int64))
+        labels = self.labels[rows]
         if self._memory is not None:
-            return {"images": self._memory[indices], "labels": labels}
-        places = [divmod(index % len(self), self._shard_rows) for index in indices.tolist()]
+            return {"images": self._memory[rows], "labels": labels}
+        places = [divmod(index % len(self), self._shard_rows) for index in rows.tolist()]
         latents = [self._file(shard).get_slice("latents")[row : row + 1] for shard, row in places]
         return {"images": torch.cat(latents), "labels": labels}
 

@@ -445,8 +445,10 @@ def _scan(folder: Path) -> tuple[list[Parts], list[Parts], list[Parts], list[Par
     """
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-    found: tuple[list[Parts], ...] = ([], [], [], [])
-    images, tables, archives, others = found
+    images: list[Parts] = []
+    tables: list[Parts] = []
+    archives: list[Parts] = []
+    others: list[Parts] = []
     visits: dict[tuple[int, int], int] = {}
     waiting: list[tuple[Parts, frozenset]] = [((), frozenset())]
     while waiting:
@@ -493,7 +495,7 @@ def _scan(folder: Path) -> tuple[list[Parts], list[Parts], list[Parts], list[Par
             if not os.path.isfile(entry.path):
                 raise EdgeDiTError(f"{here / name} is {_kind_of(entry.path)}, not a file; remove it.")
             kind.append((*parts, name))
-    return found
+    return images, tables, archives, others
 
 
 def _is_utf8(name: str) -> bool:
@@ -530,7 +532,7 @@ def _say_what_is_left_out(splits: dict[str, datasets.Dataset], images: list[str]
     """Warn of images that no line of the metadata names, and of those that several do."""
     import datasets
 
-    lines = collections.Counter()
+    lines: collections.Counter[str] = collections.Counter()
     for table in splits.values():
         for column in [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]:
             rows = (

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ..errors import EdgeDiTError
 from ..genotype import Genotype, LayerSpec
@@ -102,7 +103,7 @@ def contiguous_shares(work: Sequence[float], prefix: Sequence[float], ranks: int
     for value in work:
         total.append(total[-1] + value)
     # best[end] = (cost of the slowest, ends of the ranges) for the first `end` elements and the ranges so far
-    best: list[tuple[float, tuple[int, ...]] | None] = [(0.0, ())] + [None] * count
+    best: list[tuple[float, tuple[int, ...]] | None] = [(0.0, ()), *[None] * count]
     for _ in range(ranks):
         longer: list[tuple[float, tuple[int, ...]] | None] = [None] * (count + 1)
         for end in range(1, count + 1):
@@ -230,5 +231,5 @@ def plan_bank(
     for share in contiguous_shares(work, prefix, ranks):
         owned = [pairs[i] for i in share]
         depth = depth_of(owned[-1])
-        plans.append(fitting_groups(owned, lambda layers, depth=depth: memory.predict(layers, depth), budget_bytes))
+        plans.append(fitting_groups(owned, partial(memory.predict, depth=depth), budget_bytes))
     return plans

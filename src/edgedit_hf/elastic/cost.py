@@ -54,7 +54,7 @@ def saved_bytes(model: ElasticDiTTransformer2DModel, shape: Sequence[int], text_
     return total
 
 
-def data_shapes(config: RunConfig, assumed: list[str]) -> tuple[list[tuple[int, int, int]], int]:
+def data_shapes(config: RunConfig, assumed: list[str]) -> tuple[list[tuple[int, ...]], int]:
     """`(C, H, W)` of what the net sees, a bucket each, and the number of images; nothing is downloaded."""
     data = config.data
     of_hub = (
@@ -62,7 +62,8 @@ def data_shapes(config: RunConfig, assumed: list[str]) -> tuple[list[tuple[int, 
     )
     if of_hub and (data.resolution or data.buckets):
         sizes = parse_buckets(data.buckets or [f"{data.resolution}x{data.resolution}"])
-        shapes, count = [(data.channels or 3, *size) for size in sizes], IMAGENET["images"]
+        shapes: list[tuple[int, ...]] = [(data.channels or 3, *size) for size in sizes]
+        count = IMAGENET["images"]
         assumed.append(f"data.source {data.source} is not here: taken to hold {count:,} captioned images")
     else:
         dataset = load_run_captions(config)
@@ -100,7 +101,8 @@ def elastic_estimate(config: RunConfig, machine: Machine | None = None) -> tuple
     On several GPUs every one holds all weights (data parallel); FSDP divides what is held for the weights by their
     number.
     """
-    options, assumed = config.elastic, []
+    options = config.elastic
+    assumed: list[str] = []
     shapes, _ = data_shapes(config, assumed)
     shape = max(shapes, key=lambda shape: shape[1] * shape[2])
     given = (config.text.encoder, config.text.encoder_2)
@@ -116,7 +118,7 @@ def elastic_estimate(config: RunConfig, machine: Machine | None = None) -> tuple
     narrow = model.subnet_names[:-1]
     drawn = 0 if not narrow else 1 if options.sampling == "one" or len(narrow) == 1 else 2
     size, weights = shape[1:], elastic_weights(values)
-    flops = elastic_cost(values, None, *size).flops
+    flops: float = elastic_cost(values, None, *size).flops
     if drawn:  # the mean of those that may be drawn; a sandwich has the narrowest and one of the others
         costs = [elastic_cost(values, name, *size).flops for name in narrow]
         flops += sum(costs) / len(costs) if drawn == 1 else costs[0] + sum(costs[1:]) / len(costs[1:])

@@ -260,8 +260,8 @@ def _entry(artefact: Artefact, format: str) -> dict[str, Any]:
     """One file of the contract; the shapes of outputs are filled in once they are known."""
 
     def tensor(name: str, value: torch.Tensor | None) -> dict[str, Any]:
-        axes, meaning, values = _TENSORS[name if name in _TENSORS else f"{name[:-1]}N"]
-        axes = axes.replace("_N", name[-2:]).split()
+        template, meaning, values = _TENSORS[name if name in _TENSORS else f"{name[:-1]}N"]
+        axes = template.replace("_N", name[-2:]).split()
         integer = value is not None and not value.is_floating_point()
         return {
             "name": name,
@@ -333,7 +333,8 @@ def _text(folder: Path, pipeline: Any, artefacts: Sequence[Artefact], prompt: st
     """The text encoders, and the reference prompt's windows of token ids."""
     reader = next(artefact for artefact in artefacts if "text_0" in artefact.part.inputs)
     there = {artefact.key: artefact for artefact in artefacts}
-    encoders, windows = [], []
+    encoders: list[Any] = []
+    windows: list[Any] = []
     for index, (name, encoder, tokenizer) in enumerate(pipeline._encoders()):
         example = reader.part.inputs[f"text_{index}"]
         entry = {

@@ -118,7 +118,7 @@ def choose_8bit(
         put(name, form(name, layer, 4))
         errors[name] = output_error(model, calls, references).mean_mse / math.prod(layer.weight.shape)
         put(name, layer.weight.detach())
-    ranking = sorted(errors, key=errors.get, reverse=True)
+    ranking = sorted(errors, key=errors.__getitem__, reverse=True)
     low, high = 0, len(ranking)  # 8 bits for the first `low` do not reach the goal; for the first `high` they do
     best = quality(set(ranking))
     if best < goal_db:

@@ -271,7 +271,7 @@ class TextEncoderWrapper(nn.Module):
         super().__init__()
         self.encoder = encoder
         accepted = inspect.signature(encoder.forward).parameters
-        self.extra = {"use_cache": False} if "use_cache" in accepted else {}
+        self.extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
         self.language_model = "logits_to_keep" in accepted
         if self.language_model:  # its output is logits
             self.extra |= {"logits_to_keep": 1, "output_hidden_states": True}

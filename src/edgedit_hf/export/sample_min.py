@@ -386,7 +386,7 @@ def check(contract, artefacts, reference):
         for name, value in found.items():
             compare(f"{key}.outputs.{name}", value, entry["tolerance"])
     condition = conditioning(contract, artefacts, reference.get("label"), reference_windows(contract, reference))
-    record = {}
+    record: dict = {}
     image = sample(contract, artefacts, reference["noise"], condition, record)
     for name in ("step.guided", "step.sample", "loop.latents"):
         compare(name, record[name], contract["reference"]["tolerance"])

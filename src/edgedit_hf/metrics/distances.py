@@ -96,6 +96,7 @@ class RunningMoments:
         """Unbiased covariance `[D, D]`; needs at least two samples."""
         if self.count < 2:
             raise EdgeDiTError(f"A covariance needs at least 2 samples, but only {self.count} were seen.")
+        assert self._scatter is not None
         return self._scatter / (self.count - 1)
 
     def state_dict(self) -> dict:

@@ -34,7 +34,7 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the name ends wi
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
 
-def _check_images(images: torch.Tensor, shape: tuple[int, int, int]) -> None:
+def _check_images(images: torch.Tensor, shape: tuple[int, ...]) -> None:
     if images.ndim != 4 or tuple(images.shape[1:]) != tuple(shape):
         raise EdgeDiTError(f"The images have shape {tuple(images.shape)}, but the extractor takes {('n', *shape)}.")
     if not torch.isfinite(images).all():

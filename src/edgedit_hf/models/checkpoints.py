@@ -67,7 +67,7 @@ class _Source:
     name: str
     state: dict[str, torch.Tensor]
     config: dict[str, Any] | None = None  # of a diffusers folder
-    arguments: dict[str, Any] = field(default_factory=dict)  # of an original training run
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of an original training run
 
     def take(self, key: str) -> torch.Tensor:
         if key not in self.state:
@@ -205,7 +205,7 @@ def _read_file(path: Path) -> _Source:
     if path.suffix not in WEIGHT_FILES:
         raise EdgeDiTError(f"{path} is no weights file; they end in {', '.join(WEIGHT_FILES)}.")
     content = read_tensors(path)
-    arguments: dict[str, Any] = {}
+    arguments: Mapping[str, Any] = {}
     if isinstance(content, Mapping) and isinstance(content.get("args"), argparse.Namespace):
         arguments = vars(content["args"])
     return _Source(str(path), state_dict_in(path, content), arguments=arguments)

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 PIL_CHANNELS = (1, 3, 4)  # modes L, RGB, RGBA
-Callback = Callable[[Any, int, Any, dict], dict] | PipelineCallback | MultiPipelineCallbacks
+Callback: TypeAlias = Callable[[Any, int, Any, dict], dict] | PipelineCallback | MultiPipelineCallbacks
 
 
 @dataclass(eq=False)

@@ -204,11 +204,11 @@ def load_scheduler(folder: Path) -> Any:
     import diffusers
 
     name = read_record(folder / "scheduler_config.json", SchedulerConfig, "save_pretrained")["_class_name"]
-    kind = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
         raise EdgeDiTError(f"{folder} has a scheduler of class {name!r}, which diffusers does not have.")
     try:
-        scheduler = kind.from_pretrained(folder)
+        scheduler = getattr(diffusers, name).from_pretrained(folder)
     except Exception as error:  # every scheduler has its own
         raise EdgeDiTError(
             f"The scheduler {folder} cannot be loaded: {type(error).__name__} {_first_line(error)}"

@@ -117,7 +117,7 @@ class EdgeDiTPipeline(CallMixin, DiffusionPipeline):
         if (
             isinstance(labels, str)
             or not isinstance(labels, Iterable)
-            or (torch.is_tensor(labels) and labels.ndim == 0)
+            or (isinstance(labels, torch.Tensor) and labels.ndim == 0)
         ):
             labels = [labels]
         self._check_id2label()  # the transformer may have been put in since

@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 Text = tuple[list[torch.Tensor | None], list[torch.Tensor | None]]
 TEXT_TENSORS = ("prompt_embeds", "prompt_embeds_2")  # what a callback calls the hidden states of the text encoders
 # Options of diffusers' from_pretrained that bear on how the transformer is loaded, and those that do not.
-LOADED_WITH = (
+LOADED_WITH: tuple[str, ...] = (
     "torch_dtype",
     "dtype",
     "variant",
@@ -46,7 +46,7 @@ LOADED_WITH = (
     "low_cpu_mem_usage",
 )
 LOADED_WITH += ("use_safetensors", "disable_mmap", "quantization_config", "trust_remote_code")
-LOADED_ASIDE = (
+LOADED_ASIDE: tuple[str, ...] = (
     "cache_dir",
     "force_download",
     "proxies",
@@ -305,7 +305,8 @@ class ElasticDiTPipeline(CallMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         limit = self.config.max_sequence_length if max_sequence_length is None else max_sequence_length
         if limit < 1:
             raise ValueError(f"max_sequence_length is {limit}; it must be at least 1.")
-        embeds, masks = [], []
+        embeds: list[Any] = []
+        masks: list[Any] = []
         for name, encoder, tokenizer in self._encoders():
             states = mask = None
             if encoder is not None:
@@ -365,7 +366,8 @@ class ElasticDiTPipeline(CallMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         """Keyword arguments of the transformer for the branches of guidance below one another: rows `(len(branches) ·
         count, …)`.
         """
-        embeds, masks = [], []
+        embeds: list[torch.Tensor] = []
+        masks: list[torch.Tensor] = []
         for index, width in enumerate(self.transformer.config.text_dims):
             parts = [(branch[0][index], branch[1][index]) for branch in branches]
             length = max((states.shape[1] for states, _ in parts if states is not None), default=0)
@@ -627,7 +629,7 @@ def _encode(
     ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in flat], device=device)  # [windows, tokens]
     valid = torch.arange(width, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
     accepted = inspect.signature(encoder.forward).parameters
-    extra = {"use_cache": False} if "use_cache" in accepted else {}
+    extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
     if "logits_to_keep" in accepted:  # a language model, whose output is logits
         extra |= {"logits_to_keep": 1, "output_hidden_states": True}
     output = encoder(input_ids=ids, attention_mask=valid.long(), **extra)

@@ -82,7 +82,7 @@ def check_scheduler(scheduler: Any, source: str) -> None:
 PLAIN = (int, float, str, bool, type(None))
 
 
-def _plain_hints(owner: type) -> dict[str, Any]:
+def _plain_hints(owner: Any) -> dict[str, Any]:
     """Type hints of the constructor's arguments that are plain values, or lists and mappings."""
     constructor = inspect.unwrap(owner.__init__)
     try:

@@ -127,7 +127,8 @@ def timestep_buckets(timesteps: Sequence[float], ranges: Mapping[str, torch.Tens
     best = [waste[0][last] for last in range(count)]  # of timesteps 0 … last in so many buckets
     cuts: list[list[int]] = [[] for _ in range(count)]
     for used in range(1, buckets):
-        following, following_cuts = [float("inf")] * count, [[] for _ in range(count)]
+        following = [float("inf")] * count
+        following_cuts: list[list[int]] = [[] for _ in range(count)]
         for last in range(used, count):
             cut = min(range(used, last + 1), key=lambda first: (best[first - 1] + waste[first][last], first))
             following[last], following_cuts[last] = best[cut - 1] + waste[cut][last], [*cuts[cut - 1], cut]

@@ -64,7 +64,7 @@ def quantize_affine(weight: torch.Tensor, bits: int, group_size: int, symmetric:
     matrix = weight.detach().flatten(1)
     scale, zero_point = grid(matrix, bits, group_size, symmetric)
     size = min(group_size or matrix.shape[1], matrix.shape[1])
-    spread = [part.repeat_interleave(size, dim=1)[:, : matrix.shape[1]] for part in (scale, zero_point)]
+    wide_scale, wide_zero = (part.repeat_interleave(size, dim=1)[:, : matrix.shape[1]] for part in (scale, zero_point))
     return affine_weight(
-        round_to_grid(matrix, *spread, bits), scale, zero_point, bits, group_size, symmetric, weight.shape
+        round_to_grid(matrix, wide_scale, wide_zero, bits), scale, zero_point, bits, group_size, symmetric, weight.shape
     )

@@ -117,9 +117,15 @@ def gptq(
     rounded = compensated_rounding(matrix.unflatten(0, (groups, -1)), moments, nearest_value, damping).reshape(
         rows, columns
     )
-    spread = [part.repeat_interleave(size, dim=1)[:, :columns] for part in (scale, zero_point)]
+    wide_scale, wide_zero = (part.repeat_interleave(size, dim=1)[:, :columns] for part in (scale, zero_point))
     return affine_weight(
-        round_to_grid(rounded, *spread, bits), scale, zero_point, bits, group_size, symmetric, tuple(weight.shape)
+        round_to_grid(rounded, wide_scale, wide_zero, bits),
+        scale,
+        zero_point,
+        bits,
+        group_size,
+        symmetric,
+        tuple(weight.shape),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -22,11 +22,15 @@ from .weights import SCHEMES, QuantizedWeight, complete_spec, from_tensors, layo
 PREFIX = "weight_"  # of the names of the packed tensors
 
 
-class QuantizedLayer:
+_Layer: Any = nn.Module if TYPE_CHECKING else object  # of the classes that it is mixed into
+
+
+class QuantizedLayer(_Layer):
     """What a layer with a quantised weight has before its own class."""
 
     weight_spec: dict[str, Any]  # complete, with the shape
     weight_tensors: tuple[str, ...]  # names of the packed tensors, without the prefix
+    plain_class: type[nn.Module]
     weight_dtype: torch.dtype  # what the weight is unpacked to: the type of the parameters beside it
 
     @property
@@ -37,7 +41,7 @@ class QuantizedLayer:
         with torch.no_grad():
             return get_quantized_weight(self).dequantize(self.weight_dtype)
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple:
         # The class is made at run time; pickles (of other processes, of copies) name the plain one.
         return _new_quantized, (self.plain_class,), self.__dict__
 
@@ -54,11 +58,11 @@ class QuantizedLayer:
 
 
 @functools.cache
-def _quantized_class(plain: type[nn.Module]) -> type[nn.Module]:
+def _quantized_class(plain: Any) -> Any:
     return type(f"Quantized{plain.__name__}", (QuantizedLayer, plain), {"__doc__": plain.__doc__, "plain_class": plain})
 
 
-def _new_quantized(plain: type[nn.Module]) -> nn.Module:
+def _new_quantized(plain: Any) -> nn.Module:
     kind = _quantized_class(plain)
     return kind.__new__(kind)
 

@@ -132,7 +132,7 @@ class EdgeDiTQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:
             return
-        config = self.quantization_config
+        config: Any = self.quantization_config
         names = quantizable_layers(model) if config.default is not None else ()
         quantize_model(model, {**{name: config.default for name in names}, **config.layers})
         self.quantization_config = model.hf_quantizer.quantization_config

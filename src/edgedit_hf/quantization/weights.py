@@ -127,7 +127,7 @@ class AffineWeight:
     def layout(spec: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, columns = matrix_shape(shape)
         groups = -(-columns // (spec["group_size"] or columns))
-        tensors = {
+        tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "packed": ((rows, packed_size(columns, spec["bits"])), torch.uint8),
             "scale": ((rows, groups), torch.float16),
         }
@@ -239,7 +239,12 @@ def _padded(tensor: torch.Tensor, group: int) -> torch.Tensor:
 
 QuantizedWeight = PaletteWeight | AffineWeight | NF4Weight
 SCHEMES: dict[str, type[QuantizedWeight]] = {kind.scheme: kind for kind in (PaletteWeight, AffineWeight, NF4Weight)}
-_ALLOWED = {"bits": {"palette": (1, 2, 4, 8), "affine": (2, 4, 8)}, "rows_per_palette": 0, "group_size": 0, "block": 1}
+_ALLOWED: dict[str, Any] = {
+    "bits": {"palette": (1, 2, 4, 8), "affine": (2, 4, 8)},
+    "rows_per_palette": 0,
+    "group_size": 0,
+    "block": 1,
+}
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

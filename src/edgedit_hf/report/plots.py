@@ -238,8 +238,8 @@ def genotype_strip(path: str | os.PathLike, genotype: Genotype, space: SearchSpa
     """The student's layers under the teacher's: one cell a layer, coloured by option, merged pairs drawn wide."""
     figure, axes = _figure(8.4, 2.1)
     size = min(10.0, 260 / space.num_layers)
-    for layer in range(space.num_layers):
-        _cell(axes, layer, 1, 1.15, "#E3E6EA", str(layer), BLACK, size)
+    for number in range(space.num_layers):
+        _cell(axes, number, 1, 1.15, "#E3E6EA", str(number), BLACK, size)
     options = []
     for layer in genotype.layers:
         options.append(space.option_of(layer))

@@ -71,7 +71,7 @@ class Estimate:
 
 def median_seconds(call) -> float:
     """Median seconds of a call, of three to seven in about a second."""
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < 7 and (len(seconds) < 3 or sum(seconds) < 1):
         start = time.perf_counter()
         call()
@@ -111,10 +111,10 @@ def print_table(machines: Sequence[Machine], tables: Sequence[list[Estimate]], a
             )
         print(" ".join(cells))
     cells = [f"{'all':<9}"]
-    for machine, rows in zip(machines, tables):
-        memory = max(row.memory for row in rows if not machine.gpu or row.device == "gpu")
-        disk = f" {sum(row.disk for row in rows) / 1e9:>6.2f} GB" if machine is local else ""
-        cells.append(f"{'':>10} {_duration(sum(row.seconds for row in rows)):>8} {memory / 1e9:>6.2f} GB{disk}")
+    for machine, table in zip(machines, tables):
+        memory = max(row.memory for row in table if not machine.gpu or row.device == "gpu")
+        disk = f" {sum(row.disk for row in table) / 1e9:>6.2f} GB" if machine is local else ""
+        cells.append(f"{'':>10} {_duration(sum(row.seconds for row in table)):>8} {memory / 1e9:>6.2f} GB{disk}")
     print(" ".join(cells))
     print(
         f"Closed-form FLOPs. here: {local.flops / 1e9:.0f} GFLOP/s, measured just now with {torch.get_num_threads()} "

@@ -202,5 +202,5 @@ def check_writable(path: str | os.PathLike, named: str | os.PathLike | None = No
         os.rmdir(tempfile.mkdtemp(prefix=".edgedit-", dir=place))
     except OSError as error:
         raise EdgeDiTError(
-            f"Cannot write {named} ({os.strerror(error.errno)}); choose a place, with space, where you may write."
+            f"Cannot write {named} ({error.strerror}); choose a place, with space, where you may write."
         ) from error

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..files import (
     HASHED_ALWAYS,
@@ -83,7 +84,8 @@ def pipeline_weights_hash(folder: str | os.PathLike) -> str | None:
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         return None
-    index, known = read_record(folder / "model_index.json", Named, "save_pretrained"), {}
+    index = read_record(folder / "model_index.json", Named, "save_pretrained")
+    known: dict[str, Any] = {}
     for root in (folder.parent, folder):
         if (root / "stage.json").is_file():
             listed = read_record(root / "stage.json", Results, "the stage").get("files", {})

@@ -117,6 +117,7 @@ class BayesSearch(AskTellSearch):
         mean, std = y.mean(dim=0), y.std(dim=0, correction=0)
         std = torch.where(std > 0, std, 1.0)
         y = (y - mean) / std
+        assert self.reference is not None
         reference = ((_surrogate_targets([self.reference]) - mean) / std)[0]
         # Outcomes are standardised here and not inside each GP, so that the acquisition function, whose smoothing
         # widths are absolute, sees objectives of the order of 1.

@@ -104,8 +104,8 @@ def choose(
     """
     if not entries:
         raise EdgeDiTError("The front has 0 entries, so there is nothing to choose from; run the search first.")
-    limits = {"latency_ms": max_latency_ms, "parameters": max_parameters, "flops": max_flops}
-    limits = {key: float(limit) for key, limit in limits.items() if limit is not None}
+    asked = {"latency_ms": max_latency_ms, "parameters": max_parameters, "flops": max_flops}
+    limits = {key: float(limit) for key, limit in asked.items() if limit is not None}
     for key, limit in limits.items():
         if not limit > 0:
             raise EdgeDiTError(f"The limit on {key} is {limit}; it must be greater than 0.")

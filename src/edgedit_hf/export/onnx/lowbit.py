@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -119,7 +119,8 @@ def _rewrite(
     """
     chosen = {node.output[0] for node in linear_nodes(proto)}
     weights = {tensor.name: tensor for tensor in proto.graph.initializer}
-    nodes, added = [], {}
+    nodes: list[onnx.NodeProto] = []
+    added: dict[str, np.ndarray] = {}
     for node in proto.graph.node:
         if node.output[0] not in chosen:
             nodes.append(node)
@@ -463,7 +464,7 @@ def _large_outputs(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Ite
     found: list[str] = []
 
     def look(name: str) -> Callable:
-        def hook(_: nn.Module, __: tuple, output: object) -> None:
+        def hook(_: nn.Module, __: tuple, output: Any) -> None:
             if torch.is_tensor(output) and output.is_floating_point() and output.abs().amax() > HALF_LIMIT:
                 found.append(name)
 
