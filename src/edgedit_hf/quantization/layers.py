@@ -108,7 +108,8 @@ def set_quantized_weight(module: nn.Module, quantized: QuantizedWeight) -> None:
     spec = complete_spec(quantized.spec(), tuple(module.weight.shape))
     parameter, tensors = module._parameters.pop("weight"), quantized.tensors()
     module.weight_spec, module.weight_tensors, module.weight_dtype = spec, tuple(tensors), parameter.dtype
-    module.__class__ = _quantized_class(type(module))
+    plain: Any = type(module)
+    module.__class__ = _quantized_class(plain)
     for name, tensor in tensors.items():
         module.register_buffer(PREFIX + name, tensor.to(parameter.device))
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -132,7 +132,7 @@ class EdgeDiTQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:
             return
-        config: Any = self.quantization_config
+        config = cast(EdgeDiTQuantizationConfig, self.quantization_config)
         names = quantizable_layers(model) if config.default is not None else ()
         quantize_model(model, {**{name: config.default for name in names}, **config.layers})
         self.quantization_config = model.hf_quantizer.quantization_config
