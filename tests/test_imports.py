@@ -43,8 +43,8 @@ ORDER = [
 PLACE = {name: place for place, names in enumerate(ORDER) for name in ((names,) if isinstance(names, str) else names)}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "botorch", "gpytorch", "onnx", "onnxruntime"}
 LIGHT_MODULES = (
-    "errors entry markup files schema records genotype search_space export/formats recipes run_state registration "
-    "commands optimum_register"
+    "errors entry markup files schema records genotype search_space run/config run/sections run/comparison run/lock "
+    "run/outputs run/results run/state export/formats registration commands optimum_register"
 ).split()
 SELF_CONTAINED = {"torch", "diffusers", "safetensors", "numpy", "PIL"} | sys.stdlib_module_names
 
@@ -52,21 +52,27 @@ SELF_CONTAINED = {"torch", "diffusers", "safetensors", "numpy", "PIL"} | sys.std
 def sources(*names: str) -> list[Path]:
     found = []
     for name in names:
-        found += [SOURCE / f"{name}.py"] if (SOURCE / f"{name}.py").is_file() else sorted((SOURCE / name).rglob("*.py"))
+        those = [SOURCE / f"{name}.py"] if (SOURCE / f"{name}.py").is_file() else sorted((SOURCE / name).rglob("*.py"))
+        assert those, f"there is no {name} in {SOURCE}"
+        found += those
     return found
 
 
-def imports(path: Path, top_level_only: bool = False) -> list[tuple[int, str]]:
-    """(line, absolute module or name) of every import; relative ones are resolved, `from . import a` names `…a`."""
+def imports(path: Path, top_level_only: bool = False, for_types: bool = True) -> list[tuple[int, str]]:
+    """(line, absolute module or name) of every import; relative ones are resolved, `from . import a` names `…a`.
+
+    Args:
+        top_level_only: without those in functions, and those for type checkers alone. for_types: with the latter.
+    """
     package = ["edgedit_hf", *path.relative_to(SOURCE).parts[:-1]] if path.is_relative_to(SOURCE) else []
     found = []
     tree = ast.parse(path.read_text(encoding="utf-8"))
     hidden = set()
-    if top_level_only:
-        for node in ast.walk(tree):
-            guard = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or guard:
-                hidden.update(map(id, ast.walk(node)))
+    for node in ast.walk(tree):
+        guard = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        deferred = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        if (guard and (top_level_only or not for_types)) or (deferred and top_level_only):
+            hidden.update(map(id, ast.walk(node)))
     for node in ast.walk(tree):
         if id(node) in hidden:
             continue
@@ -102,6 +108,46 @@ def test_a_module_imports_only_what_stands_above_it(path):
         assert PLACE.get(".".join(parts[1:3]), PLACE[parts[1]]) <= place, (
             f"{path}:{line} imports {name}, which stands below {entry(path)}"
         )
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its absolute name."""
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        found[".".join(["edgedit_hf", *(parts[:-1] if parts[-1] == "__init__" else parts)])] = path
+    return found
+
+
+def imported(path: Path, among: dict[str, Path], top_level_only: bool) -> set[str]:
+    """Modules of ours that a module imports when it runs."""
+    found = set()
+    for _, name in imports(path, top_level_only, for_types=False):
+        module = name if name in among else name.rpartition(".")[0]
+        if module in among and among[module] != path:
+            found.add(module)
+    return found
+
+
+@pytest.mark.parametrize("top_level_only", [True, False], ids=["at the top", "in functions too"])
+def test_no_module_imports_itself_by_way_of_others(top_level_only):
+    among = modules()
+    left = {module: imported(path, among, top_level_only) for module, path in among.items()}
+    while free := [module for module, needs in left.items() if not needs & left.keys()]:
+        for module in free:
+            del left[module]
+    circle = {module: sorted(needs & left.keys()) for module, needs in left.items()}
+    assert not circle, f"these modules stand on a circle of imports, or on one's way: {circle}"
+
+
+def test_no_private_name_of_another_module_is_imported():
+    private = [
+        f"{path}:{line} {name}"
+        for path in modules().values()
+        for line, name in imports(path)
+        if name.startswith("edgedit_hf.") and name.split(".")[-1].startswith("_") and not name.endswith("__")
+    ]
+    assert not private, f"{private}: give the name no underscore, or move what needs it"
 
 
 MODELS, PIPELINES = sorted(SOURCE.glob("models/transformer_*.py")), sorted(SOURCE.glob("pipelines/pipeline_*.py"))

@@ -5,7 +5,7 @@
 Each step runs the full net and one sampled sub-network (or two: elastic.sampling sandwich) on the same batch, noise and
 timesteps: flow loss on each, plus the sub-network's distance to the full net's velocity; their gradients are balanced
 where they share weights (elastic/losses.py). With --teacher PATH_OR_ID (knowledge.teacher) the full net also learns
-from a large flow pipeline on the same latents (distill/knowledge.py). Writes <output_dir>/elastic, a pipeline folder
+from a large flow pipeline on the same latents (elastic/knowledge.py). Writes <output_dir>/elastic, a pipeline folder
 with the averaged (EMA) supernet and the text encoders of stage text; the validation loss of every width is in its
 stage.json. Interrupted or killed, run it again: it continues from the last checkpoint to the same final weights.
 

@@ -99,7 +99,7 @@ def bucket_batch(bucket_of: torch.Tensor, batch_size: int, seed: int, step: int)
     """Positions of the global batch `step`, all of one bucket, `[batch_size]` int64; a function of the arguments alone.
 
     N steps in a row draw every row's bucket once, in random order: buckets come exactly in proportion to their size. A
-    bucket's batches are its own endless stream of permutations, as in [`data.batch_indices`]. With one bucket both are
+    bucket's batches are its own endless stream of permutations, as in [`batch_indices`]. With one bucket both are
     the same.
     """
     round_, place = divmod(step, len(bucket_of))
@@ -120,6 +120,6 @@ def caption_loader(
     world_size: int = 1,
     num_workers: int = 0,
 ) -> Iterator[tuple[int, torch.Tensor, dict[str, torch.Tensor]]]:
-    """As [`data.step_loader`]; every global batch comes from one bucket, as [`bucket_batch`] says."""
+    """As [`step_loader`]; every global batch comes from one bucket, as [`bucket_batch`] says."""
     indices_of = functools.partial(bucket_batch, dataset.bucket_of, batch_size, seed)
     return step_loader(dataset, batch_size, seed, start_step, total_steps, rank, world_size, num_workers, indices_of)

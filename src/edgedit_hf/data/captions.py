@@ -151,13 +151,13 @@ def load_captioned(
     Args:
         source: "digits" (scikit-learn's, with captions written from what their pixels measure); a local folder with
             `metadata.jsonl` (`file_name` and a caption); a `datasets` id, or what `Dataset.save_to_disk` wrote.
-        split: "train", "validation" (as in [`data.load_images`]), or, of the digits, "held_out": the images of the
+        split: "train", "validation" (as in [`images.load_images`]), or, of the digits, "held_out": the images of the
             combinations [`HELD_OUT`], which the other two lack.
         caption_column: default the first of "text", "caption", "prompt", "description" that is there.
         buckets: sizes, height x width ("160x96"), instead of a resolution. An image goes where [`nearest_bucket`] says,
             is resized to cover that size and cropped to it, in the centre. Buckets without images are left out.
         resolution, channels, image_column, validation_fraction, seed, data_split, background: as in
-        [`data.load_images`].
+        [`images.load_images`].
 
     Raises:
         EdgeDiTError: the source cannot be used; the message says why and what to do.
@@ -244,7 +244,7 @@ def cache_captioned_latents(
     batch_size: int = 16,
     progress: bool = True,
 ) -> CaptionedDataset:
-    """[`data.cache_latents`] of every bucket, in a folder each; opens what is there already."""
+    """[`latents.cache_latents`] of every bucket, in a folder each; opens what is there already."""
     for bucket, part in enumerate(dataset.parts):
         cache_latents(part, vae, Path(folder, f"bucket-{bucket}"), batch_size, progress)
     return open_captioned_latents(dataset, folder)

@@ -272,7 +272,7 @@ def cache_latents(
 
     Args:
         dataset: images `[C, H, W]` with the VAE's number of channels.
-        vae: an autoencoder that [`launch.load_vae`] knows, on the device and in the precision to encode with.
+        vae: an autoencoder that [`loading.load_vae`] knows, on the device and in the precision to encode with.
         folder: of the cache; one of other images or of another VAE is an error.
         batch_size: images encoded at a time.
         progress: show a progress bar on a terminal.

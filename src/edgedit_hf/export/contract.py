@@ -4,10 +4,10 @@ export.
 [`write_contract`] writes
 
 - `contract.json`: every file's tensors (names, shapes, layouts, types, meaning), the order of the calls, the scheduler
-  as coefficients ([`.schedule`]), guidance, the scale of latents and images, the tokenizers, hashes and versions;
+  as coefficients ([`export.schedule`]), guidance, the scale of latents and images, the tokenizers, hashes and versions;
 - `reference.safetensors`: what every file takes and returns in the first step, and the noise, latents and image of a
   whole loop;
-- `sample_min.py`: [`.sample_min`], the loop with numpy and the runtime alone;
+- `sample_min.py`: [`sample_min`], the loop with numpy and the runtime alone;
 - `PORTING.md`: the same for people, with the steps for adb and Xcode.
 
 The reference is made by `sample_min` itself. That its loop is the pipeline's is what the tests show, and an export's
@@ -151,7 +151,7 @@ def write_contract(
     Args:
         folder: the export; tokenizers that are not in it are saved there, where the pipeline's own folder has them.
         pipeline: the eager pipeline that was exported.
-        artefacts: its files, in the order of [`.parts.pipeline_parts`].
+        artefacts: its files, in the order of [`parts.pipeline_parts`].
         format: `"onnx"`, `"executorch"` or `"coreml"`.
         precision: of the export. split: whether conditioners are files of their own.
         seed: of the reference's noise. label: its class. prompt: its prompt.
@@ -162,7 +162,7 @@ def write_contract(
         The contract.
 
     Raises:
-        EdgeDiTError: the scheduler is not linear ([`.schedule.linear_schedule`]) or does not fit the model, the label
+        EdgeDiTError: the scheduler is not linear ([`linear_schedule`]) or does not fit the model, the label
             does not exist, an artefact returns numbers that are not finite, or the folder cannot be written.
         ValueError: the pipeline's scheduler does not fit its transformer.
     """

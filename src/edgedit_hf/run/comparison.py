@@ -34,17 +34,17 @@ def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any]
     return None if old == new else (path, old, new)
 
 
-def _known_to(old: Any, new: Any) -> Any:
+def known_to(old: Any, new: Any) -> Any:
     """Nested dicts with those keys alone that the older ones have too."""
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         return new
-    return {key: _known_to(old[key], value) for key, value in new.items() if key in old}
+    return {key: known_to(old[key], value) for key, value in new.items() if key in old}
 
 
-def _with(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+def with_value(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
     """Nested dicts with another value at a path."""
     first, *rest = path
-    return {**values, first: _with(values.get(first) or {}, rest, value) if rest else value}
+    return {**values, first: with_value(values.get(first) or {}, rest, value) if rest else value}
 
 
 FORMAT = 2  # of run.json; 1, without the key, did not record all inputs

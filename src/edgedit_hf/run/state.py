@@ -40,7 +40,7 @@ from ..files import (
 from ..records import Asked, Checkpoint, Results
 from ..schema import held_to, read_record
 from .checkpoint import first_non_finite, load_state, save_state
-from .comparison import AFTER_NAN, FORMAT, NO_RESULT, _known_to, _with, first_difference, without_keys
+from .comparison import AFTER_NAN, FORMAT, NO_RESULT, first_difference, known_to, with_value, without_keys
 from .lock import FolderLock
 from .outputs import STAGE_FILES
 from .results import UNLISTED
@@ -215,7 +215,7 @@ class RunState:
             raise EdgeDiTError(f"{error} Delete {self.folder} to make it anew.") from None
         asked = self._asked
         if "format" not in found:  # made before all inputs were recorded, and before some keys were there
-            asked = _known_to(found, asked)
+            asked = known_to(found, asked)
         ignored = NO_RESULT + (AFTER_NAN if found.get("aborted") and not self.finished else ())
         old, new = ({key: without_keys(record.get(key), ignored) for key in asked} for record in (found, asked))
         if (difference := first_difference(old, new)) is not None:
@@ -234,7 +234,7 @@ class RunState:
         while (difference := first_difference(old, new)) is not None:
             name, before, now = difference
             self._changed[name] = [before, now]
-            old = _with(old, name.split("."), now)
+            old = with_value(old, name.split("."), now)
         if self._changed:
             newest = self._newest_checkpoint()
             change = {"step": 0 if newest is None else int(newest.name[5:]), **self._changed}

@@ -2,7 +2,7 @@
 `read_package` says what is in it.
 
 coremltools runs on Linux as far as this module needs it: it converts, writes and reads packages; only Apple's systems
-run them. What a package computes can be checked everywhere with [`.mil.run_package`], an interpreter of its program.
+run them. What a package computes can be checked everywhere with [`mil.run_package`], an interpreter of its program.
 
 Precisions: `fp32` and `fp16` compute in that type. `int8` (a scale an output channel) and `int4` (palettes of 16
 entries, one for 16 output channels) store the weights of linear layers and convolutions so, rounded to the nearest, and

@@ -110,7 +110,7 @@ def lower_executorch(
         affine: layer → weights that were rounded before: a symmetric grid of 4 bits in groups of a multiple of
             [`GROUP`], or of 8 bits a row, is used with its integers as they are (XNNPACK keeps scales of groups as
             bfloat16). Other grids are rounded again.
-        backend: `"xnnpack"`; `"coreml"` or `"qnn"` (fp32 alone, lowered but not run; see [`executorch_backends`]).
+        backend: `"xnnpack"`; `"coreml"` or `"qnn"` (fp32 alone, lowered but not run; see [`executorch.backends`]).
         profile_runs: forwards that are timed to find the share of what the backend did not take; 0: none.
 
     Returns:

@@ -254,7 +254,7 @@ def save_onnx(proto: onnx.ModelProto, path: str | os.PathLike) -> Path:
 
 
 def quantize_int8(source: str | os.PathLike, target: str | os.PathLike) -> Path:
-    """Dynamic int8 ([`onnx_lowbit.dynamic_int8`]) of a file of [`export_onnx`].
+    """Dynamic int8 ([`lowbit.dynamic_int8`]) of a file of [`export_onnx`].
 
     Args:
         source: fp32 file.
