@@ -6,10 +6,10 @@ copied weights.
 RUN is a run of compress.py, or of train_teacher.py alone. For a few of its teacher's layers, and for the pairs that
 begin there, every kind of proxy starts three ways: at random (Xavier), with copied (truncated) teacher weights, and in
 closed form. Prints the normalised feature loss on held-out draws
- 1. of copied and closed-form starts of every kind at some step counts of the bank's schedule, in which a proxy's peak
+ 1. of copied and closed-form starts of every kind at some step counts of the bank's training, in which a proxy's peak
     rate follows its start;
  2. of random MLP and attention proxies after their full budget, with the closed form beside it, no step taken. The
-    budget is --budget steps of the bank's schedule (warm-up, cosine), doubled once, from scratch, if the last tenth of
+    budget is --budget steps of the bank's training (warm-up, cosine), doubled once, from scratch, if the last tenth of
     the steps gained 1 % or more.
 --check fails unless the closed form, untrained, beats every random MLP and attention proxy after that (one that still
 gains: even if it gained as much ten times more), beats the copied start at every step count for every kind, and is
@@ -202,7 +202,7 @@ class Bench:
         ]
 
     def curves(self, blocks: dict, steps: int, marks: list[int]) -> dict[tuple, list[float]]:
-        """Held-out losses of these blocks, trained from copies, at some step counts of a schedule of `steps` steps."""
+        """Held-out losses of these blocks, trained from copies, at some of `steps` steps."""
         options, proxies = self.config.bank, {}
         starts = held_out_losses(blocks, self.test)
         for place, (layer, block) in blocks.items():

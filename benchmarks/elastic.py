@@ -3,8 +3,8 @@
     python benchmarks/elastic.py [--steps 1500] [--batch-size 32] [--threads 2] [--json] [--check]
 
 The supernet trains for some steps by training/train_elastic.py: the full net in every step, one narrower network drawn
-in each. Each of the three networks is then trained alone for as many steps by the same recipe (data, noise, schedule,
-learning rate), which is more than the narrow ones were drawn. Printed: validation losses (flow loss of the averaged
+in each. Each of the three networks is then trained alone for as many steps by the same recipe (data, noise, learning
+rate), which is more than the narrow ones were drawn. Printed: validation losses (flow loss of the averaged
 weights on held-out images at the same noise and timesteps), seconds of training (validation apart), the time of a
 switch, and the forward of an active sub-network against that of its extracted twin (paired rounds within one process;
 at small batches the price of slicing shows, a few µs a layer). SnapGen++ has 0.5093 elastic against 0.5090 alone for

@@ -3,7 +3,7 @@
     edgedit train quantize --config training/recipes/digits.yaml [--override quantize.path=PATH_OR_ID]
 
  1. Calibrate: sample with the pipeline, guidance on, and record what its network and every layer see.
- 2. Sensitivity: quantise one layer at a time, in every form it may take, and measure the error of the network's output.
+ 2. Judge layers: quantise one at a time, in every form it may take, and measure the error of the network's output.
  3. Allocate: the forms whose summed error is least within quantize.budget_bits; quantise. That is
     <output_dir>/quantized-untuned.
  4. Self-distil: tune biases, norms and modulation, with the weights frozen, to the unquantised network's output on its

@@ -2,7 +2,7 @@
 
     edgedit train elastic --config training/recipes/digits-t2i.yaml [--override elastic.steps=2000]
 
-Each step runs the full net and one sampled sub-network (or two: elastic.sampling sandwich) on the same batch, noise and
+Each step runs the full net and one drawn sub-network (or two: elastic.sampling sandwich) on the same batch, noise and
 timesteps: flow loss on each, plus the sub-network's distance to the full net's velocity; their gradients are balanced
 where they share weights (elastic/losses.py). With --teacher PATH_OR_ID (knowledge.teacher) the full net also learns
 from a large flow pipeline on the same latents (elastic/knowledge.py). Writes <output_dir>/elastic, a pipeline folder
@@ -10,7 +10,7 @@ with the averaged (EMA) supernet and the text encoders of stage text; the valida
 stage.json. Interrupted or killed, run it again: it continues from the last checkpoint to the same final weights.
 
 Memory for W weights: 4 bytes each for weights, moving average, two moments, and one gradient for every network of a
-step (full and sampled): 24·W with one sub-network a step. training/accelerate/fsdp.yaml shards all of it between GPUs
+step (full and drawn): 24·W with one sub-network a step. training/accelerate/fsdp.yaml shards all of it between GPUs
 (FSDP2); such a run continues on as many.
 """
 
@@ -160,9 +160,9 @@ def train_supernet(
         )
         set_learning_rate(optimizer, rate)
         pieces = micro_batches(batch, texts, rows.tolist(), step, run.seed, options, accelerator.device)
-        sampled = step_subnets(names, run.seed, step, options.sampling)
+        drawn = step_subnets(names, run.seed, step, options.sampling)
         targets, gradients = [], []  # the full net's velocities, a micro-batch each; gradients of every network
-        for name in (full, *sampled):
+        for name in (full, *drawn):
             for index, piece in enumerate(pieces):
                 # Gradients of all but the last micro-batch stay on their rank.
                 with nullcontext() if index == len(pieces) - 1 else accelerator.no_sync(wrapped):
@@ -198,7 +198,7 @@ def train_supernet(
         ]
         for parameter, gradient in zip(model.parameters(), combine_gradients(of_full, of_subs, scales)):
             parameter.grad = gradient
-        run.log(**{f"balance_{name}": scale for name, scale in zip(sampled, scales)})
+        run.log(**{f"balance_{name}": scale for name, scale in zip(drawn, scales)})
         for parameter in projection:  # outside of the wrapped network, whose gradients are means over the ranks already
             parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
         if options.max_grad_norm:

@@ -64,7 +64,7 @@ def drop_labels(labels: torch.Tensor, drop: torch.Tensor, probability: float, nu
 
 
 def alphas_cumprod() -> torch.Tensor:
-    """ᾱ_t of DiT's linear schedule, `(1000,)` float32."""
+    """ᾱ_t of DiT, whose betas grow linearly, `(1000,)` float32."""
     betas = torch.linspace(1e-4, 0.02, TRAIN_TIMESTEPS, dtype=torch.float64)
     return torch.cumprod(1 - betas, dim=0).float()
 

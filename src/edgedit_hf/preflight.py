@@ -128,7 +128,7 @@ def check_batches(config: RunConfig, stages: Sequence[str], processes: int) -> N
 
 
 def check_sampling(config: RunConfig, stages: Sequence[str]) -> None:
-    """Raise unless the schedules have as many timesteps as are asked for."""
+    """Raise unless the schedulers make as many timesteps as are asked for."""
     asked = {
         "search": ("search",),
         "evaluate": ("evaluate",),

@@ -22,16 +22,16 @@ def _generator(seed: int, stream: int, step: int, row: int = 0) -> np.random.Gen
     )
 
 
-def step_subnets(names: Sequence[str], seed: int, step: int, sampling: str = "one") -> list[str]:
+def step_subnets(names: Sequence[str], seed: int, step: int, draw: str = "one") -> list[str]:
     """The sub-networks that a step trains beside the full net.
 
     Args:
         names: all of the supernet, the narrowest first, the full net last (none for a stand-alone net).
-        sampling: `"one"`, drawn uniformly from all but the full net (SnapGen++, section 3.2); or `"sandwich"`: the
+        draw: `"one"`, drawn uniformly from all but the full net (SnapGen++, section 3.2); or `"sandwich"`: the
             narrowest, and one drawn from the others (Yu & Huang, arXiv:1903.05134).
     """
     narrow = list(names[:-1])
-    always, drawn = (narrow[:1], narrow[1:]) if sampling == "sandwich" else ([], narrow)
+    always, drawn = (narrow[:1], narrow[1:]) if draw == "sandwich" else ([], narrow)
     if not drawn:
         return always
     return [*always, drawn[int(_generator(seed, SUBNET_STREAM, step).integers(len(drawn)))]]

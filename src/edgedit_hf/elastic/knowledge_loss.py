@@ -28,7 +28,7 @@ def data_weight(sigma: torch.Tensor) -> torch.Tensor:
 def timestep_aware_scale(task: torch.Tensor, kd: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """SnapGen's S per sample: a_t·L_task + (1 − a_t)·(|L_task| / |L_kd|)·L_kd.
 
-    In the middle of the schedule the data leads, at both ends the teacher. The ratio of magnitudes carries no gradient;
+    At middling noise the data leads, at both ends the teacher. The ratio of magnitudes carries no gradient;
     where L_kd is 0 there is nothing to learn from the teacher and its term is 0.
     """
     a = data_weight(sigma).to(task.device)

@@ -153,7 +153,7 @@ def frechet_distance(a, b) -> float:
     """Fréchet distance of two sets of features `[N, D]` and `[M, D]`, N, M ≥ 2, fitted by Gaussians (Heusel et al.
     2017).
 
-    The estimate is biased upwards for small sets: compare only values of the same N and M.
+    It is biased upwards for small sets: compare only values of the same N and M.
 
     Example:
         >>> frechet_distance(real_features, generated_features)

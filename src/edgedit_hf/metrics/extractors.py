@@ -198,7 +198,7 @@ def train_classifier(
         model = _Classifier(channels, min(height, width), dataset.num_classes if pretext == "labels" else 4)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2), pct_start=0.1)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2), pct_start=0.1)
     for step in range(steps):
         batch = train.batch(batch_indices(len(train), batch_size, seed, step))
         images, targets = batch["images"], batch["labels"]
@@ -208,7 +208,7 @@ def train_classifier(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
+        rate.step()
     name = f"{dataset.name}-cnn" if pretext == "labels" else f"{dataset.name}-rotation-cnn"
     extractor = FeatureExtractor(model, name, 0.0, dataset.shape)
     right = total = 0

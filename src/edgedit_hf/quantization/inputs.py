@@ -157,7 +157,7 @@ def print_quantization_estimate(config: RunConfig) -> None:
     sampled = (5 * len(widths) * options.calibration_images + bool(options.steps) * options.samples) * steps * guided
     rows = {
         "calibrate, judge": sampled,
-        "sensitivity": forms * len(widths) * options.sensitivity_images * min(options.timesteps, steps) * guided,
+        "errors of layers": forms * len(widths) * options.sensitivity_images * min(options.timesteps, steps) * guided,
         "self-distillation": 4 * options.steps * options.batch_size,
     }
     weights, total = (

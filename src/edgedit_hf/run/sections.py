@@ -12,7 +12,7 @@ STEPS = 10**9  # optimiser steps, and steps between two events
 BATCH = 2**20  # rows of a batch
 IMAGES = 10**7  # images that are sampled or measured
 WIDTH, LAYERS, HEADS = 2**16, 1000, 1024  # of networks
-TIMESTEPS = 1000  # of the training schedule; more denoising steps than that there are not
+TIMESTEPS = 1000  # of training; more denoising steps than that there are not
 REPEATS, THREADS, PROCESSES = 10**5, 1024, 512
 LARGEST = 1e38  # float32 holds no more: weights of losses, learning rates
 SEED = 2**63 - 1  # torch takes 64 bits and refuses more; the streams of a run are the seed and a small number added
@@ -102,7 +102,7 @@ class TeacherConfig(DenoiserConfig):
     num_layers: int = key(6, "transformer layers", minimum=1, maximum=LAYERS)
     num_heads: int = key(4, "attention heads", minimum=1, maximum=HEADS)
     prediction_type: str = key(
-        "epsilon", "epsilon (DDPM schedule of DiT) or flow_prediction (flow matching)", ("epsilon", "flow_prediction")
+        "epsilon", "epsilon (DDPM, as DiT) or flow_prediction (flow matching)", ("epsilon", "flow_prediction")
     )
     learn_sigma: bool = key(False, "also learn the variance (epsilon only)")
     conditional: bool = key(True, "false trains an unconditional model even if the data has labels (num_classes: 0)")
@@ -443,7 +443,7 @@ class KnowledgeConfig:
 
 @dataclass
 class QuantizeConfig(OptimisationConfig):
-    """Low-bit weights (training/quantize.py): sensitivity of the layers, allocation of bits, self-distillation. Needs a
+    """Low-bit weights (training/quantize.py): errors of single layers, allocation of bits, self-distillation. Needs a
     pipeline, no data.
     """
 
@@ -487,7 +487,9 @@ class QuantizeConfig(OptimisationConfig):
     guidance_scale: float | None = key(
         None, "their guidance; null: the pipeline's default", minimum=0.0, maximum=1000.0
     )
-    sensitivity_images: int = key(16, "images that the sensitivity of layers is measured on", minimum=1, maximum=IMAGES)
+    sensitivity_images: int = key(
+        16, "images that the error of every single layer is measured on", minimum=1, maximum=IMAGES
+    )
     timesteps: int = key(8, "timesteps, evenly spread, that it is measured at", minimum=1, maximum=TIMESTEPS)
     samples: int = key(
         1024, "samples of the unquantised network that self-distillation adds noise to", minimum=1, maximum=IMAGES
