@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+from stored_bytes import stored_bytes
 from torch import nn
 
 from edgedit_hf import ElasticDiTTransformer2DModel
@@ -25,7 +26,7 @@ from edgedit_hf.quantization.layers import (
     weight_shape,
 )
 from edgedit_hf.quantization.packing import packed_size
-from edgedit_hf.quantization.quantize import quantize_weight, stored_bytes
+from edgedit_hf.quantization.quantize import quantize_weight
 from edgedit_hf.quantization.quantizer import quantize_model
 from edgedit_hf.quantization.weights import from_tensors, layout, spec_bits
 

@@ -14,6 +14,7 @@ from diffusers import (
     TorchAoConfig,
 )
 from safetensors.torch import load_file, save_file
+from stored_bytes import stored_bytes
 
 from edgedit_hf import (
     EdgeDiTPipeline,
@@ -26,7 +27,6 @@ from edgedit_hf import (
 )
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.quantization.layers import quantizable_layers, quantized_weights, set_empty_weight, weight_shape
-from edgedit_hf.quantization.quantize import stored_bytes
 from edgedit_hf.quantization.quantizer import mark_quantized
 from edgedit_hf.quantization.weights import spec_bits
 

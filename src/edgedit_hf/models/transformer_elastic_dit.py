@@ -721,16 +721,6 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             )
         return (name,)
 
-    def sample_active_subnet(self, generator: torch.Generator | None = None) -> str:
-        """Activate a sub-network drawn uniformly from all but the full net (which training runs in every step), and
-        return its name.
-        """
-        names = self.subnet_names[:-1]
-        if not names:
-            raise ValueError(f"There is no sub-network to draw: this net has {self.subnet_names or 'none'}.")
-        self.set_active_subnet(names[int(torch.randint(len(names), (), generator=generator))])
-        return self.active_subnet
-
     def active_subnet_config(self) -> dict[str, Any]:
         """Config of the stand-alone net that equals the active sub-network (what [`extract_subnet`] makes): what the
         class takes.

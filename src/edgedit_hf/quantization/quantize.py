@@ -15,7 +15,7 @@ from .affine import quantize_affine
 from .kmeans import kmeans_1d, nearest
 from .layers import QuantizedLayer, quantizable_layers, set_quantized_weight, weight_shape
 from .packing import pack
-from .weights import NF4_CODES, NF4Weight, PaletteWeight, QuantizedWeight, complete_spec, spec_bits
+from .weights import NF4_CODES, NF4Weight, PaletteWeight, QuantizedWeight, complete_spec
 
 
 def quantize_palette(
@@ -110,18 +110,6 @@ def check_plan(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> None:
                 "first."
             )
         complete_spec(spec, weight_shape(layers[name]))
-
-
-def stored_bytes(model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> int:
-    """Bytes of all tensors of the model's file once it is quantised by this plan. The model may be on the meta
-    device.
-    """
-    layers = quantizable_layers(model)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    for name, spec in plan.items():
-        weight = layers[name].weight
-        total += spec_bits(spec, tuple(weight.shape)) // 8 - weight.numel() * weight.element_size()
-    return total
 
 
 def _check_values(weight: torch.Tensor, what: str) -> None:

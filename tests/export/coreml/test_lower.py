@@ -16,7 +16,7 @@ from torch import nn
 
 from edgedit_hf import load_original
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.export.coreml.lower import load_program, lower_coreml, native_inputs, read_metadata
+from edgedit_hf.export.coreml.lower import METADATA_PREFIX, load_program, lower_coreml, native_inputs
 from edgedit_hf.export.coreml.mil import run_package
 from edgedit_hf.export.parts import Part, edgedit_parts, elastic_parts, text_encoder_part, vae_parts
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
@@ -24,6 +24,17 @@ from edgedit_hf.quantization.layers import dequantize_model, quantizable_layers,
 from edgedit_hf.quantization.packing import unpack
 from edgedit_hf.quantization.quantize import quantize_weight
 from edgedit_hf.quantization.quantizer import quantize_model
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The `edgedit.*` metadata of a package without the prefix."""
+    import coremltools
+
+    stored = coremltools.models.MLModel(str(path), skip_model_load=True).user_defined_metadata
+    return {
+        key.removeprefix(METADATA_PREFIX): value for key, value in stored.items() if key.startswith(METADATA_PREFIX)
+    }
+
 
 ORACLES = Path(__file__).parents[2] / "models" / "oracles"
 # Runs and groups that divide the sizes of the debug net, and some whose last one is shorter.

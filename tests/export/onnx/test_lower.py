@@ -20,7 +20,7 @@ from edgedit_hf.export import verify
 from edgedit_hf.export.formats import ExportOptions
 from edgedit_hf.export.onnx import lower as lowering
 from edgedit_hf.export.onnx.lowbit import MIN_QUANTIZED_ELEMENTS, gemm_to_matmul
-from edgedit_hf.export.onnx.lower import export_onnx, initializer_bytes, quantize_int8, read_metadata, save_onnx
+from edgedit_hf.export.onnx.lower import export_onnx, initializer_bytes, quantize_int8, save_onnx
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.pipelines.loading import with_components
@@ -142,7 +142,8 @@ def test_attention_is_one_operator_and_the_model_keeps_its_own(pipeline, fp32):
 
 def test_the_file_describes_itself(pipeline, fp32, int8):
     for path, precision in ((fp32, "fp32"), (int8, "int8")):
-        metadata = read_metadata(path / "transformer/onnx/model.onnx")
+        entries = onnx.load(path / "transformer/onnx/model.onnx", load_external_data=False).metadata_props
+        metadata = {entry.key.removeprefix("edgedit."): entry.value for entry in entries}
         assert metadata["precision"] == precision and metadata["batch"] == "dynamic"
         genotype = Genotype.from_json(metadata["genotype"])
         assert genotype == Genotype.of(pipeline.transformer.config)

@@ -379,18 +379,6 @@ def read_package(path: str | os.PathLike) -> dict[str, Any]:
     }
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The `edgedit.*` metadata of a package without the prefix."""
-    FORMAT.package.require()
-    with silent():
-        import coremltools as ct
-
-        stored = ct.models.MLModel(str(path), skip_model_load=True).user_defined_metadata
-    return {
-        key.removeprefix(METADATA_PREFIX): value for key, value in stored.items() if key.startswith(METADATA_PREFIX)
-    }
-
-
 def _weight_kind(operation: Operation) -> str | None:
     """How a weight is stored, or `None` for what is none: an operator, an argument, or a piece of a packed weight."""
     if operation.op_type == "constexpr_lut_to_dense":

@@ -218,12 +218,6 @@ def write_metadata(proto: onnx.ModelProto, **values: str) -> None:
         proto.metadata_props.add(key=key, value=value)
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The `edgedit.*` metadata of a file without the prefix; external weights are not read."""
-    proto = onnx.load(str(path), load_external_data=False)
-    return {e.key.removeprefix("edgedit."): e.value for e in proto.metadata_props if e.key.startswith("edgedit.")}
-
-
 def initializer_bytes(path: str | os.PathLike) -> dict[str, int]:
     """Bytes of the weights in a file by element type, e.g. `{"int8": 1769472, "float32": 30000}`."""
     total: dict[str, int] = {}
