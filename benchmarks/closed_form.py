@@ -43,7 +43,6 @@ from edgedit_hf.search_space import OPTIONS, can_merge  # noqa: E402
 MARKS = (0, 10, 20, 30, 60, 100, 200, 300)
 PLATEAU_GAIN = 0.01  # of the loss, in the last tenth of the budget
 MOST_DOUBLINGS = 1
-FINAL_SHARE = 0.02  # of the peak rate, as in distill_proxies.py
 
 
 def main() -> None:
@@ -190,9 +189,8 @@ class Bench:
 
     def at(self, step: int, stream: int, depth: int) -> Features:
         config = self.config
-        return features_at(
-            self.teacher, self.dataset, config.bank.batch_size, config.seed, step, stream, self.device, "no", depth
-        )
+        drawn = config.bank.batch_size, config.bank.class_dropout, config.seed, step, stream
+        return features_at(self.teacher, self.dataset, *drawn, self.device, "no", depth)
 
     def features(self, stream: int, samples: int) -> list[Features]:
         """At least so many images' features of all layers, in batches."""
@@ -219,7 +217,9 @@ class Bench:
                 ).items():
                     found[place].append(loss)
             if step < steps:
-                rate = learning_rate_at(step, options.learning_rate, options.warmup_steps, steps, FINAL_SHARE)
+                rate = learning_rate_at(
+                    step, options.learning_rate, options.warmup_steps, steps, options.final_learning_rate
+                )
                 for place, proxy in proxies.items():
                     set_learning_rate(proxy.optimizer, rate * rate_scale(starts[place]))
                 train_step(proxies.values(), self.at(step, TRAIN_STREAM, depth), "normalised")

@@ -35,8 +35,9 @@ from edgedit_hf.metrics.distances import frechet_distance  # noqa: E402
 from edgedit_hf.metrics.reference import load_extractor, real_features  # noqa: E402
 from edgedit_hf.pipelines.loading import load_pipeline, with_transformer  # noqa: E402
 from edgedit_hf.pipelines.sampling import generate  # noqa: E402
-from edgedit_hf.run.config import load_config  # noqa: E402
+from edgedit_hf.run.config import RunConfig, load_config  # noqa: E402
 from edgedit_hf.run.launch import make_accelerator  # noqa: E402
+from edgedit_hf.run.stage import STUDENT, Stage  # noqa: E402
 from edgedit_hf.run.state import RunState  # noqa: E402
 
 REQUIRED_RATIO = 1.1
@@ -67,7 +68,7 @@ def main() -> None:
     config = load_config(arguments.config, [*arguments.override, f"output_dir={arguments.run}"])
     accelerator = make_accelerator(config)
     teacher = load_teacher(config)
-    student = load_pipeline(config.folder("student"), "stage student")
+    student = load_pipeline(config.folder(STUDENT.folder), STUDENT.made_by)
     genotype = Genotype.of(student.transformer.config)
     bank = ProxyBank(config.folder("bank"), teacher.transformer)
     dataset, _ = load_training_set(config, accelerator)
@@ -82,8 +83,8 @@ def main() -> None:
             with_transformer(teacher, model.eval()),
             arguments.samples,
             seed=config.seed,
-            steps=config.evaluate.sampling_steps,
-            guidance_scale=config.evaluate.guidance_scale,
+            steps=config.sampling.steps,
+            guidance_scale=config.sampling.guidance_scale,
             batch_size=config.evaluate.batch_size,
         )
         return frechet_distance(extractor.features(images), real)
@@ -102,7 +103,11 @@ def main() -> None:
 
             with tempfile.TemporaryDirectory() as folder:
                 state = RunState(
-                    folder, f"{label}, seed {seed}", {}, options.steps, seed=1000 + seed, checkpoint_every=options.steps
+                    RunConfig(output_dir=folder),
+                    Stage(f"{label}, seed {seed}", Path(__file__).name, ".", label, ()),
+                    options.steps,
+                    seed=1000 + seed,
+                    checkpoint_every=options.steps,
                 )
                 train_denoiser(
                     model,

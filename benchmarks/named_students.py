@@ -27,6 +27,7 @@ from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, Genotype
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.pipelines.loading import load_pipeline
+from edgedit_hf.run.stage import maker_of
 from edgedit_hf.runtimes.runners import example_inputs, executorch_runner, onnx_runner
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 from edgedit_hf.search_space import model_cost
@@ -51,7 +52,7 @@ def network(name: str, folder: Path | None) -> EdgeDiTTransformer2DModel:
 
 def assemble(run: Path, folder: Path) -> None:
     """Both students from a run's bank: assembled, saved as pipelines, loaded and sampled."""
-    teacher = load_pipeline(run / "teacher", "stage teacher")
+    teacher = load_pipeline(run / "teacher", maker_of("teacher").made_by)
     bank = ProxyBank(run / "bank", teacher.transformer)
     for name in STUDENTS:
         config = preset_config(name)

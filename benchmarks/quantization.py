@@ -185,7 +185,7 @@ def main() -> None:
             train_teacher.run(config, accelerator)
         source = arguments.model or config.folder("teacher")
         pipeline = load_pipeline(source)
-        sampling = {"steps": config.evaluate.sampling_steps, "guidance_scale": config.evaluate.guidance_scale}
+        sampling = {"steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale}
         loop = [
             f"quantize.path={source}",
             f"quantize.sampling_steps={sampling['steps']}",

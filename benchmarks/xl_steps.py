@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +37,7 @@ from edgedit_hf.estimate import estimate
 from edgedit_hf.models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from edgedit_hf.pipelines.pipeline_edgedit import EdgeDiTPipeline
 from edgedit_hf.run.config import load_config
+from edgedit_hf.run.stage import BANK, STUDENT, TEACHER, TUNE
 from edgedit_hf.runtimes.timing import environment
 from edgedit_hf.search_space import UNMERGED, SearchSpace
 
@@ -45,18 +45,6 @@ TRAINING = Path(__file__).resolve().parents[1] / "training"
 RECIPE = TRAINING / "recipes" / "imagenet256-edgedit1.yaml"
 CLASSES = 1000
 MEMORY_FACTOR = 1.5  # the dry run must be within it
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One recipe of the benchmark: its script, its name in the dry run, the folder of its telemetry, overrides of its
-    own.
-    """
-
-    script: str
-    stage: str
-    folder: str
-    overrides: tuple[str, ...]
 
 
 def make_inputs(folder: Path, preset: str) -> None:
@@ -191,37 +179,31 @@ def main() -> None:
         common.append(f"bank={{steps: {arguments.steps}, batch_size: {arguments.batch_size}, log_every: 1}}")
         if arguments.preset != "DiT-XL/2":
             common.append("bank.reduced_attention_dim=null")
-        stages = [
-            Stage("train_teacher.py", "teacher", "teacher", ("teacher.path=null",)),
-            Stage("distill_proxies.py", "bank", "bank", ()),
-            Stage("select_student.py", "student", "student", ()),
-            Stage("finetune.py", "tune", "student-tuned", ()),
-        ]
-        for stage in stages:
-            overrides = [*common, *stage.overrides]
-            expected = {row.stage: row for row in estimate(load_config(RECIPE, overrides))}[stage.stage]
+        for stage in (TEACHER, BANK, STUDENT, TUNE):
+            overrides = [*common, "teacher.path=null"] if stage is TEACHER else common
+            expected = {row.stage: row for row in estimate(load_config(RECIPE, overrides))}[stage.name]
             started = time.monotonic()
             peak = run_recipe(stage.script, [part for text in overrides for part in ("--override", text)])
-            rows[stage.stage] = {
+            rows[stage.name] = {
                 "all_seconds": time.monotonic() - started,
                 "peak_gb": peak / 1e9,
                 "expected_gb": expected.memory / 1e9,
             }
-            if stage.stage != "student":
+            if stage.name != "student":
                 seconds, loss = read_telemetry(folder / "run" / stage.folder)
-                rows[stage.stage] |= {
+                rows[stage.name] |= {
                     "step_seconds": seconds,
                     "expected_step_seconds": (expected.seconds - expected.before) / arguments.steps,
                     "loss": loss,
                 }
-            if stage.stage == "bank":
+            if stage.name == "bank":
                 record = json.loads((folder / "run" / "bank" / "stage.json").read_text())
                 rows["bank"] |= {
                     "proxies": record["proxies"],
                     "groups": record["ranks"][0],
                     "budget_gb": arguments.memory_budget_gb,
                 }
-            if stage.stage == "teacher":
+            if stage.name == "teacher":
                 shutil.rmtree(
                     folder / "run" / "teacher"
                 )  # the later stages compress the given one; room for their files

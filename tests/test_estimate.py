@@ -14,9 +14,10 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.estimate import estimate, print_estimate
 from edgedit_hf.run.config import RunConfig, load_config
 from edgedit_hf.run.cost import Machine
+from edgedit_hf.run.stage import EDGEDIT
 from edgedit_hf.search_space import SearchSpace, model_cost
 
-STAGES = ["teacher", "bank", "latency", "search", "student", "tune", "export", "evaluate"]
+STAGES = [stage.name for stage in EDGEDIT]
 SMALL = "teacher={hidden_size: 32, num_layers: 4, num_heads: 2}"
 
 

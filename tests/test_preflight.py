@@ -13,8 +13,9 @@ from PIL import Image
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.preflight import COMPRESS, TEXT_TO_IMAGE, check_space, check_writable, preflight
+from edgedit_hf.preflight import check_space, check_writable, preflight
 from edgedit_hf.run.config import load_config
+from edgedit_hf.run.stage import EDGEDIT, TEACHER, TEXT_TO_IMAGE
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 
@@ -35,13 +36,13 @@ def images(folder: Path, size: int = 8) -> Path:
 
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_recipes_that_work_pass_and_a_dry_run_writes_nothing(tmp_path, dry_run):
-    assert preflight(config(tmp_path / "run"), COMPRESS, dry_run=dry_run) == []
+    assert preflight(config(tmp_path / "run"), EDGEDIT, dry_run=dry_run) == []
     assert preflight(config(tmp_path / "t2i", recipe="debug-t2i.yaml"), TEXT_TO_IMAGE, dry_run=dry_run) == []
     assert (tmp_path / "run").exists() is not dry_run
 
 
 def test_what_is_not_here_is_noted(tmp_path):
-    notes = preflight(config(tmp_path, recipe="imagenet256-edgedit1.yaml"), COMPRESS, dry_run=True)
+    notes = preflight(config(tmp_path, recipe="imagenet256-edgedit1.yaml"), EDGEDIT, dry_run=True)
     said = " ".join(notes)
     for words in (
         "teacher.path ./runs/dit-xl-2-256, which is not here",
@@ -52,7 +53,7 @@ def test_what_is_not_here_is_noted(tmp_path):
         assert words in said
     assert not list(tmp_path.iterdir())
     with pytest.raises(EdgeDiTError, match="Inception weights .* do not exist"):
-        preflight(config(tmp_path, recipe="imagenet256-edgedit1.yaml"), COMPRESS)
+        preflight(config(tmp_path, recipe="imagenet256-edgedit1.yaml"), EDGEDIT)
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
@@ -71,11 +72,15 @@ def test_what_is_not_here_is_noted(tmp_path):
         (["card.repo_id=no spaces/allowed"], "card.repo_id is 'no spaces/allowed'"),
         (["card.license=''"], "card.license is ''"),
         (["data.source=/no/such/folder"], "/no/such/folder"),
+        (
+            ["latency.table=/no/such.json"],
+            "latency.table is /no/such.json, but there is no such file; give the table.json",
+        ),
     ],
 )
 def test_settings_that_a_later_stage_would_refuse(tmp_path, overrides, said, dry_run):
     with pytest.raises(EdgeDiTError, match=said):
-        preflight(config(tmp_path / "run", *overrides), COMPRESS, processes=2, dry_run=dry_run)
+        preflight(config(tmp_path / "run", *overrides), EDGEDIT, processes=2, dry_run=dry_run)
     assert not (tmp_path / "run").exists()
 
 
@@ -115,49 +120,45 @@ def test_a_damaged_held_out_image_is_found_before_the_first_stage_and_by_no_stag
     assert len(held_out) == 1
     held_out[0].write_bytes(held_out[0].read_bytes()[:60])
     with pytest.raises(EdgeDiTError, match=str(held_out[0])):
-        preflight(run, COMPRESS, dry_run=dry_run)
-    assert preflight(run, ("teacher",), dry_run=dry_run) == []
+        preflight(run, EDGEDIT, dry_run=dry_run)
+    assert preflight(run, (TEACHER,), dry_run=dry_run) == []
     held_out[0].unlink()
-    assert preflight(run, COMPRESS, dry_run=dry_run) == []
+    assert preflight(run, EDGEDIT, dry_run=dry_run) == []
 
 
 def test_images_are_decoded_once_a_run(tmp_path, monkeypatch):
     run = config(tmp_path / "run", f"data.source={images(tmp_path / 'images')}")
-    preflight(run, COMPRESS)
+    preflight(run, EDGEDIT)
     assert set(json.loads((tmp_path / "run" / "images-checked.json").read_text())) == {"train", "validation"}
     monkeypatch.setattr("edgedit_hf.preflight.check_images", lambda dataset: pytest.fail("decoded again"))
-    preflight(run, COMPRESS)
+    preflight(run, EDGEDIT)
 
 
 def test_images_that_the_extractor_cannot_take(tmp_path):
     source = images(tmp_path / "images", size=4)
     with pytest.raises(EdgeDiTError, match="4x4; the classifier needs at least 8x8"):
-        preflight(config(tmp_path / "run", f"data.source={source}"), COMPRESS)
-    preflight(config(tmp_path / "run", f"data.source={source}"), ("teacher",))
+        preflight(config(tmp_path / "run", f"data.source={source}"), EDGEDIT)
+    preflight(config(tmp_path / "run", f"data.source={source}"), (TEACHER,))
 
 
 def test_a_given_teacher_with_a_short_schedule_or_a_file_cut_short(tmp_path, make_transformer):
     scheduler = make_scheduler("epsilon").from_config(make_scheduler("epsilon").config, num_train_timesteps=50)
     EdgeDiTPipeline(make_transformer(sample_size=8, in_channels=1), scheduler).save_pretrained(tmp_path / "teacher")
     run = config(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}")
-    assert preflight(run, COMPRESS) == []
-    with pytest.raises(
-        EdgeDiTError, match="evaluate.sampling_steps is 51, but the schedule of DDIMScheduler has 50 timesteps"
-    ):
-        preflight(
-            config(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}", "evaluate.sampling_steps=51"), COMPRESS
-        )
+    assert preflight(run, EDGEDIT) == []
+    with pytest.raises(EdgeDiTError, match="sampling.steps is 51, but the schedule of DDIMScheduler has 50 timesteps"):
+        preflight(config(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}", "sampling.steps=51"), EDGEDIT)
     path = next((tmp_path / "teacher" / "transformer").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(EdgeDiTError, match=f"{path} cannot be read"):
-        preflight(run, COMPRESS, dry_run=True)
+        preflight(run, EDGEDIT, dry_run=True)
 
 
 def test_finished_stages_are_not_looked_at(tmp_path):
     for folder in ("teacher", "bank", "latency", "search", "student", "student-tuned", "exported", "evaluate"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "stage.json").write_text("{}")
-    assert preflight(config(tmp_path, "data.source=/gone", "tune.batch_size=31"), COMPRESS, processes=2) == []
+    assert preflight(config(tmp_path, "data.source=/gone", "tune.batch_size=31"), EDGEDIT, processes=2) == []
 
 
 def test_places_that_cannot_be_written(tmp_path):
@@ -201,4 +202,4 @@ def test_a_given_teacher_with_a_damaged_config(tmp_path, make_transformer, file,
     )
     (tmp_path / "teacher" / file).write_text(text)
     with pytest.raises(EdgeDiTError, match=said):
-        preflight(config(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}"), COMPRESS)
+        preflight(config(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}"), EDGEDIT)

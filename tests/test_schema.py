@@ -10,6 +10,7 @@ import typing
 
 import pytest
 import torch
+from demo_stage import demo_run
 from run_folder import make_run
 from safetensors.torch import save_file
 
@@ -30,7 +31,6 @@ from edgedit_hf.report.edgedit import build_report
 from edgedit_hf.report.elastic import build_elastic_report, draw_elastic_figures, headlines
 from edgedit_hf.run.checkpoint import load_state, save_state
 from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import check, convert, fill, key, read_lines, read_record, shorten
 from edgedit_hf.search.ask_tell import RandomSearch
 from edgedit_hf.search.bayes import BayesSearch
@@ -498,12 +498,12 @@ def test_quoted_values_are_short(value):
 
 
 def test_telemetry_that_is_damaged_does_not_stop_a_resumed_stage(tmp_path):
-    state = RunState(tmp_path, "a", {}, 3, log_every=1)
+    state = demo_run(tmp_path, "a", {}, 3, log_every=1)
     for step in state.steps():
         state.log(loss=step)
     with open(tmp_path / "telemetry.jsonl", "a") as file:
         file.write('3\n{"stage": "a"}\n{"step": "x"}\n[]\n{"st')
-    RunState(tmp_path, "a", {}, 3, log_every=1).continue_at(2)
+    demo_run(tmp_path, "a", {}, 3, log_every=1).continue_at(2)
     assert [json.loads(line)["step"] for line in (tmp_path / "telemetry.jsonl").read_text().splitlines()] == [1, 2]
 
 

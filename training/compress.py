@@ -14,44 +14,24 @@ if __name__ == "__main__":
 
 import time
 from functools import partial
+from pathlib import Path
 
-import distill_proxies
-import evaluate_models
-import export_student
-import finetune
-import measure_latency
-import search_architecture
-import select_student
-import train_teacher
 from accelerate import Accelerator
 
 from edgedit_hf.estimate import estimate, print_estimate
 from edgedit_hf.files import read_json
-from edgedit_hf.preflight import COMPRESS, preflight
+from edgedit_hf.preflight import preflight
 from edgedit_hf.report.card import write_card
 from edgedit_hf.report.edgedit import write_report
 from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.launch import recipe_main
+from edgedit_hf.run.launch import recipe_main, stage_runs
+from edgedit_hf.run.stage import EDGEDIT, EVALUATE, TUNE
 from edgedit_hf.run.state import STAGE_LABEL
-
-STAGES = {
-    "teacher": train_teacher.run,
-    "bank": distill_proxies.run,
-    "latency": measure_latency.run,
-    "search": search_architecture.run,
-    "student": select_student.run,
-    "tune": finetune.run,
-    "export": export_student.run,
-    "evaluate": evaluate_models.run,
-}
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
-    stages = {
-        stage: run_stage
-        for stage, run_stage in STAGES.items()
-        if config.student.genotype is None or stage not in ("latency", "search")
-    }
+    runs = stage_runs((stage for stage in EDGEDIT if stage.needed(config)), Path(__file__).parent)
+    stages = list(runs)
     on_gpus = accelerator.num_processes if accelerator.device.type == "cuda" else 0
     started, expected, correction = (
         time.monotonic(),
@@ -59,25 +39,26 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         1.0,
     )
     for number, stage in enumerate(stages, 1):
-        left = correction * sum(expected[later] for later in list(stages)[number - 1 :])
+        left = correction * sum(expected[later.name] for later in stages[number - 1 :])
         STAGE_LABEL.set(f"[{number}/{len(stages)}, about {left / 60:.0f} min left in all] ")
         stage_started = time.monotonic()
-        stages[stage](config, accelerator)
+        runs[stage](config, accelerator)
         accelerator.wait_for_everyone()
         if (
             took := time.monotonic() - stage_started
         ) > 10:  # what the machine does is a better guide than the estimate before the start
-            correction = took / max(1.0, expected[stage])
+            correction = took / max(1.0, expected[stage.name])
     if config.student.genotype is not None:
         accelerator.print(
-            f"{config.folder('evaluate')} holds the figures; a report needs a search, which student.genotype replaces"
+            f"{config.folder(EVALUATE.folder)} holds the figures; a report needs a search, which student.genotype "
+            "replaces"
         )
     elif accelerator.is_main_process:
         report = write_report(config.output_dir)
         figures = read_json(config.folder("report.json"), "the report")
-        write_card(config.folder("student-tuned"), figures, repo_id=config.card.repo_id, license=config.card.license)
+        write_card(config.folder(TUNE.folder), figures, repo_id=config.card.repo_id, license=config.card.license)
         print(f"{report} (this process: {(time.monotonic() - started) / 60:.1f} min)")
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=COMPRESS))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=EDGEDIT))

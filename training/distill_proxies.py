@@ -33,11 +33,11 @@ from edgedit_hf.distill.teacher import check_fits_data, load_teacher, read_genot
 from edgedit_hf.distill.teacher_features import FeatureSource
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.estimate import print_estimate
-from edgedit_hf.files import weights_hash
 from edgedit_hf.preflight import preflight
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.optimisation import learning_rate_at, set_learning_rate
+from edgedit_hf.run.stage import BANK
 from edgedit_hf.run.state import RunState
 
 
@@ -71,12 +71,11 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     both_steps = options.both_steps if any(space.option_of(layer) == "both" for layer in wanted) else 0
     # Ranks go through their groups in step; one with fewer waits at the end.
     state = RunState(
-        config.folder("bank"),
-        "bank",
-        {**config.section("data", "bank"), "precision": precision},
+        config,
+        BANK,
         max(map(len, plans)) * group_steps(options.steps, both_steps),
-        seed=config.seed,
-        inputs={"teacher": weights_hash(teacher.state_dict()), "data": dataset.fingerprint},
+        inputs={"data": dataset.fingerprint},
+        also={"precision": precision},
         accelerator=accelerator,
         checkpoint_every=options.checkpoint_every,
         log_every=options.log_every,
@@ -91,9 +90,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     teacher.blocks = teacher.blocks[: depth_of(plan[-1].layers)]  # layers above the rank's own need no memory
     teacher.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
-    source = FeatureSource(
-        teacher, dataset, options.batch_size, options.calibration_samples, config.seed, device, precision
-    )
+    rows, fixed, dropout = options.batch_size, options.calibration_samples, options.class_dropout
+    source = FeatureSource(teacher, dataset, rows, fixed, dropout, config.seed, device, precision)
     group = BankGroup(bank, source, options)
     state.track(group=group)
     reset_peak_memory(device)
@@ -113,7 +111,9 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             group.write()
             group.end()
         elif group.proxies:
-            rate = learning_rate_at(now.done, options.learning_rate, options.warmup_steps, now.steps, 0.02)
+            rate = learning_rate_at(
+                now.done, options.learning_rate, options.warmup_steps, now.steps, options.final_learning_rate
+            )
             for proxy in group.proxies.values():
                 set_learning_rate(proxy.optimizer, rate * rate_scale(proxy.curve[0][1]))
             features = source.training(now.local, group.depth)
@@ -133,5 +133,5 @@ if __name__ == "__main__":
         __doc__,
         {"--memory-budget-gb": "bank.memory_budget_gb"},
         dry_run=print_estimate,
-        check=partial(preflight, stages=("bank",)),
+        check=partial(preflight, stages=(BANK,)),
     )

@@ -23,7 +23,7 @@ from edgedit_hf.data.datasets import to_bytes
 from edgedit_hf.data.digits import STYLES, parse_caption, style_words
 from edgedit_hf.data.loading import load_run_captions, load_run_images
 from edgedit_hf.estimate import print_estimate
-from edgedit_hf.files import atomic_write_json, file_sha256
+from edgedit_hf.files import atomic_write_json
 from edgedit_hf.metrics.distances import frechet_distance
 from edgedit_hf.metrics.extractors import IndependentClassifier
 from edgedit_hf.metrics.reference import describe_reference, load_extractor, real_features
@@ -34,7 +34,7 @@ from edgedit_hf.preflight import preflight
 from edgedit_hf.records import ElasticStage, Latencies
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
-from edgedit_hf.run.results import pipeline_weights_hash
+from edgedit_hf.run.stage import ELASTIC, EVALUATE_ELASTIC
 from edgedit_hf.run.state import RunState
 from edgedit_hf.runtimes.timing import environment, measure
 from edgedit_hf.schema import read_record
@@ -100,10 +100,9 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
     options = config.evaluate
-    made_by = "stage elastic (training/train_elastic.py)"
-    trained = read_record(config.folder("elastic", "stage.json"), ElasticStage, made_by)
-    pipeline = load_pipeline(config.folder("elastic"), made_by, kind="ElasticDiTPipeline")
-    names, weights = pipeline.transformer.subnet_names, pipeline_weights_hash(config.folder("elastic"))
+    trained = read_record(config.folder("elastic", "stage.json"), ElasticStage, ELASTIC.made_by)
+    pipeline = load_pipeline(config.folder("elastic"), ELASTIC.made_by, kind="ElasticDiTPipeline")
+    names = pipeline.transformer.subnet_names
     captioned, held_out = load_run_captions(config), load_run_captions(config, "validation")
     if captioned.label_names:
         images, others = load_run_images(config), None
@@ -111,18 +110,11 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         images, others = captioned.parts[0], held_out.parts[0]
     extractor = load_extractor(config, images, accelerator.device, others)
     state = RunState(
-        config.folder("evaluate"),
-        "evaluate",
-        {**config.section("data", "evaluate"), "subnets": names},
+        config,
+        EVALUATE_ELASTIC,
         len(names),
-        seed=config.seed,
-        inputs={
-            "elastic": file_sha256(config.folder("elastic", "stage.json")),
-            "weights": weights,
-            "data": captioned.fingerprint,
-            "extractor": extractor.hash,
-            "latency": f"{config.threads} threads",
-        },
+        inputs={"data": captioned.fingerprint, "extractor": extractor.hash},
+        also={"subnets": names},
         log_every=1,
         unit="model",
     )
@@ -136,12 +128,13 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         sets["held_out"] = [unseen.captions[i % len(unseen)] for i in range(max(SHOWN, options.samples // 4))]
     atomic_write_json(state.folder / "captions.json", {**sets, "shown": min(SHOWN, options.samples)})
     if not (state.folder / "latency.json").exists():
-        atomic_write_json(state.folder / "latency.json", {**measure_latencies(pipeline, config), "weights": weights})
+        judged_weights = {"weights": state.inputs["weights"]}
+        atomic_write_json(state.folder / "latency.json", {**measure_latencies(pipeline, config), **judged_weights})
     latency = read_record(state.folder / "latency.json", Latencies, "this stage")["latency_ms"]
 
     pipeline.to(accelerator.device)
     metric = f"fid[{extractor.name},n={options.samples}]"
-    sampling = {"steps": options.sampling_steps, "guidance_scale": options.guidance_scale}
+    sampling = {"steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale}
     state.continue_at(
         next((i for i, name in enumerate(names) if not (state.folder / f"{name}.json").exists()), len(names))
     )
@@ -160,7 +153,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "stage": "subnet",
             "path": str(config.folder("elastic")),
             "folder": "elastic",
-            "weights": weights,
+            "weights": state.inputs["weights"],
             "parameters": cost.parameters,
             "flops": cost.flops,
             "bytes": {precision: cost.bytes(precision) for precision in BYTES},
@@ -182,4 +175,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("evaluate-elastic",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=(EVALUATE_ELASTIC,)))

@@ -29,7 +29,7 @@ from edgedit_hf.estimate import print_estimate
 from edgedit_hf.export.executorch.lower import export_executorch
 from edgedit_hf.export.onnx.lower import export_onnx, quantize_int8
 from edgedit_hf.export.verify import weight_bytes
-from edgedit_hf.files import atomic_write_json, weights_hash
+from edgedit_hf.files import atomic_write_json
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.metrics.distances import frechet_distance, precision_recall, psnr
 from edgedit_hf.metrics.extractors import class_agreement
@@ -41,27 +41,12 @@ from edgedit_hf.records import Latencies
 from edgedit_hf.report.plots import save_montage
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
-from edgedit_hf.run.results import pipeline_weights_hash
+from edgedit_hf.run.stage import EVALUATE, TEACHER, TUNE, maker_of
 from edgedit_hf.run.state import RunState
 from edgedit_hf.runtimes.runners import TorchRunner, executorch_runner, onnx_runner
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 from edgedit_hf.schema import read_record
 from edgedit_hf.search_space import BYTES, Cost, model_cost
-
-# (name, stage in report.json); a model whose folder the run does not have is left out.
-MODELS = (
-    ("teacher", "teacher"),
-    ("teacher-more-steps", "teacher-more-steps"),
-    ("student", "student"),
-    ("student-random-proxies", "student-random-proxies"),
-    ("student-tuned", "student-tuned"),
-    ("exported/onnx-fp32", "exported"),
-    ("exported/onnx-int8", "exported"),
-    ("exported/executorch-fp32", "exported"),
-    ("exported/executorch-int8", "exported"),
-    ("exported/executorch-int4", "exported"),
-)
-
 
 CHUNK = 2000  # images that are held as floats at a time: 1.6 GB of 256 × 256 pixels
 
@@ -112,6 +97,17 @@ def bytes_by_precision(transformer, cost: Cost) -> dict[str, int]:
     return {transformer.config.precision: sum(weight_bytes(transformer.path).values())}
 
 
+def asked_for(config: RunConfig) -> list[str]:
+    """The models that the recipe has judged, by their folders; others that are there may be of earlier settings."""
+    tune, export = config.tune, config.export
+    left_out = set() if tune.teacher_more_steps else {"teacher-more-steps"}
+    left_out |= set() if tune.random_proxies else {"student-random-proxies"}
+    exports = {f"exported/onnx-{dtype}" for dtype in export.dtypes}
+    exports |= {f"exported/executorch-{dtype}" for dtype in export.executorch}
+    names = [name for name, at in EVALUATE.inputs if at and name not in left_out]
+    return [name for name in names if Path(name).parts[0] != "exported" or config.evaluate.exports and name in exports]
+
+
 def judge(
     pipeline, config: RunConfig, extractor, classifier, accelerator: Accelerator
 ) -> tuple[torch.Tensor, torch.Tensor, float | None]:
@@ -133,8 +129,8 @@ def judge(
                 min(CHUNK, options.samples - start),
                 first=start,
                 seed=config.seed,
-                steps=options.sampling_steps,
-                guidance_scale=options.guidance_scale,
+                steps=config.sampling.steps,
+                guidance_scale=config.sampling.guidance_scale,
                 batch_size=options.batch_size,
             )
         features.append(extractor.features(samples))
@@ -150,43 +146,36 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
     options = config.evaluate
-    folders = {name: config.folder(name) for name, _ in MODELS}
-    folders["teacher"] = teacher_path(config)
-    judged = [(name, stage) for name, stage in MODELS if options.exports or stage != "exported"]
+    folders = {name: config.folder(name) for name in asked_for(config)} | {"teacher": teacher_path(config)}
     if not (folders["student-tuned"] / "model_index.json").exists():
         raise EdgeDiTError(
-            f"There is no pipeline in {folders['student-tuned']}; it is written by stage tune (training/finetune.py), "
-            "run that first."
+            f"There is no pipeline in {folders['student-tuned']}; it is written by {TUNE.made_by}, run that first."
         )
-    present = [
-        (name, stage) for name, stage in judged if name == "teacher" or (folders[name] / "model_index.json").exists()
-    ]
-    weights = {name: pipeline_weights_hash(folders[name]) for name, _ in present}
-    if weights["teacher"] is None:  # of the Hub, or missing
-        weights["teacher"] = weights_hash(
-            load_pipeline(folders["teacher"], "stage teacher (training/train_teacher.py)").transformer.state_dict()
-        )
+    if not Path(folders["teacher"]).exists():  # of the Hub, or missing
+        load_pipeline(folders["teacher"], TEACHER.made_by)
+    names = [name for name, path in folders.items() if name == "teacher" or (path / "model_index.json").exists()]
     images = load_run_images(config)
     extractor = load_extractor(config, images, accelerator.device)
-    timed = f"{config.latency.threads} threads, executorch {config.export.executorch}"
     state = RunState(
-        config.folder("evaluate"),
-        "evaluate",
-        {**config.section("evaluate"), "models": [name for name, _ in present]},
-        len(present),
-        seed=config.seed,
-        inputs={**weights, "data": images.fingerprint, "extractor": extractor.hash, "latency": timed},
+        config,
+        EVALUATE,
+        len(names),
+        inputs={
+            "data": images.fingerprint,
+            "extractor": extractor.hash,
+            **{name: None for name, at in EVALUATE.inputs if at and name not in names},
+        },
         log_every=1,
         unit="model",
     )
     if state.finished:
         return
-    pipelines = {name: load_pipeline(folders[name], "an earlier stage") for name, _ in present}
+    pipelines = {name: load_pipeline(folders[name], maker_of(name).made_by) for name in names}
     real = real_features(extractor, images)
     classifier = describe_reference(config, images, extractor, real)
     metric = f"fid[{extractor.name},n={options.samples}]"
     if not (state.folder / "latency.json").exists():
-        judged_weights = {name: weights[name] for name in ("teacher", "student-tuned")}
+        judged_weights = {name: state.inputs[name] for name in ("teacher", "student-tuned")}
         atomic_write_json(
             state.folder / "latency.json", {**measure_latencies(pipelines, config), "weights": judged_weights}
         )
@@ -195,12 +184,10 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     def file(name: str, suffix: str) -> Path:
         return state.folder / (name.replace("/", "-").removeprefix("exported-") + suffix)
 
-    state.continue_at(
-        next((i for i, (name, _) in enumerate(present) if not file(name, ".json").exists()), len(present))
-    )
+    state.continue_at(next((i for i, name in enumerate(names) if not file(name, ".json").exists()), len(names)))
     for index in state.steps():
-        name, stage = present[index]
-        pipeline = pipelines[name]
+        name = names[index]
+        pipeline, stage = pipelines[name], "exported" if name.startswith("exported/") else name
         bytes_of, features, agreement = judge(pipeline, config, extractor, classifier, accelerator)
         precision, recall = precision_recall(real, features)
         distance = frechet_distance(features, real)
@@ -214,7 +201,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "stage": stage,
             "path": str(folders[name]),
             "folder": str(Path(folders[name]).absolute()) if name == "teacher" and config.teacher.path else name,
-            "weights": weights[name],
+            "weights": state.inputs[name],
             "genotype_hash": genotype.hash,
             "parameters": cost.parameters,
             "flops": cost.flops,
@@ -224,8 +211,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "precision": precision,
             "recall": recall,
             "num_samples": options.samples,
-            "steps": options.sampling_steps,
-            "guidance_scale": options.guidance_scale,
+            "steps": config.sampling.steps,
+            "guidance_scale": config.sampling.guidance_scale,
             "grid": f"evaluate/{file(name, '.png').name}",
         }
         if agreement is not None:
@@ -244,4 +231,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("evaluate",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=(EVALUATE,)))

@@ -18,12 +18,13 @@ from accelerate import Accelerator
 from edgedit_hf.estimate import print_estimate
 from edgedit_hf.export.formats import ExportOptions
 from edgedit_hf.export.pipeline import export_pipeline
-from edgedit_hf.files import atomic_write_json, changed_file, file_record, weights_hash
+from edgedit_hf.files import atomic_write_json, changed_file, file_record
 from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import Listed
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
+from edgedit_hf.run.stage import EXPORT, TUNE
 from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
 
@@ -32,17 +33,14 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
     source = config.folder("student-tuned")
-    pipeline = load_pipeline(source, "stage tune (training/finetune.py)")
+    load_pipeline(source, TUNE.made_by)  # fails now if it is no pipeline
     exports = [("onnx", dtype) for dtype in config.export.dtypes] + [
         ("executorch", dtype) for dtype in config.export.executorch
     ]
     state = RunState(
-        config.folder("exported"),
-        "export",
-        config.section("export"),
+        config,
+        EXPORT,
         len(exports),
-        seed=config.seed,
-        inputs={"student-tuned": weights_hash(pipeline.transformer.state_dict())},
         unit="export",
     )
     if state.finished:
@@ -75,4 +73,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("export",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=(EXPORT,)))

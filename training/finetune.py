@@ -23,19 +23,26 @@ from edgedit_hf.distill.denoiser import train_denoiser
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.distill.teacher import check_fits_data, load_teacher
 from edgedit_hf.estimate import print_estimate
-from edgedit_hf.files import weights_hash
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.pipelines.loading import load_pipeline, with_transformer
 from edgedit_hf.preflight import preflight
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
+from edgedit_hf.run.stage import STUDENT, TUNE
 from edgedit_hf.run.state import RunState
+
+READ = {
+    "student-tuned": ("student",),
+    "student-random-proxies": ("student", "bank", "teacher"),
+    "teacher-more-steps": ("teacher",),
+}
+"""What each of the stage's folders starts from."""
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
     options = config.tune
     dataset, _ = load_training_set(config, accelerator)
-    student = load_pipeline(config.folder("student"), "stage student (training/select_student.py)")
+    student = load_pipeline(config.folder("student"), STUDENT.made_by)
     # At the size of DiT-XL/2 the teacher is 2.7 GB a process, which most fine-tuning has no use for.
     teacher = (
         load_teacher(config).transformer
@@ -55,21 +62,22 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     for name, start in starts.items():
         model = start()
         check_fits_data(model.config, dataset)
+        # The teacher's distance to itself starts at zero and would only hold it back: it trains on the data alone.
+        kd = 0.0 if name == "teacher-more-steps" else options.output_kd
+        read = (*READ[name], "teacher") if kd else READ[name]
         state = RunState(
-            config.folder(name),
-            name,
-            config.section("data", "tune"),
+            config,
+            TUNE,
             options.steps,
+            folder=name,
             seed=config.seed + 1,  # other batches and noise than the teacher saw
-            inputs={"start": weights_hash(model.state_dict()), "data": dataset.fingerprint},
+            inputs={"data": dataset.fingerprint, **{name: None for name, at in TUNE.inputs if at and name not in read}},
             accelerator=accelerator,
             checkpoint_every=options.checkpoint_every,
             log_every=options.log_every,
         )
         if state.finished:
             continue
-        # The teacher's distance to itself starts at zero and would only hold it back: it trains on the data alone.
-        kd = 0.0 if name == "teacher-more-steps" else options.output_kd
         model = train_denoiser(
             model,
             dataset,
@@ -87,4 +95,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("tune",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=(TUNE,)))

@@ -3,8 +3,8 @@ will ship.
 
     edgedit train latency --config training/recipes/digits.yaml
 
-Writes <output_dir>/latency/table.json. It is an input of the search, told apart by its hash: measured once, never in
-passing.
+Writes <output_dir>/latency/table.json, or copies what latency.table names. It is an input of the search, told apart by
+its hash: measured once, never in passing.
 """
 
 if __name__ == "__main__":
@@ -13,16 +13,19 @@ if __name__ == "__main__":
     starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 from functools import partial
+from pathlib import Path
 
 from accelerate import Accelerator
 
 from edgedit_hf.distill.teacher import load_teacher, search_space_of
 from edgedit_hf.estimate import print_estimate
+from edgedit_hf.files import atomic_write_text, file_sha256
 from edgedit_hf.preflight import preflight
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
+from edgedit_hf.run.stage import LATENCY
 from edgedit_hf.run.state import RunState
-from edgedit_hf.search.latency_table import LatencyTable
+from edgedit_hf.search.latency_table import LatencyTable, given_table, trunk_of
 
 BUSY_RESIDUAL = 0.1  # an idle machine fits to about 0.02
 
@@ -33,14 +36,21 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     options = config.latency
     teacher = load_teacher(config).transformer.config
     space = search_space_of(config, teacher)
+    if options.table is not None:
+        given_table(options.table, teacher, space)
     state = RunState(
-        config.folder("latency"),
-        "latency",
-        {**config.section("latency"), "space": space.to_dict()},
+        config,
+        LATENCY,
         options.repeats,
+        inputs={"table": None if options.table is None else file_sha256(options.table)},
+        also={"space": space.to_dict(), "trunk": trunk_of(teacher)},
         unit="round",
     )
     if state.finished:
+        return
+    if options.table is not None:
+        atomic_write_text(state.folder / "table.json", Path(options.table).read_text(encoding="utf-8"))
+        state.finish()
         return
     rounds = state.steps()
     next(rounds)
@@ -64,4 +74,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("latency",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=(LATENCY,)))

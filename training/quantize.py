@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from edgedit_hf.diffusion import Diffusion
 from edgedit_hf.distill.output_loss import output_loss
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.files import atomic_write_json, file_sha256, hash_json, weights_hash
+from edgedit_hf.files import atomic_write_json, hash_json, weights_hash
 from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.preflight import preflight
 from edgedit_hf.quantization.allocation import Candidate, allocate, candidate_specs, replaced_weight_error
@@ -65,6 +65,7 @@ from edgedit_hf.run.checkpoint import Facts
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.optimisation import Optimisation, learning_rate_at, set_learning_rate
+from edgedit_hf.run.stage import QUANTIZE, SELF_DISTIL
 from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
 
@@ -83,12 +84,11 @@ def quantize_layers(config: RunConfig, accelerator: Accelerator) -> None:
     layers = quantizable_layers(model)
     names = list(layers)
     state = RunState(
-        config.folder("quantized-untuned"),
-        "quantize",
-        {"quantize": what_decides(config)},
+        config,
+        QUANTIZE,
         len(names),
-        seed=config.seed,
         inputs={"pipeline": weights_hash(model.state_dict()), "prompts": hash_json(prompts)},
+        also={"quantize": {"tuned": options.steps > 0}},
         checkpoint_every=options.checkpoint_every,
         log_every=1,
         unit="layer",
@@ -204,19 +204,6 @@ def quantize_layers(config: RunConfig, accelerator: Accelerator) -> None:
     state.finish(average_bits=chosen.average_bits)
 
 
-def what_decides(config: RunConfig) -> dict:
-    """The keys that steps 1 to 3 depend on: those of the self-distillation's loop may change without making them
-    anew.
-    """
-    loop = (
-        "steps batch_size learning_rate final_learning_rate warmup_steps weight_decay max_grad_norm ema_decay "
-        "gradient_accumulation"
-    ).split()
-    loop += ["gradient_checkpointing", "checkpoint_every", "log_every", "dropout"]
-    values = config.section("quantize")["quantize"]
-    return {key: value for key, value in values.items() if key not in loop} | {"tuned": values["steps"] > 0}
-
-
 def weight_bytes(folder: Path) -> int:
     """Bytes of the transformer's files in a pipeline folder."""
     return sum(path.stat().st_size for path in (folder / "transformer").glob("*.safetensors"))
@@ -227,12 +214,9 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
     options, start = config.quantize, config.folder("quantized-untuned")
     made_by = "this stage's first part"
     state = RunState(
-        config.folder("quantized"),
-        "self-distil",
-        config.section("quantize"),
+        config,
+        SELF_DISTIL,
         options.steps,
-        seed=config.seed,
-        inputs={"untuned": file_sha256(start / "stage.json")},
         accelerator=accelerator,
         checkpoint_every=options.checkpoint_every,
         log_every=options.log_every,
@@ -354,4 +338,6 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, dry_run=print_quantization_estimate, check=partial(preflight, stages=("quantize",)))
+    recipe_main(
+        run, __doc__, dry_run=print_quantization_estimate, check=partial(preflight, stages=(QUANTIZE, SELF_DISTIL))
+    )

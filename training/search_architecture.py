@@ -21,13 +21,14 @@ from edgedit_hf.data.loading import load_run_images
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.distill.teacher import load_teacher
 from edgedit_hf.estimate import print_estimate
-from edgedit_hf.files import atomic_write_json, file_sha256
+from edgedit_hf.files import atomic_write_json
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.metrics.reference import load_extractor, real_features
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import SearchState
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
+from edgedit_hf.run.stage import SEARCH
 from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
 from edgedit_hf.search.ask_tell import AskTellSearch, RandomSearch, summary
@@ -45,19 +46,14 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     teacher_config = dict(pipeline.transformer.config)
     bank = ProxyBank(config.folder("bank"), pipeline.transformer)
     table = LatencyTable.from_json(config.folder("latency", "table.json"))
+    table.check_config(teacher_config)
     images = load_run_images(config)
     extractor = load_extractor(config, images, accelerator.device)
     state = RunState(
-        config.folder("search"),
-        "search",
-        config.section("search"),
+        config,
+        SEARCH,
         total_steps=options.evaluations + (options.evaluations - options.initial if options.random_baseline else 0),
-        seed=config.seed,
-        inputs={
-            "bank": file_sha256(bank.folder / "index.json"),
-            "latency": file_sha256(config.folder("latency", "table.json")),
-            "extractor": extractor.hash,
-        },
+        inputs={"data": images.fingerprint, "extractor": extractor.hash},
         log_every=1,
         unit="genotype",
     )
@@ -151,4 +147,4 @@ def joined(space: SearchSpace, searches: list[AskTellSearch], seed: int) -> AskT
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("search",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=(SEARCH,)))

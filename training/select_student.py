@@ -19,11 +19,11 @@ from accelerate import Accelerator
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.distill.teacher import load_teacher, read_genotype
 from edgedit_hf.estimate import print_estimate
-from edgedit_hf.files import file_sha256
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import BankIndex, Front
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
+from edgedit_hf.run.stage import BANK, SEARCH, STUDENT
 from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
 from edgedit_hf.search.selection import select, write_student
@@ -37,10 +37,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         build(config)
         return
     front = config.folder("search", "front.json")
-    read_record(front, Front, "stage search (training/search_architecture.py)")
-    state = RunState(
-        config.folder("student"), "student", config.section("student"), 1, inputs={"front": file_sha256(front)}
-    )
+    read_record(front, Front, SEARCH.made_by)
+    state = RunState(config, STUDENT, 1, inputs={"genotype": None})
     if state.finished:
         return
     for _ in state.steps():
@@ -52,9 +50,8 @@ def build(config: RunConfig) -> None:
     """Assemble the genotype that the recipe gives."""
     name, index = config.student.genotype, config.folder("bank", "index.json")
     genotype = read_genotype(name, "student.genotype")
-    read_record(index, BankIndex, "stage bank (training/distill_proxies.py)", "a proxy bank")
-    inputs = {"bank": file_sha256(index), "genotype": genotype.hash}
-    state = RunState(config.folder("student"), "student", config.section("student"), 1, inputs=inputs)
+    read_record(index, BankIndex, BANK.made_by, "a proxy bank")
+    state = RunState(config, STUDENT, 1, inputs={"genotype": genotype.hash, "front": None})
     if state.finished:
         return
     teacher = load_teacher(config)
@@ -65,4 +62,4 @@ def build(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("student",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=(STUDENT,)))

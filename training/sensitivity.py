@@ -34,6 +34,7 @@ from edgedit_hf.report.sensitivity import as_csv, as_markdown
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.optimisation import learning_rate_at, set_learning_rate
+from edgedit_hf.run.stage import SENSITIVITY
 from edgedit_hf.run.state import RunState
 
 
@@ -47,18 +48,17 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     changes = single_changes(teacher.config)
     names = list(changes)
     state = RunState(
-        config.folder("sensitivity"),
-        "sensitivity",
-        config.section("data", "sensitivity"),
+        config,
+        SENSITIVITY,
         len(names) * group_steps(options.steps, 0),
-        seed=config.seed,
-        inputs={"teacher": weights_hash(teacher.state_dict()), "data": dataset.fingerprint},
+        inputs={"data": dataset.fingerprint},
         checkpoint_every=options.checkpoint_every,
         log_every=options.log_every,
     )
     if state.finished:
         return
-    source = FeatureSource(teacher, dataset, options.batch_size, options.calibration_samples, config.seed, device)
+    rows, fixed, dropout = options.batch_size, options.calibration_samples, options.class_dropout
+    source = FeatureSource(teacher, dataset, rows, fixed, dropout, config.seed, device)
     errors = OutputErrors(teacher, dataset, options.samples, options.timesteps, options.batch_size, config.seed, device)
     group = ChangeGroup(source, errors, options.learning_rate)
     state.track(group=group)
@@ -72,7 +72,9 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             group.measure(name, "after")
             group.clear()
             continue
-        rate = learning_rate_at(now.done, options.learning_rate, options.warmup_steps, options.steps, 0.02)
+        rate = learning_rate_at(
+            now.done, options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate
+        )
         for key, proxy in group.proxies.items():
             set_learning_rate(proxy.optimizer, rate * rate_scale(group.written[key]["layer_before"]))
         features = source.training(now.done, len(teacher.blocks))
@@ -93,4 +95,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("sensitivity",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=(SENSITIVITY,)))

@@ -14,26 +14,23 @@ if __name__ == "__main__":
 
 import time
 from functools import partial
+from pathlib import Path
 
-import evaluate_elastic
-import train_elastic
-import train_text_encoders
 from accelerate import Accelerator
 
 from edgedit_hf.elastic.cost import print_elastic_estimate
-from edgedit_hf.preflight import TEXT_TO_IMAGE, preflight
+from edgedit_hf.preflight import preflight
 from edgedit_hf.report.elastic import write_elastic_report
 from edgedit_hf.run.config import RunConfig
-from edgedit_hf.run.launch import recipe_main
+from edgedit_hf.run.launch import recipe_main, stage_runs
+from edgedit_hf.run.stage import TEXT_TO_IMAGE
 from edgedit_hf.run.state import STAGE_LABEL
-
-STAGES = (train_text_encoders.run, train_elastic.run, evaluate_elastic.run)
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
-    started = time.monotonic()
-    for number, run_stage in enumerate(STAGES, 1):
-        STAGE_LABEL.set(f"[{number}/{len(STAGES)}] ")
+    started, runs = time.monotonic(), stage_runs(TEXT_TO_IMAGE, Path(__file__).parent)
+    for number, run_stage in enumerate(runs.values(), 1):
+        STAGE_LABEL.set(f"[{number}/{len(runs)}] ")
         run_stage(config, accelerator)
         accelerator.wait_for_everyone()
     if accelerator.is_main_process:

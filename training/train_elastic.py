@@ -52,6 +52,7 @@ from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.optimisation import Optimisation, learning_rate_at, set_learning_rate
 from edgedit_hf.run.sections import ElasticConfig
+from edgedit_hf.run.stage import ELASTIC
 from edgedit_hf.run.state import RunState
 
 
@@ -229,16 +230,12 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     torch.manual_seed(config.seed)
     model = new_elastic(config, dataset.shapes, texts.dims)
     knowledge = load_knowledge(config, accelerator, model, dataset, vae)
-    inputs = {"data": dataset.fingerprint, "text": texts.fingerprint}
-    if knowledge is not None:
-        inputs["teacher"] = knowledge.teacher.fingerprint
+    taught_by = None if knowledge is None else knowledge.teacher.fingerprint
     state = RunState(
-        config.folder("elastic"),
-        "elastic",
-        config.section("data", "elastic", "knowledge"),
+        config,
+        ELASTIC,
         options.steps,
-        seed=config.seed,
-        inputs=inputs,
+        inputs={"data": dataset.fingerprint, "text": texts.fingerprint, "teacher": taught_by},
         accelerator=accelerator,
         checkpoint_every=options.checkpoint_every,
         log_every=options.log_every,
@@ -283,5 +280,5 @@ if __name__ == "__main__":
         __doc__,
         {"--teacher": "knowledge.teacher"},
         dry_run=print_elastic_estimate,
-        check=partial(preflight, stages=("elastic",)),
+        check=partial(preflight, stages=(ELASTIC,)),
     )

@@ -23,6 +23,7 @@ from edgedit_hf.estimate import print_estimate
 from edgedit_hf.preflight import preflight
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
+from edgedit_hf.run.stage import TEACHER
 from edgedit_hf.run.state import RunState
 
 
@@ -33,11 +34,9 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         return
     dataset, vae = load_training_set(config, accelerator)
     state = RunState(
-        config.folder("teacher"),
-        "teacher",
-        config.section("data", "teacher"),
+        config,
+        TEACHER,
         options.steps,
-        seed=config.seed,
         inputs={"data": dataset.fingerprint},
         accelerator=accelerator,
         checkpoint_every=options.checkpoint_every,
@@ -55,4 +54,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("teacher",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=(TEACHER,)))

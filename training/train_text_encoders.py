@@ -42,6 +42,7 @@ from edgedit_hf.preflight import preflight
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.optimisation import Optimisation, learning_rate_at, set_learning_rate
+from edgedit_hf.run.stage import TEXT
 from edgedit_hf.run.state import RunState
 
 
@@ -58,11 +59,9 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         )
     dataset = load_run_captions(config)
     state = RunState(
-        config.folder("text"),
-        "text",
-        config.section("data", "text"),
+        config,
+        TEXT,
         options.steps,
-        seed=config.seed,
         inputs={"data": dataset.fingerprint},
         accelerator=accelerator,
         checkpoint_every=options.checkpoint_every,
@@ -150,4 +149,4 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=("text",)))
+    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=(TEXT,)))

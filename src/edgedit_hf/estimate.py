@@ -25,6 +25,7 @@ from .pipelines.loading import meta_vae
 from .run.config import RunConfig
 from .run.cost import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, print_table
 from .run.sections import OptimisationConfig
+from .run.stage import EDGEDIT
 from .search_space import BYTES, OPTIONS, Cost, SearchSpace, layer_cost, model_cost, trunk_cost
 
 LIBRARIES = 0.15e9  # what botorch and ONNX Runtime add to a process
@@ -318,6 +319,8 @@ class _Estimator:
 
     def stage_latency(self) -> Estimate:
         options, space = self.config.latency, self.space
+        if options.table is not None:
+            return Estimate("latency", 1.0, PROCESS_BYTES, 1e4)
         trunk = trunk_cost(self.work.model, self.tokens).weights
         shapes = [layer_cost(space.hidden_size, space.option_shape(option), self.tokens).weights for option in OPTIONS]
         networks = (
@@ -389,7 +392,7 @@ class _Estimator:
 
     def stage_evaluate(self) -> Estimate:
         options, tune = self.config.evaluate, self.config.tune
-        asked = options.samples, options.sampling_steps, options.guidance_scale
+        asked = options.samples, self.config.sampling.steps, self.config.sampling.guidance_scale
         exports = (len(self.config.export.dtypes) + len(self.config.export.executorch)) * options.exports
         teachers, students = 1 + tune.teacher_more_steps, 2 + tune.random_proxies
         seconds = 10 + teachers * self.sampling(self.teacher, *asked) + students * self.sampling(self.student, *asked)
@@ -409,11 +412,11 @@ class _Estimator:
 
     def all(self) -> list[Estimate]:
         """Every stage, in order; without a search the stages that only serve it cost nothing."""
-        methods = ("teacher", "bank", "latency", "search", "student", "tune", "export", "evaluate")
-        found = [getattr(self, f"stage_{name}")() for name in methods]
-        if self.config.student.genotype is None:
-            return found
-        return [Estimate(e.stage, 0.0, 0.0, 0.0, e.device) if e.stage in ("latency", "search") else e for e in found]
+        found = {stage: getattr(self, f"stage_{stage.name}")() for stage in EDGEDIT}
+        return [
+            cost if stage.needed(self.config) else Estimate(stage.name, 0.0, 0.0, 0.0, cost.device)
+            for stage, cost in found.items()
+        ]
 
 
 def estimate(config: RunConfig, machine: Machine | None = None, on_gpus: int = 0) -> list[Estimate]:

@@ -36,22 +36,19 @@ from .run.config import RunConfig
 from .run.cost import Machine
 from .run.outputs import check_writable, class_name
 from .run.sections import OptimisationConfig
+from .run.stage import TEXT_TO_IMAGE, Stage
 from .schema import read_record
+from .search.latency_table import given_table
 from .search_space import SearchSpace
-
-COMPRESS = ("teacher", "bank", "latency", "search", "student", "tune", "export", "evaluate")
-TEXT_TO_IMAGE = ("text", "elastic", "evaluate-elastic")
-FOLDERS = {"tune": "student-tuned", "export": "exported", "evaluate-elastic": "evaluate", "quantize": "quantized"}
-"""Folders of the stages that are not called like their folder."""
 
 DECODED_IN_A_DRY_RUN = 20_000  # images at most; a real run decodes all of them
 
 
-def preflight(config: RunConfig, stages: Sequence[str], processes: int = 1, dry_run: bool = False) -> list[str]:
+def preflight(config: RunConfig, stages: Sequence[Stage], processes: int = 1, dry_run: bool = False) -> list[str]:
     """Check what these stages of a run need, as far as they are not finished.
 
     Args:
-        stages: of `COMPRESS` or `TEXT_TO_IMAGE`, or "quantize" or "sensitivity".
+        stages: rows of the tables. Those that the recipe makes needless are left out.
         processes: that will share a batch.
         dry_run: nothing may be written or fetched. What this machine lacks is noted, and large sets of images are not
             decoded.
@@ -62,11 +59,11 @@ def preflight(config: RunConfig, stages: Sequence[str], processes: int = 1, dry_
     Raises:
         EdgeDiTError: the first thing that cannot work.
     """
-    if config.student.genotype is not None:
-        stages = [stage for stage in stages if stage not in ("latency", "search")]
-    left = [stage for stage in stages if not config.folder(FOLDERS.get(stage, stage), "stage.json").exists()]
-    for stage in left:
-        check_writable(config.folder(FOLDERS.get(stage, stage)))
+    left = []
+    for stage in stages:
+        if stage.needed(config) and not config.folder(stage.folder, "stage.json").exists():
+            check_writable(config.folder(stage.folder))
+            left.append(stage.name)
     notes: list[str] = []
     check_batches(config, left, processes)
     check_sampling(config, left)
@@ -130,16 +127,14 @@ def check_batches(config: RunConfig, stages: Sequence[str], processes: int) -> N
 def check_sampling(config: RunConfig, stages: Sequence[str]) -> None:
     """Raise unless the schedulers make as many timesteps as are asked for."""
     asked = {
-        "search": ("search",),
-        "evaluate": ("evaluate",),
-        "export": ("evaluate",),
-        "evaluate-elastic": ("evaluate",),
-        "elastic": ("evaluate",),
+        "search": ("search.sampling_steps", config.search.sampling_steps),
+        **dict.fromkeys(
+            ("evaluate", "export", "evaluate-elastic", "elastic"), ("sampling.steps", config.sampling.steps)
+        ),
     }
-    for stage, sections in asked.items():
-        for section in sections if stage in stages else ():
-            scheduler = make_scheduler("flow_prediction") if "elastic" in stage else _scheduler(config)
-            check_steps(f"{section}.sampling_steps", getattr(config, section).sampling_steps, scheduler)
+    for stage in (stage for stage in asked if stage in stages):
+        scheduler = make_scheduler("flow_prediction") if "elastic" in stage else _scheduler(config)
+        check_steps(*asked[stage], scheduler)
 
 
 def check_steps(key: str, steps: int, scheduler: Any) -> None:
@@ -252,6 +247,8 @@ def _check_compression(
     wanted = wanted_proxies(space, only)
     if config.student.genotype is not None:
         _check_genotype(config, space, wanted)
+    if config.latency.table is not None and "latency" in stages:
+        given_table(config.latency.table, work.model, space)
     if "evaluate" in stages:
         _check_card(config)
 
@@ -310,7 +307,7 @@ def _check_pictures(config: RunConfig, stages: Sequence[str], dry_run: bool, not
     """Open the images of every split that a stage reads, and decode each once; `images-checked.json` notes that they
     were.
     """
-    captioned = bool(set(stages) & set(TEXT_TO_IMAGE))
+    captioned = bool(set(stages) & {stage.name for stage in TEXT_TO_IMAGE})
     splits = ["train"] if set(stages) & {"teacher", "bank", "tune", "sensitivity", "text", "elastic"} else []
     judged = {"search", "evaluate", "evaluate-elastic"} & set(stages)
     if (

@@ -219,6 +219,8 @@ class Results:
     """stage.json, as far as a finished stage is believed by it."""
 
     files: dict[str, Listed] = key(dict, items=10**6)
+    inputs: dict[str, Any] = key(dict, items=1000)
+    format: int = key(1, minimum=1, maximum=1000)
 
 
 @dataclass(kw_only=True)
@@ -227,12 +229,13 @@ class Asked:
 
     config: dict[str, Any] = key()
     inputs: dict[str, Any] = key(items=1000)
+    format: int = key(1, minimum=1, maximum=1000)
     changes: list[dict[str, Any]] = key(list, items=10**5)
     aborted: dict[str, Any] | None = key(None)
 
 
 @dataclass(kw_only=True)
-class Stage:
+class StageRecord:
     """stage.json of any stage."""
 
     config: dict[str, Any] = key()
@@ -244,14 +247,14 @@ class Stage:
 
 
 @dataclass(kw_only=True)
-class TextStage(Stage):
+class TextStage(StageRecord):
     """text/stage.json."""
 
     learned: dict[str, Any] = key()
 
 
 @dataclass(kw_only=True)
-class ElasticStage(Stage):
+class ElasticStage(StageRecord):
     """elastic/stage.json."""
 
     sampled: dict[str, int] = key(minimum=0, maximum=COUNT)
@@ -266,7 +269,7 @@ class Subnets:
 
 
 @dataclass(kw_only=True)
-class ElasticEvaluation(Stage):
+class ElasticEvaluation(StageRecord):
     """evaluate/stage.json of text to image."""
 
     config: Subnets = key()  # type: ignore[assignment]
@@ -406,6 +409,7 @@ class Extractor:
     shape: list[int] = key(minimum=1, maximum=SIDE, items=3, fewest=3)
     hash: str = key()
     num_classes: int = key(minimum=1, maximum=10**7)
+    made_from: dict[str, Any] | None = key(None, items=100)
 
 
 @dataclass(kw_only=True)

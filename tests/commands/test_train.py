@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from edgedit_hf.commands.train import STAGES, find_script, split_options
+from edgedit_hf.commands.train import SCRIPTS, find_script, split_options
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.run.stage import STAGES
 
 ROOT = Path(__file__).parents[2]
 EDGEDIT = Path(sys.executable).with_name("edgedit")
@@ -46,8 +47,8 @@ def said(stderr: str) -> list[str]:
 
 def test_every_stage_has_a_script_and_the_other_way_round():
     scripts = {path.name for path in (ROOT / "training").glob("*.py")} - {"__init__.py", "reference.py"}
-    assert {find_script(stage).name for stage in STAGES} == scripts == set(STAGES.values())
-    assert all(find_script(stage).is_file() for stage in STAGES)
+    assert {find_script(stage).name for stage in SCRIPTS} == scripts == set(SCRIPTS.values())
+    assert all(find_script(stage).is_file() for stage in SCRIPTS)
     with pytest.raises(EdgeDiTError, match="'teachers' does not exist; the stages are compress"):
         find_script("teachers")
 
@@ -117,3 +118,9 @@ def test_a_signal_at_any_moment_of_the_start(tmp_path, processes):
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=120)
         assert process.returncode == 130 and len(said(err)) == 1 and "Traceback" not in err, err
+
+
+def test_the_help_says_what_every_stage_does(run_python):
+    code = "from edgedit_hf.commands.cli import main; import sys; sys.argv = ['edgedit', 'train', '--help']; main()"
+    lines = run_python(code).splitlines()
+    assert [line.split() for line in lines[-len(STAGES) :]] == [[s.name, *s.label.split()] for s in STAGES]

@@ -10,6 +10,7 @@ from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.files import atomic_write_json
 from edgedit_hf.report.plots import save_montage
 from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.stage import EDGEDIT, EVALUATE, EXPORT, TUNE
 from edgedit_hf.run.state import RunState
 from edgedit_hf.search.ask_tell import RandomSearch, summary
 from edgedit_hf.search.bayes import BayesSearch
@@ -17,25 +18,15 @@ from edgedit_hf.search.pareto import choose
 from edgedit_hf.search_space import SearchSpace, model_cost
 
 METRIC = "fid[digits-cnn,n=64]"
-SECTIONS = {
-    "teacher": ("data", "teacher"),
-    "bank": ("data", "bank"),
-    "latency": ("latency",),
-    "search": ("search",),
-    "student": ("student",),
-    "student-tuned": ("data", "tune"),
-    "exported": ("export",),
-    "evaluate": ("evaluate",),
-}
 
 
 def make_run(folder: Path, transformer, evaluated: bool = True) -> Path:
     """Write a run of this teacher below `folder`; without `evaluated` it ends with the chosen student."""
     config = RunConfig(output_dir=str(folder), seed=5)
     rng = np.random.default_rng(0)
-    for stage, sections in SECTIONS.items():
-        if evaluated or stage not in ("student-tuned", "exported", "evaluate"):
-            state = RunState(folder / stage, stage, config.section(*sections), 1, seed=config.seed)
+    for stage in EDGEDIT:
+        if evaluated or stage not in (TUNE, EXPORT, EVALUATE):
+            state = RunState(config, stage, 1, inputs=dict.fromkeys(name for name, _ in stage.inputs))
             for _ in state.steps():
                 pass
             state.finish()

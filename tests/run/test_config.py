@@ -310,7 +310,11 @@ def test_every_number_has_both_ends_of_a_range():
         ("text: {mask_share: 5}", "text.mask_share is 5.0; it must be at most 1.0"),
         ("student: {max_flops_ratio: 0}", "student.max_flops_ratio is 0.0; it must be above 0.0"),
         ("tune: {output_kd: 1e39}", "tune.output_kd is 1e\\+39; it must be at most 1e\\+38"),
-        ("evaluate: {sampling_steps: 1001}", "evaluate.sampling_steps is 1001; it must be at most 1000"),
+        ("sampling: {steps: 1001}", "sampling.steps is 1001; it must be at most 1000"),
+        (
+            "latency: {table: [a.json, b.json]}",
+            r"latency.table is \['a.json', 'b.json'\] \(list\); it must be str or null",
+        ),
         (f"seed: {2**63}", f"seed is {2**63}; it must be at most {2**63 - 1}"),
         ("output_dir: ''", "output_dir is ''; it must not be empty"),
         (
@@ -384,7 +388,23 @@ def test_the_shipped_recipes_and_the_written_one_go_on_working(repository, tmp_p
     assert unused(load_config(tmp_path / "all.yaml")) == []
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("sampling_steps", "sampling.steps"), ("guidance_scale", "sampling.guidance_scale")]
+)
+def test_a_key_of_an_earlier_version_is_refused_naming_the_new_one(load, old, new):
+    for work in (
+        lambda: load(f"evaluate: {{{old}: 3}}"),
+        lambda: load("", f"evaluate.{old}=3"),
+        lambda: commented_yaml([f"evaluate.{old}=3"]),
+    ):
+        with pytest.raises(EdgeDiTError, match=f"the key evaluate.{old} is called {new} now"):
+            work()
+
+
 def test_what_a_choice_makes_useless_is_said_not_refused(load):
+    assert unused(load("latency: {table: a.json, repeats: 3, threads: 1}")) == [
+        "latency.table makes latency.repeats of no use"
+    ]
     assert unused(load("student: {genotype: EdgeDiT-1, max_flops_ratio: 0.5}\nsearch: {samples: 100}")) == [
         "student.genotype makes search.samples, student.max_flops_ratio of no use"
     ]

@@ -146,7 +146,7 @@ def test_threads_are_those_of_the_recipe(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
 def test_a_new_pipeline_saves_and_loads_as_it_is(make_transformer, tmp_path, kind):
-    config = configured(tmp_path, "evaluate.sampling_steps=3", "evaluate.guidance_scale=1.25")
+    config = configured(tmp_path, "sampling.steps=3", "sampling.guidance_scale=1.25")
     transformer = make_transformer(prediction_type=kind)
     pipeline = new_pipeline(transformer, None, NAMES, config)
     assert isinstance(pipeline.scheduler, DDIMScheduler if kind == "epsilon" else FlowMatchEulerDiscreteScheduler)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from demo_stage import demo_run
 from diffusers.training_utils import EMAModel
 
 from edgedit_hf.errors import EdgeDiTError
@@ -121,7 +122,7 @@ def test_a_checkpoint_by_position_of_an_earlier_version_is_refused(tmp_path):
     optimizer, ema, optimisation = loop(net)
 
     def new_run() -> RunState:
-        return RunState(tmp_path / "run", "stage", {}, 4, checkpoint_every=1)
+        return demo_run(tmp_path / "run", "stage", {}, 4, checkpoint_every=1)
 
     run = new_run()
     run.track(model=net, optimizer=optimizer, ema=ema)

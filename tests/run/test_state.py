@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+from demo_stage import demo_run
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 
@@ -197,7 +198,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(EdgeDiTError, match="Cannot write .*file.*choose a folder you may write to"):
-            RunState(path, "demo", {}, 1)
+            demo_run(path, "demo", {}, 1)
     with pytest.raises(EdgeDiTError, match="Cannot write"):
         atomic_write_text(tmp_path / "file" / "a.json", "{}")
 
@@ -297,7 +298,7 @@ class Stop(Exception):
 
 def train(folder, at=None, action=None, config=None, steps: int = STEPS, **options):
     """A whole stage; `action(run, loss)` is called after the optimiser step `at` and may return another loss."""
-    run = RunState(
+    run = demo_run(
         folder, "demo", config or {"rate": 0.01}, steps, **{"checkpoint_every": 2, "log_every": 3, **options}
     )
     model, optimizer, ema = optimised(0)
@@ -350,8 +351,8 @@ def test_a_finished_stage(uninterrupted, tmp_path):
         "note": "done",
     }
     assert stage["seconds"] >= 0 and stage["versions"]["torch"] == importlib.metadata.version("torch")
-    assert RunState(folder, "demo", {"rate": 0.01}, STEPS).finished
-    assert not RunState(tmp_path, "demo", {"rate": 0.01}, STEPS).finished
+    assert demo_run(folder, "demo", {"rate": 0.01}, STEPS).finished
+    assert not demo_run(tmp_path, "demo", {"rate": 0.01}, STEPS).finished
 
 
 def test_telemetry_holds_means_over_the_interval(uninterrupted):
@@ -370,7 +371,7 @@ def test_interrupted_anywhere_and_continued_the_result_is_the_same(uninterrupted
     )
     with open(tmp_path / "telemetry.jsonl", "a") as file:
         file.write('{"stage": "demo", "st')  # a line cut by a kill
-    run = RunState(tmp_path, "demo", {"rate": 0.01}, STEPS)
+    run = demo_run(tmp_path, "demo", {"rate": 0.01}, STEPS)
     assert run.track(**dict(zip(("model", "optimizer", "ema"), optimised(0)))) == at // 2 * 2
     assert final(tmp_path) == uninterrupted[1]
     assert without_seconds(lines(tmp_path)) == without_seconds(lines(uninterrupted[0]))
@@ -389,7 +390,7 @@ def test_killed_between_the_last_checkpoint_and_the_end(uninterrupted, tmp_path)
         raise Stop
 
     run_class = type("Killed", (RunState,), {"finish": killed})
-    run = run_class(tmp_path, "demo", {"rate": 0.01}, STEPS, checkpoint_every=2, log_every=3)
+    run = demo_run(tmp_path, "demo", {"rate": 0.01}, STEPS, kind=run_class, checkpoint_every=2, log_every=3)
     model, optimizer, ema = optimised(0)
     run.track(model=model, optimizer=optimizer, ema=ema)
     for step in run.steps():
@@ -467,7 +468,7 @@ def test_keys_that_no_result_depends_on_may_change(uninterrupted, tmp_path, key,
 
     if finish:
         train(tmp_path, config=config(0))
-        assert RunState(tmp_path, "demo", config(3), STEPS).finished
+        assert demo_run(tmp_path, "demo", config(3), STEPS).finished
         return
     with pytest.raises(Stop):
         train(tmp_path, 4, stop, config=config(0))
@@ -478,7 +479,7 @@ def test_keys_that_no_result_depends_on_may_change(uninterrupted, tmp_path, key,
 
 
 def finished_with_results(folder, config=None) -> RunState:
-    run = RunState(folder, "demo", config or {}, 1)
+    run = demo_run(folder, "demo", config or {}, 1)
     if not run.finished:
         for _ in run.steps():
             pass
@@ -495,7 +496,7 @@ def test_finished_is_not_believed_when_results_are_not_what_was_written(tmp_path
     path = tmp_path / "model" / "weights.safetensors"
     content = path.read_bytes()
     (tmp_path / "README.md").write_text("a card, written later")
-    assert RunState(tmp_path, "demo", {}, 1).finished
+    assert demo_run(tmp_path, "demo", {}, 1).finished
     if damage == "deleted":
         path.unlink()
     else:
@@ -504,9 +505,9 @@ def test_finished_is_not_believed_when_results_are_not_what_was_written(tmp_path
         EdgeDiTError,
         match=f"Stage demo had finished, but .*weights.safetensors .*Put the file back, or delete {tmp_path}",
     ):
-        RunState(tmp_path, "demo", {}, 1)
+        demo_run(tmp_path, "demo", {}, 1)
     path.write_bytes(content)  # put back, with another time
-    assert RunState(tmp_path, "demo", {}, 1).finished and not (tmp_path / "run.lock").exists()
+    assert demo_run(tmp_path, "demo", {}, 1).finished and not (tmp_path / "run.lock").exists()
 
 
 def test_runs_that_were_made_before_results_and_inputs_were_listed_go_on_working(tmp_path):
@@ -515,10 +516,10 @@ def test_runs_that_were_made_before_results_and_inputs_were_listed_go_on_working
         values = read_json(tmp_path / name, "this test")
         atomic_write_json(tmp_path / name, {key: value for key, value in values.items() if key not in keys})
     (tmp_path / "model" / "weights.safetensors").unlink()
-    assert RunState(tmp_path, "demo", {}, 1, inputs={"weights": "new"}).finished
-    assert RunState(tmp_path, "demo", {"later_key": 1}, 1, inputs={"weights": "new"}).finished
+    assert demo_run(tmp_path, "demo", {}, 1, inputs={"weights": "new"}).finished
+    assert demo_run(tmp_path, "demo", {"later_key": 1}, 1, inputs={"weights": "new"}).finished
     with pytest.raises(EdgeDiTError, match="seed = 0, but now seed = 1"):
-        RunState(tmp_path, "demo", {}, 1, seed=1)
+        demo_run(tmp_path, "demo", {}, 1, seed=1)
 
 
 def test_results_are_replaced_whole_and_stay_a_stages(tmp_path):
@@ -528,10 +529,10 @@ def test_results_are_replaced_whole_and_stay_a_stages(tmp_path):
     with replace_results(folder) as aside:
         (aside / "other.json").write_text("{}")
     assert sorted(path.name for path in folder.iterdir()) == ["other.json", "run.json", "stage.json"]
-    assert RunState(folder, "demo", {}, 1).finished
+    assert demo_run(folder, "demo", {}, 1).finished
     (folder / "other.json").write_text("[]")
     with pytest.raises(EdgeDiTError, match="other.json holds other bytes"):
-        RunState(folder, "demo", {}, 1)
+        demo_run(folder, "demo", {}, 1)
 
 
 # -------------------------------------------------------------------- weights that are not finite
@@ -551,7 +552,7 @@ def test_weights_that_are_not_finite_are_never_kept_and_a_lower_rate_continues_b
     assert not (tmp_path / "stage.json").exists()
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-000000008"]
     with pytest.raises(EdgeDiTError, match="config.tune.depth = 1, but now config.tune.depth = 2"):
-        RunState(tmp_path, "demo", {"tune": {**config["tune"], "depth": 2, "learning_rate": 0.1}}, STEPS)
+        demo_run(tmp_path, "demo", {"tune": {**config["tune"], "depth": 2, "learning_rate": 0.1}}, STEPS)
     lower = {"tune": {**config["tune"], "learning_rate": 0.1, "warmup_steps": 3}}
     assert final(tmp_path, start=8, config=lower) == uninterrupted[1]
     changed = {"tune.learning_rate": [1.0, 0.1], "tune.warmup_steps": [0, 3]}
@@ -559,7 +560,7 @@ def test_weights_that_are_not_finite_are_never_kept_and_a_lower_rate_continues_b
     assert stage["changes"] == [{"step": 8, **changed}] and stage["config"] == lower
     assert [line["changed"] for line in lines(tmp_path) if "changed" in line] == [changed]
     with pytest.raises(EdgeDiTError, match="tune.learning_rate = 0.1, but now config.tune.learning_rate = 0.05"):
-        RunState(tmp_path, "demo", {"tune": {**lower["tune"], "learning_rate": 0.05}}, STEPS)
+        demo_run(tmp_path, "demo", {"tune": {**lower["tune"], "learning_rate": 0.05}}, STEPS)
 
 
 def test_the_rate_may_change_after_a_nan_only(tmp_path):
@@ -567,11 +568,11 @@ def test_the_rate_may_change_after_a_nan_only(tmp_path):
     with pytest.raises(Stop):
         train(tmp_path, 4, stop, config=config)
     with pytest.raises(EdgeDiTError, match="tune.learning_rate = 1.0, but now"):
-        RunState(tmp_path, "demo", {"tune": {"learning_rate": 0.1}}, STEPS)
+        demo_run(tmp_path, "demo", {"tune": {"learning_rate": 0.1}}, STEPS)
 
 
 def test_weights_that_are_not_finite_are_not_published(tmp_path):
-    run = RunState(tmp_path, "demo", {}, 1)
+    run = demo_run(tmp_path, "demo", {}, 1)
     for _ in run.steps():
         pass
     with (
@@ -588,8 +589,10 @@ def test_weights_that_are_not_finite_are_not_published(tmp_path):
 
 WORKING = """
 import sys, time
+from edgedit_hf.run.config import RunConfig
+from edgedit_hf.run.stage import Stage
 from edgedit_hf.run.state import RunState
-run = RunState(sys.argv[1], "demo", {}, 1000)
+run = RunState(RunConfig(output_dir=sys.argv[1]), Stage("demo", "demo.py", ".", "a test", ()), 1000)
 for step in run.steps():
     print(step, flush=True)
     time.sleep(0.05)
@@ -613,11 +616,11 @@ def working(tmp_path):
 
 def test_a_second_process_on_a_stage_is_refused_and_loses_nothing(tmp_path, working):
     with pytest.raises(EdgeDiTError, match=f"stage is in use by process {working.pid} on"):
-        RunState(tmp_path / "stage", "demo", {}, 1000)
+        demo_run(tmp_path / "stage", "demo", {}, 1000)
     assert working.poll() is None
     working.kill()
     working.wait()
-    assert not RunState(tmp_path / "stage", "demo", {}, 1000).finished
+    assert not demo_run(tmp_path / "stage", "demo", {}, 1000).finished
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -637,7 +640,7 @@ def test_a_full_disk_stops_a_run_that_then_continues(uninterrupted, small_disk):
 
 def test_facts_belong_to_the_checkpoint(tmp_path):
     for expected in ({}, {"losses": [1, 2]}):
-        run, facts = RunState(tmp_path, "demo", {}, 4, checkpoint_every=2), Facts()
+        run, facts = demo_run(tmp_path, "demo", {}, 4, checkpoint_every=2), Facts()
         run.track(facts=facts)
         assert facts == expected
         with pytest.raises(Stop):
@@ -649,7 +652,7 @@ def test_facts_belong_to_the_checkpoint(tmp_path):
 
 def test_a_stage_may_keep_its_state_in_files_of_its_own(tmp_path):
     for start, stop_at in ((0, 2), (2, 4)):
-        run = RunState(tmp_path, "search", {}, 4, log_every=1, checkpoint_every=1, unit="genotype")
+        run = demo_run(tmp_path, "search", {}, 4, log_every=1, checkpoint_every=1, unit="genotype")
         run.continue_at(start)
         for step in run.steps():
             run.log(volume=step)
@@ -674,7 +677,7 @@ def test_a_folder_of_somebody_elses_is_no_stage(tmp_path):
     (tmp_path / "teacher" / "model_index.json").write_text("mine")
     for _ in range(2):
         with pytest.raises(EdgeDiTError, match="holds model_index.json, but no run.json of stage teacher"):
-            RunState(tmp_path / "teacher", "teacher", {}, 1)
+            demo_run(tmp_path / "teacher", "teacher", {}, 1)
     assert {path.name: path.read_text() for path in (tmp_path / "teacher").iterdir() if path.name != "run.lock"} == {
         "model_index.json": "mine"
     }
@@ -717,14 +720,14 @@ def test_no_process_waits_for_a_main_one_that_failed_in_whatever_way(tmp_path):
 
 
 def test_images_that_an_earlier_version_read_are_said_to_be(tmp_path):
-    RunState(tmp_path / "teacher", "teacher", {}, 1, inputs={"data": "a"})
+    demo_run(tmp_path / "teacher", "teacher", {}, 1, inputs={"data": "a"})
     path = tmp_path / "teacher" / "run.json"
     with pytest.raises(EdgeDiTError, match="inputs.data = 'b' is asked for. Use the old value"):
-        RunState(tmp_path / "teacher", "teacher", {}, 1, inputs={"data": "b"})
+        demo_run(tmp_path / "teacher", "teacher", {}, 1, inputs={"data": "b"})
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "format"}))
     with pytest.raises(
         EdgeDiTError,
         match="inputs.data = 'b' is asked for. An earlier version made it.* keep its teacher by teacher.path. Use the "
         "old value",
     ):
-        RunState(tmp_path / "teacher", "teacher", {}, 1, inputs={"data": "b"})
+        demo_run(tmp_path / "teacher", "teacher", {}, 1, inputs={"data": "b"})

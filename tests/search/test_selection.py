@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
+from demo_stage import demo_run
 
 from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, ProxyBank, SearchSpace
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import file_record, replace_folder
-from edgedit_hf.run.state import RunState
 from edgedit_hf.search.objectives import StudentQuality
 from edgedit_hf.search.selection import select, write_student
 from edgedit_hf.search_space import model_cost
@@ -76,7 +76,7 @@ def test_other_files_of_the_folder_stay(run):
 
 def test_another_choice_takes_the_place_of_a_finished_student_at_once(run, monkeypatch):
     folder = run[0] / "student"
-    state = RunState(folder, "student", {}, 1)
+    state = demo_run(folder, "student", {}, 1)
     for _ in state.steps():
         select(run[0], max_latency_ms=7.0)
     state.finish()
@@ -92,7 +92,7 @@ def test_another_choice_takes_the_place_of_a_finished_student_at_once(run, monke
     monkeypatch.setattr("edgedit_hf.files.replace_folder", watched)
     choice = select(run[0], max_latency_ratio=0.5)
     assert len(switches) == 1 and json.loads((folder / "choice.json").read_text()) == choice
-    assert RunState(folder, "student", {}, 1).finished and not (folder / "run.lock").exists()
+    assert demo_run(folder, "student", {}, 1).finished and not (folder / "run.lock").exists()
 
 
 def test_a_student_that_is_not_finite_is_not_written(run):

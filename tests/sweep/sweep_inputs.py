@@ -28,9 +28,9 @@ TINY = {  # smaller than debug.yaml
     "search": {"evaluations": 4, "initial": 3, "samples": 16, "sampling_steps": 1},
     "tune": {"steps": 2, "batch_size": 8},
     "export": {"threads": 1},
+    "sampling": {"steps": 1},
     "evaluate": {
         "samples": 16,
-        "sampling_steps": 1,
         "extractor_steps": 5,
         "grid": 1,
         "latency_batch_size": 2,

@@ -4,22 +4,23 @@ import json
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-# What a stage needs from earlier ones, the file that says it has begun, and the files that must come out equal.
+from edgedit_hf.run.stage import EDGEDIT, EXPORT, LATENCY, SEARCH
+
+# By script: the folder whose run.json says that a stage has begun, the folders that it reads, and the files that must
+# come out equal. A measured table of latencies never does.
+SUFFIXES = {SEARCH: (".json",), EXPORT: (".onnx",)}
 STAGES = {
-    "train_teacher": ("teacher", [], (".safetensors",)),
-    "distill_proxies": ("bank", ["teacher"], (".safetensors",)),
-    "search_architecture": ("search", ["teacher", "bank", "latency"], (".json",)),
-    "select_student": ("student", ["teacher", "bank", "search"], (".safetensors",)),
-    "finetune": ("student-tuned", ["teacher", "bank", "student"], (".safetensors",)),
-    "export_student": ("exported", ["student-tuned"], (".onnx",)),
-    "evaluate_models": (
-        "evaluate",
-        ["teacher", "student", "student-tuned", "teacher-more-steps", "exported"],
-        (".safetensors",),
-    ),
+    Path(stage.script).stem: (
+        stage.folder,
+        list(dict.fromkeys(Path(at).parts[0] for _, at in stage.inputs if at)),
+        SUFFIXES.get(stage, (".safetensors",)),
+    )
+    for stage in EDGEDIT
+    if stage is not LATENCY
 }
 FAST = ("train_teacher", "distill_proxies")
 

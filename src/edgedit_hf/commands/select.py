@@ -29,9 +29,10 @@ def run(args: argparse.Namespace) -> None:
 
     check_option("max-latency-ms", args.max_latency_ms, Rule(above=0.0, maximum=1e9))
     check_option("max-parameters-ratio", args.max_parameters_ratio, Rule(above=0.0, maximum=1e6))
+    from ..run.stage import DRIVERS, EDGEDIT, STUDENT
     from ..search.selection import select
 
-    output = args.run_dir / "student" if args.output is None else args.output
+    output = args.run_dir / STUDENT.folder if args.output is None else args.output
     choice = select(
         args.run_dir, max_latency_ms=args.max_latency_ms, max_parameters_ratio=args.max_parameters_ratio, output=output
     )
@@ -39,8 +40,9 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"table latency {choice['predicted_latency_ms']:.3g} ms of the teacher's {choice['teacher_latency_ms']:.3g} ms"
     )
-    if output == args.run_dir / "student":
+    if output == args.run_dir / STUDENT.folder:
+        later = ", ".join(stage.folder for stage in EDGEDIT[EDGEDIT.index(STUDENT) + 1 :])
         print(
-            "student-tuned, exported and evaluate, if they are there, still belong to the earlier choice: delete them "
-            "and run compress.py again."
+            f"{later}, if they are there, still belong to the earlier choice: delete them and run "
+            f"{DRIVERS['compress'][0]} again."
         )

@@ -18,23 +18,11 @@ from typing import Any
 
 from ..entry import LAUNCHED
 from ..errors import EdgeDiTError
+from ..run.stage import DRIVERS, STAGES
 
-STAGES = {
-    "compress": "compress.py",
-    "teacher": "train_teacher.py",
-    "bank": "distill_proxies.py",
-    "latency": "measure_latency.py",
-    "search": "search_architecture.py",
-    "student": "select_student.py",
-    "tune": "finetune.py",
-    "export": "export_student.py",
-    "evaluate": "evaluate_models.py",
-    "text-to-image": "text_to_image.py",
-    "text": "train_text_encoders.py",
-    "elastic": "train_elastic.py",
-    "evaluate-elastic": "evaluate_elastic.py",
-    "quantize": "quantize.py",
-    "sensitivity": "sensitivity.py",
+SCRIPTS = {
+    **{name: script for name, (script, _) in DRIVERS.items()},
+    **{stage.name: stage.script for stage in STAGES},
 }
 PATIENCE_S = 3600  # that processes have to end their step and save after Ctrl-C, before they are killed
 
@@ -44,11 +32,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "train",
         help="run a stage, or all of them, from a recipe",
-        description="Run a stage from a recipe: on the CPU in one process where there is no GPU, else as accelerate is "
-        "configured.",
+        description="Run a stage from a recipe: on the CPU in one process where there is no GPU, else as\n"
+        "accelerate is configured.",
+        epilog="\n".join(["stages:", *(f"  {stage.name:<17} {stage.label}" for stage in STAGES)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "stage", metavar="STAGE", help=f"{', '.join(STAGES)}; or the path of a recipe script of your own"
+        "stage",
+        metavar="STAGE",
+        help=f"{' or '.join(DRIVERS)}, which run all of a family's; one of the stages below; or the path of a recipe "
+        "script of your own",
     )
     parser.add_argument(
         "arguments",
@@ -76,13 +69,13 @@ def find_script(stage: str) -> Path:
     Raises:
         EdgeDiTError: there is neither.
     """
-    if stage in STAGES:
-        return Path(next(iter(importlib.import_module("edgedit_hf.training").__path__)), STAGES[stage])
+    if stage in SCRIPTS:
+        return Path(next(iter(importlib.import_module("edgedit_hf.training").__path__)), SCRIPTS[stage])
     if stage.endswith(".py") and Path(stage).is_file():
         return Path(stage)
     raise EdgeDiTError(
-        f"The stage {stage!r} does not exist; the stages are {', '.join(STAGES)}. A script of your own is given by its "
-        "path, such as a/b.py."
+        f"The stage {stage!r} does not exist; the stages are {', '.join(SCRIPTS)}. A script of your own is given by "
+        "its path, such as a/b.py."
     )
 
 

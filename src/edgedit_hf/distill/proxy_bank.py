@@ -30,6 +30,7 @@ from ..genotype import Genotype, LayerSpec
 from ..models.stored_weights import check_weights
 from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
 from ..records import BankIndex
+from ..run.stage import BANK
 from ..schema import held_to, shorten
 from ..search_space import SearchSpace
 
@@ -50,7 +51,7 @@ class ProxyBank:
 
     def __init__(self, folder: str | os.PathLike, teacher: EdgeDiTTransformer2DModel) -> None:
         self.folder = Path(folder)
-        path, made_by = self.folder / "index.json", "stage bank (training/distill_proxies.py)"
+        path, made_by = self.folder / "index.json", BANK.made_by
         index = read_json(path, made_by)
         if (
             not isinstance(index, dict)

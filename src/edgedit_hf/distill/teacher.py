@@ -16,6 +16,7 @@ from ..models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from ..pipelines.loading import check_memory, load_pipeline
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 from ..run.config import RunConfig
+from ..run.stage import TEACHER
 from ..search_space import SearchSpace, model_cost
 
 
@@ -87,7 +88,7 @@ def read_genotype(name: str, key: str) -> Genotype:
 
 def load_teacher(config: RunConfig) -> EdgeDiTPipeline:
     """The teacher of the run."""
-    pipeline = load_pipeline(teacher_path(config), "stage teacher (training/train_teacher.py)")
+    pipeline = load_pipeline(teacher_path(config), TEACHER.made_by)
     check_weights(pipeline.transformer, f"The teacher {teacher_path(config)}")
     return pipeline
 
@@ -121,6 +122,6 @@ def new_pipeline(transformer: Any, vae: Any, label_names: Sequence[str], config:
         scheduler=make_scheduler(transformer.config.prediction_type),
         vae=vae,
         id2label={str(i): str(name) for i, name in enumerate(label_names)} if transformer.config.num_classes else None,
-        default_steps=config.evaluate.sampling_steps,
-        default_guidance_scale=config.evaluate.guidance_scale,
+        default_steps=config.sampling.steps,
+        default_guidance_scale=config.sampling.guidance_scale,
     )

@@ -15,22 +15,29 @@ from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
 from . import proxy_group
 from .proxy_group import Features
 
-CLASS_DROPOUT = 0.1  # features are distilled with and without a class, as guidance will need both
-
 TRAIN_STREAM, CALIBRATION_STREAM, TEST_STREAM = 0, 2, 3
 
 
 def features_at(
-    teacher, dataset, rows: int, seed: int, step: int, stream: int, device, precision: str, depth: int
+    teacher,
+    dataset,
+    rows: int,
+    class_dropout: float,
+    seed: int,
+    step: int,
+    stream: int,
+    device,
+    precision: str,
+    depth: int,
 ) -> Features:
     """Teacher features of the images and noise of a step: functions of (seed, stream, step), whatever the rank or
-    group.
+    group. A share `class_dropout` of them is without its class.
     """
     batch = dataset.batch(batch_indices(len(dataset), rows, seed + stream, step))
     drawn = draws(seed, step, range(rows), batch["images"].shape[1:], stream=stream)
     diffusion, classes = Diffusion.for_config(teacher.config), teacher.config.num_classes
     t = diffusion.timesteps(drawn.time)
-    labels = drop_labels(batch["labels"], drawn.drop, CLASS_DROPOUT, classes).to(device) if classes else None
+    labels = drop_labels(batch["labels"], drawn.drop, class_dropout, classes).to(device) if classes else None
     noisy = diffusion.noisy(batch["images"], drawn.noise, t)
     return proxy_group.teacher_features(teacher, noisy.to(device), t.to(device), labels, depth, precision)
 
@@ -43,6 +50,7 @@ class FeatureSource:
     Args:
         batch_size: images of a training step, and the most that go through the teacher together.
         fixed: images of each fixed set.
+        class_dropout: share of them, and of a step's, that is without its class.
         precision: of the teacher's forward, "no" or "bf16".
     """
 
@@ -50,14 +58,14 @@ class FeatureSource:
     dataset: ImageDataset | LatentDataset
     batch_size: int
     fixed: int
+    class_dropout: float
     seed: int
     device: torch.device
     precision: str = "no"
 
     def _at(self, rows: int, step: int, stream: int, depth: int) -> Features:
-        return features_at(
-            self.teacher, self.dataset, rows, self.seed, step, stream, self.device, self.precision, depth
-        )
+        drawn = rows, self.class_dropout, self.seed, step, stream
+        return features_at(self.teacher, self.dataset, *drawn, self.device, self.precision, depth)
 
     def training(self, step: int, depth: int) -> Features:
         """Features of the first `depth` layers on a step's batch."""

@@ -17,6 +17,7 @@ from ..pipelines.loading import check_memory, load_text_encoder
 from ..pipelines.pipeline_elastic_dit import ElasticDiTPipeline
 from ..records import ElasticModel
 from ..run.config import RunConfig
+from ..run.stage import TEXT
 from ..schema import read_record
 from ..search_space import elastic_weights
 
@@ -115,8 +116,8 @@ def new_elastic_pipeline(
             tokenizer=tokenizer,
             text_encoder_2=text_encoder_2,
             tokenizer_2=tokenizer_2,
-            default_steps=config.evaluate.sampling_steps,
-            default_guidance_scale=config.evaluate.guidance_scale,
+            default_steps=config.sampling.steps,
+            default_guidance_scale=config.sampling.guidance_scale,
         )
     except ValueError as error:
         raise EdgeDiTError(f"The text encoders cannot be used: {error}") from error
@@ -139,9 +140,6 @@ def load_text(config: RunConfig) -> tuple[Any, Any, Any, Any]:
     for suffix, path in given.items():
         own = config.folder("text", f"text_encoder{suffix}")
         if path is None and not own.is_dir():
-            raise EdgeDiTError(
-                f"There is no text encoder in {own}; it is written by stage text (training/train_text_encoders.py), "
-                "run that first."
-            )
+            raise EdgeDiTError(f"There is no text encoder in {own}; it is written by {TEXT.made_by}, run that first.")
         found += (None, None) if path == "none" else load_text_encoder(own if path is None else path)
     return tuple(found)

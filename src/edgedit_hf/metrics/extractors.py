@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,10 @@ class FeatureExtractor:
         accuracy: on held-out real images, a fraction.
         shape: (C, H, W) of the images it takes.
         hash: of its weights.
+        made_from: what it was trained with, plain values by name; `None`: it does not say.
     """
+
+    made_from: dict[str, Any] | None = None
 
     def __init__(self, model: nn.Module, name: str, accuracy: float, shape: tuple[int, int, int]) -> None:
         self._model = model.eval().requires_grad_(False)
@@ -99,7 +103,8 @@ class FeatureExtractor:
         about = {"name": self.name, "accuracy": self.accuracy, "shape": list(self.shape), "hash": self.hash}
         with atomic_folder(folder) as aside:
             save_file(self._model.state_dict(), aside / "model.safetensors")
-            atomic_write_json(aside / "extractor.json", {**about, "num_classes": self._model.head.out_features})
+            about |= {"num_classes": self._model.head.out_features, "made_from": self.made_from}
+            atomic_write_json(aside / "extractor.json", about)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> FeatureExtractor:
@@ -121,6 +126,7 @@ class FeatureExtractor:
                 f"The feature extractor {str(folder)!r} has weights {extractor.hash}, but its description says "
                 f"{about['hash']}; delete it, the next run trains it anew."
             )
+        extractor.made_from = about.get("made_from")
         return extractor
 
 

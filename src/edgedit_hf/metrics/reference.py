@@ -7,7 +7,9 @@ import torch
 
 from ..data.datasets import ImageDataset
 from ..data.loading import load_run_images
+from ..errors import EdgeDiTError
 from ..files import atomic_write_json
+from ..run.comparison import first_difference
 from ..run.config import RunConfig
 from .distances import frechet_distance
 from .extractors import (
@@ -28,11 +30,22 @@ def load_extractor(config: RunConfig, images: ImageDataset, device: torch.device
     folder = config.folder("evaluate", "extractor")
     if config.evaluate.extractor == "inception":
         return InceptionExtractor(device)
+    steps = config.evaluate.extractor_steps
+    asked = {"data": images.fingerprint, "seed": config.seed, "evaluate.extractor_steps": steps}
     if folder.exists():
-        return FeatureExtractor.load(folder)
+        extractor = FeatureExtractor.load(folder)
+        difference = None if extractor.made_from is None else first_difference(extractor.made_from, asked)
+        if difference is not None:
+            name, before, now = difference
+            raise EdgeDiTError(
+                f"{folder} was trained with {name} = {before!r}, but now {name} = {now!r} is asked for. Use the old "
+                f"value, another output_dir, or delete {folder} and the stages that used it."
+            )
+        return extractor
     pretext = "labels" if images.num_classes else "rotation"
     held_out = held_out or load_run_images(config, "validation")
-    extractor = train_classifier(images, config.seed, config.evaluate.extractor_steps, pretext, validation=held_out)
+    extractor = train_classifier(images, config.seed, steps, pretext, validation=held_out)
+    extractor.made_from = asked
     extractor.save(folder)
     return extractor
 

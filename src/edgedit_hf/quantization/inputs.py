@@ -18,6 +18,7 @@ from ..errors import EdgeDiTError
 from ..models.stored_weights import check_weights
 from ..pipelines.loading import load_pipeline
 from ..run.config import RunConfig
+from ..run.stage import ELASTIC, TUNE
 from .allocation import candidate_specs
 from .calibration import CHECK_STREAM, output_error, record, replay
 from .layers import quantizable_layers, quantized_weights
@@ -33,11 +34,11 @@ def load_source(config: RunConfig) -> Any:
     """
     options = config.quantize
     path = options.path or next(
-        (config.folder(name) for name in ("student-tuned", "elastic") if config.folder(name).exists()), None
+        (folder for stage in (TUNE, ELASTIC) if (folder := config.folder(stage.folder)).exists()), None
     )
     if path is None:
         raise EdgeDiTError(
-            f"There is nothing to quantise: {config.output_dir} has neither student-tuned nor elastic, and "
+            f"There is nothing to quantise: {config.output_dir} has neither {TUNE.folder} nor {ELASTIC.folder}, and "
             "quantize.path is null; set it."
         )
     pipeline = load_pipeline(path, kind=KINDS)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EdgeDiTError
-from ..files import atomic_write_json, atomic_write_text, file_sha256
+from ..files import atomic_write_json, atomic_write_text
 from ..genotype import Genotype
 from ..records import (
     Asked,
@@ -28,30 +28,18 @@ from ..records import (
     Model,
     Reference,
     SearchState,
-    Stage,
+    StageRecord,
     Table,
     Verified,
 )
-from ..run.config import RunConfig
-from ..run.results import pipeline_weights_hash
+from ..run.config import RunConfig, refuse_renamed
+from ..run.results import check_sources, pipeline_weights_hash
+from ..run.stage import BANK, DRIVERS, EDGEDIT, EVALUATE, SEARCH, STUDENT, Stage, maker_of
 from ..schema import read_record
 from ..search_space import OPTIONS, SearchSpace
 from .card import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
 
 FORMAT = 1
-STAGES = {
-    "bank": "stage bank (training/distill_proxies.py)",
-    "search": "stage search (training/search_architecture.py)",
-    "student": "stage student (training/select_student.py)",
-    "evaluate": "stage evaluate (training/evaluate_models.py)",
-}
-READ = {
-    "search": {"bank": "bank/index.json", "latency": "latency/table.json"},
-    "student": {"front": "search/front.json"},
-}  # files by input
-STAGE_ORDER = (
-    "teacher bank latency search student student-tuned student-random-proxies teacher-more-steps exported evaluate"
-).split()
 SAMPLE_PANELS = ("teacher", "student", "student-tuned", "onnx-int8")
 
 
@@ -72,24 +60,19 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise EdgeDiTError(f"{run_dir} is not a folder; give the output_dir of a run.")
-    index = read_record(run_dir / "bank" / "index.json", BankFigures, STAGES["bank"])
-    state = read_record(run_dir / "search" / "state.json", SearchState, STAGES["search"])
-    front = read_record(run_dir / "search" / "front.json", FrontFigures, STAGES["search"])
-    choice = read_record(run_dir / "student" / "choice.json", Choice, STAGES["student"])
+    index = read_record(run_dir / "bank" / "index.json", BankFigures, BANK.made_by)
+    state = read_record(run_dir / "search" / "state.json", SearchState, SEARCH.made_by)
+    front = read_record(run_dir / "search" / "front.json", FrontFigures, SEARCH.made_by)
+    choice = read_record(run_dir / "student" / "choice.json", Choice, STUDENT.made_by)
     settings = (optional_record(run_dir / "search" / "merge.json", SearchState) or state)[
         "settings"
     ]  # merge.json: first of two stages
-    stages = {name: stage for name in STAGE_ORDER if (stage := optional_record(run_dir / name / "stage.json", Stage))}
-    for stage, files in READ.items():
-        for name, file in files.items():
-            was, path = stages.get(stage, {}).get("inputs", {}).get(name), run_dir / file
-            if was is not None and path.is_file() and file_sha256(path) != was:
-                raise EdgeDiTError(
-                    f"{run_dir / stage} was made from another {path} than is there now: delete {run_dir / stage} and "
-                    f"run {STAGES[stage]} again."
-                )
+    stages = finished_stages(run_dir, EDGEDIT)
     models = _models(run_dir)
-    check_judged(run_dir, models, STAGES["evaluate"])
+    check_judged(run_dir, models, EVALUATE.made_by)
+    run = RunConfig(output_dir=str(run_dir))
+    run.teacher.path = front["teacher"].get("path")
+    check_sources(run, stages)
     report = {
         "format": FORMAT,
         "name": run_dir.resolve().name,
@@ -108,7 +91,7 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
         "bank": _bank_summary(index),
         "genotype": _genotype(choice, SearchSpace.from_dict(index["space"])),
         "ratios": _ratios(models),
-        "reproduce": reproduce(run_dir, settings["seed"], stages, "compress.py"),
+        "reproduce": reproduce(run_dir, settings["seed"], stages, DRIVERS["compress"][0]),
     }
     optional = {
         "reference": optional_record(run_dir / "evaluate" / "reference.json", Reference),
@@ -139,6 +122,17 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     if report["ratios"] and latency.get("speedup"):
         report["ratios"]["speedup"] = latency["speedup"]  # paired by rounds, which a ratio of medians is not
     return report
+
+
+def finished_stages(run_dir: Path, table: Sequence[Stage]) -> dict[str, Any]:
+    """What the finished stages of a run say of themselves, by folder, in their order."""
+    folders = [folder for row in table for folder in row.folders]
+    found = {folder: optional_record(run_dir / folder / "stage.json", StageRecord) for folder in folders}
+    for folder, stage in found.items():
+        if stage is not None:
+            remedy = f"Delete {run_dir / folder} and run {maker_of(folder, table).made_by} again."
+            refuse_renamed(stage["config"], str(run_dir / folder / "stage.json"), remedy)
+    return {folder: stage for folder, stage in found.items() if stage is not None}
 
 
 def check_judged(run_dir: Path, models: Sequence[Mapping[str, Any]], made_by: str) -> None:
@@ -199,7 +193,7 @@ def _points(run_dir: Path, *names: str) -> list[list[float]]:
 def _models(run_dir: Path) -> list[dict[str, Any]]:
     other = ("stage.json", "run.json", "reference.json", "latency.json", "captions.json", "curves.json")
     found = [
-        read_record(path, Model, STAGES["evaluate"])
+        read_record(path, Model, EVALUATE.made_by)
         for path in sorted((run_dir / "evaluate").glob("*.json"))
         if path.name not in other
     ]
@@ -210,7 +204,7 @@ def _models(run_dir: Path) -> list[dict[str, Any]]:
 def _bank_summary(index: Mapping[str, Any]) -> dict[str, Any]:
     entries = index["entries"]
     if not entries:
-        raise EdgeDiTError(f"The proxy bank holds 0 proxies; run {STAGES['bank']} to its end.")
+        raise EdgeDiTError(f"The proxy bank holds 0 proxies; run {BANK.made_by} to its end.")
     by_option: dict[str, list[Mapping[str, Any]]] = {}
     for entry in entries.values():
         by_option.setdefault(("merged " if len(entry["source"]) > 1 else "") + entry["option"], []).append(entry)
@@ -314,7 +308,10 @@ def reproduce(run_dir: Path, seed: int, stages: Mapping[str, Mapping[str, Any]],
     import yaml
 
     sections = [field.name for field in dataclasses.fields(RunConfig)]
-    used = {key: value for stage in stages.values() for key, value in stage["config"].items() if key in sections}
+    used: dict[str, Any] = {}
+    for key, value in ((key, value) for stage in stages.values() for key, value in stage["config"].items()):
+        if key in sections:
+            used[key] = {**used.get(key, {}), **value} if isinstance(value, Mapping) else value
     config = {
         "output_dir": f"runs/{run_dir.resolve().name}-again",
         "seed": seed,
@@ -363,7 +360,7 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
                 panels[MODEL_LABELS[model["name"]]] = np.asarray(Image.open(grid).convert("RGB"))
             except Exception as error:  # decoders raise nearly anything on damaged bytes
                 raise EdgeDiTError(
-                    f"The image {grid} cannot be read ({error}); {STAGES['evaluate']} writes it, run that stage again."
+                    f"The image {grid} cannot be read ({error}); {EVALUATE.made_by} writes it, run that stage again."
                 ) from error
     if panels:
         plots.sample_grid(folder / "samples.png", panels)

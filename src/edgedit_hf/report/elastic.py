@@ -13,15 +13,14 @@ from ..data.digits import STYLES, is_held_out, parse_caption
 from ..errors import EdgeDiTError
 from ..files import atomic_write_json, atomic_write_text
 from ..records import Captions, ElasticEvaluation, ElasticStage, Latency, Model, Reference, Telemetry, TextStage
+from ..run.config import RunConfig
+from ..run.results import check_sources
+from ..run.stage import DRIVERS, ELASTIC, EVALUATE_ELASTIC, TEXT_TO_IMAGE
 from ..schema import convert, read_lines, read_record
 from .card import metric_label
-from .edgedit import FORMAT, Figure, check_judged, optional_record, render_html, reproduce
+from .edgedit import FORMAT, Figure, check_judged, finished_stages, optional_record, render_html, reproduce
 
-STAGES = {
-    "text": "stage text (training/train_text_encoders.py)",
-    "elastic": "stage elastic (training/train_elastic.py)",
-}
-JUDGED_BY = "stage evaluate (training/evaluate_elastic.py)"
+JUDGED_BY = EVALUATE_ELASTIC.made_by
 
 
 def build_elastic_report(run_dir: str | os.PathLike) -> dict[str, Any]:
@@ -38,18 +37,15 @@ def build_elastic_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise EdgeDiTError(f"{run_dir} is not a folder; give the output_dir of a run.")
-    trained = read_record(run_dir / "elastic" / "stage.json", ElasticStage, STAGES["elastic"])
+    trained = read_record(run_dir / "elastic" / "stage.json", ElasticStage, ELASTIC.made_by)
     judged = read_record(run_dir / "evaluate" / "stage.json", ElasticEvaluation, JUDGED_BY)
-    stages = {
-        "text": optional_record(run_dir / "text" / "stage.json", TextStage),
-        "elastic": trained,
-        "evaluate": judged,
-    }
-    stages = {name: stage for name, stage in stages.items() if stage}
+    learned = optional_record(run_dir / "text" / "stage.json", TextStage)
+    stages = finished_stages(run_dir, TEXT_TO_IMAGE)
     models = [
         read_record(run_dir / "evaluate" / f"{name}.json", Model, JUDGED_BY) for name in judged["config"]["subnets"]
     ]
     check_judged(run_dir, models, JUDGED_BY)
+    check_sources(RunConfig(output_dir=str(run_dir)), stages, TEXT_TO_IMAGE)
     for model in models:  # what the page needs of every width alike
         lacks = [
             name
@@ -77,12 +73,12 @@ def build_elastic_report(run_dir: str | os.PathLike) -> dict[str, Any]:
         "versions": {name: version for stage in stages.values() for name, version in stage.get("versions", {}).items()},
         "seed": trained["seed"],
         "seconds": {name: stage["seconds"] for name, stage in stages.items()},
-        "reproduce": reproduce(run_dir, trained["seed"], stages, "text_to_image.py"),
+        "reproduce": reproduce(run_dir, trained["seed"], stages, DRIVERS["text-to-image"][0]),
         "reference": read_record(run_dir / "evaluate" / "reference.json", Reference, JUDGED_BY),
         "latency": read_record(run_dir / "evaluate" / "latency.json", Latency, JUDGED_BY),
     }
-    if "text" in stages:
-        report["text"] = stages["text"]["learned"]
+    if learned is not None:
+        report["text"] = learned["learned"]
     return report
 
 
@@ -90,7 +86,7 @@ def training_curves(run_dir: Path, report: Mapping[str, Any]) -> dict[str, tuple
     """Flow loss of every sub-network against the supernet's steps, from the telemetry; means over a fiftieth of the
     run.
     """
-    lines = read_lines(run_dir / "elastic" / "telemetry.jsonl", Telemetry, STAGES["elastic"])
+    lines = read_lines(run_dir / "elastic" / "telemetry.jsonl", Telemetry, ELASTIC.made_by)
     bin_size, curves = max(1, report["elastic_steps"] // 50), {}
     for name in (model["name"] for model in report["models"]):
         bins: dict[int, list[float]] = {}
@@ -114,7 +110,10 @@ def draw_elastic_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figur
     """Write the PNGs below `run_dir/report` and describe them."""
     from . import plots
 
-    folder, captions = run_dir / "report", read_record(run_dir / "evaluate" / "captions.json", Captions, JUDGED_BY)
+    folder, captions = (
+        run_dir / "report",
+        read_record(run_dir / "evaluate" / "captions.json", Captions, JUDGED_BY),
+    )
     names = [model["name"] for model in report["models"]]
     images = {name: _images(run_dir / "evaluate" / f"{name}.safetensors", captions) for name in names}
     rows = ", ".join(names)

@@ -31,6 +31,7 @@ from .sections import (
     KnowledgeConfig,
     LatencyConfig,
     QuantizeConfig,
+    SamplingConfig,
     SearchConfig,
     SensitivityConfig,
     StudentConfig,
@@ -56,6 +57,7 @@ class RunConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     card: CardConfig = field(default_factory=CardConfig)
@@ -76,6 +78,9 @@ class RunConfig:
 
 # -------------------------------------------------------------------- reading
 
+
+RENAMED = {"evaluate.sampling_steps": "sampling.steps", "evaluate.guidance_scale": "sampling.guidance_scale"}
+"""Keys of earlier versions, and what they are called now."""
 
 RECIPE_BYTES = 2**18  # a recipe with every key and its comment has 15,000
 NODES, DEPTH = 10_000, 20  # of a recipe, once its aliases are written out
@@ -174,6 +179,19 @@ def _read_recipe(path: Path) -> Any:
         raise EdgeDiTError(f"The recipe {path} is not YAML: {error}") from None
 
 
+def refuse_renamed(values: Any, source: str, remedy: str = "Rename it.") -> None:
+    """Raise if nested values, of a recipe or of a run's record, hold a key that is called something else now."""
+    for old, new in RENAMED.items():
+        section, _, entry = old.partition(".")
+        if isinstance(values, dict) and isinstance(values.get(section), dict) and entry in values[section]:
+            raise EdgeDiTError(f"{source}: the key {old} is called {new} now. {remedy}")
+
+
+def _set(config: RunConfig, values: Any, source: str) -> None:
+    refuse_renamed(values, source)
+    fill(config, values, source)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe and apply `section.key=value` overrides (values are YAML).
 
@@ -184,7 +202,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     values = _read_recipe(path)
     config = RunConfig()
-    fill(config, {} if values is None else values, str(path))
+    _set(config, {} if values is None else values, str(path))
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
@@ -197,7 +215,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             raise EdgeDiTError(f"--override {shorten(text)}: the value is not YAML: {error}") from None
         for part in reversed(name.strip().split(".")):
             nested = {part: nested}
-        fill(config, nested, "--override")
+        _set(config, nested, "--override")
     _check(config, str(path))
     return config
 
@@ -317,6 +335,12 @@ def unused(config: RunConfig) -> list[str]:
             if config.student.genotype is not None
             else (),
         ),
+        (
+            "latency.table",
+            tuple(f"latency.{name}" for name in ("batch_size", "runtime", "precision", "repeats"))
+            if config.latency.table is not None
+            else (),
+        ),
         ("text.encoder and text.encoder_2", text if None not in (config.text.encoder, config.text.encoder_2) else ()),
         (
             "evaluate.extractor inception",
@@ -354,7 +378,7 @@ def commented_yaml(overrides: Sequence[str] = ()) -> str:
         nested: Any = value
         for part in reversed(name.split(".")):
             nested = {part: nested}
-        fill(config, nested, shorten(text)[1:-1])
+        _set(config, nested, shorten(text)[1:-1])
 
     def plain(value: Any) -> str:
         return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")

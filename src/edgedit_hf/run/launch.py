@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import operator
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +20,7 @@ from .. import entry
 from .config import RunConfig, load_config, unused
 from .lock import release_locks
 from .outputs import check_output
+from .stage import Stage
 from .state import close_progress, on_main
 
 
@@ -80,6 +83,18 @@ def recipe_main(
         raise SystemExit(code)
 
 
+def stage_runs(stages: Iterable[Stage], folder: Path) -> dict[Stage, Callable[[RunConfig, Any], None]]:
+    """What the scripts of stages, which lie in one folder, do: their `run`."""
+    found = {}
+    for stage in stages:
+        about = importlib.util.spec_from_file_location(f"recipe_{Path(stage.script).stem}", folder / stage.script)
+        module = importlib.util.module_from_spec(about)
+        sys.modules[about.name] = module
+        about.loader.exec_module(module)
+        found[stage] = module.run
+    return found
+
+
 def check_run_folder(config: RunConfig) -> None:
     """Raise unless the run may write into its `output_dir`. An input in it is another stage's folder of such a run, or
     is refused.
@@ -88,6 +103,7 @@ def check_run_folder(config: RunConfig) -> None:
         "data.source",
         "data.vae",
         "teacher.path",
+        "latency.table",
         "student.genotype",
         "text.encoder",
         "text.encoder_2",

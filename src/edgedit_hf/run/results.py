@@ -1,4 +1,4 @@
-"""The results in a stage's folder: replaced as a whole, and told apart by their hashes."""
+"""The results in a stage's folder: replaced as a whole, told apart by hashes, held against what they were made from."""
 
 from __future__ import annotations
 
@@ -6,28 +6,21 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import (
-    HASHED_ALWAYS,
-    atomic_folder,
-    atomic_write_json,
-    file_record,
-    file_sha256,
-    sweep,
-)
+from ..errors import EdgeDiTError
+from ..files import HASHED_ALWAYS, atomic_folder, atomic_write_json, file_record, file_sha256, sweep
 from ..records import Named, Results
 from ..schema import read_record
+from .comparison import comparable_inputs
+from .config import RunConfig
 from .lock import FolderLock
+from .stage import STAGES, Stage, maker_of
 
 OWN_FILES = ("run.json", "stage.json", "telemetry.jsonl", "checkpoints", FolderLock.NAME)
-
-
 LATER_FILES = ("README.md", "curves.json")  # of a card, of a benchmark: written into finished folders
-
-
 UNLISTED = (*OWN_FILES, *LATER_FILES)
 
 
@@ -106,3 +99,49 @@ def pipeline_weights_hash(folder: str | os.PathLike) -> str | None:
                 f"{path.relative_to(folder).as_posix()} {entry['sha256'] if recorded else file_sha256(path)}\n".encode()
             )
     return digest.hexdigest()[:16]
+
+
+def input_hash(config: RunConfig, at: str) -> str | None:
+    """The SHA-256 of a file of a run, or the hash of a pipeline's weights; `None`: it is not there."""
+    maker = maker_of(at)
+    path = maker.place(config) if at == maker.folder else config.folder(at)
+    if path.suffix == ".json":
+        return file_sha256(path) if path.is_file() else None
+    if maker.brought and not path.exists():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        with contextlib.suppress(HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+            path = Path(snapshot_download(str(path), local_files_only=True))
+    return pipeline_weights_hash(path)
+
+
+def check_sources(config: RunConfig, folders: Iterable[str], table: Sequence[Stage] = STAGES) -> None:
+    """Raise if results of a run were made from others than are there now, or those from others, and so on back.
+
+    What is not there any more, or is from before it was recorded, is taken as it is.
+
+    Args:
+        folders: of the stages whose results are to be read. table: of the run's family.
+    """
+    hashes: dict[str, str | None] = {}
+    left = list(dict.fromkeys(folders))
+    for folder in left:
+        maker, record = maker_of(folder, table), config.folder(folder, "stage.json")
+        if not record.is_file():
+            continue
+        if maker.brought and maker.place(config) != config.folder(folder):
+            continue  # another one is used in its place
+        made_from = comparable_inputs(read_record(record, Results, maker.made_by), maker)
+        for name, at in maker.inputs:
+            if not at or name not in made_from:
+                continue
+            if at not in hashes:
+                hashes[at] = input_hash(config, at)
+            if hashes[at] not in (None, made_from[name]):
+                raise EdgeDiTError(
+                    f"{config.folder(folder)} was made from another {config.folder(at)} than is there now: delete "
+                    f"{config.folder(folder)} and run {maker.made_by} again."
+                )
+            if (before := Path(at).parts[0]) not in left:
+                left.append(before)

@@ -147,8 +147,15 @@ class BankConfig:
         minimum=0.0,
         maximum=LARGEST,
     )
+    final_learning_rate: float = key(0.02, "the cosine decay ends at this share of the peak", minimum=0.0, maximum=1.0)
     warmup_steps: int = key(
         30, "linear warm-up (full first steps undo part of a closed-form start)", minimum=0, maximum=STEPS
+    )
+    class_dropout: float = key(
+        0.1,
+        "share of labels dropped: features with and without a class, as guidance needs both",
+        minimum=0.0,
+        maximum=1.0,
     )
     optimizer: str = key(
         "adamw", "adamw, or adamw8bit (bitsandbytes: a quarter of the optimiser's memory)", ("adamw", "adamw8bit")
@@ -172,6 +179,9 @@ class BankConfig:
 class LatencyConfig:
     """The latency table: every distinct block shape, lowered and measured once in the runtime that will ship."""
 
+    table: str | None = key(
+        None, "a table.json of an earlier run to use instead of measuring; null measures with the keys below", path=True
+    )
     batch_size: int = key(32, "images a forward", minimum=1, maximum=BATCH)
     threads: int = key(2, "threads of the runtime", minimum=1, maximum=THREADS)
     runtime: str = key("onnxruntime", f"runtime that will ship: {' or '.join(MEASURED)}", tuple(MEASURED))
@@ -247,12 +257,20 @@ class TuneConfig(DenoiserConfig):
 
 
 @dataclass
+class SamplingConfig:
+    """How images are sampled where nothing else is said: default of the pipelines that are trained, and of their
+    evaluation.
+    """
+
+    steps: int = key(20, "denoising steps", minimum=1, maximum=TIMESTEPS)
+    guidance_scale: float = key(1.5, "classifier-free guidance", minimum=0.0, maximum=1000.0)
+
+
+@dataclass
 class EvaluateConfig:
     """Final figures of teacher, student and exports."""
 
     samples: int = key(2000, "images a model is judged by", minimum=16, maximum=IMAGES)
-    sampling_steps: int = key(20, "denoising steps", minimum=1, maximum=TIMESTEPS)
-    guidance_scale: float = key(1.5, "classifier-free guidance", minimum=0.0, maximum=1000.0)
     batch_size: int = key(250, "images a sampling batch", minimum=1, maximum=BATCH)
     extractor: str = key(
         "classifier",
@@ -320,7 +338,9 @@ class SensitivityConfig:
         minimum=0.0,
         maximum=LARGEST,
     )
+    final_learning_rate: float = key(0.02, "the cosine decay ends at this share of the peak", minimum=0.0, maximum=1.0)
     warmup_steps: int = key(30, "linear warm-up", minimum=0, maximum=STEPS)
+    class_dropout: float = key(0.1, "share of labels dropped, as the bank's", minimum=0.0, maximum=1.0)
     samples: int = key(64, "images a timestep that whole models are judged by", minimum=1, maximum=IMAGES)
     timesteps: int = key(5, "timesteps, evenly spaced, that whole models are judged at", minimum=1, maximum=TIMESTEPS)
     checkpoint_every: int = key(100, "steps between checkpoints", minimum=1, maximum=STEPS)

@@ -40,10 +40,22 @@ from ..files import (
 from ..records import Asked, Checkpoint, Results
 from ..schema import held_to, read_record
 from .checkpoint import first_non_finite, load_state, save_state
-from .comparison import AFTER_NAN, FORMAT, NO_RESULT, first_difference, known_to, with_value, without_keys
+from .comparison import (
+    AFTER_NAN,
+    FORMAT,
+    NO_RESULT,
+    asked_values,
+    comparable,
+    declared_inputs,
+    first_difference,
+    with_value,
+    without_keys,
+)
+from .config import RunConfig, refuse_renamed
 from .lock import FolderLock
 from .outputs import STAGE_FILES
-from .results import UNLISTED
+from .results import UNLISTED, check_sources, input_hash
+from .stage import Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -106,19 +118,21 @@ class RunState:
     """Progress, telemetry, checkpoints and resume of one stage.
 
     Args:
-        folder: the stage's folder; created.
-        stage: its name, shown before the progress bar.
-        config: plain values that decide the result; a folder made with others is refused.
+        config: of the run. Of it the stage's sections decide the result; a folder made with others is refused.
+        stage: its row in the tables.
         total_steps: number of steps.
-        seed: written to `stage.json`.
-        inputs: hashes of what the stage reads; part of what must agree on resume.
+        inputs: hashes of what the script opened itself, all that the row declares without a place; `None`: not read in
+            this run, also of an input with a place, whose hash is taken here otherwise. They must agree on resume.
+        also: further plain values that decide the result, nested like a recipe.
+        folder: of the stage's folders that is meant; default its first.
+        seed: default the recipe's, or 0 where the row says that it decides nothing.
         accelerator: for several processes; only the main one writes and shows progress.
         checkpoint_every, log_every: in steps.
         sharded: every rank holds state of its own (else rank 0's stands for all).
         unit: what a step is called in the progress bar.
 
     Example:
-        >>> run = RunState("runs/x/teacher", "teacher", config, total_steps=100, seed=0)
+        >>> run = RunState(config, TEACHER, total_steps=100, inputs={"data": dataset.fingerprint})
         >>> if not run.finished:
         ...     run.track(model=model, optimizer=optimizer)
         ...     for step in run.steps():
@@ -128,23 +142,25 @@ class RunState:
 
     def __init__(
         self,
-        folder: str | os.PathLike,
-        stage: str,
-        config: Mapping[str, Any],
+        config: RunConfig,
+        stage: Stage,
         total_steps: int,
         *,
-        seed: int = 0,
-        inputs: Mapping[str, str] | None = None,
+        inputs: Mapping[str, str | None] | None = None,
+        also: Mapping[str, Any] | None = None,
+        folder: str | None = None,
+        seed: int | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_every: int = 500,
         log_every: int = 10,
         sharded: bool = False,
         unit: str = "step",
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = config.folder(folder or stage.folder)
         self.stage = stage
+        self.name = folder if stage.more and folder else stage.name
         self.total_steps = int(total_steps)
-        self.seed = seed
+        self.seed = seed if seed is not None else config.seed if "seed" in stage.sections else 0
         self.accelerator = accelerator
         self.checkpoint_every = max(1, int(checkpoint_every))
         self.log_every = max(1, int(log_every))
@@ -162,17 +178,17 @@ class RunState:
         self._stop = 0
         self._started = time.monotonic()
         self._asked = {
-            "stage": stage,
-            "config": json.loads(json.dumps(dict(config))),
-            "inputs": dict(inputs or {}),
-            "seed": seed,
+            "stage": self.name,
+            "config": json.loads(json.dumps(asked_values(stage, config, also or {}))),
+            "inputs": declared_inputs(stage, inputs or {}),
+            "seed": self.seed,
         }
         self._lock = FolderLock(self.folder)
         self._record: dict[str, Any] = {}
         self._changed: dict[str, Any] = {}
-        on_main(self._open, accelerator)
+        on_main(lambda: self._open(config, inputs or {}), accelerator)
 
-    def _open(self) -> None:
+    def _open(self, config: RunConfig, given: Mapping[str, str | None]) -> None:
         """Take the folder: clear up after killed processes, lock it, and compare what was asked with what it was made
         with.
         """
@@ -180,18 +196,27 @@ class RunState:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             sweep(self.folder.parent, self.folder.name)
             self.folder.mkdir(parents=True, exist_ok=True)
+        read = {name: at for name, at in self.stage.inputs if at and name not in given}
+        found = {name: input_hash(config, at) for name, at in read.items()}
+        self._asked["inputs"] |= {name: value for name, value in found.items() if value is not None}
         if self.finished:  # nothing will be written: no lock, the folder may be read-only
             self._compare()
             self._check_results()
-            return
-        self._lock.acquire()
-        try:
-            sweep(self.folder)
-            shutil.rmtree(self.folder / ".publish", ignore_errors=True)
-            self._compare()
-        except BaseException:
-            self._lock.release()
-            raise
+        else:
+            self._lock.acquire()
+            try:
+                sweep(self.folder)
+                shutil.rmtree(self.folder / ".publish", ignore_errors=True)
+                self._compare()
+            except BaseException:
+                self._lock.release()
+                raise
+        check_sources(config, (Path(at).parts[0] for at in read.values()))
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """The hashes of what the stage reads, by name; on the main process."""
+        return self._asked["inputs"]
 
     def _compare(self) -> None:
         path = self.folder / "run.json"
@@ -203,21 +228,20 @@ class RunState:
             )
             if foreign:
                 raise EdgeDiTError(
-                    f"{self.folder} holds {foreign[0]}, but no run.json of stage {self.stage}, which would write over "
+                    f"{self.folder} holds {foreign[0]}, but no run.json of stage {self.name}, which would write over "
                     "it; it is left as it is. Choose another output_dir, or move the folder away."
                 )
             self._record = {**self._asked, "format": FORMAT}
             atomic_write_json(path, self._record)
             return
         try:
-            found = read_record(path, Asked, f"stage {self.stage}")
+            found = read_record(path, Asked, f"stage {self.name}")
         except EdgeDiTError as error:
             raise EdgeDiTError(f"{error} Delete {self.folder} to make it anew.") from None
-        asked = self._asked
-        if "format" not in found:  # made before all inputs were recorded, and before some keys were there
-            asked = known_to(found, asked)
+        refuse_renamed(found["config"], str(path), f"Delete {self.folder} to make it anew.")
+        made, asked = comparable(found, self._asked, self.stage)
         ignored = NO_RESULT + (AFTER_NAN if found.get("aborted") and not self.finished else ())
-        old, new = ({key: without_keys(record.get(key), ignored) for key in asked} for record in (found, asked))
+        old, new = ({key: without_keys(record.get(key), ignored) for key in asked} for record in (made, asked))
         if (difference := first_difference(old, new)) is not None:
             name, before, now = difference
             earlier = (
@@ -230,7 +254,7 @@ class RunState:
                 f"Use the old value, another output_dir, or delete {self.folder} to make it anew."
             )
         self._record = found
-        old, new = (without_keys(record["config"], NO_RESULT) for record in (found, asked))
+        old, new = (without_keys(record["config"], NO_RESULT) for record in (made, asked))
         while (difference := first_difference(old, new)) is not None:
             name, before, now = difference
             self._changed[name] = [before, now]
@@ -247,11 +271,11 @@ class RunState:
             atomic_write_json(path, self._record)
 
     def _check_results(self) -> None:
-        stage = read_record(self.folder / "stage.json", Results, f"stage {self.stage}")
+        stage = read_record(self.folder / "stage.json", Results, f"stage {self.name}")
         changed = changed_file(self.folder, stage.get("files", {}))  # older runs list none
         if changed is not None:
             raise EdgeDiTError(
-                f"Stage {self.stage} had finished, but since then its results were changed: {changed}. Put the file "
+                f"Stage {self.name} had finished, but since then its results were changed: {changed}. Put the file "
                 f"back, or delete {self.folder} and run the same command: the stage is then done again."
             )
 
@@ -279,7 +303,7 @@ class RunState:
         newest = self._newest_checkpoint()
         if newest is not None:
             state = load_state(newest, self._state_name())
-            held_to(state, Checkpoint, newest / f"{self._state_name()}.json", f"stage {self.stage}", "a checkpoint")
+            held_to(state, Checkpoint, newest / f"{self._state_name()}.json", f"stage {self.name}", "a checkpoint")
             if state["world_size"] != self.world_size and self.sharded:
                 raise EdgeDiTError(
                     f"{newest} was written by {state['world_size']} processes, but {self.world_size} are running; "
@@ -306,7 +330,7 @@ class RunState:
             ) as error:  # of torch, or of whoever reads its state
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 raise EdgeDiTError(
-                    f"The checkpoint {newest} does not fit what stage {self.stage} tracks ({why}); delete it to start "
+                    f"The checkpoint {newest} does not fit what stage {self.name} tracks ({why}); delete it to start "
                     "anew."
                 ) from error
             self.step = state["step"]
@@ -402,7 +426,7 @@ class RunState:
         bar = tqdm(
             total=self.total_steps,
             initial=self.step,
-            desc=STAGE_LABEL.get() + self.stage,
+            desc=STAGE_LABEL.get() + self.name,
             unit=self.unit,
             disable=not self.is_main,
             file=sys.stderr,
@@ -425,7 +449,7 @@ class RunState:
                 if stop:
                     self._lock.release()
                     raise Interrupted(
-                        f"Stopped at {self.unit} {self.step} of {self.total_steps} of {self.stage}; saved. Run the "
+                        f"Stopped at {self.unit} {self.step} of {self.total_steps} of {self.name}; saved. Run the "
                         "same command to continue.",
                         128 + stop,
                     )
@@ -438,7 +462,7 @@ class RunState:
         if self._stop:  # a second signal does not wait for the step
             if number == signal.SIGTERM:
                 raise Interrupted(
-                    f"Stopped at once in {self.stage} by a second signal. Run the same command to continue.",
+                    f"Stopped at once in {self.name} by a second signal. Run the same command to continue.",
                     128 + number,
                 )
             raise KeyboardInterrupt
@@ -450,7 +474,6 @@ class RunState:
             return list(values)
         import torch
 
-        assert self.accelerator is not None, "several processes have an accelerator"
         return self.accelerator.reduce(torch.tensor(values, device=self.accelerator.device), reduction="sum").tolist()
 
     def _any(self, flag: bool) -> bool:
@@ -494,7 +517,7 @@ class RunState:
             atomic_write_json(self.folder / "run.json", self._record)
             self._lock.release()
         return EdgeDiTError(
-            f"{self.stage}: {what}; {kept}. Lower the learning rate, lengthen the warm-up, or look at the data; then "
+            f"{self.name}: {what}; {kept}. Lower the learning rate, lengthen the warm-up, or look at the data; then "
             f"run again: {', '.join(AFTER_NAN)} may now change, and it continues "
             f"{'from there' if newest else 'at the start'}."
         )
@@ -502,7 +525,7 @@ class RunState:
     def write_telemetry(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to `telemetry.jsonl`."""
         if self.is_main:
-            line = {"stage": self.stage, "step": self.step, "seconds": round(self.seconds, 3), **metrics}
+            line = {"stage": self.name, "step": self.step, "seconds": round(self.seconds, 3), **metrics}
             with (
                 explain_write_errors(self.folder),
                 open(self.folder / "telemetry.jsonl", "a", encoding="utf-8") as file,
@@ -518,7 +541,7 @@ class RunState:
             yield aside
             check_finite_files(
                 aside,
-                f"Stage {self.stage}",
+                f"Stage {self.name}",
                 f"nothing was published. Look at its input, or delete {self.folder} and lower its learning rate.",
             )
 
@@ -526,7 +549,12 @@ class RunState:
         """Mark the stage as finished (`stage.json`) and drop its checkpoints."""
         self.barrier()
         if self.is_main:
-            about = {"steps": self.total_steps, "seconds": round(self.seconds, 2), "versions": versions()}
+            about = {
+                "format": FORMAT,
+                "steps": self.total_steps,
+                "seconds": round(self.seconds, 2),
+                "versions": versions(),
+            }
             changes = {"changes": self._record["changes"]} if "changes" in self._record else {}
             files = file_record(self.folder, UNLISTED)
             atomic_write_json(self.folder / "stage.json", {**self._asked, **about, **changes, **facts, "files": files})

@@ -143,7 +143,7 @@ class LatencyTable:
                 "batch": int(batch),
                 "threads": int(threads),
                 "space": space.to_dict(),
-                "trunk": {key: config[key] for key in TRUNK_KEYS},
+                "trunk": trunk_of(config),
                 "trunk_ms": trunk_ms,
                 "blocks": [
                     {
@@ -189,9 +189,9 @@ class LatencyTable:
             total += self.blocks[layer.shape]
         return total
 
-    def check_config(self, config: Mapping[str, Any]) -> None:
+    def check_config(self, config: Mapping[str, Any], space: SearchSpace | None = None) -> None:
         """Raise an [`EdgeDiTError`] if the table was measured for another input, width or output than this model
-        config's.
+        config's, or lacks shapes of its search space.
         """
         wrong = {key: (self.trunk[key], config[key]) for key in TRUNK_KEYS if self.trunk[key] != config[key]}
         if wrong:
@@ -199,48 +199,11 @@ class LatencyTable:
             raise EdgeDiTError(
                 f"The latency table belongs to another teacher: {differences}. Build a table for this one."
             )
+        for genotype in () if space is None else check_genotypes(space):
+            self.latency_ms(genotype)
 
-    def prediction_error(
-        self, config: Mapping[str, Any], genotypes: Sequence[Genotype] | Genotype, repeats: int = 20
-    ) -> dict[str, Any]:
-        """Export whole networks as the export stage does, time them now, and compare.
-
-        The machine may be faster or slower than when the table was measured. The original network therefore runs in the
-        same rounds; its measured over its predicted time is the drift, and every prediction is multiplied by it before
-        it is compared.
-
-        Args:
-            config: the teacher's model config.
-            genotypes: what to export and time.
-            repeats: timed rounds.
-
-        Returns:
-            `{"mean", "max", "drift", "networks": [{"genotype", "code", "predicted_ms", "measured_ms",
-            "relative_error"}]}`; errors are
-            |predicted − measured| / measured.
-        """
-        from ..runtimes.runners import RUNNERS
-        from ..runtimes.timing import measure, paired_medians
-
-        self.check_config(config)
-        genotypes = [genotypes] if isinstance(genotypes, Genotype) else list(genotypes)
-        space = self.space
-        original = Genotype.original(space.num_layers, space.hidden_size, space.num_heads, space.mlp_ratio)
-        runners = {}
-        with tempfile.TemporaryDirectory() as folder:
-            for genotype in {g.hash: g for g in [original, *genotypes]}.values():
-                network = {**config, "layers": genotype.to_layers()}
-                file = export_network(network, self.runtime, self.precision, self.batch, Path(folder, genotype.hash))
-                runners[genotype.hash] = RUNNERS[self.runtime](file, config, self.batch, self.threads)
-        times = paired_medians(measure(runners, repeats=repeats))
-        drift = times[original.hash] / self.latency_ms(original)
-        entries = [
-            self._compare(g, times[g.hash], drift) for g in genotypes if g != original
-        ]  # the original fits by construction
-        return {**_summary(entries), "drift": drift}
-
-    def _compare(self, genotype: Genotype, measured_ms: float, drift: float = 1.0) -> dict[str, Any]:
-        predicted = drift * self.latency_ms(genotype)
+    def _compare(self, genotype: Genotype, measured_ms: float) -> dict[str, Any]:
+        predicted = self.latency_ms(genotype)
         return {
             "genotype": genotype.hash,
             "code": list(self.space.code(genotype)),
@@ -280,7 +243,27 @@ class LatencyTable:
         return table
 
 
+def given_table(path: str, config: Mapping[str, Any], space: SearchSpace) -> LatencyTable:
+    """The table that a recipe's `latency.table` names, if it is one for this teacher and its search space."""
+    if not Path(path).is_file():
+        raise EdgeDiTError(
+            f"latency.table is {path}, but there is no such file; give the table.json of another run's stage latency, "
+            "or null to measure one."
+        )
+    try:
+        table = LatencyTable.from_json(path)
+        table.check_config(config, space)
+    except EdgeDiTError as error:
+        raise EdgeDiTError(f"latency.table is {path}: {error}") from None
+    return table
+
+
 # -------------------------------------------------------------------- parts
+
+
+def trunk_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table depends on besides the layers' shapes."""
+    return {key: config[key] for key in TRUNK_KEYS}
 
 
 def check_genotypes(space: SearchSpace) -> list[Genotype]:

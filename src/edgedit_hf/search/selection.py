@@ -15,7 +15,9 @@ from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 from ..records import Front
 from ..run.outputs import check_output, foreign_to_student
 from ..run.results import replace_results
+from ..run.stage import EDGEDIT, SEARCH, STUDENT, TEACHER
 from ..schema import read_record
+from .latency_table import LatencyTable
 from .pareto import choose
 
 
@@ -45,7 +47,7 @@ def select(
         EdgeDiTError: the search is unfinished, or no point of the front keeps the bounds.
     """
     run_dir = Path(run_dir)
-    front = read_record(run_dir / "search" / "front.json", Front, "stage search (training/search_architecture.py)")
+    front = read_record(run_dir / "search" / "front.json", Front, SEARCH.made_by)
     whole = front["teacher"]
     if max_latency_ms is None and max_latency_ratio is not None:
         max_latency_ms = max_latency_ratio * whole["latency_ms"]
@@ -59,11 +61,13 @@ def select(
     output = run_dir / "student" if output is None else output
     check_output(
         output,
-        [path, *(run_dir / name for name in ("teacher", "bank", "search", "latency"))],
+        [path, *(run_dir / stage.folder for stage in EDGEDIT[: EDGEDIT.index(STUDENT)])],
         overwrite=True,
         foreign=foreign_to_student,
     )
-    teacher = load_pipeline(path, "stage teacher (training/train_teacher.py)")
+    teacher = load_pipeline(path, TEACHER.made_by)
+    if (table := run_dir / "latency" / "table.json").is_file():
+        LatencyTable.from_json(table).check_config(teacher.transformer.config)
     bank = ProxyBank(run_dir / "bank", teacher.transformer)
     facts = {
         "reason": reason,

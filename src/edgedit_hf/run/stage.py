@@ -1,0 +1,269 @@
+"""The stages of a run, one row each, in order. Whatever else knows about stages asks these two tables. No torch.
+
+A new stage is one row and one script.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .config import RunConfig
+from .sections import OptimisationConfig, QuantizeConfig
+
+
+class Input(NamedTuple):
+    """What a stage reads that somebody else made.
+
+    Args:
+        name: in the stage's record.
+        at: the file, or the pipeline's folder, in the run whose hash is recorded; without it the script, which opens
+            the thing, gives its hash.
+    """
+
+    name: str
+    at: str = ""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Args:
+        name: what `edgedit train`, progress and messages call it.
+        script: its recipe in training/.
+        folder: of its results, in the run.
+        label: what it does, in words.
+        sections: what its results depend on in the recipe: sections ("tune"), keys of others ("export.executorch"),
+            `seed` and `threads`.
+        inputs: what else they depend on.
+        more: further folders that it writes as its own, each on its own.
+        brought: the key that names results of this kind, which are then used in the place of its own.
+        unless: the key that makes it needless.
+    """
+
+    name: str
+    script: str
+    folder: str
+    label: str
+    sections: tuple[str, ...]
+    inputs: tuple[Input, ...] = ()
+    more: tuple[str, ...] = ()
+    brought: str = ""
+    unless: str = ""
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """All folders that it writes in the run."""
+        return (self.folder, *self.more)
+
+    @property
+    def made_by(self) -> str:
+        """What messages call it, e.g. "… is written by stage bank (training/distill_proxies.py), run that first"."""
+        return f"stage {self.name} (training/{self.script})"
+
+    def values(self, config: RunConfig) -> dict[str, Any]:
+        """The plain values of its sections, nested as in a recipe. The seed has a place of its own in a record."""
+        found: dict[str, Any] = {}
+        for name in self.sections:
+            section, _, key = name.partition(".")
+            if key:
+                found.setdefault(section, {})[key] = operator.attrgetter(name)(config)
+            elif section == "threads":
+                found[section] = config.threads
+            elif section != "seed":
+                found |= config.section(section)
+        return found
+
+    def needed(self, config: RunConfig) -> bool:
+        """Whether a run of this recipe goes through it."""
+        return not self.unless or operator.attrgetter(self.unless)(config) is None
+
+    def place(self, config: RunConfig, folder: str | None = None) -> Path:
+        """Where its results are, or those that the recipe brings along."""
+        path = operator.attrgetter(self.brought)(config) if self.brought else None
+        return Path(path).expanduser() if path is not None else config.folder(folder or self.folder)
+
+
+IMAGES, EXTRACTOR = Input("data"), Input("extractor")
+THE_TEACHER = Input("teacher", "teacher")
+OWN_OF_QUANTIZE = [
+    f"quantize.{entry.name}"
+    for entry in dataclasses.fields(QuantizeConfig)
+    if entry.name not in {"dropout", *(inherited.name for inherited in dataclasses.fields(OptimisationConfig))}
+]  # what its first part depends on: the keys of the loop may change without making that anew
+
+# -------------------------------------------------------------------- class-conditional
+
+TEACHER = Stage(
+    "teacher",
+    "train_teacher.py",
+    "teacher",
+    "train the network that is compressed",
+    sections=("seed", "data", "teacher", "sampling"),
+    inputs=(IMAGES,),
+    brought="teacher.path",
+)
+BANK = Stage(
+    "bank",
+    "distill_proxies.py",
+    "bank",
+    "distil every smaller stand-in of every layer",
+    sections=("seed", "data", "bank"),
+    inputs=(THE_TEACHER, IMAGES),
+)
+LATENCY = Stage(
+    "latency",
+    "measure_latency.py",
+    "latency",
+    "measure every block shape in the runtime that will ship",
+    sections=("latency", "bank.reduced_mlp_ratio", "bank.reduced_attention_dim"),
+    inputs=(Input("table"),),
+    unless="student.genotype",
+)
+SEARCH = Stage(
+    "search",
+    "search_architecture.py",
+    "search",
+    "search the front of quality against latency",
+    sections=("seed", "search", "evaluate.extractor", "evaluate.extractor_steps"),
+    inputs=(
+        Input("bank", "bank/index.json"),
+        Input("latency", "latency/table.json"),
+        THE_TEACHER,
+        IMAGES,
+        EXTRACTOR,
+    ),
+    unless="student.genotype",
+)
+STUDENT = Stage(
+    "student",
+    "select_student.py",
+    "student",
+    "choose a point of the front and assemble its student",
+    sections=("student",),
+    inputs=(
+        Input("front", "search/front.json"),
+        Input("genotype"),
+        Input("bank", "bank/index.json"),
+        THE_TEACHER,
+    ),
+)
+TUNE = Stage(
+    "tune",
+    "finetune.py",
+    "student-tuned",
+    "fine-tune the student, and what it is compared with",
+    sections=("seed", "data", "tune"),
+    inputs=(Input("student", "student"), Input("bank", "bank/index.json"), THE_TEACHER, IMAGES),
+    more=("student-random-proxies", "teacher-more-steps"),
+)
+EXPORT = Stage(
+    "export",
+    "export_student.py",
+    "exported",
+    "lower the student for its runtimes, verify and time it",
+    sections=("seed", "export", "evaluate.latency_batch_size"),
+    inputs=(Input("student-tuned", "student-tuned"),),
+)
+EVALUATE = Stage(
+    "evaluate",
+    "evaluate_models.py",
+    "evaluate",
+    "judge every model of the run alike",
+    sections=(
+        *("seed", "evaluate", "sampling", "latency.threads"),
+        *("tune.teacher_more_steps", "tune.random_proxies", "export.dtypes", "export.executorch"),
+    ),
+    inputs=(
+        *(
+            Input(folder, folder)
+            for folder in (
+                "teacher",
+                "teacher-more-steps",
+                "student",
+                "student-random-proxies",
+                "student-tuned",
+                "exported/onnx-fp32",
+                "exported/onnx-int8",
+                "exported/executorch-fp32",
+                "exported/executorch-int8",
+                "exported/executorch-int4",
+            )
+        ),
+        IMAGES,
+        EXTRACTOR,
+    ),
+)
+SENSITIVITY = Stage(
+    "sensitivity",
+    "sensitivity.py",
+    "sensitivity",
+    "measure what every single change of a layer costs",
+    sections=("seed", "data", "sensitivity"),
+    inputs=(THE_TEACHER, IMAGES),
+)
+
+# -------------------------------------------------------------------- of either family
+
+QUANTIZE = Stage(
+    "quantize",
+    "quantize.py",
+    "quantized-untuned",
+    "give every layer of a pipeline a low-bit form",
+    sections=("seed", *OWN_OF_QUANTIZE),
+    inputs=(Input("pipeline"), Input("prompts")),
+)
+SELF_DISTIL = Stage(
+    "self-distil",
+    "quantize.py",
+    "quantized",
+    "tune what is not quantised to the unquantised network's output",
+    sections=("seed", "quantize"),
+    inputs=(Input("untuned", "quantized-untuned/stage.json"),),
+)
+
+# -------------------------------------------------------------------- text to image
+
+TEXT = Stage(
+    "text",
+    "train_text_encoders.py",
+    "text",
+    "train two small text encoders on the captions",
+    sections=("seed", "data", "text"),
+    inputs=(IMAGES,),
+)
+ELASTIC = Stage(
+    "elastic",
+    "train_elastic.py",
+    "elastic",
+    "train the supernet, all widths in one set of weights",
+    sections=("seed", "data", "elastic", "knowledge", "sampling"),
+    inputs=(IMAGES, Input("text"), Input("teacher")),
+)
+EVALUATE_ELASTIC = Stage(
+    "evaluate-elastic",
+    "evaluate_elastic.py",
+    "evaluate",
+    "judge every sub-network alike",
+    sections=("seed", "data", "evaluate", "sampling", "threads"),
+    inputs=(Input("elastic", "elastic/stage.json"), Input("weights", "elastic"), IMAGES, EXTRACTOR),
+)
+
+EDGEDIT = (TEACHER, BANK, LATENCY, SEARCH, STUDENT, TUNE, EXPORT, EVALUATE)
+TEXT_TO_IMAGE = (TEXT, ELASTIC, EVALUATE_ELASTIC)
+OPTIONAL = (QUANTIZE, SELF_DISTIL, SENSITIVITY)
+"""Stages that no driver runs: each is started on its own."""
+
+STAGES = EDGEDIT + TEXT_TO_IMAGE + OPTIONAL
+DRIVERS = {"compress": ("compress.py", EDGEDIT), "text-to-image": ("text_to_image.py", TEXT_TO_IMAGE)}
+"""What runs a whole table: its name for `edgedit train`, its script, and the table."""
+
+
+def maker_of(at: str, table: Sequence[Stage] = STAGES) -> Stage:
+    """The stage that writes a file or folder of a run."""
+    return next(stage for stage in table if Path(at).parts[0] in stage.folders)
