@@ -34,7 +34,7 @@ from ..records import (
 )
 from ..run.config import RunConfig, refuse_renamed
 from ..run.results import check_sources, pipeline_weights_hash
-from ..run.stage import BANK, DRIVERS, EDGEDIT, EVALUATE, SEARCH, STUDENT, Stage, maker_of
+from ..run.stage import BANK, EDGEDIT, EVALUATE, SEARCH, STUDENT, Stage, maker_of
 from ..schema import read_record
 from ..search_space import OPTIONS, SearchSpace
 from .card import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
@@ -91,7 +91,7 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
         "bank": _bank_summary(index),
         "genotype": _genotype(choice, SearchSpace.from_dict(index["space"])),
         "ratios": _ratios(models),
-        "reproduce": reproduce(run_dir, settings["seed"], stages, DRIVERS["compress"][0]),
+        "reproduce": reproduce(run_dir, settings["seed"], stages, "compress"),
     }
     optional = {
         "reference": optional_record(run_dir / "evaluate" / "reference.json", Reference),
@@ -302,8 +302,8 @@ def _quotients(numerators: Mapping[str, float], denominators: Mapping[str, float
 
 
 def reproduce(run_dir: Path, seed: int, stages: Mapping[str, Mapping[str, Any]], recipe: str) -> dict[str, Any]:
-    """The settings that the stages say they ran with, and the command that runs them again (`recipe`: a file of
-    training/).
+    """The settings that the stages say they ran with, and the command that runs them again (`recipe`: as
+    `edgedit train` names it).
     """
     import yaml
 
@@ -318,8 +318,7 @@ def reproduce(run_dir: Path, seed: int, stages: Mapping[str, Mapping[str, Any]],
         **{key: used[key] for key in sections if key in used},
     }
     return {
-        "command": "edgedit recipes copy training\n"
-        f"accelerate launch --config_file training/accelerate/cpu.yaml training/{recipe} --config run.yaml",
+        "command": f"edgedit train {recipe} --config run.yaml",
         "config": config,
         "yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
     }

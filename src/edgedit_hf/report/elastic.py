@@ -15,7 +15,7 @@ from ..files import atomic_write_json, atomic_write_text
 from ..records import Captions, ElasticEvaluation, ElasticStage, Latency, Model, Reference, Telemetry, TextStage
 from ..run.config import RunConfig
 from ..run.results import check_sources
-from ..run.stage import DRIVERS, ELASTIC, EVALUATE_ELASTIC, TEXT_TO_IMAGE
+from ..run.stage import ELASTIC, EVALUATE_ELASTIC, TEXT_TO_IMAGE
 from ..schema import convert, read_lines, read_record
 from .card import metric_label
 from .edgedit import FORMAT, Figure, check_judged, finished_stages, optional_record, render_html, reproduce
@@ -73,7 +73,7 @@ def build_elastic_report(run_dir: str | os.PathLike) -> dict[str, Any]:
         "versions": {name: version for stage in stages.values() for name, version in stage.get("versions", {}).items()},
         "seed": trained["seed"],
         "seconds": {name: stage["seconds"] for name, stage in stages.items()},
-        "reproduce": reproduce(run_dir, trained["seed"], stages, DRIVERS["text-to-image"][0]),
+        "reproduce": reproduce(run_dir, trained["seed"], stages, "text-to-image"),
         "reference": read_record(run_dir / "evaluate" / "reference.json", Reference, JUDGED_BY),
         "latency": read_record(run_dir / "evaluate" / "latency.json", Latency, JUDGED_BY),
     }
