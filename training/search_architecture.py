@@ -25,17 +25,15 @@ from edgedit_hf.files import atomic_write_json
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.metrics.reference import load_extractor, real_features
 from edgedit_hf.preflight import preflight
-from edgedit_hf.records import SearchState
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.stage import SEARCH
 from edgedit_hf.run.state import RunState
-from edgedit_hf.schema import read_record
-from edgedit_hf.search.ask_tell import AskTellSearch, RandomSearch, summary
-from edgedit_hf.search.bayes import BayesSearch
+from edgedit_hf.search.ask_tell import summary
+from edgedit_hf.search.campaign import Campaign, most_evaluations
 from edgedit_hf.search.latency_table import LatencyTable
 from edgedit_hf.search.objectives import StudentQuality
-from edgedit_hf.search_space import SearchSpace, model_cost
+from edgedit_hf.search_space import model_cost
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
@@ -52,7 +50,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     state = RunState(
         config,
         SEARCH,
-        total_steps=options.evaluations + (options.evaluations - options.initial if options.random_baseline else 0),
+        most_evaluations(options),
         inputs={"data": images.fingerprint, "extractor": extractor.hash},
         log_every=1,
         unit="genotype",
@@ -72,50 +70,16 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         autocast=accelerator.autocast,
     )
 
-    def evaluate(genotype: Genotype) -> tuple[tuple[float, float], dict]:
+    campaign = Campaign(state.folder, bank.space, options, config.seed)
+    state.continue_at(campaign.evaluated)
+    for _ in state.steps():
+        genotype = campaign.ask()
+        if genotype is None:
+            break  # the space holds fewer than the budget
         cost = model_cost({**teacher_config, "layers": genotype.to_layers()})
-        return (quality(genotype), table.latency_ms(genotype)), {"parameters": cost.parameters, "flops": cost.flops}
+        objectives = quality(genotype), table.latency_ms(genotype)
+        state.log(**campaign.tell(genotype, objectives, {"parameters": cost.parameters, "flops": cost.flops}))
 
-    names = ("merge.json", "state.json", "random.json")
-    told = {
-        name: len(read_record(state.folder / name, SearchState, "this stage")["told"])
-        if (state.folder / name).exists()
-        else 0
-        for name in names
-    }
-    state.continue_at(told["merge.json"] + told["state.json"] + max(0, told["random.json"] - options.initial))
-    progress = state.steps()
-
-    def evaluate_all(search: AskTellSearch, name: str) -> AskTellSearch:
-        """Spend a search's budget, continuing what its file holds."""
-        search = search.resume(state.folder / name)
-        while not search.finished:
-            for genotype in search.pending or search.ask(options.batch):
-                next(progress)
-                objectives, extra = evaluate(genotype)
-                search.tell(genotype, objectives, extra)
-                search.save(state.folder / name)
-                volume = {} if search.reference is None else {"hypervolume": search.hypervolume()}
-                state.log(distance=objectives[0], latency_ms=objectives[1], **volume)
-        return search
-
-    def bayes(space: SearchSpace, evaluations: int, name: str, reference=None) -> AskTellSearch:
-        initial = min(options.initial, evaluations)
-        return evaluate_all(
-            BayesSearch(space, evaluations, config.seed, initial, reference, acquisition=options.acquisition), name
-        )
-
-    if options.mode == "joint":
-        found = bayes(bank.space, options.evaluations, "state.json")
-    else:
-        # The paper: first which pairs merge, then, around the knee point of that front, the option of every layer.
-        merges = bayes(bank.space.stage("merge"), options.evaluations // 2, "merge.json")
-        around = bank.space.stage("options", choose_merges(merges))
-        refined = bayes(around, options.evaluations - len(merges.told), "state.json", merges.reference)
-        found = joined(bank.space, [merges, refined], config.seed)
-    random = evaluate_all(RandomSearch.sharing_initial(found), "random.json") if options.random_baseline else None
-    next(progress, None)  # shows and writes the last evaluation
-    progress.close()
     whole = Genotype.of(teacher_config)
     cost = model_cost(teacher_config)
     teacher = {
@@ -124,26 +88,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         "parameters": cost.parameters,
         "flops": cost.flops,
     }
-    atomic_write_json(state.folder / "front.json", {**summary(found, random), "teacher": teacher})
+    atomic_write_json(state.folder / "front.json", {**summary(campaign.found, campaign.random), "teacher": teacher})
     state.finish()
-
-
-def choose_merges(search: AskTellSearch) -> Genotype:
-    """The genotype of the merge stage's knee point."""
-    from edgedit_hf.search.pareto import knee_point
-
-    front = search.front()
-    return search.space.from_code(front[knee_point([(e["distance"], e["latency_ms"]) for e in front])]["code"])
-
-
-def joined(space: SearchSpace, searches: list[AskTellSearch], seed: int) -> AskTellSearch:
-    """Both stages' evaluations as one search over the joint space, for the front and the trace."""
-    told = {tuple(point["code"]): point for search in searches for point in search.told}
-    whole = RandomSearch(space, len(told), seed, searches[0].num_initial, searches[0].reference)
-    for code, point in told.items():
-        extra = {k: v for k, v in point.items() if k not in ("code", "distance", "latency_ms")}
-        whole.tell(space.from_code(code), (point["distance"], point["latency_ms"]), extra)
-    return whole
 
 
 if __name__ == "__main__":
