@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -78,6 +78,7 @@ class EdgeDiTQuantizer(DiffusersQuantizer):
     """
 
     use_keep_in_fp32_modules = True
+    quantization_config: EdgeDiTQuantizationConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         model.is_quantized = (
@@ -132,7 +133,7 @@ class EdgeDiTQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:
             return
-        config = cast(EdgeDiTQuantizationConfig, self.quantization_config)
+        config = self.quantization_config
         names = quantizable_layers(model) if config.default is not None else ()
         quantize_model(model, {**{name: config.default for name in names}, **config.layers})
         self.quantization_config = model.hf_quantizer.quantization_config

@@ -99,7 +99,8 @@ def _loader() -> type:
 
         def __init__(self, text: str) -> None:
             super().__init__(text)
-            self.depth, self.sizes = 0, {}
+            self.depth = 0
+            self.sizes: dict[int, int] = {}
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             # An alias is counted with all that it stands for: ten of ten of ten … are few bytes, but fill the memory
@@ -257,7 +258,7 @@ def _check(config: RunConfig, source: str) -> None:
                 f"{source}: elastic.subnets holds {shorten(text)}; it may hold name=width with a width between 0 and "
                 "1, e.g. small=0.5 (names of letters, digits, '_', '-' and '.')."
             )
-    if config.elastic.subnets is not None and len(config.elastic.widths()) != len(config.elastic.subnets) + 1:
+    if config.elastic.subnets is not None and len(config.elastic.widths() or ()) != len(config.elastic.subnets) + 1:
         raise EdgeDiTError(
             f"{source}: elastic.subnets {config.elastic.subnets} holds a name twice; give every sub-network its own."
         )
@@ -389,7 +390,7 @@ def commented_yaml(overrides: Sequence[str] = ()) -> str:
         if not dataclasses.is_dataclass(value):
             lines.append(f"{entry.name}: {plain(value)}  # {entry.metadata['doc']}")
             continue
-        lines += ["", f"{entry.name}:  # {' '.join(type(value).__doc__.split())}"]
+        lines += ["", f"{entry.name}:  # {' '.join((type(value).__doc__ or '').split())}"]
         for setting in dataclasses.fields(value):
             lines.append(f"  {setting.name}: {plain(getattr(value, setting.name))}  # {setting.metadata['doc']}")
     return "\n".join(lines) + "\n"

@@ -88,6 +88,7 @@ def stage_runs(stages: Iterable[Stage], folder: Path) -> dict[Stage, Callable[[R
     found = {}
     for stage in stages:
         about = importlib.util.spec_from_file_location(f"recipe_{Path(stage.script).stem}", folder / stage.script)
+        assert about is not None and about.loader is not None, "a .py file has a loader"
         module = importlib.util.module_from_spec(about)
         sys.modules[about.name] = module
         about.loader.exec_module(module)

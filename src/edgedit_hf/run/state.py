@@ -474,6 +474,7 @@ class RunState:
             return list(values)
         import torch
 
+        assert self.accelerator is not None, "several processes have an accelerator"
         return self.accelerator.reduce(torch.tensor(values, device=self.accelerator.device), reduction="sum").tolist()
 
     def _any(self, flag: bool) -> bool:
