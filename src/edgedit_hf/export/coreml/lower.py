@@ -226,7 +226,7 @@ def write_native(program: Program, quantized: Mapping[str, QuantizedWeight]) -> 
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil.scope import ScopeInfo, ScopeSource
 
-    weights: dict[Any, Any] = {}
+    weights: dict[Any, tuple[Any, list[str]]] = {}
     for name, weight in quantized.items():
         dense = weight.dequantize()
         for dtype in (torch.float32, torch.float16):  # a program in fp16 may have fp32 islands
