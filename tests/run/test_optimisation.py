@@ -3,6 +3,7 @@ model.
 """
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from diffusers.training_utils import EMAModel
 
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.run.checkpoint import load_state, save_state
-from edgedit_hf.run.optimisation import Optimisation
+from edgedit_hf.run.optimisation import Optimisation, learning_rate_at, set_learning_rate
 from edgedit_hf.run.state import RunState
 
 
@@ -137,3 +138,22 @@ def test_a_checkpoint_by_position_of_an_earlier_version_is_refused(tmp_path):
         run.track(model=net, optimisation=optimisation)
     with pytest.raises(EdgeDiTError, match="another version"):
         optimisation.load_state_dict(optimizer.state_dict())
+
+
+def test_the_learning_rate_warms_up_and_decays_to_its_final_share():
+    rates = [learning_rate_at(step, 2.0, 10, 110, 0.05) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)]) and rates[10] == 2.0
+    assert rates[60] == pytest.approx(2.0 * (0.05 + 0.95 / 2)) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, rel=1e-2) and min(rates[10:]) >= 0.1
+    assert learning_rate_at(110, 2.0, 10, 110, 0.05) == pytest.approx(0.1)
+    assert learning_rate_at(0, 2.0, 0, 1, 0.05) == 2.0
+    assert all(
+        math.isfinite(learning_rate_at(step, 1.0, 50, 20, 0.0)) for step in range(20)
+    )  # a warm-up longer than the run
+
+
+def test_every_group_gets_the_learning_rate():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(parameters)])
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
