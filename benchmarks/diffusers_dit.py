@@ -34,10 +34,10 @@ def _buffers_to(model: torch.nn.Module, device: str | torch.device) -> torch.nn.
     return model
 
 
-def preset_config(preset: str):
-    """The config of a preset, without allocating its weights."""
+def preset_config(preset: str, **config):
+    """The config of a preset (but for `config`), without allocating its weights."""
     with init_empty_weights():
-        return EdgeDiTTransformer2DModel.from_preset(preset).config
+        return EdgeDiTTransformer2DModel.from_preset(preset, **config).config
 
 
 def random_transformer(

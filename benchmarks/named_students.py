@@ -1,13 +1,14 @@
 """Latency of the paper's students EdgeDiT-1 and EdgeDiT-6 against their teacher DiT-XL/2, side by side in three
 runtimes.
 
-    python benchmarks/named_students.py [--runtimes torch onnxruntime executorch] [--batch 1] [--run RUN] [--json]
-    [--check]
+    python benchmarks/named_students.py [--runtimes torch onnxruntime executorch] [--batch 1] [--run RUN] [--layers N]
+    [--json] [--check]
 
 Every network is exported (ONNX Runtime, ExecuTorch) in a process of its own and then timed interleaved with the others
 of its runtime, fp32. In PyTorch it runs as in the pipeline, with its modulations computed beforehand.
 Latency does not depend on the weights, which are random; with --run, the folder of a run with an XL teacher and bank,
 the students are first assembled from the bank, saved, loaded and sampled, and these are the networks that are timed.
+With --layers N all three have what became of the teacher's first N layers alone, which tries the script, not the claim.
 The figures to compare with are the ratio of the FLOPs and the published speed-ups on phones. --check: at least 0.97 of
 the FLOP ratio in every runtime.
 """
@@ -43,11 +44,23 @@ SUFFIX = {"onnxruntime": ".onnx", "executorch": ".pte"}
 REQUIRED = 0.97
 
 
-def network(name: str, folder: Path | None) -> EdgeDiTTransformer2DModel:
+def shortened(name: str, layers: int | None) -> dict:
+    """What to change in a preset so that it has what became of the teacher's first so many layers alone."""
+    if layers is None:
+        return {}
+    return {"layers": [layer for layer in preset_config(name).layers if layer["source"][-1] < layers]}
+
+
+def config_of(name: str, layers: int | None):
+    """The config of a named network."""
+    return preset_config(name, **shortened(name, layers))
+
+
+def network(name: str, folder: Path | None, layers: int | None) -> EdgeDiTTransformer2DModel:
     """A named network: assembled earlier, or random."""
     if folder is not None and (folder / name).is_dir():
         return EdgeDiTTransformer2DModel.from_pretrained(folder / name / "transformer")
-    return random_transformer(name, torch.float32)
+    return random_transformer(name, torch.float32, **shortened(name, layers))
 
 
 def assemble(run: Path, folder: Path) -> None:
@@ -73,12 +86,12 @@ def assemble(run: Path, folder: Path) -> None:
             sys.exit(f"{name} samples values that are not finite.")
 
 
-def export(name: str, runtime: str, batch: int, path: Path, folder: Path | None) -> None:
+def export(name: str, runtime: str, batch: int, path: Path, folder: Path | None, layers: int | None) -> None:
     """Write one network for one runtime."""
     from edgedit_hf.export.executorch.lower import export_executorch
     from edgedit_hf.export.onnx.lower import export_onnx
 
-    model = network(name, folder)
+    model = network(name, folder, layers)
     if runtime == "onnxruntime":
         export_onnx(model, path, batch=batch)
     else:
@@ -102,14 +115,15 @@ def runners(arguments, runtime: str, scratch: Path, folder: Path | None) -> dict
     found = {}
     for name in (TEACHER, *STUDENTS):
         if runtime == "torch":
-            found[name] = sampling_step(network(name, folder), arguments.batch)
+            found[name] = sampling_step(network(name, folder, arguments.layers), arguments.batch)
             continue
         path = scratch / f"{name.replace('/', '-')}{SUFFIX[runtime]}"
         command = [sys.executable, __file__, "--export", name, runtime, str(path), "--batch", str(arguments.batch)]
         command += ["--assembled", str(folder)] if folder else []
+        command += ["--layers", str(arguments.layers)] if arguments.layers else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         make = onnx_runner if runtime == "onnxruntime" else executorch_runner
-        found[name] = make(path, preset_config(name), arguments.batch, arguments.threads)
+        found[name] = make(path, config_of(name, arguments.layers), arguments.batch, arguments.threads)
     return found
 
 
@@ -123,6 +137,7 @@ def main() -> None:
     parser.add_argument(
         "--run", type=Path, help="a run with an XL teacher and a bank that holds both students' proxies"
     )
+    parser.add_argument("--layers", type=int, help="of the teacher, and what became of them; default: all")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument(
         "--check", action="store_true", help=f"exit with 1 unless every speed-up is {REQUIRED} of the FLOP ratio"
@@ -130,14 +145,15 @@ def main() -> None:
     parser.add_argument("--export", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--assembled", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.run and arguments.layers:
+        parser.error("--layers shortens random networks; those of --run are whole.")
     torch.set_num_threads(arguments.threads)
     if arguments.export:
-        export(
-            arguments.export[0], arguments.export[1], arguments.batch, Path(arguments.export[2]), arguments.assembled
-        )
+        name, runtime, path = arguments.export
+        export(name, runtime, arguments.batch, Path(path), arguments.assembled, arguments.layers)
         return
 
-    flops = {name: model_cost(preset_config(name)).flops for name in (TEACHER, *STUDENTS)}
+    flops = {name: model_cost(config_of(name, arguments.layers)).flops for name in (TEACHER, *STUDENTS)}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         assembled = None

@@ -1,7 +1,8 @@
 """What three stages and sparse attention buy at 1024 × 1024: PixArt-like baselines against the elastic net's stages, in
 ONNX Runtime.
 
-    python benchmarks/stages.py [--heads 12] [--latents 128] [--json] [--check]
+    python benchmarks/stages.py [--heads 12] [--latents 128] [--layers 24] [--variants PixArt A B C D]
+    [--json] [--check]
 
 One image of 16 × 128 × 128 latents (4096 tokens), 2 × 128 text tokens, 24 layers, heads of 72 channels, fp32. The
 default width, 12 heads, is that of the sub-network "tiny" of `elastic-dit-1.6b`. SnapGen++'s steps (arXiv:2601.08303,
@@ -42,7 +43,7 @@ from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 
 VARIANTS = ("PixArt", "A", "B", "C", "D")
 PUBLISHED_MS = {"A": 2000, "B": 550, "C": 293, "D": 360}  # iPhone 16 Pro Max, SnapGen++ fig. 3
-CHANNELS, HEAD_CHANNELS, DEPTH, TEXT_TOKENS, TEXT_DIMS = 16, 72, 24, 128, (512, 2560)
+CHANNELS, HEAD_CHANNELS, TEXT_TOKENS, TEXT_DIMS = 16, 72, 128, (512, 2560)
 REQUIRED = 2.0
 KINDS = {
     "Attention": "attention",
@@ -81,7 +82,7 @@ class PixArtDenoiser(nn.Module):
         return self.model(hidden_states, text, timestep, return_dict=False)[0]
 
 
-def denoiser(variant: str, heads: int, latents: int) -> nn.Module:
+def denoiser(variant: str, heads: int, latents: int, depth: int) -> nn.Module:
     """A variant with newly initialised weights."""
     common = {
         "num_attention_heads": heads,
@@ -92,14 +93,15 @@ def denoiser(variant: str, heads: int, latents: int) -> nn.Module:
     if variant == "PixArt":
         text = {"cross_attention_dim": heads * HEAD_CHANNELS, "caption_channels": TEXT_DIMS[1]}
         model = PixArtTransformer2DModel(
-            **common, **text, out_channels=CHANNELS, num_layers=DEPTH, use_additional_conditions=False
+            **common, **text, out_channels=CHANNELS, num_layers=depth, use_additional_conditions=False
         )
         return PixArtDenoiser(model.eval().requires_grad_(False))
     common |= {"text_dims": TEXT_DIMS, "subnets": None}
     if variant == "D":
-        model = ElasticDiTTransformer2DModel(**common, num_key_value_heads=max(1, heads // 4))
+        layers = [depth // 4, depth // 3, depth - depth // 4 - depth // 3]
+        model = ElasticDiTTransformer2DModel(**common, num_key_value_heads=max(1, heads // 4), num_layers=layers)
     else:
-        layers = [0, 0, DEPTH] if variant == "A" else [4, 12, 8]
+        layers = [0, 0, depth] if variant == "A" else [depth // 6, depth // 2, depth // 3]
         model = ElasticDiTTransformer2DModel(
             **common, num_key_value_heads=1, num_layers=layers, mlp_ratios=[3.0, 3.0, 3.0]
         )
@@ -125,17 +127,17 @@ def example(variant: str, latents: int) -> dict[str, torch.Tensor]:
     return inputs | {name: torch.randn(1, *shape, generator=generator) for name, shape in zip(names, texts)}
 
 
-def export(variant: str, heads: int, latents: int, threads: int, path: Path) -> None:
+def export(variant: str, heads: int, latents: int, depth: int, threads: int, path: Path) -> None:
     """Write a variant as ONNX, and print its weights, the FLOPs of its matrix products, and where one run's time goes,
     as JSON.
     """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module = denoiser(variant, heads, latents)
+        module = denoiser(variant, heads, latents, depth)
         module(*(torch.empty_like(value) for value in example(variant, latents).values()))
     flops = {"attention": 0, "linear": 0}
     for operator, count in counter.get_flop_counts()["Global"].items():
         flops["attention" if operator is torch.ops.aten.bmm else "linear"] += count
-    module, inputs = denoiser(variant, heads, latents), example(variant, latents)
+    module, inputs = denoiser(variant, heads, latents, depth), example(variant, latents)
     proto = lower(module, tuple(inputs.values()), dynamic=False, opset=DEFAULT_OPSET)
     for node in proto.graph.node:
         if (
@@ -196,6 +198,10 @@ def main() -> None:
         help="width in heads of 72 channels, a multiple of 4: 12, 16 and 32 are tiny, small and full",
     )
     parser.add_argument("--latents", type=int, default=128, help="latents a side")
+    parser.add_argument("--layers", type=int, default=24, help="of every variant, a multiple of 6")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="A always; --check needs PixArt and C"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
@@ -207,28 +213,35 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.export:
         variant, path = arguments.export
-        export(variant, arguments.heads, arguments.latents, arguments.threads, Path(path))
+        export(variant, arguments.heads, arguments.latents, arguments.layers, arguments.threads, Path(path))
         return
 
+    variants = [variant for variant in VARIANTS if variant in ("A", *arguments.variants)]
+    if arguments.layers % 6:
+        parser.error(f"--layers {arguments.layers} is not a multiple of 6")
+    if arguments.check and not {"PixArt", "C"} <= set(variants):
+        parser.error("--check compares C with PixArt and A; leave --variants out.")
     rows, calls = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for variant in VARIANTS:
+        for variant in variants:
             path = Path(folder, f"{variant}.onnx")
             command = [sys.executable, __file__, "--export", variant, str(path), "--heads", str(arguments.heads)]
-            command += ["--latents", str(arguments.latents), "--threads", str(arguments.threads)]
+            command += ["--latents", str(arguments.latents), "--layers", str(arguments.layers)]
+            command += ["--threads", str(arguments.threads)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows[variant] = json.loads(done.stdout.strip().splitlines()[-1])
             inputs = {name: value.numpy() for name, value in example(variant, arguments.latents).items()}
             calls[variant] = OnnxRunner(path, inputs, arguments.threads)
             print(f"{variant} is exported", flush=True)
         timings = measure(calls, warmup=0, repeats=arguments.repeats)
+    bases = [base for base in ("PixArt", "A") if base in rows]
     for variant, row in rows.items():
         row["ms"] = timings[variant].median_ms
-        row["speedup"] = {base: paired_ratio(timings[base], timings[variant]) for base in ("PixArt", "A")}
+        row["speedup"] = {base: paired_ratio(timings[base], timings[variant]) for base in bases}
         row["flops_ratio"] = sum(rows["A"]["flops"].values()) / sum(row["flops"].values())
     table(rows)
     if arguments.json:
-        sizes = {"heads": arguments.heads, "latents": arguments.latents}
+        sizes = {"heads": arguments.heads, "latents": arguments.latents, "layers": arguments.layers}
         print(
             json.dumps(
                 {**sizes, "rows": rows, "published_ms": PUBLISHED_MS, "environment": environment(arguments.threads)}

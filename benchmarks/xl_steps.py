@@ -1,7 +1,7 @@
 """A few real optimiser steps of every training stage at the size of DiT-XL/2: seconds a step, memory, finite losses.
 
-    python benchmarks/xl_steps.py [--preset DiT-XL/2] [--steps 3] [--batch-size 1] [--memory-budget-gb 8] [--init copy]
-    [--threads 2] [--json] [--check]
+    python benchmarks/xl_steps.py [--preset DiT-XL/2] [--until tune] [--steps 3] [--batch-size 1]
+    [--memory-budget-gb 8] [--init copy] [--threads 2] [--json] [--check]
 
 Runs training/train_teacher.py (from scratch), distill_proxies.py (the proxies of EdgeDiT-1; of a student like it for
 other presets) and finetune.py (that student) as a user does, each in its own process, with
@@ -45,6 +45,7 @@ TRAINING = Path(__file__).resolve().parents[1] / "training"
 RECIPE = TRAINING / "recipes" / "imagenet256-edgedit1.yaml"
 CLASSES = 1000
 MEMORY_FACTOR = 1.5  # the dry run must be within it
+STAGES = (TEACHER, BANK, STUDENT, TUNE)
 
 
 def make_inputs(folder: Path, preset: str) -> None:
@@ -132,10 +133,12 @@ def read_telemetry(folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
+    stages = [stage.name for stage in STAGES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--preset", default="DiT-XL/2", choices=[name for name, sizes in PRESETS.items() if "layers" not in sizes]
     )
+    parser.add_argument("--until", default=stages[-1], choices=stages, help="the last stage that runs")
     parser.add_argument("--steps", type=int, default=3, help="of every stage; at least 2")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--memory-budget-gb", type=float, default=8.0, help="of the proxy bank")
@@ -179,7 +182,7 @@ def main() -> None:
         common.append(f"bank={{steps: {arguments.steps}, batch_size: {arguments.batch_size}, log_every: 1}}")
         if arguments.preset != "DiT-XL/2":
             common.append("bank.reduced_attention_dim=null")
-        for stage in (TEACHER, BANK, STUDENT, TUNE):
+        for stage in STAGES[: stages.index(arguments.until) + 1]:
             overrides = [*common, "teacher.path=null"] if stage is TEACHER else common
             expected = {row.stage: row for row in estimate(load_config(RECIPE, overrides))}[stage.name]
             started = time.monotonic()
@@ -242,6 +245,8 @@ def print_table(rows: dict[str, dict], arguments: argparse.Namespace) -> None:
             f"{name:<9}{step:>10}{expected:>10}{row['peak_gb']:>10.2f}{row['expected_gb']:>10.2f}"
             f"{loss:>11}{row['all_seconds']:>11.0f} s"
         )
+    if "bank" not in rows:
+        return
     bank = rows["bank"]
     print(
         f"bank: {bank['proxies']} proxies in {len(bank['groups'])} groups under a budget of {bank['budget_gb']:g} GB, "
