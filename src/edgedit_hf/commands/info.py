@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import EdgeDiTError
+from ..models.presets import preset_configs
 
 CONFIG, INDEX = "config.json", "model_index.json"
 ELASTIC = "ElasticDiTTransformer2DModel"
@@ -85,7 +85,7 @@ def describe(name: str) -> dict[str, Any]:
     Raises:
         EdgeDiTError: there is no such preset or model, or its config is not one of this package's.
     """
-    config = _folder_config(Path(name)) or _preset_config(name) or _hub_config(name)
+    config = _folder_config(Path(name)) or preset_configs().get(name) or _hub_config(name)
     elastic = config["_class_name"] == ELASTIC
     try:
         facts = _elastic_facts(config) if elastic else _edgedit_facts(config)
@@ -135,34 +135,6 @@ def _edgedit_facts(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _presets() -> dict[str, tuple[type, dict[str, Any]]]:
-    """Model class and config values of every preset, by name."""
-    from ..models import transformer_edgedit, transformer_elastic_dit
-
-    edgedit = {
-        name: (transformer_edgedit.EdgeDiTTransformer2DModel, values)
-        for name, values in transformer_edgedit.PRESETS.items()
-    }
-    elastic = {
-        name: (transformer_elastic_dit.ElasticDiTTransformer2DModel, values)
-        for name, values in transformer_elastic_dit.PRESETS.items()
-    }
-    return edgedit | elastic
-
-
-def _preset_config(name: str) -> dict[str, Any] | None:
-    """The full config of a preset, without building the network; `None` if there is none of this name."""
-    if name not in _presets():
-        return None
-    model, values = _presets()[name]
-    parameters = inspect.signature(model.__init__).parameters
-    return (
-        {key: value.default for key, value in parameters.items() if key != "self"}
-        | values
-        | {"_class_name": model.__name__}
-    )
-
-
 def _folder_config(folder: Path) -> dict[str, Any] | None:
     """The config of the denoiser in a pipeline folder or in its own; `None` if there is no such folder."""
     if not folder.is_dir():
@@ -188,8 +160,9 @@ def _hub_config(name: str) -> dict[str, Any]:
                 continue
             except (HFValidationError, HfHubHTTPError, OSError):
                 break
-    near = difflib.get_close_matches(name, _presets(), n=3, cutoff=0.4)
-    hint = f"near it: {', '.join(near)}" if near else f"presets: {', '.join(_presets())}"
+    presets = preset_configs()
+    near = difflib.get_close_matches(name, presets, n=3, cutoff=0.4)
+    hint = f"near it: {', '.join(near)}" if near else f"presets: {', '.join(presets)}"
     if Path(name).is_file():
         hint = f"if it is a DiT, SiT or MDT checkpoint, convert it first: edgedit convert {name} OUT"
     raise EdgeDiTError(f"{name!r} is neither a folder, nor a preset, nor a model in reach on the Hub; {hint}.")
