@@ -2,11 +2,12 @@
 
 `import edgedit_hf` is light: nothing heavy is imported until a name is used. It also makes
 `DiffusionPipeline.from_pretrained` know the classes of this package, whether diffusers is imported before or after
-([`registration`]).
+([`registration`]), and drops a few warnings of the libraries that nobody can act on ([`quiet`]).
 """
 
 import importlib as _importlib
 
+from . import quiet as _quiet
 from . import registration as _registration
 
 __version__ = "0.1.0"
@@ -75,4 +76,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+_quiet.install()
 _registration.register()

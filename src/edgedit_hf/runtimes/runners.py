@@ -6,6 +6,7 @@ in report.json).
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import warnings
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from ..errors import EdgeDiTError
+from ..quiet import POOL, without_native_lines
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -142,10 +144,16 @@ def require_executorch() -> None:
 
 def _executorch() -> ModuleType:
     require_executorch()
-    with warnings.catch_warnings():
+    return _portable_lib()
+
+
+@functools.cache
+def _portable_lib() -> ModuleType:
+    with warnings.catch_warnings(), without_native_lines(POOL):
         warnings.simplefilter("ignore")  # the import itself says that it is experimental
         from executorch.extension.pybindings import portable_lib
 
+        portable_lib._threadpool_get_thread_count()  # makes the pool, which says how it counts the cores
     return portable_lib
 
 
@@ -171,7 +179,8 @@ def set_executorch_threads(threads: int) -> None:
     if runtime._threadpool_get_thread_count() != threads:
         for session in list(_sessions):
             session.release()
-        runtime._unsafe_reset_threadpool(threads)
+        with without_native_lines(POOL):
+            runtime._unsafe_reset_threadpool(threads)
 
 
 class ExecutorchSession:
