@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from recipe_runs import DEBUG_COMMANDS, Recipes
+from stderr import beside_progress
 
 # Before anything imports huggingface_hub, and inherited by every child process.
 _HOME = tempfile.mkdtemp(prefix="edgedit-tests-")
@@ -115,10 +116,10 @@ def make_transformer():
 @pytest.fixture(scope="session")
 def run_python():
     """`run_python(code, *args, env={})`: run a program in a fresh interpreter outside the checkout; returns its
-    stdout.
+    stdout. `quiet`: nothing but progress may be on its stderr.
     """
 
-    def run(code: str, *args, env: dict | None = None, expect: int = 0) -> str:
+    def run(code: str, *args, env: dict | None = None, expect: int = 0, quiet: bool = False) -> str:
         done = subprocess.run(
             [sys.executable, "-c", code, *map(str, args)],
             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
@@ -128,6 +129,7 @@ def run_python():
             timeout=300,
         )
         assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert not quiet or beside_progress(done.stderr) == []
         return done.stdout
 
     return run

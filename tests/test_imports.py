@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "edgedit_hf"
 # From top to bottom: a module may import those before it, and those of its own entry.
 ORDER = [
     "errors",
+    "quiet",
     "entry",
     "markup",
     "files",
@@ -44,7 +45,8 @@ PLACE = {name: place for place, names in enumerate(ORDER) for name in ((names,) 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "botorch", "gpytorch", "onnx", "onnxruntime"}
 LIGHT_MODULES = (
     "errors entry markup files schema records genotype search_space run/config run/sections run/comparison run/lock "
-    "run/outputs run/results run/state export/formats registration commands optimum_register"
+    "run/outputs run/results run/state export/formats models/presets quiet "
+    "registration commands optimum_register"
 ).split()
 SELF_CONTAINED = {"torch", "diffusers", "safetensors", "numpy", "PIL"} | sys.stdlib_module_names
 

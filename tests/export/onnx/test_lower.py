@@ -426,7 +426,7 @@ def test_from_the_hub_and_from_its_cache(
     torch.save(images_of(pipe), tmp_path / "expected.pt")
     cache = make_hub_cache(tmp_path / "onnx", "acme/cached")
     env = make_hub_server({"acme/onnx": tmp_path / "onnx", "acme/torch": tmp_path / "torch"})
-    out = run_python(FROM_THE_HUB, cache, tmp_path / "expected.pt", env["HF_HUB_CACHE"], env=env)
+    out = run_python(FROM_THE_HUB, cache, tmp_path / "expected.pt", env["HF_HUB_CACHE"], env=env, quiet=True)
     onnx_files, torch_files = out.splitlines()[-2:]
     needed = ["model_index.json", "scheduler/scheduler_config.json", "transformer/config.json", "vae/config.json"]
     for name in [

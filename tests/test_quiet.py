@@ -1,0 +1,100 @@
+"""What a user sees on stderr that is no progress: nothing, of the command line, of a stage, of loading a pipeline.
+
+Elsewhere: loading from the Hub, of exported pipelines, with this package imported first (export/onnx/test_lower.py,
+export/test_pipeline_formats.py), and a whole run (training/test_compress_given_genotype.py).
+"""
+
+import logging
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from stderr import beside_progress
+
+from edgedit_hf import EdgeDiTPipeline, ElasticDiTPipeline, ElasticDiTTransformer2DModel, quantize_model
+from edgedit_hf.quiet import MESSAGES, without_native_lines
+
+EDGEDIT = Path(sys.executable).with_name("edgedit")
+
+LOAD = """
+import sys
+import diffusers
+import edgedit_hf
+for folder in sys.argv[1:]:
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.to(pipeline.dtype)
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(make_transformer, tmp_path_factory) -> list[Path]:
+    """Pipelines with and without a VAE, of either family, quantised and not."""
+    top = tmp_path_factory.mktemp("pipelines")
+    plain = EdgeDiTPipeline(make_transformer(num_layers=1), DDIMScheduler())
+    plain.save_pretrained(top / "plain")
+    quantize_model(plain.transformer, {"proj_out": {"scheme": "affine", "bits": 8}})
+    plain.save_pretrained(top / "quantised")
+    sizes = {f"{side}_block_out_channels": (8, 8) for side in ("encoder", "decoder")}
+    vae = AutoencoderTiny(latent_channels=1, **sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    net = ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug")
+    ElasticDiTPipeline(net, FlowMatchEulerDiscreteScheduler(), vae=vae).save_pretrained(top / "elastic")
+    return sorted(top.iterdir())
+
+
+def stderr_of(*command) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_info_is_quiet_and_quick(folders):
+    """The console script itself, in CPU time, which other work on the machine does not lengthen."""
+    models = ("DiT-S/2", "DiT-XL/2", "elastic-dit-1.6b", *folders)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for model in models:
+        assert stderr_of(EDGEDIT, "info", model) == ""
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / len(models) < 1.5
+
+
+def test_loading_pipelines_is_quiet(folders, run_python):
+    run_python(LOAD, *folders, quiet=True)
+
+
+def test_a_stage_of_a_debug_recipe_is_quiet(repository, tmp_path):
+    recipe = repository / "training" / "recipes" / "debug.yaml"
+    options = ("--config", recipe, "--override", f"output_dir={tmp_path}", "--override", "teacher.steps=2")
+    assert beside_progress(stderr_of(EDGEDIT, "train", "teacher", *options)) == []
+
+
+def test_only_the_named_messages_are_dropped():
+    """Whatever else these loggers say is heard."""
+    for name in MESSAGES:
+        logger = logging.getLogger(name)
+        assert [type(present).__module__ for present in logger.filters].count("edgedit_hf.quiet") == 1
+        record = logging.LogRecord(name, logging.WARNING, __file__, 1, "Failed to load %s", ("weights.bin",), None)
+        assert logger.filter(record)
+    record = logging.LogRecord(
+        "torchao",
+        logging.WARNING,
+        __file__,
+        1,
+        "Failed to load /a/torchao/_C.abi3.so: Could not load this library: x",
+        (),
+        None,
+    )
+    kept = logging.getLogger("torchao").filter(record)
+    assert bool(kept) == (torch.version.cuda is not None)
+
+
+def test_native_lines_are_dropped_by_their_beginning(capfd):
+    with without_native_lines(re.compile(rb"\[noise\] ")):
+        os.write(2, b"[noise] a\nkept\n[noise] b\nkept too")
+    assert capfd.readouterr().err == "kept\nkept too"
