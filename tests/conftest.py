@@ -88,7 +88,7 @@ def debug_t2i_run(recipes, made_once) -> Path:
 def _debug_run(name: str, recipes, made_once) -> Path:
     def make(folder: Path) -> None:
         (folder / "training").symlink_to(ROOT / "training")
-        recipes.shell(shlex.split(DEBUG_COMMANDS[name]), folder)
+        recipes.shell(shlex.split(DEBUG_COMMANDS[name]), folder, stderr=folder / "stderr.txt")
 
     return made_once(f"clone-{name}", make) / "runs" / name
 

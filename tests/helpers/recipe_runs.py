@@ -74,13 +74,20 @@ class Recipes:
             )
         return result
 
-    def shell(self, command: list[str], cwd: Path, expect: int = 0, timeout: int = 900) -> str:
-        """A command as a user types it, with this environment's programs on the path; returns its stdout."""
+    def shell(
+        self, command: list[str], cwd: Path, expect: int = 0, timeout: int = 900, stderr: Path | None = None
+    ) -> str:
+        """A command as a user types it, with this environment's programs on the path; returns its stdout.
+
+        `stderr`: a file for what it says there.
+        """
         environment = {**self.environment(), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
         done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == expect, (
             f"{shlex.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         )
+        if stderr is not None:
+            stderr.write_text(done.stderr)
         return done.stdout
 
     def run_here(self, name: str, output: Path, *overrides: str, config: str = "debug.yaml") -> None:

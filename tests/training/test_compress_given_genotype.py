@@ -5,7 +5,6 @@ network.
 import json
 
 import pytest
-from stderr import beside_progress
 
 from edgedit_hf import EdgeDiTPipeline, SearchSpace
 
@@ -23,7 +22,6 @@ def finished(recipes, tmp_path_factory):
         "export.dtypes=[fp32]",
     )
     done = recipes.run("compress", folder / "run", *recipes.tiny, *overrides)
-    assert [line for line in beside_progress(done.stderr) if not line.startswith("note: student.genotype makes")] == []
     return folder / "run", genotype, done.stdout
 
 
