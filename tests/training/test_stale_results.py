@@ -78,6 +78,21 @@ def test_figures_of_an_older_student_are_made_anew_by_no_stage_alone(run, fail):
     assert "run stage export (training/export_student.py) again" in message
 
 
+def test_a_model_that_the_recipe_does_not_make_is_not_judged():
+    """Its folder may be of an earlier recipe."""
+    from edgedit_hf.training.evaluate_models import asked_for
+
+    config = RunConfig()
+    config.export.executorch = ["int4"]
+    whole = asked_for(config)
+    assert whole == [
+        *("teacher", "teacher-more-steps", "student", "student-tuned"),
+        *("exported/onnx-fp32", "exported/onnx-int8", "exported/executorch-int4"),
+    ]
+    config.tune.teacher_more_steps, config.tune.random_proxies, config.evaluate.exports = False, True, False
+    assert asked_for(config) == ["teacher", "student", "student-random-proxies", "student-tuned"]
+
+
 def test_how_images_are_sampled_is_part_of_what_saves_it(run, fail):
     for script in ("train_teacher", "evaluate_models"):
         assert "config.sampling.steps = 2, but now config.sampling.steps = 3" in fail(script, run, "sampling.steps=3")

@@ -22,6 +22,7 @@ from ..export.formats import MEASURED
 from ..files import atomic_write_json, hash_json, read_json
 from ..genotype import Genotype, LayerSpec
 from ..records import Table
+from ..run.stage import LATENCY
 from ..schema import held_to
 from ..search_space import OPTIONS, SearchSpace
 
@@ -59,7 +60,7 @@ class LatencyTable:
         if not isinstance(data, Mapping) or not required <= set(data) or data["format"] != FORMAT:
             keys = sorted(data) if isinstance(data, Mapping) else type(data).__name__
             raise EdgeDiTError(f"This is no latency table of format {FORMAT}: it holds {keys}. Build it again.")
-        held_to(data, Table, "The table", "training/measure_latency.py", "a latency table")
+        held_to(data, Table, "The table", LATENCY.made_by, "a latency table")
         self._data = dict(data)
         self.runtime: str = data["runtime"]
         self.precision: str = data["precision"]
@@ -230,7 +231,7 @@ class LatencyTable:
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> LatencyTable:
         """Read a table; one whose values were changed by hand is refused."""
-        data = read_json(path, "training/measure_latency.py")
+        data = read_json(path, LATENCY.made_by)
         stated = data.pop("hash", None) if isinstance(data, dict) else None
         try:
             table = cls(data)
