@@ -8,7 +8,8 @@ import torch
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.estimate import print_estimate
 from edgedit_hf.run.config import RunConfig, load_config
-from edgedit_hf.run.launch import make_accelerator, recipe_main
+from edgedit_hf.run.launch import make_accelerator, recipe_main, stage_runs
+from edgedit_hf.run.stage import BANK, TEACHER
 from edgedit_hf.run.state import Interrupted
 
 
@@ -100,3 +101,13 @@ def test_threads_are_those_of_the_recipe(tmp_path, monkeypatch):
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_driver_whose_folder_lacks_a_stage_says_so(tmp_path):
+    (tmp_path / "train_teacher.py").write_text("def run(config, accelerator):\n    return 'done'\n")
+    (run,) = stage_runs([TEACHER], tmp_path).values()
+    assert run(None, None) == "done"
+    with pytest.raises(
+        EdgeDiTError, match="distill_proxies.py, the script of stage bank, is not there; `edgedit recipes"
+    ):
+        stage_runs([TEACHER, BANK], tmp_path)

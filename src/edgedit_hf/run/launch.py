@@ -17,6 +17,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 
 from .. import entry
+from ..errors import EdgeDiTError
 from .config import RunConfig, load_config, unused
 from .lock import release_locks
 from .outputs import check_output
@@ -87,7 +88,12 @@ def stage_runs(stages: Iterable[Stage], folder: Path) -> dict[Stage, Callable[[R
     """What the scripts of stages, which lie in one folder, do: their `run`."""
     found = {}
     for stage in stages:
-        about = importlib.util.spec_from_file_location(f"recipe_{Path(stage.script).stem}", folder / stage.script)
+        path = folder / stage.script
+        if not path.is_file():
+            raise EdgeDiTError(
+                f"{path}, the script of stage {stage.name}, is not there; `edgedit recipes copy DIR` gives them all."
+            )
+        about = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
         assert about is not None and about.loader is not None, "a .py file has a loader"
         module = importlib.util.module_from_spec(about)
         sys.modules[about.name] = module

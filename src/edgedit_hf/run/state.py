@@ -470,7 +470,7 @@ class RunState:
 
     def _sum(self, values: Sequence[float]) -> list[float]:
         """Sums over the processes."""
-        if self.world_size == 1:
+        if self.accelerator is None or self.world_size == 1:
             return list(values)
         import torch
 
