@@ -25,7 +25,7 @@ from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.stage import LATENCY
 from edgedit_hf.run.state import RunState
-from edgedit_hf.search.latency_table import LatencyTable, given_table, trunk_of
+from edgedit_hf.search.latency_table import TableMeasurement, given_table, trunk_of
 
 BUSY_RESIDUAL = 0.1  # an idle machine fits to about 0.02
 
@@ -52,18 +52,21 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         atomic_write_text(state.folder / "table.json", Path(options.table).read_text(encoding="utf-8"))
         state.finish()
         return
-    rounds = state.steps()
-    next(rounds)
-    table = LatencyTable.build(
+    measurement = TableMeasurement(
         teacher,
         space,
         batch=options.batch_size,
         threads=options.threads,
         runtime=options.runtime,
         precision=options.precision,
-        repeats=options.repeats,
-        progress=lambda done, asked: next(rounds, None),
     )
+    for done in state.steps():
+        if done == 0:
+            measurement.lower()
+        if measurement.long_enough():
+            break  # a big network: its rounds so far give a median
+        measurement.round()
+    table = measurement.table()
     if (residual := table.to_dict()["fit_residual"]) > BUSY_RESIDUAL:
         print(
             f"latency: the fit is off by {residual:.0%}; something else was running. Delete {state.folder} and measure "

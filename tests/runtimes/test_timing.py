@@ -10,7 +10,15 @@ from onnx import TensorProto, helper
 
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.runtimes.runners import OnnxRunner, TorchRunner, example_inputs, session_options
-from edgedit_hf.runtimes.timing import MIN_ROUNDS, Timing, environment, measure, paired_medians, paired_ratio
+from edgedit_hf.runtimes.timing import (
+    MIN_ROUNDS,
+    Measurement,
+    Timing,
+    environment,
+    measure,
+    paired_medians,
+    paired_ratio,
+)
 
 
 def test_rounds_are_interleaved_and_warm():
@@ -30,9 +38,12 @@ def test_minimum_and_maximum_time():
     sleep = {"sleep": lambda: time.sleep(0.002)}
     assert measure(sleep, warmup=0, repeats=2, min_seconds=0.03)["sleep"].repeats > 2
     assert measure(sleep, warmup=0, repeats=1000, max_seconds=0.001)["sleep"].repeats == MIN_ROUNDS
-    seen = []
-    measure(sleep, warmup=0, repeats=3, progress=lambda done, asked: seen.append((done, asked)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    measurement = Measurement(sleep, warmup=0)
+    for done in range(MIN_ROUNDS):
+        assert measurement.rounds == done and not measurement.long_enough(0.001)
+        measurement.round()
+    assert measurement.long_enough(0.001) and not measurement.long_enough(60)
+    assert measurement.seconds == pytest.approx(sum(measurement.timings()["sleep"].samples_ms) / 1e3)
 
 
 def test_statistics():

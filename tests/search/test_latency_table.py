@@ -17,6 +17,7 @@ from edgedit_hf.search.latency_table import (
     DEPTHS,
     LatencyTable,
     LoweredParts,
+    TableMeasurement,
     _fit,
     check_genotypes,
     export_network,
@@ -36,9 +37,17 @@ def space(config):
     return SearchSpace.for_config(config)
 
 
+def measure_table(config, space, rounds: int = 40, **options) -> LatencyTable:
+    measurement = TableMeasurement(config, space, **options)
+    measurement.lower()
+    for _ in range(rounds):
+        measurement.round()
+    return measurement.table()
+
+
 @pytest.fixture(scope="module")
 def table(config, space):
-    return LatencyTable.build(config, space, batch=64, threads=1, repeats=5)
+    return measure_table(config, space, batch=64, threads=1, rounds=5)
 
 
 def test_joined_parts_compute_what_the_model_computes(config, space, tmp_path):
@@ -136,7 +145,7 @@ def test_what_does_not_exist_is_an_error(config, space):
         ({"batch": 0}, "batch is 0"),
     ):
         with pytest.raises(EdgeDiTError, match=message):
-            LatencyTable.build(config, space, **{"batch": 1, "threads": 1, **options})
+            TableMeasurement(config, space, **{"batch": 1, "threads": 1, **options})
 
 
 def prediction_errors(table, config, genotypes, folder) -> list[float]:
@@ -163,7 +172,7 @@ def test_prediction_of_exported_networks(precision, tmp_path):
 
     config = dict(EdgeDiTTransformer2DModel.from_preset("DiT-digits/2").config)
     space = SearchSpace.for_config(config)
-    table = LatencyTable.build(config, space, batch=32, threads=1, precision=precision)
+    table = measure_table(config, space, batch=32, threads=1, precision=precision)
     found = prediction_errors(table, config, check_genotypes(space), tmp_path)
     assert len(found) == 2 and statistics.fmean(found) < 0.1, found
 
@@ -173,9 +182,7 @@ def test_prediction_of_exported_networks(precision, tmp_path):
 def test_a_table_of_executorch(make_transformer, precision, tmp_path):
     config = dict(make_transformer(hidden_size=64, num_layers=2).config)
     space = SearchSpace.for_config(config)
-    table = LatencyTable.build(
-        config, space, batch=16, threads=1, runtime="executorch", precision=precision, repeats=20
-    )
+    table = measure_table(config, space, batch=16, threads=1, runtime="executorch", precision=precision, rounds=20)
     assert table.runtime == "executorch" and set(table.blocks) == {space.option_shape(option) for option in OPTIONS}
     assert table.blocks[space.option_shape("both")] < table.blocks[space.option_shape("original")]
     assert "executorch" in table.to_dict()["environment"]["versions"]

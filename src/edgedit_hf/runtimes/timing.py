@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import EdgeDiTError
 from ..files import versions
@@ -55,26 +56,64 @@ class Timing:
         return {"median_ms": self.median_ms, "iqr_ms": self.iqr_ms, "repeats": self.repeats, "threads": self.threads}
 
 
-def measure(
-    callables: Mapping[str, Callable[[], object]],
-    warmup: int = 3,
-    repeats: int = 20,
-    min_seconds: float = 0.0,
-    max_seconds: float = math.inf,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Timing]:
-    """Time callables against each other, interleaved in this process.
+class Measurement:
+    """Callables timed against each other, interleaved in this process, a round at a time; first the warm-up is done.
 
     Args:
         callables: name → function without arguments; one call is one sample.
         warmup: untimed rounds before the first timed one.
+
+    Raises:
+        EdgeDiTError: nothing to measure.
+    """
+
+    def __init__(self, callables: Mapping[Any, Callable[[], object]], warmup: int = 3) -> None:
+        if not callables:
+            raise EdgeDiTError("A measurement got 0 callables; it needs at least 1.")
+        self.callables = callables
+        self.samples: dict[Any, list[float]] = {name: [] for name in callables}
+        self.rounds, self.seconds = 0, 0.0  # so far, and what the timed calls of all callables took
+        for _ in range(warmup):
+            for call in callables.values():
+                call()
+
+    def round(self) -> None:
+        """Time every callable once; one untimed call of it goes before."""
+        for name, call in self.callables.items():
+            call()
+            start = time.perf_counter()
+            call()
+            seconds = time.perf_counter() - start
+            self.samples[name].append(1e3 * seconds)
+            self.seconds += seconds
+        self.rounds += 1
+
+    def long_enough(self, max_seconds: float) -> bool:
+        """Whether [`MIN_ROUNDS`] rounds are done and the timed calls took this long (a big network)."""
+        return self.seconds >= max_seconds and self.rounds >= MIN_ROUNDS
+
+    def timings(self) -> dict[Any, Timing]:
+        """name → [`Timing`], with the rounds kept for [`paired_ratio`]."""
+        return {
+            name: Timing.from_samples(tuple(self.samples[name]), getattr(call, "threads", None))
+            for name, call in self.callables.items()
+        }
+
+
+def measure(
+    callables: Mapping[Any, Callable[[], object]],
+    warmup: int = 3,
+    repeats: int = 20,
+    min_seconds: float = 0.0,
+    max_seconds: float = math.inf,
+) -> dict[Any, Timing]:
+    """A whole [`Measurement`].
+
+    Args:
+        callables, warmup: of the measurement.
         repeats: timed rounds, at least 2.
         min_seconds: go on with rounds until the timed calls of all callables together took this long.
-        max_seconds: stop early once [`MIN_ROUNDS`] rounds are done and the timed calls took this long (a big network).
-        progress: called after every timed round with (rounds done, rounds asked for).
-
-    Returns:
-        name → [`Timing`], with the rounds kept for [`paired_ratio`].
+        max_seconds: stop early once it is [`~Measurement.long_enough`].
 
     Raises:
         EdgeDiTError: nothing to measure, or fewer than 2 repeats.
@@ -83,28 +122,12 @@ def measure(
         raise EdgeDiTError(
             f"measure() got {len(callables)} callables and repeats={repeats}; it needs at least 1 and 2."
         )
-    for _ in range(warmup):
-        for call in callables.values():
-            call()
-    samples: dict[str, list[float]] = {name: [] for name in callables}
-    rounds, spent = 0, 0.0
-    while rounds < repeats or spent < min_seconds:
-        if spent >= max_seconds and rounds >= MIN_ROUNDS:
+    measurement = Measurement(callables, warmup)
+    while measurement.rounds < repeats or measurement.seconds < min_seconds:
+        if measurement.long_enough(max_seconds):
             break
-        for name, call in callables.items():
-            call()
-            start = time.perf_counter()
-            call()
-            seconds = time.perf_counter() - start
-            samples[name].append(1e3 * seconds)
-            spent += seconds
-        rounds += 1
-        if progress is not None:
-            progress(rounds, repeats)
-    return {
-        name: Timing.from_samples(tuple(samples[name]), getattr(call, "threads", None))
-        for name, call in callables.items()
-    }
+        measurement.round()
+    return measurement.timings()
 
 
 def paired_ratio(numerator: Timing, denominator: Timing) -> float:

@@ -261,7 +261,7 @@ class RandomSearch(AskTellSearch):
         return first_unseen(itertools.chain(codes, itertools.product(*self.space.allowed)), self.seen(), count)
 
 
-def summary(search: AskTellSearch, random: RandomSearch | None = None) -> dict[str, Any]:
+def summary(search: AskTellSearch, random: AskTellSearch | None = None) -> dict[str, Any]:
     """What `search/front.json` holds: the front, the reference point, the hypervolume after each evaluation (distance ×
     ms).
     """

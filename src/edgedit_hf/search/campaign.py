@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import EdgeDiTError
 from ..genotype import Genotype
 from ..run.sections import SearchConfig
 from ..search_space import SearchSpace
 from .ask_tell import AskTellSearch, RandomSearch
 from .bayes import BayesSearch
-from .pareto import knee_point
+from .pareto import hypervolume, knee_point
 
 MERGES, FOUND, RANDOM = "merge.json", "state.json", "random.json"  # of the paper's first stage, the last one, random
 
@@ -49,6 +50,7 @@ class Campaign:
     def _following(self) -> tuple[str, AskTellSearch | None]:
         """The search after those that are done, with its file."""
         evaluations = self.options.evaluations
+        search: AskTellSearch
         if FOUND not in self.done and self.options.mode == "joint":
             file, search = FOUND, self._bayes(self.space, evaluations)
         elif FOUND not in self.done and MERGES not in self.done:
@@ -82,11 +84,15 @@ class Campaign:
     def tell(self, genotype: Genotype, objectives: Sequence[float], extra: Mapping[str, Any]) -> dict[str, float]:
         """Record and save an evaluation; returns figures for the telemetry."""
         search = self.search
+        if search is None:
+            raise EdgeDiTError("All searches have spent their budget; there is nothing to tell.")
         search.tell(genotype, objectives, extra)
         search.save(self.folder / self.file)
         self._go_on()
-        volume = {} if search.reference is None else {"hypervolume": search.hypervolume()}
-        return {"distance": objectives[0], "latency_ms": objectives[1], **volume}
+        figures = {"distance": objectives[0], "latency_ms": objectives[1]}
+        if search.reference is not None:
+            figures["hypervolume"] = hypervolume(search.points, search.reference)
+        return figures
 
     @property
     def found(self) -> AskTellSearch:
@@ -98,7 +104,7 @@ class Campaign:
         return joined(self.space, [self.done[MERGES], self.done[FOUND]], self.seed)
 
     @property
-    def random(self) -> RandomSearch | None:
+    def random(self) -> AskTellSearch | None:
         """The random search, if there is one and it is done."""
         return self.done.get(RANDOM)
 

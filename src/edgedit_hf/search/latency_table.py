@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import onnx
 
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
+    from ..runtimes.timing import Measurement
 
 FORMAT = 1
 DEPTHS = (2, 6)  # layers of the fitted networks
@@ -38,7 +39,7 @@ Shape = tuple[int, int, float]
 
 
 class LatencyTable:
-    """An additive latency model; make it with [`~LatencyTable.build`] or read it with [`~LatencyTable.from_json`].
+    """An additive latency model; make it with [`TableMeasurement`] or read it with [`~LatencyTable.from_json`].
 
     Args:
         data: the plain values of [`~LatencyTable.to_dict`].
@@ -73,98 +74,6 @@ class LatencyTable:
             (int(b["attention_dim"]), int(b["num_heads"]), float(b["mlp_ratio"])): float(b["ms"])
             for b in data["blocks"]
         }
-
-    # ---------------------------------------------------------------- making
-
-    @classmethod
-    def build(
-        cls,
-        config: Mapping[str, Any],
-        space: SearchSpace,
-        *,
-        batch: int,
-        threads: int,
-        runtime: str = "onnxruntime",
-        precision: str = "fp32",
-        repeats: int = 40,
-        check: Sequence[Genotype] | None = None,
-        max_seconds: float = 300.0,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> LatencyTable:
-        """Lower and measure the shapes of a space. Weights are random: latency does not depend on them.
-
-        Long skips (MDTv2) are not in the table: every genotype has the same ones, so they add the same to all.
-
-        Args:
-            config: the teacher's model config.
-            space: its search space.
-            batch: images a forward.
-            threads: intra-op threads of the runtime.
-            runtime: a key of [`MEASURED`].
-            precision: one that the runtime has.
-            repeats: timed rounds; medians count.
-            check: whole networks that are timed in the same rounds; default [`check_genotypes`].
-            max_seconds: end early, after at least 5 rounds, once the timed calls took this long.
-            progress: called after every round with (rounds done, rounds asked for).
-        """
-        from ..runtimes.runners import RUNNERS
-        from ..runtimes.timing import environment, measure, paired_medians
-
-        existing = [f"{name}-{dtype}" for name, target in MEASURED.items() for dtype in target.measured]
-        if f"{runtime}-{precision}" not in existing:
-            raise EdgeDiTError(f"A table of {runtime}-{precision} is asked for; what exists is {', '.join(existing)}.")
-        if batch < 1:
-            raise EdgeDiTError(f"batch is {batch}; it must be at least 1.")
-        check = check_genotypes(space) if check is None else list(check)
-        config = {**config, "long_skips": None, "decoder_start": None, "side_layers": 0}
-        all_shapes = sorted({space.option_shape(option) for option in OPTIONS}, reverse=True)
-        parts = LoweredParts(config, all_shapes) if runtime == "onnxruntime" else None
-        networks = {(shape, depth): [shape] * depth for shape in all_shapes for depth in DEPTHS}
-        networks.update({genotype.hash: [layer.shape for layer in genotype.layers] for genotype in check})
-        with tempfile.TemporaryDirectory() as folder:
-            runners = {}
-            for number, (key, shapes) in enumerate(networks.items()):
-                if parts is not None:
-                    file = parts.network(shapes, precision, Path(folder, f"{number}.onnx"))
-                else:
-                    layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(shapes)]
-                    file = export_network(
-                        {**config, "layers": layers}, runtime, precision, batch, Path(folder, str(number))
-                    )
-                runners[key] = RUNNERS[runtime](file, config, batch, threads)
-        timings = measure(runners, repeats=repeats, max_seconds=max_seconds, progress=progress)
-        times = paired_medians(timings)
-        trunk_ms, blocks, residual = _fit({key: times[key] for key in networks if isinstance(key, tuple)})
-        rounds = next(iter(timings.values())).repeats
-        table = cls(
-            {
-                "format": FORMAT,
-                "runtime": runtime,
-                "precision": precision,
-                "batch": int(batch),
-                "threads": int(threads),
-                "space": space.to_dict(),
-                "trunk": trunk_of(config),
-                "trunk_ms": trunk_ms,
-                "blocks": [
-                    {
-                        "option": next(o for o in OPTIONS if space.option_shape(o) == shape),
-                        "attention_dim": shape[0],
-                        "num_heads": shape[1],
-                        "mlp_ratio": shape[2],
-                        "ms": blocks[shape],
-                        "networks": {str(depth): timings[shape, depth].to_dict() for depth in DEPTHS},
-                    }
-                    for shape in all_shapes
-                ],
-                "fit_residual": residual,
-                "repeats": rounds,
-                "environment": environment(threads),
-            }
-        )
-        entries = [table._compare(genotype, times[genotype.hash]) for genotype in check]
-        table._data["prediction"] = _summary(entries)
-        return table
 
     # ---------------------------------------------------------------- use
 
@@ -257,6 +166,124 @@ def given_table(path: str, config: Mapping[str, Any], space: SearchSpace) -> Lat
     except EdgeDiTError as error:
         raise EdgeDiTError(f"latency.table is {path}: {error}") from None
     return table
+
+
+class TableMeasurement:
+    """A [`LatencyTable`] in the making: networks are lowered, then timed a round at a time. Weights are random: latency
+    does not depend on them.
+
+    Long skips (MDTv2) are not in the table: every genotype has the same ones, so they add the same to all.
+
+    Args:
+        config: the teacher's model config.
+        space: its search space.
+        batch: images a forward.
+        threads: intra-op threads of the runtime.
+        runtime: a key of [`MEASURED`].
+        precision: one that the runtime has.
+        check: whole networks that are timed in the same rounds; default [`check_genotypes`].
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        space: SearchSpace,
+        *,
+        batch: int,
+        threads: int,
+        runtime: str = "onnxruntime",
+        precision: str = "fp32",
+        check: Sequence[Genotype] | None = None,
+    ) -> None:
+        existing = [f"{name}-{dtype}" for name, target in MEASURED.items() for dtype in target.measured]
+        if f"{runtime}-{precision}" not in existing:
+            raise EdgeDiTError(f"A table of {runtime}-{precision} is asked for; what exists is {', '.join(existing)}.")
+        if batch < 1:
+            raise EdgeDiTError(f"batch is {batch}; it must be at least 1.")
+        self.space, self.batch, self.threads, self.runtime, self.precision = space, batch, threads, runtime, precision
+        self.check = check_genotypes(space) if check is None else list(check)
+        self.config = {**config, "long_skips": None, "decoder_start": None, "side_layers": 0}
+        self.shapes = sorted({space.option_shape(option) for option in OPTIONS}, reverse=True)
+        self.measurement: Measurement | None = None
+
+    def lower(self) -> None:
+        """Lower and open the networks, and warm them up."""
+        from ..runtimes.runners import RUNNERS
+        from ..runtimes.timing import Measurement
+
+        config, batch, runtime, precision = self.config, self.batch, self.runtime, self.precision
+        parts = LoweredParts(config, self.shapes) if runtime == "onnxruntime" else None
+        networks: dict[Any, list[Shape]] = {
+            (shape, depth): [shape] * depth for shape in self.shapes for depth in DEPTHS
+        }
+        networks.update({genotype.hash: [layer.shape for layer in genotype.layers] for genotype in self.check})
+        with tempfile.TemporaryDirectory() as folder:
+            runners: dict[Any, Any] = {}
+            for number, (key, shapes) in enumerate(networks.items()):
+                if parts is not None:
+                    file = parts.network(shapes, precision, Path(folder, f"{number}.onnx"))
+                else:
+                    layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(shapes)]
+                    file = export_network(
+                        {**config, "layers": layers}, runtime, precision, batch, Path(folder, str(number))
+                    )
+                runners[key] = RUNNERS[runtime](file, config, batch, self.threads)
+        self.measurement = Measurement(runners)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds so far."""
+        return self._running().rounds
+
+    def round(self) -> None:
+        """Time every network once."""
+        self._running().round()
+
+    def long_enough(self, max_seconds: float = 300.0) -> bool:
+        """See [`~edgedit_hf.runtimes.timing.Measurement.long_enough`]."""
+        return self._running().long_enough(max_seconds)
+
+    def _running(self) -> Measurement:
+        if self.measurement is None:
+            raise EdgeDiTError("Nothing is lowered yet; call lower() first.")
+        return self.measurement
+
+    def table(self) -> LatencyTable:
+        """The table of the rounds so far."""
+        from ..runtimes.timing import environment, paired_medians
+
+        space, timings = self.space, self._running().timings()
+        times: dict[Any, float] = paired_medians(timings)
+        trunk_ms, blocks, residual = _fit({key: time for key, time in times.items() if isinstance(key, tuple)})
+        table = LatencyTable(
+            {
+                "format": FORMAT,
+                "runtime": self.runtime,
+                "precision": self.precision,
+                "batch": int(self.batch),
+                "threads": int(self.threads),
+                "space": space.to_dict(),
+                "trunk": trunk_of(self.config),
+                "trunk_ms": trunk_ms,
+                "blocks": [
+                    {
+                        "option": next(o for o in OPTIONS if space.option_shape(o) == shape),
+                        "attention_dim": shape[0],
+                        "num_heads": shape[1],
+                        "mlp_ratio": shape[2],
+                        "ms": blocks[shape],
+                        "networks": {str(depth): timings[shape, depth].to_dict() for depth in DEPTHS},
+                    }
+                    for shape in self.shapes
+                ],
+                "fit_residual": residual,
+                "repeats": self.rounds,
+                "environment": environment(self.threads),
+            }
+        )
+        entries = [table._compare(genotype, times[genotype.hash]) for genotype in self.check]
+        table._data["prediction"] = _summary(entries)
+        return table
 
 
 # -------------------------------------------------------------------- parts
