@@ -75,7 +75,13 @@ def test_every_command_has_a_test_here(recipes):
 
 
 def test_make_targets(recipes):
-    for target in (find(recipes, "make demo"), find(recipes, "make demo-t2i"), find(recipes, "make test")):
+    for target in (
+        find(recipes, "make demo"),
+        find(recipes, "make demo-t2i"),
+        find(recipes, "make check"),
+        find(recipes, "make test"),
+        find(recipes, "make test-slow PART=kills"),
+    ):
         assert recipes.shell([*shlex.split(target), "-n"], recipes.root)
     demo = recipes.shell(["make", "-n", "demo"], recipes.root)
     assert "edgedit train compress" in demo and "training/recipes/digits.yaml" in demo and "HF_HUB_OFFLINE=1" in demo

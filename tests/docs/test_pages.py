@@ -94,6 +94,13 @@ def test_every_recipe_benchmark_and_stage_stands_on_a_page():
         assert shared or f"{path.name}" in everything, f"no page names {path.relative_to(ROOT)}"
 
 
+def test_every_command_stands_on_its_page():
+    modules = {path.stem for path in (ROOT / "src/edgedit_hf/commands").glob("*.py")} - {"__init__", "cli", "export"}
+    rows = re.findall(r"^\| `(.+?)`", text_of("docs/commands.md"), flags=re.M)
+    assert {row.split()[1] for row in rows if row.startswith("edgedit")} == modules
+    assert "optimum-cli export edgedit" in rows
+
+
 def test_the_page_about_the_inside_has_every_room_in_import_order():
     named = [
         name.removesuffix(".py") for name in re.findall(r"^\| `(\w+)(?:\.py|/)` \|", text_of("docs/inside.md"), re.M)
