@@ -94,6 +94,16 @@ def test_every_recipe_benchmark_and_stage_stands_on_a_page():
         assert shared or f"{path.name}" in everything, f"no page names {path.relative_to(ROOT)}"
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/api/")])
+def test_the_reference_names_what_is_there(page):
+    for name in re.findall(r"^::: edgedit_hf\.([\w.]+)$", text_of(page), flags=re.M):
+        module = ROOT / "src/edgedit_hf" / Path(*name.split("."))
+        if module.with_suffix(".py").is_file():
+            continue
+        defined = ast.parse(module.parent.with_suffix(".py").read_text(encoding="utf-8")).body
+        assert module.name in {getattr(node, "name", None) for node in defined}, f"{page} names {name}"
+
+
 def test_every_command_stands_on_its_page():
     modules = {path.stem for path in (ROOT / "src/edgedit_hf/commands").glob("*.py")} - {"__init__", "cli", "export"}
     rows = re.findall(r"^\| `(.+?)`", text_of("docs/commands.md"), flags=re.M)
