@@ -32,7 +32,6 @@ from diffusers_dit import fail, random_transformer
 
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
-from edgedit_hf.export.components import open_session
 from edgedit_hf.export.executorch.lower import lower_executorch
 from edgedit_hf.export.formats import ExportOptions
 from edgedit_hf.export.onnx.lower import lower_onnx
@@ -42,6 +41,7 @@ from edgedit_hf.export.verify import relative_error
 from edgedit_hf.quantization.activations import activation_scales
 from edgedit_hf.quantization.calibration import input_ranges, record
 from edgedit_hf.runtimes.footprint import footprint
+from edgedit_hf.runtimes.sessions import open_session
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 
 HERE = Path(__file__).resolve().parent

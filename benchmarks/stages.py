@@ -38,7 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgedit_hf.export.onnx.lower import DEFAULT_OPSET, lower, save_onnx
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
-from edgedit_hf.runtimes.runners import OnnxRunner, session_options
+from edgedit_hf.runtimes.runners import OnnxRunner
+from edgedit_hf.runtimes.sessions import session_options
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 
 VARIANTS = ("PixArt", "A", "B", "C", "D")

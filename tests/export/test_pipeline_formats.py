@@ -16,7 +16,6 @@ from torch import nn
 from edgedit_hf import EdgeDiTPipeline, ElasticDiTPipeline, ElasticDiTTransformer2DModel
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.export.components import OnnxSession
 from edgedit_hf.export.formats import ExportOptions
 from edgedit_hf.export.mixed import choose_8bit, nearest_form, quantized_linears, xnnpack_weights
 from edgedit_hf.export.onnx.lowbit import half_precision
@@ -29,6 +28,7 @@ from edgedit_hf.quantization.affine import quantize_affine
 from edgedit_hf.quantization.calibration import input_ranges, record
 from edgedit_hf.quantization.packing import unpack
 from edgedit_hf.quantization.quantizer import quantize_model
+from edgedit_hf.runtimes.sessions import OnnxSession
 
 
 def smooth(module: nn.Module, scale: float = 0.05, seed: int = 0) -> nn.Module:

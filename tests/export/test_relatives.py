@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from edgedit_hf import load_original
 from edgedit_hf.export.executorch.lower import export_executorch
 from edgedit_hf.export.onnx.lower import export_onnx
-from edgedit_hf.runtimes.runners import ExecutorchSession, OnnxRunner
+from edgedit_hf.runtimes.runners import OnnxRunner
+from edgedit_hf.runtimes.sessions import ExecutorchSession
 
 ORACLES = Path(__file__).parents[1] / "models" / "oracles"
 

@@ -9,7 +9,8 @@ import torch
 from onnx import TensorProto, helper
 
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.runtimes.runners import OnnxRunner, TorchRunner, example_inputs, session_options
+from edgedit_hf.runtimes.runners import OnnxRunner, TorchRunner, example_inputs
+from edgedit_hf.runtimes.sessions import session_options
 from edgedit_hf.runtimes.timing import (
     MIN_ROUNDS,
     Measurement,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,12 @@ from diffusers.utils import BaseOutput
 from ..errors import EdgeDiTError
 from ..files import copy_tree, file_sha256, read_json
 from ..records import ContractFiles
-from ..runtimes.runners import ExecutorchSession, session_options
+from ..runtimes.sessions import OnnxSession, PteSession, open_session
 from ..schema import read_record
 from .parts import MODULATED
 
 STEMS = {"denoiser": "model", "text_encoder": "model"}  # file names of parts that are not named after the part
 CACHED_MODULATIONS = 64  # timesteps whose modulations an elastic denoiser keeps
-_EXECUTORCH = threading.Lock()  # a method keeps its inputs and outputs, and the pool of threads is one for the process
 
 
 def stem(part: str) -> str:
@@ -41,73 +39,7 @@ def stem(part: str) -> str:
 # -------------------------------------------------------------------- runtimes
 
 
-class OnnxSession:
-    """An .onnx file in ONNX Runtime.
-
-    Args:
-        path: the file.
-        threads: intra-op threads (`None`: ONNX Runtime's choice).
-        provider: execution provider.
-
-    Raises:
-        EdgeDiTError: the provider does not exist, or ONNX Runtime refuses the file.
-    """
-
-    def __init__(self, path: Path, threads: int | None = None, provider: str = "CPUExecutionProvider"):
-        import onnxruntime
-
-        available = onnxruntime.get_available_providers()
-        if provider not in available:
-            raise EdgeDiTError(
-                f"The provider {provider!r} is not in this onnxruntime; it offers {', '.join(available)}."
-            )
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), session_options(threads), providers=[provider])
-        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-            raise EdgeDiTError(f"ONNX Runtime cannot load {path}: {error}. Export it again.") from error
-        self.inputs = {value.name for value in self.session.get_inputs()}
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What the file says about itself, as text."""
-        entries = self.session.get_modelmeta().custom_metadata_map
-        return {key.removeprefix("edgedit."): value for key, value in entries.items() if key.startswith("edgedit.")}
-
-    def run(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Outputs for contiguous inputs on the CPU, by name; what the file does not take is left out. ONNX Runtime
-        reads the tensors' own memory, and the outputs are its own: nothing is copied."""
-        values = {name: value.numpy() for name, value in inputs.items() if name in self.inputs}
-        return [torch.from_numpy(value) for value in self.session.run(None, values)]
-
-
-class PteSession:
-    """A .pte file in ExecuTorch ([`ExecutorchSession`]), called like [`OnnxSession`]; `inputs` are in the order of the
-    file's.
-    """
-
-    def __init__(self, path: Path, threads: int | None = None):
-        self.session = ExecutorchSession(path, threads)
-        self.metadata = dict(self.session.metadata)
-
-    def run(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Outputs for contiguous inputs on the CPU."""
-        with _EXECUTORCH:
-            return self.session.run_all(list(inputs.values()))
-
-
 SUFFIXES = {"onnx": ".onnx", "executorch": ".pte", "coreml": ".mlpackage"}
-SESSIONS = {"onnx": OnnxSession, "executorch": PteSession}
-
-
-def open_session(
-    file: str | os.PathLike, format: str, threads: int | None = None, **options: Any
-) -> OnnxSession | PteSession:
-    """Open an artefact.
-
-    Args:
-        file: the file. format: `"onnx"` or `"executorch"`. threads: of the runtime. options: of the runtime.
-    """
-    return SESSIONS[format](Path(file), threads, **options)
 
 
 # -------------------------------------------------------------------- components

@@ -23,9 +23,10 @@ from ..pipelines.loading import load_pipeline, with_components
 from ..quantization.layers import dequantize_model, quantized_weights
 from ..quantization.weights import AffineWeight
 from ..run.outputs import check_output
+from ..runtimes.sessions import open_session
 from ..runtimes.timing import environment
 from . import verify
-from .components import COMPONENTS, open_session, stem
+from .components import COMPONENTS, stem
 from .contract import Artefact, set_schedule, write_contract
 from .executorch.lower import lower_executorch
 from .formats import ExportOptions

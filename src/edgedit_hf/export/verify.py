@@ -16,8 +16,8 @@ from ..errors import EdgeDiTError
 from ..metrics.distances import psnr
 from ..pipelines.loading import with_components
 from ..runtimes.footprint import footprint
+from ..runtimes.sessions import open_session
 from ..runtimes.timing import environment, measure, paired_ratio
-from .components import open_session
 from .formats import FORMATS, PRECISIONS
 from .onnx.lower import initializer_bytes
 from .parts import MODULATED, Part, is_elastic, text_lengths

@@ -95,7 +95,7 @@ def _measure(job: Mapping) -> dict:
     else:
         from safetensors.torch import load_file
 
-        from .runners import ExecutorchSession, require_executorch
+        from .sessions import ExecutorchSession, require_executorch
 
         require_executorch()
         from executorch.runtime import Runtime

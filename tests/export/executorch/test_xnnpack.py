@@ -20,7 +20,7 @@ from edgedit_hf.export.parts import edgedit_parts, elastic_parts, share, text_en
 from edgedit_hf.files import aside_of
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.quantization.affine import quantize_affine
-from edgedit_hf.runtimes.runners import ExecutorchSession
+from edgedit_hf.runtimes.sessions import ExecutorchSession
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

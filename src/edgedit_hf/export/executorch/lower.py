@@ -23,7 +23,7 @@ from ...errors import EdgeDiTError
 from ...files import aside_of, explain_write_errors
 from ...quantization.packing import unpack
 from ...quantization.weights import AffineWeight
-from ...runtimes.runners import CONSTANT_PREFIX
+from ...runtimes.sessions import CONSTANT_PREFIX
 from ..formats import FORMATS
 from ..parts import (
     ConditionerWrapper,
