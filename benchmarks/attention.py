@@ -20,12 +20,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 from diffusers_dit import fail, peak_bytes
 from torch import nn
 
-from edgedit_hf.export.onnx.lower import DEFAULT_OPSET, lower
+from edgedit_hf.export.onnx.lower import DEFAULT_OPSET, lower, save_onnx
 from edgedit_hf.models.transformer_elastic_dit import (
     ElasticDiTTransformer2DModel,
     Positions,
@@ -33,7 +35,8 @@ from edgedit_hf.models.transformer_elastic_dit import (
     rotation_table,
     sparse_attention,
 )
-from edgedit_hf.runtimes.runners import OnnxRunner
+from edgedit_hf.runtimes.runners import SessionRunner
+from edgedit_hf.runtimes.sessions import open_session
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 
 HEADS, CHANNELS = 16, 64
@@ -119,10 +122,9 @@ def call_of(runtime: str, module: nn.Module, inputs: tuple[torch.Tensor, ...], t
     """A callable that runs a module once in a runtime."""
     if runtime.startswith("torch"):
         return torch.inference_mode()(lambda: module(*inputs))
-    proto = lower(module, inputs, dynamic=False, opset=DEFAULT_OPSET)
-    return OnnxRunner(
-        proto.SerializeToString(), {name: tensor.numpy() for name, tensor in zip(module.input_names, inputs)}, threads
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_onnx(lower(module, inputs, dynamic=False, opset=DEFAULT_OPSET), Path(folder, "model.onnx"))
+        return SessionRunner(open_session(path, threads), dict(zip(module.input_names, inputs)))
 
 
 def memory_of(kind: str, runtime: str, side: int, kv_heads: int, threads: int) -> None:

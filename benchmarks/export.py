@@ -41,6 +41,7 @@ from edgedit_hf.export.verify import relative_error
 from edgedit_hf.quantization.activations import activation_scales
 from edgedit_hf.quantization.calibration import input_ranges, record
 from edgedit_hf.runtimes.footprint import footprint
+from edgedit_hf.runtimes.runners import SessionRunner, TorchRunner
 from edgedit_hf.runtimes.sessions import open_session
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 
@@ -71,30 +72,9 @@ WAYS = (  # format, dtype and what else, of the trained net
 )
 
 
-class Call:
-    """A callable with its threads, for `measure`."""
-
-    def __init__(self, run, threads: int):
-        self.run, self.threads = run, threads
-
-    def __call__(self):
-        return self.run()
-
-
-def eager(module: torch.nn.Module, inputs: dict[str, torch.Tensor], threads: int) -> Call:
-    """A forward in PyTorch."""
-
-    def run():
-        with torch.inference_mode():
-            return module(*inputs.values())
-
-    return Call(run, threads)
-
-
-def artefact(path: Path, inputs: dict[str, torch.Tensor], threads: int) -> Call:
+def artefact(path: Path, inputs: dict[str, torch.Tensor], threads: int) -> SessionRunner:
     """A run of a file."""
-    session = open_session(path, "onnx" if path.suffix == ".onnx" else "executorch", threads)
-    return Call(lambda: session.run(inputs), threads)
+    return SessionRunner(open_session(path, threads), inputs)
 
 
 def blocks(arguments, folder: Path) -> dict:
@@ -126,14 +106,14 @@ def blocks(arguments, folder: Path) -> dict:
     half = random_transformer("DiT-XL/2", torch.bfloat16, num_layers=arguments.layers)
     (halved,) = edgedit_parts(half, size, arguments.batch, split=False)
     calls = {
-        "torch-fp32": eager(whole.module, whole.inputs, arguments.threads),
-        "torch-bf16": eager(
+        "torch-fp32": TorchRunner(whole.module, whole.inputs, arguments.threads),
+        "torch-bf16": TorchRunner(
             halved.module, {**whole.inputs, "sample": whole.inputs["sample"].bfloat16()}, arguments.threads
         ),
         **{name: artefact(path, whole.inputs, arguments.threads) for name, path in files.items()},
     }
     reference = calls["torch-fp32"]()
-    errors = {name: relative_error(calls[name]()[0], reference) for name in files}
+    errors = {name: relative_error(torch.from_numpy(calls[name]()[0]), reference) for name in files}
     timings = measure(calls, warmup=1, repeats=arguments.repeats, max_seconds=arguments.max_seconds)
     fp32_bytes = 4 * sum(p.numel() for p in model.parameters())
     rows = []
@@ -180,7 +160,7 @@ def blocks(arguments, folder: Path) -> dict:
             (conditioner, folder / f"split-conditioner.{suffix}"),
         ):
             label = f"{name} {'whole' if part is whole else part.name}"
-            held = footprint(path, "onnx" if suffix == "onnx" else "executorch", part.inputs, arguments.threads)
+            held = footprint(path, part.inputs, arguments.threads)
             row = {"form": label, "ms": timed[label].median_ms, "bytes": path.stat().st_size, **held}
             parts.append(row)
             print(

@@ -19,6 +19,7 @@ from diffusers_dit import fail, random_transformer
 
 from edgedit_hf.export.components import OnnxEdgeDiTTransformer2DModel
 from edgedit_hf.export.onnx.lower import export_onnx, quantize_int8
+from edgedit_hf.export.wrappers import DenoiserWrapper
 from edgedit_hf.runtimes.runners import TorchRunner, example_inputs
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 
@@ -74,7 +75,10 @@ def main() -> None:
         }
         print(f"{'batch':>5} {'fp32':>9} {'bf16':>9} {'int8':>9} {'speedup':>8} {'error':>8}")
         for batch in arguments.batches:
-            calls = {name: TorchRunner(model, batch, arguments.threads) for name, model in models.items()}
+            calls: dict = {}
+            for name, model in models.items():
+                inputs = example_inputs(model.config, batch, dtype=model.dtype)
+                calls[name] = TorchRunner(DenoiserWrapper(model), inputs, arguments.threads)
             calls["int8"] = int8_runner(component, batch)
             reference = calls["fp32"]()
             timings = measure(calls, warmup=1, repeats=arguments.repeats, max_seconds=arguments.max_seconds)

@@ -29,7 +29,8 @@ from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.run.stage import maker_of
-from edgedit_hf.runtimes.runners import example_inputs, executorch_runner, onnx_runner
+from edgedit_hf.runtimes.runners import SessionRunner, example_inputs
+from edgedit_hf.runtimes.sessions import open_session
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 from edgedit_hf.search_space import model_cost
 
@@ -122,8 +123,8 @@ def runners(arguments, runtime: str, scratch: Path, folder: Path | None) -> dict
         command += ["--assembled", str(folder)] if folder else []
         command += ["--layers", str(arguments.layers)] if arguments.layers else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        make = onnx_runner if runtime == "onnxruntime" else executorch_runner
-        found[name] = make(path, config_of(name, arguments.layers), arguments.batch, arguments.threads)
+        inputs = example_inputs(config_of(name, arguments.layers), arguments.batch)
+        found[name] = SessionRunner(open_session(path, arguments.threads), inputs)
     return found
 
 

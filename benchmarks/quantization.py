@@ -43,6 +43,7 @@ from diffusers_dit import fail  # noqa: E402
 
 from edgedit_hf.data.datasets import to_bytes  # noqa: E402
 from edgedit_hf.data.loading import load_run_images  # noqa: E402
+from edgedit_hf.export.wrappers import DenoiserWrapper  # noqa: E402
 from edgedit_hf.metrics.distances import frechet_distance, psnr  # noqa: E402
 from edgedit_hf.metrics.extractors import FeatureExtractor  # noqa: E402
 from edgedit_hf.metrics.reference import load_extractor, real_features  # noqa: E402
@@ -58,7 +59,7 @@ from edgedit_hf.report.plots import montage, sample_grid  # noqa: E402
 from edgedit_hf.run.config import load_config  # noqa: E402
 from edgedit_hf.run.launch import make_accelerator  # noqa: E402
 from edgedit_hf.run.outputs import check_output  # noqa: E402
-from edgedit_hf.runtimes.runners import TorchRunner  # noqa: E402
+from edgedit_hf.runtimes.runners import TorchRunner, example_inputs  # noqa: E402
 from edgedit_hf.runtimes.timing import environment, measure  # noqa: E402
 
 BUDGET, REQUIRED_DISTANCE = 4.3, 1.05
@@ -212,10 +213,11 @@ def main() -> None:
         calls = record(pipeline, config.quantize.calibration_images, **options).calls
         judge = Judge(pipeline, config.quantize.calibration_images, **options)
         models = forms(pipeline.transformer.eval(), calls, runs)
-        timings = measure(
-            {name: TorchRunner(model, arguments.latency_batch, arguments.threads) for name, model in models.items()},
-            repeats=arguments.repeats,
-        )
+        runners = {}
+        for name, model in models.items():
+            inputs = example_inputs(model.config, arguments.latency_batch, dtype=model.dtype)
+            runners[name] = TorchRunner(DenoiserWrapper(model), inputs, arguments.threads)
+        timings = measure(runners, repeats=arguments.repeats)
         rows, pixels = {}, {}
         heads = "".join(f"{f't={t:.0f}':>7}" for t in few(judge_timesteps(judge)))
         print(

@@ -29,7 +29,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import onnxruntime
 import torch
 from diffusers import PixArtTransformer2DModel
 from diffusers_dit import fail
@@ -38,8 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgedit_hf.export.onnx.lower import DEFAULT_OPSET, lower, save_onnx
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
-from edgedit_hf.runtimes.runners import OnnxRunner
-from edgedit_hf.runtimes.sessions import session_options
+from edgedit_hf.runtimes.profile import onnx_profile
+from edgedit_hf.runtimes.runners import SessionRunner
+from edgedit_hf.runtimes.sessions import open_session
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 
 VARIANTS = ("PixArt", "A", "B", "C", "D")
@@ -149,16 +149,9 @@ def export(variant: str, heads: int, latents: int, depth: int, threads: int, pat
     save_onnx(proto, path)
     weights = sum(p.numel() for p in module.parameters())
     del module, proto
-    options = session_options(threads)
-    options.enable_profiling, options.profile_file_prefix = True, str(path.with_suffix(""))
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    session.run(None, {name: value.numpy() for name, value in inputs.items()})
-    profile = Path(session.end_profiling())
     spent = {"attention": 0.0, "linear": 0.0, "other": 0.0}
-    for event in json.loads(profile.read_text(encoding="utf-8")):
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            spent[KINDS.get(event["args"]["op_name"], "other")] += event["dur"] / 1e3
-    profile.unlink()
+    for operator, milliseconds in onnx_profile(path, inputs, threads).items():
+        spent[KINDS.get(operator, "other")] += milliseconds
     print(json.dumps({"weights": weights, "flops": flops, "profile_ms": spent}))
 
 
@@ -231,8 +224,8 @@ def main() -> None:
             command += ["--threads", str(arguments.threads)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows[variant] = json.loads(done.stdout.strip().splitlines()[-1])
-            inputs = {name: value.numpy() for name, value in example(variant, arguments.latents).items()}
-            calls[variant] = OnnxRunner(path, inputs, arguments.threads)
+            session = open_session(path, arguments.threads)
+            calls[variant] = SessionRunner(session, example(variant, arguments.latents))
             print(f"{variant} is exported", flush=True)
         timings = measure(calls, warmup=0, repeats=arguments.repeats)
     bases = [base for base in ("PixArt", "A") if base in rows]

@@ -36,6 +36,7 @@ from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.stage import ELASTIC, EVALUATE_ELASTIC
 from edgedit_hf.run.state import RunState
+from edgedit_hf.runtimes.runners import TorchRunner
 from edgedit_hf.runtimes.timing import environment, measure
 from edgedit_hf.schema import read_record
 from edgedit_hf.search_space import BYTES, elastic_cost
@@ -84,10 +85,14 @@ def measure_latencies(pipeline: ElasticDiTPipeline, config: RunConfig) -> dict:
         judged_captions(load_run_captions(config, "validation"), options.latency_batch_size)
     )
     count, size = options.latency_batch_size, model.config.sample_size
-    inputs = torch.randn(count, model.config.in_channels, size, size), torch.linspace(1, 999, count), text, masks
-    runners = {name: partial(model.extract_subnet(name).eval(), *inputs) for name in model.subnet_names}
-    with torch.inference_mode():
-        timings = measure(runners, repeats=options.latency_repeats)
+    inputs = {
+        "sample": torch.randn(count, model.config.in_channels, size, size),
+        "timestep": torch.linspace(1, 999, count),
+        "text": text,
+        "masks": masks,
+    }
+    runners = {name: TorchRunner(model.extract_subnet(name).eval(), inputs, threads) for name in model.subnet_names}
+    timings = measure(runners, repeats=options.latency_repeats)
     return {
         "latency_ms": {name: {"torch-fp32": timing.median_ms} for name, timing in timings.items()},
         "batch_size": count,

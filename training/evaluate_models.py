@@ -29,6 +29,7 @@ from edgedit_hf.estimate import print_estimate
 from edgedit_hf.export.executorch.lower import export_executorch
 from edgedit_hf.export.onnx.lower import export_onnx, quantize_int8
 from edgedit_hf.export.verify import weight_bytes
+from edgedit_hf.export.wrappers import DenoiserWrapper
 from edgedit_hf.files import atomic_write_json
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.metrics.distances import frechet_distance, precision_recall, psnr
@@ -43,7 +44,8 @@ from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.stage import EVALUATE, TEACHER, TUNE, maker_of
 from edgedit_hf.run.state import RunState
-from edgedit_hf.runtimes.runners import TorchRunner, executorch_runner, onnx_runner
+from edgedit_hf.runtimes.runners import SessionRunner, TorchRunner, example_inputs
+from edgedit_hf.runtimes.sessions import open_session
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 from edgedit_hf.schema import read_record
 from edgedit_hf.search_space import BYTES, Cost, model_cost
@@ -64,13 +66,14 @@ def measure_latencies(pipelines: dict, config: RunConfig) -> dict:
             fp32 = export_onnx(model, Path(folder, f"{name}.onnx"))
             int8 = quantize_int8(fp32, Path(folder, f"{name}-int8.onnx"))
             batch = options.latency_batch_size
-            runners[name, "torch-fp32"] = TorchRunner(model, batch, threads)
-            runners[name, "onnxruntime-fp32"] = onnx_runner(fp32, model.config, batch, threads)
-            runners[name, "onnxruntime-int8"] = onnx_runner(int8, model.config, batch, threads)
+            inputs = example_inputs(model.config, batch)
+            runners[name, "torch-fp32"] = TorchRunner(DenoiserWrapper(model), inputs, threads)
+            runners[name, "onnxruntime-fp32"] = SessionRunner(open_session(fp32, threads), inputs)
+            runners[name, "onnxruntime-int8"] = SessionRunner(open_session(int8, threads), inputs)
             for precision in config.export.executorch:
                 file = Path(folder, f"{name}-{precision}.pte")
                 export_executorch(model, file, precision, batch)
-                runners[name, f"executorch-{precision}"] = executorch_runner(file, model.config, batch, threads)
+                runners[name, f"executorch-{precision}"] = SessionRunner(open_session(file, threads), inputs)
         timings = measure(runners, repeats=options.latency_repeats)
     measured = {hashes[name]: {} for name in hashes}
     for (name, runtime), timing in timings.items():

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from edgedit_hf import load_original
 from edgedit_hf.export.executorch.lower import export_executorch
 from edgedit_hf.export.onnx.lower import export_onnx
-from edgedit_hf.runtimes.runners import OnnxRunner
-from edgedit_hf.runtimes.sessions import ExecutorchSession
+from edgedit_hf.runtimes.sessions import open_session
 
 ORACLES = Path(__file__).parents[1] / "models" / "oracles"
 
@@ -29,8 +28,8 @@ def test_an_artefact_computes_what_the_original_computed(name, tmp_path):
         t, expected = 1000 * (1 - t), -expected
     inputs = {"sample": x, "timestep": t.float(), "class_labels": y}
     onnx = export_onnx(model, tmp_path / "model.onnx")
-    found = torch.from_numpy(OnnxRunner(onnx, {key: value.numpy() for key, value in inputs.items()}, threads=1)()[0])
+    found = torch.from_numpy(open_session(onnx, threads=1).run(inputs)[0])
     assert (found - expected).norm() <= 1e-5 * expected.norm()
     export_executorch(model, tmp_path / "model.pte", batch=len(x))
-    found = ExecutorchSession(tmp_path / "model.pte", threads=1).run(tuple(inputs.values()))
+    found = torch.from_numpy(open_session(tmp_path / "model.pte", threads=1).run(inputs)[0])
     assert (found - expected).norm() <= 1e-5 * expected.norm()

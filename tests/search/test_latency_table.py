@@ -11,7 +11,8 @@ import torch
 
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.genotype import Genotype, LayerSpec
-from edgedit_hf.runtimes.runners import RUNNERS, example_inputs, onnx_runner
+from edgedit_hf.runtimes.runners import SessionRunner, example_inputs
+from edgedit_hf.runtimes.sessions import open_session
 from edgedit_hf.runtimes.timing import measure, paired_medians
 from edgedit_hf.search.latency_table import (
     DEPTHS,
@@ -59,8 +60,7 @@ def test_joined_parts_compute_what_the_model_computes(config, space, tmp_path):
     with torch.no_grad():
         expected = model(inputs["sample"], inputs["timestep"], inputs["class_labels"]).sample.numpy()
     for precision, tolerance in (("fp32", 1e-5), ("int8", 5e-2)):
-        runner = onnx_runner(parts.network(shapes, precision, tmp_path / f"{precision}.onnx"), config, 5, 1)
-        (found,) = runner()
+        (found,) = open_session(parts.network(shapes, precision, tmp_path / f"{precision}.onnx"), 1).run(inputs)
         assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < tolerance
 
 
@@ -158,7 +158,8 @@ def prediction_errors(table, config, genotypes, folder) -> list[float]:
     for genotype in {g.hash: g for g in [original, *genotypes]}.values():
         network = {**config, "layers": genotype.to_layers()}
         file = export_network(network, table.runtime, table.precision, table.batch, folder / genotype.hash)
-        runners[genotype.hash] = RUNNERS[table.runtime](file, config, table.batch, table.threads)
+        session = open_session(file, table.threads)
+        runners[genotype.hash] = SessionRunner(session, example_inputs(config, table.batch))
     times = paired_medians(measure(runners, repeats=20))
     drift = times[original.hash] / table.latency_ms(original)
     others = [genotype for genotype in genotypes if genotype != original]  # which fits by construction

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -23,7 +24,7 @@ from diffusers.utils import BaseOutput
 from ..errors import EdgeDiTError
 from ..files import copy_tree, file_sha256, read_json
 from ..records import ContractFiles
-from ..runtimes.sessions import OnnxSession, PteSession, open_session
+from ..runtimes.sessions import Session, open_session
 from ..schema import read_record
 from .parts import MODULATED
 
@@ -36,15 +37,7 @@ def stem(part: str) -> str:
     return STEMS.get(part, part)
 
 
-# -------------------------------------------------------------------- runtimes
-
-
 SUFFIXES = {"onnx": ".onnx", "executorch": ".pte", "coreml": ".mlpackage"}
-
-
-# -------------------------------------------------------------------- components
-
-
 CONTRACT = "contract.json"
 
 
@@ -104,7 +97,7 @@ class ExportedComponent(ConfigMixin):
         self.export = self._internal_dict = FrozenDict(config)
         self.folder: Path | None = None
         self.num_threads: int | None = None
-        self.sessions: dict[str, OnnxSession | PteSession] = {}
+        self.sessions: dict[str, Session] = {}
         self._options: dict[str, Any] = {}
 
     @classmethod
@@ -203,7 +196,7 @@ class ExportedComponent(ConfigMixin):
     def _open(self) -> None:
         files = {part: self.folder / self.part_file(part) for part in self.PARTS}
         self.sessions = {
-            part: open_session(file, self.FORMAT, self.num_threads, **self._options)
+            part: open_session(file, self.num_threads, **self._options)
             for part, file in files.items()
             if file.is_file()
         }
@@ -282,7 +275,7 @@ class ExportedComponent(ConfigMixin):
         values = {}
         for name, value in inputs.items():
             value = value.detach().to("cpu")
-            values[name] = (value.float() if value.is_floating_point() else value).contiguous()
+            values[name] = value.float() if value.is_floating_point() else value
         rows = len(next(iter(values.values())))
         batch = self.export["batch"]
         step = rows if batch == "dynamic" else batch
@@ -301,7 +294,10 @@ class ExportedComponent(ConfigMixin):
             session.run({name: value[i : i + step] for name, value in values.items()})
             for i in range(0, rows + missing, step)
         ]
-        return [torch.cat(outputs)[:rows] if len(parts) > 1 or missing else outputs[0] for outputs in zip(*parts)]
+        return [
+            torch.from_numpy(np.concatenate(outputs)[:rows] if len(parts) > 1 or missing else outputs[0])
+            for outputs in zip(*parts)
+        ]
 
 
 class ExportedTransformer(ExportedComponent):
@@ -330,13 +326,16 @@ class ExportedTransformer(ExportedComponent):
         said = self.sessions["denoiser"].metadata
         if "timestep_edges" in said:
             return json.loads(said["timestep_edges"])
-        # A file of an older export does not say it.
-        return [] if self.FORMAT == "onnx" and said.get("precision") == "int8" and "activations" not in said else None
+        # A file of an older export does not say it; one with a scheme (`.pte`) has dynamic activations.
+        older = said.get("precision") == "int8" and not {"activations", "scheme"} & said.keys()
+        return [] if older else None
 
     def _predict(self, inputs: dict[str, torch.Tensor], times: torch.Tensor) -> torch.Tensor:
         """The denoiser's output for rows with these timesteps; rows of several buckets of timesteps go through the file
         bucket by bucket.
         """
+        if "timestep" in self.sessions["denoiser"].input_names:  # a split one's, if its scales are by timestep
+            inputs = {**inputs, "timestep": times}
         edges = self._bucket_edges()
         if edges is None or bool((times == times[0]).all()):
             return self.run("denoiser", inputs)[0]
@@ -370,15 +369,19 @@ class ExportedEdgeDiT(ExportedTransformer):
     schedule before it samples.
     """
 
-    def _open(self) -> None:
-        super()._open()
-        if self.split:  # pipelines ask whether there is such a method
-            self.precompute_modulation = self._precompute_modulation
+    @property
+    def precompute_modulation(self) -> Callable[..., torch.Tensor]:
+        """`(timesteps (T,), class_labels (K,)) → (T, K, 6L + 2, D)`, as
+        [`EdgeDiTTransformer2DModel.precompute_modulation`]; of a split denoiser alone.
+
+        Raises:
+            AttributeError: the denoiser is not split; pipelines ask whether there is such a method.
+        """
+        if not self.split:
+            raise AttributeError(f"This {type(self).__name__} has no conditioner of its own to compute modulations.")
+        return self._precompute_modulation
 
     def _precompute_modulation(self, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        """The modulations `(T, K, 6L + 2, D)` of timesteps `(T,)` and labels `(K,)`, as
-        [`EdgeDiTTransformer2DModel.precompute_modulation`].
-        """
         count = 1 if class_labels is None else len(class_labels)
         labels = None if class_labels is None else class_labels.repeat(len(timesteps))
         table = self._condition(timesteps.repeat_interleave(count), labels)
@@ -436,8 +439,6 @@ class ExportedEdgeDiT(ExportedTransformer):
         labels = self._labels(class_labels)
         if self.split:
             inputs[MODULATED] = self._condition(times, labels) if modulation is None else modulation
-            if self.FORMAT == "onnx":
-                inputs["timestep"] = times  # a file with activation scales by timestep asks for it
         else:
             inputs |= {"timestep": times} if labels is None else {"timestep": times, "class_labels": labels}
         return self._output(hidden_states, self._predict(inputs, times), return_dict)
@@ -560,8 +561,6 @@ class ExportedElasticDiT(ExportedTransformer):
                 )
                 self._text = key, text
             inputs |= {MODULATED: self._modulation(times), **text}
-            if self.FORMAT == "onnx":
-                inputs["timestep"] = times  # a file with activation scales by timestep asks for it
         else:
             inputs |= {"timestep": times, **self._texts(encoder_hidden_states, encoder_attention_mask, rows)}
         return self._output(hidden_states, self._predict(inputs, times), return_dict)

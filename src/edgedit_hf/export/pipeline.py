@@ -498,7 +498,7 @@ class _Job:
             if part.name == "denoiser":
                 continue
             file = self.file(part)
-            session = open_session(folder / file, options.format, options.threads)
+            session = open_session(folder / file, options.threads)
             checked[file] = verify.check_part(part, self.precision_of(part, said), verify.compare_part(part, session))
         exported.save_pretrained(folder)
         return said, {**found, "parts": checked}, lowering
@@ -518,7 +518,9 @@ class _Job:
         for part in parts:
             file = self.file(part)
             # A model that is quantised already is compared with its own unpacked weights.
-            session = SimpleNamespace(run=lambda inputs, file=file: list(run_package(folder / file, inputs).values()))
+            session = SimpleNamespace(
+                run=lambda inputs, file=file: [v.numpy() for v in run_package(folder / file, inputs).values()]
+            )
             checked[file] = verify.check_part(
                 part, self.precision_of(part, said), verify.compare_part(part, session), self.options.tolerance
             )
@@ -541,9 +543,8 @@ class _Job:
 
         def run(artefact: Artefact, inputs: Mapping[str, Any]) -> dict[str, Any]:
             if artefact.file not in sessions:
-                sessions[artefact.file] = open_session(folder / artefact.file, options.format, threads)
-            found = sessions[artefact.file].run({name: torch.from_numpy(value) for name, value in inputs.items()})
-            return dict(zip(artefact.part.outputs, (value.numpy() for value in found)))
+                sessions[artefact.file] = open_session(folder / artefact.file, threads)
+            return dict(zip(artefact.part.outputs, sessions[artefact.file].run(inputs)))
 
         artefacts = []
         for part in parts:
@@ -580,7 +581,6 @@ class _Job:
             measured = verify.benchmark(
                 part,
                 {self.dtype_of(part): folder / file},
-                options.format,
                 rows,
                 options.threads,
                 options.bench_repeats,

@@ -16,9 +16,10 @@ from ..errors import EdgeDiTError
 from ..metrics.distances import psnr
 from ..pipelines.loading import with_components
 from ..runtimes.footprint import footprint
-from ..runtimes.sessions import open_session
+from ..runtimes.runners import SessionRunner, TorchRunner
+from ..runtimes.sessions import Session, open_session
 from ..runtimes.timing import environment, measure, paired_ratio
-from .formats import FORMATS, PRECISIONS
+from .formats import PRECISIONS
 from .onnx.lower import initializer_bytes
 from .parts import MODULATED, Part, is_elastic, text_lengths
 
@@ -140,13 +141,13 @@ def compare(
     }
 
 
-def compare_part(part: Part, session: Any) -> float:
+def compare_part(part: Part, session: Session) -> float:
     """Relative error of an artefact against its eager part for the part's example inputs, the worst output's.
 
     Positions of a text encoder whose token is masked do not count: nobody reads them.
     """
     expected = part.run()
-    found = session.run({name: value.contiguous() for name, value in part.inputs.items()})
+    found = map(torch.from_numpy, session.run(part.inputs))
     mask = part.inputs.get("attention_mask")
     errors = []
     for value, reference in zip(found, expected.values()):
@@ -213,33 +214,6 @@ def check_part(part: Part, precision: str, error: float, tolerance: float | None
 # -------------------------------------------------------------------- cost
 
 
-class _EagerPart:
-    """One eager forward of a part for [`measure`]."""
-
-    def __init__(self, module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], threads: int):
-        self.module, self.inputs, self.threads = module, tuple(inputs.values()), threads
-
-    def __call__(self) -> object:
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            with torch.inference_mode():
-                return self.module(*self.inputs)
-        finally:
-            torch.set_num_threads(before)
-
-
-class _Artefact:
-    """One run of an artefact for [`measure`]."""
-
-    def __init__(self, file: Path, format: str, inputs: Mapping[str, torch.Tensor], threads: int):
-        self.threads, self.inputs = threads, {name: value.contiguous() for name, value in inputs.items()}
-        self.session = open_session(file, format, threads)
-
-    def __call__(self) -> object:
-        return self.session.run(self.inputs)
-
-
 def with_rows(inputs: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
     """Examples of another batch: rows are repeated."""
     return {
@@ -251,7 +225,6 @@ def with_rows(inputs: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.
 def benchmark(
     part: Part,
     files: Mapping[str, str | os.PathLike],
-    format: str,
     batches: Sequence[int],
     threads: int,
     repeats: int = 20,
@@ -264,7 +237,6 @@ def benchmark(
     Args:
         part: the eager fp32 part.
         files: precision → artefact; the last one is what the result is about, others are for comparison.
-        format: key of `runtime.SESSIONS`.
         batches: rows a forward.
         threads: intra-op threads of every runtime.
         repeats: timed rounds a batch (fewer, at least 5, once a batch took `max_seconds`).
@@ -278,13 +250,13 @@ def benchmark(
     """
     *_, precision = files
     examples = {**part.inputs, **(extra or {})}
-    runtime = FORMATS[format].runtime
-    shipped = f"{runtime}-{precision}"
+    sessions = {name: open_session(file, threads) for name, file in files.items()}
+    shipped = f"{sessions[precision].runtime}-{precision}"
     latency = []
     for batch in batches:
-        runners: dict[str, Any] = {"torch-fp32": _EagerPart(part.module, with_rows(part.inputs, batch), threads)}
-        for name, file in files.items():
-            runners[f"{runtime}-{name}"] = _Artefact(Path(file), format, with_rows(examples, batch), threads)
+        runners: dict[str, Any] = {"torch-fp32": TorchRunner(part.module, with_rows(part.inputs, batch), threads)}
+        for name, session in sessions.items():
+            runners[f"{session.runtime}-{name}"] = SessionRunner(session, with_rows(examples, batch))
         timings = measure(runners, repeats=repeats, max_seconds=max_seconds)
         latency.append(
             {
@@ -305,7 +277,7 @@ def benchmark(
         "initializer_bytes_by_type": bytes_of,
         "initializer_bytes_fp32": fp32,
         "initializer_shrink": fp32 / total,
-        **footprint(file, format, with_rows(examples, batches[0]), threads),
+        **footprint(file, with_rows(examples, batches[0]), threads),
         "latency": latency,
         "environment": environment(threads),
     }

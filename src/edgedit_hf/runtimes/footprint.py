@@ -1,9 +1,9 @@
 """Memory and load time of artefacts, each measured in a process of its own: `python -m edgedit_hf.runtimes.footprint
 JOB.json`.
 
-JOB.json holds `{"file", "format", "inputs", "threads"}`; inputs are a safetensors file in the order of the artefact's
-inputs (`names`). The last line that the process prints is one JSON object. Resident memory is what Linux says of the
-process (`/proc`); elsewhere it is not measured.
+JOB.json holds `{"file", "inputs", "names", "threads"}`; inputs are a safetensors file, names their order (which counts
+for a file that does not name its inputs). The last line that the process prints is one JSON object. Resident memory is
+what Linux says of the process (`/proc`); elsewhere it is not measured.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import EdgeDiTError
+from .sessions import open_session, session_type
 
 
 def resident_bytes(field: str = "VmRSS") -> int | None:
@@ -32,12 +33,12 @@ def resident_bytes(field: str = "VmRSS") -> int | None:
     return None
 
 
-def footprint(file: str | os.PathLike, format: str, inputs: Mapping, threads: int, timeout: float = 600) -> dict:
+def footprint(file: str | os.PathLike, inputs: Mapping, threads: int, timeout: float = 600) -> dict:
     """What opening and running an artefact takes.
 
     Args:
-        file: the artefact. format: `"onnx"` or `"executorch"`.
-        inputs: tensors by name, in the order of the artefact's inputs.
+        file: the artefact.
+        inputs: tensors by name.
         threads: of the runtime.
 
     Returns:
@@ -56,7 +57,6 @@ def footprint(file: str | os.PathLike, format: str, inputs: Mapping, threads: in
             json.dumps(
                 {
                     "file": os.fspath(file),
-                    "format": format,
                     "inputs": str(tensors),
                     "names": list(inputs),
                     "threads": threads,
@@ -78,43 +78,18 @@ def footprint(file: str | os.PathLike, format: str, inputs: Mapping, threads: in
 
 
 def _measure(job: Mapping) -> dict:
-    if job["format"] == "onnx":
-        import onnxruntime
-        from safetensors.numpy import load_file
+    from safetensors.numpy import load_file
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = job["threads"], 3
-        tensors = load_file(job["inputs"])
-
-        def load():
-            session = onnxruntime.InferenceSession(job["file"], options, providers=["CPUExecutionProvider"])
-            names = {value.name for value in session.get_inputs()}
-            values = {name: value for name, value in tensors.items() if name in names}
-            return lambda: session.run(None, values)
-
-    else:
-        from safetensors.torch import load_file
-
-        from .sessions import ExecutorchSession, require_executorch
-
-        require_executorch()
-        from executorch.runtime import Runtime
-
-        Runtime.get()
-        tensors = load_file(job["inputs"])
-        values = [tensors[name] for name in job["names"]]
-
-        def load():
-            session = ExecutorchSession(job["file"], job["threads"])
-            return lambda: session.run_all(values)
-
+    session_type(job["file"]).load_runtime()
+    tensors = load_file(job["inputs"])
     before = resident_bytes()
     start = time.perf_counter()
-    run = load()
-    run()
+    session = open_session(job["file"], job["threads"])
+    values = session.fit({name: tensors[name] for name in job["names"]})
+    session.execute(values)
     seconds = time.perf_counter() - start
     for _ in range(2):
-        run()
+        session.execute(values)
     held, peak = resident_bytes(), resident_bytes("VmHWM")
     known = before is not None and held is not None and peak is not None
     return {

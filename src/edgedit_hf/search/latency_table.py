@@ -208,7 +208,8 @@ class TableMeasurement:
 
     def lower(self) -> None:
         """Lower and open the networks, and warm them up."""
-        from ..runtimes.runners import RUNNERS
+        from ..runtimes.runners import SessionRunner, example_inputs
+        from ..runtimes.sessions import open_session
         from ..runtimes.timing import Measurement
 
         config, batch, runtime, precision = self.config, self.batch, self.runtime, self.precision
@@ -227,7 +228,7 @@ class TableMeasurement:
                     file = export_network(
                         {**config, "layers": layers}, runtime, precision, batch, Path(folder, str(number))
                     )
-                runners[key] = RUNNERS[runtime](file, config, batch, self.threads)
+                runners[key] = SessionRunner(open_session(file, self.threads), example_inputs(config, batch))
         self.measurement = Measurement(runners)
 
     @property

@@ -21,8 +21,10 @@ from edgedit_hf.export.executorch.xnnpack import XnnpackGELU, XnnpackLayerNorm
 from edgedit_hf.export.formats import ExportOptions
 from edgedit_hf.export.parts import edgedit_parts
 from edgedit_hf.export.pipeline import export_pipeline
+from edgedit_hf.export.wrappers import DenoiserWrapper
 from edgedit_hf.genotype import Genotype
-from edgedit_hf.runtimes.runners import TorchRunner, example_inputs, executorch_runner
+from edgedit_hf.runtimes.runners import SessionRunner, TorchRunner, example_inputs
+from edgedit_hf.runtimes.sessions import open_session
 from edgedit_hf.runtimes.timing import measure
 from edgedit_hf.search_space import SearchSpace
 
@@ -261,12 +263,16 @@ def test_threads_of_the_pool(pipeline, fp32):
 
 def test_runners_measure_the_artefact(pipeline, fp32):
     model, file = pipeline.transformer, fp32 / "transformer/executorch/model.pte"
-    runners = {"torch-fp32": TorchRunner(model, 2, 1), "executorch-fp32": executorch_runner(file, model.config, 2, 1)}
-    assert relative_error(runners["executorch-fp32"](), runners["torch-fp32"]()) < 1e-5
+    inputs, session = example_inputs(model.config, 2), open_session(file, 1)
+    runners = {
+        "torch-fp32": TorchRunner(DenoiserWrapper(model), inputs, 1),
+        "executorch-fp32": SessionRunner(session, inputs),
+    }
+    assert relative_error(torch.from_numpy(runners["executorch-fp32"]()[0]), runners["torch-fp32"]()) < 1e-5
     timings = measure(runners, warmup=1, repeats=3)
     assert all(timing.median_ms > 0 and timing.threads == 1 for timing in timings.values())
-    with pytest.raises(EdgeDiTError, match="exported for batch 2; a runner of batch 4 is asked for"):
-        executorch_runner(file, model.config, 4, 1)
+    with pytest.raises(EdgeDiTError, match=r"sample float32 \(4, .* exported for sample float32 \(2, "):
+        SessionRunner(session, example_inputs(model.config, 4))
 
 
 # -------------------------------------------------------------------- gates and files

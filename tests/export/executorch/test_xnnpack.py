@@ -20,7 +20,7 @@ from edgedit_hf.export.parts import edgedit_parts, elastic_parts, share, text_en
 from edgedit_hf.files import aside_of
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.quantization.affine import quantize_affine
-from edgedit_hf.runtimes.sessions import ExecutorchSession
+from edgedit_hf.runtimes.sessions import open_session
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -35,6 +35,10 @@ def outputs_of(module, part):
 
 def worst_error(found, part):
     return max(relative_error(value, expected) for value, expected in zip(found, part.run().values(), strict=True))
+
+
+def outputs_in_executorch(path, part):
+    return [torch.from_numpy(value) for value in open_session(path).run(part.inputs)]
 
 
 def small_elastic(**overrides):
@@ -181,8 +185,8 @@ def test_fitted_grids_are_better_than_the_largest_value():
 
 def test_xnnpack_runs_a_split_denoiser_whole(lowered):
     part, path, said = lowered
-    session = ExecutorchSession(path)
-    assert worst_error(session.run_all(list(part.inputs.values())), part) < 1e-5
+    session = open_session(path)
+    assert worst_error(outputs_in_executorch(path, part), part) < 1e-5
     assert said["backend"] == "xnnpack" and said["not_run"] is None and said["bytes"] == path.stat().st_size
     delegation = said["delegation"]
     assert delegation["portable"] == {} and delegation["subgraphs"] == 1 and 0 <= delegation["portable_share"] <= 0.1
@@ -192,20 +196,18 @@ def test_xnnpack_runs_a_split_denoiser_whole(lowered):
 
 def test_inputs_that_do_not_fit_are_one_clear_error(lowered):
     part, path, _ = lowered
-    session = ExecutorchSession(path)
+    session = open_session(path)
     sample, modulation = part.inputs.values()
     for inputs in (
-        (sample.repeat(2, 1, 1, 1), modulation),
-        (sample.double(), modulation),
-        (sample,),
-        (sample[..., :4], modulation),
+        {"sample": sample.repeat(2, 1, 1, 1), "modulation": modulation},
+        {"sample": sample.double(), "modulation": modulation},
+        {"sample": sample},
+        {"sample": sample[..., :4], "modulation": modulation},
     ):
-        with pytest.raises(
-            EdgeDiTError,
-            match=r"The inputs are .* but .*model.pte was exported for float32 \(1, 1, 8, 8\), float32 \(1, 8, 32\)",
-        ):
-            session.run_all(inputs)
-    assert session.run([sample, modulation]).shape == sample.shape
+        wanted = r"sample float32 \(1, 1, 8, 8\), modulation float32 \(1, 8, 32\)"
+        with pytest.raises(EdgeDiTError, match=f"The inputs are .* but .*model.pte was exported for {wanted}"):
+            session.run(inputs)
+    assert session.run({"modulation": modulation, "sample": sample})[0].shape == sample.shape
 
 
 def test_what_cannot_be_lowered_leaves_no_file(tiny, tmp_path, monkeypatch):
@@ -252,7 +254,7 @@ def test_every_part_of_both_families_lowers(tiny, tmp_path):
     for part in [*parts, *encoder_parts()]:
         path = tmp_path / "model.pte"
         said = lower_executorch(part, path)
-        assert worst_error(ExecutorchSession(path).run_all(list(part.inputs.values())), part) < 1e-5
+        assert worst_error(outputs_in_executorch(path, part), part) < 1e-5
         if part.component == "transformer":  # attention, norms and modulation are all XNNPACK's
             assert said["delegation"]["subgraphs"] == 1 and set(said["delegation"]["portable"]) <= {
                 "aten_embedding_default"
@@ -273,7 +275,7 @@ def test_4_bit_files_of_given_integers(tiny, tmp_path):
     (part,) = edgedit_parts(model, (8, 8), 1, split=False)
     said = lower_executorch(part, tmp_path / "given.pte", "int4", affine=affine, profile_runs=0)
     assert said["given"] == sorted(affine) and said["linear_layers"].keys() == {"8da4w"}
-    found = ExecutorchSession(tmp_path / "given.pte").run_all(list(part.inputs.values()))
+    found = outputs_in_executorch(tmp_path / "given.pte", part)
     form = form_of(part)
     quantize_linears(form, "8da4w", (), affine)
     assert relative_error(found[0], outputs_of(form, part)[0]) < 1e-5

@@ -24,7 +24,8 @@ from edgedit_hf.export.onnx.lower import export_onnx, initializer_bytes, quantiz
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.pipelines.loading import with_components
-from edgedit_hf.runtimes.runners import example_inputs, onnx_runner
+from edgedit_hf.runtimes.runners import example_inputs
+from edgedit_hf.runtimes.sessions import open_session
 from edgedit_hf.search_space import SearchSpace
 
 
@@ -215,17 +216,16 @@ def test_int8_shrinks_every_linear_layer(make_transformer, tmp_path):
         quantize_int8(target, tmp_path / "twice.onnx")
 
 
-def test_gemm_to_matmul_changes_no_number(pipeline, fp32):
+def test_gemm_to_matmul_changes_no_number(pipeline, fp32, tmp_path):
     path = fp32 / "transformer/onnx/model.onnx"
     proto = onnx.load(str(path))
     gemms = sum(node.op_type == "Gemm" for node in proto.graph.node)
     gemm_to_matmul(proto)
     assert gemms > 0 and not any(node.op_type == "Gemm" for node in proto.graph.node)
     onnx.checker.check_model(proto)
-    config = pipeline.transformer.config
-    rewritten = onnx_runner(path, config, 3, 1)
-    rewritten.session = type(rewritten.session)(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    assert np.allclose(rewritten()[0], onnx_runner(path, config, 3, 1)()[0], rtol=1e-5, atol=1e-5)
+    inputs = example_inputs(pipeline.transformer.config, 3)
+    rewritten = open_session(save_onnx(proto, tmp_path / "rewritten.onnx"), 1)
+    assert np.allclose(rewritten.run(inputs)[0], open_session(path, 1).run(inputs)[0], rtol=1e-5, atol=1e-5)
 
 
 # -------------------------------------------------------------------- big models, opsets, batches
@@ -267,7 +267,7 @@ def test_older_opsets_and_half_precision(make_transformer, tmp_path):
     inputs = example_inputs(model.config, 3)
     with torch.no_grad():
         expected = model(*inputs.values()).sample
-    assert relative_error(onnx_runner(path, model.config, 3, 1)()[0], expected) < 1e-4
+    assert relative_error(open_session(path, 1).run(inputs)[0], expected) < 1e-4
     with pytest.raises(EdgeDiTError, match="bfloat16; export needs float32"):
         export_onnx(model.to(torch.bfloat16), tmp_path / "bf16.onnx")
 

@@ -9,8 +9,8 @@ is not offered: it lowers without an error and returns NaN. The files describe t
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,8 @@ from ...errors import EdgeDiTError
 from ...files import aside_of, explain_write_errors
 from ...quantization.packing import unpack
 from ...quantization.weights import AffineWeight
-from ...runtimes.sessions import CONSTANT_PREFIX
+from ...runtimes.profile import executorch_profile
+from ...runtimes.sessions import CONSTANT_PREFIX, INPUT_NAMES
 from ..formats import FORMATS
 from ..parts import (
     ConditionerWrapper,
@@ -49,10 +50,6 @@ SCHEMES = {dtype: precision.name for dtype, precision in FORMAT.precisions.items
 GROUP = 32  # inputs that share a scale in 4 bits: XNNPACK's smallest
 SHRINKS = tuple(0.72 + 0.03 * step for step in range(11))  # 0.72 … 1.02
 TINY = 1e-30  # least scale: of a group of zeros
-SHARE_METHOD = (
-    "Median over the runs of 1 - (time in delegate calls) / (time of Method::execute), both from ExecuTorch's event "
-    "tracer (ETDump) in the Python runtime on the host's CPU; so the interpreter's own time counts as not delegated."
-)
 
 
 def export_executorch(
@@ -115,7 +112,7 @@ def lower_executorch(
 
     Returns:
         backend, scheme, not_run (a sentence, where the file cannot run here), what [`quantize_linears`] returns, bytes,
-        delegation ([`lower`], [`profile`]).
+        delegation ([`lower`], [`~edgedit_hf.runtimes.profile.executorch_profile`]).
 
     Raises:
         EdgeDiTError: ExecuTorch or a backend's SDK is not installed, the part cannot be lowered, or given weights have
@@ -129,7 +126,7 @@ def lower_executorch(
     form = form_of(part) if backend == "xnnpack" else part.module
     scheme = "fp32" if part.component == "vae" else SCHEMES[precision]  # its convolutions have no dynamic quantisation
     layers = quantize_linears(form, scheme, keep_8bit, affine or {})
-    facts = {**(facts or {}), "scheme": scheme}
+    facts = {**(facts or {}), "scheme": scheme, INPUT_NAMES: json.dumps(list(part.inputs))}
     try:
         delegation = lower(form, inputs, path, facts, backend)
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
@@ -138,7 +135,7 @@ def lower_executorch(
             f"ExecuTorch cannot lower the {part.name} of the {part.component} ({type(part.module).__name__}): {reason}"
         ) from error
     if profile_runs and not_run is None:
-        delegation |= profile(path, inputs, profile_runs)
+        delegation |= executorch_profile(path, part.inputs, profile_runs)
     return {
         "backend": backend,
         "scheme": scheme,
@@ -326,45 +323,4 @@ def lower(
         "subgraphs": info.num_delegated_subgraphs,
         "delegated": info.num_delegated_nodes,
         "portable": dict(sorted(portable.items())),
-    }
-
-
-def profile(path: str | os.PathLike, inputs: Sequence[torch.Tensor], runs: int) -> dict:
-    """Where the time of a forward goes, by ExecuTorch's event tracer.
-
-    Args:
-        path: the `.pte` file. inputs: of its shapes. runs: forwards that count, after one that does not.
-
-    Returns:
-        portable_share: the share of what is not in delegate calls; portable_share_method; portable_ms: portable kernel
-            → ms a forward;
-        forward_ms (median, with the tracer on).
-    """
-    with quiet():
-        from executorch.devtools import Inspector
-        from executorch.extension.pybindings.portable_lib import _load_for_executorch
-
-        program = _load_for_executorch(str(path), enable_etdump=True)
-        for _ in range(runs + 1):
-            program.forward([tensor.contiguous() for tensor in inputs])
-        with tempfile.TemporaryDirectory() as folder:
-            file = os.path.join(folder, "etdump")
-            program.write_etdump_result_to_file(file)
-            (block,) = [block for block in Inspector(etdump_path=file).event_blocks if block.name == "Execute"]
-    times: dict[str, torch.Tensor] = {}
-    for event in block.events:
-        if event.perf_data is not None and not event.is_delegated_op:
-            times[event.name] = times.get(event.name, 0) + torch.tensor(event.perf_data.raw[1:], dtype=torch.float64)
-    total = times["Method::execute"]
-    share = 1 - times.get("DELEGATE_CALL", torch.zeros_like(total)) / total
-    kernels = {
-        name.removeprefix("native_call_"): float(value.median())
-        for name, value in times.items()
-        if name.startswith("native_call_")
-    }
-    return {
-        "portable_share": float(share.median()),
-        "portable_share_method": SHARE_METHOD,
-        "portable_ms": dict(sorted(kernels.items())),
-        "forward_ms": float(total.median()),
     }
