@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from edgedit_hf.run.stage import TEXT_TO_IMAGE
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 AT_ROOT = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
@@ -121,6 +123,11 @@ def test_the_page_about_the_inside_has_every_room_in_import_order():
     for node in ast.parse(text_of("tests/test_imports.py")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ORDER":
             assert named == [name for name in ast.literal_eval(node.value) if name in there]
+
+
+def test_the_page_of_text_to_image_lists_its_stages():
+    rows = re.findall(r"^\| ([\w-]+) \| `(\w+\.py)` \|", text_of("docs/text-to-image.md"), flags=re.M)
+    assert rows == [(stage.name, stage.script) for stage in TEXT_TO_IMAGE]
 
 
 def test_the_citation_names_package_and_papers():
