@@ -38,7 +38,7 @@ _NAMES = {
     "quantize_model": ".quantization.quantizer",
     # diffusers looks these up in the library that model_index.json names, to see how a component is loaded.
     "ConfigMixin": "diffusers",
-    "ExportedComponent": ".export.components",
+    "ExportedComponent": ".export.exported",
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
 }

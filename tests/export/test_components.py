@@ -17,7 +17,8 @@ from torch import nn
 from edgedit_hf import EdgeDiTPipeline, OnnxEdgeDiTTransformer2DModel
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export import sample_min
-from edgedit_hf.export.components import COMPONENTS, ExportedComponent
+from edgedit_hf.export.components import COMPONENTS
+from edgedit_hf.export.exported import ExportedComponent
 from edgedit_hf.export.formats import ExportOptions
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.export.schedule import linear_schedule

@@ -26,9 +26,10 @@ from ..run.outputs import check_output
 from ..runtimes.sessions import open_session
 from ..runtimes.timing import environment
 from . import verify
-from .components import COMPONENTS, stem
+from .components import COMPONENTS
 from .contract import Artefact, set_schedule, write_contract
 from .executorch.lower import lower_executorch
+from .exported import stem
 from .formats import ExportOptions
 from .mixed import Form, choose_8bit, nearest_form, quantized_linears, xnnpack_weights
 from .onnx.lowbit import GROUP, MIN_QUANTIZED_ELEMENTS
