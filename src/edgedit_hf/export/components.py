@@ -1,9 +1,5 @@
 """Exported parts as components of a diffusers pipeline: denoisers, VAEs and text encoders that ONNX Runtime or
-ExecuTorch runs.
-
-A component folder holds `config.json` and a folder named after the format with the artefacts: `onnx/model.onnx` (with
-`onnx/model.onnx.data` if the weights are big) or `executorch/model.pte`; a split denoiser has `conditioner` files
-beside it, a VAE `decoder` and `encoder`. Importing this module loads neither runtime; opening a file does.
+ExecuTorch runs; what they share stands in [`.exported`], the denoisers' calls in [`.denoisers`].
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""What every exported component of a pipeline shares: a folder of artefacts that belong together, opened and run in their runtime."""
+"""What every exported component of a pipeline shares: a folder of artefacts that belong together, and their sessions.
+
+The folder holds `config.json` and a folder named after the format with the artefacts: `onnx/model.onnx` (with
+`onnx/model.onnx.data` if the weights are big) or `executorch/model.pte`; a split denoiser has `conditioner` files
+beside it, a VAE `decoder` and `encoder`. Importing this module loads no runtime; opening a file does.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +22,15 @@ from ..files import copy_tree, file_sha256, read_json
 from ..records import ContractFiles
 from ..runtimes.sessions import Session, open_session
 from ..schema import read_record
+from .formats import FORMATS
 
 STEMS = {"denoiser": "model", "text_encoder": "model"}  # file names of parts that are not named after the part
+CONTRACT = "contract.json"
 
 
 def stem(part: str) -> str:
     """File name, without suffix, of a part by its name."""
     return STEMS.get(part, part)
-
-
-SUFFIXES = {"onnx": ".onnx", "executorch": ".pte", "coreml": ".mlpackage"}
-
-
-CONTRACT = "contract.json"
 
 
 def check_hashes(folder: Path, format: str) -> None:
@@ -94,7 +95,7 @@ class ExportedComponent(ConfigMixin):
     @classmethod
     def part_file(cls, part: str) -> str:
         """Where an artefact stands within the component's folder."""
-        return f"{cls.FORMAT}/{stem(part)}{SUFFIXES[cls.FORMAT]}"
+        return f"{cls.FORMAT}/{stem(part)}{FORMATS[cls.FORMAT].suffix}"
 
     # ---------------------------------------------------------------- loading and saving
 
@@ -194,9 +195,8 @@ class ExportedComponent(ConfigMixin):
 
     def _loaded_folder(self) -> Path:
         if self.folder is None:
-            raise EdgeDiTError(
-                f"This component has a config but no {SUFFIXES[self.FORMAT]} file; make it with from_pretrained()."
-            )
+            suffix = FORMATS[self.FORMAT].suffix
+            raise EdgeDiTError(f"This component has a config but no {suffix} file; make it with from_pretrained().")
         return self.folder
 
     def _check(self) -> None:

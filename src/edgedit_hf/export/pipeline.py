@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -499,8 +498,8 @@ class _Job:
             if part.name == "denoiser":
                 continue
             file = self.file(part)
-            session = open_session(folder / file, options.threads)
-            checked[file] = verify.check_part(part, self.precision_of(part, said), verify.compare_part(part, session))
+            error = verify.compare_part(part, open_session(folder / file, options.threads).run)
+            checked[file] = verify.check_part(part, self.precision_of(part, said), error)
         exported.save_pretrained(folder)
         return said, {**found, "parts": checked}, lowering
 
@@ -519,12 +518,11 @@ class _Job:
         for part in parts:
             file = self.file(part)
             # A model that is quantised already is compared with its own unpacked weights.
-            session = SimpleNamespace(
-                run=lambda inputs, file=file: [v.numpy() for v in run_package(folder / file, inputs).values()]
+            package = folder / file
+            error = verify.compare_part(
+                part, lambda inputs, package=package: [v.numpy() for v in run_package(package, inputs).values()]
             )
-            checked[file] = verify.check_part(
-                part, self.precision_of(part, said), verify.compare_part(part, session), self.options.tolerance
-            )
+            checked[file] = verify.check_part(part, self.precision_of(part, said), error, self.options.tolerance)
         return checked
 
     def contract(

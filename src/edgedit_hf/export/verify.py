@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import EdgeDiTError
@@ -17,7 +18,7 @@ from ..metrics.distances import psnr
 from ..pipelines.loading import with_components
 from ..runtimes.footprint import footprint
 from ..runtimes.runners import SessionRunner, TorchRunner
-from ..runtimes.sessions import Session, open_session
+from ..runtimes.sessions import open_session
 from ..runtimes.timing import environment, measure, paired_ratio
 from .formats import PRECISIONS
 from .onnx.lower import initializer_bytes
@@ -141,13 +142,16 @@ def compare(
     }
 
 
-def compare_part(part: Part, session: Session) -> float:
+def compare_part(part: Part, run: Callable[[Mapping[str, torch.Tensor]], Iterable[np.ndarray]]) -> float:
     """Relative error of an artefact against its eager part for the part's example inputs, the worst output's.
 
     Positions of a text encoder whose token is masked do not count: nobody reads them.
+
+    Args:
+        run: inputs by name → the artefact's outputs in order ([`Session.run`]).
     """
     expected = part.run()
-    found = map(torch.from_numpy, session.run(part.inputs))
+    found = map(torch.from_numpy, run(part.inputs))
     mask = part.inputs.get("attention_mask")
     errors = []
     for value, reference in zip(found, expected.values()):
