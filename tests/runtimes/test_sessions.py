@@ -1,5 +1,6 @@
 """Sessions: tiny files of each runtime compute what the eager network computes, with inputs by name."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -182,3 +183,14 @@ def test_types_of_onnx_inputs(tmp_path):
     given = {value.name: np.ones(2, value.dtype) for value in session.inputs}
     assert [value.dtype for value in given.values()] == [onnx.helper.tensor_dtype_to_np_dtype(kind) for kind in types]
     assert all(np.array_equal(a, b) for a, b in zip(session.run(given), given.values()))
+
+
+def test_nothing_else_opens_an_artefact_to_run_it(repository):
+    """`sample_min.py` ships beside an export and stands alone."""
+    opens = re.compile(r"InferenceSession|Runtime\.get\(|load_method|_load_for_executorch")
+    folders = ("src/edgedit_hf", "training", "benchmarks")
+    files = [path for folder in folders for path in (repository / folder).rglob("*.py")]
+    found = {path.relative_to(repository).as_posix() for path in files if opens.search(path.read_text("utf-8"))}
+    assert {path for path in found if not path.startswith("src/edgedit_hf/runtimes/")} == {
+        "src/edgedit_hf/export/sample_min.py"
+    }

@@ -98,10 +98,9 @@ class ExportedTextEncoder(ExportedComponent):
 
     def _check(self) -> None:
         """The file must say that it is a text encoder of this package's export."""
-        if "config" not in self.sessions["text_encoder"].metadata:
-            raise EdgeDiTError(
-                f"{self.folder / self.part_file('text_encoder')} was not written by this package's export."
-            )
+        session = self.sessions["text_encoder"]
+        if "config" not in session.metadata:
+            raise EdgeDiTError(f"{session.path} was not written by this package's export.")
 
     def get_input_embeddings(self) -> Any:
         """Only `num_embeddings`, the size of the vocabulary."""

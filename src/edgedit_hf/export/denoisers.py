@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -20,7 +20,7 @@ class ExportedTransformer(ExportedComponent):
     """A denoiser: what both families share. Beside the exported config, `split` says whether the conditioner is a file
     of its own, and `size` holds height and width of the latents (`None`: any)."""
 
-    PARTS = ("denoiser", "conditioner")
+    PARTS: ClassVar[tuple[str, ...]] = ("denoiser", "conditioner")
 
     @property
     def split(self) -> bool:
@@ -208,7 +208,7 @@ class ExportedElasticDiT(ExportedTransformer):
                 f"{len(embeds)} text embeddings and {len(masks)} masks were given; this net has {len(dims)} text "
                 "encoders."
             )
-        values = {}
+        values: dict[str, torch.Tensor] = {}
         for index, (states, mask, width, length) in enumerate(zip(embeds, masks, dims, lengths)):
             there = 0 if states is None else states.shape[1]
             if states is not None and (states.ndim != 3 or states.shape[0] != rows or states.shape[2] != width):

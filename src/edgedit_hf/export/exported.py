@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ class ExportedComponent(ConfigMixin):
     """
 
     FORMAT: str  # as in `optimum-cli export edgedit --format`
-    PARTS: tuple[str, ...]  # the first must be there
+    PARTS: ClassVar[tuple[str, ...]]  # the first must be there
 
     config_name = "config.json"
 
@@ -186,7 +186,7 @@ class ExportedComponent(ConfigMixin):
         self._open()
 
     def _open(self) -> None:
-        files = {part: self.folder / self.part_file(part) for part in self.PARTS}
+        files = {part: self._loaded_folder() / self.part_file(part) for part in self.PARTS}
         self.sessions = {
             part: open_session(file, self.num_threads, **self._options)
             for part, file in files.items()
@@ -202,8 +202,8 @@ class ExportedComponent(ConfigMixin):
     def _check(self) -> None:
         """Config and artefacts must describe one network."""
         weights = set()
-        for part, session in self.sessions.items():
-            file, said = self.folder / self.part_file(part), session.metadata
+        for session in self.sessions.values():
+            file, said = session.path, session.metadata
             if "config" not in said:
                 raise EdgeDiTError(
                     f"{file} has no edgedit config in its metadata; it was not written by this package's export."

@@ -498,7 +498,8 @@ class _Job:
             if part.name == "denoiser":
                 continue
             file = self.file(part)
-            error = verify.compare_part(part, open_session(folder / file, options.threads).run)
+            outputs = open_session(folder / file, options.threads).run(part.inputs)
+            error = verify.compare_part(part, outputs)
             checked[file] = verify.check_part(part, self.precision_of(part, said), error)
         exported.save_pretrained(folder)
         return said, {**found, "parts": checked}, lowering
@@ -518,10 +519,8 @@ class _Job:
         for part in parts:
             file = self.file(part)
             # A model that is quantised already is compared with its own unpacked weights.
-            package = folder / file
-            error = verify.compare_part(
-                part, lambda inputs, package=package: [v.numpy() for v in run_package(package, inputs).values()]
-            )
+            outputs = run_package(folder / file, part.inputs)
+            error = verify.compare_part(part, [value.numpy() for value in outputs.values()])
             checked[file] = verify.check_part(part, self.precision_of(part, said), error, self.options.tolerance)
         return checked
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,19 +142,14 @@ def compare(
     }
 
 
-def compare_part(part: Part, run: Callable[[Mapping[str, torch.Tensor]], Iterable[np.ndarray]]) -> float:
-    """Relative error of an artefact against its eager part for the part's example inputs, the worst output's.
+def compare_part(part: Part, outputs: Sequence[np.ndarray]) -> float:
+    """Relative error of an artefact's outputs for the part's example inputs against the eager part, the worst output's.
 
     Positions of a text encoder whose token is masked do not count: nobody reads them.
-
-    Args:
-        run: inputs by name → the artefact's outputs in order ([`Session.run`]).
     """
-    expected = part.run()
-    found = map(torch.from_numpy, run(part.inputs))
     mask = part.inputs.get("attention_mask")
     errors = []
-    for value, reference in zip(found, expected.values()):
+    for value, reference in zip(map(torch.from_numpy, outputs), part.run().values(), strict=True):
         if mask is not None:
             value, reference = value * mask.unsqueeze(-1), reference * mask.unsqueeze(-1)
         errors.append(relative_error(value, reference))

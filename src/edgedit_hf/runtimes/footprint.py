@@ -91,12 +91,9 @@ def _measure(job: Mapping) -> dict:
     for _ in range(2):
         session.execute(values)
     held, peak = resident_bytes(), resident_bytes("VmHWM")
-    known = before is not None and held is not None and peak is not None
-    return {
-        "load_seconds": seconds,
-        "resident_bytes": held - before if known else None,
-        "peak_bytes": peak - before if known else None,
-    }
+    if before is None or held is None or peak is None:
+        return {"load_seconds": seconds, "resident_bytes": None, "peak_bytes": None}
+    return {"load_seconds": seconds, "resident_bytes": held - before, "peak_bytes": peak - before}
 
 
 if __name__ == "__main__":

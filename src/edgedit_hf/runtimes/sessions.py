@@ -269,13 +269,7 @@ class ExecutorchSession(Session):
         self._method: Any = None
         with _EXECUTORCH:
             self._program = self._load(self._open)
-            said = {
-                name.removeprefix(CONSTANT_PREFIX): self._load(
-                    lambda name=name: self._program.load_method(name).execute([])[0]
-                )
-                for name in self._program.method_names
-                if name.startswith(CONSTANT_PREFIX)
-            }
+            said = self._load(lambda: _constants(self._program))
             tensors = self._load(lambda: _input_tensors(self._program.metadata("forward")))
             _sessions.add(self)
         names = json.loads(said.pop(INPUT_NAMES, "[]")) or [""] * len(tensors)
@@ -315,6 +309,12 @@ class ExecutorchSession(Session):
                 self._method = self._load(lambda: self._program.load_method("forward"))
             found = self._method.execute([torch.from_numpy(value) for value in values])
         return [value.numpy() for value in found]
+
+
+def _constants(program: Any) -> dict[str, str]:
+    """What a program's constant methods return, by their names without the prefix."""
+    names = [name for name in program.method_names if name.startswith(CONSTANT_PREFIX)]
+    return {name.removeprefix(CONSTANT_PREFIX): program.load_method(name).execute([])[0] for name in names}
 
 
 def _input_tensors(method: Any) -> list[tuple[tuple[int, ...], np.dtype]]:
