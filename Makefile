@@ -42,12 +42,12 @@ check: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 test: install
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
-# PART=demos, kills, sweep or rest runs that part of them alone.
+# PART=demos, kills, ranks, export, browser, sweep or rest runs that part alone; every slow test is in one.
 PART ?=
 test-slow: install
-	$(OFFLINE) $(BIN)/python -m pytest -q -m "slow$(if $(PART), and $(if $(filter rest,$(PART)),not (demos or kills or sweep),$(PART)))"
+	$(OFFLINE) $(BIN)/python -m pytest -q -m "$(or $(PART),slow)"
 
 clean:
 	rm -rf runs build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info

@@ -34,8 +34,32 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+PARTS = ("demos", "kills", "ranks", "export", "browser", "sweep")
+"""Of `make test-slow`, as markers; what has none of them is the rest."""
+SHARED = {"debug_run", "debug_t2i_run"}
+
+
 def pytest_sessionfinish(session, exitstatus):
     shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Every slow test is in exactly one part; and no worker waits while another makes the shared runs."""
+    for item in items:
+        parts = sorted({mark.name for mark in item.iter_markers()}.intersection(PARTS))
+        if len(parts) > 1:
+            raise pytest.UsageError(f"{item.nodeid} is in {len(parts)} parts of the slow tests: {', '.join(parts)}.")
+        if not parts and item.get_closest_marker("slow"):
+            item.add_marker("rest")
+    if hasattr(config, "workerinput"):  # of xdist, which gives files away in the order of the items
+        files: dict[Path, list] = {}
+        for item in items:
+            files.setdefault(item.path, []).append(item)
+        many = sorted(files.values(), key=len, reverse=True)
+        first, *sharing = [tests for tests in many if any(SHARED & set(test.fixturenames) for test in tests)] or [[]]
+        others = [tests for tests in many if tests is not first and tests not in sharing]
+        items[:] = [test for tests in (first, *others, *sharing) for test in tests]
 
 
 @pytest.fixture(scope="session")

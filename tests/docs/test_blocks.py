@@ -178,6 +178,7 @@ def test_what_an_app_author_ports(recipes, clone):
 
 
 @pytest.mark.slow
+@pytest.mark.export
 def test_export_of_text_to_image(recipes, clone):
     recipes.shell(shlex.split(find(recipes, "--subnet small --split-conditioner")), clone)
     code = (
@@ -259,6 +260,7 @@ def test_pip_users_run(recipes, pip_user):
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_two_process_commands_run(recipes, clone):
     (clone / "runs" / "debug").mkdir(exist_ok=True)
     recipes.shell([*shlex.split(find(recipes, "cpu-2.yaml training/train_teacher.py"))], clone)

@@ -44,6 +44,7 @@ launch.recipe_main(train_elastic.run, "")
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_sharded_training_equals_one_process_and_continues(repository, tmp_path):
     training = repository / "training"
     (tmp_path / "sharded.py").write_text(SHARDED)

@@ -428,6 +428,7 @@ def test_what_cannot_be_ported_is_refused(make_transformer, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.export
 @pytest.mark.parametrize("split", [False, True])
 def test_text_to_image_alone(alone, tmp_path, split):
     pipeline = elastic(vae=tiny_vae(), channels=4)
@@ -454,6 +455,7 @@ def test_text_to_image_alone(alone, tmp_path, split):
 
 
 @pytest.mark.slow
+@pytest.mark.export
 @pytest.mark.parametrize("split", [False, True])
 def test_executorch_with_a_fixed_batch(make_transformer, alone, tmp_path, split):
     pytest.importorskip("executorch")

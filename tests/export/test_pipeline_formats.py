@@ -343,6 +343,7 @@ print("same")
 
 
 @pytest.mark.slow
+@pytest.mark.export
 @pytest.mark.parametrize("format, split, kind", [("onnx", False, "Onnx"), ("executorch", True, "Executorch")])
 def test_prompts_to_images_from_the_hub(format, split, kind, make_hub_server, run_python, tmp_path):
     """Text encoders, denoiser and VAE in the runtime, through a download: what diffusers' filter leaves out would be

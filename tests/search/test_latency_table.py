@@ -167,6 +167,7 @@ def prediction_errors(table, config, genotypes, folder) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.export
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_prediction_of_exported_networks(precision, tmp_path):
     from edgedit_hf import EdgeDiTTransformer2DModel
@@ -179,6 +180,7 @@ def test_prediction_of_exported_networks(precision, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.export
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_a_table_of_executorch(make_transformer, precision, tmp_path):
     config = dict(make_transformer(hidden_size=64, num_layers=2).config)

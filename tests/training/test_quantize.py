@@ -127,6 +127,7 @@ def test_self_distillation_lessens_the_error(recipes, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.kills
 def test_killed_and_rerun_equals_uninterrupted(recipes, source, whole, tmp_path):
     for stage in ("quantized-untuned", "quantized"):
         folder = tmp_path / stage
@@ -144,6 +145,7 @@ def test_killed_and_rerun_equals_uninterrupted(recipes, source, whole, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.kills
 def test_ctrl_c_saves_and_the_rerun_continues(recipes, source, whole, tmp_path):
     process = recipes.start("quantize", tmp_path, f"quantize.path={source}", **DEBUG)
     telemetry, deadline = tmp_path / "quantized-untuned" / "telemetry.jsonl", time.monotonic() + 120
@@ -161,6 +163,7 @@ def test_ctrl_c_saves_and_the_rerun_continues(recipes, source, whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_two_ranks_and_accumulation_equal_one(recipes, source, whole, tmp_path):
     recipes.run("quantize", tmp_path / "two", f"quantize.path={source}", launcher=TORCHRUN, **DEBUG)
     recipes.run_here(

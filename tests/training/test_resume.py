@@ -44,7 +44,10 @@ def whole_run(recipes, tmp_path_factory):
     return upto
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in STAGES])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in FAST else (pytest.mark.slow, pytest.mark.kills)) for n in STAGES],
+)
 def test_killed_and_rerun_equals_uninterrupted(recipes, whole_run, result_files, tmp_path, name):
     whole, seconds = whole_run(name)
     stage, needs, suffixes = STAGES[name]

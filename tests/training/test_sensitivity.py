@@ -61,6 +61,7 @@ def test_table_and_plot(recipes, study):
 
 
 @pytest.mark.slow
+@pytest.mark.kills
 def test_killed_and_rerun_equals_uninterrupted(recipes, study, tmp_path):
     folder, _ = study
     killed = tmp_path / "run"

@@ -95,6 +95,7 @@ def test_killed_and_rerun_equals_uninterrupted(recipes, start, whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.kills
 def test_ctrl_c_saves_and_the_rerun_continues(recipes, start, whole, tmp_path):
     folder = start(tmp_path / "run")
     process = recipes.start("train_elastic", folder, config=DEBUG)

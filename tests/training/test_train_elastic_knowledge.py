@@ -65,6 +65,7 @@ def test_the_distances_to_the_teacher_fall(whole):
 
 
 @pytest.mark.slow
+@pytest.mark.kills
 def test_killed_and_rerun_equals_uninterrupted(recipes, encoders, teacher, whole, tmp_path):
     seconds = read_json(whole / "elastic" / "stage.json", "")["seconds"]
     arguments = (*encoders, teacher, *MORE, "seed=1")
@@ -78,6 +79,7 @@ def test_killed_and_rerun_equals_uninterrupted(recipes, encoders, teacher, whole
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_two_ranks_equal_one(recipes, encoders, teacher, tmp_path):
     few = (*encoders, teacher, "elastic.steps=4", "elastic.log_every=4")
     recipes.run_here("train_elastic", tmp_path / "one", *few, **OPTIONS)

@@ -50,6 +50,7 @@ def test_the_encoders_learned_what_captions_mean(trained):
 
 
 @pytest.mark.slow
+@pytest.mark.demos
 def test_the_encoders_of_the_demo_learn_it_well(recipes, tmp_path):
     recipes.run("train_text_encoders", tmp_path)
     done = json.loads((tmp_path / "text" / "stage.json").read_text())
@@ -119,6 +120,7 @@ def test_killed_and_rerun_equals_uninterrupted(recipes, trained, result_files, t
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_two_ranks_equal_one(recipes, tmp_path):
     few = (*TINY, "text.steps=8")
     recipes.run("train_text_encoders", tmp_path / "one", *few)

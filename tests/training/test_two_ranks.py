@@ -59,6 +59,7 @@ def test_bank_through_torchrun(recipes, one_process, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.parametrize("kind", ["accelerate", "torchrun"])
 def test_whole_loop_on_two_ranks(recipes, tmp_path, kind):
     recipes.run("compress", tmp_path, launcher=launcher(recipes, kind), timeout=1200)
@@ -68,6 +69,7 @@ def test_whole_loop_on_two_ranks(recipes, tmp_path, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_finetuning_on_two_ranks_equals_one(recipes, one_process, tmp_path):
     for name in ("distill_proxies", "measure_latency", "search_architecture", "select_student"):
         recipes.run(name, one_process)

@@ -330,6 +330,7 @@ def every_part(family, make_transformer):
 
 
 @pytest.mark.slow
+@pytest.mark.export
 @pytest.mark.parametrize("family", ["edgedit", "elastic", "vae", "text"])
 def test_every_part_computes_what_it_computed(family, make_transformer, tmp_path):
     for part in every_part(family, make_transformer):
@@ -343,6 +344,7 @@ def test_every_part_computes_what_it_computed(family, make_transformer, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.export
 def test_linear_layers_and_convolutions_are_quantised(make_transformer, tmp_path):
     model = make_transformer(num_layers=1)
     with torch.no_grad():
@@ -370,6 +372,7 @@ def test_linear_layers_and_convolutions_are_quantised(make_transformer, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.export
 def test_an_elastic_net_keeps_its_palettes(tmp_path):
     model = randomise(
         ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug", subnets=None, num_layers=[1, 1, 0]), 0.15
@@ -386,6 +389,7 @@ def test_an_elastic_net_keeps_its_palettes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.export
 @pytest.mark.parametrize("name", ["sit", "mdtv2"])
 def test_relatives_compute_what_the_original_computed(name, tmp_path):
     tensors = load_file(ORACLES / f"{name}.safetensors")

@@ -232,6 +232,7 @@ def test_the_file_describes_itself(pipeline, fp32):
 
 
 @pytest.mark.slow
+@pytest.mark.export
 def test_int8_stands_between(pipeline, tmp_path):
     output = export_pipeline(
         pipeline, tmp_path / "int8", ExportOptions(format="executorch", dtype="int8", threads=1, bench_repeats=2)

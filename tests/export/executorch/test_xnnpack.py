@@ -244,6 +244,7 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.export
 def test_every_part_of_both_families_lowers(tiny, tmp_path):
     elastic = small_elastic(num_layers=[1, 1, 1], attention_blocks=4)
     parts = [
@@ -263,6 +264,7 @@ def test_every_part_of_both_families_lowers(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.export
 def test_4_bit_files_of_given_integers(tiny, tmp_path):
     model = share(tiny)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
@@ -282,6 +284,7 @@ def test_4_bit_files_of_given_integers(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.export
 def test_core_mls_delegate_is_lowered_but_not_run(tiny, tmp_path):
     pytest.importorskip("coremltools")
     (part,) = edgedit_parts(tiny, (8, 8), 1, split=False)
