@@ -2,31 +2,36 @@
 what was written.
 """
 
-import json
+import errno
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from demo_stage import demo_run
 from safetensors.torch import save_file
 
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import (
     aside_of,
     atomic_folder,
+    atomic_write_json,
     atomic_write_text,
     changed_file,
     check_finite,
     check_finite_files,
     file_record,
+    file_sha256,
+    hash_json,
     publish_into,
+    read_json,
     sweep,
+    weights_hash,
 )
-from edgedit_hf.run.lock import FolderLock, release_locks
 
 
 def gone() -> int:
@@ -110,73 +115,6 @@ def test_the_next_writer_of_a_folder_clears_up(tmp_path, writer):
     assert contents(tmp_path) == {"result/file": "new"} and not list(parent.glob(".*"))
 
 
-# -------------------------------------------------------------------- locks
-
-HOLDER = """
-import sys, time
-from edgedit_hf.run.lock import FolderLock
-FolderLock(sys.argv[1]).acquire()
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
-@pytest.fixture
-def holder(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
-
-
-def test_a_second_process_is_told_who_works_in_the_folder(tmp_path, holder):
-    with pytest.raises(
-        EdgeDiTError,
-        match=rf"in use by process {holder.pid} on {socket.gethostname()} .*Wait for it or stop it.*delete .*run\.lock",
-    ):
-        FolderLock(tmp_path).acquire()
-    FolderLock(tmp_path).release()  # not ours: it stays
-    assert json.loads((tmp_path / "run.lock").read_text())["pid"] == holder.pid
-    holder.kill()
-    holder.wait()
-    with FolderLock(tmp_path):  # taken over
-        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_lock_ends_with_its_process(tmp_path, run_python):
-    run_python(
-        "import sys\nfrom edgedit_hf.run.lock import FolderLock\nFolderLock(sys.argv[1]).acquire()\n"
-        "raise SystemExit(3)",
-        tmp_path,
-        expect=3,
-    )
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_own_lock_may_be_taken_again_and_all_be_given_back(tmp_path):
-    FolderLock(tmp_path).acquire()
-    FolderLock(tmp_path).acquire()
-    release_locks()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_number_that_another_process_has_by_now_holds_nothing(tmp_path, holder):
-    found = json.loads((tmp_path / "run.lock").read_text())
-    (tmp_path / "run.lock").write_text(json.dumps({**found, "started": "1"}))
-    FolderLock(tmp_path).acquire()
-    release_locks()
-
-
-@pytest.mark.parametrize("content", ['{"host": "elsewhere", "pid": 1, "started": "1"}', '{"pid": 1', "[]", ""])
-def test_a_lock_of_another_host_or_a_damaged_one_is_never_taken_over(tmp_path, content):
-    (tmp_path / "run.lock").write_text(content)
-    with pytest.raises(EdgeDiTError, match=r"delete .*" if "elsewhere" in content else "delete that file"):
-        FolderLock(tmp_path).acquire()
-    assert (tmp_path / "run.lock").read_text() == content
-
-
 # -------------------------------------------------------------------- records
 
 
@@ -229,3 +167,151 @@ def test_only_finite_weights_pass_in_every_type(tmp_path, dtype):
         EdgeDiTError, match="model: 1 of 4 tensors of bad.safetensors hold NaN .* the first is b; remedy"
     ):
         check_finite_files(tmp_path, "model", "remedy")
+
+
+KILLED = """
+import os, sys
+from edgedit_hf.files import atomic_folder
+with atomic_folder(sys.argv[1]) as folder:
+    (folder / "file").write_text("new")
+    os._exit(9)
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, 512 kB large."""
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount command to make a small file system with")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system is not permitted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(
+        ["umount", "--lazy", folder], check=True
+    )  # tensors that were loaded from there still map their files
+
+
+def fill(folder) -> None:
+    """Take every byte that is left on the file system of `folder`."""
+    with pytest.raises(OSError) as full, open(folder / "ballast", "ab", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    assert full.value.errno == errno.ENOSPC
+
+
+def test_hashes_depend_on_content_alone(tmp_path):
+    assert (
+        hash_json({"a": 1, "b": [1.5, None]})
+        == hash_json({"b": [1.5, None], "a": 1})
+        != hash_json({"a": 1, "b": [1.5, 0]})
+    )
+    (tmp_path / "file").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    state = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.tensor(1)}
+    same = {"c": torch.tensor(1), "b": state["b"].clone(), "a": state["a"].mT.contiguous().mT}
+    assert weights_hash(state) == weights_hash(same)
+    others = [
+        {**state, "a": state["a"].view(3, 2)},
+        {**state, "a": state["a"].double()},
+        {**state, "c": torch.tensor(2)},
+        {"d" if name == "c" else name: tensor for name, tensor in state.items()},
+    ]
+    assert len({weights_hash(state), *map(weights_hash, others)}) == 5
+
+
+def test_files_are_replaced_whole(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    atomic_write_json(path, {"a": [1, 2]})
+    atomic_write_json(path, {"b": None})
+    assert read_json(path, "this test") == {"b": None} and contents(tmp_path).keys() == {"new/file.json"}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        atomic_write_json(path, {"a": float("nan")})
+    assert read_json(path, "this test") == {"b": None}
+
+
+def test_json_that_is_missing_or_damaged_names_who_writes_it(tmp_path):
+    with pytest.raises(EdgeDiTError, match="table.json does not exist; it is written by stage latency, run that first"):
+        read_json(tmp_path / "table.json", "stage latency")
+    for content in (b'{"a": ', b"\xff\xfe"):
+        (tmp_path / "table.json").write_bytes(content)
+        with pytest.raises(EdgeDiTError, match="table.json is not JSON.*stage latency writes it"):
+            read_json(tmp_path / "table.json", "stage latency")
+
+
+def test_folders_are_replaced_whole(tmp_path):
+    folder = tmp_path / "runs" / "result"
+    for name in ("first", "second"):
+        with atomic_folder(folder) as aside:
+            (aside / "deep").mkdir()
+            (aside / "deep" / name).write_text(name)
+            assert contents(folder) == ({} if name == "first" else {"deep/first": "first"})
+    assert contents(tmp_path) == {"runs/result/deep/second": "second"}
+
+
+def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path):
+    folder = tmp_path / "result"
+    with atomic_folder(folder) as aside:
+        (aside / "file").write_text("old")
+    with pytest.raises(KeyError), atomic_folder(folder) as aside:
+        (aside / "file").write_text("new")
+        raise KeyError("failed half-way")
+    assert contents(tmp_path) == {"result/file": "old"}
+
+
+def test_a_killed_process_leaves_the_old_folder(tmp_path, run_python):
+    folder = tmp_path / "result"
+    with atomic_folder(folder) as aside:
+        (aside / "file").write_text("old")
+    run_python(KILLED, folder, expect=9)
+    assert contents(folder) == {"file": "old"}
+    with atomic_folder(folder) as aside:
+        (aside / "file").write_text("newer")
+    assert contents(folder) == {"file": "newer"}
+
+
+def test_publishing_adds_to_a_folder_entry_by_entry(tmp_path):
+    (tmp_path / "telemetry.jsonl").write_text("kept")
+    for name in ("first", "second"):
+        with publish_into(tmp_path) as aside:
+            (aside / "model").mkdir()
+            (aside / "model" / name).write_text(name)
+            (aside / "index.json").write_text(name)
+    assert contents(tmp_path) == {"telemetry.jsonl": "kept", "model/second": "second", "index.json": "second"}
+    with pytest.raises(KeyError), publish_into(tmp_path) as aside:
+        (aside / "index.json").write_text("third")
+        raise KeyError
+    assert contents(tmp_path)["index.json"] == "second" and not (tmp_path / ".publish").exists()
+
+
+def test_a_full_disk_is_one_clear_error_and_old_content_stays(small_disk):
+    atomic_write_text(small_disk / "a.json", "old")
+    with atomic_folder(small_disk / "model") as aside:
+        save_file({"weight": torch.zeros(10)}, aside / "model.safetensors")
+    old = file_sha256(small_disk / "model" / "model.safetensors")
+    fill(small_disk)
+    with pytest.raises(EdgeDiTError, match="No space left on the disk of .*a.json; free some"):
+        atomic_write_text(small_disk / "a.json", "x" * 10_000)
+    with (
+        pytest.raises(EdgeDiTError, match="No space left on the disk of .*model"),
+        atomic_folder(small_disk / "model") as aside,
+    ):
+        save_file({"weight": torch.zeros(10_000)}, aside / "model.safetensors")  # not an OSError in safetensors
+    (small_disk / "ballast").unlink()
+    assert sorted(contents(small_disk)) == ["a.json", "model/model.safetensors"]
+    assert (small_disk / "a.json").read_text() == "old" and file_sha256(
+        small_disk / "model" / "model.safetensors"
+    ) == old
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(EdgeDiTError, match="Cannot write .*file.*choose a folder you may write to"):
+            demo_run(path, "demo", {}, 1)
+    with pytest.raises(EdgeDiTError, match="Cannot write"):
+        atomic_write_text(tmp_path / "file" / "a.json", "{}")

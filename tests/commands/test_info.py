@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from edgedit_hf import EdgeDiTTransformer2DModel, ElasticDiTTransformer2DModel
+from edgedit_hf.commands.cli import main
 from edgedit_hf.models import transformer_edgedit, transformer_elastic_dit
 
 INFO = """
@@ -71,3 +72,67 @@ def test_a_saved_model_is_counted_without_torch(facts):
     for saved in ("pipeline", "denoiser"):
         same = {key: value for key, value in facts[saved].items() if key != "name"}
         assert same == {key: value for key, value in facts["DiT-debug/2"].items() if key != "name"}
+
+
+PUBLISHED = {  # the DiT and EdgeDiT papers: parameters in millions, GFLOPs, layers
+    "DiT-XL/2": ("675.13", "237.34", 28),
+    "EdgeDiT-1": ("470.65", "143.96", 25),
+    "EdgeDiT-6": ("529.64", "169.97", 25),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_info_prints_the_published_figures(name, capsys):
+    parameters, gflops, layers = PUBLISHED[name]
+    assert main(["info", name]) == 0
+    printed = capsys.readouterr().out
+    assert f"{parameters} M" in printed and f"{gflops} GFLOPs" in printed
+    assert main(["info", name, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (f"{facts['parameters'] / 1e6:.2f}", f"{facts['flops'] / 1e9:.2f}", facts["layers"]) == (
+        parameters,
+        gflops,
+        layers,
+    )
+    assert facts["bytes"]["fp32"] == 4 * facts["weights"] == 8 * facts["bytes"]["int4"]
+
+
+def test_info_counts_what_a_saved_model_holds(make_transformer, tmp_path, capsys, make_hub_cache, monkeypatch):
+    from diffusers import DDIMScheduler
+
+    from edgedit_hf import EdgeDiTPipeline
+
+    model = make_transformer()
+    EdgeDiTPipeline(model, DDIMScheduler()).save_pretrained(tmp_path / "pipeline")
+    cache = make_hub_cache(tmp_path / "pipeline", "acme/edge", listing=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    found = {}
+    for name in (tmp_path / "pipeline", tmp_path / "pipeline" / "transformer", "DiT-debug/2", "acme/edge"):
+        assert main(["info", str(name), "--json"]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+        assert found[name]["weights"] == weights
+        assert found[name]["parameters"] == weights + model.pos_embed.numel()
+        assert found[name].pop("name") == str(name)
+    assert len({json.dumps(facts) for facts in found.values()}) == 1
+
+
+def test_info_of_an_elastic_net_has_a_line_a_subnet(tmp_path, capsys):
+    from edgedit_hf import ElasticDiTTransformer2DModel
+
+    assert main(["info", "elastic-dit-1.6b"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    for name, size in (("tiny", "0.3 B"), ("small", "0.4 B"), ("full", "1.6 B")):
+        assert f" {size} = " in lines[name] and "GFLOPs" in lines[name]
+    net = ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug")
+    net.save_pretrained(tmp_path / "net")
+    net.extract_subnet("small").save_pretrained(tmp_path / "small")
+    facts = {}
+    for name in ("elastic-dit-debug", tmp_path / "net", tmp_path / "small"):
+        assert main(["info", str(name), "--json"]) == 0
+        facts[name] = json.loads(capsys.readouterr().out)
+        assert facts[name].pop("name") == str(name)
+    assert facts["elastic-dit-debug"] == facts[tmp_path / "net"] and facts[tmp_path / "small"].pop("subnets") == {}
+    small = facts[tmp_path / "net"]["subnets"].pop("small")
+    assert small.pop("width") == 0.5 and small == {key: facts[tmp_path / "small"][key] for key in small}
+    assert facts[tmp_path / "net"]["parameters"] == sum(parameter.numel() for parameter in net.parameters())

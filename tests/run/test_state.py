@@ -20,34 +20,15 @@ from safetensors.torch import save_file
 from edgedit_hf.diffusion import draws
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import (
-    atomic_folder,
     atomic_write_json,
-    atomic_write_text,
     file_sha256,
-    hash_json,
-    publish_into,
     read_json,
     weights_hash,
 )
-from edgedit_hf.run.checkpoint import Facts, load_state, save_state
-from edgedit_hf.run.comparison import first_difference
-from edgedit_hf.run.results import replace_results
+from edgedit_hf.run.checkpoint import Facts
 from edgedit_hf.run.state import STAGE_LABEL, Interrupted, RunState
 
 STEPS = 9
-
-KILLED = """
-import os, sys
-from edgedit_hf.files import atomic_folder
-with atomic_folder(sys.argv[1]) as folder:
-    (folder / "file").write_text("new")
-    os._exit(9)
-"""
-
-
-def contents(folder) -> dict[str, str]:
-    """Every file below a folder, hidden ones too."""
-    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture
@@ -76,136 +57,6 @@ def fill(folder) -> None:
     assert full.value.errno == errno.ENOSPC
 
 
-# -------------------------------------------------------------------- hashes
-
-
-def test_hashes_depend_on_content_alone(tmp_path):
-    assert (
-        hash_json({"a": 1, "b": [1.5, None]})
-        == hash_json({"b": [1.5, None], "a": 1})
-        != hash_json({"a": 1, "b": [1.5, 0]})
-    )
-    (tmp_path / "file").write_bytes(b"abc")
-    assert file_sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    state = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.tensor(1)}
-    same = {"c": torch.tensor(1), "b": state["b"].clone(), "a": state["a"].mT.contiguous().mT}
-    assert weights_hash(state) == weights_hash(same)
-    others = [
-        {**state, "a": state["a"].view(3, 2)},
-        {**state, "a": state["a"].double()},
-        {**state, "c": torch.tensor(2)},
-        {"d" if name == "c" else name: tensor for name, tensor in state.items()},
-    ]
-    assert len({weights_hash(state), *map(weights_hash, others)}) == 5
-
-
-def test_the_first_difference_is_named():
-    old = {"a": {"b": [1, 2], "c": 3}, "d": 4}
-    assert first_difference(old, json.loads(json.dumps(old))) is None
-    assert first_difference(old, {"a": {"b": [1, 2], "c": 5}, "d": 6}) == ("a.c", 3, 5)
-    assert first_difference(old, {"a": {"b": [2, 1], "c": 3}, "d": 4}) == ("a.b", [1, 2], [2, 1])
-    assert first_difference(old, {"a": old["a"]}) == ("d", 4, None)
-
-
-# -------------------------------------------------------------------- atomic files and folders
-
-
-def test_files_are_replaced_whole(tmp_path):
-    path = tmp_path / "new" / "file.json"
-    atomic_write_json(path, {"a": [1, 2]})
-    atomic_write_json(path, {"b": None})
-    assert read_json(path, "this test") == {"b": None} and contents(tmp_path).keys() == {"new/file.json"}
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        atomic_write_json(path, {"a": float("nan")})
-    assert read_json(path, "this test") == {"b": None}
-
-
-def test_json_that_is_missing_or_damaged_names_who_writes_it(tmp_path):
-    with pytest.raises(EdgeDiTError, match="table.json does not exist; it is written by stage latency, run that first"):
-        read_json(tmp_path / "table.json", "stage latency")
-    for content in (b'{"a": ', b"\xff\xfe"):
-        (tmp_path / "table.json").write_bytes(content)
-        with pytest.raises(EdgeDiTError, match="table.json is not JSON.*stage latency writes it"):
-            read_json(tmp_path / "table.json", "stage latency")
-
-
-def test_folders_are_replaced_whole(tmp_path):
-    folder = tmp_path / "runs" / "result"
-    for name in ("first", "second"):
-        with atomic_folder(folder) as aside:
-            (aside / "deep").mkdir()
-            (aside / "deep" / name).write_text(name)
-            assert contents(folder) == ({} if name == "first" else {"deep/first": "first"})
-    assert contents(tmp_path) == {"runs/result/deep/second": "second"}
-
-
-def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path):
-    folder = tmp_path / "result"
-    with atomic_folder(folder) as aside:
-        (aside / "file").write_text("old")
-    with pytest.raises(KeyError), atomic_folder(folder) as aside:
-        (aside / "file").write_text("new")
-        raise KeyError("failed half-way")
-    assert contents(tmp_path) == {"result/file": "old"}
-
-
-def test_a_killed_process_leaves_the_old_folder(tmp_path, run_python):
-    folder = tmp_path / "result"
-    with atomic_folder(folder) as aside:
-        (aside / "file").write_text("old")
-    run_python(KILLED, folder, expect=9)
-    assert contents(folder) == {"file": "old"}
-    with atomic_folder(folder) as aside:
-        (aside / "file").write_text("newer")
-    assert contents(folder) == {"file": "newer"}
-
-
-def test_publishing_adds_to_a_folder_entry_by_entry(tmp_path):
-    (tmp_path / "telemetry.jsonl").write_text("kept")
-    for name in ("first", "second"):
-        with publish_into(tmp_path) as aside:
-            (aside / "model").mkdir()
-            (aside / "model" / name).write_text(name)
-            (aside / "index.json").write_text(name)
-    assert contents(tmp_path) == {"telemetry.jsonl": "kept", "model/second": "second", "index.json": "second"}
-    with pytest.raises(KeyError), publish_into(tmp_path) as aside:
-        (aside / "index.json").write_text("third")
-        raise KeyError
-    assert contents(tmp_path)["index.json"] == "second" and not (tmp_path / ".publish").exists()
-
-
-def test_a_full_disk_is_one_clear_error_and_old_content_stays(small_disk):
-    atomic_write_text(small_disk / "a.json", "old")
-    with atomic_folder(small_disk / "model") as aside:
-        save_file({"weight": torch.zeros(10)}, aside / "model.safetensors")
-    old = file_sha256(small_disk / "model" / "model.safetensors")
-    fill(small_disk)
-    with pytest.raises(EdgeDiTError, match="No space left on the disk of .*a.json; free some"):
-        atomic_write_text(small_disk / "a.json", "x" * 10_000)
-    with (
-        pytest.raises(EdgeDiTError, match="No space left on the disk of .*model"),
-        atomic_folder(small_disk / "model") as aside,
-    ):
-        save_file({"weight": torch.zeros(10_000)}, aside / "model.safetensors")  # not an OSError in safetensors
-    (small_disk / "ballast").unlink()
-    assert sorted(contents(small_disk)) == ["a.json", "model/model.safetensors"]
-    assert (small_disk / "a.json").read_text() == "old" and file_sha256(
-        small_disk / "model" / "model.safetensors"
-    ) == old
-
-
-def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(EdgeDiTError, match="Cannot write .*file.*choose a folder you may write to"):
-            demo_run(path, "demo", {}, 1)
-    with pytest.raises(EdgeDiTError, match="Cannot write"):
-        atomic_write_text(tmp_path / "file" / "a.json", "{}")
-
-
-# -------------------------------------------------------------------- nested state
-
-
 def optimised(steps: int = 3):
     """A small network with an optimiser and an average that have seen some steps."""
     torch.manual_seed(0)
@@ -225,68 +76,6 @@ def train_step(model, optimizer, ema, step: int) -> torch.Tensor:
     optimizer.zero_grad()
     ema.step(model.parameters())
     return loss
-
-
-def assert_equal(one, other) -> None:
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert list(one) == list(other)
-        for key in one:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        assert type(one) is type(other) and len(one) == len(other)
-        for a, b in zip(one, other):
-            assert_equal(a, b)
-    else:
-        assert type(one) is type(other) and one == other
-
-
-def test_optimiser_and_average_round_trip(tmp_path):
-    things = optimised()
-    state = [thing.state_dict() for thing in things]
-    save_state(tmp_path, state)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["state.json", "state.safetensors"]
-    assert_equal(load_state(tmp_path), state)
-    fresh = optimised(0)
-    for thing, loaded in zip(fresh, load_state(tmp_path)):
-        thing.load_state_dict(loaded)
-    for step in range(3, 6):
-        assert torch.equal(train_step(*things, step), train_step(*fresh, step))
-    for one, other in zip(things, fresh):
-        assert_equal(one.state_dict(), other.state_dict())
-
-
-def test_plain_values_and_odd_tensors_round_trip(tmp_path):
-    base = torch.arange(12.0).view(3, 4)
-    state = {
-        "tensors": (
-            base,
-            base[:, 1:3],
-            base.mT,
-            torch.tensor(2.5),
-            torch.zeros(0, 3),
-            torch.ones(2, dtype=torch.bfloat16),
-        ),
-        "plain": {1: None, "nested": [True, 2, 3.5, "text", ()], "inf": float("inf")},
-    }
-    save_state(tmp_path, state, "odd")
-    assert_equal(load_state(tmp_path, "odd"), state)
-    save_state(tmp_path, {"no": "tensors"}, "plain")
-    assert load_state(tmp_path, "plain") == {"no": "tensors"}
-    with pytest.raises(TypeError, match="cannot checkpoint a set"):
-        save_state(tmp_path, {"a": {1, 2}})
-
-
-def test_a_damaged_checkpoint_is_an_error(tmp_path):
-    save_state(tmp_path, {"a": torch.zeros(100)})
-    path = tmp_path / "state.safetensors"
-    path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(EdgeDiTError, match="checkpoint .* cannot be read"):
-        load_state(tmp_path)
-    path.unlink()
-    with pytest.raises(EdgeDiTError, match="checkpoint .* cannot be read"):
-        load_state(tmp_path)
 
 
 # -------------------------------------------------------------------- runs
@@ -522,19 +311,6 @@ def test_runs_that_were_made_before_results_and_inputs_were_listed_go_on_working
         demo_run(tmp_path, "demo", {}, 1, seed=1)
 
 
-def test_results_are_replaced_whole_and_stay_a_stages(tmp_path):
-    folder = tmp_path / "student"
-    finished_with_results(folder)
-    (folder / "old.json").write_text("{}")
-    with replace_results(folder) as aside:
-        (aside / "other.json").write_text("{}")
-    assert sorted(path.name for path in folder.iterdir()) == ["other.json", "run.json", "stage.json"]
-    assert demo_run(folder, "demo", {}, 1).finished
-    (folder / "other.json").write_text("[]")
-    with pytest.raises(EdgeDiTError, match="other.json holds other bytes"):
-        demo_run(folder, "demo", {}, 1)
-
-
 # -------------------------------------------------------------------- weights that are not finite
 
 
@@ -700,6 +476,7 @@ except Exception as error:
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_no_process_waits_for_a_main_one_that_failed_in_whatever_way(tmp_path):
     (tmp_path / "alone.py").write_text(MAIN_ALONE)
     launcher = [

@@ -1,0 +1,35 @@
+"""Results of a stage: replaced whole, and what was read of an earlier version."""
+
+import pytest
+import torch
+from demo_stage import demo_run
+from safetensors.torch import save_file
+
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.run.results import replace_results
+from edgedit_hf.run.state import RunState
+
+
+def finished_with_results(folder, config=None) -> RunState:
+    run = demo_run(folder, "demo", config or {}, 1)
+    if not run.finished:
+        for _ in run.steps():
+            pass
+        with run.publish() as aside:
+            (aside / "model").mkdir()
+            save_file({"weight": torch.ones(3)}, aside / "model" / "weights.safetensors")
+        run.finish()
+    return run
+
+
+def test_results_are_replaced_whole_and_stay_a_stages(tmp_path):
+    folder = tmp_path / "student"
+    finished_with_results(folder)
+    (folder / "old.json").write_text("{}")
+    with replace_results(folder) as aside:
+        (aside / "other.json").write_text("{}")
+    assert sorted(path.name for path in folder.iterdir()) == ["other.json", "run.json", "stage.json"]
+    assert demo_run(folder, "demo", {}, 1).finished
+    (folder / "other.json").write_text("[]")
+    with pytest.raises(EdgeDiTError, match="other.json holds other bytes"):
+        demo_run(folder, "demo", {}, 1)
