@@ -3,63 +3,23 @@ that the demo is good.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from edgedit_hf import ElasticDiTPipeline
-from edgedit_hf.commands.cli import main
 from edgedit_hf.data.digits import HELD_OUT, parse_caption
-from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.pipelines.sampling import generate_from_captions
-from edgedit_hf.report.elastic import spread, write_elastic_report
-
-SMALL = (
-    "text.steps=1 elastic.steps=3 elastic.validation_samples=8 evaluate.samples=16 evaluate.extractor_steps=2 "
-    "evaluate.latency_repeats=3"
-).split()
 
 
 @pytest.fixture(scope="module")
-def whole(recipes, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("t2i") / "run"
-    recipes.run_here("text_to_image", folder, *SMALL, config="debug-t2i.yaml")
-    return folder
-
-
-def test_the_report_has_a_line_a_width(whole):
-    report = json.loads((whole / "report.json").read_text())
-    assert [model["name"] for model in report["models"]] == ["tiny", "small", "full"]
-    for model in report["models"]:
-        assert (
-            model["stage"] == "subnet"
-            and model["latency_ms"]["torch-fp32"] > 0
-            and model["bytes"]["fp32"] == 4 * model["parameters"]
-        )
-        assert 0 <= model["class_agreement"] <= 1 and set(model["style_agreement"]) <= {"stroke", "width", "slant"}
-        assert (
-            model["metrics"].keys() == {"fid[digits-cnn,n=16]", "validation_loss"}
-            and model["metrics"]["validation_loss"] > 0
-        )
-    assert (
-        report["seconds"].keys() == {"text", "elastic", "evaluate"}
-        and sum(report["sampled"].values()) == report["elastic_steps"] == 3
-    )
-    assert report["seed"] == 0 and report["versions"]["diffusers"]
-    twin = ElasticDiTPipeline.from_pretrained(whole / "elastic", subnet="small").transformer
-    assert report["models"][1]["parameters"] == sum(p.numel() for p in twin.parameters())
-    page = (whole / "report.html").read_text()
-    assert (
-        all(word in page for word in ("tiny", "never seen", "training/text_to_image.py"))
-        and page.count("data:image/png") == 3
-    )
-    for name in ("samples", "held-out", "curves"):
-        assert np.asarray(Image.open(whole / "report" / f"{name}.png").convert("L")).std() > 5
+def whole(debug_t2i_run, tmp_path_factory):
+    """A copy of the session's debug run."""
+    return shutil.copytree(debug_t2i_run, tmp_path_factory.mktemp("t2i") / "run")
 
 
 def test_the_images_are_the_pipelines(whole):
@@ -104,26 +64,6 @@ def test_agreement_counts_what_captions_say(recipes, monkeypatch):
     assert 0.03 < shuffled["class_agreement"] < 0.2 and all(0.1 < shuffled[style] < 0.6 for style in shares)
     captions = judged_captions(real, 2 * len(real))
     assert sorted(captions) == sorted(2 * real.captions)
-
-
-def test_what_is_missing_is_named(whole, tmp_path):
-    with pytest.raises(EdgeDiTError, match="is not a folder"):
-        write_elastic_report(tmp_path / "nothing")
-    with pytest.raises(EdgeDiTError, match=r"stage.json does not exist.*train_elastic.py"):
-        write_elastic_report(tmp_path)
-
-
-def test_the_command_writes_the_report_of_this_family(whole, tmp_path, capsys):
-    before = (whole / "report.json").read_bytes()
-    (whole / "report.json").unlink()
-    assert main(["report", str(whole)]) == 0 and (whole / "report.json").read_bytes() == before
-    (tmp_path / "elastic").mkdir()
-    assert main(["report", str(tmp_path)]) == 2 and "train_elastic.py" in capsys.readouterr().err
-
-
-def test_shown_captions_differ():
-    captions = ["a thick 3", "the digit 3, thick", "a thin 7", "a thick 3", "a wide four"]
-    assert [captions[i] for i in spread(captions, 3)] == ["a thick 3", "a wide four", "a thin 7"]
 
 
 @pytest.mark.slow
