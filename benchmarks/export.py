@@ -1,7 +1,8 @@
 """Every runtime and precision side by side: DiT-XL/2-shaped blocks, a whole trained net, and the paper's students
 against their teacher.
 
-    python benchmarks/export.py [--model PIPELINE] [--parts blocks trained students] [--json] [--check]
+    python benchmarks/export.py [--model PIPELINE] [--parts blocks trained students] [--ways onnx-int8 …]
+    [--json] [--check]
 
 blocks: a network of --layers DiT-XL/2 layers (random weights; latency does not depend on them), timed interleaved in
 eager PyTorch (fp32, bf16), ONNX Runtime (fp32, fp16, int8 with dynamic and with static activations, 4-bit weights) and
@@ -70,6 +71,7 @@ WAYS = (  # format, dtype and what else, of the trained net
     ("executorch", "int4", {}),
     ("executorch", "int4", {"weights": "gptq"}),
 )
+WAY_NAMES = ["-".join([format, dtype, *options.values()]) for format, dtype, options in WAYS]
 
 
 def artefact(path: Path, inputs: dict[str, torch.Tensor], threads: int) -> SessionRunner:
@@ -193,8 +195,10 @@ def trained(arguments, folder: Path) -> list[dict]:
         source = folder / "run" / "teacher"
     print(f"\n{source}\n{'export':<34} {'error':>9} {'PSNR dB':>8} {'MB':>7} {'ms':>7} {'layers of 8 bits'}")
     rows = []
-    for format, dtype, options in WAYS:
-        output = folder / "-".join([format, dtype, *options.values()])
+    for name, (format, dtype, options) in zip(WAY_NAMES, WAYS):
+        if name not in arguments.ways:
+            continue
+        output = folder / name
         export_pipeline(
             source,
             output,
@@ -270,6 +274,7 @@ def main() -> None:
         "--parts", nargs="+", choices=("blocks", "trained", "students"), default=["blocks", "trained", "students"]
     )
     parser.add_argument("--model", type=Path, help="a trained pipeline; default: the digits teacher is trained first")
+    parser.add_argument("--ways", nargs="+", choices=WAY_NAMES, default=WAY_NAMES, help="exports of the trained net")
     parser.add_argument("--layers", type=int, default=4, help="DiT-XL/2 layers")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)

@@ -43,15 +43,14 @@ from edgedit_hf.search_space import UNMERGED, SearchSpace
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
 RECIPE = TRAINING / "recipes" / "imagenet256-edgedit1.yaml"
-CLASSES = 1000
 MEMORY_FACTOR = 1.5  # the dry run must be within it
 STAGES = (TEACHER, BANK, STUDENT, TUNE)
 
 
-def make_inputs(folder: Path, preset: str) -> None:
+def make_inputs(folder: Path, preset: str, classes: int) -> None:
     """Images, autoencoder, teacher and genotype below `folder`; all random, nothing zero."""
     generator = np.random.default_rng(0)
-    for label in range(CLASSES):
+    for label in range(classes):
         path = folder / "images" / f"{label:04d}" / "0.png"
         path.parent.mkdir(parents=True)
         Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
@@ -138,6 +137,7 @@ def main() -> None:
     parser.add_argument(
         "--preset", default="DiT-XL/2", choices=[name for name, sizes in PRESETS.items() if "layers" not in sizes]
     )
+    parser.add_argument("--classes", type=int, default=1000, help="of the made-up images, one image each")
     parser.add_argument("--until", default=stages[-1], choices=stages, help="the last stage that runs")
     parser.add_argument("--steps", type=int, default=3, help="of every stage; at least 2")
     parser.add_argument("--batch-size", type=int, default=1)
@@ -159,7 +159,7 @@ def main() -> None:
     rows = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
-        make_inputs(folder, arguments.preset)
+        make_inputs(folder, arguments.preset, arguments.classes)
         student = student_of(arguments.preset, folder)
         common = [
             f"data={{source: {folder / 'images'}, resolution: 256, vae: {folder / 'vae'}, num_workers: 0}}",

@@ -2,26 +2,11 @@
 the real size.
 """
 
-import json
-import os
-import subprocess
-import sys
 
-
-def test_closed_form(repository, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    recipe = ["--config", repository / "training" / "recipes" / "debug.yaml", "--override", "threads=1"]
-
-    def run(*command) -> str:
-        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    run(repository / "training" / "train_teacher.py", *recipe, "--override", f"output_dir={tmp_path}")
-    arguments = ["--layers", "0,2", "--budget", "20", "--steps", "12", "--json"]
-    result = json.loads(
-        run(repository / "benchmarks" / "closed_form.py", tmp_path, *recipe, *arguments).splitlines()[-1]
-    )
+def test_closed_form(benchmark, repository, debug_run):
+    recipe = ("--config", repository / "training" / "recipes" / "debug.yaml", "--override", "threads=1")
+    arguments = ("--layers", "0,2", "--budget", 20, "--steps", 12)
+    _, result = benchmark("closed_form.py", debug_run, *recipe, *arguments, threads=None)
     kinds = ["mlp", "attention", "both", "merged original", "merged mlp", "merged attention", "merged both"]
     assert set(result["copied_ratio"]) == {f"{layer}/{kind}" for layer in (0, 2) for kind in kinds}
     assert result["marks"] == [0, 10, 12] and set(result["random"]) == {

@@ -1,34 +1,25 @@
-"""The benchmark of exports at its smallest: every form of one layer and its figures."""
-
-import json
-import os
-import subprocess
-import sys
+"""The benchmark of exports at its smallest: two exports of the debug teacher, and (slow) every form of one layer."""
 
 import pytest
 
 
+def test_two_exports_of_a_trained_net(benchmark, debug_run):
+    arguments = ("--parts", "trained", "--model", debug_run / "teacher", "--ways", "onnx-fp32", "onnx-int8")
+    table, result = benchmark("export.py", *arguments)
+    rows = {row["export"]: row for row in result["trained"]}
+    assert list(rows) == ["onnx-fp32", "onnx-int8"] and result.keys() == {"trained", "environment"}
+    assert rows["onnx-fp32"]["error"] < 1e-5 < rows["onnx-int8"]["error"] < 0.1
+    assert rows["onnx-int8"]["psnr_db"] > 25 and rows["onnx-int8"]["bytes"] < rows["onnx-fp32"]["bytes"]
+    assert all(row["ms"] > 0 and row["layers_of_8_bits"] == [] for row in rows.values())
+    assert table[-1].startswith("onnx-int8 ")
+
+
 @pytest.mark.slow
-def test_one_layer_in_every_form(repository):
+@pytest.mark.export
+def test_one_layer_in_every_form(benchmark):
     pytest.importorskip("executorch")
-    command = [
-        sys.executable,
-        "benchmarks/export.py",
-        "--parts",
-        "blocks",
-        "--layers",
-        "1",
-        "--repeats",
-        "2",
-        "--max-seconds",
-        "5",
-        "--json",
-    ]
-    done = subprocess.run(
-        command, cwd=repository, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.strip().splitlines()[-1])["blocks"]
+    arguments = ("--parts", "blocks", "--layers", 1, "--repeats", 2, "--max-seconds", 5)
+    found = benchmark("export.py", *arguments, threads=2)[1]["blocks"]
     rows = {row["form"]: row for row in found["rows"]}
     errors = {
         "onnxruntime-fp32": 1e-5,

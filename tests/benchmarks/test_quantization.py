@@ -2,58 +2,47 @@
 bad ones.
 """
 
-import json
-import os
-import subprocess
 import sys
 
 import pytest
 
+NAMES = ["fp32", "fp16 weights", "int8", "NF4", "RTN-4", "GPTQ-4", "RTN 4.3"]
+NAMES += ["k-means 4.3, nearest", "k-means 4.3", "k-means 4.3 + self-distillation"]
+SIZES = "teacher.hidden_size=128 teacher.num_layers=2 teacher.num_heads=4 quantize.timesteps=2 quantize.samples=8"
 
-@pytest.mark.slow
-def test_every_form_of_a_network_that_it_trains_itself(repository, tmp_path):
-    recipe = repository / "training" / "recipes" / "debug.yaml"
-    small = (
-        "teacher.hidden_size=128 teacher.num_layers=2 teacher.num_heads=4 quantize.calibration_images=4 "
-        "quantize.sensitivity_images=2"
-    )
-    small += " quantize.timesteps=2 quantize.samples=8 quantize.steps=4 quantize.batch_size=8"
-    overrides = [part for override in small.split() for part in ("--override", override)]
-    command = [sys.executable, repository / "benchmarks" / "quantization.py", "--json", "--config", recipe, *overrides]
-    options = [
-        "--samples",
-        "32",
-        "--latency-batch",
-        "2",
-        "--repeats",
-        "2",
-        "--threads",
-        "1",
-        "--images",
-        tmp_path / "forms.png",
-    ]
-    done = subprocess.run(
-        [*command, *options], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    *table, last = done.stdout.strip().splitlines()
-    result = json.loads(last)
+
+def measured(benchmark, repository, *arguments, overrides: str) -> dict:
+    recipe = ["--config", repository / "training" / "recipes" / "debug.yaml"]
+    recipe += [part for override in f"{SIZES} {overrides}".split() for part in ("--override", override)]
+    table, result = benchmark("quantization.py", *recipe, "--latency-batch", 2, "--repeats", 2, *arguments)
     rows = result["rows"]
-    names = ["fp32", "fp16 weights", "int8", "NF4", "RTN-4", "GPTQ-4", "RTN 4.3"]
-    names += ["k-means 4.3, nearest", "k-means 4.3", "k-means 4.3 + self-distillation"]
-    assert list(rows) == names and all(any(line.startswith(f"{name} ") for line in table) for name in names)
+    assert list(rows) == NAMES and all(any(line.startswith(f"{name} ") for line in table) for name in NAMES)
     assert (
         rows["fp32"]["bits"],
         rows["fp16 weights"]["bits"],
         rows["fp32"]["error"]["sqnr_db"],
         rows["fp32"]["frechet_ratio"],
     ) == (32, 16, None, 1)
-    assert all(4 < rows[name]["bits"] <= 4.3 for name in names[6:]) and 8 < rows["int8"]["bits"] < 9
+    assert all(4 < rows[name]["bits"] <= 4.3 for name in NAMES[6:]) and 8 < rows["int8"]["bits"] < 9
     assert rows["int8"]["error"]["mse"] < rows["GPTQ-4"]["error"]["mse"] < rows["RTN-4"]["error"]["mse"]
     assert (
         rows["fp16 weights"]["bytes"] < 0.6 * rows["fp32"]["bytes"]
         and rows["NF4"]["bytes"] < 0.3 * rows["fp32"]["bytes"]
     )
+    return result
+
+
+def test_every_form_at_its_smallest(benchmark, repository):
+    small = "teacher.steps=2 quantize.calibration_images=4 quantize.sensitivity_images=2 quantize.steps=2"
+    small += " quantize.batch_size=4 evaluate.extractor_steps=2"
+    result = measured(benchmark, repository, "--samples", 16, overrides=small)
+    assert result["samples"] == 16 and result["activations"]["dynamic"]["mse"] > 0
+
+
+@pytest.mark.slow
+def test_every_form_of_a_network_that_it_trains_itself(benchmark, repository, tmp_path):
+    small = "quantize.calibration_images=4 quantize.sensitivity_images=2 quantize.steps=4 quantize.batch_size=8"
+    result = measured(benchmark, repository, "--samples", 32, "--images", tmp_path / "forms.png", overrides=small)
     assert list(result["activations"]) == ["static, 1 bucket", "static, 2 buckets", "dynamic"]
     assert (tmp_path / "forms.png").stat().st_size > 5000
 

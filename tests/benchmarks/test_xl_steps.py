@@ -2,38 +2,25 @@
 their dry run.
 """
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 
+def test_the_first_stage(benchmark, tmp_path):
+    arguments = ("--preset", "DiT-S/8", "--until", "teacher", "--classes", 10, "--steps", 2, "--folder", tmp_path)
+    table, result = benchmark("xl_steps.py", *arguments)
+    ((name, row),) = result["stages"].items()
+    assert name == "teacher" and table[-1].split()[0] == "teacher" and result["steps"] == 2
+    assert 0 < row["loss"] < 10 and 0 < row["step_seconds"] < row["all_seconds"] < 120
+    assert 0.5 < row["peak_gb"] < 4 and 0.5 < row["expected_gb"] < 4
+    assert list(tmp_path.iterdir()) == []  # it leaves nothing behind
+
+
 @pytest.mark.slow
-def test_every_training_stage_takes_real_steps(repository, tmp_path):
-    command = [
-        sys.executable,
-        "benchmarks/xl_steps.py",
-        "--preset",
-        "DiT-S/8",
-        "--steps",
-        "2",
-        "--memory-budget-gb",
-        "2",
-        "--threads",
-        "1",
-    ]
-    done = subprocess.run(
-        [*command, "--folder", str(tmp_path), "--json", "--check"],
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    stages = json.loads(lines[-1])["stages"]
-    assert [line.split()[0] for line in lines[2:6]] == list(stages) == ["teacher", "bank", "student", "tune"]
+def test_every_training_stage_takes_real_steps(benchmark, tmp_path):
+    arguments = ("--preset", "DiT-S/8", "--steps", 2, "--memory-budget-gb", 2, "--folder", tmp_path)
+    table, result = benchmark("xl_steps.py", *arguments, "--check")
+    stages = result["stages"]
+    assert [line.split()[0] for line in table[2:6]] == list(stages) == ["teacher", "bank", "student", "tune"]
     for stage in ("teacher", "bank", "tune"):
         assert 0 < stages[stage]["loss"] < 10 and 0 < stages[stage]["step_seconds"] < 60
         assert 0.5e9 < 1e9 * stages[stage]["peak_gb"] < 4e9
