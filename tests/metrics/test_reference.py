@@ -1,0 +1,55 @@
+"""What models are judged by: an extractor trained once a run, features of all real images, counted accuracies."""
+
+import json
+
+import pytest
+import torch
+
+from edgedit_hf.data.loading import load_run_images
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.metrics import reference
+from edgedit_hf.metrics.distances import frechet_distance
+from edgedit_hf.metrics.reference import describe_reference, load_extractor, real_features
+from edgedit_hf.run.config import RunConfig
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = RunConfig(output_dir=str(tmp_path))
+    config.evaluate.extractor_steps = 2
+    return config
+
+
+def test_an_extractor_is_trained_once_a_run_and_for_what_is_asked(config):
+    images = load_run_images(config)
+    first = load_extractor(config, images, torch.device("cpu"))
+    again = load_extractor(config, images, torch.device("cpu"))
+    assert first.hash == again.hash and first.accuracy == again.accuracy
+    config.evaluate.extractor_steps = 3
+    with pytest.raises(EdgeDiTError, match="evaluate.extractor_steps = 2, but now evaluate.extractor_steps = 3 is"):
+        load_extractor(config, images, torch.device("cpu"))
+
+
+def test_features_of_the_real_images_come_in_pieces(config, monkeypatch):
+    images = load_run_images(config, "validation")
+    extractor = load_extractor(config, load_run_images(config), torch.device("cpu"))
+    whole = extractor.features(images.batch(range(len(images)))["images"])
+    monkeypatch.setattr(reference, "CHUNK", 50)
+    torch.testing.assert_close(real_features(extractor, images), whole, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(reference, "REAL_IMAGES", 120)
+    torch.testing.assert_close(real_features(extractor, images), whole[:120], rtol=1e-4, atol=1e-5)
+
+
+def test_the_reference_says_what_was_counted(config):
+    images, held_out = load_run_images(config), load_run_images(config, "validation")
+    extractor = load_extractor(config, images, torch.device("cpu"))
+    real = real_features(extractor, images)
+    classifier = describe_reference(config, images, extractor, real)
+    written = json.loads((config.folder("evaluate", "reference.json")).read_text())
+    batch = held_out.batch(range(len(held_out)))
+    right = (classifier.predict(batch["images"]) == batch["labels"]).double().mean().item()
+    assert written["classifier_accuracy"] == pytest.approx(right) and right > 0.9
+    assert written["real_floor_counts"] == [len(held_out), len(images)]
+    assert written["real_floor"] == pytest.approx(frechet_distance(extractor.features(batch["images"]), real), rel=1e-4)
+    assert written["data"] == images.fingerprint and written["extractor_hash"] == extractor.hash
+    assert written["count"] == config.evaluate.samples
