@@ -51,7 +51,6 @@ ELSEWHERE = {
     "report/sensitivity": "training/test_sensitivity.py",
     "run/cost": "test_estimate.py",
     "run/sections": "run/test_config.py",
-    "runtimes/footprint": "benchmarks/test_export.py",
     "runtimes/runners": "runtimes/test_timing.py",
     "training/evaluate_elastic": "training/test_text_to_image.py",
     "training/evaluate_models": "training/test_resume.py",
