@@ -149,8 +149,10 @@ def test_a_bank_of_before_that_records_only_two_losses_is_reported_too(tmp_path,
     for entry in index["entries"].values():
         del entry["losses"], entry["curve"]
     (folder / "bank" / "index.json").write_text(json.dumps(index))
-    inputs = json.loads((folder / "search" / "stage.json").read_text())["inputs"]
-    change(folder / "search" / "stage.json", inputs={**inputs, "bank": file_sha256(folder / "bank" / "index.json")})
+    for stage in folder.glob("*/stage.json"):
+        inputs = json.loads(stage.read_text())["inputs"]
+        if "bank" in inputs:
+            change(stage, inputs={**inputs, "bank": file_sha256(folder / "bank" / "index.json")})
     html = write_report(folder).read_text()
     assert "The proxy blocks" in html and "copied weights" not in html
     assert json.loads((folder / "report.json").read_text())["bank"]["median_losses"] == {}

@@ -17,7 +17,7 @@ from edgedit_hf.report.elastic import draw_elastic_figures, spread, write_elasti
 @pytest.fixture(scope="module")
 def whole(debug_t2i_run, tmp_path_factory):
     """A copy of the session's debug run."""
-    return shutil.copytree(debug_t2i_run, tmp_path_factory.mktemp("t2i") / "run")
+    return shutil.copytree(debug_t2i_run, tmp_path_factory.mktemp("t2i") / debug_t2i_run.name)
 
 
 def test_the_report_has_a_line_a_width(whole):
@@ -43,7 +43,7 @@ def test_the_report_has_a_line_a_width(whole):
     assert report["models"][1]["parameters"] == sum(p.numel() for p in twin.parameters())
     page = (whole / "report.html").read_text()
     assert (
-        all(word in page for word in ("tiny", "never seen", "training/text_to_image.py"))
+        all(word in page for word in ("tiny", "never seen", "edgedit train text-to-image"))
         and page.count("data:image/png") == 3
     )
 
