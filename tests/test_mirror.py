@@ -32,6 +32,8 @@ ELSEWHERE = {
     "distill/denoiser": "training/test_resume.py",
     "export/sample_min": "export/test_contract.py",
     "export/wrappers": "export/test_contract.py",
+    "export/denoisers": "export/test_components.py",
+    "export/exported": "export/test_components.py",
     "export/formats": "commands/test_options.py",
     "export/mixed": "export/test_pipeline_formats.py",
     "export/parts": "export/test_contract.py",
