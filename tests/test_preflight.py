@@ -155,7 +155,7 @@ def test_a_given_teacher_with_a_short_schedule_or_a_file_cut_short(tmp_path, mak
 
 
 def test_finished_stages_are_not_looked_at(tmp_path):
-    for folder in ("teacher", "bank", "latency", "search", "student", "student-tuned", "exported", "evaluate"):
+    for folder in (stage.folder for stage in EDGEDIT):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "stage.json").write_text("{}")
     assert preflight(config(tmp_path, "data.source=/gone", "tune.batch_size=31"), EDGEDIT, processes=2) == []

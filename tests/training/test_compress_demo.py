@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from edgedit_hf.run.stage import EDGEDIT, TUNE
+
 pytestmark = [pytest.mark.slow, pytest.mark.demos]
 
 
@@ -68,8 +70,8 @@ def test_time_and_memory(demo):
 
 def test_progress_names_stage_eta_and_metric(demo):
     text = demo[3]
-    for stage in ("teacher", "bank", "latency", "search", "student-tuned", "export", "evaluate"):
-        assert f"] {stage}:" in text, stage
+    for stage in EDGEDIT:
+        assert f"] {stage.folder if stage is TUNE else stage.name}:" in text, stage.name
     assert "min left in all" in text and "loss=" in text and "distance=" in text
 
 

@@ -18,6 +18,7 @@ from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from ..pipelines.loading import meta_vae
 from ..run.config import RunConfig
 from ..run.cost import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, print_table
+from ..run.stage import ELASTIC
 from ..search_space import TEXT_TOKENS, elastic_cost, elastic_weights
 from .knowledge import teacher_note
 from .supernet import new_elastic
@@ -135,7 +136,11 @@ def elastic_estimate(config: RunConfig, machine: Machine | None = None) -> tuple
     micro = -(-options.batch_size // (machine.processes * options.gradient_accumulation))
     memory = (1e9 if machine.gpu else PROCESS_BYTES) + held + micro * activations * (0.5 if machine.gpu else 1)
     device = "gpu" if machine.gpu else "cpu"
-    return Estimate("elastic", options.steps * step, memory, 4.0 * weights, device, machine.processes), machine, assumed
+    return (
+        Estimate(ELASTIC.name, options.steps * step, memory, 4.0 * weights, device, machine.processes),
+        machine,
+        assumed,
+    )
 
 
 def print_elastic_estimate(config: RunConfig) -> None:
