@@ -311,7 +311,8 @@ def reproduce(run_dir: Path, seed: int, stages: Mapping[str, Mapping[str, Any]],
     used: dict[str, Any] = {}
     for key, value in ((key, value) for stage in stages.values() for key, value in stage["config"].items()):
         if key in sections:
-            used[key] = {**used.get(key, {}), **value} if isinstance(value, Mapping) else value
+            earlier = used.get(key)  # some stages record single keys of a section
+            used[key] = {**earlier, **value} if isinstance(earlier, dict) and isinstance(value, dict) else value
     config = {
         "output_dir": f"runs/{run_dir.resolve().name}-again",
         "seed": seed,
