@@ -19,10 +19,8 @@ if __name__ == "__main__":
 
     starting()  # the imports take seconds: Ctrl-C ends them in one line
 
-import math
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -35,9 +33,7 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import atomic_write_json, hash_json, weights_hash
 from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.preflight import preflight
-from edgedit_hf.quantization.allocation import Candidate, allocate, candidate_specs, replaced_weight_error
-from edgedit_hf.quantization.calibration import moment_batches, record, replay, second_moments, spread
-from edgedit_hf.quantization.gptq import quantize_compensated
+from edgedit_hf.quantization.calibration import record, spread
 from edgedit_hf.quantization.inputs import (
     KINDS,
     Judge,
@@ -46,20 +42,22 @@ from edgedit_hf.quantization.inputs import (
     load_texts,
     print_quantization_estimate,
     sampling_options,
+    transformer_bytes,
     widths_of,
 )
+from edgedit_hf.quantization.layer_forms import LayerForms
 from edgedit_hf.quantization.layers import dequantize_model, quantizable_layers, quantized_weights, set_quantized_weight
-from edgedit_hf.quantization.quantize import quantize_weight
 from edgedit_hf.quantization.quantizer import mark_quantized
 from edgedit_hf.quantization.self_distillation import (
     POOL_STREAM,
     SamplePool,
     TunedState,
-    step_draws,
+    micro_batch,
+    on_device,
     step_subnet,
     tuned_parameters,
+    verdicts,
 )
-from edgedit_hf.quantization.weights import spec_bits
 from edgedit_hf.records import Quantization
 from edgedit_hf.run.checkpoint import Facts
 from edgedit_hf.run.config import RunConfig
@@ -81,8 +79,7 @@ def quantize_layers(config: RunConfig, accelerator: Accelerator) -> None:
         widths_of(pipeline),
         load_prompts(config, pipeline),
     )
-    layers = quantizable_layers(model)
-    names = list(layers)
+    names = list(quantizable_layers(model))
     state = RunState(
         config,
         QUANTIZE,
@@ -109,104 +106,35 @@ def quantize_layers(config: RunConfig, accelerator: Accelerator) -> None:
             record(pipeline, options.sensitivity_images, subnet=width, **sampling).calls, options.timesteps
         )
     ]
-    references = [replay(model, call) for call in judged]
-    if not any(reference.any() for reference in references):
-        raise EdgeDiTError(
-            "The network predicts zeros alone, so there is no error to measure; train it before it is quantised."
-        )
-    batches = moment_batches(model, names) if options.compensate else [names]
-    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
-    specs = {
-        name: candidate_specs(layer.weight.shape, options.scheme, options.rows_per_palette, options.group_size)
-        for name, layer in layers.items()
-    }
-
-    def stored(name: str, spec: dict | None) -> int:
-        weight = layers[name].weight
-        return 8 * weight.element_size() * weight.numel() if spec is None else spec_bits(spec, tuple(weight.shape))
-
-    # Fails now, not after hours, if even the smallest forms exceed the budget.
-    allocate(
-        {name: [Candidate(spec, stored(name, spec), 0.0) for spec in forms] for name, forms in specs.items()},
-        sizes,
-        options.budget_bits,
-    )
-
-    def quantized(name: str, spec: dict, moments: dict[str, torch.Tensor]):
-        weight = layers[name].weight
-        return (
-            quantize_compensated(weight, spec, moments[name]) if options.compensate else quantize_weight(weight, spec)
-        )
-
-    def moments_of(batch: list[str]) -> dict[str, torch.Tensor]:
-        return second_moments(model, calls, batch) if options.compensate else {}
-
-    measured, moments = Facts(), {}
+    forms = LayerForms(model, options, calls, judged)
+    measured = Facts()
     state.track(measured=measured)
     for step in state.steps():
-        name = names[step]
-        if options.compensate and name not in moments:
-            moments = moments_of(next(batch for batch in batches if name in batch))
-        rows = []
-        for spec in specs[name]:
-            error = {"mse": 0.0, "sqnr_db": None}  # of a layer that stays as it is
-            if spec is not None:
-                error = replaced_weight_error(
-                    model, name, quantized(name, spec, moments).dequantize(), judged, references
-                ).to_dict()
-            rows.append(
-                {"spec": spec, "num_bits": stored(name, spec), "mse": error["mse"], "sqnr_db": error["sqnr_db"]}
-            )
-        measured[name] = rows
-        state.log(mse=rows[0]["mse"])
+        measured[names[step]] = forms.measure(names[step])
+        state.log(mse=measured[names[step]][0]["mse"])
 
-    candidates = {
-        name: [Candidate(row["spec"], row["num_bits"], row["mse"]) for row in measured[name]] for name in names
-    }
-    chosen = allocate(candidates, sizes, options.budget_bits)
+    chosen = forms.allocate(measured)
     judge = Judge(pipeline, options.calibration_images, **sampling)
     samples = {}
     if options.steps:
         pool = record(pipeline, options.samples, stream=POOL_STREAM, subnet=widths[-1], keep_calls=False, **sampling)
         samples = {"latents": pool.latents} | ({"labels": pool.labels} if isinstance(pool.labels, torch.Tensor) else {})
-    weights = {}
-    for batch in batches:  # all from the unquantised network, whose inputs the moments are of
-        moments = moments_of(batch)
-        weights |= {name: quantized(name, chosen.plan[name], moments) for name in batch if name in chosen.plan}
-    for name, weight in weights.items():
-        set_quantized_weight(layers[name], weight)
+    for name, weight in forms.weights(chosen.plan).items():
+        set_quantized_weight(forms.layers[name], weight)
     mark_quantized(model)
-    error = judge(model)
-    by_layer = {
-        name: {
-            "spec": choice.spec,
-            "weights": sizes[name],
-            "num_bits": choice.num_bits,
-            "mse": choice.error,
-            "candidates": measured[name],
-        }
-        for name, choice in chosen.chosen.items()
-    }
     allocation = {
         "budget_bits": options.budget_bits,
         "average_bits": chosen.average_bits,
         "summed_mse": chosen.error,
         "summed_mse_bound": chosen.bound,
     }
+    results = {"error": {"untuned": judge(model)}, "layers": forms.describe(chosen, measured)}
     with state.publish() as folder:
         pipeline.to("cpu").save_pretrained(folder)
-        atomic_write_json(
-            folder / RECORD,
-            {**allocation, "bytes": weight_bytes(folder), "error": {"untuned": error}, "layers": by_layer},
-        )
+        atomic_write_json(folder / RECORD, {**allocation, "bytes": transformer_bytes(folder), **results})
         if samples:
             save_file(samples, folder / SAMPLES)
     state.finish(average_bits=chosen.average_bits)
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the transformer's files in a pipeline folder."""
-    return sum(path.stat().st_size for path in (folder / "transformer").glob("*.safetensors"))
 
 
 def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
@@ -258,18 +186,10 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
         asked = {} if width is None else {"subnet": width}
         for index in range(options.gradient_accumulation):
             first = (accelerator.process_index * options.gradient_accumulation + index) * per_piece
-            drawn = step_draws(
-                config.seed, step, range(first, first + per_piece), pool.latents.shape[1:], len(pool.latents)
+            piece = micro_batch(
+                pool, diffusion, config.seed, step, range(first, first + per_piece), options.dropout, classes
             )
-            condition = {
-                name: on_device(value, accelerator.device)
-                for name, value in pool.condition(drawn, options.dropout, classes).items()
-            }
-            t = diffusion.timesteps(drawn.time)
-            noisy, t = (
-                diffusion.noisy(pool.latents[drawn.samples], drawn.noise, t).to(accelerator.device),
-                t.to(accelerator.device),
-            )
+            noisy, t, condition = (on_device(part, accelerator.device) for part in piece)
             with nullcontext() if index == options.gradient_accumulation - 1 else accelerator.no_sync(wrapped):
                 with accelerator.autocast():
                     with torch.no_grad():
@@ -295,32 +215,12 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
             packed.to("cpu").save_pretrained(folder)
             atomic_write_json(
                 folder / RECORD,
-                {**found, "bytes": weight_bytes(folder), "tuned_parameters": sum(p.numel() for p in parameters)},
+                {**found, "bytes": transformer_bytes(folder), "tuned_parameters": sum(p.numel() for p in parameters)},
             )
-        for width, error in found["error"]["tuned"].items():
-            # No ratio (`None`): there is no error at all.
-            before, after = (
-                math.inf if ratio is None else ratio
-                for ratio in (found["error"]["untuned"][width]["sqnr_db"], error["sqnr_db"])
-            )
-            advice = (
-                ""
-                if after >= before
-                else f"; {start} is the better one: lower quantize.learning_rate or give more steps"
-            )
-            print(
-                f"{width}: {found['average_bits']:.2f} bits, output {before:.1f} dB → {after:.1f} dB above the "
-                f"quantisation error{advice}"
-            )
+        for line in verdicts(found, start):
+            print(line)
     accelerator.free_memory()
     state.finish(average_bits=read_record(start / RECORD, Quantization, made_by)["average_bits"])
-
-
-def on_device(value, device: torch.device):
-    """A tensor, or a list of tensors and `None`, on a device."""
-    if isinstance(value, list):
-        return [None if part is None else part.to(device) for part in value]
-    return value.to(device)
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:

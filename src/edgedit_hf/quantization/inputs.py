@@ -107,6 +107,11 @@ def sampling_options(config: RunConfig, prompts: Sequence[str] | None) -> dict[s
     return {**sampling, "seed": config.seed, "prompts": prompts}
 
 
+def transformer_bytes(folder: Path) -> int:
+    """Bytes of the transformer's weight files in a pipeline folder."""
+    return sum(path.stat().st_size for path in (folder / "transformer").glob("*.safetensors"))
+
+
 class Judge:
     """The error of a network's output at every timestep of the sampling loop, a width each, on noise that nothing was
     fitted to.

@@ -8,7 +8,8 @@ samples with noise added, so no data set is needed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from ..data.text_table import TextTable
-from ..diffusion import draws, drop_labels
+from ..diffusion import Diffusion, draws, drop_labels
 from ..run.optimisation import check_names
 
 SAMPLE_STREAM, SUBNET_STREAM, POOL_STREAM = (
@@ -124,3 +125,49 @@ class SamplePool(NamedTuple):
             "encoder_hidden_states": embeds,
             "encoder_attention_mask": [None if mask is None else mask & kept for mask in masks],
         }
+
+
+class MicroBatch(NamedTuple):
+    """What both networks see: `noisy` `(B, C, H, W)`, `t` `(B,)`, and the condition as keyword arguments."""
+
+    noisy: torch.Tensor
+    t: torch.Tensor
+    condition: dict[str, Any]
+
+
+def micro_batch(
+    pool: SamplePool, diffusion: Diffusion, seed: int, step: int, rows: Sequence[int], dropout: float, num_classes: int
+) -> MicroBatch:
+    """Noised samples and their condition for these rows of a step's batch."""
+    drawn = step_draws(seed, step, rows, pool.latents.shape[1:], len(pool.latents))
+    t = diffusion.timesteps(drawn.time)
+    noisy = diffusion.noisy(pool.latents[drawn.samples], drawn.noise, t)
+    return MicroBatch(noisy, t, pool.condition(drawn, dropout, num_classes))
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or nested dicts and lists of tensors and `None`, on a device."""
+    if isinstance(value, dict):
+        return {name: on_device(part, device) for name, part in value.items()}
+    if isinstance(value, list):
+        return [on_device(part, device) for part in value]
+    return None if value is None else value.to(device)
+
+
+def verdicts(found: Mapping[str, Any], start: Any) -> Iterator[str]:
+    """A line a width: the output's ratio of signal to error before and after, and what to do where it fell.
+
+    Args:
+        found: the content of `quantization.json`. start: the folder of the untuned pipeline.
+    """
+    for width, error in found["error"]["tuned"].items():
+        # No ratio (`None`): there is no error at all.
+        before, after = (
+            math.inf if ratio is None else ratio
+            for ratio in (found["error"]["untuned"][width]["sqnr_db"], error["sqnr_db"])
+        )
+        better = f"; {start} is the better one: lower quantize.learning_rate or give more steps"
+        yield (
+            f"{width}: {found['average_bits']:.2f} bits, output {before:.1f} dB → {after:.1f} dB above the "
+            f"quantisation error{better if after < before else ''}"
+        )
