@@ -18,14 +18,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from edgedit_hf.data.captions import CaptionedDataset
 from edgedit_hf.data.datasets import to_bytes
-from edgedit_hf.data.digits import STYLES, parse_caption, style_words
 from edgedit_hf.data.loading import load_run_captions, load_run_images
 from edgedit_hf.estimate import print_estimate
 from edgedit_hf.files import atomic_write_json
 from edgedit_hf.metrics.distances import frechet_distance
-from edgedit_hf.metrics.extractors import IndependentClassifier
+from edgedit_hf.metrics.prompt_following import agreement, judged_captions
 from edgedit_hf.metrics.reference import describe_reference, load_extractor, real_features
 from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.pipelines.pipeline_elastic_dit import ElasticDiTPipeline
@@ -42,40 +40,6 @@ from edgedit_hf.schema import read_record
 from edgedit_hf.search_space import BYTES, elastic_cost
 
 SHOWN = 10  # captions at the head of the list, whose images the report shows: of digits one each
-
-
-def judged_captions(held_out: CaptionedDataset, count: int) -> list[str]:
-    """`count` captions of held-out images, again from the first where there are fewer; the digits' begin with one of
-    each that has a style.
-    """
-    captions = held_out.captions
-    if held_out.label_names:
-        telling = sorted(
-            range(len(captions)),
-            key=lambda row: -sum(parse_caption(captions[row])[style] is not None for style in STYLES),
-        )
-        first = [
-            next(row for row in telling if held_out.labels[row] == digit) for digit in range(len(held_out.label_names))
-        ]
-        captions = [captions[row] for row in first] + [
-            caption for row, caption in enumerate(captions) if row not in first
-        ]
-    return [captions[i % len(captions)] for i in range(count)]
-
-
-def agreement(images: torch.Tensor, captions: list[str], classifier: IndependentClassifier) -> dict[str, float]:
-    """Shares of generated digits that are what their caption says: the digit (`class_agreement`), and each style, where
-    one is said.
-    """
-    said = [parse_caption(caption) for caption in captions]
-    digits = torch.tensor([one["digit"] for one in said])
-    found = style_words(images, digits)
-    shares = {"class_agreement": float((classifier.predict(images) == digits).double().mean())}
-    for style in STYLES:
-        asked = [row for row, one in enumerate(said) if one[style] is not None]
-        if asked:
-            shares[style] = sum(found[row][style] == said[row][style] for row in asked) / len(asked)
-    return shares
 
 
 def measure_latencies(pipeline: ElasticDiTPipeline, config: RunConfig) -> dict:
