@@ -14,21 +14,26 @@ from .images import load_images
 from .latents import LatentDataset, cache_latents, open_latents
 
 
+def reading_options(config: RunConfig) -> dict[str, Any]:
+    """How the run's images are read, with captions or without: arguments of [`images.load_images`] and
+    [`captions.load_captioned`].
+    """
+    data = config.data
+    return {
+        "source": data.source,
+        "resolution": data.resolution,
+        "channels": data.channels,
+        "image_column": data.image_column,
+        "validation_fraction": data.validation_fraction,
+        "seed": config.seed,
+        "data_split": data.split,
+        "background": data.background,
+    }
+
+
 def load_run_images(config: RunConfig, split: str = "train") -> ImageDataset:
     """The run's images."""
-    data = config.data
-    return load_images(
-        data.source,
-        split,
-        resolution=data.resolution,
-        channels=data.channels,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        validation_fraction=data.validation_fraction,
-        seed=config.seed,
-        data_split=data.split,
-        background=data.background,
-    )
+    return load_images(split=split, label_column=config.data.label_column, **reading_options(config))
 
 
 def load_training_set(
@@ -52,17 +57,7 @@ def load_run_captions(config: RunConfig, split: str = "train") -> CaptionedDatas
     """The run's captioned images; `split` as of [`captions.load_captioned`]."""
     data = config.data
     return load_captioned(
-        data.source,
-        split,
-        resolution=data.resolution,
-        channels=data.channels,
-        image_column=data.image_column,
-        caption_column=data.caption_column,
-        validation_fraction=data.validation_fraction,
-        seed=config.seed,
-        data_split=data.split,
-        buckets=data.buckets or (),
-        background=data.background,
+        split=split, caption_column=data.caption_column, buckets=data.buckets or (), **reading_options(config)
     )
 
 
