@@ -26,19 +26,18 @@ from statistics import median
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "training"))
+from edgedit_hf.data.loading import load_training_set
+from edgedit_hf.distill.closed_form import closed_form_block, truncated_block
+from edgedit_hf.distill.feature_loss import rate_scale
+from edgedit_hf.distill.proxy_group import Features, Proxy, held_out_losses, new_optimizer, random_block, train_step
+from edgedit_hf.distill.teacher import load_teacher, search_space_of
+from edgedit_hf.distill.teacher_features import CALIBRATION_STREAM, TEST_STREAM, TRAIN_STREAM, features_at
+from edgedit_hf.run.config import RunConfig, load_config
+from edgedit_hf.run.launch import make_accelerator
+from edgedit_hf.run.optimisation import learning_rate_at, set_learning_rate
+from edgedit_hf.search_space import OPTIONS, can_merge
 
-from edgedit_hf.data.loading import load_training_set  # noqa: E402
-from edgedit_hf.distill.closed_form import closed_form_block, truncated_block  # noqa: E402
-from edgedit_hf.distill.feature_loss import rate_scale  # noqa: E402
-from edgedit_hf.distill.proxy_group import Features, Proxy, held_out_losses, new_optimizer, random_block, train_step  # noqa: E402
-from edgedit_hf.distill.teacher import load_teacher, search_space_of  # noqa: E402
-from edgedit_hf.distill.teacher_features import CALIBRATION_STREAM, TEST_STREAM, TRAIN_STREAM, features_at  # noqa: E402
-from edgedit_hf.run.config import RunConfig, load_config  # noqa: E402
-from edgedit_hf.run.launch import make_accelerator  # noqa: E402
-from edgedit_hf.run.optimisation import learning_rate_at, set_learning_rate  # noqa: E402
-from edgedit_hf.search_space import OPTIONS, can_merge  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 MARKS = (0, 10, 20, 30, 60, 100, 200, 300)
 PLATEAU_GAIN = 0.01  # of the loss, in the last tenth of the budget

@@ -26,18 +26,15 @@ from pathlib import Path
 
 import torch
 
+from edgedit_hf.files import read_json
+from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
+from edgedit_hf.run.config import load_config
+from edgedit_hf.run.launch import make_accelerator
+from edgedit_hf.run.outputs import check_output
+from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
+from edgedit_hf.training import train_elastic, train_text_encoders
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "training"))
-
-import train_elastic  # noqa: E402
-import train_text_encoders  # noqa: E402
-
-from edgedit_hf.files import read_json  # noqa: E402
-from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel  # noqa: E402
-from edgedit_hf.run.config import load_config  # noqa: E402
-from edgedit_hf.run.launch import make_accelerator  # noqa: E402
-from edgedit_hf.run.outputs import check_output  # noqa: E402
-from edgedit_hf.runtimes.timing import environment, measure, paired_ratio  # noqa: E402
 
 REQUIRED_LOSS, REQUIRED_TIME, REQUIRED_SWITCH_MS, REQUIRED_FORWARD = 1.02, 0.92, 1.0, 1.05
 SWITCHES, TOKENS = 1000, 12

@@ -22,23 +22,22 @@ from statistics import mean
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "training"))
+from edgedit_hf.data.loading import load_run_images, load_training_set
+from edgedit_hf.distill.denoiser import train_denoiser
+from edgedit_hf.distill.proxy_bank import ProxyBank
+from edgedit_hf.distill.teacher import load_teacher
+from edgedit_hf.files import atomic_write_json
+from edgedit_hf.genotype import Genotype
+from edgedit_hf.metrics.distances import frechet_distance
+from edgedit_hf.metrics.reference import load_extractor, real_features
+from edgedit_hf.pipelines.loading import load_pipeline, with_transformer
+from edgedit_hf.pipelines.sampling import generate
+from edgedit_hf.run.config import RunConfig, load_config
+from edgedit_hf.run.launch import make_accelerator
+from edgedit_hf.run.stage import STUDENT, Stage
+from edgedit_hf.run.state import RunState
 
-from edgedit_hf.data.loading import load_run_images, load_training_set  # noqa: E402
-from edgedit_hf.distill.denoiser import train_denoiser  # noqa: E402
-from edgedit_hf.distill.proxy_bank import ProxyBank  # noqa: E402
-from edgedit_hf.distill.teacher import load_teacher  # noqa: E402
-from edgedit_hf.files import atomic_write_json  # noqa: E402
-from edgedit_hf.genotype import Genotype  # noqa: E402
-from edgedit_hf.metrics.distances import frechet_distance  # noqa: E402
-from edgedit_hf.metrics.reference import load_extractor, real_features  # noqa: E402
-from edgedit_hf.pipelines.loading import load_pipeline, with_transformer  # noqa: E402
-from edgedit_hf.pipelines.sampling import generate  # noqa: E402
-from edgedit_hf.run.config import RunConfig, load_config  # noqa: E402
-from edgedit_hf.run.launch import make_accelerator  # noqa: E402
-from edgedit_hf.run.stage import STUDENT, Stage  # noqa: E402
-from edgedit_hf.run.state import RunState  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 REQUIRED_RATIO = 1.1
 POINTS = 3  # places on each curve besides its start

@@ -27,40 +27,36 @@ scale for all.
 import argparse
 import copy
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from diffusers_dit import fail
+
+from edgedit_hf.data.datasets import to_bytes
+from edgedit_hf.data.loading import load_run_images
+from edgedit_hf.export.wrappers import DenoiserWrapper
+from edgedit_hf.metrics.distances import frechet_distance, psnr
+from edgedit_hf.metrics.extractors import FeatureExtractor
+from edgedit_hf.metrics.reference import load_extractor, real_features
+from edgedit_hf.pipelines.loading import load_pipeline, with_transformer
+from edgedit_hf.pipelines.sampling import generate
+from edgedit_hf.quantization.activations import activation_scales, simulated_activations
+from edgedit_hf.quantization.calibration import input_ranges, output_error, record, second_moments
+from edgedit_hf.quantization.gptq import quantize_compensated
+from edgedit_hf.quantization.inputs import Judge
+from edgedit_hf.quantization.layers import quantizable_layers, quantized_weights, set_quantized_weight
+from edgedit_hf.quantization.quantizer import mark_quantized, quantize_model
+from edgedit_hf.report.plots import montage, sample_grid
+from edgedit_hf.run.config import load_config
+from edgedit_hf.run.launch import make_accelerator
+from edgedit_hf.run.outputs import check_output
+from edgedit_hf.runtimes.runners import TorchRunner, example_inputs
+from edgedit_hf.runtimes.timing import environment, measure
+from edgedit_hf.training import quantize, train_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "training"))
-
-import quantize  # noqa: E402
-import train_teacher  # noqa: E402
-from diffusers_dit import fail  # noqa: E402
-
-from edgedit_hf.data.datasets import to_bytes  # noqa: E402
-from edgedit_hf.data.loading import load_run_images  # noqa: E402
-from edgedit_hf.export.wrappers import DenoiserWrapper  # noqa: E402
-from edgedit_hf.metrics.distances import frechet_distance, psnr  # noqa: E402
-from edgedit_hf.metrics.extractors import FeatureExtractor  # noqa: E402
-from edgedit_hf.metrics.reference import load_extractor, real_features  # noqa: E402
-from edgedit_hf.pipelines.loading import load_pipeline, with_transformer  # noqa: E402
-from edgedit_hf.pipelines.sampling import generate  # noqa: E402
-from edgedit_hf.quantization.activations import activation_scales, simulated_activations  # noqa: E402
-from edgedit_hf.quantization.calibration import input_ranges, output_error, record, second_moments  # noqa: E402
-from edgedit_hf.quantization.gptq import quantize_compensated  # noqa: E402
-from edgedit_hf.quantization.inputs import Judge  # noqa: E402
-from edgedit_hf.quantization.layers import quantizable_layers, quantized_weights, set_quantized_weight  # noqa: E402
-from edgedit_hf.quantization.quantizer import mark_quantized, quantize_model  # noqa: E402
-from edgedit_hf.report.plots import montage, sample_grid  # noqa: E402
-from edgedit_hf.run.config import load_config  # noqa: E402
-from edgedit_hf.run.launch import make_accelerator  # noqa: E402
-from edgedit_hf.run.outputs import check_output  # noqa: E402
-from edgedit_hf.runtimes.runners import TorchRunner, example_inputs  # noqa: E402
-from edgedit_hf.runtimes.timing import environment, measure  # noqa: E402
 
 BUDGET, REQUIRED_DISTANCE = 4.3, 1.05
 RTN = {"scheme": "affine", "bits": 4, "group_size": 64, "symmetric": True}

@@ -255,7 +255,6 @@ def test_the_paper_recipe_is_estimated_without_anything_of_its_own(repository, r
 MEASURED = """
 import resource, runpy, sys
 sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 print("peak", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

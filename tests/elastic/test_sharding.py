@@ -13,12 +13,10 @@ from safetensors.torch import load_file
 # accelerate offers FSDP on accelerators alone; PyTorch has it on the CPU too.
 SHARDED = """
 import os
-import sys
-sys.path.insert(0, sys.argv.pop(1))
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from edgedit_hf import launch
+from edgedit_hf.run import launch
 from edgedit_hf.run.state import RunState
 
 def make_accelerator(config, make=launch.make_accelerator):
@@ -38,8 +36,8 @@ if os.environ.get("DIE_AT"):
         if self.step == int(os.environ["DIE_AT"]):
             os._exit(9)
     RunState.checkpoint = checkpoint
-import train_elastic
-launch.recipe_main(train_elastic.run, "")
+from edgedit_hf.training import train_elastic
+launch.recipe_main(train_elastic.run, "", dry_run=print)
 """
 
 
@@ -72,7 +70,7 @@ def test_sharded_training_equals_one_process_and_continues(repository, tmp_path)
     run([*python, training / "train_text_encoders.py"], one)
     shutil.copytree(one / "text", two / "text")
     run([*python, training / "train_elastic.py"], one)
-    sharded = [*torchrun, tmp_path / "sharded.py", training]
+    sharded = [*torchrun, tmp_path / "sharded.py"]
     run(sharded, two, killed=True, DIE_AT="2")
     assert sorted(path.name for path in (two / "elastic" / "checkpoints" / "step-000000002").glob("*.safetensors")), (
         "no sharded checkpoint"

@@ -94,7 +94,6 @@ class Recipes:
         """Run in this process, which spares the imports; bad input ends with `SystemExit`."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", self.arguments(name, output, *overrides, config=config))
-            patch.syspath_prepend(str(TRAINING))
             runpy.run_path(str(TRAINING / f"{name}.py"), run_name="__main__")
 
     def start(self, name: str, output: Path, *overrides: str, config: str = "debug.yaml") -> subprocess.Popen:

@@ -20,7 +20,6 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["COLUMNS"] = "200"
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import sweep_forks  # noqa: E402
 import sweep_inputs  # noqa: E402

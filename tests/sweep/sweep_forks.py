@@ -184,7 +184,6 @@ def enter(entry: str, argv: list[str]) -> Any:
         return sample(*argv)
     path = Path(entry) if entry.endswith(".py") else TRAINING / f"{entry}.py"
     sys.argv = [str(path), *argv]
-    sys.path.insert(0, str(path.resolve().parent))
     runpy.run_path(str(path.resolve()), run_name="__main__")
 
 

@@ -123,7 +123,6 @@ def build_fixtures(root: Path) -> None:
     program = (
         "import os, sys, runpy\nfrom edgedit_hf.run.state import RunState\nkept = RunState.checkpoint\n"
         "def stop(self):\n    kept(self)\n    os._exit(0)\nRunState.checkpoint = stop\n"
-        f"sys.path.insert(0, {str(TRAINING)!r})\n"
         "sys.argv = ['x', '--config', 'tiny.yaml', '--override', 'output_dir=stopped']\n"
         f"runpy.run_path({str(TRAINING / 'train_teacher.py')!r}, run_name='__main__')\n"
     )

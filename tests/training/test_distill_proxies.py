@@ -39,7 +39,6 @@ def bank_of(recipes, monkeypatch, capsys):
         monkeypatch.setattr(
             sys, "argv", [*recipes.arguments("distill_proxies", target, *SMALL, *overrides), *arguments]
         )
-        monkeypatch.syspath_prepend(str(recipes.root / "training"))
         code = 0
         try:
             runpy.run_path(str(recipes.root / "training" / "distill_proxies.py"), run_name="__main__")
