@@ -128,6 +128,8 @@ class Settings:
     seed: int = key(minimum=0, maximum=2**64)
     num_initial: int = key(minimum=1, maximum=10**6)
     reference: list[float] | None = key(**MS, items=2, fewest=2)
+    acquisition: str = key("")
+    pool_size: int = key(2, minimum=2, maximum=10**6)
 
 
 @dataclass(kw_only=True)

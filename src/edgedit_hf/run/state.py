@@ -360,8 +360,9 @@ class RunState:
         if path.exists():
             kept = []
             for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a last line cut by a kill
-                    if json.loads(line)["step"] <= self.step:
+                with contextlib.suppress(ValueError):  # a last line cut by a kill
+                    entry = json.loads(line)
+                    if isinstance(entry, dict) and isinstance(entry.get("step"), int) and entry["step"] <= self.step:
                         kept.append(line)
             atomic_write_text(path, "".join(f"{line}\n" for line in kept))
 

@@ -13,6 +13,7 @@ resumed asks for the same genotypes and ends with the same bytes.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
@@ -190,6 +191,9 @@ class AskTellSearch(ABC):
         """Rebuild a search from [`~AskTellSearch.to_json`]'s text; anything else is an error."""
         try:
             state = parse_json(text)
+        except ValueError as error:
+            raise EdgeDiTError(f"The search state cannot be read ({error}). Delete it to search anew.") from None
+        try:
             check(state, SearchState)
             settings = dict(state["settings"])
             if state["format"] != FORMAT or settings.pop("kind") != cls.kind:
@@ -197,6 +201,8 @@ class AskTellSearch(ABC):
                     f"The search state is of format {state['format']} and kind {state['settings']['kind']!r}; expected "
                     f"format {FORMAT} and kind {cls.kind!r}. Delete it to search anew."
                 )
+            if unknown := sorted(set(settings) - set(inspect.signature(cls).parameters)):
+                raise EdgeDiTError(f"It was made with {', '.join(unknown)}, which this version does not have.")
             search = cls(space=SearchSpace.from_dict(settings.pop("space")), **settings)
             for point in state["told"]:
                 extra = {key: value for key, value in point.items() if key not in ("code", "distance", "latency_ms")}
@@ -208,8 +214,6 @@ class AskTellSearch(ABC):
                 f"The search state cannot be read: {str(error).removesuffix(' Delete it to search anew.')} Delete it "
                 "to search anew."
             ) from None
-        except (ValueError, TypeError) as error:  # no JSON, or settings of another version
-            raise EdgeDiTError(f"The search state cannot be read ({error}). Delete it to search anew.") from None
         return search
 
     def save(self, path: str | os.PathLike) -> None:
@@ -227,7 +231,7 @@ class AskTellSearch(ABC):
             return self
         try:
             stored = type(self).from_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:  # an EdgeDiTError is a ValueError
+        except (OSError, UnicodeDecodeError, EdgeDiTError) as error:
             raise EdgeDiTError(f"{path}: {error}") from None
         for key, value in self.settings().items():
             if stored.settings()[key] != value:
