@@ -22,7 +22,6 @@ if __name__ == "__main__":
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -32,9 +31,9 @@ from edgedit_hf.data.batches import caption_loader
 from edgedit_hf.data.captions import CaptionedDataset
 from edgedit_hf.data.loading import load_captioned_set
 from edgedit_hf.data.text_table import TextTable
-from edgedit_hf.diffusion import TRAIN_TIMESTEPS, Diffusion, draws
+from edgedit_hf.diffusion import TRAIN_TIMESTEPS, Diffusion
 from edgedit_hf.elastic.cost import print_elastic_estimate
-from edgedit_hf.elastic.draws import drop_texts, step_subnets, text_uniforms
+from edgedit_hf.elastic.draws import micro_batches, step_subnets
 from edgedit_hf.elastic.knowledge import Knowledge, load_knowledge
 from edgedit_hf.elastic.losses import (
     balance_scale,
@@ -54,45 +53,6 @@ from edgedit_hf.run.optimisation import Optimisation, learning_rate_at, set_lear
 from edgedit_hf.run.sections import ElasticConfig
 from edgedit_hf.run.stage import ELASTIC
 from edgedit_hf.run.state import RunState
-
-
-class MicroBatch(NamedTuple):
-    """What every network of a step sees, on its device."""
-
-    x0: torch.Tensor  # (B, C, H, W)
-    noise: torch.Tensor
-    t: torch.Tensor  # (B,)
-    noisy: torch.Tensor
-    text: list[torch.Tensor | None]  # (B, T_i, D_i) an encoder
-    masks: list[torch.Tensor | None]  # (B, T_i)
-    rows: torch.Tensor  # (B,) of the data set
-
-    @property
-    def without_text(self) -> torch.Tensor:
-        """(B,) bool: rows whose every text was dropped."""
-        return ~torch.stack([mask.any(1) for mask in self.masks if mask is not None]).any(0)
-
-
-def micro_batches(
-    batch: dict, texts: TextTable, rows: list[int], step: int, seed: int, options: ElasticConfig, device
-) -> list[MicroBatch]:
-    """A rank's part of a step's batch with noise, timesteps and dropped texts, in `gradient_accumulation` pieces."""
-    diffusion, count = Diffusion("flow_prediction"), options.gradient_accumulation
-    drawn = draws(seed, step, rows, batch["images"].shape[1:])
-    text, masks = texts.batch(batch["rows"])
-    masks = drop_texts(masks, text_uniforms(seed, step, rows, len(masks)), options.text_dropout)
-    t = diffusion.timesteps(drawn.time)
-    tensors = batch["images"], drawn.noise, t, diffusion.noisy(batch["images"], drawn.noise, t)
-
-    def pieces(tensor: torch.Tensor | None) -> list[torch.Tensor | None]:
-        return [None] * count if tensor is None else list(tensor.to(device).chunk(count))
-
-    by_tensor = [
-        *map(pieces, tensors),
-        *([list(part) for part in zip(*map(pieces, parts))] for parts in (text, masks)),
-        pieces(batch["rows"]),
-    ]
-    return [MicroBatch(*values) for values in zip(*by_tensor)]
 
 
 def train_supernet(
