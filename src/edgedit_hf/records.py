@@ -479,9 +479,17 @@ class NetConfig:
 class ElasticModel(NetConfig):
     """What a recipe's elastic.model names: what is left out would be the largest net's."""
 
-    num_layers: list[int] = key(minimum=0, maximum=LAYERS, items=100, fewest=1)
+    num_layers: list[int] = key(minimum=0, maximum=LAYERS, items=3, fewest=3)
     num_attention_heads: int = key(minimum=1, maximum=HEADS)
     attention_head_dim: int = key(minimum=1, maximum=WIDTH)
+    num_key_value_heads: int = key(1, minimum=1, maximum=HEADS)
+    num_text_key_value_heads: int = key(1, minimum=1, maximum=HEADS)
+    mlp_ratios: list[float] = key(list, above=0.0, maximum=1024.0, items=3, fewest=3)
+    text_width: int = key(1, minimum=1, maximum=WIDTH)
+    attention_blocks: int = key(1, minimum=1, maximum=SIDE)
+    attention_radius: int = key(0, minimum=0, maximum=SIDE)
+    norm_eps: float = key(0.0, minimum=0.0, maximum=1.0)
+    rope_theta: float = key(1.0, above=0.0, maximum=FIGURE)
 
 
 @dataclass(kw_only=True)

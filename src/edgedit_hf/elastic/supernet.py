@@ -18,7 +18,7 @@ from ..pipelines.pipeline_elastic_dit import ElasticDiTPipeline
 from ..records import ElasticModel
 from ..run.config import RunConfig
 from ..run.stage import TEXT
-from ..schema import read_record
+from ..schema import read_record, shorten
 from ..search_space import elastic_weights
 
 
@@ -88,13 +88,16 @@ def new_elastic(
         "in_channels": shapes[0][0],
         "text_dims": [dim or own for dim, own in zip(text_dims, own_dims)],
     }
+    known = [key for key in defaults if key != "self"]
+    if unknown := sorted(values.keys() - set(known)):
+        raise EdgeDiTError(f"elastic.model {name} holds {shorten(unknown[0])}; it may hold {', '.join(known)}.")
+    whole = {**{key: defaults[key].default for key in known}, **values, **given}
     try:
-        whole = {**{key: value.default for key, value in defaults.items() if key != "self"}, **values, **given}
         check_memory(elastic_weights(whole), f"elastic.model {name}")
         return ElasticDiTTransformer2DModel(**{**values, **given})
-    except EdgeDiTError:
-        raise
-    except (TypeError, ValueError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
+    except ValueError as error:  # how the model refuses sizes that do not fit together
+        if isinstance(error, EdgeDiTError):
+            raise
         raise EdgeDiTError(
             f"elastic.model {name} with the sub-networks {values.get('subnets', 'of its own')} cannot be made: {error}"
         ) from error
