@@ -7,7 +7,7 @@ import pytest
 from edgedit_hf.elastic.supernet import new_elastic
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
-from edgedit_hf.run.config import load_config
+from edgedit_hf.run.config import RunConfig, load_config
 
 
 def test_a_model_file_by_diffusers_may_hold_keys_of_others_and_one_by_hand_may_not(repository, tmp_path):
@@ -43,3 +43,18 @@ def test_the_order_of_subnets_in_a_recipe_orders_nothing(repository, tmp_path, o
     )
     made = new_elastic(config, [(1, 8, 8)], [0, 0])
     assert list(made.config.subnets) == made.subnet_names == ["tiny", "small", "full"] == list(made.modulation)
+
+
+def test_a_written_model_with_an_unknown_key_or_a_wrong_value_names_it(tmp_path):
+    sizes = {"num_layers": [1, 1, 1], "num_attention_heads": 4, "attention_head_dim": 4, "text_dims": [4]}
+    for more, message in (
+        ({"depth": 3}, r"holds 'depth'; it may hold sample_size, "),
+        ({"num_layers": [1, 1]}, "num_layers has 2 entries; it must have at least 3"),
+        ({"rope_theta": "much"}, "rope_theta is 'much'"),
+        ({"attention_head_dim": 6}, "cannot be made: attention_head_dim is 6"),
+    ):
+        config = RunConfig()
+        config.elastic.model = str(tmp_path / "model.json")
+        (tmp_path / "model.json").write_text(json.dumps({**sizes, **more}))
+        with pytest.raises(EdgeDiTError, match=message):
+            new_elastic(config, [(1, 8, 8)], [4])
