@@ -418,7 +418,7 @@ def stage_of(section: str) -> tuple[str, str, list[str], list[str], list[str]]:
             [f"run/{name}/*" for name in (*outputs, *also)],
         )
 
-    if section in ("", "data", "teacher"):
+    if section in ("", "data", "sampling", "teacher"):
         return "train_teacher", "tiny.yaml", ["tiny.yaml", "images"], [], ["run/*"]
     if section in ("text", "elastic", "knowledge"):
         script, folder = ("train_text_encoders", "text") if section == "text" else ("train_elastic", "elastic")
