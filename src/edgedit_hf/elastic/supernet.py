@@ -90,7 +90,9 @@ def new_elastic(
     }
     known = [key for key in defaults if key != "self"]
     if unknown := sorted(values.keys() - set(known)):
-        raise EdgeDiTError(f"elastic.model {name} holds {shorten(unknown[0])}; it may hold {', '.join(known)}.")
+        raise EdgeDiTError(
+            f"elastic.model {name} cannot be made: it holds {shorten(unknown[0])}; it may hold {', '.join(known)}."
+        )
     whole = {**{key: defaults[key].default for key in known}, **values, **given}
     try:
         check_memory(elastic_weights(whole), f"elastic.model {name}")
