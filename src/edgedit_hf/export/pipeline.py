@@ -164,7 +164,7 @@ def export_pipeline(pipeline: Any, output: str | os.PathLike, options: ExportOpt
     size = latent_size(plain, None if open_size else options.resolution)
     if is_elastic(pipeline) and options.batch != "dynamic":
         options = replace(options, prompts=prompts_that_fit(plain, options.prompts))
-    job = _Job(plain, options, subnet, None if open_size else size)
+    job = Job(plain, options, subnet, None if open_size else size)
     set_schedule(plain, size)
     parts = pipeline_parts(
         plain,
@@ -283,7 +283,7 @@ def extra_inputs(part: Part, lowering: Lowering) -> dict[str, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """One export: what its steps share."""
 
     pipeline: Any  # with plain weights
