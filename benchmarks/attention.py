@@ -27,7 +27,8 @@ import torch
 from diffusers_dit import fail, peak_bytes
 from torch import nn
 
-from edgedit_hf.export.onnx.lower import DEFAULT_OPSET, lower, save_onnx
+from edgedit_hf.export.onnx.lower import lower_onnx
+from edgedit_hf.export.parts import Part
 from edgedit_hf.models.transformer_elastic_dit import (
     ElasticDiTTransformer2DModel,
     Positions,
@@ -49,7 +50,7 @@ KINDS = ("full", "ASSA")
 class Layer(nn.Module):
     """A self-attention layer on its hidden states `(B, N, D)`."""
 
-    input_names, output_names = ["hidden_states"], ["output"]
+    input_names = ["hidden_states"]
 
     def __init__(self, attention: nn.Module, positions: Positions):
         super().__init__()
@@ -62,7 +63,7 @@ class Layer(nn.Module):
 class FullCore(nn.Module):
     """Full attention on queries, keys and values `(B, h, N, d)`."""
 
-    input_names, output_names = ["query", "key", "value"], ["output"]
+    input_names = ["query", "key", "value"]
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return attend(query, key, value)
@@ -122,9 +123,11 @@ def call_of(runtime: str, module: nn.Module, inputs: tuple[torch.Tensor, ...], t
     """A callable that runs a module once in a runtime."""
     if runtime.startswith("torch"):
         return torch.inference_mode()(lambda: module(*inputs))
+    part = Part("transformer", "attention", module, dict(zip(module.input_names, inputs)), ("output",))
     with tempfile.TemporaryDirectory() as folder:
-        path = save_onnx(lower(module, inputs, dynamic=False, opset=DEFAULT_OPSET), Path(folder, "model.onnx"))
-        return SessionRunner(open_session(path, threads), dict(zip(module.input_names, inputs)))
+        path = Path(folder, "attention.onnx")
+        lower_onnx(part, path, "fp32", {})
+        return SessionRunner(open_session(path, threads), part.inputs)
 
 
 def memory_of(kind: str, runtime: str, side: int, kv_heads: int, threads: int) -> None:

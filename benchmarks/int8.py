@@ -18,8 +18,8 @@ import torch
 from diffusers_dit import fail, random_transformer
 
 from edgedit_hf.export.components import OnnxEdgeDiTTransformer2DModel
-from edgedit_hf.export.onnx.lower import export_onnx, quantize_int8
-from edgedit_hf.export.wrappers import DenoiserWrapper
+from edgedit_hf.export.lowering import lower_denoiser
+from edgedit_hf.export.wrappers import DenoiserWrapper, plain_config
 from edgedit_hf.runtimes.runners import TorchRunner, example_inputs
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 
@@ -29,13 +29,9 @@ REQUIRED = 1.3
 def export(preset: str, folder: Path) -> None:
     """Write the int8 component of a random network."""
     model = random_transformer(preset, torch.float32)
-    config = {k: v for k, v in model.config.items() if not k.startswith("_")}
-    fp32 = export_onnx(model, folder / "fp32.onnx")
-    del model
-    quantize_int8(fp32, folder / "transformer" / OnnxEdgeDiTTransformer2DModel.MODEL_FILE)
-    fp32.unlink()
-    fp32.with_name(fp32.name + ".data").unlink(missing_ok=True)
-    OnnxEdgeDiTTransformer2DModel(**config, precision="int8").save_config(folder / "transformer")
+    component = OnnxEdgeDiTTransformer2DModel(**plain_config(model), precision="int8", batch="dynamic", split=False)
+    component.save_config(folder / "transformer")
+    lower_denoiser(model, folder / "transformer" / component.part_file("denoiser"), "onnx", "int8")
 
 
 def int8_runner(component: OnnxEdgeDiTTransformer2DModel, batch: int):

@@ -27,6 +27,7 @@ from diffusers_dit import fail, preset_config, random_transformer
 from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, Genotype
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.distill.proxy_bank import ProxyBank
+from edgedit_hf.export.formats import MEASURED
 from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.run.stage import maker_of
 from edgedit_hf.runtimes.runners import SessionRunner, example_inputs
@@ -40,8 +41,7 @@ PUBLISHED_MS = {
     "iPhone": {TEACHER: 118.56, "EdgeDiT-1": 70.86, "EdgeDiT-6": 72.53},
     "S25 Ultra": {TEACHER: 129.00, "EdgeDiT-1": 86.13, "EdgeDiT-6": 89.22},
 }
-RUNTIMES = ("torch", "onnxruntime", "executorch")
-SUFFIX = {"onnxruntime": ".onnx", "executorch": ".pte"}
+RUNTIMES = ("torch", *MEASURED)
 REQUIRED = 0.97
 
 
@@ -89,14 +89,9 @@ def assemble(run: Path, folder: Path) -> None:
 
 def export(name: str, runtime: str, batch: int, path: Path, folder: Path | None, layers: int | None) -> None:
     """Write one network for one runtime."""
-    from edgedit_hf.export.executorch.lower import export_executorch
-    from edgedit_hf.export.onnx.lower import export_onnx
+    from edgedit_hf.export.lowering import lower_denoiser
 
-    model = network(name, folder, layers)
-    if runtime == "onnxruntime":
-        export_onnx(model, path, batch=batch)
-    else:
-        export_executorch(model, path, batch=batch)
+    lower_denoiser(network(name, folder, layers), path, MEASURED[runtime].name, batch=batch)
 
 
 def sampling_step(model: EdgeDiTTransformer2DModel, batch: int):
@@ -118,7 +113,7 @@ def runners(arguments, runtime: str, scratch: Path, folder: Path | None) -> dict
         if runtime == "torch":
             found[name] = sampling_step(network(name, folder, arguments.layers), arguments.batch)
             continue
-        path = scratch / f"{name.replace('/', '-')}{SUFFIX[runtime]}"
+        path = scratch / f"{name.replace('/', '-')}{MEASURED[runtime].suffix}"
         command = [sys.executable, __file__, "--export", name, runtime, str(path), "--batch", str(arguments.batch)]
         command += ["--assembled", str(folder)] if folder else []
         command += ["--layers", str(arguments.layers)] if arguments.layers else []

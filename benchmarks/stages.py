@@ -29,13 +29,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import onnx
 import torch
 from diffusers import PixArtTransformer2DModel
 from diffusers_dit import fail
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from edgedit_hf.export.onnx.lower import DEFAULT_OPSET, lower, save_onnx
+from edgedit_hf.export.onnx.lower import lower_onnx, save_onnx
+from edgedit_hf.export.parts import Part
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.runtimes.profile import onnx_profile
 from edgedit_hf.runtimes.runners import SessionRunner
@@ -60,7 +62,7 @@ class Denoiser(nn.Module):
     128, dim)` each.
     """
 
-    input_names, output_names = ["hidden_states", "timestep", "text_1", "text_2"], ["sample"]
+    input_names = ["hidden_states", "timestep", "text_1", "text_2"]
 
     def __init__(self, model: ElasticDiTTransformer2DModel):
         super().__init__()
@@ -73,7 +75,7 @@ class Denoiser(nn.Module):
 class PixArtDenoiser(nn.Module):
     """The same for diffusers' class, whose one encoder gives as many tokens, `(1, 256, dim)`."""
 
-    input_names, output_names = ["hidden_states", "timestep", "text"], ["sample"]
+    input_names = ["hidden_states", "timestep", "text"]
 
     def __init__(self, model: PixArtTransformer2DModel):
         super().__init__()
@@ -128,6 +130,16 @@ def example(variant: str, latents: int) -> dict[str, torch.Tensor]:
     return inputs | {name: torch.randn(1, *shape, generator=generator) for name, shape in zip(names, texts)}
 
 
+def keep_tokens(path: Path) -> None:
+    """PixArt's squeeze(1) of the tokens, which does nothing, is exported as if it did: take it out of the file."""
+    proto = onnx.load(str(path))
+    for node in proto.graph.node:
+        if node.op_type == "Squeeze":
+            node.op_type = "Identity"
+            del node.input[1:]
+    save_onnx(proto, path)
+
+
 def export(variant: str, heads: int, latents: int, depth: int, threads: int, path: Path) -> None:
     """Write a variant as ONNX, and print its weights, the FLOPs of its matrix products, and where one run's time goes,
     as JSON.
@@ -139,16 +151,11 @@ def export(variant: str, heads: int, latents: int, depth: int, threads: int, pat
     for operator, count in counter.get_flop_counts()["Global"].items():
         flops["attention" if operator is torch.ops.aten.bmm else "linear"] += count
     module, inputs = denoiser(variant, heads, latents, depth), example(variant, latents)
-    proto = lower(module, tuple(inputs.values()), dynamic=False, opset=DEFAULT_OPSET)
-    for node in proto.graph.node:
-        if (
-            variant == "PixArt" and node.op_type == "Squeeze"
-        ):  # its squeeze(1) of the tokens, which does nothing, is exported as if it did
-            node.op_type = "Identity"
-            del node.input[1:]
-    save_onnx(proto, path)
+    lower_onnx(Part("transformer", "denoiser", module, inputs, ("sample",)), path, "fp32", {})
+    if variant == "PixArt":
+        keep_tokens(path)
     weights = sum(p.numel() for p in module.parameters())
-    del module, proto
+    del module
     spent = {"attention": 0.0, "linear": 0.0, "other": 0.0}
     for operator, milliseconds in onnx_profile(path, inputs, threads).items():
         spent[KINDS.get(operator, "other")] += milliseconds

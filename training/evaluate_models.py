@@ -26,8 +26,8 @@ from edgedit_hf.data.loading import load_run_images
 from edgedit_hf.distill.teacher import teacher_path
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.estimate import print_estimate
-from edgedit_hf.export.executorch.lower import export_executorch
-from edgedit_hf.export.onnx.lower import export_onnx, quantize_int8
+from edgedit_hf.export.formats import FORMATS
+from edgedit_hf.export.lowering import denoiser_file
 from edgedit_hf.export.verify import weight_bytes
 from edgedit_hf.export.wrappers import DenoiserWrapper
 from edgedit_hf.files import atomic_write_json
@@ -55,25 +55,26 @@ CHUNK = 2000  # images that are held as floats at a time: 1.6 GB of 256 × 256 p
 
 def measure_latencies(pipelines: dict, config: RunConfig) -> dict:
     """Whole networks of each architecture in torch, ONNX Runtime (fp32 and int8) and, where exported, ExecuTorch:
-    interleaved in one run.
+    interleaved in one run. What the run has exported is timed as it ships; the rest is lowered here.
     """
-    options, threads = config.evaluate, config.latency.threads
-    runners, hashes = {}, {}
+    options, threads, batch = config.evaluate, config.latency.threads, config.evaluate.latency_batch_size
+    asked = [("onnx", dtype) for dtype in FORMATS["onnx"].measured] + [
+        ("executorch", dtype) for dtype in config.export.executorch
+    ]
+    runners, hashes, shipped = {}, {}, {}
     with TemporaryDirectory() as folder:
         for name in ("teacher", "student-tuned"):
             model = pipelines[name].transformer
             hashes[name] = Genotype.of(model.config).hash
-            fp32 = export_onnx(model, Path(folder, f"{name}.onnx"))
-            int8 = quantize_int8(fp32, Path(folder, f"{name}-int8.onnx"))
-            batch = options.latency_batch_size
             inputs = example_inputs(model.config, batch)
             runners[name, "torch-fp32"] = TorchRunner(DenoiserWrapper(model), inputs, threads)
-            runners[name, "onnxruntime-fp32"] = SessionRunner(open_session(fp32, threads), inputs)
-            runners[name, "onnxruntime-int8"] = SessionRunner(open_session(int8, threads), inputs)
-            for precision in config.export.executorch:
-                file = Path(folder, f"{name}-{precision}.pte")
-                export_executorch(model, file, precision, batch)
-                runners[name, f"executorch-{precision}"] = SessionRunner(open_session(file, threads), inputs)
+            for kind, dtype in asked:
+                export, runtime = pipelines.get(f"exported/{kind}-{dtype}"), f"{FORMATS[kind].runtime}-{dtype}"
+                exported = None if export is None else export.transformer
+                file = denoiser_file(model, Path(folder, name), kind, dtype, batch, exported)
+                if not file.is_relative_to(folder):
+                    shipped[f"{name} {runtime}"] = f"exported/{kind}-{dtype}"
+                runners[name, runtime] = SessionRunner(open_session(file, threads), inputs)
         timings = measure(runners, repeats=options.latency_repeats)
     measured = {hashes[name]: {} for name in hashes}
     for (name, runtime), timing in timings.items():
@@ -86,6 +87,7 @@ def measure_latencies(pipelines: dict, config: RunConfig) -> dict:
     return {
         "latency_ms": measured,
         "speedup": ratios,
+        "shipped": shipped,
         "timings": {f"{name} {runtime}": timing.to_dict() for (name, runtime), timing in timings.items()},
         "batch_size": options.latency_batch_size,
         "threads": threads,

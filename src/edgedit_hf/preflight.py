@@ -167,9 +167,9 @@ def check_tools(config: RunConfig, stages: Sequence[str]) -> None:
     executorch += (
         ["latency.runtime executorch"] if config.latency.runtime == "executorch" and "latency" in stages else []
     )
-    package = FORMATS["executorch"].package
-    if executorch and not package.installed:
-        raise EdgeDiTError(f"{executorch[0]} needs {package.name}, which is not installed: {package.remedy}.")
+    missing = FORMATS["executorch"].missing
+    if executorch and missing is not None:
+        raise EdgeDiTError(f"{executorch[0]} needs {missing.name}, which is not installed: {missing.remedy}.")
     if "bank" in stages:
         new_optimizer(config.bank.optimizer, [torch.nn.Parameter(torch.zeros(1))], 1e-3)
     if config.evaluate.extractor == "inception" and {"search", "evaluate", "evaluate-elastic"} & set(stages):

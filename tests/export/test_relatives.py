@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from edgedit_hf import load_original
-from edgedit_hf.export.executorch.lower import export_executorch
-from edgedit_hf.export.onnx.lower import export_onnx
+from edgedit_hf.export.lowering import lower_denoiser
 from edgedit_hf.runtimes.sessions import open_session
 
 ORACLES = Path(__file__).parents[1] / "models" / "oracles"
@@ -27,9 +26,9 @@ def test_an_artefact_computes_what_the_original_computed(name, tmp_path):
     if name == "sit":
         t, expected = 1000 * (1 - t), -expected
     inputs = {"sample": x, "timestep": t.float(), "class_labels": y}
-    onnx = export_onnx(model, tmp_path / "model.onnx")
-    found = torch.from_numpy(open_session(onnx, threads=1).run(inputs)[0])
+    lower_denoiser(model, tmp_path / "model.onnx")
+    found = torch.from_numpy(open_session(tmp_path / "model.onnx", threads=1).run(inputs)[0])
     assert (found - expected).norm() <= 1e-5 * expected.norm()
-    export_executorch(model, tmp_path / "model.pte", batch=len(x))
+    lower_denoiser(model, tmp_path / "model.pte", "executorch", batch=len(x))
     found = torch.from_numpy(open_session(tmp_path / "model.pte", threads=1).run(inputs)[0])
     assert (found - expected).norm() <= 1e-5 * expected.norm()

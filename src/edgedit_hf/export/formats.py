@@ -83,11 +83,6 @@ class Package:
         """The command that installs it."""
         return f"pip install 'edgedit_hf[{self.extra}]'"
 
-    def require(self) -> None:
-        """Raise an [`EdgeDiTError`] with the remedy where it is missing."""
-        if not self.installed:
-            raise EdgeDiTError(f"{self.name} is not installed; install it with: {self.remedy}")
-
 
 @dataclass(frozen=True)
 class Format:
@@ -118,6 +113,16 @@ class Format:
     def default_batch(self) -> str | int:
         """Rows of a forward of an export that states none."""
         return DYNAMIC_BATCH if self.dynamic else FIXED_BATCH
+
+    @property
+    def missing(self) -> Package | None:
+        """The package that it needs, where that is not installed."""
+        return None if self.package is None or self.package.installed else self.package
+
+    def require(self) -> None:
+        """Raise an [`EdgeDiTError`] with the remedy unless what the format needs is installed."""
+        if (missing := self.missing) is not None:
+            raise EdgeDiTError(f"{missing.name} is not installed; install it with: {missing.remedy}")
 
     def check_dtype(self, dtype: str) -> None:
         """Raise an [`EdgeDiTError`] unless the format exists in this precision."""
@@ -341,13 +346,17 @@ class ExportOptions:
     def __post_init__(self) -> None:
         format_of(self.format).check_dtype(self.dtype)
         self._check_numbers()
-        object.__setattr__(self, "batch", self.target.check_batch(self.batch))
         self._check_together()
 
     @property
     def target(self) -> Format:
         """The format."""
         return FORMATS[self.format]
+
+    @property
+    def rows(self) -> str | int:
+        """Rows of a forward: `"dynamic"` or a number."""
+        return self.target.check_batch(self.batch)
 
     @property
     def precision(self) -> Precision:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..files import atomic_write_json, versions, weights_hash
+from ..files import atomic_write_json, weights_hash
 from ..genotype import Genotype
 from ..pipelines.loading import with_components
 from ..runtimes.sessions import open_session
@@ -20,7 +20,7 @@ from .components import COMPONENTS
 from .contract import Artefact, write_contract
 from .exported import stem
 from .formats import ExportOptions
-from .lowering import LOWER, Lowering
+from .lowering import LOWER, Lowering, example_rows, facts_of
 from .mixed import Form, choose_8bit, nearest_form, xnnpack_weights
 from .onnx.lowbit import MIN_QUANTIZED_ELEMENTS
 from .parts import Part, is_elastic, text_lengths
@@ -62,18 +62,18 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """Rows of the denoiser's examples: torch.export would freeze an open batch of 0 or 1."""
-        return 2 if self.options.batch == "dynamic" else int(self.options.batch)
+        """Rows of the denoiser's examples."""
+        return example_rows(self.options.rows)
 
     @property
     def images(self) -> int:
         """Images of the VAE's and prompts of the text encoders' examples."""
-        return 2 if self.options.batch == "dynamic" else 1
+        return 2 if self.options.rows == "dynamic" else 1
 
     @property
     def open_sizes(self) -> tuple[str, ...]:
         """Sizes that stay open."""
-        if self.options.batch != "dynamic":
+        if self.options.rows != "dynamic":
             return ()
         sizes = (
             "batch",
@@ -100,7 +100,7 @@ class Job:
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """config.json of every component that becomes an artefact."""
-        pipeline, export = self.pipeline, {"precision": self.options.dtype, "batch": self.options.batch}
+        pipeline, export = self.pipeline, {"precision": self.options.dtype, "batch": self.options.rows}
         model = {
             **plain_config(pipeline.transformer),
             **export,
@@ -110,12 +110,12 @@ class Job:
         if is_elastic(pipeline):
             model |= {
                 "subnet": self.subnet,
-                "text_tokens": None if self.options.batch == "dynamic" else text_lengths(pipeline),
+                "text_tokens": None if self.options.rows == "dynamic" else text_lengths(pipeline),
             }
         configs = {"transformer": model}
         images = {
             "precision": self.options.dtype,
-            "batch": "dynamic" if self.options.batch == "dynamic" else self.images,
+            "batch": "dynamic" if self.options.rows == "dynamic" else self.images,
         }
         if pipeline.vae is not None:
             configs["vae"] = {**plain_config(pipeline.vae), **images, "size": model["size"]}
@@ -126,7 +126,7 @@ class Job:
                     vocabulary = encoder.get_input_embeddings().num_embeddings
                     added = {
                         **images,
-                        "tokens": None if self.options.batch == "dynamic" else tokens,
+                        "tokens": None if self.options.rows == "dynamic" else tokens,
                         "vocabulary": vocabulary,
                     }
                     configs[name] = {
@@ -139,15 +139,7 @@ class Job:
         """What the files of a component say about themselves, as text."""
         module = getattr(self.pipeline, component)
         config = json.loads(module.config.to_json_string()) if component in TEXT_ENCODERS else plain_config(module)
-        said = {
-            "config": json.dumps(config, sort_keys=True),
-            "weights": weights_hash(module.state_dict()),
-            "precision": self.options.dtype,
-            "batch": str(self.options.batch),
-            "versions": json.dumps(versions()),
-        }
-        if "layers" in config and "hidden_size" in config and component == "transformer":
-            said["genotype"] = Genotype.of(config).to_json()
+        said = facts_of(component, module, config, self.options.dtype, self.options.rows)
         if self.subnet is not None and component == "transformer":
             said["subnet"] = self.subnet
         return said
@@ -235,7 +227,6 @@ class Job:
             what the lowerings say, what verify.json holds, and the lowering that was good.
         """
         options, precision = self.options, self.options.precision
-        asked = {"seed": options.seed, "num_images": options.num_images, "prompts": options.prompts}
         least = precision.min_psnr_db if options.min_psnr_db is None else options.min_psnr_db
         goal = least
         for _ in range(EIGHT_BIT_ATTEMPTS):
@@ -253,7 +244,7 @@ class Job:
             given = {name: weight for name, weight in lowering.given.items() if name not in lowering.keep_8bit}
             said = self.write(folder, parts, replace(lowering, given=given))
             exported = self.load(folder)
-            found = verify.compare(eager, exported, **asked)
+            found = verify.compare(eager, exported, options.seed, options.num_images, options.prompts)
             if options.dtype != "int4" or not found["finite"] or found["psnr_db"] is None or found["psnr_db"] >= least:
                 break
             goal += (
@@ -339,7 +330,7 @@ class Job:
     def cost(self, folder: Path, parts: Sequence[Part], said: Mapping[str, dict], lowering: Lowering) -> dict:
         """What bench.json holds: the denoiser's cost, and under `parts` that of every other artefact."""
         options = self.options
-        batches = options.bench_batches if options.batch == "dynamic" else [options.batch]
+        batches = [options.rows] if isinstance(options.rows, int) else options.bench_batches
         found: dict[str, Any] = {}
         others = {}
         for part in parts:

@@ -24,7 +24,7 @@ from torch import nn
 
 from ..data.latents import vae_decode, vae_encode
 from ..errors import EdgeDiTError
-from .wrappers import DenoiserWrapper
+from .wrappers import BlockWrapper, DenoiserWrapper, EmbedWrapper, UnembedWrapper
 
 if TYPE_CHECKING:
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
@@ -136,6 +136,26 @@ def edgedit_parts(model: EdgeDiTTransformer2DModel, size: tuple[int, int], batch
         conditioner,
         _part("transformer", "denoiser", ModulatedDenoiserWrapper(model), inputs, ("prediction",), rows),
     ]
+
+
+def layer_parts(model: EdgeDiTTransformer2DModel, batch: int) -> tuple[Part, list[Part], Part]:
+    """An EdgeDiT in pieces: what comes before its layers, every layer, what comes after them.
+
+    A layer's output is called `tokens_out`; the next piece calls it `tokens`.
+
+    Args:
+        batch: B of the examples.
+    """
+    size = (model.config.sample_size, model.config.sample_size)
+    (denoiser,) = edgedit_parts(model, size, batch, split=False)
+    rows = {name: {0: "batch"} for name in (*denoiser.inputs, "tokens", "conditioning")}
+    before = _part("transformer", "embed", EmbedWrapper(model), denoiser.inputs, ("tokens", "conditioning"), rows)
+    middle = before.run()
+    layers = [
+        _part("transformer", f"layer_{index}", BlockWrapper(block), middle, ("tokens_out",), rows)
+        for index, block in enumerate(model.blocks)
+    ]
+    return before, layers, _part("transformer", "unembed", UnembedWrapper(model), middle, ("prediction",), rows)
 
 
 # -------------------------------------------------------------------- elastic DiT

@@ -21,13 +21,15 @@ from ..quantization.layers import dequantize_model, quantized_weights
 from ..run.outputs import check_output
 from . import verify
 from .contract import set_schedule
-from .formats import ExportOptions
+from .formats import DYNAMIC_BATCH, ExportOptions
 from .job import Job
 from .lowering import Lowering
 from .mixed import quantized_linears
 from .onnx.lowbit import GROUP
 from .parts import is_elastic, latent_size, pipeline_parts, text_lengths
 from .wrappers import check_model
+
+PROFILE_RUNS = 5
 
 
 def export_pipeline(pipeline: Any, output: str | os.PathLike, options: ExportOptions | None = None) -> Path:
@@ -78,8 +80,8 @@ def export_pipeline(pipeline: Any, output: str | os.PathLike, options: ExportOpt
             "The resolution is 'dynamic', but an elastic DiT cuts its tokens into strips of a fixed number; export it "
             "once a resolution."
         )
-    size = latent_size(plain, None if open_size else options.resolution)
-    if is_elastic(pipeline) and options.batch != "dynamic":
+    size = latent_size(plain, options.resolution if isinstance(options.resolution, tuple) else None)
+    if is_elastic(pipeline) and options.rows != DYNAMIC_BATCH:
         options = replace(options, prompts=prompts_that_fit(plain, options.prompts))
     job = Job(plain, options, subnet, None if open_size else size)
     set_schedule(plain, size)
@@ -95,6 +97,7 @@ def export_pipeline(pipeline: Any, output: str | os.PathLike, options: ExportOpt
         open_sizes=job.open_sizes,
         quantized=packed,
         backend=options.backend,
+        profile_runs=PROFILE_RUNS,
         layers=plain.transformer,
     )
     before = torch.get_num_threads()

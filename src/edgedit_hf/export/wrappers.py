@@ -1,14 +1,12 @@
 """Modules with tensors in, tensors out, by position: what an exporter can trace. Parts of a network can be lowered on
 their own.
 
-Also what all lowerings share: the check of the model, the description that goes into a file, silence while exporters
-talk.
+Also what all lowerings share: the check of the model, and silence while exporters talk.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -18,8 +16,6 @@ import torch
 from torch import nn
 
 from ..errors import EdgeDiTError
-from ..files import versions, weights_hash
-from ..genotype import Genotype
 
 if TYPE_CHECKING:
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
@@ -42,21 +38,6 @@ def check_model(model: EdgeDiTTransformer2DModel) -> None:
 def plain_config(model: EdgeDiTTransformer2DModel) -> dict:
     """The model's config without diffusers' own entries."""
     return {key: value for key, value in model.config.items() if not key.startswith("_")}
-
-
-def describe(model: EdgeDiTTransformer2DModel, precision: str, batch: str | int) -> dict[str, str]:
-    """What an artefact says about itself, as text: genotype, config, weights (their hash), precision, batch,
-    versions.
-    """
-    config = plain_config(model)
-    return {
-        "genotype": Genotype.of(config).to_json(),
-        "config": json.dumps(config, sort_keys=True),
-        "weights": weights_hash(model.state_dict()),
-        "precision": precision,
-        "batch": str(batch),
-        "versions": json.dumps(versions()),
-    }
 
 
 @contextlib.contextmanager
@@ -84,12 +65,9 @@ class DenoiserWrapper(nn.Module):
     input.
     """
 
-    output_names = ["prediction"]
-
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.input_names = ["sample", "timestep"] + (["class_labels"] if model.config.num_classes else [])
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
@@ -100,8 +78,6 @@ class DenoiserWrapper(nn.Module):
 class EmbedWrapper(DenoiserWrapper):
     """What comes before the layers: `(sample, timestep[, class_labels]) → tokens (B, N, D), conditioning (B, D)`."""
 
-    output_names = ["tokens", "conditioning"]
-
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,9 +86,6 @@ class EmbedWrapper(DenoiserWrapper):
 
 class UnembedWrapper(nn.Module):
     """What comes after the layers: `(tokens, conditioning) → prediction (B, out_channels, H, W)`."""
-
-    input_names = ["tokens", "conditioning"]
-    output_names = ["prediction"]
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -125,9 +98,6 @@ class UnembedWrapper(nn.Module):
 
 class BlockWrapper(nn.Module):
     """One layer: `(tokens (B, N, D), conditioning (B, D)) → tokens`."""
-
-    input_names = ["tokens", "conditioning"]
-    output_names = ["tokens"]
 
     def __init__(self, block: nn.Module):
         super().__init__()

@@ -213,7 +213,7 @@ class TableMeasurement:
         from ..runtimes.timing import Measurement
 
         config, batch, runtime, precision = self.config, self.batch, self.runtime, self.precision
-        parts = LoweredParts(config, self.shapes) if runtime == "onnxruntime" else None
+        parts = LoweredParts(config, self.shapes, precision) if runtime == "onnxruntime" else None
         networks: dict[Any, list[Shape]] = {
             (shape, depth): [shape] * depth for shape in self.shapes for depth in DEPTHS
         }
@@ -222,12 +222,11 @@ class TableMeasurement:
             runners: dict[Any, Any] = {}
             for number, (key, shapes) in enumerate(networks.items()):
                 if parts is not None:
-                    file = parts.network(shapes, precision, Path(folder, f"{number}.onnx"))
+                    file = parts.network(shapes, Path(folder, f"{number}.onnx"))
                 else:
                     layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(shapes)]
-                    file = export_network(
-                        {**config, "layers": layers}, runtime, precision, batch, Path(folder, str(number))
-                    )
+                    network = {**config, "layers": layers}
+                    file = lower_network(network, runtime, precision, batch, Path(folder, str(number)))
                 runners[key] = SessionRunner(open_session(file, self.threads), example_inputs(config, batch))
         self.measurement = Measurement(runners)
 
@@ -322,63 +321,55 @@ def random_model(config: Mapping[str, Any], seed: int = 0) -> EdgeDiTTransformer
     return model.eval()
 
 
-def export_network(config: Mapping[str, Any], runtime: str, precision: str, batch: int, path: Path) -> Path:
-    """Export a whole network of random weights as the export stage does; returns the file, `path` with the format's
-    ending.
+def lower_network(config: Mapping[str, Any], runtime: str, precision: str, batch: int, path: Path) -> Path:
+    """Write a whole network of random weights as the export stage does; returns the file, `path` with the format's
+    suffix.
     """
-    model = random_model(config)
-    if runtime == "executorch":
-        from ..export.executorch.lower import export_executorch
+    from ..export.lowering import lower_denoiser
 
-        path = path.with_suffix(".pte")
-        export_executorch(model, path, precision, batch)
-        return path
-    from ..export.onnx.lower import export_onnx, quantize_int8
-
-    file = export_onnx(model, path.with_suffix(".onnx"))
-    return quantize_int8(file, path.with_suffix(".int8.onnx")) if precision == "int8" else file
+    target = MEASURED[runtime]
+    file = path.with_suffix(target.suffix)
+    lower_denoiser(random_model(config), file, target.name, precision, None if target.dynamic else batch)
+    return file
 
 
 class LoweredParts:
     """Embedders, output layer and one layer of each shape, each lowered to ONNX once; [`~LoweredParts.network`] joins
-    them.
+    them to what a whole network's lowering gives.
 
     Args:
         config: the teacher's model config.
         shapes: distinct layer shapes (attention_dim, num_heads, mlp_ratio).
+        precision: of the networks.
     """
 
-    def __init__(self, config: Mapping[str, Any], shapes: Sequence[Shape]):
-        import torch
+    def __init__(self, config: Mapping[str, Any], shapes: Sequence[Shape], precision: str):
+        import onnx
 
-        from ..export.onnx.lower import DEFAULT_OPSET, lower
-        from ..export.wrappers import BlockWrapper, EmbedWrapper, UnembedWrapper
-        from ..runtimes.runners import example_inputs
+        from ..export.lowering import EXAMPLE_ROWS
+        from ..export.onnx.lower import lower_onnx
+        from ..export.parts import layer_parts
 
         layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(shapes)]
-        model = random_model({**config, "layers": layers})
-        inputs = tuple(example_inputs(config, 2).values())
-        with torch.no_grad():
-            middle = model.embed(*inputs)
-        self.embed = lower(EmbedWrapper(model), inputs, dynamic=True, opset=DEFAULT_OPSET)
-        self.unembed = lower(UnembedWrapper(model), middle, dynamic=True, opset=DEFAULT_OPSET)
-        self.blocks = {
-            shape: lower(BlockWrapper(block), middle, dynamic=True, opset=DEFAULT_OPSET)
-            for shape, block in zip(shapes, model.blocks)
-        }
+        before, blocks, after = layer_parts(random_model({**config, "layers": layers}), EXAMPLE_ROWS)
+        lowered = []
+        with tempfile.TemporaryDirectory() as folder:
+            for part in (before, *blocks, after):
+                file = Path(folder, part.name, "model.onnx")
+                lower_onnx(part, file, precision, {"precision": precision})
+                lowered.append(onnx.load(str(file)))
+        self.embed, *blocks, self.unembed = lowered
+        self.blocks = dict(zip(shapes, blocks))
 
-    def network(self, shapes: Sequence[Shape], precision: str, path: Path) -> Path:
+    def network(self, shapes: Sequence[Shape], path: Path) -> Path:
         """Write a whole network with layers of these shapes; every layer has its own copy of the weights."""
-        from ..export.onnx.lower import quantize_int8, save_onnx
+        from ..export.onnx.lower import save_onnx
 
-        proto = join([self.embed, *(self.blocks[shape] for shape in shapes), self.unembed])
-        if precision == "fp32":
-            return save_onnx(proto, path)
-        return quantize_int8(save_onnx(proto, path.with_suffix(".fp32.onnx")), path)
+        return save_onnx(join([self.embed, *(self.blocks[shape] for shape in shapes), self.unembed]), path)
 
 
 def join(parts: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
-    """Join models end to end: an input of a part is the newest output of that name of the parts before it.
+    """Join models end to end: an input `x` of a part is the newest output `x` or `x_out` of the parts before it.
 
     The first part's inputs are the result's inputs, the last part's outputs its outputs.
     """
@@ -392,27 +383,25 @@ def join(parts: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
     for number, part in enumerate(parts):
         outputs = [value.name for value in part.graph.output]
         last = number == len(parts) - 1
-        new = {name: name if last else f"{number}.{name}" for name in outputs}
         names = {value.name: known[value.name] for value in part.graph.input}
-        names.update(new)
+        names |= {name: name if last else f"{number}.{name}" for name in outputs}
 
         def rename(name: str, names: dict[str, str] = names, number: int = number) -> str:
             return names.get(name, f"{number}.{name}" if name else "")
 
-        # An output may bear the name of an input (tokens in, tokens out): inside the part, readers of that name mean
-        # the input.
-        inputs = {value.name: known[value.name] for value in part.graph.input}
         for node in part.graph.node:
             copy = joined.graph.node.add()
             copy.CopyFrom(node)
             copy.name = f"{number}.{node.name}"
-            copy.input[:] = [inputs.get(name) or rename(name) for name in node.input]
-            copy.output[:] = [rename(name) for name in node.output]
+            copy.input[:] = map(rename, node.input)
+            copy.output[:] = map(rename, node.output)
         for tensor in part.graph.initializer:
             copy = joined.graph.initializer.add()
             copy.CopyFrom(tensor)
             copy.name = rename(tensor.name)
-        known.update(new)
+        there = {entry.domain for entry in joined.opset_import}
+        joined.opset_import.extend(entry for entry in part.opset_import if entry.domain not in there)
+        known |= {name.removesuffix("_out"): names[name] for name in outputs}
     joined.graph.output.extend(parts[-1].graph.output)
     return joined
 

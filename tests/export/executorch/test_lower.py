@@ -16,9 +16,10 @@ from edgedit_hf import EdgeDiTPipeline, ExecutorchEdgeDiTTransformer2DModel, Onn
 from edgedit_hf.commands.export import EdgeDiTExportCommand
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.export.executorch.lower import GROUP, export_executorch, form_of, quantize_linears
+from edgedit_hf.export.executorch.lower import GROUP, form_of, quantize_linears
 from edgedit_hf.export.executorch.xnnpack import XnnpackGELU, XnnpackLayerNorm
 from edgedit_hf.export.formats import ExportOptions
+from edgedit_hf.export.lowering import lower_denoiser
 from edgedit_hf.export.parts import edgedit_parts
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.export.wrappers import DenoiserWrapper
@@ -129,20 +130,20 @@ def test_every_linear_layer_is_quantised_as_far_as_the_scheme_reaches(pipeline):
 def test_what_cannot_be_exported_is_an_error(pipeline, make_transformer, tmp_path):
     model = pipeline.transformer
     for options, message in (
-        ({"precision": "int8wo"}, "precision is 'int8wo'; ExecuTorch exports exist as fp32, int8, int4"),
+        ({"dtype": "int8wo"}, "precision is 'int8wo'; ExecuTorch exports exist as fp32, int8, int4"),
         ({"batch": "dynamic"}, "batch is 'dynamic'; give a number of at least 1"),
         ({"batch": 0}, "batch is 0"),
     ):
         with pytest.raises(EdgeDiTError, match=message):
-            export_executorch(model, tmp_path / "model.pte", **options)
+            lower_denoiser(model, tmp_path / "model.pte", "executorch", **options)
     with pytest.raises(EdgeDiTError, match="bfloat16; export needs float32"):
-        export_executorch(make_transformer().to(torch.bfloat16), tmp_path / "model.pte")
+        lower_denoiser(make_transformer().to(torch.bfloat16), tmp_path / "model.pte", "executorch")
     from peft import LoraConfig
 
     adapted = make_transformer()
     adapted.add_adapter(LoraConfig(target_modules=["to_qkv"]))
     with pytest.raises(EdgeDiTError, match="fuse_lora"):
-        export_executorch(adapted, tmp_path / "model.pte")
+        lower_denoiser(adapted, tmp_path / "model.pte", "executorch")
     with pytest.raises(EdgeDiTError, match="opset is 20; operator sets belong to ONNX"):
         export_pipeline(pipeline, tmp_path / "out", ExportOptions(format="executorch", opset=20))
     with pytest.raises(EdgeDiTError, match="format is 'tflite'; the formats are onnx, executorch, coreml"):

@@ -18,9 +18,11 @@ from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export import verify
 from edgedit_hf.export.formats import ExportOptions
+from edgedit_hf.export.lowering import lower_denoiser
 from edgedit_hf.export.onnx import lower as lowering
 from edgedit_hf.export.onnx.lowbit import MIN_QUANTIZED_ELEMENTS, gemm_to_matmul
-from edgedit_hf.export.onnx.lower import export_onnx, initializer_bytes, quantize_int8, save_onnx
+from edgedit_hf.export.onnx.lower import initializer_bytes, lower_onnx, save_onnx
+from edgedit_hf.export.parts import edgedit_parts
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.genotype import Genotype
 from edgedit_hf.pipelines.loading import with_components
@@ -193,8 +195,9 @@ def test_every_parametrisation(make_transformer, tmp_path):
 def test_int8_shrinks_every_linear_layer(make_transformer, tmp_path):
     layers = Genotype.original(2, 128, 4).to_layers()
     model = make_transformer(hidden_size=128, num_attention_heads=4, num_layers=2, layers=layers)
-    source = export_onnx(model, tmp_path / "fp32.onnx")
-    target = quantize_int8(source, tmp_path / "int8.onnx")
+    source, target = tmp_path / "fp32.onnx", tmp_path / "int8.onnx"
+    for path in (source, target):
+        lower_denoiser(model, path, dtype=path.stem)
     before, after = initializer_bytes(source), initializer_bytes(target)
     assert sum(before.values()) / sum(after.values()) >= 3
     proto = onnx.load(str(target))
@@ -212,8 +215,6 @@ def test_int8_shrinks_every_linear_layer(make_transformer, tmp_path):
         m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.numel() >= MIN_QUANTIZED_ELEMENTS
     ]
     assert int8_elements >= sum(m.weight.numel() for m in linear)
-    with pytest.raises(EdgeDiTError, match="is int8 already"):
-        quantize_int8(target, tmp_path / "twice.onnx")
 
 
 def test_gemm_to_matmul_changes_no_number(pipeline, fp32, tmp_path):
@@ -243,12 +244,12 @@ def test_big_weights_stand_beside_the_file(pipeline, fp32, tmp_path, monkeypatch
     assert torch.equal(external(*inputs).sample, artefact(*inputs).sample)
     external.save_pretrained(tmp_path / "copy")
     assert sorted(p.name for p in (tmp_path / "copy/onnx").iterdir()) == ["model.onnx", "model.onnx.data"]
-    quantized = quantize_int8(path, tmp_path / "int8/model.onnx")
+    quantized = tmp_path / "int8/model.onnx"
+    lower_denoiser(pipeline.transformer, quantized, dtype="int8")
     assert quantized.with_name("model.onnx.data").exists()
-    assert (
-        initializer_bytes(quantized)["int8"]
-        == initializer_bytes(quantize_int8(artefact.path, tmp_path / "i.onnx"))["int8"]
-    )
+    monkeypatch.undo()
+    lower_denoiser(pipeline.transformer, tmp_path / "i.onnx", dtype="int8")
+    assert initializer_bytes(quantized)["int8"] == initializer_bytes(tmp_path / "i.onnx")["int8"]
 
 
 @pytest.mark.parametrize(
@@ -262,14 +263,16 @@ def test_bad_options(pipeline, tmp_path, options, message):
 
 def test_older_opsets_and_half_precision(make_transformer, tmp_path):
     model = make_transformer(layers=Genotype.original(1, 32, 2).to_layers())
-    path = export_onnx(model, tmp_path / "18.onnx", opset=18)
+    path = tmp_path / "18.onnx"
+    (part,) = edgedit_parts(model, (8, 8), 2, split=False)
+    lower_onnx(part, path, "fp32", {}, opset=18)
     assert "Attention" not in {node.op_type for node in onnx.load(str(path)).graph.node}
     inputs = example_inputs(model.config, 3)
     with torch.no_grad():
         expected = model(*inputs.values()).sample
     assert relative_error(open_session(path, 1).run(inputs)[0], expected) < 1e-4
     with pytest.raises(EdgeDiTError, match="bfloat16; export needs float32"):
-        export_onnx(model.to(torch.bfloat16), tmp_path / "bf16.onnx")
+        lower_denoiser(model.to(torch.bfloat16), tmp_path / "bf16.onnx")
 
 
 # -------------------------------------------------------------------- gates

@@ -95,7 +95,7 @@ def lower_coreml(
         EdgeDiTError: coremltools is not installed; precision, shapes or a kind of quantised weight do not exist in Core
             ML; the part has an operator that it cannot convert; the disk is full.
     """
-    FORMAT.package.require()
+    FORMAT.require()
     path, quantized = Path(path), dict(quantized or {})
     _check(path, precision, quantized, dynamic)
     compute = "fp32" if precision == "fp32" else "fp16"
@@ -328,7 +328,7 @@ def _dense(part: Part, quantized: Mapping[str, QuantizedWeight], mapped: list[st
 
 def load_program(path: str | os.PathLike) -> Program:
     """The MIL program of a package, with its weights."""
-    FORMAT.package.require()
+    FORMAT.require()
     with silent():
         import coremltools as ct
         from coremltools.converters.mil.frontend.milproto.load import load

@@ -14,7 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,54 +34,18 @@ from ..parts import (
     ModulatedElasticDenoiserWrapper,
     Part,
     TextConditionerWrapper,
-    edgedit_parts,
 )
-from ..wrappers import DenoiserWrapper, check_model, describe, quiet
+from ..wrappers import DenoiserWrapper, quiet
 from .backends import edge_program
 from .xnnpack import FormLinear, edgedit_form
 from .xnnpack_elastic import elastic_form
 from .xnnpack_encoders import encoder_form
-
-if TYPE_CHECKING:
-    from ...models.transformer_edgedit import EdgeDiTTransformer2DModel
 
 FORMAT = FORMATS["executorch"]
 SCHEMES = {dtype: precision.name for dtype, precision in FORMAT.precisions.items()}  # of the linear layers
 GROUP = 32  # inputs that share a scale in 4 bits: XNNPACK's smallest
 SHRINKS = tuple(0.72 + 0.03 * step for step in range(11))  # 0.72 … 1.02
 TINY = 1e-30  # least scale: of a group of zeros
-
-
-def export_executorch(
-    model: EdgeDiTTransformer2DModel,
-    path: str | os.PathLike,
-    precision: str = "fp32",
-    batch: int = FORMAT.default_batch,
-) -> dict:
-    """Write an EdgeDiT as a `.pte` file with inputs `sample`, `timestep`, `class_labels` and output `prediction`.
-
-    The batch is fixed: with an open one, XNNPACK takes over none of the reshapes around attention.
-
-    Args:
-        model: the denoiser, float32, on the CPU.
-        path: the file.
-        precision: a key of [`SCHEMES`].
-        batch: images of a forward.
-
-    Returns:
-        What [`lower_executorch`] returns, without measured times.
-
-    Raises:
-        EdgeDiTError: ExecuTorch is not installed, the model is not float32 or not plain weights, or precision or batch
-            do not exist.
-    """
-    FORMAT.package.require()
-    _check_precision(precision)
-    check_model(model)
-    batch = FORMAT.check_batch(batch)
-    size = model.config.sample_size
-    (part,) = edgedit_parts(model, (size, size), batch, split=False)
-    return lower_executorch(part, path, precision, describe(model, precision, batch), profile_runs=0)
 
 
 def lower_executorch(
@@ -118,7 +82,7 @@ def lower_executorch(
         EdgeDiTError: ExecuTorch or a backend's SDK is not installed, the part cannot be lowered, or given weights have
             another shape.
     """
-    FORMAT.package.require()
+    FORMAT.require()
     _check_precision(precision)
     FORMAT.check_backend(backend, precision)
     not_run = FORMAT.backends[backend]

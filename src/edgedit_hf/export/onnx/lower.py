@@ -1,5 +1,4 @@
-"""Lowering to ONNX by torch's dynamo exporter: `lower_onnx` writes a part of a pipeline at any precision, `export_onnx`
-and `quantize_int8` a denoiser in fp32 and dynamic int8.
+"""Lowering to ONNX by torch's dynamo exporter: `lower_onnx` writes a part of a pipeline at any precision.
 
 The files describe themselves: `metadata_props` holds what the caller says of them, such as genotype, config, weights'
 hash, precision, versions.
@@ -11,7 +10,7 @@ import contextlib
 import inspect
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +22,12 @@ from ...errors import EdgeDiTError
 from ...files import explain_write_errors
 from ..formats import FORMATS
 from ..parts import Part
-from ..wrappers import DenoiserWrapper, check_model, describe, onnx_attention, quiet
+from ..wrappers import onnx_attention, quiet
 from .lowbit import dynamic_int8, half_precision, linear_nodes, static_int8, weight_only
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ...models.transformer_edgedit import EdgeDiTTransformer2DModel
     from ...quantization.activations import ActivationScales
     from ...quantization.weights import AffineWeight
 
@@ -37,38 +35,6 @@ ATTENTION_OPSET = 23  # the first with an Attention operator: fewer nodes, and f
 DEFAULT_OPSET = ATTENTION_OPSET
 EXTERNAL_DATA_BYTES = 1_500_000_000  # above this the weights go to model.onnx.data: one protobuf file ends at 2 GB
 FORMAT = FORMATS["onnx"]
-
-
-# -------------------------------------------------------------------- fp32
-
-
-def export_onnx(
-    model: EdgeDiTTransformer2DModel, path: str | os.PathLike, batch: str | int = "dynamic", opset: int = DEFAULT_OPSET
-) -> Path:
-    """Write the denoiser as fp32 ONNX with inputs `sample`, `timestep`, `class_labels` and output `prediction`.
-
-    Args:
-        model: the denoiser, float32, on the CPU; its mode (train/eval) is put back.
-        path: the .onnx file; weights above [`EXTERNAL_DATA_BYTES`] go to `<path>.data` beside it.
-        batch: `"dynamic"`, or the only batch the file shall take.
-        opset: ONNX operator set, 18 or later.
-
-    Returns:
-        `path`.
-
-    Raises:
-        EdgeDiTError: the model is not float32 or not plain weights, or the batch or opset is not one.
-    """
-    batch = FORMAT.check_batch(batch)
-    check_model(model)
-    size = model.config.sample_size
-    example = 2 if batch == "dynamic" else batch  # torch.export would freeze a dynamic batch of 0 or 1
-    inputs = (torch.zeros(example, model.config.in_channels, size, size), torch.zeros(example))
-    if model.config.num_classes:
-        inputs += (torch.zeros(example, dtype=torch.long),)
-    proto = lower(DenoiserWrapper(model), inputs, dynamic=batch == "dynamic", opset=opset)
-    write_metadata(proto, **describe(model, "fp32", batch))
-    return save_onnx(proto, path)
 
 
 def lower_onnx(
@@ -103,18 +69,19 @@ def lower_onnx(
     path = Path(path)
     if precision not in FORMAT.precisions:
         raise EdgeDiTError(f"precision is {precision!r}; ONNX files exist as {', '.join(FORMAT.precisions)}.")
-    module, layers, said = part.module, part.module if layers is None else layers, {"precision": precision}
+    module, layers = part.module, part.module if layers is None else layers
+    said: dict[str, Any] = {"precision": precision}
     if precision == "fp16":
         module, said["fp32_islands"] = half_precision(module, part.inputs)
     dynamic = {
         name: {axis: size for axis, size in axes.items() if size in open_sizes} for name, axes in part.dynamic.items()
     }
-    proto = lower(module, tuple(part.inputs.values()), dynamic, opset, names=(list(part.inputs), list(part.outputs)))
+    proto = trace(module, part.inputs, part.outputs, dynamic, opset)
     if precision in ("int8", "int4") and not linear_nodes(proto):
         said["precision"] = "fp32"
     elif precision == "int8" and scales is None:
         proto, said["activations"] = dynamic_int8(proto, weights_size(proto) > EXTERNAL_DATA_BYTES), "dynamic"
-    elif precision == "int8":
+    elif precision == "int8" and scales is not None:
         said["linear_layers"] = {"static int8": static_int8(proto, scales, layers)}
         said["activations"] = (
             f"static, {scales.num_buckets} buckets of timesteps" if scales.num_buckets > 1 else "static"
@@ -131,47 +98,42 @@ def lower_onnx(
     return said
 
 
-def lower(
-    wrapper: nn.Module,
-    inputs: tuple[torch.Tensor, ...],
-    dynamic: bool | Mapping[str, Mapping[int, str]],
+def trace(
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    outputs: Sequence[str],
+    dynamic: Mapping[str, Mapping[int, str]],
     opset: int,
-    names: tuple[list[str], list[str]] | None = None,
 ) -> onnx.ModelProto:
     """Trace a module into an ONNX model.
 
     Args:
-        wrapper: module with positional tensor inputs.
-        inputs: example inputs.
-        dynamic: whether the first dimension of each stays open, as one batch; or input → axis → name of a size that
-            stays open.
+        module: takes tensors by position.
+        inputs: examples by name, in order. outputs: names.
+        dynamic: input → axis → name of a size that stays open.
         opset: ONNX operator set.
-        names: names of the inputs and outputs; default: the module's `input_names` and `output_names`.
     """
     if not 18 <= opset <= onnx.defs.onnx_opset_version():
         raise EdgeDiTError(
             f"opset is {opset}; it must be from 18 to {onnx.defs.onnx_opset_version()} with this onnx version."
         )
-    input_names, output_names = (wrapper.input_names[: len(inputs)], wrapper.output_names) if names is None else names
-    if isinstance(dynamic, bool):
-        dynamic = {name: {0: "batch"} for name in input_names} if dynamic else {}
-    training = wrapper.training
-    attention = onnx_attention(wrapper) if opset >= ATTENTION_OPSET else contextlib.nullcontext()
-    wrapper.eval()
+    training = module.training
+    attention = onnx_attention(module) if opset >= ATTENTION_OPSET else contextlib.nullcontext()
+    module.eval()
     try:
         with torch.no_grad(), quiet(), attention:
             program = torch.onnx.export(
-                wrapper,
-                inputs,
+                module,
+                tuple(inputs.values()),
                 dynamo=True,
                 opset_version=opset,
-                input_names=input_names,
-                output_names=output_names,
-                dynamic_shapes=_dynamic_shapes(wrapper, input_names, dynamic),
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=_dynamic_shapes(module, list(inputs), dynamic),
                 verbose=False,
             )
     finally:
-        wrapper.train(training)
+        module.train(training)
     proto = program.model_proto
     for node in proto.graph.node:
         del node.metadata_props[
@@ -186,7 +148,7 @@ def lower(
     return proto
 
 
-def _dynamic_shapes(wrapper: nn.Module, names: list[str], dynamic: Mapping[str, Mapping[int, str]]) -> tuple | None:
+def _dynamic_shapes(module: nn.Module, names: list[str], dynamic: Mapping[str, Mapping[int, str]]) -> tuple | None:
     """`dynamic` as torch.export wants it: nested like the parameters of `forward`, of which the last may be
     variadic.
     """
@@ -202,7 +164,7 @@ def _dynamic_shapes(wrapper: nn.Module, names: list[str], dynamic: Mapping[str, 
         return sizes.setdefault(size, torch.export.Dim(size, min=1))
 
     shapes = [{axis: dimension(size) for axis, size in dynamic.get(name, {}).items()} for name in names]
-    parameters = list(inspect.signature(wrapper.forward).parameters.values())
+    parameters = list(inspect.signature(module.forward).parameters.values())
     if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL:
         fixed = len(parameters) - 1
         return (*shapes[:fixed], tuple(shapes[fixed:]))
@@ -242,25 +204,3 @@ def save_onnx(proto: onnx.ModelProto, path: str | os.PathLike) -> Path:
     external = size > EXTERNAL_DATA_BYTES
     onnx.save_model(proto, str(path), save_as_external_data=external, location=data.name if external else None)
     return path
-
-
-# -------------------------------------------------------------------- int8
-
-
-def quantize_int8(source: str | os.PathLike, target: str | os.PathLike) -> Path:
-    """Dynamic int8 ([`lowbit.dynamic_int8`]) of a file of [`export_onnx`].
-
-    Args:
-        source: fp32 file.
-        target: file to write.
-
-    Returns:
-        `target`.
-    """
-    proto = onnx.load(str(source))
-    precision = {e.key: e.value for e in proto.metadata_props}.get("edgedit.precision", "fp32")
-    if precision != "fp32":
-        raise EdgeDiTError(f"{source} is {precision} already; quantise the fp32 file it was made from.")
-    quantized = dynamic_int8(proto, weights_size(proto) > EXTERNAL_DATA_BYTES)
-    write_metadata(quantized, precision="int8", activations="dynamic")
-    return save_onnx(quantized, target)
