@@ -4,12 +4,15 @@ teacher.
 
 import json
 import statistics
+from collections import Counter
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.export.onnx.lower import initializer_bytes
 from edgedit_hf.genotype import Genotype, LayerSpec
 from edgedit_hf.runtimes.runners import SessionRunner, example_inputs
 from edgedit_hf.runtimes.sessions import open_session
@@ -21,8 +24,8 @@ from edgedit_hf.search.latency_table import (
     TableMeasurement,
     _fit,
     check_genotypes,
-    export_network,
     given_table,
+    lower_network,
     random_model,
 )
 from edgedit_hf.search_space import OPTIONS, SearchSpace
@@ -51,17 +54,29 @@ def table(config, space):
     return measure_table(config, space, batch=64, threads=1, rounds=5)
 
 
-def test_joined_parts_compute_what_the_model_computes(config, space, tmp_path):
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("int8", 5e-2)])
+def test_joined_parts_are_the_model_as_it_ships(config, space, tmp_path, precision, tolerance):
+    """What the model computes, by the operators on the weights of its export as a whole, whatever their order and
+    names.
+    """
     shapes = [space.option_shape(option) for option in ("original", "both")]
-    parts = LoweredParts(config, shapes)
-    layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(shapes)]
-    model = random_model({**config, "layers": layers})
+    network = {**config, "layers": [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(shapes)]}
     inputs = example_inputs(config, 5)
     with torch.no_grad():
-        expected = model(inputs["sample"], inputs["timestep"], inputs["class_labels"]).sample.numpy()
-    for precision, tolerance in (("fp32", 1e-5), ("int8", 5e-2)):
-        (found,) = open_session(parts.network(shapes, precision, tmp_path / f"{precision}.onnx"), 1).run(inputs)
-        assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < tolerance
+        expected = random_model(network)(*inputs.values()).sample.numpy()
+    joined = LoweredParts(config, shapes, precision).network(shapes, tmp_path / "joined.onnx")
+    (found,) = open_session(joined, 1).run(inputs)
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < tolerance
+
+    def operators(path):
+        counts = Counter(node.op_type for node in onnx.load(str(path)).graph.node)
+        return {name: counts[name] for name in ("Attention", "MatMul", "Gemm", "MatMulInteger", "LayerNormalization")}
+
+    whole = lower_network(network, "onnxruntime", precision, 5, tmp_path / "whole")
+    assert operators(joined) == operators(whole) and (operators(joined)["MatMulInteger"] > 0) == (precision == "int8")
+    assert initializer_bytes(joined).get("int8") == initializer_bytes(whole).get("int8")
+    shipped = open_session(whole, 1).run(inputs)[0]
+    assert np.linalg.norm(found - shipped) <= 1e-5 * np.linalg.norm(shipped)
 
 
 def test_the_fit_recovers_exact_times():
@@ -157,7 +172,7 @@ def prediction_errors(table, config, genotypes, folder) -> list[float]:
     original = Genotype.original(space.num_layers, space.hidden_size, space.num_heads, space.mlp_ratio)
     for genotype in {g.hash: g for g in [original, *genotypes]}.values():
         network = {**config, "layers": genotype.to_layers()}
-        file = export_network(network, table.runtime, table.precision, table.batch, folder / genotype.hash)
+        file = lower_network(network, table.runtime, table.precision, table.batch, folder / genotype.hash)
         session = open_session(file, table.threads)
         runners[genotype.hash] = SessionRunner(session, example_inputs(config, table.batch))
     times = paired_medians(measure(runners, repeats=20))
