@@ -7,7 +7,6 @@ are numpy arrays (tensors on the CPU are taken too); importing this module loads
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import threading
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ..errors import EdgeDiTError
+from ..export.formats import FORMATS
 from ..quiet import POOL, without_native_lines
 
 if TYPE_CHECKING:
@@ -217,12 +217,6 @@ _EXECUTORCH = threading.RLock()
 _sessions: weakref.WeakSet[ExecutorchSession] = weakref.WeakSet()
 
 
-def require_executorch() -> None:
-    """Raise an [`EdgeDiTError`] with the remedy where the package `executorch` is missing (it is optional)."""
-    if importlib.util.find_spec("executorch") is None:
-        raise EdgeDiTError("ExecuTorch is not installed; install it with: pip install 'edgedit_hf[executorch]'")
-
-
 @functools.cache
 def _portable_lib() -> ModuleType:
     with warnings.catch_warnings(), without_native_lines(POOL):
@@ -278,7 +272,7 @@ class ExecutorchSession(Session):
 
     @staticmethod
     def load_runtime() -> ModuleType:
-        require_executorch()
+        FORMATS["executorch"].require()
         return _portable_lib()
 
     def _open(self) -> Any:
