@@ -153,6 +153,13 @@ def test_no_private_name_of_another_module_is_imported():
 
 
 MODELS, PIPELINES = sorted(SOURCE.glob("models/transformer_*.py")), sorted(SOURCE.glob("pipelines/pipeline_*.py"))
+LONGEST = 700  # lines of a file; a model has its own, because it ships alone
+
+
+def test_no_file_is_too_long_to_read():
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules().values()}
+    long = {str(path): length for path, length in lengths.items() if length > LONGEST and path not in MODELS}
+    assert not long, f"{long} are longer than {LONGEST} lines; give a part of each a file of its own"
 
 
 @pytest.mark.parametrize("path", [*MODELS, *PIPELINES, SOURCE / "pipelines" / "call.py"], ids=str)
