@@ -1,5 +1,5 @@
 """Exported parts as components of a diffusers pipeline: denoisers, VAEs and text encoders that ONNX Runtime or
-ExecuTorch runs; what they share stands in [`.exported`], the denoisers' calls in [`.denoisers`].
+ExecuTorch runs; what they share stands in [`export.exported`], the denoisers' calls in [`export.denoisers`].
 """
 
 from __future__ import annotations
