@@ -1,3 +1,3 @@
-"""Export of pipelines: lowering (`onnx`), the gates (`verify`), and the component that loads an artefact back
-(`runtime`).
+"""Export of pipelines: lowering (`onnx`, `executorch`, `coreml`), the gates (`verify`), what an app author ports by
+(`contract`), and the components that load an artefact back (`components`).
 """

@@ -14,7 +14,7 @@ def judged_captions(held_out: CaptionedDataset, count: int) -> list[str]:
     each that has a style.
     """
     captions = held_out.captions
-    if held_out.label_names:
+    if held_out.labels is not None and held_out.label_names:
         telling = sorted(
             range(len(captions)),
             key=lambda row: -sum(parse_caption(captions[row])[style] is not None for style in STYLES),

@@ -77,7 +77,6 @@ class EdgeDiTQuantizer(DiffusersQuantizer):
     weight ever exists.
     """
 
-    quantization_config: EdgeDiTQuantizationConfig
     use_keep_in_fp32_modules = True
     quantization_config: EdgeDiTQuantizationConfig
 

@@ -144,11 +144,13 @@ def quantize_linears(
 
     Returns:
         linear_layers: number of linear layers of each scheme; kept_8bit: layers of the model that have 8 bits because
-            they were named; given: those
-        whose given integers were taken; rounded_again: those whose given weights have no such grid, so that what they
-        stand for was rounded.
+            they were named; given: those whose given integers were taken; rounded_again: those whose given weights have
+            no such grid, so that what they stand for was rounded.
     """
-    schemes, kept, given, rounded = [], set(), set(), set()
+    schemes: list[str] = []
+    kept: set[str] = set()
+    given: set[str] = set()
+    rounded: set[str] = set()
     for layer in form.modules():
         if not isinstance(layer, FormLinear):
             continue
