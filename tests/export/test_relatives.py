@@ -15,7 +15,10 @@ from edgedit_hf.runtimes.sessions import open_session
 ORACLES = Path(__file__).parents[1] / "models" / "oracles"
 
 
-@pytest.mark.parametrize("name", ["sit", "mdtv2"])
+MASKED = pytest.param("mdtv2", marks=(pytest.mark.slow, pytest.mark.export))
+
+
+@pytest.mark.parametrize("name", ["sit", MASKED])
 def test_an_artefact_computes_what_the_original_computed(name, tmp_path):
     tensors = load_file(ORACLES / f"{name}.safetensors")
     torch.save(

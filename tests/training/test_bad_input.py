@@ -138,6 +138,7 @@ def test_nan_loss_keeps_the_checkpoint_before_it(fail, tmp_path):
     assert not (tmp_path / "teacher" / "stage.json").exists()
 
 
+@pytest.mark.slow
 def test_bank_of_another_teacher(fail, finished, recipes, tmp_path):
     run = copy(finished, tmp_path, "bank")
     recipes.run("train_teacher", run, "seed=1")

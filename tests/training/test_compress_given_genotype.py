@@ -43,6 +43,7 @@ def test_nothing_was_searched_and_the_end_says_so(finished):
     assert json.loads((run / "evaluate" / "student-tuned.json").read_text())["num_samples"] == 16
 
 
+@pytest.mark.slow
 def test_exports_are_left_out_of_the_evaluation_where_asked(recipes, finished, tmp_path):
     run, _, _ = finished
     for name in ("teacher", "student", "student-tuned", "exported"):

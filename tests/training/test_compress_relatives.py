@@ -30,6 +30,7 @@ def teacher(make_transformer, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_bank_of_a_masked_transformer_assembles_students(recipes, teacher, tmp_path):
     import edgedit_hf
 

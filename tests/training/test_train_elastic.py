@@ -125,6 +125,8 @@ def one_rank(recipes, start, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.ranks
 def test_two_ranks_equal_one(recipes, start, one_rank, tmp_path):
     folder = start(tmp_path / "run")
     recipes.run("train_elastic", folder, *OTHER, config=DEBUG, launcher=TORCHRUN)

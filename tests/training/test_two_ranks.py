@@ -51,6 +51,8 @@ def test_teacher_through_accelerate_launch(recipes, one_process, tmp_path):
     compare(one_process / "teacher" / "transformer", tmp_path / "teacher" / "transformer", 2e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.ranks
 def test_bank_through_torchrun(recipes, one_process, tmp_path):
     recipes.run("distill_proxies", one_process)
     shutil.copytree(one_process / "teacher", tmp_path / "teacher")
