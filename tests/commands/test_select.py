@@ -20,3 +20,6 @@ def test_the_best_point_within_the_limit_is_assembled(debug_run, tmp_path, capsy
     fastest = min(entry["latency_ms"] for entry in front)
     assert main(["select", str(run), "--max-latency-ms", repr(fastest / 2)]) == 2
     assert "latency_ms" in capsys.readouterr().err
+    (run / "bank" / "index.json").write_text((run / "bank" / "index.json").read_text() + "\n")
+    assert main(["select", str(run)]) == 2
+    assert "search was made from another" in capsys.readouterr().err

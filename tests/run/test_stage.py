@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,31 @@ def test_what_was_made_of_something_older_is_named_from_wherever_it_is_read(conf
     for stage, folder in ((STUDENT, None), (TUNE, "student-random-proxies")):
         with pytest.raises(EdgeDiTError, match=said):
             RunState(config, stage, 1, folder=folder, inputs={name: "x" for name, at in stage.inputs if not at})
+
+
+def test_a_stage_that_was_refused_for_its_sources_starts_once_they_are_made_anew(config, finish):
+    """It has noted nothing of them, so the remedy that it named is enough; and its folder is free."""
+    for stage in (TEACHER, BANK, STUDENT):
+        finish(stage)
+    write(config.folder("bank/index.json"), "another")
+    with pytest.raises(EdgeDiTError, match="student was made from another .*: delete"):
+        state(config, TUNE)
+    assert not any(config.folder(TUNE.folder).iterdir())
+    shutil.rmtree(config.folder(STUDENT.folder))
+    write(config.folder("student"), "made anew")
+    assert not state(config, TUNE).finished
+
+
+def test_a_stage_that_is_refused_for_its_sources_gives_its_folder_back(config, finish):
+    for stage in (TEACHER, BANK, STUDENT):
+        finish(stage)
+    state(config, TUNE)._lock.release()
+    record = config.folder(STUDENT.folder, "stage.json")
+    made = json.loads(record.read_text())
+    record.write_text(json.dumps({**made, "inputs": {**made["inputs"], "bank": "another"}}))
+    with pytest.raises(EdgeDiTError, match="student was made from another"):
+        state(config, TUNE)
+    assert not config.folder(TUNE.folder, "run.lock").exists()
 
 
 def test_records_of_earlier_versions_are_compared_as_far_as_they_go(config, finish):

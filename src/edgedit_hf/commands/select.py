@@ -29,9 +29,12 @@ def run(args: argparse.Namespace) -> None:
 
     check_option("max-latency-ms", args.max_latency_ms, Rule(above=0.0, maximum=1e9))
     check_option("max-parameters-ratio", args.max_parameters_ratio, Rule(above=0.0, maximum=1e6))
+    from diffusers.utils import logging as diffusers_logging
+
     from ..run.stage import DRIVERS, EDGEDIT, STUDENT
     from ..search.selection import select
 
+    diffusers_logging.disable_progress_bar()  # as in `recipe_main`
     output = args.run_dir / STUDENT.folder if args.output is None else args.output
     choice = select(
         args.run_dir, max_latency_ms=args.max_latency_ms, max_parameters_ratio=args.max_parameters_ratio, output=output

@@ -13,8 +13,9 @@ from ..genotype import Genotype
 from ..pipelines.loading import load_pipeline, with_transformer
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 from ..records import Front
+from ..run.config import RunConfig
 from ..run.outputs import check_output, foreign_to_student
-from ..run.results import replace_results
+from ..run.results import check_sources, replace_results
 from ..run.stage import EDGEDIT, SEARCH, STUDENT, TEACHER
 from ..schema import read_record
 from .latency_table import LatencyTable
@@ -44,11 +45,15 @@ def select(
         what `choice.json` holds.
 
     Raises:
-        EdgeDiTError: the search is unfinished, or no point of the front keeps the bounds.
+        EdgeDiTError: the search is unfinished or of another bank, table or teacher than is there now, or no point of
+            the front keeps the bounds.
     """
     run_dir = Path(run_dir)
     front = read_record(run_dir / "search" / "front.json", Front, SEARCH.made_by)
     whole = front["teacher"]
+    made_of = RunConfig(output_dir=str(run_dir))
+    made_of.teacher.path = whole["path"]
+    check_sources(made_of, [SEARCH.folder], EDGEDIT)
     if max_latency_ms is None and max_latency_ratio is not None:
         max_latency_ms = max_latency_ratio * whole["latency_ms"]
     entry, reason = choose(
