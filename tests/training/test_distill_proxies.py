@@ -294,6 +294,8 @@ def test_an_unfinished_bank_says_what_is_missing(whole, teacher_run, tmp_path):
         ProxyBank(tmp_path / "bank", teacher).assemble(space.from_code((5, 0, 0)))
 
 
+@pytest.mark.slow
+@pytest.mark.ranks
 def test_more_processes_than_pairs(recipes, teacher_run, tmp_path):
     shutil.copytree(teacher_run / "teacher", tmp_path / "teacher")
     (tmp_path / "genotype.json").write_text(SearchSpace(5, 32, 2).from_code((1, 0, 0)).to_json())

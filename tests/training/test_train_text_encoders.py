@@ -109,6 +109,8 @@ def test_only_the_missing_encoder_is_trained(trained, tmp_path):
 # -------------------------------------------------------------------- kills and ranks
 
 
+@pytest.mark.slow
+@pytest.mark.kills
 def test_killed_and_rerun_equals_uninterrupted(recipes, trained, result_files, tmp_path):
     seconds = json.loads((trained / "text" / "stage.json").read_text())["seconds"]
     delays = recipes.run_with_kills("train_text_encoders", tmp_path, tmp_path / "text" / "run.json", seconds, *TINY)
