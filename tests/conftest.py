@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from recipe_runs import DEBUG_COMMANDS, Recipes
+from small_disks import small_disk as small_disk
 from stderr import beside_progress
 
 # Before anything imports huggingface_hub, and inherited by every child process.

@@ -2,11 +2,9 @@
 are stopped.
 """
 
-import errno
 import importlib.metadata
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +12,10 @@ import sys
 import pytest
 import torch
 from demo_stage import demo_run
-from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
+from small_disks import fill
+from small_nets import optimised, train_step
 
-from edgedit_hf.diffusion import draws
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import (
     atomic_write_json,
@@ -29,53 +27,6 @@ from edgedit_hf.run.checkpoint import Facts
 from edgedit_hf.run.state import STAGE_LABEL, Interrupted, RunState
 
 STEPS = 9
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own, 512 kB large."""
-    if shutil.which("mount") is None:
-        pytest.skip("there is no mount command to make a small file system with")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting a small file system is not permitted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(
-        ["umount", "--lazy", folder], check=True
-    )  # tensors that were loaded from there still map their files
-
-
-def fill(folder) -> None:
-    """Take every byte that is left on the file system of `folder`."""
-    with pytest.raises(OSError) as full, open(folder / "ballast", "ab", buffering=0) as file:
-        while True:
-            file.write(b"x" * 4096)
-    assert full.value.errno == errno.ENOSPC
-
-
-def optimised(steps: int = 3):
-    """A small network with an optimiser and an average that have seen some steps."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
-    ema = EMAModel(model.parameters(), decay=0.9)
-    for step in range(steps):
-        train_step(model, optimizer, ema, step)
-    return model, optimizer, ema
-
-
-def train_step(model, optimizer, ema, step: int) -> torch.Tensor:
-    noise = draws(0, step, range(16), (4,)).noise
-    loss = (model(noise) - noise.roll(1, dims=1)).square().mean()
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    ema.step(model.parameters())
-    return loss
 
 
 # -------------------------------------------------------------------- runs

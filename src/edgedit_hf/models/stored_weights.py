@@ -194,6 +194,7 @@ def read_tensors(path: Path) -> Any:
 
 
 def one_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 characters; its class where it says nothing."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

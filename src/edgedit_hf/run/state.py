@@ -209,10 +209,12 @@ class RunState:
         try:
             sweep(self.folder)
             shutil.rmtree(self.folder / ".publish", ignore_errors=True)
-            if not (self.folder / "run.json").exists():
-                check_sources(config, sources)  # before run.json names hashes that its remedy changes
-            self._compare()
+            new = not (self.folder / "run.json").exists()
+            if not new:
+                self._compare()
             check_sources(config, sources)
+            if new:  # only now: a run.json names hashes, which the remedy for older sources changes
+                self._compare()
         except BaseException:
             self._lock.release()
             raise
