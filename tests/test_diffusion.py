@@ -16,6 +16,7 @@ from edgedit_hf.diffusion import (
     alphas_cumprod,
     draws,
     drop_labels,
+    make_few_step_scheduler,
     make_scheduler,
 )
 from edgedit_hf.errors import EdgeDiTError
@@ -268,3 +269,80 @@ def test_the_scheduler_saves_and_loads(kind, tmp_path):
     scheduler.save_pretrained(tmp_path)
     again, config = type(scheduler).from_pretrained(tmp_path), scheduler.config
     assert {key: again.config[key] for key in config if key != "_use_default_values"}.items() <= config.items()
+
+
+FEW = {
+    "epsilon": ([800, 600, 400, 200], [799], [999, 1], [900, 800, 700, 600, 500, 400, 200, 50]),
+    "flow_prediction": ([1000, 900, 750, 500], [1000], [1000, 1], [1000, 950, 900, 825, 750, 625, 500, 250]),
+}
+
+
+def set_few(scheduler, kind, timesteps):
+    if kind == "epsilon":
+        scheduler.set_timesteps(timesteps=timesteps)
+    else:
+        scheduler.set_timesteps(sigmas=[t / 1000 for t in timesteps])
+    torch.testing.assert_close(scheduler.timesteps.double(), torch.tensor(timesteps).double(), rtol=0, atol=1e-3)
+    assert scheduler.init_noise_sigma == 1.0 if kind == "epsilon" else not hasattr(scheduler, "init_noise_sigma")
+
+
+def closed_form(kind, timesteps):
+    """(alpha, sigma) of every step and of clean data, in float64."""
+    if kind == "flow_prediction":
+        return [(1 - t / 1000, t / 1000) for t in timesteps] + [(1.0, 0.0)]
+    product = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    return [(product[t] ** 0.5, (1 - product[t]) ** 0.5) for t in timesteps] + [(1.0, 0.0)]
+
+
+def clean_and_noise(kind, x, prediction, alpha, sigma):
+    if kind == "flow_prediction":
+        return x - sigma * prediction, x + alpha * prediction
+    return (x - sigma * prediction) / alpha, prediction
+
+
+@pytest.mark.parametrize("kind, timesteps", [(kind, each) for kind, several in FEW.items() for each in several])
+def test_few_deterministic_steps_are_the_closed_form(kind, timesteps):
+    """Each goes to alpha' x0 + sigma' eps with the x0 and eps of its prediction; the last to x0."""
+    scheduler, levels = make_few_step_scheduler(kind), closed_form(kind, timesteps)
+    set_few(scheduler, kind, timesteps)
+    generator = torch.Generator().manual_seed(5)
+    for index, t in enumerate(scheduler.timesteps):
+        x, prediction = torch.randn(2, 3, 2, 4, 4, generator=generator, dtype=torch.float64)[:, 0]
+        (alpha, sigma), (alpha_next, sigma_next) = levels[index : index + 2]
+        clean, noise = clean_and_noise(kind, x, prediction, alpha, sigma)
+        expected = alpha_next * clean + sigma_next * noise
+        found = scheduler.step(prediction.float(), t, x.float()).prev_sample.double()
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=5e-6 / alpha if alpha > 0 and kind == "epsilon" else 2e-6
+        )
+
+
+@pytest.mark.parametrize("kind, timesteps", [(kind, each) for kind, several in FEW.items() for each in several])
+def test_few_stochastic_steps_add_fresh_noise_to_the_clean_sample_and_end_in_it(kind, timesteps):
+    scheduler, levels = make_few_step_scheduler(kind, stochastic=True), closed_form(kind, timesteps)
+    set_few(scheduler, kind, timesteps)
+    generator = torch.Generator().manual_seed(5)
+    for index, t in enumerate(scheduler.timesteps):
+        x, prediction = torch.randn(2, 1, 1, 200, 200, generator=generator, dtype=torch.float64)
+        (alpha, sigma), (alpha_next, sigma_next) = levels[index : index + 2]
+        clean, _ = clean_and_noise(kind, x, prediction, alpha, sigma)
+        found = scheduler.step(prediction.float(), t, x.float(), generator=generator).prev_sample.double()
+        rest = found - alpha_next * clean
+        if sigma_next == 0:
+            torch.testing.assert_close(rest, torch.zeros_like(rest), rtol=0, atol=1e-5 / (alpha or 1))
+            continue
+        noise = rest / sigma_next  # 40,000 numbers: their mean and std are within 5 standard errors
+        assert abs(float(noise.mean())) < 5 / 200 and abs(float(noise.std()) - 1) < 5 / 280
+        for other in (x, prediction):
+            assert abs(float((noise * other).mean())) < 5 / 200
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_the_few_step_scheduler_saves_and_loads(kind, stochastic, tmp_path):
+    scheduler = make_few_step_scheduler(kind, stochastic)
+    scheduler.save_pretrained(tmp_path)
+    again = type(scheduler).from_pretrained(tmp_path)
+    assert {k: v for k, v in again.config.items() if k[0] != "_"} == {
+        k: v for k, v in scheduler.config.items() if k[0] != "_"
+    }

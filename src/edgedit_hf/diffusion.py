@@ -185,3 +185,31 @@ def make_scheduler(prediction_type: str):
         steps_offset=0,
         timestep_spacing="trailing",
     )
+
+
+def make_few_step_scheduler(prediction_type: str, stochastic: bool = False):
+    """The scheduler that a few-step pipeline of this parametrisation is saved with; it takes the pipeline's timesteps.
+
+    It starts from unit Gaussian noise, and its last step goes to clean data. Deterministic: DDIM (the first-order
+    DPM-Solver++, which unlike diffusers' DDIMScheduler takes timesteps), or Euler along the flow.
+
+    Args:
+        stochastic: every step but the last adds fresh noise to the predicted clean sample.
+    """
+    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+
+    if prediction_type == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler(stochastic_sampling=stochastic)
+    betas = {
+        "num_train_timesteps": TRAIN_TIMESTEPS,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "prediction_type": "epsilon",
+    }
+    if stochastic:
+        # Every timestep may be one of the schedule; the scaling makes the skip connection of consistency models vanish.
+        return LCMScheduler(**betas, clip_sample=False, original_inference_steps=TRAIN_TIMESTEPS, timestep_scaling=1e6)
+    return DPMSolverMultistepScheduler(
+        **betas, solver_order=1, algorithm_type="dpmsolver++", final_sigmas_type="zero", timestep_spacing="trailing"
+    )

@@ -24,9 +24,13 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+logger = logging.get_logger(__name__)
+
 PIL_CHANNELS = (1, 3, 4)  # modes L, RGB, RGBA
+FLOW_EXAMPLE, EPSILON_EXAMPLE = [1000, 900, 750, 500], [800, 600, 400, 200]  # timesteps of four steps
 Callback: TypeAlias = Callable[[Any, int, Any, dict], dict] | PipelineCallback | MultiPipelineCallbacks
 
 
@@ -236,9 +240,92 @@ class CallMixin:
 
     # ---------------------------------------------------------------- steps
 
+    def _few_steps(self, timesteps: Any, steps: int, guidance_scale: float) -> list[float] | None:
+        """What the config holds of `few_step_timesteps`.
+
+        Args:
+            steps, guidance_scale: the defaults beside it.
+
+        Raises:
+            ValueError: these are no timesteps of the model, or the defaults are not theirs.
+        """
+        if timesteps is None:
+            return None
+        last, whole, example = (1000, "", FLOW_EXAMPLE) if self._flow else (999, "whole ", EPSILON_EXAMPLE)
+        numbers = isinstance(timesteps, (list, tuple)) and all(
+            isinstance(t, (int, float)) and not isinstance(t, bool) and 0 < t <= last and (self._flow or t == int(t))
+            for t in timesteps
+        )
+        if not numbers or not timesteps or any(after >= t for t, after in zip(timesteps, timesteps[1:])):
+            raise ValueError(
+                f"few_step_timesteps is {timesteps!r:.200}; it must be a list of falling {whole}numbers above 0 and up "
+                f"to {last}, such as {example}, or None for a pipeline that was not distilled for few steps."
+            )
+        if steps != len(timesteps):
+            raise ValueError(
+                f"few_step_timesteps has {len(timesteps)} timesteps, but default_steps is {steps}; make it "
+                f"{len(timesteps)}."
+            )
+        if guidance_scale > 1:
+            raise ValueError(
+                f"default_guidance_scale is {guidance_scale}, but a pipeline with few_step_timesteps samples without "
+                "guidance; make it 1.0."
+            )
+        return [float(t) for t in timesteps]
+
+    def _warn_of_few_steps(self, steps: int) -> None:
+        """Say once a call what a few-step pipeline was made for, if it is asked for something else."""
+        own = self.config.few_step_timesteps
+        if own is None:
+            return
+        asked = [f"num_inference_steps is {steps}"] if steps != len(own) else []
+        asked += [f"guidance_scale is {self.guidance_scale:g}"] if self.do_classifier_free_guidance else []
+        if asked:
+            logger.warning(
+                f"This pipeline was distilled for {len(own)} step{'s' * (len(own) > 1)} without guidance, but "
+                f"{' and '.join(asked)}; images may be worse. Leave the argument out, or use the pipeline that it was "
+                "distilled from."
+            )
+
+    @property
+    def _flow(self) -> bool:
+        """Whether the transformer predicts velocities of flow matching, as all do that say nothing else."""
+        config = {} if self.transformer is None else self.transformer.config
+        return config.get("prediction_type", "flow_prediction") == "flow_prediction"
+
+    def _few_step_timesteps(self, steps: int) -> list[float] | None:
+        """Timesteps of so many steps of a few-step pipeline: its own, or for another number as many evenly spread over
+        them and the way from the last to clean data. `None`: the scheduler's, where there are too many to differ, or
+        the pipeline is another one.
+        """
+        own = self.config.few_step_timesteps
+        if own is None or steps == len(own):
+            return own
+        places = np.linspace(0, len(own), steps, endpoint=False)
+        found = np.interp(places, np.arange(len(own) + 1), [*own, 0.0])
+        found = found if self._flow else found.round()
+        return found.tolist() if found[-1] > 0 and (np.diff(found) < 0).all() else None
+
+    def _takes_timesteps(self, timesteps: Sequence[float], shift: Mapping[str, float]) -> bool:
+        """Set the scheduler to these timesteps; whether it has them then."""
+        accepted = inspect.signature(self.scheduler.set_timesteps).parameters
+        given: dict[str, Any] = {"timesteps": [round(t) for t in timesteps]}
+        if self._flow:
+            given = {"sigmas": np.array(timesteps) / self.scheduler.config.num_train_timesteps}
+        if not set(given) <= set(accepted):
+            return False
+        if "strength" in accepted:  # LCM warns of timesteps that do not begin at 999, but not of a part of a schedule
+            given["strength"] = 1 + 1e-6
+        try:
+            self.scheduler.set_timesteps(**given, **shift, device="cpu")
+        except (TypeError, ValueError):  # not with all of its options
+            return False
+        found = self.scheduler.timesteps.double()  # some cut off what is behind the point
+        return len(found) == len(timesteps) and bool((found - torch.tensor(timesteps)).abs().max() <= 1)
+
     def _set_timesteps(self, steps: int, tokens: int) -> torch.Tensor:
         """Timesteps on the host, where schedulers index their tables by them: on a GPU every step would wait for the
-        device otherwise.
+        device otherwise. A few-step pipeline's are those that it was distilled for.
 
         Raises:
             ValueError: the scheduler has no schedule of so many steps.
@@ -253,6 +340,16 @@ class CallMixin:
         if config.get("use_dynamic_shifting"):  # as in diffusers' Flux pipeline: linear in the number of tokens
             slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
             shift["mu"] = config.base_shift + slope * (tokens - config.base_image_seq_len)
+        few = self._few_step_timesteps(steps)
+        if few is not None and self._takes_timesteps(few, shift):
+            return self.scheduler.timesteps
+        if few is not None:
+            wanted = ", ".join(f"{t:g}" for t in self.config.few_step_timesteps)
+            logger.warning(
+                f"This pipeline was distilled for the timesteps {wanted}, but {name} with its config cannot be set to "
+                f"them: its own {steps} are used, and images may be worse. Take the scheduler that was saved with the "
+                "pipeline."
+            )
         try:
             self.scheduler.set_timesteps(steps, device="cpu", **shift)
         except TypeError as error:

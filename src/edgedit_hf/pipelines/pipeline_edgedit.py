@@ -47,6 +47,9 @@ class EdgeDiTPipeline(CallMixin, DiffusionPipeline):
         guidance_channels (`int`, *optional*): Only the first so many channels are guided, the others keep the
             conditional prediction. The original DiT and SiT guide 3 of 4 channels, and their published figures are of
             that; diffusers guides all, which is the default.
+        few_step_timesteps (`list[float]`, *optional*): Of a pipeline that was distilled for few steps without guidance:
+            its timesteps, falling, on the model's scale 0 … 1000 (whole numbers below 1000 where it predicts the
+            noise), as many as `default_steps`. The last step goes to clean data.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -67,6 +70,7 @@ class EdgeDiTPipeline(CallMixin, DiffusionPipeline):
         default_steps: int = 50,
         default_guidance_scale: float = 4.0,
         guidance_channels: int | None = None,
+        few_step_timesteps: list[float] | None = None,
     ):
         super().__init__()
         self._begin_calls(default_guidance_scale)
@@ -78,6 +82,7 @@ class EdgeDiTPipeline(CallMixin, DiffusionPipeline):
             default_steps=default_steps,
             default_guidance_scale=default_guidance_scale,
             guidance_channels=guidance_channels,
+            few_step_timesteps=self._few_steps(few_step_timesteps, default_steps, default_guidance_scale),
         )
         self._check_id2label()
 
@@ -277,6 +282,7 @@ class EdgeDiTPipeline(CallMixin, DiffusionPipeline):
         patch, device = self.transformer.config.patch_size, self._execution_device
         with self._own_call(guidance_scale):
             # 2. Noise, timesteps, labels
+            self._warn_of_few_steps(steps)
             timesteps = self._set_timesteps(steps, (latent_height // patch) * (latent_width // patch))
             self._num_timesteps = len(timesteps)
             latents = self.prepare_latents((count, channels, latent_height, latent_width), generator, latents)

@@ -88,6 +88,9 @@ class ElasticDiTPipeline(CallMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         default_steps (`int`, defaults to 28): `num_inference_steps` of a call that gives none.
         default_guidance_scale (`float`, defaults to 4.0): `guidance_scale` of a call that gives none.
         max_sequence_length (`int`, defaults to 128): Tokens of a prompt, for text encoders that are not CLIP-type.
+        few_step_timesteps (`list[float]`, *optional*): Of a pipeline that was distilled for few steps without guidance:
+            its timesteps, falling, on the scale 0 … 1000 (1000 is noise), as many as `default_steps`. The last step
+            goes to clean data.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
@@ -111,6 +114,7 @@ class ElasticDiTPipeline(CallMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         default_steps: int = 28,
         default_guidance_scale: float = 4.0,
         max_sequence_length: int = 128,
+        few_step_timesteps: list[float] | None = None,
     ):
         super().__init__()
         self._begin_calls(default_guidance_scale)
@@ -127,6 +131,7 @@ class ElasticDiTPipeline(CallMixin, DiffusionPipeline, SanaLoraLoaderMixin):
             default_steps=default_steps,
             default_guidance_scale=default_guidance_scale,
             max_sequence_length=max_sequence_length,
+            few_step_timesteps=self._few_steps(few_step_timesteps, default_steps, default_guidance_scale),
         )
         self._check_text_encoders()
         self._check_vae()
@@ -481,6 +486,7 @@ class ElasticDiTPipeline(CallMixin, DiffusionPipeline, SanaLoraLoaderMixin):
                 )
 
             # 3. Noise and timesteps
+            self._warn_of_few_steps(steps)
             count = prompts * num_images_per_prompt
             latents = self.prepare_latents((count, channels, latent_height, latent_width), generator, latents)
             timesteps = self._set_timesteps(steps, (latent_height // patch) * (latent_width // patch))
