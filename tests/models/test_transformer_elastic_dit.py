@@ -10,11 +10,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
+from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -617,32 +619,161 @@ def test_every_kind_of_checkpoint_holds_a_subnet(both, files, given):
 # -------------------------------------------------------------------- adapters and bad input
 
 
-def test_adapters_serve_the_full_or_an_extracted_net(inputs, tmp_path):
-    from peft import LoraConfig
+ALL_LINEAR = (
+    "to_q to_k to_v to_out gate proj_in proj_out hidden skip patch_embed down_sample up_sample projections.0 "
+    "projections.1 linear_1 linear_2 projection"
+).split()
 
+
+def lora(**options):
+    return LoraConfig(**{"r": 2, "lora_alpha": 6, "target_modules": ALL_LINEAR, "init_lora_weights": False, **options})
+
+
+def adapted_net(*adapters: str, **options) -> ElasticDiTTransformer2DModel:
+    """The net of [`make_net`] with these adapters, each of another rank, the first one on."""
     net = make_net()
-    before = run(net, inputs)
-    net.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    assert (run(net, inputs) - before).abs().max() > 1e-4
-    net.set_active_subnet("tiny")
-    with pytest.raises(ValueError, match=r"'tiny' is active.*extract_subnet"):
-        run(net, inputs)
+    torch.manual_seed(2)
+    for index, name in enumerate(adapters):
+        net.add_adapter(lora(r=2 + index, **options), name)
+    net.set_adapter(adapters[0])
+    return net
+
+
+def merged_by_hand(net, name: str, **scales: float) -> ElasticDiTTransformer2DModel:
+    """The stand-alone net of the weights W[:o, :i] + s · B[:o] A[:, :i] of a net's adapters."""
+    twin = make_net().extract_subnet(name)
+    layers = {key.removesuffix(".lora_A"): layer for key, layer in net.named_modules() if key.endswith(".lora_A")}
+    changed = 0
+    with torch.no_grad():
+        for key, layer in twin.named_modules():
+            wrapper = key.replace("modulation.", f"modulation.{name}.")
+            if isinstance(layer, torch.nn.Linear) and wrapper in layers:
+                rows, columns = layer.weight.shape
+                for adapter, scale in scales.items():
+                    down = net.get_submodule(f"{wrapper}.lora_A.{adapter}").weight
+                    up = net.get_submodule(f"{wrapper}.lora_B.{adapter}").weight
+                    layer.weight += scale * up[:rows] @ down[:, :columns]
+                changed += 1
+    assert changed == sum(isinstance(layer, torch.nn.Linear) for layer in twin.modules()) > 50
+    return twin
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "full"])
+def test_adapters_are_cut_to_every_width(name, inputs):
+    net = adapted_net("one", "two")  # scales 6/2 and 6/3
+    before, expected = run(make_net(), inputs, subnet=name), run(merged_by_hand(net, name, one=3.0), inputs)
+    assert (expected - before).norm() > 0.1 * before.norm()
+    assert_near(run(net, inputs, subnet=name), expected)
+    net.set_adapter("two")
+    assert_near(run(net, inputs, subnet=name), run(merged_by_hand(net, name, two=2.0), inputs))
+    net.set_adapters(["one", "two"], [0.5, -2.0])
+    both = run(merged_by_hand(net, name, one=1.5, two=-4.0), inputs)
+    assert_near(run(net, inputs, subnet=name), both)
     net.disable_adapters()
-    off = run(net, inputs)
+    assert torch.equal(run(net, inputs, subnet=name), before)  # adapters that are off leave every width alone
     net.enable_adapters()
-    with pytest.raises(ValueError, match=r"'tiny' is active.*extract_subnet.*disable_adapters"):
-        run(net, inputs)
+    net.fuse_lora()
+    assert_near(run(net, inputs, subnet=name), both)
+    net.unfuse_lora()
+    net.unload_lora()
+    assert_near(run(net, inputs, subnet=name), before)
+
+
+def test_adapters_are_merged_before_a_net_is_extracted_or_saved(inputs, tmp_path):
+    net = adapted_net("style")
+    narrow = run(net, inputs, subnet="tiny")
     with pytest.raises(ValueError, match="unload_lora"):
         net.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="fuse_lora"):
         net.extract_subnet("tiny")
+    net.fuse_lora()
     net.unload_lora()
-    net.set_active_subnet("full")
-    assert torch.equal(run(net, inputs), before)
-    assert torch.equal(run(net, inputs, subnet="tiny"), off)  # adapters that are off leave every width alone
-    twin = net.extract_subnet("tiny")
-    twin.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
-    assert torch.isfinite(run(twin, inputs)).all()
+    assert_near(run(net.extract_subnet("tiny"), inputs), narrow)
+    net.save_pretrained(tmp_path)
+    loaded = ElasticDiTTransformer2DModel.from_pretrained(tmp_path, subnet="tiny")
+    assert_near(run(loaded, inputs), narrow)
+    loaded.add_adapter(lora())
+    assert (run(loaded, inputs) - narrow).norm() > 0.1 * narrow.norm()  # a stand-alone net has its own
+
+
+def test_adapters_that_peft_itself_adds_with_a_bias_and_rank_stabilised_run_at_every_width(inputs):
+    net, plain = make_net(), make_net()
+    torch.manual_seed(2)
+    inject_adapter_in_model(lora(lora_bias=True, use_rslora=True, target_modules=["to_q", "to_out"]), net, "style")
+    with torch.no_grad():
+        for key, layer in list(net.named_modules()):
+            if hasattr(layer, "lora_A"):
+                down, up, scale = layer.lora_A["style"].weight, layer.lora_B["style"], 6 / math.sqrt(2)
+                plain.get_submodule(key).weight += scale * up.weight @ down
+                plain.get_submodule(key).bias += scale * up.bias
+    for name in plain.subnet_names:
+        assert_near(run(net, inputs, subnet=name), run(plain.extract_subnet(name), inputs))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_a_narrow_adapter_are_those_of_the_formula(checkpointing, inputs):
+    net = adapted_net("style").train()
+    net.gradient_checkpointing = checkpointing
+    if checkpointing:
+        net.enable_gradient_checkpointing()
+    net(**inputs, subnet="small").sample.square().sum().backward()
+    plain = make_net().requires_grad_(False)
+    factors, changes = {}, {}
+    for key, layer in net.named_modules():
+        if hasattr(layer, "lora_A"):
+            pair = layer.lora_A["style"].weight, layer.lora_B["style"].weight
+            factors[key] = down, up = [tensor.detach().clone().requires_grad_() for tensor in pair]
+            changes[f"{key}.weight"] = plain.get_submodule(key).weight + 3.0 * up @ down
+    torch.func.functional_call(plain, changes, kwargs={**inputs, "subnet": "small"}).sample.square().sum().backward()
+    for key, (down, up) in factors.items():
+        layer = net.get_submodule(key)
+        for ours, theirs in ((layer.lora_A["style"].weight, down), (layer.lora_B["style"].weight, up)):
+            there = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+            ours = torch.zeros_like(there) if ours.grad is None else ours.grad
+            torch.testing.assert_close(ours, there, rtol=1e-3, atol=1e-4 * there.abs().max().item() + 1e-9)
+        assert all(parameter.grad is None for parameter in layer.base_layer.parameters())
+    down, up = factors["down_blocks.0.attn.to_q"]
+    assert down.grad[:, :32].abs().min() > 0 and not down.grad[:, 32:].any() and not up.grad[32:].any()
+
+
+def test_narrow_adapters_work_under_autocast_offloading_and_torch_compile(inputs):
+    net = adapted_net("style", target_modules=r"(down|middle)_blocks.*(to_[qv]|to_out|proj_in)")
+    expected = run(net, inputs, subnet="tiny")
+    with torch.autocast("cpu", torch.bfloat16):
+        close = run(net, inputs, subnet="tiny")
+    assert (close - expected).norm() < 0.05 * expected.norm()
+    half = copy.deepcopy(net).to(torch.bfloat16)
+    for key, parameter in half.named_parameters():
+        if ".lora_" in key:
+            parameter.data = parameter.data.float()
+    close = run(half, {**inputs, "hidden_states": inputs["hidden_states"].bfloat16()}, subnet="tiny")
+    assert close.dtype == torch.bfloat16 and (close - expected).norm() < 0.1 * expected.norm()
+    mlp, tokens = net.down_blocks[0].mlp, torch.randn(2, 3, 24)
+    assert_near(torch.compile(mlp, backend="eager", fullgraph=True)(tokens, "tiny"), mlp(tokens, "tiny"))
+    offloaded = accelerate.cpu_offload(net, torch.device("cpu"))
+    assert offloaded.down_blocks[0].attn.to_q.lora_A["style"].weight.is_meta
+    assert_near(run(offloaded, inputs, subnet="tiny"), expected)
+
+
+def test_adapters_that_cannot_be_cut_are_explained(inputs):
+    for config, kind in (
+        (lora(use_dora=True, target_modules=["to_q"]), "DoraLinearVariant"),
+        (LoHaConfig(r=2, target_modules=["to_q"], init_weights=False), "peft.tuners.loha.layer.Linear"),
+    ):
+        net = make_net()
+        net.add_adapter(config, "style")
+        with pytest.raises(ValueError, match=f"'style' is of the kind .*{kind}.*fuse_lora.*disable_adapters"):
+            run(net, inputs, subnet="tiny")
+        assert (run(net, inputs) - run(make_net(), inputs)).abs().max() > 1e-4
+        net.disable_adapters()
+        assert torch.equal(run(net, inputs, subnet="tiny"), run(make_net(), inputs, subnet="tiny"))
+    net = make_net()
+    net.add_adapter(lora(use_dora=True, target_modules=["linear_1"]), "style")  # a width has its own of these
+    assert run(net, inputs, subnet="tiny").isfinite().all()
 
 
 @pytest.mark.parametrize(

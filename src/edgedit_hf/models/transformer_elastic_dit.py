@@ -22,7 +22,7 @@ E text width, L layers.
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from operator import attrgetter
@@ -189,6 +189,59 @@ class _Layers:
         return PerWidth({name: make(width) for name, width in self.subnets.items()})
 
 
+# -------------------------------------------------------------------- adapters
+
+
+def _adapts(module: nn.Module) -> bool:
+    """Whether a module is a layer in PEFT's wrapper that an adapter changes: one that is on, and not merged into the
+    weights.
+    """
+    if not hasattr(module, "base_layer") or module.disable_adapters or module.merged:
+        return False
+    return any(
+        name in getattr(module, parts) for parts in module.adapter_layer_names for name in module.active_adapters
+    )
+
+
+def _factors(layer: nn.Module, inputs: torch.Tensor) -> Iterator[tuple[nn.Module, nn.Module, torch.Tensor, float]]:
+    """A, B, their input and their scale, of every LoRA adapter that changes a layer in PEFT's wrapper."""
+    others = [parts for parts in layer.adapter_layer_names if parts not in ("lora_A", "lora_B")]
+    variants = getattr(layer, "lora_variant", {})
+    for name in layer.active_adapters:
+        if name in variants or any(name in getattr(layer, parts) for parts in others):
+            kind = type(variants.get(name, layer))
+            raise ValueError(
+                f"The adapter {name!r} is of the kind {kind.__module__}.{kind.__name__}, but only plain LoRA can be "
+                "cut to a sub-network. Merge it with fuse_lora() and call unload_lora(), call disable_adapters(), or "
+                "run the full net."
+            )
+        if name in layer.lora_A:
+            down = layer.lora_A[name]
+            given = layer.lora_dropout[name](layer._cast_input_dtype(inputs, down.weight.dtype))
+            yield down, layer.lora_B[name], given, layer.scaling[name]
+
+
+def _corner_of(linear: nn.Module, inputs: torch.Tensor, outputs: int) -> torch.Tensor:
+    """The first `outputs` of a linear layer on its first inputs."""
+    if type(linear) is not nn.Linear or "forward" in linear.__dict__:  # a hook brings the weight
+        return linear(F.pad(inputs, (0, linear.in_features - inputs.shape[-1])))[..., :outputs]
+    bias = None if linear.bias is None else linear.bias[:outputs]
+    return F.linear(inputs, linear.weight[:outputs, : inputs.shape[-1]], bias)
+
+
+def _linear(layer: nn.Module, hidden_states: torch.Tensor, *width: str) -> torch.Tensor:
+    """`layer(hidden_states, *width)` of an [`ElasticLinear`] that PEFT may have wrapped: a sub-network uses the first
+    columns of A and the first rows of B.
+    """
+    if not width or not _adapts(layer):
+        return layer(hidden_states, *width)
+    plain = _linear(layer.base_layer, hidden_states, *width)
+    adapted = plain
+    for down, up, given, scale in _factors(layer, hidden_states):
+        adapted = adapted + _corner_of(up, _corner_of(down, given, down.out_features), plain.shape[-1]) * scale
+    return adapted.to(plain.dtype)
+
+
 # -------------------------------------------------------------------- attention
 
 
@@ -329,19 +382,19 @@ class ElasticSelfAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, positions: Positions, *width: str) -> torch.Tensor:
         """`(B, N, D)` → `(B, N, D)`."""
         query = rotate(
-            self.norm_q(self._heads(self.to_q(hidden_states, *width)), *width), positions.rotation
+            self.norm_q(self._heads(_linear(self.to_q, hidden_states, *width)), *width), positions.rotation
         )  # [B, h, N, d]
-        key, value = self.to_k(hidden_states, *width), self.to_v(hidden_states, *width)  # [B, N, k·d]
+        key, value = _linear(self.to_k, hidden_states, *width), _linear(self.to_v, hidden_states, *width)  # [B, N, k·d]
         keys, values = self.keys_and_values(key, value, positions.rotation, *width)
         if self.sparse:
             grid = positions.rows, positions.columns
             compressed = self.compress_k(key, *grid, *width), self.compress_v(value, *grid, *width)
             compressed = self.keys_and_values(*compressed, positions.compressed, *width)
-            gate = self.gate(hidden_states, *width).sigmoid().transpose(1, 2).unsqueeze(-1)  # [B, h, N, 1]
+            gate = _linear(self.gate, hidden_states, *width).sigmoid().transpose(1, 2).unsqueeze(-1)  # [B, h, N, 1]
             attention = sparse_attention(query, keys, values, *compressed, gate, self.blocks, self.radius)
         else:
             attention = attend(query, keys, values)
-        return self.to_out(attention.transpose(1, 2).flatten(2), *width)
+        return _linear(self.to_out, attention.transpose(1, 2).flatten(2), *width)
 
 
 class ElasticCrossAttention(nn.Module):
@@ -363,16 +416,16 @@ class ElasticCrossAttention(nn.Module):
         self, hidden_states: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None, *width: str
     ) -> torch.Tensor:
         """`(B, N, D)`, `(B, T, E)`, mask `(B, 1, 1, T)` of the tokens that are there (`None`: all) → `(B, N, D)`."""
-        query = self.norm_q(self.to_q(hidden_states, *width).unflatten(-1, (-1, self.head_dim)), *width).transpose(
-            1, 2
-        )  # [B, h, N, d]
+        query = self.norm_q(
+            _linear(self.to_q, hidden_states, *width).unflatten(-1, (-1, self.head_dim)), *width
+        ).transpose(1, 2)  # [B, h, N, d]
         key = self.norm_k(self.to_k(text).unflatten(-1, (-1, self.head_dim)), *width).transpose(1, 2)  # [B, k, T, d]
         value = self.to_v(text).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         group = query.shape[1] // self.kv_heads
         key, value = (heads.repeat(1, group, 1, 1) for heads in (key, value))
         mask = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)  # ONNX Runtime wants a row a query
         attention = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.to_out(attention.transpose(1, 2).flatten(2), *width)
+        return _linear(self.to_out, attention.transpose(1, 2).flatten(2), *width)
 
 
 # -------------------------------------------------------------------- blocks
@@ -387,7 +440,7 @@ class ElasticMLP(nn.Module):
         self.proj_out = make.linear(inner, dim)
 
     def forward(self, hidden_states: torch.Tensor, *width: str) -> torch.Tensor:
-        return self.proj_out(F.gelu(self.proj_in(hidden_states, *width), approximate="tanh"), *width)
+        return _linear(self.proj_out, F.gelu(_linear(self.proj_in, hidden_states, *width), approximate="tanh"), *width)
 
 
 class LongSkip(nn.Module):
@@ -401,7 +454,7 @@ class LongSkip(nn.Module):
         self.skip = make.linear(dim, dim, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor, *width: str) -> torch.Tensor:
-        return self.hidden(hidden_states, *width) + self.skip(skip, *width)
+        return _linear(self.hidden, hidden_states, *width) + _linear(self.skip, skip, *width)
 
 
 class Modulation(nn.Module):
@@ -714,11 +767,6 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"{name!r}; load that alone, from_pretrained(…, subnet={name!r}, quantization_config=…), or run "
                 f"{self._full!r}."
             )
-        if getattr(self, "_hf_peft_config_loaded", False) and any(_adapts(module) for module in self.modules()):
-            raise ValueError(
-                f"Adapters have the full net's shapes, but the sub-network {name!r} is active; load them into "
-                f"extract_subnet({name!r}), call disable_adapters(), or run {self._full!r}."
-            )
         return (name,)
 
     def active_subnet_config(self) -> dict[str, Any]:
@@ -856,7 +904,8 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         patch = self.config.patch_size
         rows, columns = hidden_states.shape[2] // patch, hidden_states.shape[3] // patch
         patches = hidden_states.view(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
-        tokens = self.patch_embed(patches.reshape(batch, rows * columns, patch * patch * channels), *width)  # [B, N, D]
+        patches = patches.reshape(batch, rows * columns, patch * patch * channels)
+        tokens = _linear(self.patch_embed, patches, *width)  # [B, N, D]
 
         layer = 0
 
@@ -877,20 +926,20 @@ class ElasticDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         kept = tokens
         # Channel by channel, so that a sub-network's inputs are the first ones of the linear layer: [B, N/4, D·4].
         grouped = tokens.view(batch, rows // 2, 2, columns // 2, 2, -1).permute(0, 1, 3, 5, 2, 4)
-        tokens = self.down_sample(grouped.reshape(batch, rows * columns // 4, -1), *width)
+        tokens = _linear(self.down_sample, grouped.reshape(batch, rows * columns // 4, -1), *width)
         skips: list[torch.Tensor] = []
         for index, block in enumerate(self.middle_blocks):
             tokens = run(block, tokens, coarse, skips.pop() if block.long_skip is not None else None)
             if index < self._num_skips:
                 skips.append(tokens)
-        coarse_tokens = self.up_sample(tokens, *width).view(batch, rows // 2, 1, columns // 2, 1, -1)
+        coarse_tokens = _linear(self.up_sample, tokens, *width).view(batch, rows // 2, 1, columns // 2, 1, -1)
         tokens = kept + coarse_tokens.expand(-1, -1, 2, -1, 2, -1).reshape(kept.shape)
         for block in self.up_blocks:
             tokens = run(block, tokens, fine)
 
         shift, scale = modulation[:, -2:].unsqueeze(2).unbind(1)  # each [B, 1, D]
         normed = F.layer_norm(tokens, tokens.shape[-1:], eps=self.config.norm_eps)
-        sample = self.proj_out(torch.addcmul(shift, normed, 1 + scale), *width).view(
+        sample = _linear(self.proj_out, torch.addcmul(shift, normed, 1 + scale), *width).view(
             batch, rows, columns, patch, patch, channels
         )
         return sample.permute(0, 5, 1, 3, 2, 4).reshape(hidden_states.shape), tokens
@@ -1189,17 +1238,6 @@ def _source_names(twin: nn.Module, name: str) -> dict[str, str]:
         )
         names[key] = key if prefix is None else f"{prefix}.{name}{key[len(prefix) :]}"
     return names
-
-
-def _adapts(module: nn.Module) -> bool:
-    """Whether a module is a layer in PEFT's wrapper that an adapter changes: one that is on, and not merged into the
-    weights.
-    """
-    if not hasattr(module, "base_layer") or module.disable_adapters or module.merged:
-        return False
-    return any(
-        name in getattr(module, parts) for parts in module.adapter_layer_names for name in module.active_adapters
-    )
 
 
 def _corner(like: torch.Tensor) -> tuple[slice, ...]:
