@@ -30,6 +30,7 @@ ORDER = [
     "metrics",
     "distill",
     "elastic",
+    "few_step",
     "runtimes",
     "quantization",
     "export",

@@ -1,0 +1,1 @@
+"""Few-step distillation: several networks in the memory of one, and what trains them."""
