@@ -27,7 +27,7 @@ from edgedit_hf.metrics.prompt_following import agreement, judged_captions
 from edgedit_hf.metrics.reference import describe_reference, load_extractor, real_features
 from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.pipelines.pipeline_elastic_dit import ElasticDiTPipeline
-from edgedit_hf.pipelines.sampling import generate_from_captions
+from edgedit_hf.pipelines.sampling import generate_from_captions, sampling_of
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import ElasticStage, Latencies
 from edgedit_hf.run.config import RunConfig
@@ -103,7 +103,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
     pipeline.to(accelerator.device)
     metric = f"fid[{extractor.name},n={options.samples}]"
-    sampling = {"steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale}
+    sampling = sampling_of(pipeline, config.sampling.steps, config.sampling.guidance_scale)
     state.continue_at(
         next((i for i, name in enumerate(names) if not (state.folder / f"{name}.json").exists()), len(names))
     )

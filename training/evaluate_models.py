@@ -36,7 +36,7 @@ from edgedit_hf.metrics.distances import frechet_distance, precision_recall, psn
 from edgedit_hf.metrics.extractors import class_agreement
 from edgedit_hf.metrics.reference import describe_reference, load_extractor, real_features
 from edgedit_hf.pipelines.loading import load_pipeline
-from edgedit_hf.pipelines.sampling import generate
+from edgedit_hf.pipelines.sampling import generate, sampling_of
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import Latencies
 from edgedit_hf.report.plots import save_montage
@@ -134,9 +134,8 @@ def judge(
                 min(CHUNK, options.samples - start),
                 first=start,
                 seed=config.seed,
-                steps=config.sampling.steps,
-                guidance_scale=config.sampling.guidance_scale,
                 batch_size=options.batch_size,
+                **sampling_of(pipeline, config.sampling.steps, config.sampling.guidance_scale),
             )
         features.append(extractor.features(samples))
         images.append(to_bytes(samples))
@@ -216,8 +215,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "precision": precision,
             "recall": recall,
             "num_samples": options.samples,
-            "steps": config.sampling.steps,
-            "guidance_scale": config.sampling.guidance_scale,
+            **sampling_of(pipeline, config.sampling.steps, config.sampling.guidance_scale),
             "grid": f"evaluate/{file(name, '.png').name}",
         }
         if agreement is not None:

@@ -43,6 +43,7 @@ from edgedit_hf.quantization.inputs import (
     print_quantization_estimate,
     sampling_options,
     transformer_bytes,
+    tuning_options,
     widths_of,
 )
 from edgedit_hf.quantization.layer_forms import LayerForms
@@ -176,6 +177,7 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
         teacher.to(accelerator.device)
     diffusion = Diffusion("flow_prediction" if names or prompts else model.config["prediction_type"])
     classes, channels = model.config.get("num_classes", 0), model.config["in_channels"]
+    drawing = {"num_classes": classes, **tuning_options(config, source)}
     per_piece = options.batch_size // (accelerator.num_processes * options.gradient_accumulation)
     for step in state.steps():
         rate = learning_rate_at(
@@ -186,9 +188,7 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
         asked = {} if width is None else {"subnet": width}
         for index in range(options.gradient_accumulation):
             first = (accelerator.process_index * options.gradient_accumulation + index) * per_piece
-            piece = micro_batch(
-                pool, diffusion, config.seed, step, range(first, first + per_piece), options.dropout, classes
-            )
+            piece = micro_batch(pool, diffusion, config.seed, step, range(first, first + per_piece), **drawing)
             noisy, t, condition = (on_device(part, accelerator.device) for part in piece)
             with nullcontext() if index == options.gradient_accumulation - 1 else accelerator.no_sync(wrapped):
                 with accelerator.autocast():

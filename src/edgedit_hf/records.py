@@ -515,6 +515,13 @@ class PipelineIndex:
 
 
 @dataclass(kw_only=True)
+class FewSteps:
+    """model_index.json, as `edgedit info` reads how the pipeline samples."""
+
+    few_step_timesteps: list[float] | None = key(None, above=0.0, maximum=1000.0, items=1000, fewest=1)
+
+
+@dataclass(kw_only=True)
 class SchedulerConfig:
     """scheduler_config.json."""
 

@@ -136,3 +136,29 @@ def test_info_of_an_elastic_net_has_a_line_a_subnet(tmp_path, capsys):
     small = facts[tmp_path / "net"]["subnets"].pop("small")
     assert small.pop("width") == 0.5 and small == {key: facts[tmp_path / "small"][key] for key in small}
     assert facts[tmp_path / "net"]["parameters"] == sum(parameter.numel() for parameter in net.parameters())
+
+
+def test_info_says_what_a_few_step_pipeline_was_made_for(
+    make_transformer, tmp_path, capsys, make_hub_cache, monkeypatch
+):
+    from edgedit_hf import EdgeDiTError, EdgeDiTPipeline
+    from edgedit_hf.commands.info import describe
+    from edgedit_hf.diffusion import make_few_step_scheduler
+
+    few = {"default_steps": 2, "default_guidance_scale": 1.0, "few_step_timesteps": [800, 400]}
+    scheduler = make_few_step_scheduler("epsilon")
+    EdgeDiTPipeline(make_transformer(), scheduler, **few).save_pretrained(tmp_path / "pipeline")
+    cache = make_hub_cache(tmp_path / "pipeline", "acme/few", listing=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    for name in (tmp_path / "pipeline", "acme/few"):
+        assert main(["info", str(name), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["few_step"] == {"steps": 2, "guidance_scale": 1.0, "timesteps": [800.0, 400.0]}
+        assert main(["info", str(name)]) == 0
+        assert "  made for    2 steps, no guidance  (at timesteps 800, 400)\n" in capsys.readouterr().out
+    assert "few_step" not in describe(str(tmp_path / "pipeline" / "transformer"))
+    assert "few_step" not in describe("DiT-debug/2")
+    index = tmp_path / "pipeline" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "few_step_timesteps": [800, "x"]}))
+    with pytest.raises(EdgeDiTError, match="model_index.json does not describe a pipeline.*few_step_timesteps"):
+        describe(str(tmp_path / "pipeline"))

@@ -20,13 +20,14 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from edgedit_hf import EdgeDiTPipeline, ElasticDiTPipeline, ElasticDiTTransformer2DModel
-from edgedit_hf.diffusion import make_scheduler
+from edgedit_hf.diffusion import make_few_step_scheduler, make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export import sample_min
 from edgedit_hf.export.contract import Artefact, _porting, run_part, write_contract
 from edgedit_hf.export.onnx.lower import lower_onnx
 from edgedit_hf.export.parts import pipeline_parts
 from edgedit_hf.files import file_sha256
+from edgedit_hf.pipelines.loading import with_components
 
 ALONE = """
 import runpy, sys
@@ -355,6 +356,67 @@ def test_a_video_vae_and_a_shift_by_tokens(tmp_path):
     reference = load_file(tmp_path / "reference.safetensors")
     assert psnr(reference["loop.image"], pipeline_image(pipeline, reference["noise"], "a 3")) >= 50
     assert reference["encoder.inputs.image"].shape == (1, 3, 16, 16)
+
+
+def few_step(pipeline, timesteps, stochastic=False):
+    kind = pipeline.transformer.config.get("prediction_type", "flow_prediction")
+    few = {"default_steps": len(timesteps), "default_guidance_scale": 1.0, "few_step_timesteps": timesteps}
+    return with_components(pipeline, scheduler=make_few_step_scheduler(kind, stochastic), **few)
+
+
+@pytest.mark.parametrize(
+    "family, timesteps",
+    [
+        ("epsilon", [800, 600, 400, 200]),
+        ("epsilon", [700]),
+        ("flow_prediction", [1000, 900, 750, 500]),
+        ("elastic", [1000, 900, 750, 500]),
+        ("elastic", [1000, 500]),
+        ("elastic", [1000]),
+    ],
+)
+@pytest.mark.parametrize("split", [False, True])
+def test_few_steps_without_guidance(make_transformer, tmp_path, family, timesteps, split):
+    """One row a forward, the timesteps of the distillation, DDIM's or Euler's coefficients, and clean data at the
+    end.
+    """
+    plain = elastic() if family == "elastic" else edgedit(make_transformer, prediction_type=family)
+    pipeline = few_step(plain, timesteps)
+    contract, artefacts = contract_of(tmp_path, pipeline, split=split, batch=1, label=7)
+    steps, product = contract["schedule"]["steps"], np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    assert contract["guidance"]["rows"] == 1 and contract["schedule"]["num_inference_steps"] == len(timesteps)
+    assert [step["timestep"] for step in steps] == pytest.approx(timesteps, abs=1e-3)
+    assert contract["artefacts"]["denoiser"]["inputs"][0]["shape"][0] == 1
+    assert contract["schedule"]["init_noise_sigma"] == 1.0 and {step["input_scale"] for step in steps} == {1.0}
+    levels = [(1 - t / 1000, t / 1000) for t in timesteps]
+    if family == "epsilon":
+        levels = [(product[t] ** 0.5, (1 - product[t]) ** 0.5) for t in timesteps]
+    for index, (alpha, sigma) in enumerate(levels):
+        after, rest = (*levels[1:], (1.0, 0.0))[index : index + 1][0]
+        of_x, of_m = (after / alpha, rest - after * sigma / alpha) if family == "epsilon" else (1.0, rest - sigma)
+        assert dict(steps[index]["x"]) == {index: pytest.approx(of_x, rel=1e-5)}
+        assert dict(steps[index]["m"]) == {index: pytest.approx(of_m, rel=1e-5)}
+    noise = load_file(tmp_path / "reference.safetensors")["noise"]
+    condition = sample_min.conditioning(
+        contract,
+        eager(contract, artefacts),
+        7,
+        sample_min.reference_windows(contract, load_file(tmp_path / "reference.safetensors")),
+    )
+    record = {}
+    image = sample_min.sample(contract, eager(contract, artefacts), noise, condition, record)
+    what = {"prompt": "a 3"} if family == "elastic" else {"class_labels": 7}
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(**what, latents=torch.from_numpy(noise.copy()), output_type="latent").images.numpy()
+    assert np.abs(record["loop.latents"] - expected).max() < 1e-4 * np.abs(expected).max()
+    assert psnr(image, pipeline_image(pipeline, noise, "a 3" if family == "elastic" else 7)) >= 50
+
+
+@pytest.mark.parametrize("family, remedy", [("epsilon", "solver_order=1"), ("elastic", "stochastic_sampling=False")])
+def test_few_steps_that_add_noise_are_no_numbers(make_transformer, tmp_path, family, remedy):
+    plain = elastic() if family == "elastic" else edgedit(make_transformer)
+    with pytest.raises(EdgeDiTError, match=f"it adds noise in every step.*{remedy}"):
+        contract_of(tmp_path, few_step(plain, [800, 400], stochastic=True))
 
 
 @torch.no_grad()

@@ -110,6 +110,7 @@ def test_json_holds_every_number_exactly():
         ("DDPMScheduler", {"variance_type": "learned_range"}, ["DDPMScheduler", "DDIMScheduler"]),
         ("EulerAncestralDiscreteScheduler", {}, ["adds noise", "use EulerDiscreteScheduler"]),
         ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, ["adds noise", "stochastic_sampling=False"]),
+        ("LCMScheduler", {"clip_sample": False}, ["adds noise", "use DPMSolverMultistepScheduler with solver_order=1"]),
         (
             "DPMSolverMultistepScheduler",
             {"algorithm_type": "sde-dpmsolver++"},

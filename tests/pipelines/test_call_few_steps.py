@@ -281,3 +281,34 @@ def test_a_folder_of_before_there_was_such_a_key_loads_unchanged(family, tmp_pat
         each(what, latents=x, num_inference_steps=2, output_type="latent").images for each in (pipe, pipeline)
     )
     assert torch.equal(first, second)
+
+
+def test_loads_from_the_hub_and_with_bundled_code(family, tmp_path, make_hub_cache):
+    """The list of timesteps in model_index.json is not taken for a component."""
+    pipeline, what, timesteps = family
+    pipe = few_step(pipeline, timesteps)
+    pipe.save_pretrained(tmp_path / "few", bundle_code=True)
+    bundled = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "few", trust_remote_code=True)
+    assert type(bundled).__module__.startswith("diffusers_modules")
+    pipe.save_pretrained(tmp_path / "plain")
+    cache = make_hub_cache(tmp_path / "plain", "acme/few")
+    downloaded = diffusers.DiffusionPipeline.from_pretrained("acme/few", cache_dir=cache, local_files_only=True)
+    x = start(pipe)
+    expected = pipe(what, latents=x, output_type="latent").images
+    for other in (bundled, downloaded):
+        other.set_progress_bar_config(disable=True)
+        assert torch.equal(other(what, latents=x, output_type="latent").images, expected)
+        assert other.config.few_step_timesteps == timesteps
+
+
+def test_a_sub_network_of_a_few_step_supernet_is_one_too(plain, tmp_path):
+    pipeline, what, timesteps = plain["elastic"]
+    pipe = few_step(pipeline, timesteps)
+    pipe.save_pretrained(tmp_path)
+    small, x = ElasticDiTPipeline.from_pretrained(tmp_path, subnet="small"), start(pipe)
+    small.set_progress_bar_config(disable=True)
+    assert small.config.few_step_timesteps == timesteps
+    found, expected = (
+        p(what, latents=x, output_type="latent", **o).images for p, o in ((small, {}), (pipe, {"subnet": "small"}))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -3,9 +3,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from edgedit_hf import EdgeDiTPipeline
-from edgedit_hf.diffusion import make_scheduler
+from edgedit_hf.diffusion import make_few_step_scheduler, make_scheduler
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.pipelines.sampling import generate
+from edgedit_hf.pipelines.sampling import generate, sampling_of
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +55,12 @@ def test_the_pipeline_is_left_as_it_was(make_transformer):
     with pytest.raises(EdgeDiTError, match="After 3 steps the latents hold NaN or infinite values.*DDIMScheduler"):
         generate(pipeline, 2, steps=3)
     assert pipeline._progress_bar_config == {"leave": False}
+
+
+def test_a_few_step_pipeline_is_judged_as_it_was_distilled(pipeline):
+    assert sampling_of(pipeline, 20, 1.5) == {"steps": 20, "guidance_scale": 1.5}
+    few = {"default_steps": 2, "default_guidance_scale": 1.0, "few_step_timesteps": [1000, 500]}
+    student = EdgeDiTPipeline(pipeline.transformer, make_few_step_scheduler("flow_prediction"), **few)
+    assert sampling_of(student, 20, 1.5) == {"steps": 2, "guidance_scale": 1.0}
+    images, _ = generate(student, 2, **sampling_of(student, 20, 1.5))
+    assert torch.isfinite(images).all() and student.scheduler.timesteps.tolist() == [1000, 500]

@@ -3,9 +3,17 @@
 import pytest
 import torch
 
+from edgedit_hf.diffusion import Diffusion
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.quantization.layers import quantizable_layers
-from edgedit_hf.quantization.self_distillation import SamplePool, TunedState, step_draws, step_subnet, tuned_parameters
+from edgedit_hf.quantization.self_distillation import (
+    SamplePool,
+    TunedState,
+    micro_batch,
+    step_draws,
+    step_subnet,
+    tuned_parameters,
+)
 
 
 def test_of_a_quantised_network_biases_norms_and_modulation_are_tuned(make_transformer):
@@ -73,3 +81,16 @@ def test_labels_are_dropped_as_guidance_needs_it():
     assert float(dropped.float().mean()) == pytest.approx(0.3, abs=0.04)
     assert torch.equal(labels[~dropped], (drawn.samples % 10)[~dropped])
     assert SamplePool(torch.zeros(5, 1, 2, 2)).condition(drawn, 0.3, 0) == {}
+
+
+@pytest.mark.parametrize("kind, few", [("epsilon", [800.0, 600.0, 200.0]), ("flow_prediction", [1000.0, 750.0, 500.0])])
+def test_of_a_few_step_pipeline_only_its_timesteps_are_drawn(kind, few):
+    diffusion, pool = Diffusion(kind), SamplePool(torch.randn(20, 1, 2, 2), torch.arange(20) % 10)
+    plain = micro_batch(pool, diffusion, 3, 5, range(600), 0.3, 10)
+    found = micro_batch(pool, diffusion, 3, 5, range(600), 0.0, 10, few)
+    assert found.t.dtype == plain.t.dtype and sorted(set(found.t.tolist())) == few[::-1]
+    assert all(150 < int((found.t == t).sum()) < 250 for t in few)
+    drawn = step_draws(3, 5, range(600), (1, 2, 2), 20)
+    assert torch.equal(found.noisy, diffusion.noisy(pool.latents[drawn.samples], drawn.noise, found.t))
+    assert int((plain.condition["class_labels"] == 10).sum()) > 100
+    assert torch.equal(found.condition["class_labels"], pool.labels[drawn.samples])

@@ -15,10 +15,10 @@ from flow_pipelines import elastic, randomise
 from safetensors.torch import load_file
 
 from edgedit_hf import EdgeDiTPipeline
-from edgedit_hf.diffusion import make_scheduler
+from edgedit_hf.diffusion import make_few_step_scheduler, make_scheduler
 from edgedit_hf.files import read_json
 from edgedit_hf.quantization.allocation import candidate_specs
-from edgedit_hf.quantization.inputs import print_quantization_estimate
+from edgedit_hf.quantization.inputs import print_quantization_estimate, tuning_options
 from edgedit_hf.quantization.layers import quantizable_layers, quantized_weights
 from edgedit_hf.run.config import load_config
 
@@ -91,6 +91,27 @@ def test_a_finished_run_is_not_done_again(recipes, whole, source):
     before = (whole / "quantized" / "stage.json").stat().st_mtime_ns
     recipes.run_here("quantize", whole, f"quantize.path={source}", **DEBUG)
     assert (whole / "quantized" / "stage.json").stat().st_mtime_ns == before
+
+
+def test_a_few_step_pipeline_is_quantised_as_it_samples(recipes, make_transformer, repository, tmp_path):
+    """At its timesteps and without guidance, in calibration, judgement and self-distillation; and it stays one."""
+    few = {"default_steps": 2, "default_guidance_scale": 1.0, "few_step_timesteps": [800.0, 400.0]}
+    pipeline = EdgeDiTPipeline(make_transformer(), make_few_step_scheduler("epsilon"), **few)
+    pipeline.save_pretrained(tmp_path / "few")
+    own = [f"quantize.path={tmp_path / 'few'}", "quantize.sampling_steps=null", "quantize.guidance_scale=null"]
+    recipes.run_here("quantize", tmp_path / "run", *own, **DEBUG)
+    found = read_json(tmp_path / "run" / "quantized" / "quantization.json", "")["error"]
+    assert all(found[when]["full"]["timesteps"] == [400, 800] for when in ("untuned", "tuned"))
+    again = DiffusionPipeline.from_pretrained(tmp_path / "run" / "quantized")
+    assert {name: again.config[name] for name in few} == few and type(again.scheduler) is type(pipeline.scheduler)
+
+    def drawing(*overrides):
+        recipe = repository / "training" / "recipes" / "debug-quantize.yaml"
+        return tuning_options(load_config(recipe, [*own, *overrides]), pipeline)
+
+    assert drawing() == {"dropout": 0.0, "timesteps": [800.0, 400.0]}
+    asked = drawing("quantize.sampling_steps=4", "quantize.guidance_scale=2.0")
+    assert asked == {"dropout": 0.3, "timesteps": [800.0, 600.0, 400.0, 200.0]}
 
 
 def test_the_estimate_counts_forwards_and_writes_nothing(source, repository, tmp_path, capsys):

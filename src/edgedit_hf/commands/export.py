@@ -41,7 +41,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--batch",
         help=f"rows of a forward: a number or, for {open_formats}, 'dynamic'; guidance makes it twice the images "
-        f"(default: dynamic for {open_formats}, else {FIXED_BATCH})",
+        f"(default: dynamic for {open_formats}, else {FIXED_BATCH}, of a few-step pipeline 1)",
     )
     parser.add_argument("--subnet", metavar="NAME", help="sub-network of an elastic supernet (default: the full net)")
     parser.add_argument(

@@ -43,6 +43,10 @@ def run(args: argparse.Namespace) -> None:
     print(f"  parameters  {_short(facts['parameters'])}{learned}")
     print(f"  compute     {_short(facts['flops'])}FLOPs  ({_short(facts['macs'])}MACs)")
     print(f"  weights     {_sizes(facts)}")
+    if "few_step" in facts:
+        few = facts["few_step"]
+        steps, timesteps = few["steps"], ", ".join(f"{t:g}" for t in few["timesteps"])
+        print(f"  made for    {steps} step{'s' * (steps > 1)}, no guidance  (at timesteps {timesteps})")
     if elastic:
         print(f"  layers      {' / '.join(map(str, facts['layers']))} (Down / Middle / Up)")
         for name, subnet in facts["subnets"].items():
@@ -80,7 +84,7 @@ def describe(name: str) -> dict[str, Any]:
         fixed position embedding, as published: `weights` (learned ones), `teacher_layers`, `merged`, `genotype` (its
             hash). Of an elastic net, whose `macs` and `flops` are the full net's:
         `text_tokens` an encoder, and `subnets` (`width`, `parameters`, `macs`, `flops`, `bytes` of each as a net of its
-        own).
+        own). Of a pipeline that was distilled for few steps: `few_step` (`steps`, `guidance_scale`, `timesteps`).
 
     Raises:
         EdgeDiTError: there is no such preset or model, or its config is not one of this package's.
@@ -95,7 +99,9 @@ def describe(name: str) -> dict[str, Any]:
             raise EdgeDiTError(f"The config of {name}: {error}") from None
         kind = "an elastic net's" if elastic else "an EdgeDiT's"
         raise EdgeDiTError(f"The config of {name} is not {kind}: {type(error).__name__} {error}.") from None
-    return {"name": name, **facts, "input": shape, "tokens": (shape[1] // config["patch_size"]) ** 2}
+    timesteps = _few_step_timesteps(name)
+    few = {"few_step": {"steps": len(timesteps), "guidance_scale": 1.0, "timesteps": timesteps}} if timesteps else {}
+    return {"name": name, **facts, **few, "input": shape, "tokens": (shape[1] // config["patch_size"]) ** 2}
 
 
 def _elastic_facts(config: dict[str, Any]) -> dict[str, Any]:
@@ -147,19 +153,37 @@ def _folder_config(folder: Path) -> dict[str, Any] | None:
     return _read_config(path)
 
 
-def _hub_config(name: str) -> dict[str, Any]:
-    """The config of the denoiser in a Hub repository, from the cache if the Hub is out of reach."""
+def _few_step_timesteps(name: str) -> list[float] | None:
+    """Timesteps of a pipeline that was distilled for few steps, in a folder or a Hub repository; `None` of any other
+    model.
+    """
+    from ..records import FewSteps
+    from ..schema import read_record
+
+    path: Path | None = Path(name, INDEX)
+    if not Path(name).is_dir():
+        path = None if name in preset_configs() else _hub_file(name, INDEX)
+    if path is None or not path.is_file():
+        return None
+    return read_record(path, FewSteps, "save_pretrained", "a pipeline").get("few_step_timesteps")
+
+
+def _hub_file(name: str, filename: str) -> Path | None:
+    """A file of a Hub repository, from the cache if the Hub is out of reach; `None` if it is not there either."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    if name.count("/") == 1:
-        for filename in (f"transformer/{CONFIG}", CONFIG):
-            try:
-                return _read_config(Path(hf_hub_download(name, filename)))
-            except (EntryNotFoundError, LocalEntryNotFoundError):
-                continue
-            except (HFValidationError, HfHubHTTPError, OSError):
-                break
+    try:
+        return Path(hf_hub_download(name, filename))
+    except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
+        return None
+
+
+def _hub_config(name: str) -> dict[str, Any]:
+    """The config of the denoiser in a Hub repository."""
+    for filename in (f"transformer/{CONFIG}", CONFIG) if name.count("/") == 1 else ():
+        if (path := _hub_file(name, filename)) is not None:
+            return _read_config(path)
     presets = preset_configs()
     near = difflib.get_close_matches(name, presets, n=3, cutoff=0.4)
     hint = f"near it: {', '.join(near)}" if near else f"presets: {', '.join(presets)}"

@@ -291,7 +291,8 @@ class ExportOptions:
         format: a key of [`FORMATS`].
         dtype: `"fp32"`, `"int8"` or `"int4"`, for ONNX and Core ML also `"fp16"`. Convolutions of a VAE stay at 16 bits
             or more, and text encoders have 8 bits in `"int4"`.
-        batch: `"dynamic"` (ONNX's default), or the rows of a forward (default 2); guidance makes two an image.
+        batch: `"dynamic"` (ONNX's default), or the rows of a forward (default 2, of a few-step pipeline 1); guidance
+            makes two an image.
         split_conditioner: write adaLN, a third of a DiT's weights, as an artefact of its own, which a schedule needs
             once.
         subnet: of an elastic supernet: which one (default: the active one, the full net).

@@ -70,6 +70,8 @@ def export_pipeline(pipeline: Any, output: str | os.PathLike, options: ExportOpt
     if hasattr(pipeline.transformer, "_orig_mod"):  # compiled: its weights would have other names
         pipeline = with_components(pipeline, transformer=pipeline.transformer._orig_mod)
     pipeline, subnet = _with_subnet(pipeline, options.subnet)
+    if options.batch is None and options.rows != DYNAMIC_BATCH and pipeline.config.few_step_timesteps is not None:
+        options = replace(options, batch=1)  # an image is one row: there is no guidance
     plain, packed = _plain(pipeline)
     check_finite(
         plain.transformer.state_dict(), "The pipeline's transformer", "nothing was written. Export a sound checkpoint."

@@ -35,7 +35,7 @@ WITHOUT_NOISE = {
     "DDPMParallelScheduler": "DDIMScheduler",
     "EulerAncestralDiscreteScheduler": "EulerDiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler": "KDPM2DiscreteScheduler",
-    "LCMScheduler": "DDIMScheduler",
+    "LCMScheduler": "DPMSolverMultistepScheduler with solver_order=1",  # DDIM, at the same timesteps
     "TCDScheduler": "DDIMScheduler",
     "FlowMatchLCMScheduler": "FlowMatchEulerDiscreteScheduler",
     "DPMSolverSDEScheduler": "DPMSolverMultistepScheduler",

@@ -35,6 +35,16 @@ def quiet_call(pipeline: Any) -> Iterator[None]:
         pipeline.set_progress_bar_config(**shown)
 
 
+def sampling_of(pipeline: Any, steps: int, guidance_scale: float) -> dict[str, Any]:
+    """How a set of images is sampled, as arguments of the functions below: as asked, but with a few-step pipeline as it
+    was distilled.
+    """
+    own = pipeline.config
+    if own.few_step_timesteps is not None:
+        steps, guidance_scale = own.default_steps, own.default_guidance_scale
+    return {"steps": steps, "guidance_scale": guidance_scale}
+
+
 @torch.no_grad()
 def generate(
     pipeline: EdgeDiTPipeline,

@@ -107,6 +107,18 @@ def sampling_options(config: RunConfig, prompts: Sequence[str] | None) -> dict[s
     return {**sampling, "seed": config.seed, "prompts": prompts}
 
 
+def tuning_options(config: RunConfig, pipeline: Any) -> dict[str, Any]:
+    """How self-distillation noises and conditions: arguments of [`self_distillation.micro_batch`]. A few-step pipeline
+    is tuned at the timesteps that it samples with and, while it samples without guidance, with its condition.
+    """
+    options, own = config.quantize, pipeline.config
+    if own.few_step_timesteps is None:
+        return {"dropout": options.dropout}
+    timesteps = pipeline._few_step_timesteps(options.sampling_steps or own.default_steps)
+    guided = options.guidance_scale is not None and options.guidance_scale > 1
+    return {"dropout": options.dropout if guided else 0.0, "timesteps": timesteps}
+
+
 def transformer_bytes(folder: Path) -> int:
     """Bytes of the transformer's weight files in a pipeline folder."""
     return sum(path.stat().st_size for path in (folder / "transformer").glob("*.safetensors"))

@@ -136,11 +136,24 @@ class MicroBatch(NamedTuple):
 
 
 def micro_batch(
-    pool: SamplePool, diffusion: Diffusion, seed: int, step: int, rows: Sequence[int], dropout: float, num_classes: int
+    pool: SamplePool,
+    diffusion: Diffusion,
+    seed: int,
+    step: int,
+    rows: Sequence[int],
+    dropout: float,
+    num_classes: int,
+    timesteps: Sequence[float] | None = None,
 ) -> MicroBatch:
-    """Noised samples and their condition for these rows of a step's batch."""
+    """Noised samples and their condition for these rows of a step's batch.
+
+    Args:
+        timesteps: the only ones that the network is ever asked at, drawn uniformly; `None`: as in its training.
+    """
     drawn = step_draws(seed, step, rows, pool.latents.shape[1:], len(pool.latents))
     t = diffusion.timesteps(drawn.time)
+    if timesteps is not None:
+        t = torch.tensor(timesteps)[(drawn.time * len(timesteps)).long()].to(t.dtype)
     noisy = diffusion.noisy(pool.latents[drawn.samples], drawn.noise, t)
     return MicroBatch(noisy, t, pool.condition(drawn, dropout, num_classes))
 
