@@ -257,7 +257,7 @@ def test_sampling_with_the_true_prediction_recovers_the_image(kind, steps):
     assert first[0] == (999 if kind == "epsilon" else TRAIN_TIMESTEPS)  # both start at pure noise
     x = process.noisy(x0, noise, first)
     for t in scheduler.timesteps:
-        alpha, sigma = process._alpha_sigma(t.expand(3), x)
+        alpha, sigma = process.alpha_sigma(t.expand(3), x)
         eps = (x - alpha * x0) / sigma
         x = scheduler.step(process.target(x0, eps), t, x).prev_sample
     torch.testing.assert_close(x, x0, rtol=0, atol=1e-4)

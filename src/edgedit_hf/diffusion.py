@@ -99,17 +99,20 @@ class Diffusion:
             return (u * TRAIN_TIMESTEPS).long().clamp(max=TRAIN_TIMESTEPS - 1)
         return torch.sigmoid(torch.special.ndtri(u.double())).float() * TRAIN_TIMESTEPS
 
-    def _alpha_sigma(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (-1,) + (1,) * (like.ndim - 1)
+    def alpha_sigma(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """α and σ of x_t = α x0 + σ ε, each `(B, 1, …)` with as many dimensions as `like`, in its precision (float32
+        at least). t = 0 is clean data (flow), or the least noise there is (DDPM).
+        """
+        shape, dtype = (-1,) + (1,) * (like.ndim - 1), torch.promote_types(like.dtype, torch.float32)
         if self.prediction_type == "epsilon":
-            a = self._alphas_cumprod.to(t.device)[t.long()].view(shape)
+            a = self._alphas_cumprod.to(t.device, dtype)[t.long()].view(shape)
             return a.sqrt(), (1 - a).sqrt()
-        sigma = (t.float() / TRAIN_TIMESTEPS).view(shape)
+        sigma = (t.to(dtype) / TRAIN_TIMESTEPS).view(shape)
         return 1 - sigma, sigma
 
     def noisy(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t."""
-        alpha, sigma = self._alpha_sigma(t, x0)
+        alpha, sigma = self.alpha_sigma(t, x0)
         return alpha * x0 + sigma * noise
 
     def target(self, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -118,8 +121,49 @@ class Diffusion:
 
     def predict_x0(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x0 from the network's (mean) output: (x_t − σ ε)/α, or x_t − σ v."""
-        alpha, sigma = self._alpha_sigma(t, x_t)
+        alpha, sigma = self.alpha_sigma(t, x_t)
         return (x_t - sigma * output) / alpha if self.prediction_type == "epsilon" else x_t - sigma * output
+
+    def noise_level(self, t: torch.Tensor) -> torch.Tensor:
+        """The flow's σ with the signal-to-noise ratio of timestep t, `(B,)` in [0, 1]: σ / (α + σ), whatever the
+        parametrisation.
+        """
+        alpha, sigma = self.alpha_sigma(t, t)
+        return sigma / (alpha + sigma)
+
+    def predict_velocity(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """ε − x0 from the network's (mean) output: what a flow network would predict, whatever the parametrisation.
+
+        Of noise, x0 follows with the weight (α + σ)/α on its error: (α + σ) ε / α − x_t / α.
+        """
+        if self.prediction_type == "flow_prediction":
+            return output
+        alpha, sigma = self.alpha_sigma(t, x_t)
+        return ((alpha + sigma) * output - x_t) / alpha
+
+    def output_for(self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The network's output that means this x0: the inverse of [`predict_x0`] (t above clean data)."""
+        alpha, sigma = self.alpha_sigma(t, x_t)
+        return (x_t - alpha * x0) / sigma if self.prediction_type == "epsilon" else (x_t - x0) / sigma
+
+    def move(
+        self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, to: torch.Tensor | None, noise=None
+    ) -> torch.Tensor:
+        """x at timestep `to` (`None`: clean data) by one deterministic step, Euler's of the flow or DDIM's (Song et
+        al., 2021), which are one formula: α' x0 + σ' ε with what the output says of both.
+
+        Args:
+            output: the network's (mean) output for x_t and t.
+            noise: fresh noise to take in the place of the predicted ε (re-noising).
+        """
+        x0 = self.predict_x0(output, x_t, t)
+        if to is None:
+            return x0
+        if noise is None:
+            alpha, sigma = self.alpha_sigma(t, x_t)
+            noise = output if self.prediction_type == "epsilon" else x_t + alpha * output
+        alpha, sigma = self.alpha_sigma(to, x_t)
+        return alpha * x0 + sigma * noise
 
     def loss(self, output: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Per-sample training loss `(B,)`: mean squared error, plus the variational bound of the learned variance

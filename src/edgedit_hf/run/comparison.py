@@ -13,10 +13,13 @@ FORMAT = 3
 sections.
 """
 
-NO_RESULT = ("num_workers", "log_every", "checkpoint_every")
+NO_RESULT = ("num_workers", "log_every", "checkpoint_every", "continue_from", "enabled")
 """Keys of any section that no result depends on: changing them neither refuses a folder nor makes it anew."""
 
-AFTER_NAN = ("learning_rate", "warmup_steps", "max_grad_norm")
+AFTER_NAN = (
+    *("learning_rate", "warmup_steps", "max_grad_norm"),
+    *("critic_learning_rate", "matching_weight", "real_guidance", "moments_weight"),
+)
 """Keys that may change once a stage was stopped by values that are not finite; it continues from its checkpoint with
 the new ones.
 """

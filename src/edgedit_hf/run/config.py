@@ -28,6 +28,7 @@ from .sections import (
     ElasticConfig,
     EvaluateConfig,
     ExportConfig,
+    FewStepConfig,
     KnowledgeConfig,
     LatencyConfig,
     QuantizeConfig,
@@ -66,6 +67,7 @@ class RunConfig:
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
     knowledge: KnowledgeConfig = field(default_factory=KnowledgeConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    few_step: FewStepConfig = field(default_factory=FewStepConfig)
 
     def section(self, *names: str) -> dict[str, Any]:
         """Plain values of some sections, e.g. for a stage's `run.json`."""

@@ -523,3 +523,104 @@ class QuantizeConfig(OptimisationConfig):
     )
     steps: int = key(1000, "steps of self-distillation; 0: none", minimum=0, maximum=STEPS)
     batch_size: int = key(64, "noisy samples a step, over all processes and accumulation", minimum=1, maximum=BATCH)
+
+
+@dataclass
+class FewStepConfig(OptimisationConfig):
+    """Few-step distillation (training/distill_few_step.py): a net that samples in 1 to 8 steps without guidance, by
+    distribution matching and the knowledge of its own many-step sampling. Of either family.
+    """
+
+    enabled: bool = key(False, "whether a whole run (edgedit train compress) goes through it after the tuning")
+    path: str | None = key(
+        None,
+        "the many-step pipeline to distil (folder or Hub id); null: the run's student-tuned, or else its elastic",
+        path=True,
+    )
+    subnet: str | None = key(
+        None, "of a supernet: distil this sub-network alone; null: all widths in one run, one drawn a step"
+    )
+    sampling_steps: int = key(4, "denoising steps of the few-step student", minimum=1, maximum=8)
+    shift: float = key(3.0, "flow: how far its noise levels are moved towards noise", above=0.0, maximum=100.0)
+    first_signal: float = key(
+        0.04, "epsilon: signal to noise of the first timestep, at least", above=0.0, maximum=100.0
+    )
+    timesteps: list[float] | None = key(
+        None, "its timesteps themselves, falling, on the scale 0 … 1000; null: as shift or first_signal say", items=8
+    )
+    sampler: str = key("ode", "ode (deterministic: Euler, DDIM) or sde (noises anew after every step)", ("ode", "sde"))
+    matching_weight: float = key(
+        0.1, "weight of distribution matching; 0: knowledge alone, without a critic", minimum=0.0, maximum=LARGEST
+    )
+    real_guidance: float | None = key(
+        None,
+        "guidance of the real score; null: none for classes, the pipeline's default for text",
+        minimum=0.0,
+        maximum=1000.0,
+    )
+    decoupled: bool | None = key(
+        None, "match unguided and guide in a term of its own, at cleaner noise; null: where there is guidance"
+    )
+    norm_floor: float = key(0.01, "least normaliser of a matching gradient", above=0.0, maximum=LARGEST)
+    moments_weight: float = key(
+        0.0, "weight of the KL that holds the samples' mean and contrast", minimum=0.0, maximum=LARGEST
+    )
+    knowledge_weight: float = key(1.0, "weight of the teacher's knowledge", minimum=0.0, maximum=LARGEST)
+    knowledge_last: float = key(
+        1.0, "share of that weight that is left at the last step's noise level", minimum=0.0, maximum=1.0
+    )
+    knowledge_steps: int = key(
+        4,
+        "sub-steps of the teacher from the student's own x_t to its next; 1: its velocity there (a few-step teacher)",
+        minimum=1,
+        maximum=TIMESTEPS,
+    )
+    knowledge_guidance: float | None = key(
+        None, "their guidance; null: the teacher's default", minimum=0.0, maximum=1000.0
+    )
+    feature_weight: float = key(
+        0.0, "weight of the distance to the teacher's last-layer tokens at x_t", minimum=0.0, maximum=LARGEST
+    )
+    teacher: str | None = key(
+        None,
+        "whose knowledge: a pipeline of the same family, or for text any flow pipeline on the same latents; null: the "
+        "many-step net itself",
+        path=True,
+    )
+    teacher_lora: str | None = key(None, "LoRA that is put on this teacher first, such as a few-step one", path=True)
+    quantization: str = key(
+        "none", "of the text teacher: none, 8bit or 4bit (bitsandbytes, needs a GPU)", ("none", "8bit", "4bit")
+    )
+    schedule: str = key(
+        "every",
+        "every (the critic learns in every step, the student in each student_every-th) or alternate (one or the other)",
+        ("every", "alternate"),
+    )
+    student_every: int = key(1, "steps from one update of the student to the next", minimum=1, maximum=10**4)
+    critic_learning_rate: float = key(1e-3, "peak learning rate of the critic", minimum=0.0, maximum=LARGEST)
+    critic_merge: float = key(
+        0.0,
+        "after every step the critic keeps this share of itself, the rest comes of the student (.999); 0: all itself",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    backbone: str = key(
+        "adapters",
+        "adapters (student and critic are LoRA adapters of one frozen net) or full (a net each)",
+        ("adapters", "full"),
+    )
+    rank: int = key(64, "rank of the adapters", minimum=1, maximum=WIDTH)
+    alpha: float = key(128.0, "alpha of the adapters", above=0.0, maximum=LARGEST)
+    evaluate_every: int = key(100, "steps between Fréchet distances of few-step samples", minimum=1, maximum=STEPS)
+    samples: int = key(1000, "images of each; the best is what is published", minimum=16, maximum=IMAGES)
+    mean_drift: float = key(
+        0.15, "a drift of the samples' mean by more than so many standard deviations stops the run",
+        minimum=0.01,
+        maximum=LARGEST,
+    )
+    std_drift: float = key(
+        0.15, "a standard deviation off by more than this share stops the run", minimum=0.01, maximum=LARGEST
+    )
+    continue_from: str = key(
+        "last", "which checkpoint an interrupted or stopped run continues from: last, or best", ("last", "best")
+    )

@@ -43,7 +43,7 @@ class Stage:
         inputs: what else they depend on.
         more: further folders that it writes as its own, each on its own.
         brought: the key that names results of this kind, which are then used in the place of its own.
-        unless: the key that makes it needless.
+        unless: the key that makes it needless. only: the key that asks for it.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Stage:
     more: tuple[str, ...] = ()
     brought: str = ""
     unless: str = ""
+    only: str = ""
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -81,7 +82,8 @@ class Stage:
 
     def needed(self, config: RunConfig) -> bool:
         """Whether a run of this recipe goes through it."""
-        return not self.unless or operator.attrgetter(self.unless)(config) is None
+        asked = not self.only or bool(operator.attrgetter(self.only)(config))
+        return asked and (not self.unless or operator.attrgetter(self.unless)(config) is None)
 
     def place(self, config: RunConfig, folder: str | None = None) -> Path:
         """Where its results are, or those that the recipe brings along."""
@@ -161,6 +163,15 @@ TUNE = Stage(
     sections=("seed", "data", "tune"),
     inputs=(Input("student", "student"), Input("bank", "bank/index.json"), THE_TEACHER, IMAGES),
     more=("student-random-proxies", "teacher-more-steps"),
+)
+FEW_STEP = Stage(
+    "few-step",
+    "distill_few_step.py",
+    "few-step",
+    "distil the net to a few steps without guidance",
+    sections=("seed", "data", "few_step", "evaluate.extractor", "evaluate.extractor_steps"),
+    inputs=(Input("pipeline"), IMAGES, EXTRACTOR, Input("knowledge"), Input("text")),
+    only="few_step.enabled",
 )
 EXPORT = Stage(
     "export",
@@ -254,7 +265,7 @@ EVALUATE_ELASTIC = Stage(
     inputs=(Input("elastic", "elastic/stage.json"), Input("weights", "elastic"), IMAGES, EXTRACTOR),
 )
 
-EDGEDIT = (TEACHER, BANK, LATENCY, SEARCH, STUDENT, TUNE, EXPORT, EVALUATE)
+EDGEDIT = (TEACHER, BANK, LATENCY, SEARCH, STUDENT, TUNE, FEW_STEP, EXPORT, EVALUATE)
 TEXT_TO_IMAGE = (TEXT, ELASTIC, EVALUATE_ELASTIC)
 OPTIONAL = (QUANTIZE, SELF_DISTIL, SENSITIVITY)
 """Stages that no driver runs: each is started on its own."""

@@ -1,0 +1,147 @@
+"""Student, critic and real score of distribution matching as one module, and what each of them takes of memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import active_adapter, adapter_parameters, add_adapters, fuse_adapter
+
+STUDENT, CRITIC, REAL = "student", "critic", "real"
+
+Condition = Mapping[str, Any]
+"""Keyword arguments of a transformer's forward: tensors `(B, …)`, lists of them, or `None`."""
+
+
+class Networks(nn.Module):
+    """The networks of few-step distillation. One module, so that DDP and FSDP2 wrap one.
+
+    Args:
+        model: the many-step net. It becomes the base of the adapters, or the student.
+        shared: student and critic are LoRA adapters of the one frozen net, which is the real score itself; else they
+            are full nets beside a frozen copy.
+        critic: whether there is one.
+        rank, alpha, seed: of the adapters.
+    """
+
+    def __init__(
+        self, model: nn.Module, shared: bool, critic: bool, rank: int = 64, alpha: float = 128.0, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.shared, self.roles = shared, (STUDENT, CRITIC) if critic else (STUDENT,)
+        self.config: Any = model.config
+        if shared:
+            add_adapters(model, self.roles, rank, alpha, seed)
+            self.base = model
+            return
+        frozen = copy.deepcopy(model).requires_grad_(False)
+        self.nets = nn.ModuleDict({REAL: frozen, STUDENT: model.requires_grad_(True)})
+        if critic:
+            self.nets[CRITIC] = copy.deepcopy(model)
+
+    @property
+    def elastic(self) -> bool:
+        """Whether it is the text-to-image family."""
+        return "subnets" in self.config
+
+    def net(self, role: str) -> Any:
+        """The model that a role runs; of shared ones with its adapter active ([`active_adapter`])."""
+        return self.base if self.shared else self.nets[role]
+
+    def trained(self, role: str) -> list[tuple[str, nn.Parameter]]:
+        """Names, as in `named_parameters`, and parameters of a role that learns."""
+        if self.shared:
+            return [(f"base.{name}", parameter) for name, parameter in adapter_parameters(self.base, role)]
+        return [(f"nets.{role}.{name}", parameter) for name, parameter in self.nets[role].named_parameters()]
+
+    def finished(self) -> Any:
+        """The student as a model of its own, without a trace of adapters."""
+        return fuse_adapter(self.base, STUDENT) if self.shared else self.nets[STUDENT]
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Of every net that learns."""
+        for role in self.roles:
+            self.net(role).enable_gradient_checkpointing()
+
+    def forward(
+        self,
+        role: str,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        null: Condition | None = None,
+        guidance_scale: float = 1.0,
+        guided_channels: int | None = None,
+        features: bool = False,
+        subnet: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What a role's net predicts, ε or the velocity, guided above 1: `(B, C, H, W)`, and the last layer's tokens
+        `(B, N, D)` of the conditional rows where they are asked for.
+        """
+        guided = null is not None and guidance_scale > 1
+        count = len(x_t)
+        if guided:
+            x_t, t, condition = torch.cat([x_t, x_t]), torch.cat([t, t]), joined(condition, null)
+        model = self.net(role)
+        asked = {} if subnet is None else {"subnet": subnet}
+        tokens: list[torch.Tensor] = []
+        if features and self.elastic:
+            asked["return_features"] = True
+        hook = None
+        if features and not self.elastic:
+            hook = model.blocks[-1].register_forward_hook(lambda module, inputs, output: tokens.append(output))
+        try:
+            if self.shared:
+                with active_adapter(model, None if role == REAL else role):
+                    output = model(x_t, t, **condition, **asked)
+            else:
+                output = model(x_t, t, **condition, **asked)
+        finally:
+            if hook is not None:
+                hook.remove()
+        prediction = output.sample[:, : x_t.shape[1]].float()
+        kept = None if not features else (output.features if self.elastic else tokens[0])[:count]
+        if guided:
+            prediction = guide(*prediction.chunk(2), guidance_scale, guided_channels)
+        return prediction, kept
+
+    def memory(self, ema: bool = True) -> dict[str, int]:
+        """Bytes of weights and of what the optimiser and the moving average keep, by part, AdamW and all in float32."""
+        size = {role: 4 * sum(p.numel() for _, p in self.trained(role)) for role in self.roles}
+        whole = 4 * sum(p.numel() for p in self.parameters())
+        parts = {"frozen weights": whole - sum(size.values())}
+        for role in self.roles:
+            parts |= {f"{role}: weights": size[role], f"{role}: optimiser": 2 * size[role]}
+        return parts | ({"student: moving average": size[STUDENT]} if ema else {})
+
+
+def separate_bytes(weights: int, critic: bool = True) -> int:
+    """Bytes that a student, a critic and a real score of so many weights take as float32 nets of their own, with two
+    AdamW states and the student's moving average.
+    """
+    return 4 * weights * (3 + 4 + 1 if critic else 2 + 2 + 1)
+
+
+def guide(
+    conditional: torch.Tensor, unconditional: torch.Tensor, scale: float, channels: int | None = None
+) -> torch.Tensor:
+    """u + w (c − u), of the first so many channels (default all); the others stay conditional."""
+    prediction = unconditional + scale * (conditional - unconditional)
+    if channels is None:
+        return prediction
+    return torch.cat([prediction[:, :channels], conditional[:, channels:]], dim=1)
+
+
+def joined(first: Condition, second: Condition) -> dict[str, Any]:
+    """Both conditions, one below the other."""
+
+    def cat(a: Any, b: Any) -> Any:
+        if a is None:
+            return None
+        return [cat(one, other) for one, other in zip(a, b)] if isinstance(a, list) else torch.cat([a, b])
+
+    return {name: cat(value, second[name]) for name, value in first.items()}
