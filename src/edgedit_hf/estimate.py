@@ -18,15 +18,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from .data.loading import load_run_images
 from .distill.memory_plan import PROCESS_BYTES, MemoryModel, pairs_of, plan_bank, prefix_cost, wanted_proxies
 from .distill.teacher import new_teacher, read_genotype, search_space_of
+from .elastic.cost import here as elastic_machine
 from .errors import EdgeDiTError
+from .few_step.cost import few_step_estimate, net_to_distil, print_memory
 from .genotype import LayerSpec
 from .models.transformer_edgedit import EdgeDiTTransformer2DModel
+from .models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from .pipelines.loading import meta_vae
 from .run.config import RunConfig
 from .run.cost import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, print_table
 from .run.sections import OptimisationConfig
 from .run.stage import EDGEDIT
-from .search_space import BYTES, OPTIONS, Cost, SearchSpace, layer_cost, model_cost, trunk_cost
+from .search_space import BYTES, OPTIONS, Cost, SearchSpace, elastic_cost, layer_cost, model_cost, trunk_cost
 
 LIBRARIES = 0.15e9  # what botorch and ONNX Runtime add to a process
 TABLE_ROUND_NETWORKS = 12  # networks timed in a round of the latency table, as FLOPs of as many teachers
@@ -439,3 +442,16 @@ def print_estimate(config: RunConfig) -> None:
     local = here(config, work.model)
     machines = (local, gpus(1, local), gpus(8, local))
     print_table(machines, [_Estimator(config, work, machine).all() for machine in machines], work.assumed)
+
+
+def print_few_step_estimate(config: RunConfig) -> None:
+    """Print the estimate of stage few-step: here, on one GPU and on eight."""
+    model = net_to_distil(config)
+    elastic = isinstance(model, ElasticDiTTransformer2DModel)
+    values = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    flops = elastic_cost(values).flops if elastic else model_cost(model.config).flops
+    local = elastic_machine(values, config.threads) if elastic else here(config, dict(model.config))
+    machines = (local, gpus(1, local), gpus(8, local))
+    rows = [[few_step_estimate(config, machine, net_to_distil(config), flops, True)] for machine in machines]
+    print_table(machines, rows, ["activations, the autoencoder and the real images are not counted"])
+    print_memory(config)

@@ -12,8 +12,18 @@ from typing import Any
 
 import torch
 
-from ..diffusion import Diffusion
-from .losses import chord, on_flow
+from ..data.captions import CaptionedDataset
+from ..data.text_table import TextTable, text_table
+from ..diffusion import TRAIN_TIMESTEPS, Diffusion
+from ..elastic.flow_teacher import FlowTeacher, check_latents, check_quantization, teacher_family
+from ..elastic.knowledge_loss import FeatureProjector, feature_distance, grid_of
+from ..errors import EdgeDiTError
+from ..files import weights_hash
+from ..pipelines.loading import load_pipeline
+from ..run.config import RunConfig
+from .losses import chord, knowledge_loss, on_flow
+from .networks import REAL, predict
+from .source import Conditions, Piece, Source
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """`(x_t, t (B,)) → output`."""
@@ -55,3 +65,208 @@ def chord_velocity(
 
 def _rows(t: float, like: torch.Tensor) -> torch.Tensor:
     return torch.full((len(like),), int(t) if t == int(t) else t, device=like.device)
+
+
+# -------------------------------------------------------------------- whose
+
+
+class Knowledge:
+    """Where the student's x_t leads, by a teacher; see [`chord_velocity`].
+
+    Args:
+        call: `(x_t, t, piece, features) → (output, tokens or None)` of the teacher, guided.
+        diffusion: its process. steps: sub-steps to the student's next timestep.
+        feature_weight: of the distance of the last layers' tokens. projector: φ, from the student's tokens to the
+            teacher's; `None`: they are of one net.
+        patch_size: of the student's tokens. fingerprint: of a teacher that was given.
+    """
+
+    def __init__(
+        self,
+        call: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+        diffusion: Diffusion,
+        steps: int,
+        feature_weight: float = 0.0,
+        projector: FeatureProjector | None = None,
+        patch_size: int = 1,
+        fingerprint: str | None = None,
+    ) -> None:
+        self.call, self.diffusion, self.steps = call, diffusion, steps
+        self.feature_weight, self.projector, self.patch_size = feature_weight, projector, patch_size
+        self.fingerprint = fingerprint
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What is trained beside the student: φ."""
+        return list(self.projector.parameters()) if self.projector is not None else []
+
+    def loss(
+        self,
+        velocity: torch.Tensor,
+        tokens: torch.Tensor | None,
+        piece: Piece,
+        x_t: torch.Tensor,
+        t: float,
+        to: float | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss `(B,)` of the student's velocity (and last tokens) at x_t, and the distances to look at."""
+
+        def output_of(x: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+            return self.call(x, now, piece, False)[0]
+
+        target = chord_velocity(output_of, self.diffusion, x_t, t, to, self.steps)
+        loss = knowledge_loss(velocity, target)
+        distances = {"knowledge": loss.detach().mean()}
+        if tokens is None:
+            return loss, distances
+        with torch.no_grad():
+            found = self.call(x_t, _rows(t, x_t), piece, True)[1]
+        assert found is not None, "tokens were asked for"
+        theirs = found.to(x_t.device)
+        if self.projector is not None:
+            height, width = x_t.shape[-2:]
+            grid = (height // self.patch_size, width // self.patch_size)
+            tokens = self.projector(tokens, grid, grid_of(theirs.shape[1], height, width))
+        distance = feature_distance(tokens, theirs)
+        return loss + self.feature_weight * distance, {**distances, "features": distance.detach().mean()}
+
+
+def own_knowledge(config: RunConfig, source: Source, networks: Any) -> Knowledge:
+    """That of the many-step net itself, at full width and guided as its pipeline is."""
+    options, full = config.few_step, source.widths[-1]
+
+    def call(x: torch.Tensor, t: torch.Tensor, piece: Piece, features: bool):
+        asked = {"features": features, "subnet": full, "guided_channels": source.guided_channels}
+        return networks(REAL, x, t, piece.condition, piece.null, guidance_scale=source.knowledge_guidance, **asked)
+
+    _check_features(config, source)
+    return Knowledge(call, source.diffusion, options.knowledge_steps, options.feature_weight)
+
+
+def given_knowledge(
+    config: RunConfig, accelerator: Any, source: Source, conditions: Conditions
+) -> Knowledge | None:
+    """That of the teacher `few_step.teacher`; `None`: none is given.
+
+    Raises:
+        EdgeDiTError: it cannot be used beside this student.
+    """
+    options = config.few_step
+    if options.teacher is None:
+        if options.teacher_lora is not None:
+            raise EdgeDiTError(
+                f"few_step.teacher_lora is {options.teacher_lora}, but few_step.teacher is null: give the pipeline that "
+                "it belongs to."
+            )
+        return None
+    build = _text_teacher if source.elastic else _class_teacher
+    return build(config, accelerator, source, conditions)
+
+
+def _class_teacher(config: RunConfig, accelerator: Any, source: Source, conditions: Conditions) -> Knowledge:
+    options, student = config.few_step, source.pipeline.transformer.config
+    pipeline = load_pipeline(str(options.teacher))
+    theirs = pipeline.transformer.config
+    for name in ("prediction_type", "in_channels", "num_classes", "sample_size"):
+        if theirs[name] != student[name]:
+            raise EdgeDiTError(
+                f"few_step.teacher {options.teacher} has {name} {theirs[name]!r}, the net that is distilled "
+                f"{student[name]!r}; they must agree."
+            )
+    if (pipeline.vae is None) != (source.pipeline.vae is None):
+        raise EdgeDiTError(
+            f"few_step.teacher {options.teacher} works on {'pixels' if pipeline.vae is None else 'latents'}, the net "
+            "that is distilled does not; they must agree."
+        )
+    if options.teacher_lora is not None:
+        raise EdgeDiTError(
+            f"few_step.teacher_lora {options.teacher_lora} is for teachers of text to image; fuse it into this one first: "
+            "edgedit convert TEACHER OUT --teacher-lora ADAPTER."
+        )
+    model = pipeline.transformer.to(accelerator.device).eval().requires_grad_(False)
+    few = bool(pipeline.config.get("few_step_timesteps"))
+    given = options.knowledge_guidance
+    guidance = given if given is not None else float(pipeline.config.default_guidance_scale)
+
+    def call(x: torch.Tensor, t: torch.Tensor, piece: Piece, features: bool):
+        return predict(
+            model, x, t, piece.condition, piece.null, guidance, pipeline.config.guidance_channels, features
+        )
+
+    projector = _projector(config, student.hidden_size, theirs.hidden_size) if options.feature_weight else None
+    return Knowledge(
+        call,
+        source.diffusion,
+        1 if few else options.knowledge_steps,
+        options.feature_weight,
+        None if projector is None else projector.to(accelerator.device),
+        student.patch_size,
+        weights_hash(model.state_dict()),
+    )
+
+
+def _text_teacher(config: RunConfig, accelerator: Any, source: Source, conditions: Conditions) -> Knowledge:
+    options, model = config.few_step, source.pipeline.transformer
+    dataset: CaptionedDataset = conditions.dataset
+    check_quantization(options.quantization)
+    teacher_family(str(options.teacher))
+    check_latents(str(options.teacher), source.pipeline.vae, model.config.in_channels)
+    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+    guidance = options.knowledge_guidance
+    teacher = FlowTeacher.load(
+        str(options.teacher),
+        options.quantization,
+        accelerator.device,
+        dtype,
+        source.knowledge_guidance if guidance is None else guidance,
+    )
+    if options.teacher_lora is not None:
+        _put_on(teacher.pipeline, options.teacher_lora)
+    folder = config.folder("knowledge", f"text-{teacher.text_fingerprint}")
+    if accelerator.is_main_process:
+        text_table(teacher, dataset.captions, folder)
+    accelerator.wait_for_everyone()
+    teacher.free_text_encoders()
+    teacher.check_shapes(dataset.shapes)
+    texts = TextTable(folder, dataset.captions)
+
+    def call(x: torch.Tensor, t: torch.Tensor, piece: Piece, features: bool):
+        output = teacher.velocity(x, t.float() / TRAIN_TIMESTEPS, texts.batch(piece.images.cpu()))
+        return output, teacher.features if features else None
+
+    _check_features(config, source)
+    projector = _projector(config, model.hidden_size, teacher.feature_dim) if options.feature_weight else None
+    return Knowledge(
+        call,
+        source.diffusion,
+        options.knowledge_steps,
+        options.feature_weight,
+        None if projector is None else projector.to(accelerator.device),
+        model.config.patch_size,
+        teacher.fingerprint,
+    )
+
+
+def _check_features(config: RunConfig, source: Source) -> None:
+    if config.few_step.feature_weight and len(source.widths) > 1:
+        raise EdgeDiTError(
+            f"few_step.feature_weight is {config.few_step.feature_weight:g}, but the {len(source.widths)} widths of the "
+            "net have tokens of different sizes; set it to 0, or distil one width (few_step.subnet)."
+        )
+
+
+def _projector(config: RunConfig, student_dim: int, teacher_dim: int) -> FeatureProjector:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return FeatureProjector(student_dim, teacher_dim)
+
+
+def _put_on(pipeline: Any, path: str) -> None:
+    """Put a LoRA on a teacher's transformer, for good."""
+    try:
+        pipeline.load_lora_weights(path)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    except Exception as error:  # diffusers, peft and huggingface_hub each have their own
+        raise EdgeDiTError(
+            f"few_step.teacher_lora {path} cannot be put on {type(pipeline).__name__}: {' '.join(str(error).split())}"
+        ) from error

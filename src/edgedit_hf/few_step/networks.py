@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Networks(nn.Module):
     ) -> None:
         super().__init__()
         self.shared, self.roles = shared, (STUDENT, CRITIC) if critic else (STUDENT,)
-        self.config: Any = model.config
+        self._made_with = {"shared": shared, "critic": critic, "rank": rank, "alpha": alpha, "seed": seed}
         if shared:
             add_adapters(model, self.roles, rank, alpha, seed)
             self.base = model
@@ -42,11 +43,6 @@ class Networks(nn.Module):
         self.nets = nn.ModuleDict({REAL: frozen, STUDENT: model.requires_grad_(True)})
         if critic:
             self.nets[CRITIC] = copy.deepcopy(model)
-
-    @property
-    def elastic(self) -> bool:
-        """Whether it is the text-to-image family."""
-        return "subnets" in self.config
 
     def net(self, role: str) -> Any:
         """The model that a role runs; of shared ones with its adapter active ([`active_adapter`])."""
@@ -61,6 +57,11 @@ class Networks(nn.Module):
     def finished(self) -> Any:
         """The student as a model of its own, without a trace of adapters."""
         return fuse_adapter(self.base, STUDENT) if self.shared else self.nets[STUDENT]
+
+    def twin(self) -> Networks:
+        """Networks of the same kind, untrained."""
+        model = self.base if self.shared else self.nets[REAL]
+        return Networks(type(model).from_config(model.config), **self._made_with)
 
     def enable_gradient_checkpointing(self) -> None:
         """Of every net that learns."""
@@ -79,44 +80,19 @@ class Networks(nn.Module):
         features: bool = False,
         subnet: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What a role's net predicts, ε or the velocity, guided above 1: `(B, C, H, W)`, and the last layer's tokens
-        `(B, N, D)` of the conditional rows where they are asked for.
-        """
-        guided = null is not None and guidance_scale > 1
-        count = len(x_t)
-        if guided:
-            x_t, t, condition = torch.cat([x_t, x_t]), torch.cat([t, t]), joined(condition, null)
+        """[`predict`] of a role's net."""
         model = self.net(role)
-        asked = {} if subnet is None else {"subnet": subnet}
-        tokens: list[torch.Tensor] = []
-        if features and self.elastic:
-            asked["return_features"] = True
-        hook = None
-        if features and not self.elastic:
-            hook = model.blocks[-1].register_forward_hook(lambda module, inputs, output: tokens.append(output))
-        try:
-            if self.shared:
-                with active_adapter(model, None if role == REAL else role):
-                    output = model(x_t, t, **condition, **asked)
-            else:
-                output = model(x_t, t, **condition, **asked)
-        finally:
-            if hook is not None:
-                hook.remove()
-        prediction = output.sample[:, : x_t.shape[1]].float()
-        kept = None if not features else (output.features if self.elastic else tokens[0])[:count]
-        if guided:
-            prediction = guide(*prediction.chunk(2), guidance_scale, guided_channels)
-        return prediction, kept
+        with active_adapter(model, None if role == REAL else role) if self.shared else nullcontext():
+            return predict(model, x_t, t, condition, null, guidance_scale, guided_channels, features, subnet)
 
-    def memory(self, ema: bool = True) -> dict[str, int]:
-        """Bytes of weights and of what the optimiser and the moving average keep, by part, AdamW and all in float32."""
+    def memory(self) -> dict[str, int]:
+        """Bytes of weights and of what AdamW and the moving average keep, by part, all in float32."""
         size = {role: 4 * sum(p.numel() for _, p in self.trained(role)) for role in self.roles}
         whole = 4 * sum(p.numel() for p in self.parameters())
         parts = {"frozen weights": whole - sum(size.values())}
         for role in self.roles:
             parts |= {f"{role}: weights": size[role], f"{role}: optimiser": 2 * size[role]}
-        return parts | ({"student: moving average": size[STUDENT]} if ema else {})
+        return parts | {"student: moving average": size[STUDENT]}
 
 
 def separate_bytes(weights: int, critic: bool = True) -> int:
@@ -145,3 +121,49 @@ def joined(first: Condition, second: Condition) -> dict[str, Any]:
         return [cat(one, other) for one, other in zip(a, b)] if isinstance(a, list) else torch.cat([a, b])
 
     return {name: cat(value, second[name]) for name, value in first.items()}
+
+
+def predict(
+    model: Any,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    condition: Condition,
+    null: Condition | None = None,
+    guidance_scale: float = 1.0,
+    guided_channels: int | None = None,
+    features: bool = False,
+    subnet: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a net of either family predicts, ε or the velocity, guided above 1: `(B, C, H, W)` float32, and the last
+    layer's tokens `(B, N, D)` of the conditional rows where they are asked for.
+
+    Args:
+        null: the condition of no class or text. guided_channels: as of [`guide`].
+    """
+    guided, count = null is not None and guidance_scale > 1, len(x_t)
+    if guided:
+        x_t, t, condition = torch.cat([x_t, x_t]), torch.cat([t, t]), joined(condition, null)
+    elastic, tokens = is_elastic(model), []
+    asked: dict[str, Any] = {} if subnet is None else {"subnet": subnet}
+    if features and elastic:
+        asked["return_features"] = True
+    keep = (
+        model.blocks[-1].register_forward_hook(lambda module, inputs, output: tokens.append(output))
+        if features and not elastic
+        else None
+    )
+    try:
+        output = model(x_t, t, **condition, **asked)
+    finally:
+        if keep is not None:
+            keep.remove()
+    prediction = output.sample[:, : x_t.shape[1]].float()
+    kept = (output.features if elastic else tokens[0])[:count] if features else None
+    if guided:
+        prediction = guide(*prediction.chunk(2), guidance_scale, guided_channels)
+    return prediction, kept
+
+
+def is_elastic(model: Any) -> bool:
+    """Whether a transformer is the text-to-image family's."""
+    return "subnets" in model.config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,9 +22,14 @@ from ..files import (
 from ..models.checkpoints import check_size, load_original
 from ..models.stored_weights import locate, only_variant, pipeline_variant, weight_files
 from ..records import PipelineIndex, SchedulerConfig
+from ..run.config import RunConfig
+from ..run.stage import ELASTIC, TUNE
 from ..schema import read_record
 from .pipeline_edgedit import EdgeDiTPipeline
 from .usable import check_scheduler, check_usable
+
+KINDS = ("EdgeDiTPipeline", "ElasticDiTPipeline")
+"""Our pipelines, by class name."""
 
 VAES = ("AutoencoderKL", "AutoencoderTiny")
 
@@ -187,6 +193,28 @@ def load_pipeline(
         raise EdgeDiTError(f"{source} holds a {type(pipeline).__name__}; an {' or '.join(kinds)} is needed{remedy}.")
     check_usable(pipeline, source)
     return pipeline
+
+
+def source_path(config: RunConfig, key: str, verb: str) -> str | Path:
+    """What a stage of either family starts from: the pipeline that its key names, or the run's tuned student or
+    supernet.
+
+    Args:
+        key: such as "quantize.path". verb: what is done with it, for the message.
+
+    Raises:
+        EdgeDiTError: there is none.
+    """
+    given = operator.attrgetter(key)(config)
+    if given is not None:
+        return given
+    for stage in (TUNE, ELASTIC):
+        if config.folder(stage.folder).exists():
+            return config.folder(stage.folder)
+    raise EdgeDiTError(
+        f"There is nothing to {verb}: {config.output_dir} has neither {TUNE.folder} nor {ELASTIC.folder}, and {key} is "
+        "null; set it."
+    )
 
 
 def _check_transformer(folder: Path) -> None:

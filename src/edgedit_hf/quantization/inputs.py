@@ -16,14 +16,12 @@ from ..data.loading import load_run_captions
 from ..data.text_table import TextTable, text_table
 from ..errors import EdgeDiTError
 from ..models.stored_weights import check_weights
-from ..pipelines.loading import load_pipeline
+from ..pipelines.loading import KINDS, load_pipeline, source_path
 from ..run.config import RunConfig
-from ..run.stage import ELASTIC, TUNE
 from .allocation import candidate_specs
 from .calibration import CHECK_STREAM, output_error, record, replay
 from .layers import quantizable_layers, quantized_weights
 
-KINDS = ("EdgeDiTPipeline", "ElasticDiTPipeline")
 
 
 def load_source(config: RunConfig) -> Any:
@@ -33,14 +31,7 @@ def load_source(config: RunConfig) -> Any:
         EdgeDiTError: there is none, it is quantised already, or it has no such sub-network.
     """
     options = config.quantize
-    path = options.path or next(
-        (folder for stage in (TUNE, ELASTIC) if (folder := config.folder(stage.folder)).exists()), None
-    )
-    if path is None:
-        raise EdgeDiTError(
-            f"There is nothing to quantise: {config.output_dir} has neither {TUNE.folder} nor {ELASTIC.folder}, and "
-            "quantize.path is null; set it."
-        )
+    path = source_path(config, "quantize.path", "quantise")
     pipeline = load_pipeline(path, kind=KINDS)
     packed = quantized_weights(pipeline.transformer)
     if packed:

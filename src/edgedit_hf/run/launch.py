@@ -32,6 +32,7 @@ def recipe_main(
     *,
     dry_run: Callable[[RunConfig], None],
     check: Callable[..., list[str]] | None = None,
+    reports: Mapping[str, tuple[str, Callable[[RunConfig], None]]] = MappingProxyType({}),
 ) -> None:
     """Command line of a recipe: `--config FILE [--override section.key=value …] [--dry-run]`.
 
@@ -43,6 +44,7 @@ def recipe_main(
         dry_run: prints what the run will cost.
         check: [`preflight.preflight`] of the recipe's stages: raises what would stop them later, returns what it could
             not check.
+        reports: options that print something of a run and stop: what each says of itself, and what prints.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="recipe, e.g. training/recipes/digits.yaml")
@@ -52,6 +54,8 @@ def recipe_main(
     parser.add_argument("--dry-run", action="store_true", help="print time, memory and disk a stage, and stop")
     for flag, key in flags.items():
         parser.add_argument(flag, dest=key, metavar="VALUE", help=f"the same as --override {key}=VALUE")
+    for flag, (about, _) in reports.items():
+        parser.add_argument(flag, dest=flag, action="store_true", help=f"{about}, and stop")
 
     def work() -> None:
         arguments = parser.parse_args()
@@ -64,6 +68,10 @@ def recipe_main(
             for note in unused(config):
                 entry.tell(f"note: {note}")
         check_run_folder(config)
+        if asked := [report for flag, (_, report) in reports.items() if vars(arguments)[flag]]:
+            for report in asked:
+                report(config)
+            return
         if arguments.dry_run:
             notes = [] if check is None else check(config, dry_run=True)
             dry_run(config)
@@ -116,6 +124,9 @@ def check_run_folder(config: RunConfig) -> None:
         "text.encoder_2",
         "knowledge.teacher",
         "quantize.path",
+        "few_step.path",
+        "few_step.teacher",
+        "few_step.teacher_lora",
     )
     given = [operator.attrgetter(key)(config) for key in (*keys, "quantize.prompts")]
     output, inputs = Path(os.path.realpath(config.output_dir)), []

@@ -111,6 +111,13 @@ def on_main(work: Callable[[], Any], accelerator: Accelerator | None) -> None:
         raise said[0] if cause is None else cause
 
 
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
 SHARED = {"extractor", "reference.json"}  # of the stage `evaluate`, whose folder the search uses before it
 
 
@@ -176,6 +183,8 @@ class RunState:
         self._counts: dict[str, int] = {}
         self._shown: dict[str, float] = {}
         self._stop = 0
+        self._better = False
+        self._said = ""
         self._started = time.monotonic()
         self._asked = {
             "stage": self.name,
@@ -299,14 +308,17 @@ class RunState:
 
     # ---------------------------------------------------------------- resume
 
-    def track(self, **objects: Any) -> int:
+    def track(self, from_best: bool = False, **objects: Any) -> int:
         """Objects with `state_dict()` and `load_state_dict()` whose state makes up a checkpoint; loads the newest one.
+
+        Args:
+            from_best: load that of [`keep_best`] in its place, where there is one; the steps after it are done anew.
 
         Returns:
             the step to continue at (0 at first).
         """
         self._tracked = objects
-        newest = self._newest_checkpoint()
+        newest = (self._newest_checkpoint("best") if from_best else None) or self._newest_checkpoint()
         if newest is not None:
             state = load_state(newest, self._state_name())
             held_to(state, Checkpoint, newest / f"{self._state_name()}.json", f"stage {self.name}", "a checkpoint")
@@ -341,6 +353,11 @@ class RunState:
                 ) from error
             self.step = state["step"]
             self.seconds_before = state["seconds"]
+            if from_best and self.is_main:
+                for later in (self.folder / "checkpoints").glob("step-*"):
+                    if int(later.name[5:]) > self.step:
+                        shutil.rmtree(later)
+            self.barrier()
         if self.is_main:
             self._cut_telemetry()
             if self._changed:
@@ -356,9 +373,27 @@ class RunState:
     def _state_name(self) -> str:
         return f"state-rank{self.rank}" if self.sharded else "state"
 
-    def _newest_checkpoint(self) -> Path | None:
-        found = sorted((self.folder / "checkpoints").glob("step-*"))
+    def _newest_checkpoint(self, kind: str = "step") -> Path | None:
+        found = sorted((self.folder / "checkpoints").glob(f"{kind}-*"))
         return found[-1] if found else None
+
+    def keep_best(self) -> None:
+        """Write a checkpoint after this step, and keep it as the best one until a better one is (see [`track`])."""
+        self._better = True
+
+    def _link_best(self) -> None:
+        root = self.folder / "checkpoints"
+        aside, final = root / f".tmp-best-{self.step:09d}", root / f"best-{self.step:09d}"
+        if self.is_main and not final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(root / f"step-{self.step:09d}", aside, copy_function=_link)  # one copy on the disk
+            sync_tree(aside)
+            os.rename(aside, final)
+            fsync_path(root)
+            for old in root.glob("best-*"):
+                if old != final:
+                    shutil.rmtree(old, ignore_errors=True)
+        self.barrier()
 
     def _cut_telemetry(self) -> None:
         # Lines of steps that will be done again would stand twice.
@@ -396,7 +431,7 @@ class RunState:
                 }
                 bad = first_non_finite(state["objects"])
             if self._any(bad is not None):
-                raise self._not_finite(
+                raise self.abort(
                     f"{bad or 'the state of another process'} holds NaN or infinite values after {self.unit} "
                     f"{self.step}"
                 )
@@ -450,9 +485,12 @@ class RunState:
                 if self.step % self.log_every == 0 or last:
                     self._flush(bar)
                 stop = self._stopped_by()
-                if self.step % self.checkpoint_every == 0 or last or stop:
+                if self.step % self.checkpoint_every == 0 or last or stop or self._better:
                     self._flush(bar)  # a checkpoint never holds weights whose loss was not looked at
                     self.checkpoint()
+                if self._better:
+                    self._link_best()
+                    self._better = False
                 if stop:
                     self._lock.release()
                     raise Interrupted(
@@ -507,26 +545,40 @@ class RunState:
         bad = next(((name, value) for name, value in means.items() if not math.isfinite(value)), None)
         if self._any(bad is not None):
             name, value = bad or ("a loss of another process", "not finite")
-            raise self._not_finite(f"{name} is {value} at {self.unit} {self.step}")
+            raise self.abort(f"{name} is {value} at {self.unit} {self.step}")
         if not means:
             return
         self._shown.update(means)
-        bar.set_postfix({name: f"{value:.4g}" for name, value in self._shown.items()}, refresh=False)
-        self.write_telemetry(means)
+        figures = {name: f"{value:.4g}" for name, value in self._shown.items()}
+        bar.set_postfix(figures | ({"note": self._said} if self._said else {}), refresh=False)
+        self.write_telemetry({**means, **({"note": self._said} if self._said else {})})
 
-    def _not_finite(self, what: str) -> EdgeDiTError:
+    @property
+    def shown(self) -> Mapping[str, float]:
+        """The figures in the progress line: means over the last interval that each was logged in."""
+        return self._shown
+
+    def remark(self, words: str) -> None:
+        """Words that stand in the progress line and the telemetry from now on; empty: none."""
+        self._said = words
+
+    def abort(
+        self, what: str, remedy: str = "Lower the learning rate, lengthen the warm-up, or look at the data"
+    ) -> EdgeDiTError:
         """Note in `run.json` that the stage was stopped, so that the keys of `AFTER_NAN` may change; returns what to
         raise.
         """
         newest = self._newest_checkpoint()
         kept = f"the checkpoint {newest.name} before it is kept" if newest else "no checkpoint was written yet"
+        here = {name for section in self._asked["config"].values() if isinstance(section, dict) for name in section}
+        changeable = [name for name in AFTER_NAN if name in here]
         if self.is_main:
             self._record = {**self._record, "aborted": {"step": self.step, "why": what}}
             atomic_write_json(self.folder / "run.json", self._record)
             self._lock.release()
         return EdgeDiTError(
-            f"{self.name}: {what}; {kept}. Lower the learning rate, lengthen the warm-up, or look at the data; then "
-            f"run again: {', '.join(AFTER_NAN)} may now change, and it continues "
+            f"{self.name}: {what}; {kept}. {remedy}; then run again: {', '.join(changeable)} may now change, and it "
+            f"continues "
             f"{'from there' if newest else 'at the start'}."
         )
 

@@ -1,0 +1,85 @@
+"""What few-step distillation takes, before anything runs: FLOPs of a step, and bytes of every part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..distill.memory_plan import PROCESS_BYTES
+from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
+from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
+from ..pipelines.loading import source_path
+from ..run.config import RunConfig
+from ..run.cost import BACKWARD, UPDATE_BYTES, Estimate, Machine
+from ..run.sections import FewStepConfig
+from ..run.stage import FEW_STEP
+from .networks import Networks, separate_bytes
+
+
+def net_to_distil(config: RunConfig) -> Any:
+    """The net that is distilled, on the meta device: its weights are not read."""
+    path = str(source_path(config, "few_step.path", "distil"))
+    values = EdgeDiTTransformer2DModel.load_config(path, subfolder="transformer")
+    kind = ElasticDiTTransformer2DModel if "subnets" in values else EdgeDiTTransformer2DModel
+    with torch.device("meta"):
+        return kind.from_config(values)
+
+
+def meta_networks(model: Any, options: FewStepConfig) -> Networks:
+    """The networks of a run around a model on the meta device."""
+    with torch.device("meta"):
+        return Networks(
+            model, options.backbone == "adapters", options.matching_weight > 0, options.rank, options.alpha
+        )
+
+
+def memory_lines(networks: Networks, weights: int) -> list[str]:
+    """What each part takes, and all of it beside nets of their own in float32."""
+    parts = networks.memory()
+    whole, separate = sum(parts.values()), separate_bytes(weights, len(networks.roles) > 1)
+    lines = [f"{name:<26} {size / 1e9:>9.3f} GB" for name, size in parts.items()]
+    return [
+        *lines,
+        f"{'all':<26} {whole / 1e9:>9.3f} GB",
+        f"{'nets of their own, float32':<26} {separate / 1e9:>9.3f} GB: {whole / separate:.3f} of it is needed",
+    ]
+
+
+def print_memory(config: RunConfig) -> None:
+    """Print what each part of the run takes of memory; gradients and activations come on top."""
+    model = net_to_distil(config)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    for line in memory_lines(meta_networks(model, config.few_step), weights):
+        print(line)
+
+
+def forwards(options: FewStepConfig, guided: bool) -> float:
+    """Forwards of the net for a step and image, the mean over the steps of training; a backward counts for two."""
+    student = 1 / options.student_every
+    critic = 0.0 if not options.matching_weight else 1 - student * (options.schedule == "alternate")
+    simulated = (options.sampling_steps - 1) / 2
+    known = options.knowledge_steps * (2 if guided else 1) if options.knowledge_weight else 0
+    scores = (3 if guided else 2) if options.matching_weight else 0
+    judged = options.samples * options.sampling_steps / (options.evaluate_every * options.batch_size)
+    return simulated + student * (1 + BACKWARD + known + scores) + critic * (1 + BACKWARD) + (1 - student) + judged
+
+
+def few_step_estimate(config: RunConfig, machine: Machine, model: Any, flops: float, guided: bool) -> Estimate:
+    """Cost of stage few-step.
+
+    Args:
+        model: the net, which may be on the meta device. flops: of a forward of it. guided: whether the teacher is.
+    """
+    options = config.few_step
+    networks = meta_networks(model, options)
+    trained = sum(parameter.numel() for role in networks.roles for _, parameter in networks.trained(role))
+    seconds = options.steps * (
+        forwards(options, guided) * options.batch_size * flops / (machine.processes * machine.flops)
+        + UPDATE_BYTES * trained / machine.update_bytes
+    )
+    held = sum(networks.memory().values()) + 4 * trained * (2 if machine.processes > 1 else 1)
+    memory = (1e9 if machine.gpu else PROCESS_BYTES) + held
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    device = "gpu" if machine.gpu else "cpu"
+    return Estimate(FEW_STEP.name, seconds, memory, 4.0 * weights, device, machine.processes)
