@@ -100,7 +100,9 @@ def distil(
         k, width = step_choice(run.seed, step, len(source.timesteps), source.widths)
         count = options.gradient_accumulation
         samples = []
-        for index, piece in enumerate(pieces := conditions.pieces(batch, rows, count, run.seed, step, accelerator.device)):
+        for index, piece in enumerate(
+            pieces := conditions.pieces(batch, rows, count, run.seed, step, accelerator.device)
+        ):
             with accelerator.autocast():
                 x_t = objective.student_input(piece, step, k, width)
                 if not students_turn:

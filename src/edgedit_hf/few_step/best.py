@@ -1,4 +1,4 @@
-"""The best student so far, and what is trained, as parts of a checkpoint: by name, of a shared base without the base."""
+"""The best student so far, and what is trained, as parts of a checkpoint: by name, and without a shared base."""
 
 from __future__ import annotations
 

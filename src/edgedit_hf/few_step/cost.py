@@ -29,9 +29,7 @@ def net_to_distil(config: RunConfig) -> Any:
 def meta_networks(model: Any, options: FewStepConfig) -> Networks:
     """The networks of a run around a model on the meta device."""
     with torch.device("meta"):
-        return Networks(
-            model, options.backbone == "adapters", options.matching_weight > 0, options.rank, options.alpha
-        )
+        return Networks(model, options.backbone == "adapters", options.matching_weight > 0, options.rank, options.alpha)
 
 
 def memory_lines(networks: Networks, weights: int) -> list[str]:

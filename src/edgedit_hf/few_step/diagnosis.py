@@ -18,8 +18,8 @@ CRITIC_LAGS, GUIDANCE_TOO_STRONG = "critic lags", "guidance too strong"
 
 @torch.no_grad()
 def agreement_of_scores(real: torch.Tensor, fake: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How far the critic is from the real score: relative gap rms(v_fake − v_real) / rms(v_real), and the cosine of both,
-    0-d.
+    """How far the critic is from the real score: relative gap rms(v_fake − v_real) / rms(v_real), and the cosine of
+    both, 0-d.
 
     Args:
         real, fake: velocities `(B, C, H, W)` for the same noisy samples.
@@ -79,9 +79,7 @@ class Moments:
         """Of images or latents `(n, C, H, W)`."""
         values = images.double()
         by_channel = values.transpose(0, 1).flatten(1)
-        return cls(
-            float(values.mean()), float(values.std()), by_channel.mean(1).float(), by_channel.std(1).float()
-        )
+        return cls(float(values.mean()), float(values.std()), by_channel.mean(1).float(), by_channel.std(1).float())
 
     def drift_to(self, other: Moments) -> tuple[float, float]:
         """(difference of the means in standard deviations, relative difference of the standard deviations)."""

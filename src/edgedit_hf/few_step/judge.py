@@ -76,7 +76,7 @@ class Judge:
 
     def _condition(self, rows: torch.Tensor) -> Any:
         device = self.accelerator.device
-        if self.judged is not None:
+        if self.judged is not None and self.judged.texts is not None:
             return self.judged.of_texts(self.judged.texts, rows, device)[0]
         classes = self.source.pipeline.transformer.config.num_classes
         return self.conditions.of_labels(rows % max(classes, 1), device)[0]

@@ -30,8 +30,8 @@ Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def substeps(t: float, to: float | None, count: int, whole: bool) -> list[float]:
-    """So many timesteps from t towards `to` (`None`: clean data), evenly, without the end; `whole`: integers, fewer where
-    there are no more.
+    """So many timesteps from t towards `to` (`None`: clean data), evenly, without the end; `whole`: integers, fewer
+    where there are no more.
     """
     end = 0.0 if to is None else to
     found = [t + (end - t) * index / count for index in range(count)]
@@ -142,9 +142,7 @@ def own_knowledge(config: RunConfig, source: Source, networks: Any) -> Knowledge
     return Knowledge(call, source.diffusion, options.knowledge_steps, options.feature_weight)
 
 
-def given_knowledge(
-    config: RunConfig, accelerator: Any, source: Source, conditions: Conditions
-) -> Knowledge | None:
+def given_knowledge(config: RunConfig, accelerator: Any, source: Source, conditions: Conditions) -> Knowledge | None:
     """That of the teacher `few_step.teacher`; `None`: none is given.
 
     Raises:
@@ -154,8 +152,8 @@ def given_knowledge(
     if options.teacher is None:
         if options.teacher_lora is not None:
             raise EdgeDiTError(
-                f"few_step.teacher_lora is {options.teacher_lora}, but few_step.teacher is null: give the pipeline that "
-                "it belongs to."
+                f"few_step.teacher_lora is {options.teacher_lora}, but few_step.teacher is null: give the pipeline "
+                "that it belongs to."
             )
         return None
     build = _text_teacher if source.elastic else _class_teacher
@@ -179,8 +177,8 @@ def _class_teacher(config: RunConfig, accelerator: Any, source: Source, conditio
         )
     if options.teacher_lora is not None:
         raise EdgeDiTError(
-            f"few_step.teacher_lora {options.teacher_lora} is for teachers of text to image; fuse it into this one first: "
-            "edgedit convert TEACHER OUT --teacher-lora ADAPTER."
+            f"few_step.teacher_lora {options.teacher_lora} is for teachers of text to image; fuse it into this one "
+            "first: edgedit convert TEACHER OUT --teacher-lora ADAPTER."
         )
     model = pipeline.transformer.to(accelerator.device).eval().requires_grad_(False)
     few = bool(pipeline.config.get("few_step_timesteps"))
@@ -188,9 +186,7 @@ def _class_teacher(config: RunConfig, accelerator: Any, source: Source, conditio
     guidance = given if given is not None else float(pipeline.config.default_guidance_scale)
 
     def call(x: torch.Tensor, t: torch.Tensor, piece: Piece, features: bool):
-        return predict(
-            model, x, t, piece.condition, piece.null, guidance, pipeline.config.guidance_channels, features
-        )
+        return predict(model, x, t, piece.condition, piece.null, guidance, pipeline.config.guidance_channels, features)
 
     projector = _projector(config, student.hidden_size, theirs.hidden_size) if options.feature_weight else None
     return Knowledge(
@@ -249,8 +245,8 @@ def _text_teacher(config: RunConfig, accelerator: Any, source: Source, condition
 def _check_features(config: RunConfig, source: Source) -> None:
     if config.few_step.feature_weight and len(source.widths) > 1:
         raise EdgeDiTError(
-            f"few_step.feature_weight is {config.few_step.feature_weight:g}, but the {len(source.widths)} widths of the "
-            "net have tokens of different sizes; set it to 0, or distil one width (few_step.subnet)."
+            f"few_step.feature_weight is {config.few_step.feature_weight:g}, but the {len(source.widths)} widths of "
+            "the net have tokens of different sizes; set it to 0, or distil one width (few_step.subnet)."
         )
 
 

@@ -49,8 +49,8 @@ def guidance_gradient(
     guidance_scale: float,
     floor: float = NORM_FLOOR,
 ) -> torch.Tensor:
-    """The guidance term of decoupled distribution matching: −(w − 1) (x̂_cond − x̂_uncond) / n of the real score at a noise
-    level of its own, which is cleaner than the student's input; n as in [`matching_gradient`] of the conditional.
+    """The guidance term of decoupled distribution matching: −(w − 1) (x̂_cond − x̂_uncond) / n of the real score at a
+    noise level of its own, which is cleaner than the student's input; n as in [`matching_gradient`] of the conditional.
 
     Beside it [`matching_gradient`] takes the unguided real score.
     """

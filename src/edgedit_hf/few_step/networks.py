@@ -34,7 +34,13 @@ class Networks(nn.Module):
     ) -> None:
         super().__init__()
         self.shared, self.roles = shared, (STUDENT, CRITIC) if critic else (STUDENT,)
-        self._made_with = {"shared": shared, "critic": critic, "rank": rank, "alpha": alpha, "seed": seed}
+        self._made_with: dict[str, Any] = {
+            "shared": shared,
+            "critic": critic,
+            "rank": rank,
+            "alpha": alpha,
+            "seed": seed,
+        }
         if shared:
             add_adapters(model, self.roles, rank, alpha, seed)
             self.base = model
@@ -141,7 +147,7 @@ def predict(
         null: the condition of no class or text. guided_channels: as of [`guide`].
     """
     guided, count = null is not None and guidance_scale > 1, len(x_t)
-    if guided:
+    if guided and null is not None:
         x_t, t, condition = torch.cat([x_t, x_t]), torch.cat([t, t]), joined(condition, null)
     elastic, tokens = is_elastic(model), []
     asked: dict[str, Any] = {} if subnet is None else {"subnet": subnet}
@@ -160,7 +166,8 @@ def predict(
     prediction = output.sample[:, : x_t.shape[1]].float()
     kept = (output.features if elastic else tokens[0])[:count] if features else None
     if guided:
-        prediction = guide(*prediction.chunk(2), guidance_scale, guided_channels)
+        with_, without = prediction.chunk(2)
+        prediction = guide(with_, without, guidance_scale, guided_channels)
     return prediction, kept
 
 

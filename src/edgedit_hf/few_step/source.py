@@ -10,7 +10,7 @@ import torch
 
 from ..data.batches import caption_loader, step_loader
 from ..data.loading import load_captioned_set, load_run_captions, load_training_set
-from ..data.text_table import TextTable, text_table
+from ..data.text_table import TextTable
 from ..diffusion import Diffusion, draws, make_few_step_scheduler
 from ..distill.teacher import check_fits_data
 from ..elastic.supernet import load_text_table
@@ -104,9 +104,7 @@ def load_source(config: RunConfig) -> Source:
     prediction = "flow_prediction" if elastic else model.config.prediction_type
     return Source(
         pipeline,
-        few_step_timesteps(
-            prediction, options.sampling_steps, options.shift, options.first_signal, options.timesteps
-        ),
+        few_step_timesteps(prediction, options.sampling_steps, options.shift, options.first_signal, options.timesteps),
         list(getattr(model, "subnet_names", [])) or [None],
         options.real_guidance if options.real_guidance is not None else default if elastic else 1.0,
         options.knowledge_guidance if options.knowledge_guidance is not None else default,

@@ -23,7 +23,6 @@ from .calibration import CHECK_STREAM, output_error, record, replay
 from .layers import quantizable_layers, quantized_weights
 
 
-
 def load_source(config: RunConfig) -> Any:
     """The pipeline to quantise, or its sub-network `quantize.subnet`.
 

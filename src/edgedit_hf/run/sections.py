@@ -614,7 +614,8 @@ class FewStepConfig(OptimisationConfig):
     evaluate_every: int = key(100, "steps between Fréchet distances of few-step samples", minimum=1, maximum=STEPS)
     samples: int = key(1000, "images of each; the best is what is published", minimum=16, maximum=IMAGES)
     mean_drift: float = key(
-        0.15, "a drift of the samples' mean by more than so many standard deviations stops the run",
+        0.15,
+        "a drift of the samples' mean by more than so many standard deviations stops the run",
         minimum=0.01,
         maximum=LARGEST,
     )
