@@ -17,7 +17,7 @@ from edgedit_hf.run.cost import Machine
 from edgedit_hf.run.stage import EDGEDIT
 from edgedit_hf.search_space import SearchSpace, model_cost
 
-STAGES = [stage.name for stage in EDGEDIT]
+STAGES = [stage.name for stage in EDGEDIT if not stage.only]
 SMALL = "teacher={hidden_size: 32, num_layers: 4, num_heads: 2}"
 
 

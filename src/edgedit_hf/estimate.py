@@ -413,9 +413,19 @@ class _Estimator:
         held = self.judging(options.batch_size, networks, min(options.samples, CHUNK))
         return Estimate("evaluate", seconds, held, float(options.samples * models * self.work.pixels), self.device)
 
+    def stage_few_step(self) -> Estimate:
+        with torch.device("meta"):
+            model = EdgeDiTTransformer2DModel.from_config(self.work.model)
+        guided = self.config.sampling.guidance_scale > 1 and self.work.model["num_classes"] > 0
+        return few_step_estimate(self.config, self.machine, model, self.student.flops, guided)
+
     def all(self) -> list[Estimate]:
-        """Every stage, in order; without a search the stages that only serve it cost nothing."""
-        found = {stage: getattr(self, f"stage_{stage.name}")() for stage in EDGEDIT}
+        """Every stage that is asked for, in order; without a search the stages that only serve it cost nothing."""
+        found = {
+            stage: getattr(self, f"stage_{stage.name.replace('-', '_')}")()
+            for stage in EDGEDIT
+            if not stage.only or stage.needed(self.config)
+        }
         return [
             cost if stage.needed(self.config) else Estimate(stage.name, 0.0, 0.0, 0.0, cost.device)
             for stage, cost in found.items()

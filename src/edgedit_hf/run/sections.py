@@ -546,11 +546,15 @@ class FewStepConfig(OptimisationConfig):
         0.04, "epsilon: signal to noise of the first timestep, at least", above=0.0, maximum=100.0
     )
     timesteps: list[float] | None = key(
-        None, "its timesteps themselves, falling, on the scale 0 … 1000; null: as shift or first_signal say", items=8
+        None,
+        "its timesteps themselves, falling, on the scale 0 … 1000; null: as shift or first_signal say",
+        items=8,
+        minimum=0.0,
+        maximum=1000.0,
     )
     sampler: str = key("ode", "ode (deterministic: Euler, DDIM) or sde (noises anew after every step)", ("ode", "sde"))
     matching_weight: float = key(
-        0.1, "weight of distribution matching; 0: knowledge alone, without a critic", minimum=0.0, maximum=LARGEST
+        0.2, "weight of distribution matching; 0: knowledge alone, without a critic", minimum=0.0, maximum=LARGEST
     )
     real_guidance: float | None = key(
         None,
