@@ -29,7 +29,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers_dit import fail, random_transformer
+from diffusers_dit import AMX, fail, random_transformer
 
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
@@ -47,7 +47,6 @@ from edgedit_hf.runtimes.sessions import open_session
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
 
 HERE = Path(__file__).resolve().parent
-AMX = "amx_int8" in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "")
 # Faster than what, and by how much: (name, against, least ratio of their times).
 SPEED = (
     ("onnxruntime-fp32", "torch-fp32", 1.0),
