@@ -43,6 +43,13 @@ def preset_config(preset: str, **config):
         return EdgeDiTTransformer2DModel.from_preset(preset, **config).config
 
 
+def shortened(name: str, layers: int | None) -> dict:
+    """What to change in a preset so that it has what became of the teacher's first so many layers alone."""
+    if layers is None:
+        return {}
+    return {"layers": [layer for layer in preset_config(name).layers if layer["source"][-1] < layers]}
+
+
 def random_transformer(
     preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0, **config
 ) -> EdgeDiTTransformer2DModel:
@@ -70,10 +77,10 @@ def _empty_twin(config) -> DiTTransformer2DModel:
 
 
 def random_diffusers_transformer(
-    preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+    preset: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0, **config
 ) -> DiTTransformer2DModel:
-    """diffusers' transformer of a preset's size with random weights of its own."""
-    return _fill(_empty_twin(preset_config(preset)), dtype, device, seed)
+    """diffusers' transformer of a preset's size (but for `config`) with random weights of its own."""
+    return _fill(_empty_twin(preset_config(preset, **config)), dtype, device, seed)
 
 
 def diffusers_twin(model: EdgeDiTTransformer2DModel) -> DiTTransformer2DModel:

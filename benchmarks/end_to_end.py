@@ -6,7 +6,8 @@ The rows: diffusers' DiTPipeline (50 steps, guidance 4) in fp32 and bf16; this p
 network in fp32; around the compressed network, EdgeDiT-1; that with 4 steps and no guidance; and this one exported by
 the code behind `optimum-cli export edgedit` at batch 1 with the conditioner split off, int8 in ONNX Runtime and 8da8w
 in ExecuTorch, sampled by the loop of the export's own sample_min.py. All weights are random, which changes neither time
-nor memory: the images mean nothing.
+nor memory: the images mean nothing. With --layers N the networks have what became of the teacher's first N layers
+alone, which tries the script, not the claim.
 
 Seconds are those of the denoising, all steps of it, timed interleaved in one process. A row of many steps runs
 --timed-steps of them (fewer where one takes long) and is multiplied, which the table marks with *. Peak memory is
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiTPipeline
 from diffusers.models.autoencoders.vae import DecoderOutput
-from diffusers_dit import AMX, fail, peak_bytes, random_diffusers_transformer, random_transformer
+from diffusers_dit import AMX, fail, peak_bytes, random_diffusers_transformer, random_transformer, shortened
 
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
@@ -156,14 +157,15 @@ def run_pipeline(pipeline, row: Row, steps: int) -> None:
 
 
 @cache
-def transformer(preset: str, dtype: str, diffusers: bool) -> torch.nn.Module:
+def random_network(preset: str, layers: int | None, dtype: str, diffusers: bool) -> torch.nn.Module:
     """The transformer of a row that runs in PyTorch; rows of the same one share it."""
-    return (random_diffusers_transformer if diffusers else random_transformer)(preset, DTYPES[dtype])
+    make = random_diffusers_transformer if diffusers else random_transformer
+    return make(preset, DTYPES[dtype], **shortened(preset, layers))
 
 
-def transformer_of(row: Row, arguments: argparse.Namespace) -> torch.nn.Module:
+def network_of(row: Row, arguments: argparse.Namespace) -> torch.nn.Module:
     """The same, for a row."""
-    return transformer(getattr(arguments, row.network), row.dtype, row.runtime == "diffusers")
+    return random_network(getattr(arguments, row.network), arguments.layers, row.dtype, row.runtime == "diffusers")
 
 
 # -------------------------------------------------------------------- exports
@@ -172,7 +174,7 @@ def transformer_of(row: Row, arguments: argparse.Namespace) -> torch.nn.Module:
 def export(arguments: argparse.Namespace, runtime: str, folder: Path) -> None:
     """Export the few-step pipeline for a runtime to `folder/<runtime>`, and AutoencoderKL's decoder beside it."""
     row = next(row for row in ROWS.values() if row.runtime == runtime)
-    model = random_transformer(arguments.student, torch.float32)
+    model = random_network(arguments.student, arguments.layers, "fp32", diffusers=False)
     pipeline = new_pipeline(row, model, autoencoder(TINY, arguments.vae_width))
     target = MEASURED[runtime]
     options = ExportOptions(
@@ -232,9 +234,10 @@ def peak_of(arguments: argparse.Namespace, name: str, folder: Path) -> int:
 
 def own_command(arguments: argparse.Namespace) -> list[str]:
     """This script again, for the same networks."""
-    options = {"teacher": arguments.teacher, "student": arguments.student, "vae-width": arguments.vae_width}
-    options["threads"] = arguments.threads
-    return [sys.executable, __file__, *(part for key, value in options.items() for part in (f"--{key}", str(value)))]
+    names = ("teacher", "student", "layers", "vae_width", "threads")
+    options = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names}
+    given = (part for option, value in options.items() if value is not None for part in (option, str(value)))
+    return [sys.executable, __file__, *given]
 
 
 def denoise(arguments: argparse.Namespace, names: list[str], folder: Path) -> dict[str, dict]:
@@ -245,7 +248,7 @@ def denoise(arguments: argparse.Namespace, names: list[str], folder: Path) -> di
         if row.runtime in MEASURED:
             calls[name], timed[name] = exported_loop(folder / row.runtime, arguments.threads), row.steps
             continue
-        pipeline = new_pipeline(row, transformer_of(row, arguments), None)
+        pipeline = new_pipeline(row, network_of(row, arguments), None)
         start = time.perf_counter()
         run_pipeline(pipeline, row, 1)
         possible = max(1, int(arguments.max_seconds / (time.perf_counter() - start)))
@@ -290,6 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="DiT-XL/2", help="a preset of 1,000 classes and 32 × 32 latents")
     parser.add_argument("--student", default="EdgeDiT-1", help="the same")
+    parser.add_argument("--layers", type=int, help="of the teacher, and what became of them; default: all")
     parser.add_argument("--vae-width", type=int, default=128, help="channels of the autoencoders; 128 is the real size")
     parser.add_argument("--runtimes", nargs="+", choices=MEASURED, default=list(MEASURED), help="of the exports")
     parser.add_argument("--timed-steps", type=int, default=5, help="of a row of more steps")
@@ -309,7 +313,7 @@ def main() -> None:
     if arguments.peak:
         row = ROWS[arguments.peak]
         vae = autoencoder(TINY, arguments.vae_width).to(DTYPES[row.dtype])
-        run_pipeline(new_pipeline(row, transformer_of(row, arguments), vae), row, 1)
+        run_pipeline(new_pipeline(row, network_of(row, arguments), vae), row, 1)
         print(peak_bytes())
         return
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers_dit import fail, preset_config, random_transformer
+from diffusers_dit import fail, preset_config, random_transformer, shortened
 
 from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, Genotype
 from edgedit_hf.diffusion import make_scheduler
@@ -43,13 +43,6 @@ PUBLISHED_MS = {
 }
 RUNTIMES = ("torch", *MEASURED)
 REQUIRED = 0.97
-
-
-def shortened(name: str, layers: int | None) -> dict:
-    """What to change in a preset so that it has what became of the teacher's first so many layers alone."""
-    if layers is None:
-        return {}
-    return {"layers": [layer for layer in preset_config(name).layers if layer["source"][-1] < layers]}
 
 
 def config_of(name: str, layers: int | None):
