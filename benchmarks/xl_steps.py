@@ -1,17 +1,20 @@
 """A few real optimiser steps of every training stage at the size of DiT-XL/2: seconds a step, memory, finite losses.
 
-    python benchmarks/xl_steps.py [--preset DiT-XL/2] [--until tune] [--steps 3] [--batch-size 1]
+    python benchmarks/xl_steps.py [--preset DiT-XL/2] [--until few-step | --only few-step] [--steps 3] [--batch-size 1]
     [--memory-budget-gb 8] [--init copy] [--threads 2] [--json] [--check]
 
 Runs training/train_teacher.py (from scratch), distill_proxies.py (the proxies of EdgeDiT-1; of a student like it for
-other presets) and finetune.py (that student) as a user does, each in its own process, with
+other presets), finetune.py (that student) and distill_few_step.py (the tuned student; with --only the teacher itself,
+at its true size) as a user does, each in its own process, with
 training/recipes/imagenet256-edgedit1.yaml as the recipe. What the recipe expects from outside is made up in a temporary
 folder: random images of 1,000 classes, a small random autoencoder of factor 8, a random teacher. Needs about 16 GB of
 memory and 30 GB of disk for DiT-XL/2.
 
-Prints, a stage, the median seconds of a step (of the bank: over all its groups of proxies), the process's peak resident
-memory, what the dry run says of both, and the last loss. --check fails unless all losses are finite and memory is
-within 1.5 times the dry run's either way.
+Prints, a stage, the median seconds of a step (of the bank: over all its groups of proxies; of few-step distillation
+without its evaluation), the process's peak resident memory, what the dry run says of both, and the last loss. Of
+few-step distillation, whose student, critic and real score share one net, also what weights, optimiser and moving
+average take beside nets of their own. --check fails unless all losses are finite, memory is within 1.5 times the dry
+run's either way, and (at DiT-XL/2) the shared form takes at most a quarter of nets of their own.
 """
 
 import argparse
@@ -34,26 +37,29 @@ from PIL import Image
 
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.estimate import estimate
+from edgedit_hf.few_step.networks import separate_bytes
 from edgedit_hf.models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from edgedit_hf.pipelines.pipeline_edgedit import EdgeDiTPipeline
 from edgedit_hf.run.config import load_config
-from edgedit_hf.run.stage import BANK, STUDENT, TEACHER, TUNE
+from edgedit_hf.run.stage import BANK, FEW_STEP, STUDENT, TEACHER, TUNE
 from edgedit_hf.runtimes.timing import environment
 from edgedit_hf.search_space import UNMERGED, SearchSpace
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
 RECIPE = TRAINING / "recipes" / "imagenet256-edgedit1.yaml"
 MEMORY_FACTOR = 1.5  # the dry run must be within it
-STAGES = (TEACHER, BANK, STUDENT, TUNE)
+STAGES = (TEACHER, BANK, STUDENT, TUNE, FEW_STEP)
+SHARED = 0.25  # of the bytes of separate nets
 
 
 def make_inputs(folder: Path, preset: str, classes: int) -> None:
     """Images, autoencoder, teacher and genotype below `folder`; all random, nothing zero."""
     generator = np.random.default_rng(0)
     for label in range(classes):
-        path = folder / "images" / f"{label:04d}" / "0.png"
-        path.parent.mkdir(parents=True)
-        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+        path = folder / "images" / f"{label:04d}"
+        path.mkdir(parents=True)
+        for name in ("0.png", "1.png"):  # one to learn from, one held out
+            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path / name)
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = AutoencoderKL(
@@ -128,7 +134,7 @@ def read_telemetry(folder: Path) -> tuple[float, float]:
             groups[-1].append(after["seconds"] - before["seconds"])
         else:
             groups.append([])
-    return sum(statistics.median(group) for group in groups), lines[-1]["loss"]
+    return sum(statistics.median_low(group) for group in groups), lines[-1]["loss"]
 
 
 def main() -> None:
@@ -137,8 +143,9 @@ def main() -> None:
     parser.add_argument(
         "--preset", default="DiT-XL/2", choices=[name for name, sizes in PRESETS.items() if "layers" not in sizes]
     )
-    parser.add_argument("--classes", type=int, default=1000, help="of the made-up images, one image each")
+    parser.add_argument("--classes", type=int, default=1000, help="of the made-up images, two images each")
     parser.add_argument("--until", default=stages[-1], choices=stages, help="the last stage that runs")
+    parser.add_argument("--only", choices=["few-step"], help="that stage alone, of the teacher itself")
     parser.add_argument("--steps", type=int, default=3, help="of every stage; at least 2")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--memory-budget-gb", type=float, default=8.0, help="of the proxy bank")
@@ -162,7 +169,8 @@ def main() -> None:
         make_inputs(folder, arguments.preset, arguments.classes)
         student = student_of(arguments.preset, folder)
         common = [
-            f"data={{source: {folder / 'images'}, resolution: 256, vae: {folder / 'vae'}, num_workers: 0}}",
+            f"data={{source: {folder / 'images'}, resolution: 256, vae: {folder / 'vae'}, num_workers: 0, "
+            "validation_fraction: 0.5}",
             f"teacher={{patch_size: {sizes['patch_size']}, hidden_size: {sizes['hidden_size']}, "
             f"num_layers: {sizes['num_layers']}}}",
             f"teacher={{num_heads: {sizes['num_attention_heads']}, path: {folder / 'given'}}}",
@@ -179,10 +187,19 @@ def main() -> None:
                 f"{section}={{steps: {arguments.steps}, batch_size: {arguments.batch_size}, "
                 "gradient_accumulation: 1, log_every: 1}"
             )
+        few = "samples: 16, sampling_steps: 2, knowledge_steps: 1, warmup_steps: 1, mean_drift: 1.0e6, std_drift: 1.0e6"
+        common.append(
+            f"few_step={{enabled: true, steps: {arguments.steps}, batch_size: {arguments.batch_size}, log_every: 1, "
+            f"gradient_accumulation: 1, evaluate_every: {arguments.steps}, {few}}}"
+        )
+        common.append("evaluate={extractor: classifier, extractor_steps: 1}")
+        if arguments.only:
+            common.append(f"few_step.path={folder / 'given'}")
         common.append(f"bank={{steps: {arguments.steps}, batch_size: {arguments.batch_size}, log_every: 1}}")
         if arguments.preset != "DiT-XL/2":
             common.append("bank.reduced_attention_dim=null")
-        for stage in STAGES[: stages.index(arguments.until) + 1]:
+        wanted = STAGES[: stages.index(arguments.until) + 1] if arguments.only is None else (FEW_STEP,)
+        for stage in wanted:
             overrides = [*common, "teacher.path=null"] if stage is TEACHER else common
             expected = {row.stage: row for row in estimate(load_config(RECIPE, overrides))}[stage.name]
             started = time.monotonic()
@@ -206,6 +223,11 @@ def main() -> None:
                     "groups": record["ranks"][0],
                     "budget_gb": arguments.memory_budget_gb,
                 }
+            if stage is FEW_STEP:
+                record = json.loads((folder / "run" / stage.folder / "stage.json").read_text())
+                weights = record["memory"]["frozen weights"] // 4
+                rows[stage.name]["held_bytes"] = sum(record["memory"].values())
+                rows[stage.name]["separate_bytes"] = separate_bytes(weights)
             if stage.name == "teacher":
                 shutil.rmtree(
                     folder / "run" / "teacher"
@@ -225,8 +247,15 @@ def main() -> None:
                 }
             )
         )
-    if arguments.check and not (fits and finite):
-        sys.exit(f"required: finite losses, memory within {MEMORY_FACTOR}× of the dry run's")
+    large = arguments.preset == "DiT-XL/2"  # on a narrow net, adapters of rank 64 are not small
+    shared = not large or all(
+        row.get("held_bytes", 0) <= SHARED * row.get("separate_bytes", 0) for row in rows.values()
+    )
+    if arguments.check and not (fits and finite and shared):
+        sys.exit(
+            f"required: finite losses, memory within {MEMORY_FACTOR}× of the dry run's, the shared form within "
+            f"{SHARED} of nets of their own"
+        )
 
 
 def print_table(rows: dict[str, dict], arguments: argparse.Namespace) -> None:
@@ -244,6 +273,12 @@ def print_table(rows: dict[str, dict], arguments: argparse.Namespace) -> None:
         print(
             f"{name:<9}{step:>10}{expected:>10}{row['peak_gb']:>10.2f}{row['expected_gb']:>10.2f}"
             f"{loss:>11}{row['all_seconds']:>11.0f} s"
+        )
+    if "few-step" in rows:
+        held, separate = rows["few-step"]["held_bytes"], rows["few-step"]["separate_bytes"]
+        print(
+            f"few-step: weights, optimiser and average {held / 1e9:.2f} GB; student, critic and real score of their "
+            f"own {separate / 1e9:.2f} GB: {held / separate:.3f} of it"
         )
     if "bank" not in rows:
         return

@@ -155,11 +155,12 @@ def look(judge, wrapped, source, matching, best, diagnosis, run, step, accelerat
         suffix = "" if width is None else f"_{width}"
         run.log(**{f"distance{suffix}": judged.distance, f"recall{suffix}": judged.recall})
         run.log(**{f"sample_mean{suffix}": judged.moments.mean, f"sample_std{suffix}": judged.moments.std})
-        if (strips := judge.strips(wrapped, width, judged.latents, matching)) is not None and run.is_main:
+        strips = judge.strips(wrapped, width, judged.latents, matching)
+        if run.is_main:
             folder = run.folder / "samples"
             folder.mkdir(exist_ok=True)
             pictures = ((strips + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-            save_montage(folder / f"step-{step:06d}{suffix}.png", pictures, 10)
+            save_montage(folder / f"step-{step:06d}{suffix}.png", pictures, len(pictures) // (3 if matching else 2))
     last = found[source.widths[-1]]
     if matching and {"gap", "cosine"} <= run.shown.keys():
         run.remark(diagnosis.update(gap=run.shown["gap"], cosine=run.shown["cosine"], std=last.moments.std))

@@ -20,8 +20,10 @@ def test_every_training_stage_takes_real_steps(benchmark, tmp_path):
     arguments = ("--preset", "DiT-S/8", "--steps", 2, "--memory-budget-gb", 2, "--folder", tmp_path)
     table, result = benchmark("xl_steps.py", *arguments, "--check")
     stages = result["stages"]
-    assert [line.split()[0] for line in table[2:6]] == list(stages) == ["teacher", "bank", "student", "tune"]
-    for stage in ("teacher", "bank", "tune"):
+    names = ["teacher", "bank", "student", "tune", "few-step"]
+    assert [line.split()[0] for line in table[2:7]] == list(stages) == names
+    assert 0 < stages["few-step"]["held_bytes"] < 0.5 * stages["few-step"]["separate_bytes"]
+    for stage in ("teacher", "bank", "tune", "few-step"):
         assert 0 < stages[stage]["loss"] < 10 and 0 < stages[stage]["step_seconds"] < 60
         assert 0.5e9 < 1e9 * stages[stage]["peak_gb"] < 4e9
     assert stages["bank"]["proxies"] == 11 and stages["bank"]["groups"][0]["peak_gb"] <= 2 * 1.1

@@ -19,7 +19,7 @@ from .networks import CRITIC, STUDENT
 from .schedule import walk
 from .source import Conditions, Source
 
-MOMENT_IMAGES = 2000
+MOMENT_IMAGES, STRIP = 2000, 10
 CRITIC_STEPS = 20
 """Steps that the critic is sampled with: it is a many-step net of what the student makes."""
 
@@ -128,10 +128,11 @@ class Judge:
         recall = precision_recall(self.real, features)[1]
         return Judged(frechet_distance(features, self.real), recall, Moments.of(latents), latents)
 
-    def strips(self, networks: Any, width: str | None, latents: torch.Tensor, critic: bool, count: int = 10):
+    def strips(self, networks: Any, width: str | None, latents: torch.Tensor, critic: bool) -> torch.Tensor:
         """Pictures `(rows · count, C, H, W)` in [-1, 1]: the student's samples, what its first step takes for them, and
-        the critic's own samples of many steps.
+        the critic's own samples of many steps. Ten of each, or a batch.
         """
+        count = min(STRIP, self.options.batch_size)
         first = self.source.timesteps[0]
         rows = [latents[:count], self.latents(networks, width, count, steps=[first])]
         if critic:
