@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
 
 
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise an [`EdgeDiTError`] where PEFT adapters wrap layers."""
+    if any(".base_layer." in name for name, _ in model.named_parameters()):
+        raise EdgeDiTError(
+            "The model's layers are wrapped for adapters; merge them with fuse_lora(), call unload_lora(), then export."
+        )
+
+
 def check_model(model: EdgeDiTTransformer2DModel) -> None:
     """Raise an [`EdgeDiTError`] unless the model's parameters are float32 and have their own names."""
     compiled = next((name for name, _ in model.named_parameters() if "_orig_mod" in name.split(".")), None)

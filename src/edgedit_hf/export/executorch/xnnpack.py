@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...errors import EdgeDiTError
 from ...models.transformer_edgedit import sincos_position_embedding
 from ..parts import ConditionerWrapper, ModulatedDenoiserWrapper
+from ..wrappers import refuse_adapters
 
 if TYPE_CHECKING:
     from ...models.transformer_edgedit import (
@@ -72,14 +72,6 @@ class FormLinear(nn.Linear):
         if bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=False)
         self.source = Source(name, rows, factor)
-
-
-def refuse_adapters(model: nn.Module) -> None:
-    """Raise an [`EdgeDiTError`] where PEFT adapters wrap layers."""
-    if any(".base_layer." in name for name, _ in model.named_parameters()):
-        raise EdgeDiTError(
-            "The model's layers are wrapped for adapters; merge them with fuse_lora(), call unload_lora(), then export."
-        )
 
 
 class XnnpackLayerNorm(nn.Module):

@@ -23,7 +23,8 @@ from torch import nn
 
 from ...models.transformer_elastic_dit import FREQUENCIES
 from ..parts import ElasticConditionerWrapper, ModulatedElasticDenoiserWrapper, TextConditionerWrapper
-from .xnnpack import FormLinear, XnnpackLayerNorm, XnnpackMLP, from_patches, modulate, refuse_adapters, to_patches
+from ..wrappers import refuse_adapters
+from .xnnpack import FormLinear, XnnpackLayerNorm, XnnpackMLP, from_patches, modulate, to_patches
 
 if TYPE_CHECKING:
     from ...models.transformer_elastic_dit import (

@@ -23,7 +23,8 @@ from torch import nn
 
 from ...errors import EdgeDiTError
 from ..parts import EncoderWrapper, TextEncoderWrapper, share
-from .xnnpack import FormLinear, XnnpackGELU, XnnpackLayerNorm, refuse_adapters
+from ..wrappers import refuse_adapters
+from .xnnpack import FormLinear, XnnpackGELU, XnnpackLayerNorm
 
 ATTENTION = "edgedit_xnnpack"  # the name under which transformers finds [`attend`]
 
