@@ -31,6 +31,7 @@ def refuse_adapters(model: nn.Module) -> None:
 
 def check_model(model: EdgeDiTTransformer2DModel) -> None:
     """Raise an [`EdgeDiTError`] unless the model's parameters are float32 and have their own names."""
+    refuse_adapters(model)
     compiled = next((name for name, _ in model.named_parameters() if "_orig_mod" in name.split(".")), None)
     if compiled is not None:
         raise EdgeDiTError(

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
 
 from edgedit_hf import EdgeDiTPipeline, OnnxEdgeDiTTransformer2DModel
 from edgedit_hf.commands.export import EdgeDiTExportCommand
@@ -273,6 +274,9 @@ def test_older_opsets_and_half_precision(make_transformer, tmp_path):
     assert relative_error(open_session(path, 1).run(inputs)[0], expected) < 1e-4
     with pytest.raises(EdgeDiTError, match="bfloat16; export needs float32"):
         lower_denoiser(model.to(torch.bfloat16), tmp_path / "bf16.onnx")
+    model.float().add_adapter(LoraConfig(target_modules=["to_qkv"]))
+    with pytest.raises(EdgeDiTError, match="fuse_lora"):
+        lower_denoiser(model, tmp_path / "adapted.onnx")
 
 
 # -------------------------------------------------------------------- gates
