@@ -39,9 +39,10 @@ def add_adapters(model: nn.Module, names: Sequence[str], rank: int, alpha: float
     Raises:
         EdgeDiTError: the model has adapters already.
     """
-    if _layers(model):
+    there = _layers(model)
+    if there:
         raise EdgeDiTError(
-            f"The model has the adapters {_names(model)} already; add all at once, or fuse or unload those first."
+            f"The model has the adapters {_names(there)} already; add all at once, or fuse or unload those first."
         )
     targets = [
         name
@@ -74,7 +75,7 @@ def adapter_parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parame
     Raises:
         EdgeDiTError: there is no such adapter.
     """
-    _check(model, name)
+    _check(_layers(model), name)
     return [
         (f"{key}.{part}.{name}.{parameter}", value)
         for key, layer in model.named_modules()
@@ -99,15 +100,16 @@ def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     Raises:
         EdgeDiTError: there is no such adapter, or one is merged into the weights.
     """
+    modules = list(model.modules())  # once: a large model has thousands
+    layers = [module for module in modules if isinstance(module, LoraLayer)]
     if name is not None:
-        _check(model, name)
-    layers = _layers(model)
+        _check(layers, name)
     merged = sorted({one for layer in layers for one in layer.merged_adapters})
     if merged:
         raise EdgeDiTError(
             f"The adapters {merged} are merged into the weights, so that {name!r} cannot run alone; call unfuse_lora()."
         )
-    checkpointing = [module for module in model.modules() if "_gradient_checkpointing_func" in vars(module)]
+    checkpointing = [module for module in modules if "_gradient_checkpointing_func" in vars(module)]
     before = [module._gradient_checkpointing_func for module in checkpointing]
     with _switched(layers, name):
         for module in checkpointing:
@@ -126,7 +128,7 @@ def fuse_adapter(model: nn.Module, name: str) -> Any:
     Raises:
         EdgeDiTError: there is no such adapter.
     """
-    _check(model, name)
+    _check(_layers(model), name)
     fused = copy.deepcopy(model)
     fused.fuse_lora(adapter_names=[name])
     fused.unload_lora()
@@ -137,13 +139,13 @@ def _layers(model: nn.Module) -> list[LoraLayer]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def _names(model: nn.Module) -> list[str]:
-    return sorted({name for layer in _layers(model) for name in layer.lora_A})
+def _names(layers: Sequence[LoraLayer]) -> list[str]:
+    return sorted({name for layer in layers for name in layer.lora_A})
 
 
-def _check(model: nn.Module, name: str) -> None:
-    if name not in _names(model):
-        raise EdgeDiTError(f"There is no adapter {name!r}; the model has {', '.join(_names(model)) or 'none'}.")
+def _check(layers: Sequence[LoraLayer], name: str) -> None:
+    if not any(name in layer.lora_A for layer in layers):
+        raise EdgeDiTError(f"There is no adapter {name!r}; the model has {', '.join(_names(layers)) or 'none'}.")
 
 
 @contextlib.contextmanager

@@ -233,7 +233,7 @@ def _linear(layer: nn.Module, hidden_states: torch.Tensor, *width: str) -> torch
     """`layer(hidden_states, *width)` of an [`ElasticLinear`] that PEFT may have wrapped: a sub-network uses the first
     columns of A and the first rows of B.
     """
-    if not width or not _adapts(layer):
+    if not width or isinstance(layer, ElasticLinear) or not _adapts(layer):
         return layer(hidden_states, *width)
     plain = _linear(layer.base_layer, hidden_states, *width)
     adapted = plain
