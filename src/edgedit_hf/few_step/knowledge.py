@@ -110,18 +110,20 @@ class Knowledge:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss `(B,)` of the student's velocity (and last tokens) at x_t, and the distances to look at."""
 
+        found: list[torch.Tensor | None] = []
+
         def output_of(x: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-            return self.call(x, now, piece, False)[0]
+            output, theirs = self.call(x, now, piece, tokens is not None and not found)  # of the first forward, at x_t
+            found.append(theirs)
+            return output
 
         target = chord_velocity(output_of, self.diffusion, x_t, t, to, self.steps)
         loss = knowledge_loss(velocity, target)
         distances = {"knowledge": loss.detach().mean()}
         if tokens is None:
             return loss, distances
-        with torch.no_grad():
-            found = self.call(x_t, _rows(t, x_t), piece, True)[1]
-        assert found is not None, "tokens were asked for"
-        theirs = found.to(x_t.device)
+        assert found[0] is not None, "tokens were asked for"
+        theirs = found[0].to(x_t.device)
         if self.projector is not None:
             height, width = x_t.shape[-2:]
             grid = (height // self.patch_size, width // self.patch_size)

@@ -44,6 +44,10 @@ class Networks(nn.Module):
         if shared:
             add_adapters(model, self.roles, rank, alpha, seed)
             self.base = model
+            if critic:  # the same A, so that a mean of both adapters is one of what they do
+                with torch.no_grad():
+                    for (_, own), (_, other) in zip(self.trained(CRITIC), self.trained(STUDENT)):
+                        own.copy_(other)
             return
         frozen = copy.deepcopy(model).requires_grad_(False)
         self.nets = nn.ModuleDict({REAL: frozen, STUDENT: model.requires_grad_(True)})
