@@ -113,7 +113,7 @@ def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     before = [module._gradient_checkpointing_func for module in checkpointing]
     with _switched(layers, name):
         for module in checkpointing:
-            module._gradient_checkpointing_func = _bound(module._gradient_checkpointing_func, name)
+            module._gradient_checkpointing_func = _Bound(module._gradient_checkpointing_func, name)
         try:
             yield
         finally:
@@ -163,18 +163,18 @@ def _switched(layers: Sequence[LoraLayer], name: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def _bound(checkpoint: Callable, name: str | None) -> Callable:
+class _Bound:
     """A model's gradient checkpointing function, which calls a module with its inputs, that calls it again with this
     adapter in the backward pass.
     """
-    plain = getattr(checkpoint, "plain", checkpoint)
 
-    def bound(module: nn.Module, *inputs: Any) -> Any:
+    def __init__(self, checkpoint: Callable, name: str | None) -> None:
+        self.plain = checkpoint.plain if isinstance(checkpoint, _Bound) else checkpoint  # of a context within another
+        self.name = name
+
+    def __call__(self, module: nn.Module, *inputs: Any) -> Any:
         def run(*inputs: Any) -> Any:
-            with _switched(_layers(module), name):
+            with _switched(_layers(module), self.name):
                 return module(*inputs)
 
-        return plain(run, *inputs)
-
-    bound.plain = plain  # for a context within this one
-    return bound
+        return self.plain(run, *inputs)
