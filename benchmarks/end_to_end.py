@@ -38,13 +38,14 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers_dit import AMX, fail, peak_bytes, random_diffusers_transformer, random_transformer, shortened
 
 from edgedit_hf import EdgeDiTPipeline
-from edgedit_hf.diffusion import make_scheduler
+from edgedit_hf.diffusion import make_few_step_scheduler, make_scheduler
 from edgedit_hf.export import sample_min
 from edgedit_hf.export.exported import stem
 from edgedit_hf.export.formats import MEASURED, ExportOptions
 from edgedit_hf.export.lowering import LOWER, Lowering
 from edgedit_hf.export.parts import DecoderWrapper, Part, vae_parts
 from edgedit_hf.export.pipeline import export_pipeline
+from edgedit_hf.few_step.schedule import few_step_timesteps
 from edgedit_hf.runtimes.runners import SessionRunner, TorchRunner
 from edgedit_hf.runtimes.sessions import open_session
 from edgedit_hf.runtimes.timing import environment, measure, paired_ratio
@@ -82,9 +83,14 @@ class Row:
     guidance: float
 
     @property
+    def few(self) -> bool:
+        """Whether its network is one for few steps without guidance."""
+        return self.guidance == 1
+
+    @property
     def forwards(self) -> int:
         """Forwards of one image each."""
-        return self.steps * (2 if self.guidance > 1 else 1)
+        return self.steps * (1 if self.few else 2)
 
 
 ROWS = {
@@ -133,12 +139,17 @@ class NoDecoder(torch.nn.Module):
 
 def new_pipeline(row: Row, transformer: torch.nn.Module, vae: torch.nn.Module | None):
     """The pipeline of a row that runs in PyTorch (or is to be exported)."""
-    scheduler = make_scheduler("epsilon")
+    scheduler = make_few_step_scheduler("epsilon") if row.few else make_scheduler("epsilon")
     if row.runtime == "diffusers":
         pipeline = DiTPipeline(transformer, NoDecoder() if vae is None else vae, scheduler)
     else:
         pipeline = EdgeDiTPipeline(
-            transformer, scheduler, vae, default_steps=row.steps, default_guidance_scale=row.guidance
+            transformer,
+            scheduler,
+            vae,
+            default_steps=row.steps,
+            default_guidance_scale=row.guidance,
+            few_step_timesteps=few_step_timesteps("epsilon", row.steps) if row.few else None,
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -249,12 +260,12 @@ def denoise(arguments: argparse.Namespace, names: list[str], folder: Path) -> di
             calls[name], timed[name] = exported_loop(folder / row.runtime, arguments.threads), row.steps
             continue
         pipeline = new_pipeline(row, network_of(row, arguments), None)
-        start = time.perf_counter()
-        run_pipeline(pipeline, row, 1)
-        possible = max(1, int(arguments.max_seconds / (time.perf_counter() - start)))
-        timed[name] = (
-            min(row.steps, arguments.timed_steps, possible) if row.steps > arguments.timed_steps else row.steps
-        )
+        timed[name] = row.steps
+        if not row.few:
+            start = time.perf_counter()
+            run_pipeline(pipeline, row, 1)
+            possible = int(arguments.max_seconds / (time.perf_counter() - start))
+            timed[name] = max(1, min(row.steps, arguments.timed_steps, possible))
         calls[name] = partial(run_pipeline, pipeline, row, timed[name])
     timings = measure(calls, warmup=0, repeats=arguments.rounds)
     factors = {name: ROWS[name].steps / timed[name] for name in names}
@@ -313,7 +324,7 @@ def main() -> None:
     if arguments.peak:
         row = ROWS[arguments.peak]
         vae = autoencoder(TINY, arguments.vae_width).to(DTYPES[row.dtype])
-        run_pipeline(new_pipeline(row, network_of(row, arguments), vae), row, 1)
+        run_pipeline(new_pipeline(row, network_of(row, arguments), vae), row, row.steps if row.few else 1)
         print(peak_bytes())
         return
 
