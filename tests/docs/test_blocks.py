@@ -131,7 +131,7 @@ def run_blocks(recipes, clone, tmp_path, chosen: list[Path]) -> list[str]:
 def test_python_blocks(recipes, clone, tmp_path):
     rest = [page for page in pages(recipes) if page.name != "export.md"]  # which needs an export, below
     ran = run_blocks(recipes, clone, tmp_path, rest)
-    assert {"README-0", "bank-0", "elastic-0", "python-0", "python-1", "quantize-0", "hub-0"} <= set(ran)
+    assert {"README-0", "bank-0", "elastic-0", "python-0", "python-1", "python-2", "quantize-0", "hub-0"} <= set(ran)
     assert (clone / "runs" / "demo-t2i" / "report.html").is_file()
     assert (clone / "small" / "transformer" / "config.json").is_file()
 

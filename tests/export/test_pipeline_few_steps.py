@@ -40,7 +40,7 @@ def smooth(model):
 def plain(make_transformer):
     torch.manual_seed(0)
     net = smooth(make_transformer(num_layers=2, hidden_size=64, num_attention_heads=2))
-    sizes = {"num_layers": [1, 1, 1], "attention_blocks": 2, "in_channels": 1}
+    sizes = {"num_layers": [1, 1, 1], "attention_blocks": 2, "in_channels": 4}
     text = smooth(ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug", **sizes).extract_subnet("small"))
     encoder = {"text_encoder": clip(projection=False), "tokenizer": tokenizer()}
     return {
