@@ -169,7 +169,9 @@ class _Bound:
     """
 
     def __init__(self, checkpoint: Callable, name: str | None) -> None:
-        self.plain = checkpoint.plain if isinstance(checkpoint, _Bound) else checkpoint  # of a context within another
+        self.plain: Callable = (
+            checkpoint.plain if isinstance(checkpoint, _Bound) else checkpoint
+        )  # of a context within another
         self.name = name
 
     def __call__(self, module: nn.Module, *inputs: Any) -> Any:
