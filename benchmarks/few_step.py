@@ -52,6 +52,7 @@ TERMS = {
     "fading": ["few_step.knowledge_last=0.25"],
     "full": ["few_step.backbone=full"],
     "adapters": ["few_step.backbone=adapters"],
+    **{f"from-{t}": [f"few_step.first_signal={s}"] for t, s in ((999, 0.006), (800, 0.0388), (700, 0.0829))},
 }
 """What each variant changes of the recipe. Matching alone has weight 1, as weights are relative."""
 CLOSED, NEAR, RECALL_LOSS, AGREEMENT_LOSS, JOINT = 0.8, 1.15, 0.05, 0.02, 1.02

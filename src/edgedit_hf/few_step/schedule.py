@@ -27,7 +27,7 @@ def few_step_timesteps(
     prediction_type: str,
     steps: int,
     shift: float = 3.0,
-    first_signal: float = 0.04,
+    first_signal: float = 0.16,
     timesteps: Sequence[float] | None = None,
 ) -> list[float]:
     """The timesteps of a few-step student on the scale 0 … 1000, falling; after the last comes clean data.
