@@ -459,3 +459,101 @@ def test_images_that_an_earlier_version_read_are_said_to_be(tmp_path):
         "old value",
     ):
         demo_run(tmp_path / "teacher", "teacher", {}, 1, inputs={"data": "b"})
+
+
+# -------------------------------------------------------------------- the best checkpoint
+
+
+def judged(folder, best_at=(3,), at=None, action=None, config=None, from_best=False, steps=STEPS):
+    """A stage that keeps the checkpoints after some steps as its best; the hash of its final weights, and its start."""
+    run = demo_run(folder, "demo", config or {"rate": 0.01}, steps, checkpoint_every=2, log_every=3)
+    model, optimizer, ema = optimised(0)
+    start = run.track(from_best, model=model, optimizer=optimizer, ema=ema)
+    for step in run.steps():
+        loss = train_step(model, optimizer, ema, step)
+        run.log(loss=loss)
+        if step + 1 in best_at:
+            run.keep_best()
+        if step + 1 == at:
+            action(run)
+    return weights_hash(model.state_dict()), start
+
+
+def kept(folder) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_the_best_checkpoint_stays_beside_the_last_and_is_one_copy(tmp_path):
+    judged(tmp_path, best_at=(1, 3, 5))
+    assert kept(tmp_path) == ["best-000000005", "step-000000009"]
+    judged(tmp_path / "at-the-end", best_at=(9,))
+    assert kept(tmp_path / "at-the-end") == ["best-000000009", "step-000000009"]
+    for file in (tmp_path / "at-the-end" / "checkpoints" / "best-000000009").iterdir():
+        assert file.stat().st_nlink == 2
+
+
+def test_both_can_be_continued_from_to_the_same_end(tmp_path):
+    whole, _ = judged(tmp_path / "whole")
+    for from_best, begins in ((False, 6), (True, 3)):
+        folder = tmp_path / f"from-{from_best}"
+        with pytest.raises(Stop):
+            judged(folder, at=7, action=lambda run: stop(run, None))
+        assert kept(folder) == ["best-000000003", "step-000000006"]
+        assert judged(folder, from_best=from_best) == (whole, begins)
+        steps = [line["step"] for line in lines(folder)]
+        assert steps == sorted(set(steps)) and steps[-1] == STEPS  # no step stands twice
+    assert judged(tmp_path / "nothing", from_best=True) == (whole, 0)
+
+
+def test_whoever_went_back_to_the_best_goes_on_from_there(tmp_path):
+    """Stopped before another checkpoint, and continued without the word: not at step 0, nor at what was left behind."""
+    with pytest.raises(Stop):
+        judged(tmp_path, at=7, action=lambda run: stop(run, None))
+    with pytest.raises(Stop):
+        judged(tmp_path, from_best=True, at=4, action=lambda run: stop(run, None))
+    assert kept(tmp_path) == ["best-000000003", "step-000000003"]
+    whole, _ = judged(tmp_path / "whole")
+    assert judged(tmp_path) == (whole, 3)
+
+
+def drift(run):
+    raise run.abort("the samples' mean has drifted", "Lower the weight")
+
+
+def test_a_stage_that_stops_itself_says_why_and_how_to_go_on(tmp_path):
+    values = {"few_step": {"matching_weight": 1.0, "moments_weight": 0.0, "learning_rate": 0.1, "rank": 4}}
+    with pytest.raises(EdgeDiTError) as error:
+        judged(tmp_path, at=7, action=drift, config=values)
+    said = str(error.value)
+    assert said.startswith(
+        "demo: the samples' mean has drifted; the checkpoint step-000000006 before it is kept. Lower"
+    )
+    assert (
+        "learning_rate, matching_weight, moments_weight may now change" in said
+        and "rank" not in said.split("again:")[1]
+    )
+    assert kept(tmp_path) == ["best-000000003", "step-000000006"]
+    assert read_json(tmp_path / "run.json", "")["aborted"] == {"step": 6, "why": "the samples' mean has drifted"}
+    refused = {"few_step": {**values["few_step"], "rank": 8}}
+    with pytest.raises(EdgeDiTError, match="rank = 4"):
+        judged(tmp_path, config=refused)
+    lower = {"few_step": {**values["few_step"], "matching_weight": 0.1, "moments_weight": 0.5}}
+    _, start = judged(tmp_path, config=lower, from_best=True)
+    assert start == 3
+    changes = read_json(tmp_path / "run.json", "")["changes"]
+    assert len(changes) == 1 and changes[0]["few_step.matching_weight"] == [1.0, 0.1]
+    with pytest.raises(EdgeDiTError, match="matching_weight"):  # only once
+        judged(tmp_path, config=values)
+
+
+def test_remarks_stand_in_the_progress_line_and_the_telemetry(tmp_path, capsys):
+    run = demo_run(tmp_path, "demo", {"rate": 0.01}, 4, checkpoint_every=9, log_every=1)
+    model, _, _ = optimised(0)
+    run.track(model=model)
+    for step in run.steps():
+        run.log(loss=step)
+        if step:
+            assert run.shown["loss"] == step - 1
+        run.remark(("", "critic lags", "", "guidance too strong")[step])
+    assert [line.get("note") for line in lines(tmp_path)] == [None, "critic lags", None, "guidance too strong"]
+    assert "note=guidance too strong" in capsys.readouterr().err

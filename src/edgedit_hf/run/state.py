@@ -354,9 +354,7 @@ class RunState:
             self.step = state["step"]
             self.seconds_before = state["seconds"]
             if from_best and self.is_main:
-                for later in (self.folder / "checkpoints").glob("step-*"):
-                    if int(later.name[5:]) > self.step:
-                        shutil.rmtree(later)
+                self._go_back_to(newest)
             self.barrier()
         if self.is_main:
             self._cut_telemetry()
@@ -383,17 +381,31 @@ class RunState:
 
     def _link_best(self) -> None:
         root = self.folder / "checkpoints"
-        aside, final = root / f".tmp-best-{self.step:09d}", root / f"best-{self.step:09d}"
+        final = root / f"best-{self.step:09d}"
         if self.is_main and not final.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(root / f"step-{self.step:09d}", aside, copy_function=_link)  # one copy on the disk
-            sync_tree(aside)
-            os.rename(aside, final)
-            fsync_path(root)
+            self._link_checkpoint(root / f"step-{self.step:09d}", final)
             for old in root.glob("best-*"):
                 if old != final:
                     shutil.rmtree(old, ignore_errors=True)
         self.barrier()
+
+    def _go_back_to(self, checkpoint: Path) -> None:
+        """Make it the newest one, so that a run which goes on from it is continued from it, whatever then stops it."""
+        root = self.folder / "checkpoints"
+        final = root / f"step-{self.step:09d}"
+        if not final.exists():
+            self._link_checkpoint(checkpoint, final)
+        for later in root.glob("step-*"):
+            if int(later.name[5:]) > self.step:
+                shutil.rmtree(later)
+
+    def _link_checkpoint(self, made: Path, final: Path) -> None:
+        aside = final.with_name(f".tmp-{final.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(made, aside, copy_function=_link)  # one copy on the disk
+        sync_tree(aside)
+        os.rename(aside, final)
+        fsync_path(final.parent)
 
     def _cut_telemetry(self) -> None:
         # Lines of steps that will be done again would stand twice.
