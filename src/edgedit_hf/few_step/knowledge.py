@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..data.captions import CaptionedDataset
 from ..data.text_table import TextTable, text_table
@@ -124,7 +125,9 @@ class Knowledge:
             return loss, distances
         assert found[0] is not None, "tokens were asked for"
         theirs = found[0].to(x_t.device)
-        if self.projector is not None:
+        if self.projector is None:
+            tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])  # as the distance does with the teacher's
+        else:
             height, width = x_t.shape[-2:]
             grid = (height // self.patch_size, width // self.patch_size)
             tokens = self.projector(tokens, grid, grid_of(theirs.shape[1], height, width))
@@ -140,7 +143,6 @@ def own_knowledge(config: RunConfig, source: Source, networks: Any) -> Knowledge
         asked = {"features": features, "subnet": full, "guided_channels": source.guided_channels}
         return networks(REAL, x, t, piece.condition, piece.null, guidance_scale=source.knowledge_guidance, **asked)
 
-    _check_features(config, source)
     return Knowledge(call, source.diffusion, options.knowledge_steps, options.feature_weight)
 
 
@@ -151,6 +153,11 @@ def given_knowledge(config: RunConfig, accelerator: Any, source: Source, conditi
         EdgeDiTError: it cannot be used beside this student.
     """
     options = config.few_step
+    if options.feature_weight and len(source.widths) > 1:
+        raise EdgeDiTError(
+            f"few_step.feature_weight is {options.feature_weight:g}, but the {len(source.widths)} widths of the net "
+            "have tokens of different sizes; set it to 0, or distil one width (few_step.subnet)."
+        )
     if options.teacher is None:
         if options.teacher_lora is not None:
             raise EdgeDiTError(
@@ -172,11 +179,7 @@ def _class_teacher(config: RunConfig, accelerator: Any, source: Source, conditio
                 f"few_step.teacher {options.teacher} has {name} {theirs[name]!r}, the net that is distilled "
                 f"{student[name]!r}; they must agree."
             )
-    if (pipeline.vae is None) != (source.pipeline.vae is None):
-        raise EdgeDiTError(
-            f"few_step.teacher {options.teacher} works on {'pixels' if pipeline.vae is None else 'latents'}, the net "
-            "that is distilled does not; they must agree."
-        )
+    check_latents(str(options.teacher), source.pipeline.vae, student.in_channels)
     if options.teacher_lora is not None:
         raise EdgeDiTError(
             f"few_step.teacher_lora {options.teacher_lora} is for teachers of text to image; fuse it into this one "
@@ -231,7 +234,6 @@ def _text_teacher(config: RunConfig, accelerator: Any, source: Source, condition
         output = teacher.velocity(x, t.float() / TRAIN_TIMESTEPS, texts.batch(piece.images.cpu()))
         return output, teacher.features if features else None
 
-    _check_features(config, source)
     projector = _projector(config, model.hidden_size, teacher.feature_dim) if options.feature_weight else None
     return Knowledge(
         call,
@@ -242,14 +244,6 @@ def _text_teacher(config: RunConfig, accelerator: Any, source: Source, condition
         model.config.patch_size,
         teacher.fingerprint,
     )
-
-
-def _check_features(config: RunConfig, source: Source) -> None:
-    if config.few_step.feature_weight and len(source.widths) > 1:
-        raise EdgeDiTError(
-            f"few_step.feature_weight is {config.few_step.feature_weight:g}, but the {len(source.widths)} widths of "
-            "the net have tokens of different sizes; set it to 0, or distil one width (few_step.subnet)."
-        )
 
 
 def _projector(config: RunConfig, student_dim: int, teacher_dim: int) -> FeatureProjector:
