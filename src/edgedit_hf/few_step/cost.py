@@ -14,7 +14,8 @@ from ..run.config import RunConfig
 from ..run.cost import BACKWARD, UPDATE_BYTES, Estimate, Machine
 from ..run.sections import FewStepConfig
 from ..run.stage import FEW_STEP
-from .networks import Networks, separate_bytes
+from .networks import Networks, is_elastic, separate_bytes
+from .source import check_subnet
 
 
 def net_to_distil(config: RunConfig) -> Any:
@@ -23,7 +24,12 @@ def net_to_distil(config: RunConfig) -> Any:
     values = EdgeDiTTransformer2DModel.load_config(path, subfolder="transformer")
     kind = ElasticDiTTransformer2DModel if "subnets" in values else EdgeDiTTransformer2DModel
     with torch.device("meta"):
-        return kind.from_config(values)
+        model = kind.from_config(values)
+        if config.few_step.subnet is None:
+            return model
+        check_subnet(model, config.few_step.subnet, path)
+        model.set_active_subnet(config.few_step.subnet)
+        return kind.from_config(model.active_subnet_config())
 
 
 def meta_networks(model: Any, options: FewStepConfig) -> Networks:
@@ -52,13 +58,18 @@ def print_memory(config: RunConfig) -> None:
         print(line)
 
 
-def forwards(options: FewStepConfig, guided: bool) -> float:
-    """Forwards of the net for a step and image, the mean over the steps of training; a backward counts for two."""
+def forwards(options: FewStepConfig, guided: bool, matched_guided: bool) -> float:
+    """Forwards of the net for a step and image, the mean over the steps of training; a backward counts for two.
+
+    Args:
+        guided: whether the teacher is. matched_guided: whether the real score is.
+    """
     student = 1 / options.student_every
     critic = 0.0 if not options.matching_weight else 1 - student * (options.schedule == "alternate")
     simulated = (options.sampling_steps - 1) / 2
     known = options.knowledge_steps * (2 if guided else 1) if options.knowledge_weight else 0
-    scores = (3 if guided else 2) if options.matching_weight else 0
+    terms = 3 if options.decoupled is False else 4  # coupled; or a guidance term at noise of its own
+    scores = (terms if matched_guided else 2) if options.matching_weight else 0
     judged = options.samples * options.sampling_steps / (options.evaluate_every * options.batch_size)
     return simulated + student * (1 + BACKWARD + known + scores) + critic * (1 + BACKWARD) + (1 - student) + judged
 
@@ -70,14 +81,15 @@ def few_step_estimate(config: RunConfig, machine: Machine, model: Any, flops: fl
         model: the net, which may be on the meta device. flops: of a forward of it. guided: whether the teacher is.
     """
     options = config.few_step
-    networks = meta_networks(model, options)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    networks = meta_networks(model, options)  # which adds adapters to the net
+    matched_guided = is_elastic(model) if options.real_guidance is None else options.real_guidance > 1
     trained = sum(parameter.numel() for role in networks.roles for _, parameter in networks.trained(role))
     seconds = options.steps * (
-        forwards(options, guided) * options.batch_size * flops / (machine.processes * machine.flops)
+        forwards(options, guided, matched_guided) * options.batch_size * flops / (machine.processes * machine.flops)
         + UPDATE_BYTES * trained / machine.update_bytes
     )
     held = sum(networks.memory().values()) + 4 * trained * (2 if machine.processes > 1 else 1)
     memory = (1e9 if machine.gpu else PROCESS_BYTES) + held
-    weights = sum(parameter.numel() for parameter in model.parameters())
     device = "gpu" if machine.gpu else "cpu"
     return Estimate(FEW_STEP.name, seconds, memory, 4.0 * weights, device, machine.processes)

@@ -93,13 +93,14 @@ def load_source(config: RunConfig) -> Source:
     check_weights(model, f"The pipeline {path}")
     elastic = is_elastic(model)
     if options.subnet is not None:
-        names = getattr(model, "subnet_names", [])
-        if options.subnet not in names:
-            raise EdgeDiTError(
-                f"few_step.subnet is {options.subnet!r}, but {path} has {', '.join(names) or 'no sub-networks'}."
-            )
+        check_subnet(model, options.subnet, path)
         pipeline.register_modules(transformer=model.extract_subnet(options.subnet))
         model = pipeline.transformer
+    if not elastic and not model.config.num_classes and (options.real_guidance or 1) > 1:
+        raise EdgeDiTError(
+            f"few_step.real_guidance is {options.real_guidance:g}, but {path} has no classes that it could guide to; "
+            "leave it out."
+        )
     default = float(pipeline.config.default_guidance_scale)
     prediction = "flow_prediction" if elastic else model.config.prediction_type
     return Source(
@@ -109,6 +110,13 @@ def load_source(config: RunConfig) -> Source:
         options.real_guidance if options.real_guidance is not None else default if elastic else 1.0,
         options.knowledge_guidance if options.knowledge_guidance is not None else default,
     )
+
+
+def check_subnet(model: Any, name: str, path: Any) -> None:
+    """Raise unless a net, of the pipeline at `path`, has this sub-network."""
+    names = getattr(model, "subnet_names", [])
+    if name not in names:
+        raise EdgeDiTError(f"few_step.subnet is {name!r}, but {path} has {', '.join(names) or 'no sub-networks'}.")
 
 
 # -------------------------------------------------------------------- what a step sees
@@ -208,4 +216,4 @@ def load_conditions(config: RunConfig, accelerator: Any, source: Source) -> tupl
 def step_choice(seed: int, step: int, steps: int, widths: Sequence[str | None]) -> tuple[int, str | None]:
     """The denoising step and the sub-network that a training step is about: the same for every rank."""
     drawn = draws(seed, step, [0], (1,), stream=CHOICE_STREAM)
-    return int(float(drawn.time[0]) * steps), widths[int(float(drawn.drop[0]) * len(widths))]
+    return int(float(drawn.time[0]) * steps), widths[min(int(float(drawn.drop[0]) * len(widths)), len(widths) - 1)]
