@@ -186,6 +186,11 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         )
     if not options.matching_weight and not options.knowledge_weight:
         raise EdgeDiTError("few_step.matching_weight and few_step.knowledge_weight are both 0: nothing to learn from.")
+    if options.matching_weight and options.schedule == "alternate" and options.student_every == 1:
+        raise EdgeDiTError(
+            "few_step.schedule is alternate and few_step.student_every is 1: the critic would never learn; make it 2 "
+            "or more, or take the schedule every."
+        )
     source = load_source(config)
     conditions, judged = load_conditions(config, accelerator, source)
     knowledge = given_knowledge(config, accelerator, source, conditions) if options.knowledge_weight else None

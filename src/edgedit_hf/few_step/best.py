@@ -60,7 +60,7 @@ class Best:
 
     def take(self, metric: float, step: int, widths: Mapping[str, float]) -> bool:
         """Keep what the parameters hold now, if the metric is lower than ever; whether it was."""
-        if self.facts and metric >= self.facts["distance"]:
+        if self.facts and not metric < self.facts["distance"]:
             return False
         self.facts = {"distance": metric, "step": step, "widths": dict(widths)}
         self.weights = {name: _here(parameter).cpu().clone() for name, parameter in self.student}

@@ -71,7 +71,8 @@ class Judge:
         parts = getattr(dataset, "parts", [dataset])
         some = parts[0]
         count = min(len(some), MOMENT_IMAGES)
-        images = some.batch(range(count))["images"]
+        rows = [index * len(some) // count for index in range(count)]  # of everywhere: folders lie class by class
+        images = some.batch(rows)["images"]
         return images.float() if isinstance(some, LatentDataset) else images
 
     def _condition(self, rows: torch.Tensor) -> Any:

@@ -49,12 +49,13 @@ class Objective:
     def _timesteps(self, u: torch.Tensor, most: float) -> torch.Tensor:
         """Timesteps `(B,)` up to `most` of uniform numbers: uniform in s before the shift (flow), or in t (DDPM)."""
         top = most / TRAIN_TIMESTEPS
+        least = min(LEAST_NOISE, top)
         if self.diffusion.prediction_type == "epsilon":
-            return ((LEAST_NOISE + u * max(0.0, top - LEAST_NOISE)) * TRAIN_TIMESTEPS).long()
+            return ((least + u * (top - least)) * TRAIN_TIMESTEPS).long()
         shift = self.options.shift
         s = top / (shift - (shift - 1) * top)  # the inverse of the shift
         level = shift * u * s / (1 + (shift - 1) * u * s)
-        return TRAIN_TIMESTEPS * level.clamp(LEAST_NOISE, 1 - LEAST_NOISE)
+        return TRAIN_TIMESTEPS * level.clamp(least, 1 - LEAST_NOISE)
 
     # ---------------------------------------------------------------- the student
 
