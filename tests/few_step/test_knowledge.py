@@ -1,15 +1,22 @@
 """Where the student's x_t leads, against probability flows that are known in closed form, and whose teacher says so."""
 
+from types import SimpleNamespace
+
+import flow_pipelines
 import pytest
 import torch
+from accelerate import Accelerator
 from gaussians import Mixture
 
 from edgedit_hf import EdgeDiTError
+from edgedit_hf.data.text_table import text_table
 from edgedit_hf.diffusion import Diffusion
 from edgedit_hf.few_step.knowledge import Knowledge, chord_velocity, given_knowledge, own_knowledge, substeps
 from edgedit_hf.few_step.losses import on_flow
 from edgedit_hf.few_step.networks import REAL, Networks, predict
 from edgedit_hf.few_step.objective import Objective
+from edgedit_hf.few_step.source import Conditions
+from edgedit_hf.pipelines.loading import with_components
 from edgedit_hf.run.config import RunConfig
 
 DATA = Mixture.of((1.0, 0.4, 0.3))
@@ -134,6 +141,31 @@ def test_features_are_of_the_same_x_t(families):
     assert float(said["features"]) == pytest.approx(0, abs=1e-5)
     other, _ = knowledge.loss(velocity, tokens.flip(0), piece, piece.noise, 600.0, 400.0)
     assert (other > without).all()
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_a_text_teacher_of_ours_is_asked_as_it_samples(families, few, tmp_path):
+    """One that needs few steps itself: once, without guidance; another one: guided as its own pipeline is."""
+    own = {"default_steps": 2, "default_guidance_scale": 1.0, "few_step_timesteps": [1000.0, 500.0]} if few else {}
+    teacher = with_components(flow_pipelines.randomise(flow_pipelines.elastic(vae=False, seed=5), 5), **own)
+    teacher.save_pretrained(tmp_path / "teacher")
+    config = config_of(teacher=str(tmp_path / "teacher"), knowledge_steps=2)
+    config.output_dir = str(tmp_path / "run")
+    what, source = ["a cat", "a longer prompt"], families["elastic"].source(knowledge_guidance=7.0)
+    conditions = Conditions(source, SimpleNamespace(captions=what, shapes=[(1, 8, 8)]))
+    knowledge = given_knowledge(config, Accelerator(cpu=True), source, conditions)
+    piece = families["elastic"].piece([0, 1])
+    with torch.no_grad():
+        texts = text_table(teacher, what, tmp_path / "texts")
+        both, guidance = Conditions.of_texts(texts, piece.images, piece.noise.device), 1.0 if few else 4.0
+        assert teacher.config.default_guidance_scale == guidance
+        target = chord_velocity(
+            lambda x, t: predict(teacher.transformer, x, t, *both, guidance)[0],
+            source.diffusion,
+            *(piece.noise, 900.0, 750.0, 1 if few else 2),
+        )
+        loss, _ = knowledge.loss(torch.zeros_like(target), None, piece, piece.noise, 900.0, 750.0)
+    torch.testing.assert_close(loss, target.square().mean((1, 2, 3)), rtol=1e-3, atol=1e-4)
 
 
 def test_widths_have_tokens_of_different_sizes(families):

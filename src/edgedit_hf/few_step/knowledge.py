@@ -212,14 +212,12 @@ def _text_teacher(config: RunConfig, accelerator: Any, source: Source, condition
     teacher_family(str(options.teacher))
     check_latents(str(options.teacher), source.pipeline.vae, model.config.in_channels)
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-    guidance = options.knowledge_guidance
     teacher = FlowTeacher.load(
-        str(options.teacher),
-        options.quantization,
-        accelerator.device,
-        dtype,
-        source.knowledge_guidance if guidance is None else guidance,
+        str(options.teacher), options.quantization, accelerator.device, dtype, source.knowledge_guidance
     )
+    own = teacher.pipeline.config
+    if options.knowledge_guidance is None and "default_guidance_scale" in own:  # one of ours
+        teacher.guidance_scale = float(own["default_guidance_scale"])
     if options.teacher_lora is not None:
         _put_on(teacher.pipeline, options.teacher_lora)
     folder = config.folder("knowledge", f"text-{teacher.text_fingerprint}")
@@ -238,7 +236,7 @@ def _text_teacher(config: RunConfig, accelerator: Any, source: Source, condition
     return Knowledge(
         call,
         source.diffusion,
-        options.knowledge_steps,
+        1 if own.get("few_step_timesteps") else options.knowledge_steps,
         options.feature_weight,
         None if projector is None else projector.to(accelerator.device),
         model.config.patch_size,
