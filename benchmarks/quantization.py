@@ -39,7 +39,7 @@ from edgedit_hf.data.loading import load_run_images
 from edgedit_hf.export.wrappers import DenoiserWrapper
 from edgedit_hf.metrics.distances import frechet_distance, psnr
 from edgedit_hf.metrics.extractors import FeatureExtractor
-from edgedit_hf.metrics.reference import load_extractor, real_features
+from edgedit_hf.metrics.reference import extractor_folder, load_extractor, real_features
 from edgedit_hf.pipelines.loading import load_pipeline, with_transformer
 from edgedit_hf.pipelines.sampling import generate
 from edgedit_hf.quantization.activations import activation_scales, simulated_activations
@@ -198,7 +198,7 @@ def main() -> None:
         made = folder / "compensated"
         runs = {"RTN 4.3": folder / "groups" / "quantized", "k-means 4.3, nearest": folder / "nearest" / "quantized"}
         runs |= {"k-means 4.3": made / "quantized-untuned", BEST: made / "quantized"}
-        images, beside = load_run_images(config), Path(source).parent / "evaluate" / "extractor"
+        images, beside = load_run_images(config), extractor_folder(Path(source).parent)
         # Of the run that the pipeline is from, if it has one.
         extractor = (
             FeatureExtractor.load(beside) if beside.is_dir() else load_extractor(config, images, accelerator.device)

@@ -1,4 +1,5 @@
-"""Stage 7: export the tuned student to ONNX and, where asked for, ExecuTorch, verified against eager PyTorch and timed.
+"""Stage 7: export the tuned student (with few_step.enabled: the few-step student) to ONNX and, where asked for,
+ExecuTorch, verified against eager PyTorch and timed.
 
     edgedit train export --config training/recipes/digits.yaml
 
@@ -24,7 +25,7 @@ from edgedit_hf.preflight import preflight
 from edgedit_hf.records import Listed
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
-from edgedit_hf.run.stage import EXPORT, TUNE
+from edgedit_hf.run.stage import EXPORT, shipped
 from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
 
@@ -32,8 +33,9 @@ from edgedit_hf.schema import read_record
 def run(config: RunConfig, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
-    source = config.folder("student-tuned")
-    load_pipeline(source, TUNE.made_by)  # fails now if it is no pipeline
+    made_by = shipped(config)
+    source = config.folder(made_by.folder)
+    load_pipeline(source, made_by.made_by)  # fails now if it is no pipeline
     exports = [("onnx", dtype) for dtype in config.export.dtypes] + [
         ("executorch", dtype) for dtype in config.export.executorch
     ]
@@ -41,6 +43,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         config,
         EXPORT,
         len(exports),
+        inputs={name: None for name, _ in EXPORT.inputs if name != made_by.folder},
         unit="export",
     )
     if state.finished:

@@ -290,6 +290,10 @@ class Model:
     num_samples: int = key(minimum=1, maximum=COUNT)
     steps: int = key(minimum=1, maximum=COUNT)
     guidance_scale: float = key(minimum=0.0, maximum=FIGURE)
+    forwards_per_image: int | None = key(None, minimum=1, maximum=COUNT)
+    seconds_per_image: dict[str, float] = key(dict, **MS, items=1000)
+    solver: str | None = key(None)
+    bytes: dict[str, float] = key(dict, minimum=0.0, maximum=FIGURE)
     precision: float | None = key(None, **SHARE)
     recall: float | None = key(None, **SHARE)
     class_agreement: float | None = key(None, **SHARE)
@@ -327,6 +331,15 @@ class Latencies(Latency):
     """evaluate/latency.json, as its stage reads it: milliseconds by model and runtime."""
 
     latency_ms: dict[str, dict[str, float]] = key(**MS, items=1000)
+    seconds_per_image: dict[str, float] = key(dict, **MS, items=1000)
+
+
+@dataclass(kw_only=True)
+class Solvers:
+    """evaluate/solvers.json: the distance of few steps by every standard solver."""
+
+    metric: str = key()
+    distances: dict[str, float] = key(minimum=-FIGURE, maximum=FIGURE, items=1000, fewest=1)
 
 
 @dataclass(kw_only=True)

@@ -55,8 +55,8 @@ def test_killed_and_rerun_equals_uninterrupted(recipes, whole_run, result_files,
     for need in needs:
         if (whole / need).exists():
             shutil.copytree(whole / need, killed / need)
-    if name in ("search_architecture",) and (whole / "evaluate" / "extractor").exists():
-        shutil.copytree(whole / "evaluate" / "extractor", killed / "evaluate" / "extractor")
+    if name in ("search_architecture",) and (whole / "extractor").exists():
+        shutil.copytree(whole / "extractor", killed / "extractor")
     delays = recipes.run_with_kills(name, killed, killed / stage / "run.json", seconds, kills=2)
     expected = comparable(result_files(whole / stage, *suffixes))
     found = comparable(result_files(killed / stage, *suffixes))

@@ -1,7 +1,10 @@
 """What models are judged by: a feature extractor trained on the data, the real images' features, an independent
-classifier. Not a stage of its own: search and evaluation call it, and the extractor is trained once a run
-(<output_dir>/evaluate/extractor).
+classifier. Not a stage of its own: search, few-step distillation and evaluation call it, and the extractor is trained
+once a run (<output_dir>/extractor).
 """
+
+import os
+from pathlib import Path
 
 import torch
 
@@ -23,11 +26,17 @@ REAL_IMAGES = 50_000  # more add nothing to the distance's precision at the samp
 CHUNK = 1000
 
 
+def extractor_folder(run_dir: str | os.PathLike) -> Path:
+    """Where a run has its extractor; earlier versions kept it in `evaluate`."""
+    earlier = Path(run_dir, "evaluate", "extractor")
+    return earlier if earlier.is_dir() else Path(run_dir, "extractor")
+
+
 def load_extractor(config: RunConfig, images: ImageDataset, device: torch.device, held_out: ImageDataset | None = None):
     """The run's extractor, trained now if it has none; `device`: where Inception runs; `held_out`: default the run's
     own.
     """
-    folder = config.folder("evaluate", "extractor")
+    folder = extractor_folder(config.output_dir)
     if config.evaluate.extractor == "inception":
         return InceptionExtractor(device)
     steps = config.evaluate.extractor_steps

@@ -179,7 +179,7 @@ EXPORT = Stage(
     "exported",
     "lower the student for its runtimes, verify and time it",
     sections=("seed", "export", "evaluate.latency_batch_size"),
-    inputs=(Input("student-tuned", "student-tuned"),),
+    inputs=(Input("student-tuned", "student-tuned"), Input("few-step", "few-step")),  # one: see shipped()
 )
 EVALUATE = Stage(
     "evaluate",
@@ -199,6 +199,7 @@ EVALUATE = Stage(
                 "student",
                 "student-random-proxies",
                 "student-tuned",
+                "few-step",
                 "exported/onnx-fp32",
                 "exported/onnx-int8",
                 "exported/executorch-fp32",
@@ -265,14 +266,35 @@ EVALUATE_ELASTIC = Stage(
     inputs=(Input("elastic", "elastic/stage.json"), Input("weights", "elastic"), IMAGES, EXTRACTOR),
 )
 
+EVALUATE_FEW_STEP = Stage(
+    "evaluate-few-step",
+    "evaluate_few_step.py",
+    "evaluate-few-step",
+    "judge every sub-network of the few-step net alike",
+    sections=("seed", "data", "evaluate", "threads"),
+    inputs=(
+        Input("elastic", "elastic"),
+        Input("few-step", "few-step"),
+        Input("captions", "evaluate/captions.json"),
+        IMAGES,
+        EXTRACTOR,
+    ),
+    only="few_step.enabled",
+)
+
 EDGEDIT = (TEACHER, BANK, LATENCY, SEARCH, STUDENT, TUNE, FEW_STEP, EXPORT, EVALUATE)
-TEXT_TO_IMAGE = (TEXT, ELASTIC, EVALUATE_ELASTIC)
+TEXT_TO_IMAGE = (TEXT, ELASTIC, EVALUATE_ELASTIC, FEW_STEP, EVALUATE_FEW_STEP)
 OPTIONAL = (QUANTIZE, SELF_DISTIL, SENSITIVITY)
 """Stages that no driver runs: each is started on its own."""
 
-STAGES = EDGEDIT + TEXT_TO_IMAGE + OPTIONAL
+STAGES = tuple(dict.fromkeys(EDGEDIT + TEXT_TO_IMAGE + OPTIONAL))
 DRIVERS = {"compress": ("compress.py", EDGEDIT), "text-to-image": ("text_to_image.py", TEXT_TO_IMAGE)}
 """What runs a whole table: its name for `edgedit train`, its script, and the table."""
+
+
+def shipped(config: RunConfig) -> Stage:
+    """The stage whose pipeline a run of classes exports, judges its exports against, and writes the card of."""
+    return FEW_STEP if FEW_STEP.needed(config) else TUNE
 
 
 def maker_of(at: str, table: Sequence[Stage] = STAGES) -> Stage:

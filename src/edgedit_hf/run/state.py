@@ -118,7 +118,7 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-SHARED = {"extractor", "reference.json"}  # of the stage `evaluate`, whose folder the search uses before it
+SHARED = {"extractor", "reference.json"}  # in the folder of `evaluate`, which earlier versions used before it
 
 
 class RunState:

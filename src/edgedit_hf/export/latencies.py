@@ -1,0 +1,138 @@
+"""How long the models of a run take, forward by forward and image by image, as they ship."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+
+from ..genotype import Genotype
+from ..pipelines.sampling import quiet_call
+from ..run.config import RunConfig
+from ..runtimes.runners import SessionRunner, TorchRunner, example_inputs
+from ..runtimes.sessions import open_session
+from ..runtimes.timing import environment, measure, paired_ratio
+from .formats import FORMATS
+from .lowering import denoiser_file
+from .wrappers import DenoiserWrapper
+
+LONGEST_CALL_S = 5.0  # a call that would take longer is not made: its forwards are timed, and multiplied
+
+
+class Sampled(NamedTuple):
+    """A pipeline, and how it samples."""
+
+    pipeline: Any
+    steps: int
+    guidance_scale: float
+
+    @property
+    def eager(self) -> bool:
+        """Whether it runs in PyTorch."""
+        return isinstance(self.pipeline.transformer, torch.nn.Module)
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of the denoiser an image: two a step with guidance."""
+        return self.steps * (2 if self.guidance_scale > 1 and self.pipeline.transformer.config["num_classes"] else 1)
+
+    @property
+    def runtime(self) -> str:
+        """What it runs in, e.g. "onnxruntime-int8"."""
+        transformer = self.pipeline.transformer
+        return "torch-fp32" if self.eager else f"{FORMATS[transformer.FORMAT].runtime}-{transformer.config.precision}"
+
+
+def measure_latencies(pipelines: dict, config: RunConfig) -> dict:
+    """Whole networks of each architecture in torch, ONNX Runtime (fp32 and int8) and, where exported, ExecuTorch:
+    interleaved in one run. What the run has exported is timed as it ships; the rest is lowered here.
+    """
+    options, threads, batch = config.evaluate, config.latency.threads, config.evaluate.latency_batch_size
+    asked = [("onnx", dtype) for dtype in FORMATS["onnx"].measured] + [
+        ("executorch", dtype) for dtype in config.export.executorch
+    ]
+    runners, hashes, shipped = {}, {}, {}
+    with TemporaryDirectory() as folder:
+        for name in ("teacher", "student-tuned"):
+            model = pipelines[name].transformer
+            hashes[name] = Genotype.of(model.config).hash
+            inputs = example_inputs(model.config, batch)
+            runners[name, "torch-fp32"] = TorchRunner(DenoiserWrapper(model), inputs, threads)
+            for kind, dtype in asked:
+                export, runtime = pipelines.get(f"exported/{kind}-{dtype}"), f"{FORMATS[kind].runtime}-{dtype}"
+                exported = None if export is None else export.transformer
+                file = denoiser_file(model, Path(folder, name), kind, dtype, batch, exported)
+                if not file.is_relative_to(folder):
+                    shipped[f"{name} {runtime}"] = f"exported/{kind}-{dtype}"
+                runners[name, runtime] = SessionRunner(open_session(file, threads), inputs)
+        timings = measure(runners, repeats=options.latency_repeats)
+    measured = {hashes[name]: {} for name in hashes}
+    for (name, runtime), timing in timings.items():
+        measured[hashes[name]][runtime] = timing.median_ms
+    ratios = {
+        runtime: paired_ratio(timings["teacher", runtime], timings["student-tuned", runtime])
+        for name, runtime in runners
+        if name == "teacher"
+    }
+    return {
+        "latency_ms": measured,
+        "speedup": ratios,
+        "shipped": shipped,
+        "timings": {f"{name} {runtime}": timing.to_dict() for (name, runtime), timing in timings.items()},
+        "batch_size": options.latency_batch_size,
+        "threads": threads,
+        "environment": environment(threads),
+    }
+
+
+def seconds_an_image(rows: Mapping[str, Sampled], latency: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Wall-clock seconds an image of whole calls, noise to pixels, of `evaluate.latency_batch_size` images: medians of
+    calls in turns. Models of one architecture that sample alike in one runtime are timed once.
+
+    Args:
+        rows: by name. latency: of [`measure_latencies`].
+
+    Returns:
+        `seconds_per_image`, by name, and `multiplied`: names of those whose call would take longer than
+        [`LONGEST_CALL_S`], of which the forwards alone were timed and multiplied.
+    """
+    threads, batch = config.latency.threads, config.evaluate.latency_batch_size
+    kinds: dict[tuple, list[str]] = {}
+    for name, row in rows.items():
+        kind = Genotype.of(row.pipeline.transformer.config).hash, row.runtime, row.steps, row.forwards
+        kinds.setdefault(kind, []).append(name)
+    seconds: dict[str, float] = {}
+    runners, multiplied = {}, []
+    for (genotype, runtime, _, forwards), names in kinds.items():
+        of_forward = latency["latency_ms"].get(genotype, {}).get(runtime)
+        if of_forward is not None and forwards * of_forward / 1e3 > LONGEST_CALL_S:
+            seconds |= dict.fromkeys(names, forwards * of_forward / 1e3 / batch)
+            multiplied += names
+            continue
+        row = rows[names[0]]
+        if not row.eager:
+            row.pipeline.transformer.set_threads(threads)
+        runners[tuple(names)] = TorchRunner(call_of(row, batch), {}, threads)
+    for names, timing in (measure(runners, repeats=config.evaluate.latency_repeats) if runners else {}).items():
+        seconds |= dict.fromkeys(names, timing.median_ms / 1e3 / batch)
+        if not rows[names[0]].eager:
+            rows[names[0]].pipeline.transformer.set_threads(None)
+    return {"seconds_per_image": seconds, "multiplied": multiplied}
+
+
+def call_of(row: Sampled, batch: int) -> Any:
+    """A call of a class-conditional pipeline for a batch of images."""
+    config = row.pipeline.transformer.config
+    size, classes = config["sample_size"], config["num_classes"]
+    latents = torch.randn(batch, config["in_channels"], size, size, generator=torch.Generator().manual_seed(0))
+    asked = {"class_labels": torch.arange(batch) % classes} if classes else {"batch_size": batch}
+    asked |= {"num_inference_steps": row.steps, "guidance_scale": row.guidance_scale, "output_type": "pt"}
+
+    def call() -> Any:
+        with quiet_call(row.pipeline):
+            return row.pipeline(**asked, latents=latents).images
+
+    return call
