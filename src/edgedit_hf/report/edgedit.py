@@ -6,7 +6,6 @@ out; a file without which there is no report is an error that names the stage to
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import os
 import statistics
@@ -37,7 +36,8 @@ from ..run.results import check_sources, pipeline_weights_hash
 from ..run.stage import BANK, EDGEDIT, EVALUATE, SEARCH, STUDENT, Stage, maker_of
 from ..schema import read_record
 from ..search_space import OPTIONS, SearchSpace
-from .card import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
+from .card import MODEL_LABELS, latency_label, metric_label
+from .page import Figure, optional_record, render_html
 
 FORMAT = 1
 SAMPLE_PANELS = ("teacher", "student", "student-tuned", "onnx-int8")
@@ -177,11 +177,6 @@ def _check_judged_before(run_dir: Path, model: Mapping[str, Any], made_by: str) 
             f"The figures of {model['name']!r} are of an earlier version, which recorded no weights, and {folder} "
             f"{since}: delete {run_dir / 'evaluate'}, and what was made of the student before, and run {made_by} again."
         )
-
-
-def optional_record(path: Path, schema: Any) -> Any:
-    """What a stage wrote there, or `None`."""
-    return read_record(path, schema, "an earlier stage") if path.exists() else None
 
 
 def _points(run_dir: Path, *names: str) -> list[list[float]]:
@@ -328,16 +323,6 @@ def reproduce(run_dir: Path, seed: int, stages: Mapping[str, Mapping[str, Any]],
 # -------------------------------------------------------------------- figures
 
 
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """A picture of the report: file name, heading, what it shows (for who cannot see it), and what to look for."""
-
-    file: str
-    title: str
-    alt: str
-    caption: str
-
-
 def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
     """Write the PNGs below `run_dir/report` and describe them."""
     import numpy as np
@@ -463,27 +448,6 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         render_html("report.html.jinja", report, figures, headlines(report), run_dir / "report"),
     )
     return run_dir / "report.html"
-
-
-def render_html(
-    page: str, report: Mapping[str, Any], figures: Sequence[Figure], headlines: Sequence[tuple[str, str]], folder: Path
-) -> str:
-    """A page of hub_cards/ with the figures of `folder` embedded; `headlines`: (figure, what it is) for its top."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(template),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"scaled": scaled, "metric_label": metric_label, "latency_label": latency_label}
-    header, rows = comparison_table(report["models"])
-    pictures = [(f, base64.b64encode((folder / f.file).read_bytes()).decode("ascii")) for f in figures]
-    return environment.get_template(page).render(
-        report=report, header=header, rows=rows, headlines=headlines, pictures=pictures
-    )
 
 
 def headlines(report: Mapping[str, Any]) -> list[tuple[str, str]]:

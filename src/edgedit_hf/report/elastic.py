@@ -18,7 +18,8 @@ from ..run.results import check_sources
 from ..run.stage import ELASTIC, EVALUATE_ELASTIC, TEXT_TO_IMAGE
 from ..schema import convert, read_lines, read_record
 from .card import metric_label
-from .edgedit import FORMAT, Figure, check_judged, finished_stages, optional_record, render_html, reproduce
+from .edgedit import FORMAT, check_judged, finished_stages, reproduce
+from .page import Figure, optional_record, render_html
 
 JUDGED_BY = EVALUATE_ELASTIC.made_by
 
