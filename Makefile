@@ -1,5 +1,7 @@
 # make demo   installs, then compresses a small diffusion transformer on the embedded digits: runs/demo/report.html
 # make demo-t2i   installs, then trains an elastic text-to-image supernet on captioned digits: runs/demo-t2i/report.html
+# make demo-few-step   installs, then compresses one and distils it to four steps: runs/demo-few-step/report.html
+# make demo-t2i-few-step   continues (or makes) runs/demo-t2i: every width in four steps, in that run's report
 # make check   installs, then looks at the code and the docs: ruff, its formatter, mypy, mkdocs
 # make test   installs, then runs the quick tests
 
@@ -17,7 +19,7 @@ export TOKENIZERS_PARALLELISM := false
 
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: install demo demo-t2i check test test-slow clean
+.PHONY: install demo demo-t2i demo-few-step demo-t2i-few-step check test test-slow clean
 
 install: $(INSTALLED)
 
@@ -34,6 +36,12 @@ demo: install
 
 demo-t2i: install
 	$(OFFLINE) $(BIN)/edgedit train text-to-image --config_file training/accelerate/cpu.yaml --config training/recipes/digits-t2i.yaml
+
+demo-few-step: install
+	$(OFFLINE) $(BIN)/edgedit train compress --config_file training/accelerate/cpu.yaml --config training/recipes/digits-few-step.yaml
+
+demo-t2i-few-step: install
+	$(OFFLINE) $(BIN)/edgedit train text-to-image --config_file training/accelerate/cpu.yaml --config training/recipes/digits-t2i-few-step.yaml
 
 check: install
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
-"""The whole loop from one YAML: teacher → proxy bank → latency table → search → student → fine-tuning → export →
-evaluation → report.
+"""The whole loop from one YAML: teacher → proxy bank → latency table → search → student → fine-tuning → (few steps)
+→ export → evaluation → report.
 
     edgedit train compress --config training/recipes/digits.yaml [--override key=value] [--dry-run]
 
@@ -25,7 +25,7 @@ from edgedit_hf.report.card import write_card
 from edgedit_hf.report.edgedit import write_report
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main, stage_runs
-from edgedit_hf.run.stage import EDGEDIT, EVALUATE, TUNE
+from edgedit_hf.run.stage import EDGEDIT, shipped
 from edgedit_hf.run.state import STAGE_LABEL
 
 
@@ -48,15 +48,11 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             took := time.monotonic() - stage_started
         ) > 10:  # what the machine does is a better guide than the estimate before the start
             correction = took / max(1.0, expected[stage.name])
-    if config.student.genotype is not None:
-        accelerator.print(
-            f"{config.folder(EVALUATE.folder)} holds the figures; a report needs a search, which student.genotype "
-            "replaces"
-        )
-    elif accelerator.is_main_process:
+    if accelerator.is_main_process:
         report = write_report(config.output_dir)
-        figures = read_json(config.folder("report.json"), "the report")
-        write_card(config.folder(TUNE.folder), figures, repo_id=config.card.repo_id, license=config.card.license)
+        figures, made = read_json(config.folder("report.json"), "the report"), shipped(config).folder
+        about = {"repo_id": config.card.repo_id, "license": config.card.license, "model": made}
+        write_card(config.folder(made), figures, **about)
         print(f"{report} (this process: {(time.monotonic() - started) / 60:.1f} min)")
 
 

@@ -1,10 +1,10 @@
 """Text to image, the whole loop from one YAML: text encoders → elastic supernet → evaluation of every sub-network →
-report.
+(few steps, judged) → report.
 
     edgedit train text-to-image --config training/recipes/digits-t2i.yaml [--override key=value] [--dry-run]
 
 All stages run in this process; each can be run alone with the same YAML (train_text_encoders.py, train_elastic.py,
-evaluate_elastic.py). Finished stages are skipped, interrupted ones continue.
+…). Finished stages are skipped, interrupted ones continue.
 """
 
 if __name__ == "__main__":
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from edgedit_hf.elastic.cost import print_elastic_estimate
+from edgedit_hf.estimate import print_text_to_image_estimate
 from edgedit_hf.preflight import preflight
 from edgedit_hf.report.elastic import write_elastic_report
 from edgedit_hf.run.config import RunConfig
@@ -28,7 +28,8 @@ from edgedit_hf.run.state import STAGE_LABEL
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
-    started, runs = time.monotonic(), stage_runs(TEXT_TO_IMAGE, Path(__file__).parent)
+    stages = (stage for stage in TEXT_TO_IMAGE if stage.needed(config))
+    started, runs = time.monotonic(), stage_runs(stages, Path(__file__).parent)
     for number, run_stage in enumerate(runs.values(), 1):
         STAGE_LABEL.set(f"[{number}/{len(runs)}] ")
         run_stage(config, accelerator)
@@ -42,6 +43,6 @@ if __name__ == "__main__":
         run,
         __doc__,
         {"--teacher": "knowledge.teacher"},
-        dry_run=print_elastic_estimate,
+        dry_run=print_text_to_image_estimate,
         check=partial(preflight, stages=TEXT_TO_IMAGE),
     )

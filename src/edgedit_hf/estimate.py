@@ -6,6 +6,7 @@ converted, a data set or an autoencoder of the Hub) is replaced by an assumption
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -18,7 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from .data.loading import load_run_images
 from .distill.memory_plan import PROCESS_BYTES, MemoryModel, pairs_of, plan_bank, prefix_cost, wanted_proxies
 from .distill.teacher import new_teacher, read_genotype, search_space_of
+from .elastic.cost import data_shapes, print_elastic_estimate
 from .elastic.cost import here as elastic_machine
+from .elastic.supernet import new_elastic
 from .errors import EdgeDiTError
 from .few_step.cost import few_step_estimate, net_to_distil, print_memory
 from .genotype import LayerSpec
@@ -28,7 +31,7 @@ from .pipelines.loading import meta_vae
 from .run.config import RunConfig
 from .run.cost import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, print_table
 from .run.sections import OptimisationConfig
-from .run.stage import EDGEDIT
+from .run.stage import EDGEDIT, ELASTIC, FEW_STEP, TUNE
 from .search_space import BYTES, OPTIONS, Cost, SearchSpace, elastic_cost, layer_cost, model_cost, trunk_cost
 
 LIBRARIES = 0.15e9  # what botorch and ONNX Runtime add to a process
@@ -38,6 +41,7 @@ TABLE_DEPTHS = (
     6,
 )  # the table's networks: two depths of every shape, and three whole ones, together twice the teacher
 CHUNK = 2000  # images that stage evaluate holds as floats at a time
+SOLVERS = 6  # that few steps of the tuned student are tried with
 CG_ITERATIONS = 30  # of a closed-form refit, with two products of 2·M·F·D FLOPs each
 JUDGED = 7  # times that every proxy sees the held-out images: three starts and four points of its curve
 
@@ -386,6 +390,18 @@ class _Estimator:
         disk = 4.0 * sum(cost.weights for cost in runs)
         return Estimate("tune", sum(seconds) + more, self.base + held, disk, self.device, self.machine.processes)
 
+    def stage_few_step(self) -> Estimate:
+        """Of the student that does not exist yet: the given genotype's net, or, where that is searched for, the
+        teacher's, which is larger.
+        """
+        given = self.config.student.genotype
+        layers = {} if given is None else {"layers": read_genotype(given, "student.genotype").to_layers()}
+        with torch.device("meta"):
+            model = EdgeDiTTransformer2DModel.with_config(self.work.model, **layers)
+        asked = self.config.few_step.knowledge_guidance
+        guided = (self.config.sampling.guidance_scale if asked is None else asked) > 1
+        return few_step_estimate(self.config, self.machine, model, self.student.flops, guided)
+
     def stage_export(self) -> Estimate:
         options = self.config.export
         count = len(options.dtypes) + len(options.executorch)
@@ -408,16 +424,15 @@ class _Estimator:
             * (self.teacher.flops + self.student.flops)
             / self.host.fp32_flops
         )
+        if FEW_STEP.needed(self.config):  # the student, and the tuned one by every standard solver and the best again
+            few, guidance = self.config.few_step.sampling_steps, asked[2]
+            seconds += self.sampling(self.student, options.samples, few, 1.0)
+            seconds += (SOLVERS + 1) * self.sampling(self.student, options.samples, few, guidance)
+            students += 2
         models = teachers + students + exports
         networks = 1 if self.machine.gpu else models + runtimes
         held = self.judging(options.batch_size, networks, min(options.samples, CHUNK))
         return Estimate("evaluate", seconds, held, float(options.samples * models * self.work.pixels), self.device)
-
-    def stage_few_step(self) -> Estimate:
-        with torch.device("meta"):
-            model = EdgeDiTTransformer2DModel.from_config(self.work.model)
-        guided = self.config.sampling.guidance_scale > 1 and self.work.model["num_classes"] > 0
-        return few_step_estimate(self.config, self.machine, model, self.student.flops, guided)
 
     def all(self) -> list[Estimate]:
         """Every stage that is asked for, in order; without a search the stages that only serve it cost nothing."""
@@ -454,14 +469,32 @@ def print_estimate(config: RunConfig) -> None:
     print_table(machines, [_Estimator(config, work, machine).all() for machine in machines], work.assumed)
 
 
-def print_few_step_estimate(config: RunConfig) -> None:
-    """Print the estimate of stage few-step: here, on one GPU and on eight."""
-    model = net_to_distil(config)
+def print_text_to_image_estimate(config: RunConfig) -> None:
+    """Print the estimates of stage elastic and, where the recipe asks for it, of stage few-step."""
+    print_elastic_estimate(config)
+    if FEW_STEP.needed(config):
+        given = (config.text.encoder, config.text.encoder_2)
+        with torch.device("meta"):
+            shapes, dims = (
+                data_shapes(config, [])[0],
+                [config.text.hidden_size if path is None else 0 for path in given],
+            )
+            print_few_step_estimate(config, new_elastic(config, shapes, dims))
+
+
+def print_few_step_estimate(config: RunConfig, model: Any = None) -> None:
+    """Print the estimate of stage few-step: here, on one GPU and on eight.
+
+    Args:
+        model: the net that will be distilled; default the one that is there.
+    """
+    model = net_to_distil(config) if model is None else model
     elastic = isinstance(model, ElasticDiTTransformer2DModel)
     values = {key: value for key, value in model.config.items() if not key.startswith("_")}
     flops = elastic_cost(values).flops if elastic else model_cost(model.config).flops
     local = elastic_machine(values, config.threads) if elastic else here(config, dict(model.config))
     machines = (local, gpus(1, local), gpus(8, local))
-    rows = [[few_step_estimate(config, machine, net_to_distil(config), flops, True)] for machine in machines]
+    rows = [[few_step_estimate(config, machine, copy.deepcopy(model), flops, True)] for machine in machines]
     print_table(machines, rows, ["activations, the autoencoder and the real images are not counted"])
-    print_memory(config)
+    if config.few_step.path is not None or any(config.folder(stage.folder).exists() for stage in (TUNE, ELASTIC)):
+        print_memory(config)

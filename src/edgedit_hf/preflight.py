@@ -28,19 +28,21 @@ from .elastic.supernet import new_elastic
 from .errors import EdgeDiTError
 from .estimate import estimate, workload
 from .export.formats import FORMATS
-from .files import atomic_write_json, hash_json
+from .few_step.schedule import few_step_timesteps
+from .files import atomic_write_json, hash_json, read_json
 from .metrics.extractors import InceptionExtractor, check_classifiable
-from .pipelines.loading import TEXT_TO_IMAGE_VAES, VAES, load_scheduler
+from .pipelines.loading import KINDS, TEXT_TO_IMAGE_VAES, VAES, load_scheduler
 from .records import Named
 from .run.config import RunConfig
 from .run.cost import Machine
 from .run.outputs import check_writable, class_name
 from .run.sections import OptimisationConfig
-from .run.stage import TEXT_TO_IMAGE, Stage
+from .run.stage import EDGEDIT, TEXT_TO_IMAGE, Stage
 from .schema import read_record
 from .search.latency_table import given_table
 from .search_space import SearchSpace
 
+JUDGING = {"search", "few-step", "evaluate", "evaluate-elastic", "evaluate-few-step"}  # stages that need the extractor
 DECODED_IN_A_DRY_RUN = 20_000  # images at most; a real run decodes all of them
 
 
@@ -61,7 +63,8 @@ def preflight(config: RunConfig, stages: Sequence[Stage], processes: int = 1, dr
     """
     left = []
     for stage in stages:
-        if stage.needed(config) and not config.folder(stage.folder, "stage.json").exists():
+        asked = stage.needed(config) or len(stages) == 1  # one that is run on its own needs no key to ask for it
+        if asked and not config.folder(stage.folder, "stage.json").exists():
             check_writable(config.folder(stage.folder))
             left.append(stage.name)
     notes: list[str] = []
@@ -74,7 +77,10 @@ def preflight(config: RunConfig, stages: Sequence[Stage], processes: int = 1, dr
         check(check_space, config.output_dir, _bytes_to_write(config, left, processes), "The run")
     if {"text", "elastic"} & set(left):
         _check_text_to_image(config, left, notes, dry_run)
-    _check_pictures(config, left, dry_run, notes)
+    captioned = _captioned(config, [stage.name for stage in stages])
+    if "few-step" in left:
+        _check_few_step(config, captioned, notes, dry_run)
+    _check_pictures(config, left, captioned, dry_run, notes)
     return notes
 
 
@@ -109,13 +115,14 @@ def check_space(path: str | os.PathLike, needed: float, what: str) -> None:
 def check_batches(config: RunConfig, stages: Sequence[str], processes: int) -> None:
     """Raise unless every batch can be divided between the processes and the micro-batches."""
     for stage in stages:
-        options: Any = getattr(config, stage, None)
+        section = stage.replace("-", "_")
+        options: Any = getattr(config, section, None)
         if stage == "teacher" and config.teacher.path is not None:
             continue
         if isinstance(options, OptimisationConfig) and options.batch_size % (processes * options.gradient_accumulation):
             share = processes * options.gradient_accumulation
             raise EdgeDiTError(
-                f"{stage}.batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = "
+                f"{section}.batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = "
                 f"{share}; change one."
             )
         if stage == "text" and options.batch_size % processes:
@@ -172,7 +179,7 @@ def check_tools(config: RunConfig, stages: Sequence[str]) -> None:
         raise EdgeDiTError(f"{executorch[0]} needs {missing.name}, which is not installed: {missing.remedy}.")
     if "bank" in stages:
         new_optimizer(config.bank.optimizer, [torch.nn.Parameter(torch.zeros(1))], 1e-3)
-    if config.evaluate.extractor == "inception" and {"search", "evaluate", "evaluate-elastic"} & set(stages):
+    if config.evaluate.extractor == "inception" and JUDGING & set(stages):
         InceptionExtractor()
 
 
@@ -300,16 +307,50 @@ def _check_text_to_image(config: RunConfig, stages: Sequence[str], notes: list[s
             new_elastic(config, shapes, dims)
 
 
+def _captioned(config: RunConfig, stages: Sequence[str]) -> bool:
+    """Whether these stages, of which few-step may be of either family, are of text to image."""
+    own = {stage.name for stage in TEXT_TO_IMAGE} - {stage.name for stage in EDGEDIT}
+    if own & set(stages):
+        return True
+    if list(stages) != ["few-step"]:
+        return False
+    path = config.few_step.path
+    index = Path(path if path is not None else config.folder("student-tuned"), "model_index.json")
+    if index.is_file():
+        return class_name(read_record(index, Named, "save_pretrained")) == "ElasticDiTPipeline"
+    return path is None and config.folder("elastic").is_dir()
+
+
+def _check_few_step(config: RunConfig, captioned: bool, notes: list[str], dry_run: bool) -> None:
+    options = config.few_step
+    if not options.matching_weight and not options.knowledge_weight:
+        raise EdgeDiTError("few_step.matching_weight and few_step.knowledge_weight are both 0: nothing to learn from.")
+    _check_given("few_step.path", options.path, KINDS, notes, dry_run)
+    _check_given("few_step.teacher", options.teacher, (), notes, dry_run)
+    _check_given("few_step.teacher_lora", options.teacher_lora, (), notes, dry_run)
+    if captioned:
+        prediction = "flow_prediction"
+    else:
+        given = None if options.path is None else Path(options.path, "transformer", "config.json")
+        there = given is not None and given.is_file()
+        prediction = (read_json(given, "save_pretrained") if there else workload(config).model)["prediction_type"]
+    few_step_timesteps(prediction, options.sampling_steps, options.shift, options.first_signal, options.timesteps)
+    if options.subnet is not None and not captioned:
+        raise EdgeDiTError(
+            f"few_step.subnet is {options.subnet!r}, but a net that is conditioned on classes has no sub-networks; "
+            "leave it out."
+        )
+
+
 # -------------------------------------------------------------------- images
 
 
-def _check_pictures(config: RunConfig, stages: Sequence[str], dry_run: bool, notes: list[str]) -> None:
+def _check_pictures(config: RunConfig, stages: Sequence[str], captioned: bool, dry_run: bool, notes: list[str]) -> None:
     """Open the images of every split that a stage reads, and decode each once; `images-checked.json` notes that they
     were.
     """
-    captioned = bool(set(stages) & {stage.name for stage in TEXT_TO_IMAGE})
     splits = ["train"] if set(stages) & {"teacher", "bank", "tune", "sensitivity", "text", "elastic"} else []
-    judged = {"search", "evaluate", "evaluate-elastic"} & set(stages)
+    judged = JUDGING & set(stages)
     if (
         judged
         or "elastic" in stages

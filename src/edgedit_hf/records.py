@@ -184,11 +184,17 @@ class FrontFigures(Front):
 
 
 @dataclass(kw_only=True)
-class Choice:
-    """student/choice.json of a student that was searched for."""
+class GivenChoice:
+    """student/choice.json of any student."""
 
     genotype: list[dict[str, Any]] = key(items=LAYERS, fewest=1)
     reason: str = key()
+
+
+@dataclass(kw_only=True)
+class Choice(GivenChoice):
+    """student/choice.json of a student that was searched for."""
+
     distance: float = key(above=0.0, maximum=FIGURE)
     predicted_latency_ms: float = key(**MS)
     teacher_latency_ms: float = key(**MS)
@@ -264,6 +270,23 @@ class ElasticStage(StageRecord):
 
 
 @dataclass(kw_only=True)
+class Best:
+    """The student that few-step distillation published."""
+
+    distance: float = key(minimum=-FIGURE, maximum=FIGURE)
+    step: int = key(minimum=0, maximum=COUNT)
+    widths: dict[str, float] = key(dict, minimum=-FIGURE, maximum=FIGURE, items=1000)
+
+
+@dataclass(kw_only=True)
+class FewStepStage(StageRecord):
+    """few-step/stage.json."""
+
+    best: Best = key()
+    timesteps: list[float] = key(minimum=0.0, maximum=1000.0, items=8, fewest=1)
+
+
+@dataclass(kw_only=True)
 class Subnets:
     """What stage evaluate of text to image was asked for."""
 
@@ -324,6 +347,7 @@ class Latency:
     threads: int = key(minimum=1, maximum=4096)
     environment: Environment = key()
     speedup: dict[str, float] = key(dict, **MS)
+    multiplied: list[str] = key(list, items=1000)
 
 
 @dataclass(kw_only=True)

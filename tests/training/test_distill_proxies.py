@@ -271,7 +271,10 @@ def test_a_negative_budget_and_words_are_refused(bank_of, teacher_run, tmp_path)
 
 def test_genotypes_that_are_not_there_or_of_another_teacher_are_refused(bank_of, teacher_run, tmp_path):
     message = error_of(bank_of(teacher_run, tmp_path, "bank.only=[no.json]"))
-    assert "'no.json', which is neither a student preset (EdgeDiT-1, EdgeDiT-6) nor a genotype file" in message
+    assert (
+        "'no.json', which is neither a student preset (EdgeDiT-1, EdgeDiT-6, EdgeDiT-digits) nor a genotype file"
+        in message
+    )
     assert "replaces 28 layers of width 1152, but the teacher has 5 of width 32" in error_of(
         bank_of(teacher_run, tmp_path, "bank.only=[EdgeDiT-1]")
     )

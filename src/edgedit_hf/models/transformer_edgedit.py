@@ -149,6 +149,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_layers": 6,
         "num_attention_heads": 4,
     },
+    # A student of DiT-digits/2 for runs that search none.
+    "EdgeDiT-digits": {
+        "sample_size": 8,
+        "in_channels": 1,
+        "num_classes": 10,
+        "learn_sigma": False,
+        "patch_size": 2,
+        "hidden_size": 128,
+        "num_layers": 6,
+        "num_attention_heads": 4,
+        "layers": [
+            {"source": [0], "attention_dim": 128, "num_heads": 4, "mlp_ratio": 2.0},
+            {"source": [1], "attention_dim": 128, "num_heads": 4, "mlp_ratio": 2.0},
+            {"source": [2, 3], "attention_dim": 128, "num_heads": 4, "mlp_ratio": 4.0},
+            {"source": [4], "attention_dim": 128, "num_heads": 4, "mlp_ratio": 2.0},
+            {"source": [5], "attention_dim": 128, "num_heads": 4, "mlp_ratio": 2.0},
+        ],
+    },
 }
 
 

@@ -23,6 +23,7 @@ from ..records import (
     Choice,
     Curve,
     FrontFigures,
+    GivenChoice,
     Latency,
     Model,
     Reference,
@@ -37,22 +38,26 @@ from ..run.stage import BANK, EDGEDIT, EVALUATE, SEARCH, STUDENT, Stage, maker_o
 from ..schema import read_record
 from ..search_space import OPTIONS, SearchSpace
 from .card import MODEL_LABELS, latency_label, metric_label
+from .few_step import draw_few_step_figures, few_step_facts, few_step_ratios, few_step_table
 from .page import Figure, optional_record, render_html
 
 FORMAT = 1
 SAMPLE_PANELS = ("teacher", "student", "student-tuned", "onnx-int8")
+SAME, FEWER_SAID = "Same place, same seed and class.", " In brackets: denoising steps."
+FEW_STEP_PANELS = ("teacher", "student-tuned", "student-tuned-few-steps", "few-step", "onnx-int8")
 
 
 def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     """Everything that a run measured, as `report.json` holds it.
 
     Args:
-        run_dir: a run folder whose search has finished and whose student is chosen; evaluation and exports are taken if
-            there.
+        run_dir: a run folder whose search has finished and whose student is chosen, or given; evaluation and exports
+            are taken if there.
 
     Returns:
         `models` (a list; see the keys of evaluate/<name>.json), `versions`, `seed`, `seconds` per stage, `search`,
-        `bank`, `genotype`, `ratios`, `reproduce`; and `reference`, `latency`, `exported`, `curves` if the run has them.
+        `bank`, `genotype`, `ratios`, `reproduce`; and `reference`, `latency`, `exported`, `curves`, `few_step` if the
+        run has them (without a search no `search`).
 
     Raises:
         EdgeDiTError: a needed file is missing (the stage that writes it is named) or damaged.
@@ -61,37 +66,32 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     if not run_dir.is_dir():
         raise EdgeDiTError(f"{run_dir} is not a folder; give the output_dir of a run.")
     index = read_record(run_dir / "bank" / "index.json", BankFigures, BANK.made_by)
-    state = read_record(run_dir / "search" / "state.json", SearchState, SEARCH.made_by)
-    front = read_record(run_dir / "search" / "front.json", FrontFigures, SEARCH.made_by)
-    choice = read_record(run_dir / "student" / "choice.json", Choice, STUDENT.made_by)
-    settings = (optional_record(run_dir / "search" / "merge.json", SearchState) or state)[
-        "settings"
-    ]  # merge.json: first of two stages
+    given = _given(run_dir)
+    choice = read_record(run_dir / "student" / "choice.json", GivenChoice if given else Choice, STUDENT.made_by)
     stages = finished_stages(run_dir, EDGEDIT)
     models = _models(run_dir)
     check_judged(run_dir, models, EVALUATE.made_by)
     run = RunConfig(output_dir=str(run_dir))
-    run.teacher.path = front["teacher"].get("path")
+    if given:
+        search, seed = {}, read_record(run_dir / "bank" / "stage.json", StageRecord, BANK.made_by)["seed"]
+        folder = next((model.get("folder") for model in models if model["name"] == "teacher"), None) or ""
+        run.teacher.path = folder if Path(folder).is_absolute() else None
+    else:
+        search, seed = _search(run_dir, choice)
+        run.teacher.path = search["teacher"].get("path")
     check_sources(run, stages)
     report = {
         "format": FORMAT,
         "name": run_dir.resolve().name,
         "models": models,
         "versions": {name: v for stage in stages.values() for name, v in stage.get("versions", {}).items()},
-        "seed": settings["seed"],
+        "seed": seed,
         "seconds": {name: stage["seconds"] for name, stage in stages.items()},
-        "search": {
-            "settings": {k: v for k, v in settings.items() if k not in ("kind", "space", "reference")},
-            **{k: front[k] for k in ("front", "reference", "reference_rule", "evaluations", "hypervolume", "teacher")},
-            "random_hypervolume": front.get("random_hypervolume"),
-            "points": _points(run_dir, "merge.json", "state.json"),
-            "random_points": _points(run_dir, "random.json"),
-            "chosen": choice,
-        },
+        **({"search": search} if search else {}),
         "bank": _bank_summary(index),
         "genotype": _genotype(choice, SearchSpace.from_dict(index["space"])),
         "ratios": _ratios(models),
-        "reproduce": reproduce(run_dir, settings["seed"], stages, "compress"),
+        "reproduce": reproduce(run_dir, seed, stages, "compress"),
     }
     optional = {
         "reference": optional_record(run_dir / "evaluate" / "reference.json", Reference),
@@ -105,6 +105,7 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
             if (folder / "verify.json").exists()
         },
         "curves": optional_record(run_dir / "evaluate" / "curves.json", dict[str, Curve]),
+        "few_step": few_step_facts(run_dir),
     }
     if uneven := [
         name for name, curve in (optional["curves"] or {}).items() if len(curve["steps"]) != len(curve["values"])
@@ -114,7 +115,7 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
             "values; make it anew."
         )
     report.update({key: value for key, value in optional.items() if value})
-    if "search" in stages and "reference" in report:
+    if search and "search" in stages and "reference" in report:
         samples = (stages["search"]["config"].get("search") or {}).get("samples")
         if samples is not None:
             report["search"]["metric"] = f"fid[{report['reference']['extractor']},n={samples}]"
@@ -179,6 +180,30 @@ def _check_judged_before(run_dir: Path, model: Mapping[str, Any], made_by: str) 
         )
 
 
+def _given(run_dir: Path) -> bool:
+    """Whether the student was given by the recipe, so that there was no search."""
+    asked = optional_record(run_dir / "student" / "run.json", Asked)
+    return asked is not None and (asked["config"].get("student") or {}).get("genotype") is not None
+
+
+def _search(run_dir: Path, choice: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """What the search found, and the run's seed."""
+    state = read_record(run_dir / "search" / "state.json", SearchState, SEARCH.made_by)
+    front = read_record(run_dir / "search" / "front.json", FrontFigures, SEARCH.made_by)
+    settings = (optional_record(run_dir / "search" / "merge.json", SearchState) or state)[
+        "settings"
+    ]  # merge.json: first of two stages
+    found = {
+        "settings": {k: v for k, v in settings.items() if k not in ("kind", "space", "reference")},
+        **{k: front[k] for k in ("front", "reference", "reference_rule", "evaluations", "hypervolume", "teacher")},
+        "random_hypervolume": front.get("random_hypervolume"),
+        "points": _points(run_dir, "merge.json", "state.json"),
+        "random_points": _points(run_dir, "random.json"),
+        "chosen": choice,
+    }
+    return found, settings["seed"]
+
+
 def _points(run_dir: Path, *names: str) -> list[list[float]]:
     """[distance, latency_ms] of everything that the named searches evaluated."""
     states = [state for name in names if (state := optional_record(run_dir / "search" / name, SearchState))]
@@ -186,7 +211,7 @@ def _points(run_dir: Path, *names: str) -> list[list[float]]:
 
 
 def _models(run_dir: Path) -> list[dict[str, Any]]:
-    other = ("stage.json", "run.json", "reference.json", "latency.json", "captions.json", "curves.json")
+    other = ("stage.json", "run.json", "reference.json", "latency.json", "captions.json", "curves.json", "solvers.json")
     found = [
         read_record(path, Model, EVALUATE.made_by)
         for path in sorted((run_dir / "evaluate").glob("*.json"))
@@ -239,7 +264,11 @@ def _genotype(choice: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
 def _latency(run_dir: Path) -> dict[str, Any]:
     """How whole networks were timed, and how well the table had predicted such networks."""
     measured = optional_record(run_dir / "evaluate" / "latency.json", Latency) or {}
-    kept = {key: measured[key] for key in ("batch_size", "threads", "environment", "speedup") if key in measured}
+    kept = {
+        key: measured[key]
+        for key in ("batch_size", "threads", "environment", "speedup", "multiplied")
+        if key in measured
+    }
     table = optional_record(run_dir / "latency" / "table.json", Table)
     if table:
         kept["table"] = {
@@ -269,9 +298,11 @@ def _ratios(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     if "student-random-proxies" in by_name:
         ratios["random_proxies"] = _compare(by_name["student-random-proxies"], student)
+    if few := few_step_ratios(models):
+        ratios["few_step"] = few
     if "onnx-int8" in by_name:
         int8 = by_name["onnx-int8"]
-        ratios["int8"] = {**_compare(int8, student), "psnr_db": int8.get("psnr_db")}
+        ratios["int8"] = {**_compare(int8, by_name.get("few-step", student)), "psnr_db": int8.get("psnr_db")}
         fp32_ms, int8_ms = (student["latency_ms"].get(f"onnxruntime-{p}") for p in ("fp32", "int8"))
         if fp32_ms and int8_ms:
             ratios["int8"]["speedup"] = fp32_ms / int8_ms
@@ -330,19 +361,24 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
 
     from . import plots
 
-    folder, search, genotype = run_dir / "report", report["search"], report["genotype"]
+    folder, search, genotype = run_dir / "report", report.get("search"), report["genotype"]
     space = SearchSpace.from_dict(report["bank"]["space"])
     figures: list[Figure] = []
 
     def add(name: str, title: str, alt: str, caption: str) -> None:
         figures.append(Figure(f"{name}.png", title, alt, caption))
 
-    panels = {}
+    panels, few = {}, any(model["stage"] == "few-step" for model in report["models"])
     for model in report["models"]:
         grid = (run_dir / str(model.get("grid"))).resolve()
-        if model["name"] in SAMPLE_PANELS and grid.is_relative_to(run_dir.resolve()) and grid.is_file():
+        label = MODEL_LABELS.get(model["name"], model["name"]) + (f" ({model['steps']})" if few else "")
+        if (
+            model["name"] in (FEW_STEP_PANELS if few else SAMPLE_PANELS)
+            and grid.is_relative_to(run_dir.resolve())
+            and grid.is_file()
+        ):
             try:
-                panels[MODEL_LABELS[model["name"]]] = np.asarray(Image.open(grid).convert("RGB"))
+                panels[label] = np.asarray(Image.open(grid).convert("RGB"))
             except Exception as error:  # decoders raise nearly anything on damaged bytes
                 raise EdgeDiTError(
                     f"The image {grid} cannot be read ({error}); {EVALUATE.made_by} writes it, run that stage again."
@@ -350,7 +386,9 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
     if panels:
         plots.sample_grid(folder / "samples.png", panels)
         names = ", ".join(panels)
-        add("samples", "Samples", f"Grids of generated images: {names}.", "Same place, same seed and class.")
+        add("samples", "Samples", f"Grids of generated images: {names}.", SAME + FEWER_SAID * few)
+    if report.get("few_step"):
+        figures += draw_few_step_figures(run_dir, report["few_step"])
 
     student = Genotype.of(genotype)
     plots.genotype_strip(folder / "genotype.png", student, space)
@@ -363,35 +401,8 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
         f"{options}. Wide cells replace two teacher layers.",
     )
 
-    chosen = search["chosen"]
-    whole = next((p for p in search["points"] if p[1] == search["teacher"]["latency_ms"]), None)
-    plots.pareto_plot(
-        folder / "pareto.png",
-        search["points"],
-        search["random_points"],
-        (chosen["distance"], chosen["predicted_latency_ms"]),
-        whole,
-        metric_label(search["metric"]) if "metric" in search else "Fréchet distance",
-    )
-    add(
-        "pareto",
-        "Quality against latency",
-        f"Scatter plot of {len(search['points'])} searched genotypes, their Pareto front of {len(search['front'])} "
-        "points, the teacher and the chosen student.",
-        f"Every point is a student assembled from the bank, not yet tuned. Chosen: {chosen['reason']}.",
-    )
-    traces = {"Bayesian search": search["hypervolume"]}
-    if search.get("random_hypervolume"):
-        traces["random search"] = search["random_hypervolume"]
-    plots.hypervolume_plot(folder / "hypervolume.png", traces, search["settings"]["num_initial"])
-    ends = ", ".join(f"{name} {trace[-1]:.4g}" for name, trace in traces.items())
-    add(
-        "hypervolume",
-        "What the search gained",
-        f"Hypervolume against evaluations; in the end: {ends}.",
-        f"Area below the reference point (distance {search['reference'][0]:.3g}, {search['reference'][1]:.3g} ms) that "
-        f"the front dominates; in the end: {ends}.",
-    )
+    if search is not None:
+        figures += _search_figures(folder, search)
     plots.proxy_loss_plot(folder / "proxies.png", report["bank"]["entries"])
     add(
         "proxies",
@@ -411,6 +422,42 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
             "What distilling the blocks first is worth: the same genotype and steps from different starts.",
         )
     return figures
+
+
+def _search_figures(folder: Path, search: Mapping[str, Any]) -> list[Figure]:
+    """The front, and what the search gained."""
+    from . import plots
+
+    chosen = search["chosen"]
+    whole = next((p for p in search["points"] if p[1] == search["teacher"]["latency_ms"]), None)
+    plots.pareto_plot(
+        folder / "pareto.png",
+        search["points"],
+        search["random_points"],
+        (chosen["distance"], chosen["predicted_latency_ms"]),
+        whole,
+        metric_label(search["metric"]) if "metric" in search else "Fréchet distance",
+    )
+    pareto = Figure(
+        "pareto.png",
+        "Quality against latency",
+        f"Scatter plot of {len(search['points'])} searched genotypes, their Pareto front of {len(search['front'])} "
+        "points, the teacher and the chosen student.",
+        f"Every point is a student assembled from the bank, not yet tuned. Chosen: {chosen['reason']}.",
+    )
+    traces = {"Bayesian search": search["hypervolume"]}
+    if search.get("random_hypervolume"):
+        traces["random search"] = search["random_hypervolume"]
+    plots.hypervolume_plot(folder / "hypervolume.png", traces, search["settings"]["num_initial"])
+    ends = ", ".join(f"{name} {trace[-1]:.4g}" for name, trace in traces.items())
+    hypervolume = Figure(
+        "hypervolume.png",
+        "What the search gained",
+        f"Hypervolume against evaluations; in the end: {ends}.",
+        f"Area below the reference point (distance {search['reference'][0]:.3g}, {search['reference'][1]:.3g} ms) that "
+        f"the front dominates; in the end: {ends}.",
+    )
+    return [pareto, hypervolume]
 
 
 def _starts_in_words(bank: Mapping[str, Any]) -> str:
@@ -445,7 +492,10 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     atomic_write_text(run_dir / "report" / "run.yaml", report["reproduce"]["yaml"])
     atomic_write_text(
         run_dir / "report.html",
-        render_html("report.html.jinja", report, figures, headlines(report), run_dir / "report"),
+        render_html(
+            *("report.html.jinja", report, figures, headlines(report), run_dir / "report"),
+            few_step_table(report["models"]),
+        ),
     )
     return run_dir / "report.html"
 
@@ -460,6 +510,10 @@ def headlines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         for key, name in (("parameters", "parameters"), ("flops", "FLOPs"))
     ]
     lines += [(f"{value:.2f}×", f"faster in {latency_label(key)}") for key, value in ratios["speedup"].items()]
+    if few := ratios.get("few_step"):
+        lines.append((f"{few['forwards']:.0f}×", "fewer forwards an image with few steps"))
+        lines += [(f"{few['speedup']:.1f}×", "faster an image with few steps")] if "speedup" in few else []
+        lines.append((f"{few['distance']:.2f}×", "distance of the same net with many steps"))
     reference = "teacher-more-steps" if "teacher-more-steps" in ratios["against"] else "teacher"
     for key, value in ratios["against"][reference]["distance"].items():
         lines.append((f"{value:.2f}×", f"{metric_label(key)} of the {MODEL_LABELS[reference]}"))

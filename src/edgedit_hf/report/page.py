@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..schema import read_record
-from .card import comparison_table, latency_label, metric_label, scaled, template
+from .card import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
 
 
 def optional_record(path: Path, schema: Any) -> Any:
@@ -28,9 +28,18 @@ class Figure:
 
 
 def render_html(
-    page: str, report: Mapping[str, Any], figures: Sequence[Figure], headlines: Sequence[tuple[str, str]], folder: Path
+    page: str,
+    report: Mapping[str, Any],
+    figures: Sequence[Figure],
+    headlines: Sequence[tuple[str, str]],
+    folder: Path,
+    few_steps: tuple[list[str], list[list[str]]] = ([], []),
 ) -> str:
-    """A page of hub_cards/ with the figures of `folder` embedded; `headlines`: (figure, what it is) for its top."""
+    """A page of hub_cards/ with the figures of `folder` embedded.
+
+    Args:
+        headlines: (figure, what it is) for its top. few_steps: header and rows of the table from many steps to few.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -42,7 +51,14 @@ def render_html(
     )
     environment.filters |= {"scaled": scaled, "metric_label": metric_label, "latency_label": latency_label}
     header, rows = comparison_table(report["models"])
+    chosen = "few-step" if any(model["name"] == "few-step" for model in report["models"]) else "student-tuned"
     pictures = [(f, base64.b64encode((folder / f.file).read_bytes()).decode("ascii")) for f in figures]
     return environment.get_template(page).render(
-        report=report, header=header, rows=rows, headlines=headlines, pictures=pictures
+        report=report,
+        header=header,
+        rows=rows,
+        chosen=MODEL_LABELS[chosen],
+        few_steps=few_steps,
+        headlines=headlines,
+        pictures=pictures,
     )

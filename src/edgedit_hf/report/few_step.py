@@ -1,0 +1,167 @@
+"""What a report says of few-step distillation, of either family: from many steps to few, and whether it worked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import EdgeDiTError
+from ..records import FewStepStage, Solvers, Telemetry
+from ..run.stage import FEW_STEP
+from ..schema import convert, read_lines
+from .card import MODEL_LABELS, metric_label, latency_label
+from .page import Figure, optional_record
+
+FEWER = "student-tuned-few-steps"
+WAY = ("teacher", "student-tuned", FEWER, "few-step", "exported")
+"""The stages of models on the way from many steps to few."""
+
+
+def few_step_facts(run_dir: Path) -> dict[str, Any] | None:
+    """What the stage made and how it went, and what standard solvers reach; `None`: the run has no such stage."""
+    stage = optional_record(run_dir / FEW_STEP.folder / "stage.json", FewStepStage)
+    if stage is None:
+        return None
+    solvers = optional_record(run_dir / "evaluate" / "solvers.json", Solvers)
+    return {
+        "timesteps": stage["timesteps"],
+        "best": stage["best"],
+        "steps": stage["steps"],
+        "curves": _curves(run_dir),
+        **({} if solvers is None else {"solvers": solvers}),
+    }
+
+
+def _curves(run_dir: Path) -> dict[str, dict[str, list[float]]]:
+    """Distance (and recall) of few-step samples against steps, by sub-network ("" where there is none)."""
+    path = run_dir / FEW_STEP.folder / "telemetry.jsonl"
+    if not path.is_file():
+        return {}
+    found: dict[str, dict[str, list[float]]] = {}
+    for line in read_lines(path, Telemetry, FEW_STEP.made_by):
+        for key in (key for key in line if key.split("_")[0] == "distance"):
+            width = key.partition("_")[2]
+            recall = key.replace("distance", "recall", 1)
+            curve = found.setdefault(width, {"steps": [], "distance": [], "recall": []})
+            where = f"at step {line['step']} of {path}"
+            curve["steps"].append(line["step"])
+            curve["distance"].append(convert(line[key], float, f"{key} {where}"))
+            curve["recall"].append(convert(line.get(recall, 0.0), float, f"{recall} {where}"))
+    return found
+
+
+def few_step_table(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the one table from teacher to export, each model as it samples; empty without a few-step
+    model.
+    """
+    if not any(model["stage"] == "few-step" for model in models):
+        return [], []
+    rows = [model for stage in WAY for model in models if model["stage"] == stage]
+    distance = next(key for key in rows[0]["metrics"] if key.startswith("fid["))
+    header = [
+        *("model", "weights (MB)", "steps", "guidance", "forwards an image", "ms an image", "in"),
+        *(metric_label(distance), "recall", "class agreement"),
+    ]
+    return header, [_row(model, distance) for model in rows]
+
+
+def _row(model: Mapping[str, Any], distance: str) -> list[str]:
+    label = MODEL_LABELS.get(model["name"], model["name"])
+    if model.get("solver") is not None:
+        label = f"the same net, {model['solver']}"
+    (runtime, seconds), *_ = (model.get("seconds_per_image") or {"": None}).items()
+    stored = model.get("bytes") or {}
+    weights = stored.get("fp32") or next(iter(stored.values()), None)
+    return [
+        label,
+        "–" if weights is None else f"{weights / 1e6:.2f}",
+        str(model["steps"]),
+        f"{model['guidance_scale']:g}" if model["guidance_scale"] > 1 else "none",
+        str(model.get("forwards_per_image") or "–"),
+        "–" if seconds is None else f"{1e3 * seconds:.3g}",
+        latency_label(runtime) if runtime else "–",
+        "–" if model["metrics"].get(distance) is None else f"{model['metrics'][distance]:.3g}",
+        "–" if model.get("recall") is None else f"{model['recall']:.3f}",
+        "–" if model.get("class_agreement") is None else f"{model['class_agreement']:.1%}",
+    ]
+
+
+def few_step_ratios(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The few-step student against the net that it was distilled from, with its many steps and with as few: ratios of
+    forwards, seconds and distances, and the share of the distance that few steps cost which it wins back.
+    """
+    by_stage = {model["stage"]: model for model in models}
+    if not {"few-step", "student-tuned", FEWER} <= by_stage.keys():
+        return {}
+    ours, many, few = by_stage["few-step"], by_stage["student-tuned"], by_stage[FEWER]
+    key = next(key for key in ours["metrics"] if key.startswith("fid["))
+    distance = {name: model["metrics"][key] for name, model in (("ours", ours), ("many", many), ("few", few))}
+    cost = distance["few"] - distance["many"]
+    found = {
+        "forwards": many["forwards_per_image"] / ours["forwards_per_image"],
+        "distance": distance["ours"] / distance["many"],
+        "won_back": (distance["few"] - distance["ours"]) / cost if cost > 0 else None,
+        "recall": ours["recall"] - many["recall"],
+    }
+    if ours.get("class_agreement") is not None and many.get("class_agreement") is not None:
+        found["class_agreement"] = ours["class_agreement"] - many["class_agreement"]
+    seconds = [model.get("seconds_per_image", {}).get("torch-fp32") for model in (many, ours)]
+    if all(seconds):
+        found["speedup"] = seconds[0] / seconds[1]
+    return found
+
+
+def draw_few_step_figures(run_dir: Path, facts: Mapping[str, Any]) -> list[Figure]:
+    """Write the PNGs of the stage below `run_dir/report`: the distance while it learned, and its last strips."""
+    from . import plots
+
+    figures = []
+    if facts["curves"]:
+        count = f"{len(facts['timesteps'])} step" + "s" * (len(facts["timesteps"]) > 1)
+        series = {
+            f"{width}, {count}" if width else count: (curve["steps"], curve["distance"])
+            for width, curve in facts["curves"].items()
+        }
+        plots.curve_plot(run_dir / "report" / "few-step.png", series, xlabel="steps of few-step distillation")
+        best = facts["best"]
+        figures.append(
+            Figure(
+                "few-step.png",
+                "While it learned few steps",
+                f"Fréchet distance of few-step samples against training steps: {', '.join(series)}.",
+                f"Without guidance. The best, after {best['step']} of {facts['steps']} steps, is what was published.",
+            )
+        )
+    last = sorted((run_dir / FEW_STEP.folder / "samples").glob("step-*.png"))
+    newest = [path for path in last if path.name[:11] == last[-1].name[:11]]
+    if newest:
+        plots.sample_grid(run_dir / "report" / "few-step-strips.png", {_name(path): _picture(path) for path in newest})
+        text = "First row: the student's samples. Second: what its first step takes for them."
+        text += " Third: the critic's own samples of many steps, which should look like the first." * _third(newest[0])
+        figures.append(
+            Figure("few-step-strips.png", "The last look at student and critic", f"Rows of samples. {text}", text)
+        )
+    return figures
+
+
+def _name(path: Path) -> str:
+    """What a strip's file name says, e.g. "step 500, tiny"."""
+    step, _, width = path.stem.removeprefix("step-").partition("_")
+    return f"step {int(step) if step.isdecimal() else step}" + (f", {width}" if width else "")
+
+
+def _picture(path: Path) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    try:
+        return np.asarray(Image.open(path).convert("RGB"))
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        raise EdgeDiTError(f"The image {path} cannot be read ({error}); {FEW_STEP.made_by} writes it.") from error
+
+
+def _third(path: Path) -> bool:
+    """Whether a strip has a row of the critic: ten square pictures a row."""
+    height, width = _picture(path).shape[:2]
+    return height > 2.5 * (width + 1) / 10
