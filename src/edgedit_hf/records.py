@@ -367,6 +367,21 @@ class Solvers:
 
 
 @dataclass(kw_only=True)
+class WidthSolvers:
+    """evaluate-few-step/solvers.json: the same of every width."""
+
+    metric: str = key()
+    distances: dict[str, dict[str, float]] = key(minimum=-FIGURE, maximum=FIGURE, items=1000, fewest=1)
+
+
+@dataclass(kw_only=True)
+class Seconds:
+    """evaluate-few-step/seconds.json."""
+
+    seconds_per_image: dict[str, float] = key(**MS, items=1000)
+
+
+@dataclass(kw_only=True)
 class Curve:
     """One line of evaluate/curves.json."""
 

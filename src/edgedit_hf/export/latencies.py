@@ -37,7 +37,8 @@ class Sampled(NamedTuple):
     @property
     def forwards(self) -> int:
         """Forwards of the denoiser an image: two a step with guidance."""
-        return self.steps * (2 if self.guidance_scale > 1 and self.pipeline.transformer.config["num_classes"] else 1)
+        conditional = self.pipeline.transformer.config.get("num_classes", 1)  # text to image always is
+        return self.steps * (2 if self.guidance_scale > 1 and conditional else 1)
 
     @property
     def runtime(self) -> str:

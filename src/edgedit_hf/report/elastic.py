@@ -15,10 +15,11 @@ from ..files import atomic_write_json, atomic_write_text
 from ..records import Captions, ElasticEvaluation, ElasticStage, Latency, Model, Reference, Telemetry, TextStage
 from ..run.config import RunConfig
 from ..run.results import check_sources
-from ..run.stage import ELASTIC, EVALUATE_ELASTIC, TEXT_TO_IMAGE
+from ..run.stage import ELASTIC, EVALUATE_ELASTIC, EVALUATE_FEW_STEP, TEXT_TO_IMAGE
 from ..schema import convert, read_lines, read_record
 from .card import metric_label
 from .edgedit import FORMAT, check_judged, finished_stages, reproduce
+from .few_step import draw_few_step_figures, few_step_facts, few_step_widths, few_step_widths_table
 from .page import Figure, optional_record, render_html
 
 JUDGED_BY = EVALUATE_ELASTIC.made_by
@@ -80,6 +81,9 @@ def build_elastic_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     }
     if learned is not None:
         report["text"] = learned["learned"]
+    if few := few_step_facts(run_dir):
+        report["few_step"] = {**few, "widths": few_step_widths(run_dir, report["models"])}
+        check_judged(run_dir, [width["few_step"] for width in report["few_step"]["widths"]], EVALUATE_FEW_STEP.made_by)
     return report
 
 
@@ -144,6 +148,8 @@ def draw_elastic_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figur
                 text,
             )
         )
+    if few := report.get("few_step"):
+        figures += _few_step_figures(run_dir, few, captions, images)
     curves = training_curves(run_dir, report)
     if curves:
         plots.curve_plot(folder / "curves.png", curves, ylabel="flow loss", xlabel="steps of the supernet")
@@ -154,6 +160,29 @@ def draw_elastic_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figur
             Figure("curves.png", "Training", f"Flow loss of every width against steps; in the end: {ends}.", text)
         )
     return figures
+
+
+def _few_step_figures(run_dir: Path, few: Mapping[str, Any], captions: Any, images: Mapping[str, Any]) -> list[Figure]:
+    """Every width with many steps, with few, and distilled; and how it learned that."""
+    from . import plots
+
+    shown, rows = list(range(captions["shown"])), {}
+    for width in few["widths"]:
+        name = width["name"]
+        rows[f"{name} ({width['many']['steps']})"] = images[name]["captions"]
+        for model in (width["few"], width["few_step"]):
+            made = _images(run_dir / EVALUATE_FEW_STEP.folder / f"{model['name']}.safetensors", captions)
+            label = "distilled" if model is width["few_step"] else model["solver"]
+            rows[f"{label} ({model['steps']})"[:24] + " " * len(rows)] = made["captions"]
+    figures = []
+    if rows:
+        prompts = [captions["captions"][index] for index in shown]
+        pictures = {label: made[shown].transpose(0, 2, 3, 1) for label, made in rows.items()}
+        plots.caption_grid(run_dir / "report" / "few-step-samples.png", prompts, pictures)
+        text = "Three rows a width: with many guided steps, with few by the best standard solver, and distilled to few."
+        said = f"Generated images for the captions: {'; '.join(prompts)}. {text}"
+        figures.append(Figure("few-step-samples.png", "From many steps to few", said, f"{text} In brackets: steps."))
+    return figures + draw_few_step_figures(run_dir, few)
 
 
 def _images(path: Path, captions: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,6 +259,7 @@ def write_elastic_report(run_dir: str | os.PathLike) -> Path:
     figures = draw_elastic_figures(run_dir, report)
     atomic_write_json(run_dir / "report.json", report)
     atomic_write_text(run_dir / "report" / "run.yaml", report["reproduce"]["yaml"])
-    page = render_html("report-elastic.html.jinja", report, figures, headlines(report), run_dir / "report")
+    few_steps = few_step_widths_table(report.get("few_step", {}).get("widths", []))
+    page = render_html("report-elastic.html.jinja", report, figures, headlines(report), run_dir / "report", few_steps)
     atomic_write_text(run_dir / "report.html", page)
     return run_dir / "report.html"

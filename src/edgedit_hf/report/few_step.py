@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EdgeDiTError
-from ..records import FewStepStage, Solvers, Telemetry
-from ..run.stage import FEW_STEP
-from ..schema import convert, read_lines
-from .card import MODEL_LABELS, metric_label, latency_label
+from ..records import FewStepStage, Model, Solvers, Telemetry
+from ..run.stage import EVALUATE_FEW_STEP, FEW_STEP
+from ..schema import convert, read_lines, read_record
+from .card import MODEL_LABELS, latency_label, metric_label
 from .page import Figure, optional_record
 
 FEWER = "student-tuned-few-steps"
@@ -165,3 +165,70 @@ def _third(path: Path) -> bool:
     """Whether a strip has a row of the critic: ten square pictures a row."""
     height, width = _picture(path).shape[:2]
     return height > 2.5 * (width + 1) / 10
+
+
+# -------------------------------------------------------------------- text to image
+
+
+def few_step_widths(run_dir: Path, many: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every width with many steps (as `many` has it), with few by the best standard solver, and distilled: the same
+    captions from the same noise. Empty before stage evaluate-few-step.
+    """
+    folder = run_dir / EVALUATE_FEW_STEP.folder
+    if not (folder / "stage.json").is_file():
+        return []
+    found = []
+    for model in many:
+        if not (folder / f"{model['name']}.json").is_file():  # one width alone was distilled
+            continue
+        few, ours = (
+            read_record(folder / f"{name}.json", Model, EVALUATE_FEW_STEP.made_by)
+            for name in (f"{model['name']}-few-steps", model["name"])
+        )
+        row = {"name": model["name"], "many": model, "few": few, "few_step": ours}
+        if model.get("class_agreement") is not None and ours.get("class_agreement") is not None:
+            row["relative_fall"] = {
+                key: 1 - prompt_agreement(row[key]) / prompt_agreement(model) if prompt_agreement(model) else None
+                for key in ("few", "few_step")
+            }
+        found.append(row)
+    return found
+
+
+def prompt_agreement(model: Mapping[str, Any]) -> float:
+    """The mean of the shares that follow their caption: the digit, and each style."""
+    shares = [model["class_agreement"], *model["style_agreement"].values()]
+    return sum(shares) / len(shares)
+
+
+def few_step_widths_table(widths: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: three ways of every width."""
+    if not widths:
+        return [], []
+    first = widths[0]["many"]
+    distance = next(key for key in first["metrics"] if key.startswith("fid["))
+    header = ["width, sampler", "steps", "guidance", "forwards an image", "ms an image", metric_label(distance)]
+    judged = "relative_fall" in widths[0]
+    if judged:
+        header += ["digit", *first["style_agreement"], "digit, never seen", "fall of prompt agreement"]
+    rows = []
+    for width in widths:
+        for key in ("many", "few", "few_step"):
+            model = width[key]
+            guided = model["guidance_scale"] > 1
+            seconds = next(iter((model.get("seconds_per_image") or {"": None}).values()))
+            said = {"many": "many steps", "few": model.get("solver"), "few_step": "few-step"}[key]
+            row = [
+                f"{width['name']}, {said}",
+                str(model["steps"]),
+                f"{model['guidance_scale']:g}" if guided else "none",
+                str(model.get("forwards_per_image") or model["steps"] * (2 if guided else 1)),
+                "–" if seconds is None else f"{1e3 * seconds:.3g}",
+                "–" if model["metrics"].get(distance) is None else f"{model['metrics'][distance]:.3g}",
+            ]
+            if judged:
+                fall = width["relative_fall"].get(key)
+                row += [f"{model['class_agreement']:.1%}", *(f"{s:.1%}" for s in model["style_agreement"].values())]
+                row += [f"{model['held_out']['class_agreement']:.1%}", "–" if fall is None else f"{fall:.1%}"]
+            rows.append(row)
+    return header, rows

@@ -271,9 +271,9 @@ EVALUATE_FEW_STEP = Stage(
     "evaluate_few_step.py",
     "evaluate-few-step",
     "judge every sub-network of the few-step net alike",
-    sections=("seed", "data", "evaluate", "threads"),
+    sections=("seed", "data", "evaluate", "sampling", "threads", "few_step.path", "few_step.subnet"),
     inputs=(
-        Input("elastic", "elastic"),
+        Input("pipeline"),
         Input("few-step", "few-step"),
         Input("captions", "evaluate/captions.json"),
         IMAGES,
