@@ -44,7 +44,7 @@ def by_stage(config: RunConfig) -> dict:
 
 
 def test_every_stage_has_a_time_a_memory_and_a_size(configured, tmp_path):
-    for row in by_stage(configured("few_step.enabled=true")).values():
+    for row in by_stage(configured()).values():
         assert 0 < row.seconds < 3600 and 5e8 < row.memory < 4e9 and 0 < row.disk < 1e9
     assert not (tmp_path / "run").exists()
 
@@ -61,6 +61,21 @@ def test_sizes_are_those_of_the_files(configured, make_transformer, tmp_path):
         bank.write_proxy(layer, bank.new_block(layer), {})
     written = sum(path.stat().st_size for path in (tmp_path / "bank").glob("*.safetensors"))
     assert rows["bank"].disk == pytest.approx(written, rel=0.1)
+
+
+def test_few_steps_cost_what_the_named_student_does(configured, tmp_path):
+    space = SearchSpace(4, 32, 2)
+    (tmp_path / "student.json").write_text(space.from_code((17, 4)).to_json())
+    given = f"student.genotype={tmp_path / 'student.json'}"
+    rows = counted(configured("few_step.enabled=true", given))
+    assert list(rows) == [stage.name for stage in EDGEDIT]
+    assert rows["few-step"].disk == pytest.approx(rows["student"].disk, rel=0.05)
+    fewer = {
+        row.stage: row for row in estimate(configured("few_step.enabled=true", given, "few_step.steps=10"), COUNTING)
+    }
+    assert 0 < fewer["few-step"].seconds < rows["few-step"].seconds
+    plain = counted(configured(given))
+    assert "few-step" not in plain and plain["evaluate"].seconds < rows["evaluate"].seconds
 
 
 # One FLOP a nanosecond, updates for nothing: times are FLOPs.

@@ -50,6 +50,7 @@ ELSEWHERE = {
     "run/sections": "run/test_config.py",
     "runtimes/runners": "runtimes/test_timing.py",
     "report/page": "report/test_edgedit.py",
+    "training/evaluate_few_step": "training/test_text_to_image.py",
     "training/evaluate_elastic": "training/test_text_to_image.py",
     "training/export_student": "training/test_stale_results.py",
     "training/finetune": "training/test_resume.py",

@@ -78,6 +78,8 @@ def test_make_targets(recipes):
     for target in (
         find(recipes, "make demo"),
         find(recipes, "make demo-t2i"),
+        find(recipes, "make demo-few-step"),
+        find(recipes, "make demo-t2i-few-step"),
         find(recipes, "make check"),
         find(recipes, "make test"),
         find(recipes, "make test-slow PART=kills"),
@@ -91,6 +93,10 @@ def test_make_targets(recipes):
         and "training/recipes/digits-t2i.yaml" in demo
         and "HF_HUB_OFFLINE=1" in demo
     )
+    demo = recipes.shell(["make", "-n", "demo-few-step"], recipes.root)
+    assert "edgedit train compress" in demo and "training/recipes/digits-few-step.yaml" in demo
+    demo = recipes.shell(["make", "-n", "demo-t2i-few-step"], recipes.root)
+    assert "edgedit train text-to-image" in demo and "training/recipes/digits-t2i-few-step.yaml" in demo
 
 
 def test_dry_run_prints_a_line_a_stage(recipes, clone):

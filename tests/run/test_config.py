@@ -375,6 +375,8 @@ def test_anchors_and_dates_that_are_meant_are_read(load):
         "debug.yaml",
         "debug-t2i.yaml",
         "digits-t2i.yaml",
+        "digits-few-step.yaml",
+        "digits-t2i-few-step.yaml",
         "debug-quantize.yaml",
         "digits.yaml",
         "imagenet256-edgedit1.yaml",

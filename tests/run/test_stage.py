@@ -228,7 +228,10 @@ def test_sections_are_those_of_a_recipe():
 
 def test_what_a_recipe_makes_needless():
     config = RunConfig()
-    assert [stage.name for stage in STAGES if not stage.needed(config)] == ["few-step"]
+    assert [stage.name for stage in STAGES if not stage.needed(config)] == [
+        "few-step",
+        "evaluate-few-step",
+    ]
     config.few_step.enabled = True
     assert all(stage.needed(config) for stage in STAGES)
     config.student.genotype = "EdgeDiT-1"

@@ -218,7 +218,7 @@ class StudentConfig:
 
     genotype: str | None = key(
         None,
-        "a preset (EdgeDiT-1) or a genotype JSON file to build instead: no latency table, search and report then",
+        "a preset (EdgeDiT-1) or a genotype JSON file to build instead: no latency table and no search then",
         path=True,
     )
     max_latency_ms: float | None = key(

@@ -1,0 +1,42 @@
+"""Seconds an image: of whole calls, measured once for models that sample alike, multiplied where a call is long."""
+
+import pytest
+
+from edgedit_hf import EdgeDiTPipeline
+from edgedit_hf.diffusion import make_scheduler
+from edgedit_hf.export import latencies
+from edgedit_hf.export.latencies import Sampled, call_of, seconds_an_image
+from edgedit_hf.genotype import Genotype
+from edgedit_hf.run.config import RunConfig
+
+
+@pytest.fixture
+def rows(make_transformer):
+    pipeline = EdgeDiTPipeline(make_transformer(), make_scheduler("epsilon"))
+    again = EdgeDiTPipeline(make_transformer(), make_scheduler("epsilon"))
+    return {"a": Sampled(pipeline, 8, 1.5), "like a": Sampled(again, 8, 1.5), "fewer": Sampled(pipeline, 2, 1.0)}
+
+
+@pytest.fixture
+def config():
+    config = RunConfig()
+    config.evaluate.latency_batch_size, config.evaluate.latency_repeats, config.latency.threads = 2, 5, 1
+    return config
+
+
+def test_forwards_are_counted_as_guidance_takes_them(rows):
+    assert [row.forwards for row in rows.values()] == [16, 16, 2]
+    images = call_of(rows["fewer"], 3)()
+    assert len(images) == 3
+
+
+def test_calls_are_timed_once_a_kind_and_long_ones_multiplied(rows, config, monkeypatch):
+    found = seconds_an_image(rows, {"latency_ms": {}}, config)
+    seconds = found["seconds_per_image"]
+    assert found["multiplied"] == [] and seconds["a"] == seconds["like a"] > seconds["fewer"] > 0
+    monkeypatch.setattr(latencies, "LONGEST_CALL_S", 0.1)
+    genotype = Genotype.of(rows["a"].pipeline.transformer.config).hash
+    found = seconds_an_image(rows, {"latency_ms": {genotype: {"torch-fp32": 10.0}}}, config)
+    assert found["multiplied"] == ["a", "like a"]
+    assert found["seconds_per_image"]["a"] == pytest.approx(16 * 0.010 / 2)
+    assert found["seconds_per_image"]["fewer"] != pytest.approx(2 * 0.010 / 2, rel=1e-9)
