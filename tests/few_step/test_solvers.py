@@ -25,13 +25,8 @@ def test_every_solver_brings_noise_to_a_gaussian(prediction_type, names):
         for t in solver.timesteps:
             at = t.expand(len(x))
             alpha, sigma = diffusion.alpha_sigma(at, x)
-            score = -(x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
-            epsilon = -sigma * score
-            x0 = (
-                (x + sigma**2 * score) / alpha.clamp(min=1e-8)
-                if float(alpha.max()) > 1e-6
-                else torch.full_like(x, mean)
-            )
+            away = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+            epsilon, x0 = sigma * away, mean + alpha * std**2 * away  # what is to be expected of both, given x
             output = epsilon if prediction_type == "epsilon" else epsilon - x0
             x = solver.step(output, t, x).prev_sample
         assert float(x.mean()) == pytest.approx(mean, abs=0.03), name
