@@ -15,7 +15,7 @@ from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.preflight import check_space, check_writable, preflight
 from edgedit_hf.run.config import load_config
-from edgedit_hf.run.stage import EDGEDIT, TEACHER, TEXT_TO_IMAGE
+from edgedit_hf.run.stage import EDGEDIT, FEW_STEP, TEACHER, TEXT_TO_IMAGE
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 
@@ -39,6 +39,16 @@ def test_recipes_that_work_pass_and_a_dry_run_writes_nothing(tmp_path, dry_run):
     assert preflight(config(tmp_path / "run"), EDGEDIT, dry_run=dry_run) == []
     assert preflight(config(tmp_path / "t2i", recipe="debug-t2i.yaml"), TEXT_TO_IMAGE, dry_run=dry_run) == []
     assert (tmp_path / "run").exists() is not dry_run
+
+
+def test_a_stage_that_is_run_alone_is_checked_though_no_key_asks_for_it(tmp_path):
+    assert preflight(config(tmp_path / "run"), (FEW_STEP,), dry_run=True) == []
+    (tmp_path / "run" / "elastic").mkdir(parents=True)
+    for recipe in ("debug.yaml", "debug-t2i.yaml"):
+        asked = config(tmp_path / "run", "few_step.batch_size=31", recipe=recipe)
+        with pytest.raises(EdgeDiTError, match=r"few_step\.batch_size 31"):
+            preflight(asked, (FEW_STEP,), processes=2)
+        assert preflight(asked, EDGEDIT if recipe == "debug.yaml" else TEXT_TO_IMAGE, processes=2) == []
 
 
 def test_what_is_not_here_is_noted(tmp_path):
@@ -71,6 +81,16 @@ def test_what_is_not_here_is_noted(tmp_path):
         (["teacher.patch_size=3"], "teacher.patch_size 3"),
         (["card.repo_id=no spaces/allowed"], "card.repo_id is 'no spaces/allowed'"),
         (["card.license=''"], "card.license is ''"),
+        (["few_step.enabled=true", "few_step.batch_size=31"], "few_step.batch_size 31 is not a multiple"),
+        (
+            ["few_step.enabled=true", "few_step.timesteps=[200, 800]"],
+            "few_step.timesteps must fall, but 800 follows 200",
+        ),
+        (
+            ["few_step.enabled=true", "few_step.matching_weight=0", "few_step.knowledge_weight=0"],
+            "matching_weight and few_step.knowledge_weight are both 0",
+        ),
+        (["few_step.enabled=true", "few_step.subnet=tiny"], "few_step.subnet is 'tiny'.* has no sub-networks"),
         (["data.source=/no/such/folder"], "/no/such/folder"),
         (
             ["latency.table=/no/such.json"],
@@ -95,6 +115,10 @@ def test_settings_that_a_later_stage_would_refuse(tmp_path, overrides, said, dry
         (["knowledge.teacher=./nowhere"], "knowledge.teacher is ./nowhere, but there is no such folder"),
         (["text.encoder=./nowhere"], "text.encoder is ./nowhere"),
         (["data.vae=./nowhere"], "data.vae is ./nowhere"),
+        (["few_step.enabled=true", "few_step.batch_size=31"], "few_step.batch_size 31"),
+        (["few_step.enabled=true", "few_step.teacher=./nowhere"], "few_step.teacher is ./nowhere, but there is no"),
+        (["few_step.enabled=true", "few_step.path=./nowhere"], "few_step.path is ./nowhere, but there is no"),
+        (["few_step.enabled=true", "few_step.timesteps=[900, 1200]"], "must fall, but 1200 follows 900"),
     ],
 )
 def test_settings_that_a_later_stage_of_text_to_image_would_refuse(tmp_path, overrides, said):
