@@ -169,11 +169,11 @@ def _few_step_figures(run_dir: Path, few: Mapping[str, Any], captions: Any, imag
     shown, rows = list(range(captions["shown"])), {}
     for width in few["widths"]:
         name = width["name"]
-        rows[f"{name} ({width['many']['steps']})"] = images[name]["captions"]
+        rows[f"{name}\n{width['many']['steps']} steps"] = images[name]["captions"]
         for model in (width["few"], width["few_step"]):
             made = _images(run_dir / EVALUATE_FEW_STEP.folder / f"{model['name']}.safetensors", captions)
             label = "distilled" if model is width["few_step"] else model["solver"]
-            rows[f"{label} ({model['steps']})"[:24] + " " * len(rows)] = made["captions"]
+            rows[f"{name}, {model['steps']}\n{label}"] = made["captions"]
     figures = []
     if rows:
         prompts = [captions["captions"][index] for index in shown]
@@ -181,7 +181,7 @@ def _few_step_figures(run_dir: Path, few: Mapping[str, Any], captions: Any, imag
         plots.caption_grid(run_dir / "report" / "few-step-samples.png", prompts, pictures)
         text = "Three rows a width: with many guided steps, with few by the best standard solver, and distilled to few."
         said = f"Generated images for the captions: {'; '.join(prompts)}. {text}"
-        figures.append(Figure("few-step-samples.png", "From many steps to few", said, f"{text} In brackets: steps."))
+        figures.append(Figure("few-step-samples.png", "From many steps to few", said, f"{text}"))
     return figures + draw_few_step_figures(run_dir, few)
 
 
