@@ -63,5 +63,6 @@ def test_widths_of_text_to_image():
     fall = 1 - prompt_agreement(ours) / prompt_agreement(many)
     header, rows = few_step_widths_table([{**row, "relative_fall": {"few": fall, "few_step": fall}}])
     assert [r[0] for r in rows] == ["tiny, many steps", "tiny, Euler", "tiny, few-step"]
+    assert [r[header.index("ms an image")] for r in rows] == ["≈ 20", "4", "4"]
     assert rows[2][-1] == "2.5%" and rows[0][-1] == "–" and len(rows[0]) == len(header)
     assert few_step_widths_table([]) == ([], [])

@@ -216,14 +216,17 @@ def few_step_widths_table(widths: Sequence[Mapping[str, Any]]) -> tuple[list[str
         for key in ("many", "few", "few_step"):
             model = width[key]
             guided = model["guidance_scale"] > 1
-            seconds = next(iter((model.get("seconds_per_image") or {"": None}).values()))
+            seconds, about = next(iter((model.get("seconds_per_image") or {"": None}).values())), ""
+            if key == "many" and width["few"].get("seconds_per_image"):  # the same net with the same guidance
+                (few,) = width["few"]["seconds_per_image"].values()
+                seconds, about = few * model["steps"] / width["few"]["steps"], "≈ "
             said = {"many": "many steps", "few": model.get("solver"), "few_step": "few-step"}[key]
             row = [
                 f"{width['name']}, {said}",
                 str(model["steps"]),
                 f"{model['guidance_scale']:g}" if guided else "none",
                 str(model.get("forwards_per_image") or model["steps"] * (2 if guided else 1)),
-                "–" if seconds is None else f"{1e3 * seconds:.3g}",
+                "–" if seconds is None else f"{about}{1e3 * seconds:.3g}",
                 "–" if model["metrics"].get(distance) is None else f"{model['metrics'][distance]:.3g}",
             ]
             if judged:
