@@ -99,10 +99,10 @@ def distil(
         critics_turn = matching and not (options.schedule == "alternate" and students_turn)
         k, width = step_choice(run.seed, step, len(source.timesteps), source.widths)
         count = options.gradient_accumulation
+        pieces = conditions.pieces(batch, rows, count, run.seed, step, accelerator.device)
+        whole = objective.moments(pieces, step, k, width, accelerator) if students_turn else None
         samples = []
-        for index, piece in enumerate(
-            pieces := conditions.pieces(batch, rows, count, run.seed, step, accelerator.device)
-        ):
+        for index, piece in enumerate(pieces):
             with accelerator.autocast():
                 x_t = objective.student_input(piece, step, k, width)
                 if not students_turn:
@@ -110,7 +110,7 @@ def distil(
                     continue
             with nullcontext() if index == count - 1 else accelerator.no_sync(wrapped):
                 with accelerator.autocast():
-                    loss, x0, figures = objective.student_loss(piece, x_t, step, k, width)
+                    loss, x0, figures = objective.student_loss(piece, x_t, step, k, width, whole)
                 accelerator.backward(loss / count)
             samples.append(x0)
             run.log(loss=loss, mean=x0.mean(), std=x0.std(), **figures)

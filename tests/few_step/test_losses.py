@@ -198,6 +198,20 @@ def test_moments_are_held_by_their_divergence():
     assert (x0.grad.sum((0, 2, 3)) < 0).all()  # all samples are to rise
 
 
+def test_pieces_of_a_batch_are_held_by_its_moments():
+    """The mean of their gradients is the whole batch's, the mean of their values its divergence."""
+    generator = torch.Generator().manual_seed(0)
+    x0 = (0.7 * torch.randn(6, 2, 4, 4, generator=generator, dtype=torch.float64) + 0.2).requires_grad_()
+    mean, std = torch.tensor([0.0, 0.3]), torch.tensor([1.0, 0.5])
+    loss = moments_loss(x0, mean, std)
+    values = x0.detach().transpose(0, 1).flatten(1)
+    whole = (values.mean(1).float(), values.std(1).float(), values.shape[1])
+    pieces = torch.stack([moments_loss(piece, mean, std, whole) for piece in x0.chunk(3)]).mean()
+    torch.testing.assert_close(pieces, loss)
+    wanted, found = (torch.autograd.grad(one, x0)[0] for one in (loss, pieces))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+
+
 def test_a_chord_is_what_a_straight_flow_has():
     generator = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(2, 1, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))

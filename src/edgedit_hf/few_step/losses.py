@@ -94,14 +94,28 @@ def knowledge_weight(level: torch.Tensor, least: torch.Tensor | float, last: flo
     return last + (1 - last) * ((level - least) / (1 - least)).clamp(0, 1)
 
 
-def moments_loss(x0: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def moments_loss(
+    x0: torch.Tensor,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    whole: tuple[torch.Tensor, torch.Tensor, int] | None = None,
+) -> torch.Tensor:
     """KL of the Gaussian with the batch's moments from that with the data's, a mean over the channels, 0-d: log(S/s) +
     (s² + (m − M)²) / 2S² − ½. It holds the mean and the contrast, which distribution matching alone lets drift.
 
     Args:
         x0: samples. mean, std: `(C,)`, the data's of every channel.
+        whole: mean and std of the batch that the samples are a piece of, and how many values a channel has there. The
+            gradients of equal pieces then have the batch's as their mean.
     """
     values = x0.float().transpose(0, 1).flatten(1)  # [C, B·H·W]
-    own_mean, own_std = values.mean(1), values.std(1).clamp(min=1e-6)
+    if whole is None:
+        own_mean, own_std = values.mean(1), values.std(1).clamp(min=1e-6)
+    else:
+        own_mean, own_std, count = whole
+        shift = values.mean(1) - own_mean
+        spread = (values - own_mean[:, None]).square().mean(1) * count / (count - 1) - own_std.square()
+        own_mean = own_mean + (shift - shift.detach())  # their values, with the gradient by this piece
+        own_std = own_std + (spread - spread.detach()) / (2 * own_std)
     kl = (std / own_std).log() + (own_std.square() + (own_mean - mean).square()) / (2 * std.square()) - 0.5
     return kl.mean()

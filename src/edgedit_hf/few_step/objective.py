@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,10 +83,33 @@ class Objective:
     def _at(self, k: int, like: torch.Tensor) -> torch.Tensor:
         return at(self.source.timesteps, k, like.device).expand(len(like))
 
+    def moments(self, pieces: Sequence[Piece], step: int, k: int, width: str | None, accelerator: Any) -> Any:
+        """Moments of x0 over all pieces and processes, as [`moments_loss`] takes them; `None`: one piece is the batch,
+        or they are not asked for.
+        """
+        if not self.options.moments_weight or len(pieces) * accelerator.num_processes == 1:
+            return None
+        sums: Any = 0.0
+        for piece in pieces:
+            with accelerator.autocast():
+                x0 = self.sample(piece, self.student_input(piece, step, k, width), k, width)
+            values = x0.double().transpose(0, 1).flatten(1)
+            sums = sums + torch.stack(
+                [torch.full_like(values[:, 0], values.shape[1]), values.sum(1), values.square().sum(1)]
+            )
+        count, total, squares = accelerator.reduce(sums, reduction="sum")
+        mean = total / count
+        std = ((squares - count * mean.square()) / (count - 1)).sqrt().clamp(min=1e-6)
+        return mean.float(), std.float(), int(count[0])
+
     def student_loss(
-        self, piece: Piece, x_t: torch.Tensor, step: int, k: int, width: str | None
+        self, piece: Piece, x_t: torch.Tensor, step: int, k: int, width: str | None, whole: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """Loss, 0-d, x0 `(B, C, H, W)` without gradient, and figures to log."""
+        """Loss, 0-d, x0 `(B, C, H, W)` without gradient, and figures to log.
+
+        Args:
+            whole: from [`moments`].
+        """
         options, timesteps = self.options, self.source.timesteps
         t = self._at(k, x_t)
         wants = self.knowledge is not None and options.feature_weight > 0
@@ -107,9 +131,9 @@ class Objective:
             loss = loss + options.matching_weight * matching
             figures |= {"matching": matching.detach(), **said}
         if options.moments_weight:
-            moments = moments_loss(x0, *self.data_moments)
-            loss = loss + options.moments_weight * moments
-            figures["moments"] = moments.detach()
+            drift = moments_loss(x0, *self.data_moments, whole)
+            loss = loss + options.moments_weight * drift
+            figures["moments"] = drift.detach()
         return loss, x0.detach(), figures
 
     @torch.no_grad()
