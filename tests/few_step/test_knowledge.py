@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from gaussians import Mixture
+from peft import LoraConfig, get_peft_model_state_dict
 
 from edgedit_hf import EdgeDiTError
 from edgedit_hf.data.text_table import text_table
@@ -166,6 +167,35 @@ def test_a_text_teacher_of_ours_is_asked_as_it_samples(families, few, tmp_path):
         )
         loss, _ = knowledge.loss(torch.zeros_like(target), None, piece, piece.noise, 900.0, 750.0)
     torch.testing.assert_close(loss, target.square().mean((1, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
+def test_an_adapter_is_put_on_its_teacher(families, tmp_path):
+    """The same as the teacher that it is fused into; one that does not fit is named."""
+    teacher = flow_pipelines.randomise(flow_pipelines.elastic(vae=False, seed=5), 5)
+    teacher.save_pretrained(tmp_path / "teacher")
+    model = teacher.transformer
+    model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "few")
+    layers = get_peft_model_state_dict(model, adapter_name="few")
+    type(teacher).save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
+    model.fuse_lora()
+    model.unload_lora()
+    teacher.save_pretrained(tmp_path / "fused")
+    what, source = ["a cat", "a dog"], families["elastic"].source()
+    conditions = Conditions(source, SimpleNamespace(captions=what, shapes=[(1, 8, 8)]))
+    piece, found = families["elastic"].piece([0, 1]), []
+    for name, lora in (("teacher", "lora"), ("fused", None), ("teacher", None), ("teacher", "nothing")):
+        config = config_of(teacher=str(tmp_path / name), teacher_lora=lora and str(tmp_path / lora), knowledge_steps=1)
+        config.output_dir = str(tmp_path / "run")
+        if lora == "nothing":
+            with pytest.raises(EdgeDiTError, match="few_step.teacher_lora .*nothing cannot be put on ElasticDiTPipe"):
+                given_knowledge(config, Accelerator(cpu=True), source, conditions)
+            continue
+        knowledge = given_knowledge(config, Accelerator(cpu=True), source, conditions)
+        with torch.no_grad():
+            loss, _ = knowledge.loss(torch.zeros_like(piece.noise), None, piece, piece.noise, 900.0, 750.0)
+        found.append((knowledge.fingerprint, loss))
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-4)
+    assert found[2][0] != found[0][0] and not torch.allclose(found[2][1], found[0][1], rtol=1e-2)
 
 
 def test_widths_have_tokens_of_different_sizes(families):

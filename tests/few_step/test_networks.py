@@ -131,7 +131,7 @@ def test_memory_is_what_the_optimiser_holds(family, shared, critic):
         assert sum(memory.values()) == separate_bytes(weights, critic)
 
 
-@pytest.mark.parametrize("preset", ["DiT-XL/2", "elastic-dit-1.6b"])
+@pytest.mark.parametrize("preset", ["DiT-XL/2", pytest.param("elastic-dit-1.6b", marks=pytest.mark.slow)])
 def test_adapters_take_a_quarter_of_nets_of_their_own(preset):
     """Of the rank that is the default, on the meta device: the issue's bar."""
     kind = EdgeDiTTransformer2DModel if preset.startswith("DiT") else ElasticDiTTransformer2DModel

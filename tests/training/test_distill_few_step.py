@@ -53,16 +53,16 @@ def sources(make_transformer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def distil(recipes, sources, tmp_path_factory):
     """`distil(name, *overrides)`: a finished run from the source of this name, in a new folder, which it returns."""
-    extractor = tmp_path_factory.mktemp("extractor") / "evaluate"
+    extractor = tmp_path_factory.mktemp("extractor") / "extractor"
 
     def run(name: str, *overrides: str, folder: Path | None = None, process: bool = False, **options) -> Path:
         folder = folder or tmp_path_factory.mktemp("run") / "run"
         if extractor.exists() and not folder.exists():  # the images are the same for all
-            shutil.copytree(extractor, folder / "evaluate")
+            shutil.copytree(extractor, folder / "extractor")
         start = recipes.run if process else recipes.run_here
         start(RECIPE, folder, f"few_step.path={sources / name}", *overrides, **options)
         if not extractor.exists():
-            shutil.copytree(folder / "evaluate", extractor)
+            shutil.copytree(folder / "extractor", extractor)
         return folder
 
     return run
@@ -122,13 +122,13 @@ def test_the_folder_samples_in_its_steps_without_being_told(whole, sources):
     assert found.keys() == source.keys() and any(not torch.equal(found[name], source[name]) for name in found)
 
 
-def distance_of(folder: Path, repository: Path) -> float:
-    """The Fréchet distance of the published pipeline's own samples, as the recipe would judge them."""
+def distance_of(folder: Path, repository: Path, pipeline=None, count: int = 32) -> float:
+    """The Fréchet distance of the published pipeline's own samples, or another's, as the recipe would judge them."""
     config = load_config(repository / "training" / "recipes" / "debug.yaml", [f"output_dir={folder}"])
     images = load_run_images(config)
     extractor = load_extractor(config, images, torch.device("cpu"))
-    pipeline = EdgeDiTPipeline.from_pretrained(folder / "few-step")
-    made, _ = generate(pipeline, 32, seed=0, steps=2, guidance_scale=1.0)
+    pipeline = pipeline or EdgeDiTPipeline.from_pretrained(folder / "few-step")
+    made, _ = generate(pipeline, count, seed=0, steps=2, guidance_scale=1.0)
     return frechet_distance(extractor.features(made), real_features(extractor, images))
 
 
@@ -139,6 +139,29 @@ def test_what_is_published_is_the_best_and_not_the_last(distil, repository):
     assert list(told) == [1, 2, 3] and told[best["step"]] == min(told.values())
     assert best["step"] < 3 and told[3] > 1.1 * best["distance"] == pytest.approx(1.1 * min(told.values()))
     assert distance_of(folder, repository) == pytest.approx(best["distance"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_distillation_brings_the_samples_nearer(recipes, repository, tmp_path):
+    """Of a trained net: its own few steps without guidance are far from the data, the student's are not."""
+    recipes.run_here(
+        "train_teacher", tmp_path, "teacher.steps=400", "teacher.learning_rate=3e-3", "teacher.ema_decay=0.98"
+    )
+    options = ("few_step.steps=200", "few_step.evaluate_every=50", "few_step.samples=200", "few_step.batch_size=32")
+    options += ("few_step.rank=16", "few_step.alpha=32", "few_step.ema_decay=0.95", "few_step.learning_rate=2e-3")
+    recipes.run_here(RECIPE, tmp_path, f"few_step.path={tmp_path / 'teacher'}", *options)
+    timesteps = facts(tmp_path)["timesteps"]
+    undistilled = with_components(
+        EdgeDiTPipeline.from_pretrained(tmp_path / "teacher"),
+        scheduler=make_few_step_scheduler("epsilon"),
+        default_steps=len(timesteps),
+        default_guidance_scale=1.0,
+        few_step_timesteps=timesteps,
+    )
+    before = distance_of(tmp_path, repository, undistilled, 200)
+    after = distance_of(tmp_path, repository, count=200)
+    assert after == pytest.approx(facts(tmp_path)["best"]["distance"], rel=1e-3)
+    assert after < 0.8 * before, (before, after)
 
 
 def test_telemetry_and_pictures(whole):
@@ -295,6 +318,7 @@ def test_ctrl_c_saves_and_the_rerun_continues(recipes, sources, whole, tmp_path)
 @pytest.mark.parametrize("backbone", ["adapters", "full"])
 def test_pieces_change_nothing(distil, backbone):
     options = [f"few_step.backbone={backbone}", "few_step.student_every=2", "few_step.real_guidance=2.0"]
+    options.append("few_step.moments_weight=0.1")
     one = distil("edgedit", *options)
     two = distil("edgedit", *options, "few_step.gradient_accumulation=2")
     # Adam divides by tiny second moments in its first steps, which magnifies rounding.
@@ -305,9 +329,11 @@ def test_pieces_change_nothing(distil, backbone):
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", ["edgedit", "text"])
 def test_two_ranks_equal_one(distil, request, sources, name, tmp_path):
-    """With a projection beside the wrapped networks for classes; a width a step for text."""
+    """With a projection beside the wrapped networks for classes; a width a step, in pieces, for text."""
     options = [f"few_step.teacher={sources / 'edgedit'}", "few_step.feature_weight=0.5"] if name == "edgedit" else []
+    options.append("few_step.moments_weight=0.1")
     one = distil(name, *options)
+    options += [] if name == "edgedit" else ["few_step.gradient_accumulation=2"]
     two = distil(name, *options, folder=tmp_path / "two", process=True, launcher=TORCHRUN)
     assert_equal(one, two, 2e-3)
     assert facts(two)["best"]["distance"] == pytest.approx(facts(one)["best"]["distance"], rel=1e-2)
@@ -352,7 +378,8 @@ def test_sharded_training_equals_one_process_and_continues(distil, recipes, sour
     one = distil("text", *options)
     two, script = tmp_path / "two", tmp_path / "sharded.py"
     script.write_text(SHARDED)
-    arguments = recipes.arguments(RECIPE, two, f"few_step.path={sources / 'text'}", *options)[1:]
+    pieces = "few_step.gradient_accumulation=2"
+    arguments = recipes.arguments(RECIPE, two, f"few_step.path={sources / 'text'}", *options, pieces)[1:]
     for die_at in ("2", ""):
         done = subprocess.run(
             [*TORCHRUN, str(script), *arguments],
@@ -379,7 +406,6 @@ def test_a_drift_stops_the_run_which_then_goes_on_from_the_best(fail, recipes, s
     kept = sorted(checkpoint.name for checkpoint in (tmp_path / "few-step" / "checkpoints").iterdir())
     assert kept[0] == "best-000000001" and kept[1:] > ["step-000000001"]
     assert not (tmp_path / "few-step" / "stage.json").exists()
-    assert "few_step.rank = 4" in fail(RECIPE, tmp_path, path, *FAR, "few_step.rank=8")
     lower = ("few_step.learning_rate=1e-6", "few_step.continue_from=best")
     recipes.run_here(RECIPE, tmp_path, path, *FAR, *lower)
     assert facts(tmp_path)["changes"][0]["few_step.learning_rate"] == [0.1, 1e-6]
@@ -404,8 +430,7 @@ def test_a_loss_that_is_not_finite_ends_with_the_checkpoint_before_it(fail, sour
 
 def test_memory_and_estimate_write_nothing(recipes, sources, tmp_path, capsys):
     for name, more, flag in (
-        ("edgedit", (), "--report-memory"),
-        ("text", (), "--dry-run"),
+        ("edgedit", (), "--dry-run"),
         ("text", ("few_step.subnet=tiny",), "--report-memory"),
         ("text", ("few_step.subnet=huge",), "--report-memory"),
         ("nothing", (), "--report-memory"),
@@ -438,7 +463,7 @@ def test_memory_and_estimate_write_nothing(recipes, sources, tmp_path, capsys):
         (["few_step.matching_weight=0", "few_step.knowledge_weight=0"], "are both 0: nothing to learn from"),
         (["few_step.schedule=alternate"], "the critic would never learn"),
         (["few_step.subnet=tiny"], "few_step.subnet is 'tiny', but"),
-        (["few_step.teacher_lora=adapter"], "few_step.teacher is null: give the pipeline"),
+        (["few_step.teacher_lora=adapter"], "few_step.teacher_lora is adapter, but there is no such folder"),
         (
             ["few_step.batch_size=9", "few_step.gradient_accumulation=2"],
             "batch_size 9 is not a multiple of processes × gradient_accumulation = 2",
@@ -461,7 +486,8 @@ def test_bad_values_of_text(fail, sources, tmp_path):
 def test_what_is_no_many_step_pipeline(fail, whole, sources, tmp_path):
     line = fail(RECIPE, tmp_path / "run")
     assert "neither student-tuned nor elastic, and few_step.path is null" in line
-    assert "There is no pipeline in" in fail(RECIPE, tmp_path / "run", f"few_step.path={tmp_path / 'nothing'}")
+    line = fail(RECIPE, tmp_path / "run", f"few_step.path={tmp_path / 'nothing'}")
+    assert "few_step.path is" in line and "there is no such folder" in line
     line = fail(RECIPE, tmp_path / "run", f"few_step.path={whole / 'few-step'}")
     assert "was distilled for 2 steps already, and is no real score" in line
     shutil.copytree(sources / "text", tmp_path / "guided")
