@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.distill.teacher import new_pipeline
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.estimate import estimate, print_estimate
+from edgedit_hf.estimate import estimate, print_estimate, print_text_to_image_estimate
 from edgedit_hf.run.config import RunConfig, load_config
 from edgedit_hf.run.cost import Machine
 from edgedit_hf.run.stage import EDGEDIT
@@ -74,6 +74,15 @@ def test_few_steps_cost_what_the_named_student_does(configured, tmp_path):
     assert 0 < fewer["few-step"].seconds < rows["few-step"].seconds
     plain = counted(configured(given))
     assert "few-step" not in plain and plain["evaluate"].seconds < rows["evaluate"].seconds
+
+
+def test_text_to_image_has_a_table_of_few_steps_where_it_is_asked_for(tmp_path, repository, capsys):
+    recipe, output = repository / "training" / "recipes" / "debug-t2i.yaml", f"output_dir={tmp_path / 'run'}"
+    for asked, stages in ((False, ["elastic"]), (True, ["elastic", "few-step"])):
+        print_text_to_image_estimate(load_config(recipe, [output, "threads=1", f"few_step.enabled={asked}"]))
+        printed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+        assert [name for name in printed if name in ("elastic", "few-step")] == stages
+    assert not (tmp_path / "run").exists()
 
 
 # One FLOP a nanosecond, updates for nothing: times are FLOPs.

@@ -473,13 +473,10 @@ def print_text_to_image_estimate(config: RunConfig) -> None:
     """Print the estimates of stage elastic and, where the recipe asks for it, of stage few-step."""
     print_elastic_estimate(config)
     if FEW_STEP.needed(config):
-        given = (config.text.encoder, config.text.encoder_2)
+        given, shapes = (config.text.encoder, config.text.encoder_2), data_shapes(config, [])[0]
         with torch.device("meta"):
-            shapes, dims = (
-                data_shapes(config, [])[0],
-                [config.text.hidden_size if path is None else 0 for path in given],
-            )
-            print_few_step_estimate(config, new_elastic(config, shapes, dims))
+            model = new_elastic(config, shapes, [config.text.hidden_size if path is None else 0 for path in given])
+        print_few_step_estimate(config, model)
 
 
 def print_few_step_estimate(config: RunConfig, model: Any = None) -> None:

@@ -46,6 +46,32 @@ def test_the_images_are_the_pipelines(whole):
 
 
 @pytest.mark.slow
+def test_few_steps_go_on_with_a_finished_run_and_leave_its_stages_alone(recipes, whole, result_files):
+    """Stages few-step and evaluate-few-step (training/evaluate_few_step.py): every width three ways, in the report."""
+    before = result_files(whole / "evaluate", ".json", ".safetensors") | result_files(whole / "elastic", ".safetensors")
+    recipes.run("text_to_image", whole, "threads=2", "few_step.enabled=true", config="debug-t2i.yaml")
+    after = result_files(whole / "evaluate", ".json", ".safetensors") | result_files(whole / "elastic", ".safetensors")
+    assert before == after
+    report = json.loads((whole / "report.json").read_text())
+    widths = {width["name"]: width for width in report["few_step"]["widths"]}
+    assert set(widths) == {"tiny", "small", "full"} and "From many steps to few" in (whole / "report.html").read_text()
+    for width in widths.values():
+        assert width["many"] in report["models"] and width["few_step"]["guidance_scale"] == 1
+        assert width["few"]["steps"] == width["few_step"]["steps"] == 2
+        assert width["few"]["forwards_per_image"] == 2 * width["few_step"]["forwards_per_image"] == 4
+        assert set(width["relative_fall"]) == {"few", "few_step"}
+    solvers = json.loads((whole / "evaluate-few-step" / "solvers.json").read_text())["distances"]
+    assert {name: min(found, key=found.get) for name, found in solvers.items()} == {
+        name: width["few"]["solver"] for name, width in widths.items()
+    }
+    captions = json.loads((whole / "evaluate" / "captions.json").read_text())["captions"]
+    pipeline = ElasticDiTPipeline.from_pretrained(whole / "few-step")
+    again = generate_from_captions(pipeline, captions, subnet="small", steps=2, guidance_scale=1.0, batch_size=16)
+    images = load_file(whole / "evaluate-few-step" / "small.safetensors")["captions"]
+    assert (((again.clamp(-1, 1) + 1) * 127.5).round() - images.float()).abs().max() <= 1
+
+
+@pytest.mark.slow
 @pytest.mark.demos
 def test_the_demo_follows_its_captions_at_every_width(recipes, tmp_path):
     """What `make demo-t2i` runs after installing."""
