@@ -30,6 +30,15 @@ def test_an_extractor_is_trained_once_a_run_and_for_what_is_asked(config):
         load_extractor(config, images, torch.device("cpu"))
 
 
+def test_an_extractor_of_an_earlier_version_is_found_where_it_was(config):
+    images = load_run_images(config)
+    first = load_extractor(config, images, torch.device("cpu"))
+    config.folder("evaluate").mkdir()
+    config.folder("extractor").rename(config.folder("evaluate", "extractor"))
+    assert load_extractor(config, images, torch.device("cpu")).hash == first.hash
+    assert not config.folder("extractor").exists()
+
+
 def test_features_of_the_real_images_come_in_pieces(config, monkeypatch):
     images = load_run_images(config, "validation")
     extractor = load_extractor(config, load_run_images(config), torch.device("cpu"))

@@ -19,6 +19,7 @@ from edgedit_hf.run.stage import (
     DRIVERS,
     EDGEDIT,
     EVALUATE,
+    FEW_STEP,
     LATENCY,
     STAGES,
     STUDENT,
@@ -26,6 +27,7 @@ from edgedit_hf.run.stage import (
     TEXT_TO_IMAGE,
     TUNE,
     maker_of,
+    shipped,
 )
 from edgedit_hf.run.state import RunState
 
@@ -237,6 +239,13 @@ def test_what_a_recipe_makes_needless():
     config.student.genotype = "EdgeDiT-1"
     assert [stage.name for stage in STAGES if not stage.needed(config)] == ["latency", "search"]
     assert not LATENCY.needed(config)
+
+
+def test_one_place_says_what_a_run_ships():
+    config = RunConfig()
+    assert shipped(config) is TUNE
+    config.few_step.enabled = True
+    assert shipped(config) is FEW_STEP
 
 
 def test_the_documentation_lists_the_stages_in_their_order():

@@ -78,6 +78,15 @@ def test_figures_of_an_older_student_are_made_anew_by_no_stage_alone(run, fail):
     assert "run stage export (training/export_student.py) again" in message
 
 
+def test_exports_of_one_student_are_not_taken_for_those_of_the_other(run, fail):
+    for script in ("export_student", "evaluate_models"):
+        message = fail(script, run, "few_step.enabled=true")
+        assert "stage few-step (training/distill_few_step.py)" in message and "run that first" in message
+    shutil.copytree(run / "student-tuned", run / "few-step", ignore=shutil.ignore_patterns("stage.json", "run.json"))
+    message = fail("export_student", run, "few_step.enabled=true")
+    assert "exported was made with inputs.few-step = None, but now inputs.few-step = '" in message
+
+
 def test_a_model_that_the_recipe_does_not_make_is_not_judged():
     """Its folder may be of an earlier recipe."""
     from edgedit_hf.training.evaluate_models import asked_for
@@ -91,6 +100,8 @@ def test_a_model_that_the_recipe_does_not_make_is_not_judged():
     ]
     config.tune.teacher_more_steps, config.tune.random_proxies, config.evaluate.exports = False, True, False
     assert asked_for(config) == ["teacher", "student", "student-random-proxies", "student-tuned"]
+    config.few_step.enabled = True
+    assert asked_for(config)[-1] == "few-step"
 
 
 def test_how_images_are_sampled_is_part_of_what_saves_it(run, fail):
