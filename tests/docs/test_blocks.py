@@ -107,6 +107,12 @@ def test_dry_run_prints_a_line_a_stage(recipes, clone):
     assert not (clone / "runs" / "demo" / "digits").exists()
 
 
+def test_the_memory_of_few_steps(recipes, clone):
+    command = shlex.split(find(recipes, "edgedit train few-step --config training/recipes/debug.yaml --report-memory"))
+    printed = recipes.shell([*command, "--override", "output_dir=runs/demo"], clone)
+    assert "nets of their own, float32" in printed and "of it is needed" in printed
+
+
 def test_the_run_has_what_its_page_says(recipes, clone):
     run = clone / "runs" / "demo"
     rows = re.findall(r"^\| \[\w+\]\(.*?\) \| `(\w+\.py)` \| (.*) \|$", page_text(recipes, "runs"), flags=re.MULTILINE)
