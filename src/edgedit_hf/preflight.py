@@ -332,8 +332,10 @@ def _check_few_step(config: RunConfig, captioned: bool, notes: list[str], dry_ru
         prediction = "flow_prediction"
     else:
         given = None if options.path is None else Path(options.path, "transformer", "config.json")
-        there = given is not None and given.is_file()
-        prediction = (read_json(given, "save_pretrained") if there else workload(config).model)["prediction_type"]
+        values = (
+            read_json(given, "save_pretrained") if given is not None and given.is_file() else workload(config).model
+        )
+        prediction = values["prediction_type"]
     few_step_timesteps(prediction, options.sampling_steps, options.shift, options.first_signal, options.timesteps)
     if options.subnet is not None and not captioned:
         raise EdgeDiTError(

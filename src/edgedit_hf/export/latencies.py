@@ -55,7 +55,9 @@ def measure_latencies(pipelines: dict, config: RunConfig) -> dict:
     asked = [("onnx", dtype) for dtype in FORMATS["onnx"].measured] + [
         ("executorch", dtype) for dtype in config.export.executorch
     ]
-    runners, hashes, shipped = {}, {}, {}
+    runners: dict[tuple[str, str], TorchRunner | SessionRunner] = {}
+    hashes: dict[str, str] = {}
+    shipped: dict[str, str] = {}
     with TemporaryDirectory() as folder:
         for name in ("teacher", "student-tuned"):
             model = pipelines[name].transformer
@@ -70,7 +72,7 @@ def measure_latencies(pipelines: dict, config: RunConfig) -> dict:
                     shipped[f"{name} {runtime}"] = f"exported/{kind}-{dtype}"
                 runners[name, runtime] = SessionRunner(open_session(file, threads), inputs)
         timings = measure(runners, repeats=options.latency_repeats)
-    measured = {hashes[name]: {} for name in hashes}
+    measured: dict[str, dict[str, float]] = {hashes[name]: {} for name in hashes}
     for (name, runtime), timing in timings.items():
         measured[hashes[name]][runtime] = timing.median_ms
     ratios = {

@@ -72,8 +72,9 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     models = _models(run_dir)
     check_judged(run_dir, models, EVALUATE.made_by)
     run = RunConfig(output_dir=str(run_dir))
+    search: dict[str, Any] = {}
     if given:
-        search, seed = {}, read_record(run_dir / "bank" / "stage.json", StageRecord, BANK.made_by)["seed"]
+        seed = read_record(run_dir / "bank" / "stage.json", StageRecord, BANK.made_by)["seed"]
         folder = next((model.get("folder") for model in models if model["name"] == "teacher"), None) or ""
         run.teacher.path = folder if Path(folder).is_absolute() else None
     else:
