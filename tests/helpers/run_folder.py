@@ -24,7 +24,7 @@ def make_run(folder: Path, transformer, evaluated: bool = True) -> Path:
     """Write a run of this teacher below `folder`; without `evaluated` it ends with the chosen student."""
     config = RunConfig(output_dir=str(folder), seed=5)
     rng = np.random.default_rng(0)
-    for stage in EDGEDIT:
+    for stage in (stage for stage in EDGEDIT if not stage.only):
         if evaluated or stage not in (TUNE, EXPORT, EVALUATE):
             state = RunState(config, stage, 1, inputs=dict.fromkeys(name for name, _ in stage.inputs))
             for _ in state.steps():

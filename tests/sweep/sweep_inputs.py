@@ -437,6 +437,7 @@ def stage_of(section: str) -> tuple[str, str, list[str], list[str], list[str]]:
         "search": run("search_architecture", "search", also=("evaluate",)),
         "student": run("select_student", "student"),
         "tune": run("finetune", "student-tuned", "teacher-more-steps", also=("evaluate",)),
+        "few_step": run("distill_few_step", "few-step", also=("extractor", "evaluate")),
         "export": run("export_student", "exported"),
         "evaluate": run("evaluate_models", "evaluate"),
         "sensitivity": run("sensitivity", "sensitivity"),
