@@ -39,7 +39,7 @@ from edgedit_hf.preflight import preflight
 from edgedit_hf.report.plots import save_montage
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
-from edgedit_hf.run.optimisation import Optimisation, learning_rate_at
+from edgedit_hf.run.optimisation import Optimisation, check_batch, learning_rate_at
 from edgedit_hf.run.stage import FEW_STEP
 from edgedit_hf.run.state import RunState
 
@@ -178,12 +178,7 @@ def look(judge, wrapped, source, matching, best, diagnosis, run, step, accelerat
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
     options = config.few_step
-    share = accelerator.num_processes * options.gradient_accumulation
-    if options.batch_size % share:
-        raise EdgeDiTError(
-            f"batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change "
-            "one."
-        )
+    check_batch(options, accelerator.num_processes)
     if not options.matching_weight and not options.knowledge_weight:
         raise EdgeDiTError("few_step.matching_weight and few_step.knowledge_weight are both 0: nothing to learn from.")
     if options.matching_weight and options.schedule == "alternate" and options.student_every == 1:

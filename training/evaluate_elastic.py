@@ -23,7 +23,7 @@ from edgedit_hf.data.loading import load_run_captions, load_run_images
 from edgedit_hf.estimate import print_estimate
 from edgedit_hf.files import atomic_write_json
 from edgedit_hf.metrics.distances import frechet_distance
-from edgedit_hf.metrics.prompt_following import agreement, judged_captions
+from edgedit_hf.metrics.prompt_following import agreements, judged_captions
 from edgedit_hf.metrics.reference import describe_reference, load_extractor, real_features
 from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.pipelines.pipeline_elastic_dit import ElasticDiTPipeline
@@ -132,10 +132,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             **sampling,
         }
         if classifier is not None:
-            shares = {key: agreement(images, sets[key], classifier) for key, images in made.items()}
-            result["class_agreement"] = shares["captions"].pop("class_agreement")
-            result["style_agreement"] = shares["captions"]
-            result["held_out"] = {"num_samples": len(sets["held_out"]), **shares["held_out"]}
+            result |= agreements(made, sets, classifier)
             state.log(agreement=result["class_agreement"])
         save_file({key: to_bytes(images) for key, images in made.items()}, state.folder / f"{name}.safetensors")
         atomic_write_json(state.folder / f"{name}.json", result)

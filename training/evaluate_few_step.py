@@ -27,7 +27,7 @@ from edgedit_hf.few_step.solvers import solver_distances, with_solver
 from edgedit_hf.files import atomic_write_json, weights_hash
 from edgedit_hf.metrics.distances import frechet_distance, precision_recall
 from edgedit_hf.metrics.extractors import train_independent_classifier
-from edgedit_hf.metrics.prompt_following import agreement
+from edgedit_hf.metrics.prompt_following import agreements
 from edgedit_hf.metrics.reference import load_extractor, real_features
 from edgedit_hf.pipelines.loading import load_pipeline, source_path
 from edgedit_hf.pipelines.sampling import generate_from_captions
@@ -167,10 +167,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "seconds_per_image": {row.sampled.runtime: seconds[row.name]} if row.name in seconds else {},
         }
         if classifier is not None:
-            shares = {key: agreement(images, sets[key], classifier) for key, images in made.items()}
-            result["class_agreement"] = shares["captions"].pop("class_agreement")
-            result["style_agreement"] = shares["captions"]
-            result["held_out"] = {"num_samples": len(sets["held_out"]), **shares["held_out"]}
+            result |= agreements(made, sets, classifier)
             state.log(agreement=result["class_agreement"])
         save_file({key: to_bytes(images) for key, images in made.items()}, state.folder / f"{row.name}.safetensors")
         atomic_write_json(state.folder / f"{row.name}.json", result)

@@ -29,7 +29,6 @@ from safetensors.torch import load_file, save_file
 
 from edgedit_hf.diffusion import Diffusion
 from edgedit_hf.distill.output_loss import output_loss
-from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import atomic_write_json, hash_json, weights_hash
 from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.preflight import preflight
@@ -63,7 +62,7 @@ from edgedit_hf.records import Quantization
 from edgedit_hf.run.checkpoint import Facts
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
-from edgedit_hf.run.optimisation import Optimisation, learning_rate_at, set_learning_rate
+from edgedit_hf.run.optimisation import Optimisation, check_batch, learning_rate_at, set_learning_rate
 from edgedit_hf.run.stage import QUANTIZE, SELF_DISTIL
 from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
@@ -225,12 +224,7 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
     options = config.quantize
-    share = accelerator.num_processes * options.gradient_accumulation
-    if options.batch_size % share:
-        raise EdgeDiTError(
-            f"batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change "
-            "one."
-        )
+    check_batch(options, accelerator.num_processes)
     if accelerator.is_main_process:
         quantize_layers(config, accelerator)
     accelerator.wait_for_everyone()

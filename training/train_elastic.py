@@ -44,12 +44,11 @@ from edgedit_hf.elastic.losses import (
 )
 from edgedit_hf.elastic.sharding import ShardedModel, ShardedOptimisation, whole
 from edgedit_hf.elastic.supernet import load_text_table, new_elastic, new_elastic_pipeline
-from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.preflight import preflight
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
-from edgedit_hf.run.optimisation import Optimisation, learning_rate_at, set_learning_rate
+from edgedit_hf.run.optimisation import Optimisation, check_batch, learning_rate_at, set_learning_rate
 from edgedit_hf.run.sections import ElasticConfig
 from edgedit_hf.run.stage import ELASTIC
 from edgedit_hf.run.state import RunState
@@ -71,12 +70,7 @@ def train_supernet(
     A stand-alone net (no sub-networks) trains as one network does: that is the reference that a supernet is compared
     with. With `knowledge` the full net learns from a teacher too.
     """
-    share = accelerator.num_processes * options.gradient_accumulation
-    if options.batch_size % share:
-        raise EdgeDiTError(
-            f"batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change "
-            "one."
-        )
+    check_batch(options, accelerator.num_processes)
     diffusion, names = Diffusion("flow_prediction"), model.subnet_names
     full = names[-1] if names else "full"
     if options.gradient_checkpointing:

@@ -10,9 +10,8 @@ from diffusers.training_utils import EMAModel
 
 from ..data.batches import step_loader
 from ..diffusion import Diffusion, draws, drop_labels
-from ..errors import EdgeDiTError
 from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
-from ..run.optimisation import Optimisation, learning_rate_at, set_learning_rate
+from ..run.optimisation import Optimisation, check_batch, learning_rate_at, set_learning_rate
 from ..run.sections import TeacherConfig, TuneConfig
 from ..run.state import RunState
 from .output_loss import output_loss
@@ -34,12 +33,7 @@ def train_denoiser(
     `teacher` with `output_kd` > 0 adds the distance to the teacher's output. `on_step(step, ema_model)` is called after
     every step.
     """
-    share = accelerator.num_processes * options.gradient_accumulation
-    if options.batch_size % share:
-        raise EdgeDiTError(
-            f"batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change "
-            "one."
-        )
+    check_batch(options, accelerator.num_processes)
     diffusion = Diffusion.for_config(model.config)
     classes, channels = model.config.num_classes, model.config.in_channels
     if options.gradient_checkpointing:

@@ -58,10 +58,8 @@ class Judge:
             captioned = load_run_captions(config)
             images = load_run_images(config) if captioned.label_names else captioned.parts[0]
             held_out = None if captioned.label_names else load_run_captions(config, "validation").parts[0]
-        if accelerator.is_main_process:
-            load_extractor(config, images, accelerator.device, held_out)  # one process trains it
-        accelerator.wait_for_everyone()
-        self.extractor = load_extractor(config, images, accelerator.device, held_out)
+        with accelerator.main_process_first():  # one process trains it
+            self.extractor = load_extractor(config, images, accelerator.device, held_out)
         self.real = real_features(self.extractor, images)
         self.shape = tuple(conditions.dataset.shape if judged is None else conditions.dataset.shapes[0])
         self.moments = Moments.of(self._data())

@@ -78,22 +78,11 @@ class Networks(nn.Module):
         for role in self.roles:
             self.net(role).enable_gradient_checkpointing()
 
-    def forward(
-        self,
-        role: str,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        condition: Condition,
-        null: Condition | None = None,
-        guidance_scale: float = 1.0,
-        guided_channels: int | None = None,
-        features: bool = False,
-        subnet: str | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[`predict`] of a role's net."""
+    def forward(self, role: str, *inputs: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[`predict`] of a role's net, with all else that it takes."""
         model = self.net(role)
         with active_adapter(model, None if role == REAL else role) if self.shared else nullcontext():
-            return predict(model, x_t, t, condition, null, guidance_scale, guided_channels, features, subnet)
+            return predict(model, *inputs, **options)
 
     def memory(self) -> dict[str, int]:
         """Bytes of weights and of what AdamW and the moving average keep, by part, all in float32."""

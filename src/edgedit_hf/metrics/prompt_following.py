@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from ..data.captions import CaptionedDataset
@@ -41,3 +44,19 @@ def agreement(images: torch.Tensor, captions: list[str], classifier: Independent
         if asked:
             shares[style] = sum(found[row][style] == said[row][style] for row in asked) / len(asked)
     return shares
+
+
+def agreements(
+    made: Mapping[str, torch.Tensor], sets: Mapping[str, list[str]], classifier: IndependentClassifier
+) -> dict[str, Any]:
+    """What an evaluation says of prompts: [`agreement`] of `captions`, digit and styles apart, and of `held_out`.
+
+    Args:
+        made: images of each set. sets: its captions.
+    """
+    shares = {name: agreement(images, sets[name], classifier) for name, images in made.items()}
+    return {
+        "class_agreement": shares["captions"].pop("class_agreement"),
+        "style_agreement": shares["captions"],
+        "held_out": {"num_samples": len(sets["held_out"]), **shares["held_out"]},
+    }

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import EdgeDiTError
+from .sections import OptimisationConfig
 
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
@@ -159,6 +160,16 @@ class Optimisation:
             self.ema.load_state_dict({**state["ema"], "shadow_params": shadows})
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
+
+
+def check_batch(options: OptimisationConfig, processes: int) -> None:
+    """Raise unless a batch can be divided between the processes and their micro-batches."""
+    share = processes * options.gradient_accumulation
+    if options.batch_size % share:
+        raise EdgeDiTError(
+            f"batch_size {options.batch_size} is not a multiple of processes × gradient_accumulation = {share}; change "
+            "one."
+        )
 
 
 def learning_rate_at(step: int, peak: float, warmup: int, total: int, final_share: float) -> float:
