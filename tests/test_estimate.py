@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from edgedit_hf import EdgeDiTTransformer2DModel
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.distill.teacher import new_pipeline
 from edgedit_hf.errors import EdgeDiTError
@@ -72,6 +73,12 @@ def test_few_steps_cost_what_the_named_student_does(configured, tmp_path):
     assert rows["few-step"].disk == pytest.approx(rows["student"].disk, rel=0.05)
     fewer = counted(configured("few_step.enabled=true", given, "few_step.steps=10"))
     assert 0 < fewer["few-step"].seconds < rows["few-step"].seconds
+    with_pipeline = configured("few_step.enabled=true", given, f"few_step.path={tmp_path / 'wide'}")
+    wide = EdgeDiTTransformer2DModel(sample_size=8, patch_size=2, in_channels=1, hidden_size=64, num_layers=6)
+    wide.save_pretrained(tmp_path / "wide" / "transformer")
+    other = counted(with_pipeline)["few-step"]
+    assert other.disk == 4 * sum(p.numel() for p in wide.parameters()) > 2 * rows["few-step"].disk
+    assert other.memory > rows["few-step"].memory and other.seconds > rows["few-step"].seconds
     plain = counted(configured(given))
     assert "few-step" not in plain and plain["evaluate"].seconds < rows["evaluate"].seconds
 

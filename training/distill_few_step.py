@@ -217,12 +217,13 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         options.alpha,
         config.seed,
     )
+    memory = networks.memory()
     best = distil(networks, source, conditions, knowledge, judge, config, state, accelerator)
     student = best.finished(networks, accelerator)
     if accelerator.is_main_process:
         with state.publish() as folder:
             source.few_step_pipeline(student.cpu().eval(), options.sampler).save_pretrained(folder)
-    state.finish(best=best.facts, timesteps=source.timesteps, memory=networks.memory())
+    state.finish(best=best.facts, timesteps=source.timesteps, memory=memory)
 
 
 if __name__ == "__main__":

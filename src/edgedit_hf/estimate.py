@@ -23,7 +23,7 @@ from .elastic.cost import data_shapes, print_elastic_estimate
 from .elastic.cost import here as elastic_machine
 from .elastic.supernet import new_elastic
 from .errors import EdgeDiTError
-from .few_step.cost import few_step_estimate, net_to_distil, print_memory
+from .few_step.cost import activation_bytes, few_step_estimate, net_to_distil, print_memory
 from .genotype import LayerSpec
 from .models.transformer_edgedit import EdgeDiTTransformer2DModel
 from .models.transformer_elastic_dit import ElasticDiTTransformer2DModel
@@ -391,16 +391,21 @@ class _Estimator:
         return Estimate("tune", sum(seconds) + more, self.base + held, disk, self.device, self.machine.processes)
 
     def stage_few_step(self) -> Estimate:
-        """Of the student that does not exist yet: the given genotype's net, or, where that is searched for, the
-        teacher's, which is larger.
+        """Of the net that few_step.path names, or else of the student that does not exist yet: the given genotype's,
+        or, where that is searched for, the teacher's, which is larger.
         """
-        given = self.config.student.genotype
-        layers = {} if given is None else {"layers": read_genotype(given, "student.genotype").to_layers()}
-        with torch.device("meta"):
-            model = EdgeDiTTransformer2DModel.with_config(self.work.model, **layers)
-        asked = self.config.few_step.knowledge_guidance
+        options, given = self.config.few_step, self.config.student.genotype
+        if options.path is not None:
+            model = net_to_distil(self.config)
+        else:
+            layers = {} if given is None else {"layers": read_genotype(given, "student.genotype").to_layers()}
+            with torch.device("meta"):
+                model = EdgeDiTTransformer2DModel.with_config(self.work.model, **layers)
+        flops = self.student.flops if options.path is None else model_cost(model.config).flops
+        asked = options.knowledge_guidance
         guided = (self.config.sampling.guidance_scale if asked is None else asked) > 1
-        return few_step_estimate(self.config, self.machine, model, self.student.flops, guided)
+        activations = activation_bytes(model, options)
+        return few_step_estimate(self.config, self.machine, model, flops, guided, activations)
 
     def stage_export(self) -> Estimate:
         options = self.config.export
@@ -473,6 +478,9 @@ def print_text_to_image_estimate(config: RunConfig) -> None:
     """Print the estimates of stage elastic and, where the recipe asks for it, of stage few-step."""
     print_elastic_estimate(config)
     if FEW_STEP.needed(config):
+        if config.few_step.path is not None:
+            print_few_step_estimate(config)
+            return
         given, shapes = (config.text.encoder, config.text.encoder_2), data_shapes(config, [])[0]
         with torch.device("meta"):
             model = new_elastic(config, shapes, [config.text.hidden_size if path is None else 0 for path in given])
@@ -491,7 +499,8 @@ def print_few_step_estimate(config: RunConfig, model: Any = None) -> None:
     flops = elastic_cost(values).flops if elastic else model_cost(model.config).flops
     local = elastic_machine(values, config.threads) if elastic else here(config, dict(model.config))
     machines = (local, gpus(1, local), gpus(8, local))
-    rows = [[few_step_estimate(config, machine, copy.deepcopy(model), flops, True)] for machine in machines]
-    print_table(machines, rows, ["activations, the autoencoder and the real images are not counted"])
+    kept = activation_bytes(model, config.few_step)
+    rows = [[few_step_estimate(config, machine, copy.deepcopy(model), flops, True, kept)] for machine in machines]
+    print_table(machines, rows, ["the autoencoder and the real images are not counted"])
     if config.few_step.path is not None or any(config.folder(stage.folder).exists() for stage in (TUNE, ELASTIC)):
         print_memory(config)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from edgedit_hf.elastic.cost import elastic_estimate, print_elastic_estimate, saved_bytes
+from edgedit_hf.elastic.cost import activation_bytes, elastic_estimate, print_elastic_estimate
 from edgedit_hf.models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from edgedit_hf.run.config import RunConfig, load_config
 from edgedit_hf.run.cost import Machine, gpus
@@ -27,10 +27,10 @@ def test_counting_without_memory_is_counting():
     real = ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug")
     with FakeTensorMode():
         fake = ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug")
-        counted, smaller = saved_bytes(fake, (1, 8, 8), 5), saved_bytes(fake, (1, 4, 4), 5)
+        counted, smaller = activation_bytes(fake, (1, 8, 8), 5), activation_bytes(fake, (1, 4, 4), 5)
         fake.enable_gradient_checkpointing()
-        recomputed = saved_bytes(fake, (1, 8, 8), 5)
-    assert counted == saved_bytes(real, (1, 8, 8), 5) and smaller < counted / 2 and recomputed < counted / 3
+        recomputed = activation_bytes(fake, (1, 8, 8), 5)
+    assert counted == activation_bytes(real, (1, 8, 8), 5) and smaller < counted / 2 and recomputed < counted / 3
 
 
 def test_times_scale_with_the_work(configured):

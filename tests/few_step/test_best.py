@@ -24,7 +24,7 @@ def test_the_lowest_is_kept_and_given_back(networks, disturb):
     disturb([p for _, p in student], 0)
     assert best.take(5.0, 10, {"full": 5.0})
     disturb([p for _, p in student], 1)
-    wanted = networks.finished().state_dict() if networks.shared else copy.deepcopy(networks.finished().state_dict())
+    wanted = copy.deepcopy(networks).finished().state_dict()
     assert best.take(3.0, 20, {"full": 3.0})
     disturb([p for _, p in student], 2)
     assert not best.take(3.0, 30, {"full": 3.0}) and not best.take(4.0, 40, {"full": 4.0})

@@ -1,5 +1,6 @@
 """Few-step samples while the student learns: the same whatever their batches, judged as the shipped pipeline's are."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -43,7 +44,7 @@ def networks(families, disturb):
 def test_it_judges_what_ships(judge, networks, families):
     """The student as a pipeline, sampled by the pipeline's own call."""
     judged = judge(networks, None)
-    pipeline = judge.source.few_step_pipeline(networks.finished().eval(), "ode")
+    pipeline = judge.source.few_step_pipeline(copy.deepcopy(networks).finished().eval(), "ode")
     images, _ = generate(pipeline, 30, seed=judge.seed, steps=4, guidance_scale=1.0)
     torch.testing.assert_close(judge.images(judged.latents).clamp(-1, 1), images.clamp(-1, 1), rtol=0, atol=2e-3)
     features = judge.extractor.features(images)

@@ -1,5 +1,7 @@
 """Student, critic and real score in one module: who says what, who learns, what it takes of memory."""
 
+import copy
+
 import pytest
 import torch
 
@@ -81,7 +83,7 @@ def test_the_finished_net_is_the_student_and_knows_no_adapters(family, shared, d
     networks = networks_of(family, shared)
     for seed, role in enumerate((STUDENT, CRITIC)):
         disturb([p for _, p in networks.trained(role)], seed)
-    model = networks.finished()
+    model = copy.deepcopy(networks).finished()
     assert model.state_dict().keys() == family.pipeline.transformer.state_dict().keys()
     assert type(model) is type(family.pipeline.transformer) and all(p.requires_grad for p in model.parameters())
     for width in family.widths:

@@ -17,7 +17,17 @@ from ..distill.memory_plan import PROCESS_BYTES
 from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from ..pipelines.loading import meta_vae
 from ..run.config import RunConfig
-from ..run.cost import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, print_table
+from ..run.cost import (
+    BACKWARD,
+    IMAGENET,
+    UPDATE_BYTES,
+    Estimate,
+    Machine,
+    gpus,
+    median_seconds,
+    print_table,
+    saved_bytes,
+)
 from ..run.stage import ELASTIC
 from ..search_space import TEXT_TOKENS, elastic_cost, elastic_weights
 from .knowledge import teacher_note
@@ -33,26 +43,11 @@ SHORT = {
 LARGE = 5e7  # ... weights
 
 
-def saved_bytes(model: ElasticDiTTransformer2DModel, shape: Sequence[int], text_tokens: int = TEXT_TOKENS) -> int:
-    """Bytes that autograd keeps of a float32 forward of one image `(C, H, W)` beside the weights. Under
-    `FakeTensorMode` nothing is computed.
-    """
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return tensor
-
+def activation_bytes(model: ElasticDiTTransformer2DModel, shape: Sequence[int], text_tokens: int = TEXT_TOKENS) -> int:
+    """[`saved_bytes`] of a float32 forward of one image `(C, H, W)`."""
     text = [torch.empty(1, text_tokens, dim) for dim in model.config.text_dims]
     masks = [torch.ones(1, text_tokens, dtype=torch.bool) for _ in text]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(torch.empty(1, *shape), torch.empty(1), text, masks).sample.square().mean()
-    total = sum(storage.nbytes() for storage in kept.values())
-    del loss
-    return total
+    return saved_bytes(lambda: model(torch.empty(1, *shape), torch.empty(1), text, masks).sample.square().mean(), model)
 
 
 def data_shapes(config: RunConfig, assumed: list[str]) -> tuple[list[tuple[int, ...]], int]:
@@ -110,10 +105,10 @@ def elastic_estimate(config: RunConfig, machine: Machine | None = None) -> tuple
     dims = [config.text.hidden_size if path is None else 0 for path in given]  # 0: as the model's own
     with FakeTensorMode():
         model = new_elastic(config, shapes, dims)
-        activations = saved_bytes(model, shape)
+        activations = activation_bytes(model, shape)
         if options.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-            activations = saved_bytes(model, shape) + activations / sum(model.config.num_layers)
+            activations = activation_bytes(model, shape) + activations / sum(model.config.num_layers)
     values = {key: value for key, value in model.config.items() if not key.startswith("_")}
     machine = machine or here(values, config.threads)
     narrow = model.subnet_names[:-1]

@@ -1,13 +1,12 @@
 """Several networks in the memory of one: LoRA adapters (Hu et al., arXiv:2106.09685) on one frozen base.
 
 A network's weight is W + (alpha / rank) · B A. A forward runs with one adapter or none ([`active_adapter`]), at every
-width of a supernet; [`fuse_adapter`] makes a network of its own of an adapter and its base.
+width of a supernet; [`fuse_adapter`] turns the base into the network of one adapter.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import warnings
 import zlib
@@ -122,17 +121,16 @@ def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
 
 
 def fuse_adapter(model: nn.Module, name: str) -> Any:
-    """A new model of the same class with W + (alpha / rank) · B A of this adapter as its weights, all trainable, and no
-    trace of adapters; `model` stays as it is.
+    """Make W + (alpha / rank) · B A of this adapter the model's weights, all trainable, leave no trace of adapters, and
+    return the model. In place, as a copy of a large net would be most of what a run takes.
 
     Raises:
         EdgeDiTError: there is no such adapter.
     """
     _check(_layers(model), name)
-    fused = copy.deepcopy(model)
-    fused.fuse_lora(adapter_names=[name])
-    fused.unload_lora()
-    return fused.requires_grad_(True)
+    model.fuse_lora(adapter_names=[name])
+    model.unload_lora()
+    return model.requires_grad_(True)
 
 
 def _layers(model: nn.Module) -> list[LoraLayer]:

@@ -76,8 +76,8 @@ class Best:
 
     @torch.no_grad()
     def finished(self, networks: Networks, accelerator: Any) -> Any:
-        """The best student as a model of its own; where weights are sharded, on the main process (an untrained one on
-        the others).
+        """The best student, as [`Networks.finished`] gives it; where weights are sharded, on the main process (an
+        untrained one on the others).
         """
         for name, parameter in self.student:
             _here(parameter).copy_(self.weights[name])

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..distill.memory_plan import PROCESS_BYTES
 from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
 from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from ..pipelines.loading import source_path
 from ..run.config import RunConfig
-from ..run.cost import BACKWARD, UPDATE_BYTES, Estimate, Machine
+from ..run.cost import BACKWARD, UPDATE_BYTES, Estimate, Machine, saved_bytes
 from ..run.sections import FewStepConfig
 from ..run.stage import FEW_STEP
-from .networks import Networks, is_elastic, separate_bytes
+from ..search_space import TEXT_TOKENS
+from .networks import STUDENT, Networks, is_elastic, separate_bytes
 from .source import check_subnet
 
 
@@ -74,11 +76,46 @@ def forwards(options: FewStepConfig, guided: bool, matched_guided: bool) -> floa
     return simulated + student * (1 + BACKWARD + known + scores) + critic * (1 + BACKWARD) + (1 - student) + judged
 
 
-def few_step_estimate(config: RunConfig, machine: Machine, model: Any, flops: float, guided: bool) -> Estimate:
+def activation_bytes(model: Any, options: FewStepConfig) -> float:
+    """Bytes that autograd keeps of a float32 forward of the student for one image of the net's own size."""
+    values, shape = model.config, (model.config.in_channels, model.config.sample_size, model.config.sample_size)
+    with torch.device("meta"):  # where adapters can be added
+        networks = Networks(
+            type(model).from_config(values), options.backbone == "adapters", False, options.rank, options.alpha
+        )
+    with FakeTensorMode():  # as the CPU's attention keeps less than that of the meta device
+        for module in networks.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty(weight.shape), weight.requires_grad))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        label = torch.zeros(1, dtype=torch.int64) if values.get("num_classes") else None
+        condition: dict[str, Any] = {"class_labels": label}
+        if is_elastic(model):
+            texts = [torch.empty(1, TEXT_TOKENS, dim) for dim in values.text_dims]
+            masks = [torch.ones(1, TEXT_TOKENS, dtype=torch.bool) for _ in texts]
+            condition = {"encoder_hidden_states": texts, "encoder_attention_mask": masks}
+
+        def forward() -> torch.Tensor:
+            t = torch.empty(1) if is_elastic(model) else torch.zeros(1, dtype=torch.int64)
+            return networks(STUDENT, torch.empty(1, *shape), t, condition)[0].square().mean()
+
+        found = float(saved_bytes(forward, networks))
+        if options.gradient_checkpointing:
+            networks.enable_gradient_checkpointing()
+            layers = sum(values.num_layers) if is_elastic(model) else len(model.blocks)
+            found = saved_bytes(forward, networks) + found / layers
+    return found
+
+
+def few_step_estimate(
+    config: RunConfig, machine: Machine, model: Any, flops: float, guided: bool, activations: float
+) -> Estimate:
     """Cost of stage few-step.
 
     Args:
         model: the net, which may be on the meta device. flops: of a forward of it. guided: whether the teacher is.
+        activations: from [`activation_bytes`].
     """
     options = config.few_step
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -90,6 +127,9 @@ def few_step_estimate(config: RunConfig, machine: Machine, model: Any, flops: fl
         + UPDATE_BYTES * trained / machine.update_bytes
     )
     held = sum(networks.memory().values()) + 4 * trained * (2 if machine.processes > 1 else 1)
-    memory = (1e9 if machine.gpu else PROCESS_BYTES) + held
+    micro = -(-options.batch_size // (machine.processes * options.gradient_accumulation))
+    training = held + micro * activations * (0.5 if machine.gpu else 1)
+    written = 8.0 * weights  # the finished net, and its bytes as they go to the file
+    memory = (1e9 if machine.gpu else PROCESS_BYTES) + max(training, 0.0 if machine.gpu else written)
     device = "gpu" if machine.gpu else "cpu"
     return Estimate(FEW_STEP.name, seconds, memory, 4.0 * weights, device, machine.processes)

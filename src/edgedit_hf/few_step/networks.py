@@ -65,7 +65,7 @@ class Networks(nn.Module):
         return [(f"nets.{role}.{name}", parameter) for name, parameter in self.nets[role].named_parameters()]
 
     def finished(self) -> Any:
-        """The student as a model of its own, without a trace of adapters."""
+        """The student, without a trace of adapters. Shared networks are of no more use then: their base becomes it."""
         return fuse_adapter(self.base, STUDENT) if self.shared else self.nets[STUDENT]
 
     def twin(self) -> Networks:

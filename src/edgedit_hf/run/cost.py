@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,28 @@ class Estimate:
     device: str = "cpu"
     processes: int = 1
     before: float = 0.0
+
+
+def saved_bytes(forward: Callable[[], torch.Tensor], model: torch.nn.Module) -> int:
+    """Bytes that autograd keeps of a forward beside the model's weights. Under `FakeTensorMode` nothing is computed.
+
+    Args:
+        forward: returns what a backward pass starts from.
+    """
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    total = sum(storage.nbytes() for storage in kept.values())
+    del output
+    return total
 
 
 def median_seconds(call) -> float:

@@ -510,6 +510,7 @@ class RunState:
                         "same command to continue.",
                         128 + stop,
                     )
+            self._tracked = {}  # what publishing comes to needs the room of optimisers
         finally:
             bar.close()
             for number, handler in handlers.items():
