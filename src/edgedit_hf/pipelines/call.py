@@ -81,12 +81,10 @@ class CallMixin:
     # Of DiffusionPipeline and of the pipeline itself:
     config: Any
     config_name: Any
-    decode: Any
     maybe_free_model_hooks: Any
     transformer: Any
     vae: Any
     _execution_device: Any
-    _postprocess: Any
 
     # ---------------------------------------------------------------- state of a call
 
@@ -426,9 +424,14 @@ class CallMixin:
                 f"first output did not: see whether {type(self.scheduler).__name__} is the scheduler (and has the "
                 f"config) of this model, and try less guidance than {self.guidance_scale:g}."
             )
-        images = latents if output_type == "latent" else self._postprocess(self.decode(latents), output_type)
+        images = latents if output_type == "latent" else postprocess(self.decode(latents), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(B, C, H, W)` → images `(B, channels, H·f, W·f)` in [0, 1], float32."""
+        return VaeImageProcessor.denormalize(latents if self.vae is None else vae_output(self.vae, latents))
 
     # ---------------------------------------------------------------- saving
 
@@ -537,9 +540,8 @@ def unscaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     return latents / scale + shift
 
 
-def postprocess(images: torch.Tensor, output_type: str, *, normalized: bool) -> torch.Tensor | np.ndarray | list:
-    """Images `(B, channels, H, W)`, about [-1, 1] (`normalized`) or in [0, 1], as the output type of a call."""
+def postprocess(images: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
+    """Images `(B, channels, H, W)` in [0, 1] as the output type of a call."""
     if output_type == "pil" and images.shape[1] not in PIL_CHANNELS:
         raise ValueError(f"Images of {images.shape[1]} channels are no PIL images; use output_type 'np' or 'pt'.")
-    denormalize = None if normalized else [False] * len(images)
-    return VaeImageProcessor().postprocess(images, output_type, do_denormalize=denormalize)
+    return VaeImageProcessor().postprocess(images, output_type, do_denormalize=[False] * len(images))

@@ -16,15 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .call import Callback, CallMixin, postprocess, vae_output
+from .call import Callback, CallMixin
 
 Label = int | str
 
@@ -391,15 +389,6 @@ class EdgeDiTPipeline(CallMixin, DiffusionPipeline):
         if variance is not None and self._scheduler_takes_variance:
             prediction = torch.cat([prediction, variance], dim=1)  # [B, 2C, H, W]
         return prediction
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents `(B, C, H, W)` → images `(B, channels, H·f, W·f)` in [0, 1], float32."""
-        return VaeImageProcessor.denormalize(latents if self.vae is None else vae_output(self.vae, latents))
-
-    @staticmethod
-    def _postprocess(images: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
-        return postprocess(images, output_type, normalized=False)
 
 
 def _handed_labels(classes: torch.Tensor, null: torch.Tensor | None, name: str) -> torch.Tensor:

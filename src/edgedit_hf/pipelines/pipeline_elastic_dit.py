@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import PipelineQuantizationConfig
 from diffusers.configuration_utils import ConfigMixin
@@ -27,7 +26,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
-from .call import Callback, CallMixin, postprocess, vae_output
+from .call import Callback, CallMixin
 
 logger = logging.get_logger(__name__)
 
@@ -557,15 +556,6 @@ class ElasticDiTPipeline(CallMixin, DiffusionPipeline, SanaLoraLoaderMixin):
             conditional, unconditional = velocity.chunk(2)
             velocity = unconditional + self._guidance_scale * (conditional - unconditional)
         return velocity
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents `(B, C, H, W)` → images `(B, channels, H·f, W·f)` about [-1, 1], float32."""
-        return latents if self.vae is None else vae_output(self.vae, latents)
-
-    @staticmethod
-    def _postprocess(images: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
-        return postprocess(images, output_type, normalized=True)
 
 
 def _swapped(conditioning: Mapping[str, Any], name: str, count: int) -> torch.Tensor:
