@@ -129,7 +129,7 @@ def few_step_estimate(
     held = sum(networks.memory().values()) + 4 * trained * (2 if machine.processes > 1 else 1)
     micro = -(-options.batch_size // (machine.processes * options.gradient_accumulation))
     training = held + micro * activations * (0.5 if machine.gpu else 1)
-    written = 8.0 * weights  # the finished net, and its bytes as they go to the file
+    written = 12.0 * weights  # the file that the net is mapped from, the finished net, its bytes as they are written
     memory = (1e9 if machine.gpu else PROCESS_BYTES) + max(training, 0.0 if machine.gpu else written)
     device = "gpu" if machine.gpu else "cpu"
     return Estimate(FEW_STEP.name, seconds, memory, 4.0 * weights, device, machine.processes)
