@@ -1,6 +1,9 @@
 """The benchmark of sparse attention at a small size: equal outputs are asserted here, speed is not."""
 
+import pytest
 
+
+@pytest.mark.slow
 def test_attention(benchmark):
     arguments = ("--side", 16, "--kv-heads", 4, "--repeats", 2, "--runtimes", "onnxruntime-fp32")
     _, result = benchmark("attention.py", *arguments)

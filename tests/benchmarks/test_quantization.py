@@ -32,6 +32,7 @@ def measured(benchmark, repository, *arguments, overrides: str) -> dict:
     return result
 
 
+@pytest.mark.slow
 def test_every_form_at_its_smallest(benchmark, repository):
     small = "teacher.steps=2 quantize.calibration_images=4 quantize.sensitivity_images=2 quantize.steps=2"
     small += " quantize.batch_size=4 evaluate.extractor_steps=2"

@@ -8,6 +8,7 @@ def attention(layers: int, tokens: int, text: int, width: int) -> int:
     return layers * 2 * 2 * tokens * (tokens + text) * width
 
 
+@pytest.mark.slow
 def test_the_smallest_networks(benchmark):
     arguments = ("--variants", "PixArt", "--layers", 6, "--heads", 4, "--latents", 16, "--repeats", 2)
     table, result = benchmark("stages.py", *arguments)

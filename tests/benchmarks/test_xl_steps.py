@@ -5,6 +5,7 @@ their dry run.
 import pytest
 
 
+@pytest.mark.slow
 def test_the_first_stage(benchmark, tmp_path):
     arguments = ("--preset", "DiT-S/8", "--until", "teacher", "--classes", 10, "--steps", 2, "--folder", tmp_path)
     table, result = benchmark("xl_steps.py", *arguments)
