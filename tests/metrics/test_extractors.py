@@ -88,6 +88,11 @@ def test_any_size(shape):
     assert extractor.accuracy >= 0.75
 
 
+@pytest.mark.parametrize("steps", [1, 2, 10, 19])
+def test_any_number_of_steps(steps):
+    assert 0 <= train_classifier(stripes((1, 9, 13)), steps=steps, batch_size=4).accuracy <= 1
+
+
 def test_rotation_needs_no_labels(digits):
     unlabelled = load_images(label_column="").subset(range(600))
     extractor = train_classifier(unlabelled, steps=40, pretext="rotation", batch_size=32)
