@@ -204,7 +204,7 @@ def train_classifier(
         model = _Classifier(channels, min(height, width), dataset.num_classes if pretext == "labels" else 4)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
-    total = max(steps, 2)
+    total = max(steps, 3)
     warm = max(0.1, 2 / total)  # a rise of less than two steps divides by zero
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total, pct_start=warm)
     for step in range(steps):
