@@ -164,16 +164,16 @@ def look(judge, wrapped, source, matching, best, diagnosis, run, step, accelerat
     last = found[source.widths[-1]]
     if matching and {"gap", "cosine"} <= run.shown.keys():
         run.remark(diagnosis.update(gap=run.shown["gap"], cosine=run.shown["cosine"], std=last.moments.std))
-    if best.take(mean, step, {width or "full": judged.distance for width, judged in found.items()}):
-        run.keep_best()
     for width, judged in found.items():
         message = drift_message(judge.moments, judged.moments, judge.options.mean_drift, judge.options.std_drift)
         if message is not None:
+            kept = ", and continue from the best checkpoint (few_step.continue_from=best)" if best.facts else ""
             raise run.abort(
                 f"{'' if width is None else f'{width}: '}{message}",
-                "Lower few_step.matching_weight or the rates, give few_step.moments_weight, and continue from the best "
-                "checkpoint (few_step.continue_from=best)",
+                f"Lower few_step.matching_weight or the rates, or give few_step.moments_weight{kept}",
             )
+    if best.take(mean, step, {width or "full": judged.distance for width, judged in found.items()}):
+        run.keep_best()
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:

@@ -5,6 +5,7 @@ are stopped.
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -537,6 +538,9 @@ def test_a_stage_that_stops_itself_says_why_and_how_to_go_on(tmp_path):
     refused = {"few_step": {**values["few_step"], "rank": 8}}
     with pytest.raises(EdgeDiTError, match="rank = 4"):
         judged(tmp_path, config=refused)
+    without = {"few_step": {**values["few_step"], "matching_weight": 0.0}}
+    with pytest.raises(EdgeDiTError, match=r"few_step\.matching_weight = 1\.0.*few_step\.matching_weight = 0\.0"):
+        judged(tmp_path, config=without)  # the critic is in the checkpoint; the folder stays as it was
     lower = {"few_step": {**values["few_step"], "matching_weight": 0.1, "moments_weight": 0.5}}
     _, start = judged(tmp_path, config=lower, from_best=True)
     assert start == 3
@@ -544,6 +548,17 @@ def test_a_stage_that_stops_itself_says_why_and_how_to_go_on(tmp_path):
     assert len(changes) == 1 and changes[0]["few_step.matching_weight"] == [1.0, 0.1]
     with pytest.raises(EdgeDiTError, match="matching_weight"):  # only once
         judged(tmp_path, config=values)
+
+
+def test_a_limit_may_be_relaxed_and_a_missing_best_is_said(tmp_path, capsys):
+    values = {"few_step": {"mean_drift": 0.1, "learning_rate": 0.1}}
+    with pytest.raises(EdgeDiTError):
+        judged(tmp_path, at=7, action=drift, config=values)
+    shutil.rmtree(tmp_path / "checkpoints" / "best-000000003")
+    whole, _ = judged(tmp_path / "whole", config=values)
+    relaxed = {"few_step": {**values["few_step"], "mean_drift": 100.0}}
+    assert judged(tmp_path, config=relaxed, from_best=True) == (whole, 6)
+    assert "No best checkpoint was kept yet; demo continues from the last one" in capsys.readouterr().err
 
 
 def test_remarks_stand_in_the_progress_line_and_the_telemetry(tmp_path, capsys):

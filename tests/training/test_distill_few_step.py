@@ -402,7 +402,7 @@ def test_a_drift_stops_the_run_which_then_goes_on_from_the_best(fail, recipes, s
     line = fail(RECIPE, tmp_path, path, *FAR)
     assert "has drifted to" in line and "is allowed (few_step." in line and "before it is kept" in line
     assert "continue from the best checkpoint (few_step.continue_from=best)" in line
-    assert "critic_learning_rate, matching_weight, real_guidance, moments_weight may now change" in line
+    assert "critic_learning_rate, matching_weight, real_guidance, moments_weight, mean_drift, std_drift may now" in line
     kept = sorted(checkpoint.name for checkpoint in (tmp_path / "few-step" / "checkpoints").iterdir())
     assert kept[0] == "best-000000001" and kept[1:] > ["step-000000001"]
     assert not (tmp_path / "few-step" / "stage.json").exists()

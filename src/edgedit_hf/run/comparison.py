@@ -18,11 +18,14 @@ NO_RESULT = ("num_workers", "log_every", "checkpoint_every", "continue_from", "e
 
 AFTER_NAN = (
     *("learning_rate", "warmup_steps", "max_grad_norm"),
-    *("critic_learning_rate", "matching_weight", "real_guidance", "moments_weight"),
+    *("critic_learning_rate", "matching_weight", "real_guidance", "moments_weight", "mean_drift", "std_drift"),
 )
-"""Keys that may change once a stage was stopped by values that are not finite; it continues from its checkpoint with
-the new ones.
+"""Keys that may change once a stage was stopped by values that are not finite or samples that drifted; it continues
+from its checkpoint with the new ones.
 """
+
+SWITCHES = ("matching_weight",)
+"""Those of them that may not become 0 or leave it, as the checkpoint holds a network that is there for them alone."""
 
 
 def without_keys(value: Any, names: tuple[str, ...]) -> Any:
@@ -42,6 +45,16 @@ def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any]
                 return found
         return None
     return None if old == new else (path, old, new)
+
+
+def switched(old: Any, new: Any) -> tuple[str, Any, Any] | None:
+    """Dotted name and both values of the first of [`SWITCHES`] that is 0 in one of two nested plain values alone."""
+    for section, values in old.items():
+        for key in SWITCHES if isinstance(values, Mapping) else ():
+            before, now = values.get(key), (new.get(section) or {}).get(key)
+            if (before or 0) * (now or 0) == 0 and before != now:
+                return f"{section}.{key}", before, now
+    return None
 
 
 def with_value(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from .comparison import (
     comparable,
     declared_inputs,
     first_difference,
+    switched,
     with_value,
     without_keys,
 )
@@ -255,7 +256,8 @@ class RunState:
             raise EdgeDiTError(f"{error} Delete {self.folder} to make it anew.") from None
         refuse_renamed(found["config"], str(path), f"Delete {self.folder} to make it anew.")
         made, asked = comparable(found, self._asked, self.stage)
-        ignored = NO_RESULT + (AFTER_NAN if found.get("aborted") and not self.finished else ())
+        stopped = bool(found.get("aborted")) and not self.finished
+        ignored = NO_RESULT + (AFTER_NAN if stopped else ())
         old, new = ({key: without_keys(record.get(key), ignored) for key in asked} for record in (made, asked))
         if (difference := first_difference(old, new)) is not None:
             name, before, now = difference
@@ -267,6 +269,13 @@ class RunState:
             raise EdgeDiTError(
                 f"{self.folder} was made with {name} = {before!r}, but now {name} = {now!r} is asked for. {earlier}"
                 f"Use the old value, another output_dir, or delete {self.folder} to make it anew."
+            )
+        if stopped and (difference := switched(made["config"], asked["config"])) is not None:
+            name, before, now = difference
+            raise EdgeDiTError(
+                f"{self.folder} was made with {name} = {before!r}, but now {name} = {now!r} is asked for: its "
+                "checkpoint holds other networks than are trained then. Give a value above 0 if it was above 0, another "
+                f"output_dir, or delete {self.folder} to make it anew."
             )
         self._record = found
         old, new = (without_keys(record["config"], NO_RESULT) for record in (made, asked))
@@ -318,7 +327,11 @@ class RunState:
             the step to continue at (0 at first).
         """
         self._tracked = objects
-        newest = (self._newest_checkpoint("best") if from_best else None) or self._newest_checkpoint()
+        newest, best = self._newest_checkpoint(), self._newest_checkpoint("best")
+        if from_best and best is None and newest is not None and self.is_main:
+            tell = f"No best checkpoint was kept yet; {self.name} continues from the last one, {newest.name}."
+            print(tell, file=sys.stderr)
+        newest = (best if from_best else None) or newest
         if newest is not None:
             state = load_state(newest, self._state_name())
             held_to(state, Checkpoint, newest / f"{self._state_name()}.json", f"stage {self.name}", "a checkpoint")
