@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import flow_pipelines
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +14,7 @@ from PIL import Image
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.pipelines.loading import with_components
 from edgedit_hf.preflight import check_space, check_writable, preflight
 from edgedit_hf.run.config import load_config
 from edgedit_hf.run.stage import EDGEDIT, FEW_STEP, TEACHER, TEXT_TO_IMAGE
@@ -91,6 +93,8 @@ def test_what_is_not_here_is_noted(tmp_path):
             "matching_weight and few_step.knowledge_weight are both 0",
         ),
         (["few_step.enabled=true", "few_step.subnet=tiny"], "few_step.subnet is 'tiny'.* has no sub-networks"),
+        (["few_step.enabled=true", "few_step.schedule=alternate"], "the critic would never learn"),
+        (["few_step.enabled=true", "few_step.teacher_lora=."], "few_step.teacher_lora is ., but few_step.teacher is"),
         (["data.source=/no/such/folder"], "/no/such/folder"),
         (
             ["latency.table=/no/such.json"],
@@ -119,11 +123,41 @@ def test_settings_that_a_later_stage_would_refuse(tmp_path, overrides, said, dry
         (["few_step.enabled=true", "few_step.teacher=./nowhere"], "few_step.teacher is ./nowhere, but there is no"),
         (["few_step.enabled=true", "few_step.path=./nowhere"], "few_step.path is ./nowhere, but there is no"),
         (["few_step.enabled=true", "few_step.timesteps=[500, 900]"], "must fall, but 900 follows 500"),
+        (["few_step.enabled=true", "few_step.subnet=huge"], "few_step.subnet is 'huge', but .* has tiny, small, full"),
+        (["few_step.enabled=true", "few_step.feature_weight=1"], "the 3 widths of the net have tokens of different"),
+        (["few_step.enabled=true", "few_step.quantization=4bit"], "few_step.quantization is 4bit"),
     ],
 )
 def test_settings_that_a_later_stage_of_text_to_image_would_refuse(tmp_path, overrides, said):
     with pytest.raises(EdgeDiTError, match=said):
         preflight(config(tmp_path / "run", *overrides, recipe="debug-t2i.yaml"), TEXT_TO_IMAGE, processes=2)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_few_step_names_is_looked_at_before_the_first_stage(tmp_path, make_transformer, dry_run):
+    """Of either family, in a run of either family: what could not be distilled, or teach, is refused by its configs."""
+    text = flow_pipelines.elastic(vae=False)
+    classes = EdgeDiTPipeline(make_transformer(), make_scheduler("epsilon"))
+    for name, pipeline in (("text", text), ("classes", classes)):
+        pipeline.save_pretrained(tmp_path / name)
+        few = {"few_step_timesteps": [600, 300], "default_steps": 2, "default_guidance_scale": 1.0}
+        with_components(pipeline, **few).save_pretrained(tmp_path / f"{name}-few")
+    (tmp_path / "empty").mkdir()
+    for recipe, stages, own, other in (
+        ("debug.yaml", EDGEDIT, "classes", "text"),
+        ("debug-t2i.yaml", TEXT_TO_IMAGE, "text", "classes"),
+    ):
+        for key, value, said in (
+            ("path", other, "few_step.path is .*, which holds a "),
+            ("path", f"{own}-few", "was distilled for 2 steps already"),
+            ("teacher", other, "holds a ElasticDiTPipeline" if own == "classes" else "is a EdgeDiTPipeline"),
+            ("teacher", "empty", "without model_index.json" if own == "classes" else "no pipeline in"),
+        ):
+            asked = config(
+                tmp_path / "run", "few_step.enabled=true", f"few_step.{key}={tmp_path / value}", recipe=recipe
+            )
+            with pytest.raises(EdgeDiTError, match=said):
+                preflight(asked, stages, dry_run=dry_run)
 
 
 @pytest.mark.parametrize("dry_run", [True, False])

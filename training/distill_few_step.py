@@ -24,7 +24,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
 
 from edgedit_hf.elastic.sharding import ShardedModel, ShardedOptimisation
-from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.estimate import print_few_step_estimate
 from edgedit_hf.few_step.best import Best, Trained
 from edgedit_hf.few_step.cost import print_memory
@@ -179,13 +178,6 @@ def look(judge, wrapped, source, matching, best, diagnosis, run, step, accelerat
 def run(config: RunConfig, accelerator: Accelerator) -> None:
     options = config.few_step
     check_batch(options, accelerator.num_processes)
-    if not options.matching_weight and not options.knowledge_weight:
-        raise EdgeDiTError("few_step.matching_weight and few_step.knowledge_weight are both 0: nothing to learn from.")
-    if options.matching_weight and options.schedule == "alternate" and options.student_every == 1:
-        raise EdgeDiTError(
-            "few_step.schedule is alternate and few_step.student_every is 1: the critic would never learn; make it 2 "
-            "or more, or take the schedule every."
-        )
     source = load_source(config)
     conditions, judged = load_conditions(config, accelerator, source)
     knowledge = given_knowledge(config, accelerator, source, conditions) if options.knowledge_weight else None

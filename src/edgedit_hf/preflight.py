@@ -24,13 +24,22 @@ from .distill.memory_plan import wanted_proxies
 from .distill.proxy_group import new_optimizer
 from .distill.teacher import read_genotype, search_space_of, teacher_path
 from .elastic.cost import data_shapes
+from .elastic.flow_teacher import teacher_family
 from .elastic.supernet import new_elastic
 from .errors import EdgeDiTError
 from .estimate import estimate, workload
 from .export.formats import FORMATS
+from .few_step.checks import (
+    check_class_guidance,
+    check_class_teacher,
+    check_many_step,
+    check_options,
+    check_widths,
+)
 from .few_step.schedule import few_step_timesteps
 from .files import atomic_write_json, hash_json, read_json
 from .metrics.extractors import InceptionExtractor, check_classifiable
+from .models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from .pipelines.loading import KINDS, TEXT_TO_IMAGE_VAES, VAES, load_scheduler
 from .records import Named
 from .run.config import RunConfig
@@ -72,15 +81,15 @@ def preflight(config: RunConfig, stages: Sequence[Stage], processes: int = 1, dr
     check_sampling(config, left)
     check = partial(_noted, notes) if dry_run else _raised
     check(check_tools, config, left)
+    captioned = _captioned(config, [stage.name for stage in stages])
+    if "few-step" in left:
+        _check_few_step(config, captioned, notes, dry_run)
     if "teacher" in left:
         _check_compression(config, left, processes, notes, dry_run)
         check(check_space, config.output_dir, _bytes_to_write(config, left, processes), "The run")
     if {"text", "elastic"} & set(left):
         _check_text_to_image(config, left, notes, dry_run)
-    captioned = _captioned(config, [stage.name for stage in stages])
-    if "few-step" in left:
-        _check_few_step(config, captioned, notes, dry_run)
-    _check_pictures(config, left, captioned, dry_run, notes)
+    _check_pictures(config, left, bool(captioned), dry_run, notes)
     return notes
 
 
@@ -301,47 +310,62 @@ def _check_text_to_image(config: RunConfig, stages: Sequence[str], notes: list[s
             "encoder."
         )
     if {"elastic", "evaluate-elastic"} & set(stages):
-        dims = [config.text.hidden_size if path is None else 0 for path in (config.text.encoder, config.text.encoder_2)]
-        shapes, _ = data_shapes(config, [])
-        with FakeTensorMode():
-            new_elastic(config, shapes, dims)
+        _planned_elastic(config)
 
 
-def _captioned(config: RunConfig, stages: Sequence[str]) -> bool:
-    """Whether these stages, of which few-step may be of either family, are of text to image."""
+def _planned_elastic(config: RunConfig) -> ElasticDiTTransformer2DModel:
+    """The supernet that the recipe will train, without weights."""
+    dims = [config.text.hidden_size if path is None else 0 for path in (config.text.encoder, config.text.encoder_2)]
+    shapes, _ = data_shapes(config, [])
+    with FakeTensorMode():
+        return new_elastic(config, shapes, dims)
+
+
+def _captioned(config: RunConfig, stages: Sequence[str]) -> bool | None:
+    """Whether these stages, of which few-step may be of either family, are of text to image; `None`: what is distilled
+    is not on this machine.
+    """
     own = {stage.name for stage in TEXT_TO_IMAGE} - {stage.name for stage in EDGEDIT}
-    if own & set(stages):
-        return True
     if list(stages) != ["few-step"]:
-        return False
+        return bool(own & set(stages))
     path = config.few_step.path
     index = Path(path if path is not None else config.folder("student-tuned"), "model_index.json")
     if index.is_file():
         return class_name(read_record(index, Named, "save_pretrained")) == "ElasticDiTPipeline"
-    return path is None and config.folder("elastic").is_dir()
+    return config.folder("elastic").is_dir() if path is None else None
 
 
-def _check_few_step(config: RunConfig, captioned: bool, notes: list[str], dry_run: bool) -> None:
-    options = config.few_step
-    if not options.matching_weight and not options.knowledge_weight:
-        raise EdgeDiTError("few_step.matching_weight and few_step.knowledge_weight are both 0: nothing to learn from.")
-    _check_given("few_step.path", options.path, KINDS, notes, dry_run)
-    _check_given("few_step.teacher", options.teacher, (), notes, dry_run)
+def _check_few_step(config: RunConfig, captioned: bool | None, notes: list[str], dry_run: bool) -> None:
+    options, path = config.few_step, config.few_step.path
+    kinds = KINDS if captioned is None else ("ElasticDiTPipeline",) if captioned else ("EdgeDiTPipeline",)
+    _check_given("few_step.path", path, kinds, notes, dry_run)
+    _check_given("few_step.teacher", options.teacher, () if captioned else kinds, notes, dry_run)
     _check_given("few_step.teacher_lora", options.teacher_lora, (), notes, dry_run)
+    if captioned is None:
+        return
+    check_options(options, captioned)
+    folder = Path(path) if path is not None else config.folder("elastic" if captioned else "student-tuned")
+    values: dict[str, Any] = {}
+    if (folder / "transformer" / "config.json").is_file():
+        values = read_json(folder / "transformer" / "config.json", "save_pretrained")
+        check_many_step(folder, read_json(folder / "model_index.json", "save_pretrained"), values)
+    elif path is None:
+        values = dict(_planned_elastic(config).config) if captioned else workload(config).model
+    if values:
+        subnets = values.get("subnets") or {}
+        check_widths(folder, options, sorted(subnets, key=subnets.get))
+        prediction = "flow_prediction" if captioned else values["prediction_type"]
+        few_step_timesteps(prediction, options.sampling_steps, options.shift, options.first_signal, options.timesteps)
+        if not captioned:
+            check_class_guidance(folder, options, values)
+    teacher = None if options.teacher is None else Path(options.teacher).expanduser()
+    if teacher is None or not options.knowledge_weight or not teacher.exists():
+        return
     if captioned:
-        prediction = "flow_prediction"
-    else:
-        given = None if options.path is None else Path(options.path, "transformer", "config.json")
-        values = (
-            read_json(given, "save_pretrained") if given is not None and given.is_file() else workload(config).model
-        )
-        prediction = values["prediction_type"]
-    few_step_timesteps(prediction, options.sampling_steps, options.shift, options.first_signal, options.timesteps)
-    if options.subnet is not None and not captioned:
-        raise EdgeDiTError(
-            f"few_step.subnet is {options.subnet!r}, but a net that is conditioned on classes has no sub-networks; "
-            "leave it out."
-        )
+        teacher_family(teacher)
+    elif values:
+        theirs = read_json(teacher / "transformer" / "config.json", "save_pretrained")
+        check_class_teacher(options.teacher, theirs, values)
 
 
 # -------------------------------------------------------------------- images

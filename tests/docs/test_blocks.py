@@ -108,8 +108,8 @@ def test_dry_run_prints_a_line_a_stage(recipes, clone):
 
 
 def test_the_memory_of_few_steps(recipes, clone):
-    command = shlex.split(find(recipes, "edgedit train few-step --config training/recipes/debug.yaml --report-memory"))
-    printed = recipes.shell([*command, "--override", "output_dir=runs/demo"], clone)
+    command = shlex.split(find(recipes, "edgedit train few-step --config training/recipes/digits.yaml --report-memory"))
+    printed = recipes.shell(command, clone)
     assert "nets of their own, float32" in printed and "of it is needed" in printed
 
 

@@ -145,7 +145,7 @@ def test_adapters_take_a_quarter_of_nets_of_their_own(preset):
     assert separate_bytes(weights) == separate
     assert sum(networks.memory().values()) <= 0.25 * separate
     *_, last = memory_lines(networks, weights)
-    assert float(last.split(":")[1].split()[0]) <= 0.25 and f"{separate / 1e9:.3f} GB" in last
+    assert float(last.split(":")[1].split()[0]) <= 0.25 and f" {separate / 1e9:.3g} GB:" in last
 
 
 # -------------------------------------------------------------------- a call

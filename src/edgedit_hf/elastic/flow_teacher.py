@@ -504,14 +504,13 @@ FAMILIES: dict[str, type[FlowTeacher]] = {
 # -------------------------------------------------------------------- before anything is loaded
 
 
-def check_quantization(quantization: str) -> None:
-    """Raise unless this machine can quantise so."""
+def check_quantization(quantization: str, key: str = "knowledge.quantization") -> None:
+    """Raise unless this machine can quantise so; `key` of the recipe asks for it."""
     if quantization not in QUANTIZATIONS:
         raise EdgeDiTError(f"The quantisation is {quantization!r}; it must be one of {', '.join(QUANTIZATIONS)}.")
     if quantization != "none" and not torch.cuda.is_available():
         raise EdgeDiTError(
-            f"A {quantization} teacher needs a CUDA GPU (bitsandbytes), and none is here; set knowledge.quantization "
-            "to none."
+            f"A {quantization} teacher needs a CUDA GPU (bitsandbytes), and none is here; set {key} to none."
         )
 
 
@@ -592,10 +591,12 @@ def transformer_bytes(path_or_id: str | Path, quantization: str = "none", bytes_
     """
     import diffusers
 
+    from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
     from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 
     name = diffusers.DiffusionPipeline.load_config(str(path_or_id), local_files_only=True)["transformer"][1]
-    kind = {"ElasticDiTTransformer2DModel": ElasticDiTTransformer2DModel}.get(name) or getattr(diffusers, name)
+    ours = {kind.__name__: kind for kind in (EdgeDiTTransformer2DModel, ElasticDiTTransformer2DModel)}
+    kind = ours.get(name) or getattr(diffusers, name)
     with torch.device("meta"):
         model = kind.from_config(kind.load_config(str(path_or_id), subfolder="transformer", local_files_only=True))
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))

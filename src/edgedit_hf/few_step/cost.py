@@ -8,6 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..distill.memory_plan import PROCESS_BYTES
+from ..elastic.flow_teacher import transformer_bytes
+from ..errors import EdgeDiTError
 from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
 from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from ..pipelines.loading import source_path
@@ -16,20 +18,26 @@ from ..run.cost import BACKWARD, UPDATE_BYTES, Estimate, Machine, saved_bytes
 from ..run.sections import FewStepConfig
 from ..run.stage import FEW_STEP
 from ..search_space import TEXT_TOKENS
+from .checks import check_widths
 from .networks import STUDENT, Networks, is_elastic, separate_bytes
-from .source import check_subnet
 
 
 def net_to_distil(config: RunConfig) -> Any:
     """The net that is distilled, on the meta device: its weights are not read."""
     path = str(source_path(config, "few_step.path", "distil"))
-    values = EdgeDiTTransformer2DModel.load_config(path, subfolder="transformer")
+    try:
+        values = EdgeDiTTransformer2DModel.load_config(path, subfolder="transformer")
+    except (OSError, ValueError) as error:
+        raise EdgeDiTError(
+            f"few_step.path {path} has no transformer that can be looked at ({' '.join(str(error).split())[:200]}); "
+            "give a pipeline folder, or fetch the Hub's first."
+        ) from error
     kind = ElasticDiTTransformer2DModel if "subnets" in values else EdgeDiTTransformer2DModel
     with torch.device("meta"):
         model = kind.from_config(values)
+        check_widths(path, config.few_step, getattr(model, "subnet_names", []))
         if config.few_step.subnet is None:
             return model
-        check_subnet(model, config.few_step.subnet, path)
         model.set_active_subnet(config.few_step.subnet)
         return kind.from_config(model.active_subnet_config())
 
@@ -44,20 +52,39 @@ def memory_lines(networks: Networks, weights: int) -> list[str]:
     """What each part takes, and all of it beside nets of their own in float32."""
     parts = networks.memory()
     whole, separate = sum(parts.values()), separate_bytes(weights, len(networks.roles) > 1)
-    lines = [f"{name:<26} {size / 1e9:>9.3f} GB" for name, size in parts.items()]
     return [
-        *lines,
-        f"{'all':<26} {whole / 1e9:>9.3f} GB",
-        f"{'nets of their own, float32':<26} {separate / 1e9:>9.3f} GB: {whole / separate:.3f} of it is needed",
+        *(f"{name:<26} {told_bytes(size):>10}" for name, size in {**parts, "all": whole}.items()),
+        f"{'nets of their own, float32':<26} {told_bytes(separate):>10}: {whole / separate:.3f} of it is needed",
     ]
 
 
+def teacher_bytes(options: FewStepConfig, elastic: bool, gpu: bool) -> float:
+    """Bytes of a given teacher's weights; 0 where there is none, or it is not on this machine."""
+    if options.teacher is None or not options.knowledge_weight:
+        return 0.0
+    try:
+        return float(transformer_bytes(options.teacher, options.quantization, 2 if elastic and gpu else 4))
+    except (OSError, ValueError):
+        return 0.0
+
+
+def told_bytes(size: float) -> str:
+    """Bytes in three digits: 1.21 MB, 4.05 GB."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB")):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}" if size < 1e3 * factor else f"{size / factor:.0f} {unit}"
+    return f"{size / 1e3:.3g} kB"
+
+
 def print_memory(config: RunConfig) -> None:
-    """Print what each part of the run takes of memory; gradients and activations come on top."""
+    """Print what each part of the run takes of memory."""
     model = net_to_distil(config)
     weights = sum(parameter.numel() for parameter in model.parameters())
     for line in memory_lines(meta_networks(model, config.few_step), weights):
         print(line)
+    if given := teacher_bytes(config.few_step, is_elastic(model), torch.cuda.is_available()):
+        print(f"{'the teacher, beside these':<26} {told_bytes(given):>10}")
+    print("Gradients and activations come on top; --dry-run counts them.")
 
 
 def forwards(options: FewStepConfig, guided: bool, matched_guided: bool) -> float:
@@ -126,7 +153,8 @@ def few_step_estimate(
         forwards(options, guided, matched_guided) * options.batch_size * flops / (machine.processes * machine.flops)
         + UPDATE_BYTES * trained / machine.update_bytes
     )
-    held = sum(networks.memory().values()) + 4 * trained * (2 if machine.processes > 1 else 1)
+    held = sum(networks.memory().values()) + teacher_bytes(options, is_elastic(model), machine.gpu)
+    held += 4 * trained * (2 if machine.processes > 1 else 1)
     micro = -(-options.batch_size // (machine.processes * options.gradient_accumulation))
     training = held + micro * activations * (0.5 if machine.gpu else 1)
     written = 12.0 * weights  # the file that the net is mapped from, the finished net, its bytes as they are written

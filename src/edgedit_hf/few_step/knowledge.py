@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from ..data.captions import CaptionedDataset
 from ..data.text_table import TextTable, text_table
 from ..diffusion import TRAIN_TIMESTEPS, Diffusion
-from ..elastic.flow_teacher import FlowTeacher, check_latents, check_quantization, teacher_family
+from ..elastic.flow_teacher import FlowTeacher, check_latents, teacher_family
 from ..elastic.knowledge_loss import FeatureProjector, feature_distance, grid_of
 from ..errors import EdgeDiTError
 from ..files import weights_hash
 from ..pipelines.loading import load_pipeline
 from ..run.config import RunConfig
+from .checks import check_class_teacher
 from .losses import chord, knowledge_loss, on_flow
 from .networks import REAL, predict
 from .source import Conditions, Piece, Source
@@ -152,18 +153,7 @@ def given_knowledge(config: RunConfig, accelerator: Any, source: Source, conditi
     Raises:
         EdgeDiTError: it cannot be used beside this student.
     """
-    options = config.few_step
-    if options.feature_weight and len(source.widths) > 1:
-        raise EdgeDiTError(
-            f"few_step.feature_weight is {options.feature_weight:g}, but the {len(source.widths)} widths of the net "
-            "have tokens of different sizes; set it to 0, or distil one width (few_step.subnet)."
-        )
-    if options.teacher is None:
-        if options.teacher_lora is not None:
-            raise EdgeDiTError(
-                f"few_step.teacher_lora is {options.teacher_lora}, but few_step.teacher is null: give the pipeline "
-                "that it belongs to."
-            )
+    if config.few_step.teacher is None:
         return None
     build = _text_teacher if source.elastic else _class_teacher
     return build(config, accelerator, source, conditions)
@@ -173,18 +163,8 @@ def _class_teacher(config: RunConfig, accelerator: Any, source: Source, conditio
     options, student = config.few_step, source.pipeline.transformer.config
     pipeline = load_pipeline(str(options.teacher))
     theirs = pipeline.transformer.config
-    for name in ("prediction_type", "in_channels", "num_classes", "sample_size"):
-        if theirs[name] != student[name]:
-            raise EdgeDiTError(
-                f"few_step.teacher {options.teacher} has {name} {theirs[name]!r}, the net that is distilled "
-                f"{student[name]!r}; they must agree."
-            )
+    check_class_teacher(options.teacher, theirs, student)
     check_latents(str(options.teacher), source.pipeline.vae, student.in_channels)
-    if options.teacher_lora is not None:
-        raise EdgeDiTError(
-            f"few_step.teacher_lora {options.teacher_lora} is for teachers of text to image; fuse it into this one "
-            "first: edgedit convert TEACHER OUT --teacher-lora ADAPTER."
-        )
     model = pipeline.transformer.to(accelerator.device).eval().requires_grad_(False)
     few = bool(pipeline.config.get("few_step_timesteps"))
     given = options.knowledge_guidance
@@ -208,7 +188,6 @@ def _class_teacher(config: RunConfig, accelerator: Any, source: Source, conditio
 def _text_teacher(config: RunConfig, accelerator: Any, source: Source, conditions: Conditions) -> Knowledge:
     options, model = config.few_step, source.pipeline.transformer
     dataset: CaptionedDataset = conditions.dataset
-    check_quantization(options.quantization)
     teacher_family(str(options.teacher))
     check_latents(str(options.teacher), source.pipeline.vae, model.config.in_channels)
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32

@@ -19,6 +19,7 @@ from ..metrics.prompt_following import judged_captions
 from ..models.stored_weights import check_weights
 from ..pipelines.loading import KINDS, load_pipeline, source_path, with_components
 from ..run.config import RunConfig
+from .checks import check_class_guidance, check_many_step, check_options, check_widths
 from .networks import Condition, is_elastic
 from .schedule import few_step_timesteps
 
@@ -73,34 +74,22 @@ def load_source(config: RunConfig) -> Source:
     """The pipeline that `few_step.path` names, or the run's own.
 
     Raises:
-        EdgeDiTError: there is none, it needs few steps already, is quantised, or has no such sub-network.
+        EdgeDiTError: there is none, or it cannot be distilled as the recipe says.
     """
     options = config.few_step
     path = source_path(config, "few_step.path", "distil")
     pipeline = load_pipeline(path, kind=KINDS)
     model = pipeline.transformer
-    if pipeline.config.get("few_step_timesteps"):
-        raise EdgeDiTError(
-            f"{path} was distilled for {pipeline.config.default_steps} steps already, and is no real score: give the "
-            "many-step pipeline that it was made from (few_step.path)."
-        )
-    if model.config.get("guidance_embeds"):
-        raise EdgeDiTError(
-            f"{path} has guidance distilled into it (guidance_embeds), and is no real score: give one without."
-        )
-    if getattr(model, "quantization_method", None) is not None:
-        raise EdgeDiTError(f"{path} is quantised; distil first, then quantise.")
+    check_many_step(path, pipeline.config, model.config)
     check_weights(model, f"The pipeline {path}")
     elastic = is_elastic(model)
+    check_options(options, elastic)
+    check_widths(path, options, getattr(model, "subnet_names", []))
     if options.subnet is not None:
-        check_subnet(model, options.subnet, path)
         pipeline.register_modules(transformer=model.extract_subnet(options.subnet))
         model = pipeline.transformer
-    if not elastic and not model.config.num_classes and (options.real_guidance or 1) > 1:
-        raise EdgeDiTError(
-            f"few_step.real_guidance is {options.real_guidance:g}, but {path} has no classes that it could guide to; "
-            "leave it out."
-        )
+    if not elastic:
+        check_class_guidance(path, options, model.config)
     default = float(pipeline.config.default_guidance_scale)
     prediction = "flow_prediction" if elastic else model.config.prediction_type
     return Source(
@@ -110,13 +99,6 @@ def load_source(config: RunConfig) -> Source:
         options.real_guidance if options.real_guidance is not None else default if elastic else 1.0,
         options.knowledge_guidance if options.knowledge_guidance is not None else default,
     )
-
-
-def check_subnet(model: Any, name: str, path: Any) -> None:
-    """Raise unless a net, of the pipeline at `path`, has this sub-network."""
-    names = getattr(model, "subnet_names", [])
-    if name not in names:
-        raise EdgeDiTError(f"few_step.subnet is {name!r}, but {path} has {', '.join(names) or 'no sub-networks'}.")
 
 
 # -------------------------------------------------------------------- what a step sees

@@ -541,7 +541,7 @@ class FewStepConfig(OptimisationConfig):
         None, "of a supernet: distil this sub-network alone; null: all widths in one run, one drawn a step"
     )
     sampling_steps: int = key(4, "denoising steps of the few-step student", minimum=1, maximum=8)
-    shift: float = key(3.0, "flow: how far its noise levels are moved towards noise", above=0.0, maximum=100.0)
+    shift: float = key(3.0, "flow: how far its noise levels are moved towards noise", minimum=0.01, maximum=100.0)
     first_signal: float = key(
         0.16, "epsilon: signal to noise of the first timestep, at least", above=0.0, maximum=100.0
     )

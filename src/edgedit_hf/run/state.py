@@ -274,7 +274,7 @@ class RunState:
             name, before, now = difference
             raise EdgeDiTError(
                 f"{self.folder} was made with {name} = {before!r}, but now {name} = {now!r} is asked for: its "
-                "checkpoint holds other networks than are trained then. Give a value above 0 if it was above 0, another "
+                "checkpoint holds other networks than are trained then. Keep it above 0, or at 0; or take another "
                 f"output_dir, or delete {self.folder} to make it anew."
             )
         self._record = found

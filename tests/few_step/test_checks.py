@@ -1,0 +1,82 @@
+"""What is refused before anything is loaded, and that what is allowed passes."""
+
+import pytest
+
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.few_step.checks import (
+    check_class_guidance,
+    check_class_teacher,
+    check_many_step,
+    check_options,
+    check_widths,
+)
+from edgedit_hf.run.sections import FewStepConfig
+
+NAMES = ["tiny", "small", "full"]
+
+
+@pytest.mark.parametrize(
+    ("elastic", "values", "said"),
+    [
+        (False, {"matching_weight": 0.0, "knowledge_weight": 0.0}, "are both 0: nothing to learn from"),
+        (True, {"schedule": "alternate"}, "student_every is 1: the critic would never learn"),
+        (True, {"teacher_lora": "lora"}, "teacher_lora is lora, but few_step.teacher is null"),
+        (False, {"teacher": "t", "teacher_lora": "lora"}, "teacher_lora lora is for teachers of text to image"),
+        (False, {"decoupled": True}, r"decoupled is true, but the real score has no guidance .*\(.*None\)"),
+        (True, {"decoupled": True, "real_guidance": 0.5}, r"no guidance \(few_step.real_guidance 0.5\)"),
+        (False, {"quantization": "4bit", "teacher": "t"}, "quantization is 4bit, .* conditioned on classes"),
+        (True, {"quantization": "8bit"}, "quantization is 8bit, .* few_step.teacher is null"),
+        (False, {"subnet": "tiny"}, "subnet is 'tiny', .* has no sub-networks"),
+    ],
+)
+def test_keys_that_contradict_one_another(elastic, values, said):
+    with pytest.raises(EdgeDiTError, match=said):
+        check_options(FewStepConfig(**values), elastic)
+
+
+@pytest.mark.parametrize(
+    ("elastic", "values"),
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"matching_weight": 0.0, "schedule": "alternate"}),  # there is no critic
+        (False, {"decoupled": True, "real_guidance": 1.5}),
+        (True, {"decoupled": True}),  # the pipeline's own guidance
+        (True, {"subnet": "tiny", "teacher": "t", "teacher_lora": "lora"}),
+    ],
+)
+def test_keys_that_go_together(elastic, values):
+    check_options(FewStepConfig(**values), elastic)
+
+
+def test_what_is_no_real_score():
+    check_many_step("here", {"few_step_timesteps": None}, {"guidance_embeds": False})
+    for pipeline, transformer, said in (
+        ({"few_step_timesteps": [601, 300], "default_steps": 2}, {}, "here was distilled for 2 steps already"),
+        ({}, {"guidance_embeds": True}, "guidance distilled into it"),
+        ({}, {"quantization_config": {"bits": 4}}, "here is quantised"),
+    ):
+        with pytest.raises(EdgeDiTError, match=said):
+            check_many_step("here", pipeline, transformer)
+
+
+def test_widths():
+    check_widths("here", FewStepConfig(), NAMES)
+    check_widths("here", FewStepConfig(subnet="small", feature_weight=0.5), NAMES)
+    check_widths("here", FewStepConfig(feature_weight=0.5), [])
+    with pytest.raises(EdgeDiTError, match="subnet is 'huge', but here has tiny, small, full"):
+        check_widths("here", FewStepConfig(subnet="huge"), NAMES)
+    with pytest.raises(EdgeDiTError, match="feature_weight is 0.5, but the 3 widths.*set it to 0, or distil one"):
+        check_widths("here", FewStepConfig(feature_weight=0.5), NAMES)
+
+
+def test_nets_of_classes():
+    student = {"prediction_type": "epsilon", "in_channels": 4, "num_classes": 0, "sample_size": 32}
+    check_class_teacher("there", dict(student), student)
+    with pytest.raises(EdgeDiTError, match="few_step.teacher there has in_channels 3, the net that is distilled 4"):
+        check_class_teacher("there", {**student, "in_channels": 3}, student)
+    with pytest.raises(EdgeDiTError, match="has sample_size None"):
+        check_class_teacher("there", {k: v for k, v in student.items() if k != "sample_size"}, student)
+    check_class_guidance("here", FewStepConfig(), student)
+    with pytest.raises(EdgeDiTError, match="real_guidance is 2, but here has no classes"):
+        check_class_guidance("here", FewStepConfig(real_guidance=2.0), student)
