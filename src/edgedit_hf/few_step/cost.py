@@ -29,8 +29,8 @@ def net_to_distil(config: RunConfig) -> Any:
         values = EdgeDiTTransformer2DModel.load_config(path, subfolder="transformer")
     except (OSError, ValueError) as error:
         raise EdgeDiTError(
-            f"few_step.path {path} has no transformer that can be looked at ({' '.join(str(error).split())[:200]}); "
-            "give a pipeline folder, or fetch the Hub's first."
+            f"few_step.path is {path}, where no config of a transformer is; give a pipeline folder, or fetch the Hub's "
+            "first."
         ) from error
     kind = ElasticDiTTransformer2DModel if "subnets" in values else EdgeDiTTransformer2DModel
     with torch.device("meta"):
