@@ -18,6 +18,7 @@ from edgedit_hf.diffusion import (
     drop_labels,
     make_few_step_scheduler,
     make_scheduler,
+    own_generators,
 )
 from edgedit_hf.errors import EdgeDiTError
 
@@ -222,6 +223,18 @@ def test_draws_of_the_greatest_seeds_differ():
         draws(2**63 - 1 + i, 0, [0], (4,)).noise for i in (0, 1, 2)
     ]  # the last two belong to the streams of the greatest seed
     assert len({tuple(noise.flatten().tolist()) for noise in greatest}) == 3
+
+
+def test_generators_are_functions_of_seed_stream_and_row_alone():
+    def noise(*arguments) -> list[torch.Tensor]:
+        return [torch.randn(1000, generator=generator) for generator in own_generators(*arguments)]
+
+    whole = noise(7, range(5), 1)
+    assert all(torch.equal(part, whole[row]) for part, row in zip(noise(7, [4, 0], 1), (4, 0)))
+    drawn = draws(7, 0, range(5), (1000,), stream=1).noise
+    others = [*whole, *drawn, *noise(8, [0], 1), *noise(7, [0], 0), *noise(2**63 - 1, [0], 1)]
+    likeness = torch.corrcoef(torch.stack(others)) - torch.eye(len(others))
+    assert likeness.abs().max() < 0.15  # 1000 values each: .032 expected of independent ones
 
 
 def test_draws_have_the_distributions_they_claim():

@@ -58,6 +58,16 @@ def draws(seed: int, step: int, rows: Sequence[int], shape: Sequence[int], strea
     return Draws(time.clamp(1e-6, 1 - 1e-6), drop, torch.from_numpy(noise).view(len(rows), *shape))
 
 
+def own_generators(seed: int, rows: Sequence[int], stream: int = 0) -> list[torch.Generator]:
+    """A generator a sample, for a sampler that draws noise while it runs: a function of (seed, stream, row) and of
+    nothing else, and apart from what [`draws`] gives.
+    """
+    keys = (
+        np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=[0, int(row), 0, 1]) for row in rows
+    )
+    return [torch.Generator().manual_seed(int(key.random_raw())) for key in keys]
+
+
 def drop_labels(labels: torch.Tensor, drop: torch.Tensor, probability: float, num_classes: int) -> torch.Tensor:
     """Replace a share of the labels by the null class `num_classes` (for classifier-free guidance)."""
     return torch.where(drop.to(labels.device) < probability, torch.full_like(labels, num_classes), labels)

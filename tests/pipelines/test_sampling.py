@@ -1,11 +1,14 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from flow_pipelines import elastic, randomise
 
 from edgedit_hf import EdgeDiTPipeline
-from edgedit_hf.diffusion import make_few_step_scheduler, make_scheduler
+from edgedit_hf.diffusion import draws, make_few_step_scheduler, make_scheduler, own_generators
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.pipelines.sampling import generate, sampling_of
+from edgedit_hf.pipelines.loading import with_components
+from edgedit_hf.pipelines.sampling import EVALUATION_STREAM, generate, generate_from_captions, sampling_of
+from edgedit_hf.quantization.calibration import record
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +67,73 @@ def test_a_few_step_pipeline_is_judged_as_it_was_distilled(pipeline):
     assert sampling_of(student, 20, 1.5) == {"steps": 2, "guidance_scale": 1.0}
     images, _ = generate(student, 2, **sampling_of(student, 20, 1.5))
     assert torch.isfinite(images).all() and student.scheduler.timesteps.tolist() == [1000, 500]
+
+
+# -------------------------------------------------------------------- samplers that draw noise at every step
+
+
+def few_step(pipeline, kind: str, timesteps: list[float], sampler: str = "sde"):
+    """A pipeline as it would be after few-step distillation."""
+    scheduler = make_few_step_scheduler(kind, stochastic=sampler == "sde")
+    facts = {"default_steps": len(timesteps), "default_guidance_scale": 1.0, "few_step_timesteps": timesteps}
+    return with_components(pipeline, scheduler=scheduler, **facts)
+
+
+@pytest.fixture(scope="module")
+def noisy(make_transformer):
+    """Pipelines that noise anew after every step, of every kind, and the sets of images that they give."""
+    text, captions = elastic(vae=False), [f"digit {number}" for number in range(5)]
+    randomise(text)
+    with torch.no_grad():
+        text.transformer.proj_out.weight.mul_(0.1)  # pixels within [-1, 1]
+    text = few_step(text, "flow_prediction", [1000.0, 900.0, 500.0])
+    found = {}
+    for kind, timesteps in (("epsilon", [601, 300, 150]), ("flow_prediction", [1000.0, 900.0, 500.0])):
+        of = EdgeDiTPipeline(make_transformer(prediction_type=kind), make_scheduler(kind))
+        of = few_step(of, kind, timesteps)
+        found[kind] = of, lambda of=of, **how: generate(of, 5, **sampling_of(of, 9, 2.0), **how)[0]
+    found["text"] = text, lambda **how: generate_from_captions(text, captions, **sampling_of(text, 9, 2.0), **how)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow_prediction", "text"])
+def test_fresh_noise_depends_on_seed_and_image_alone(noisy, kind):
+    pipeline, images = noisy[kind]
+    torch.manual_seed(1)
+    whole = images(seed=3)
+    torch.manual_seed(2)  # of no account: nothing is drawn from the global state
+    assert torch.equal(images(seed=3), whole)
+    for size in (1, 2, 4):
+        torch.testing.assert_close(images(seed=3, batch_size=size), whole, rtol=1e-3, atol=1e-3)
+    assert (images(seed=4) - whole).abs().mean() > 0.01
+    config = pipeline.transformer.config
+    shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+    asked = {"prompt": ["digit 2"]} if kind == "text" else {"class_labels": [2]}
+    alone, other = (
+        pipeline(
+            **asked,
+            latents=draws(3, 0, [2], shape, stream=EVALUATION_STREAM).noise,
+            generator=own_generators(3, [row], stream=EVALUATION_STREAM),
+            output_type="pt",
+        ).images
+        for row in (2, 1)
+    )
+    torch.testing.assert_close(alone[0] * 2 - 1, whole[2], rtol=1e-3, atol=1e-3)
+    assert (alone - other).abs().mean() > 0.01  # the fresh noise is the generator's
+
+
+def test_a_calibration_of_such_a_sampler_is_reproducible_too(noisy):
+    for kind in ("epsilon", "text"):
+        pipeline = noisy[kind][0]
+        prompts = ["digit 2"] if kind == "text" else None
+        first, again = (record(pipeline, 3, batch_size=size, prompts=prompts).latents for size in (3, 2))
+        torch.testing.assert_close(first, again, rtol=1e-3, atol=1e-3)
+
+
+def test_a_deterministic_sampler_gives_what_it_gives_without_generators(pipeline):
+    images, labels = generate(pipeline, 4, seed=3, steps=3, guidance_scale=1.5)
+    noise = draws(3, 0, range(4), (1, 8, 8), stream=EVALUATION_STREAM).noise
+    plain = pipeline(
+        class_labels=labels.tolist(), latents=noise, num_inference_steps=3, guidance_scale=1.5, output_type="pt"
+    ).images
+    assert torch.equal(images, plain * 2 - 1)

@@ -1,5 +1,5 @@
 """Reproducible sets of generated images: image i depends on (seed, i), and its caption, alone, whatever the batch
-size.
+size, also where the sampler draws noise at every step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..diffusion import draws
+from ..diffusion import draws, own_generators
 from ..errors import EdgeDiTError
 from .pipeline_edgedit import EdgeDiTPipeline
 from .pipeline_elastic_dit import ElasticDiTPipeline
@@ -81,10 +81,9 @@ def generate(
             if labels is None
             else {"class_labels": labels[rows.start - first : rows.stop - first]}
         )
+        asked |= {"latents": latents, "generator": own_generators(seed, rows, stream=EVALUATION_STREAM)}
         with quiet_call(pipeline):
-            batch = pipeline(
-                **asked, latents=latents, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="pt"
-            ).images
+            batch = pipeline(**asked, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="pt").images
         images.append(batch.float().cpu() * 2 - 1)
     return torch.cat(images), labels
 
@@ -115,7 +114,8 @@ def generate_from_captions(
         latents = draws(seed, 0, rows, shape, stream=EVALUATION_STREAM).noise
         prompts = [captions[row] for row in rows]
         asked = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "subnet": subnet}
+        asked |= {"latents": latents, "generator": own_generators(seed, rows, stream=EVALUATION_STREAM)}
         with quiet_call(pipeline):
-            batch = pipeline(prompts, latents=latents, output_type="pt", **asked).images
+            batch = pipeline(prompts, output_type="pt", **asked).images
         images.append(batch.float().cpu() * 2 - 1)
     return torch.cat(images)

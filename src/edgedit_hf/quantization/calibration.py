@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..diffusion import draws
+from ..diffusion import draws, own_generators
 from ..errors import EdgeDiTError
 from ..models.transformer_elastic_dit import ElasticCompression
 from ..pipelines.sampling import quiet_call
@@ -118,7 +118,7 @@ def record(
 ) -> Recording:
     """Sample with the pipeline and record the forwards of its transformer.
 
-    Image i starts from noise that is a function of (seed, stream, i) and has class i mod the number of classes, or
+    Image i is of noise that is a function of (seed, stream, i) and has class i mod the number of classes, or
     prompt i mod the number of prompts.
 
     Args:
@@ -151,10 +151,11 @@ def record(
             labels += asked["class_labels"]
         else:
             asked = {"batch_size": len(rows)}
-        noise = draws(seed, 0, rows, shape, stream=stream).noise
+        asked |= {"latents": draws(seed, 0, rows, shape, stream=stream).noise}
+        asked |= {"generator": own_generators(seed, rows, stream=stream)}
         batch_calls: list[ModelCall] = []
         with _recorded(pipeline.transformer, batch_calls), quiet_call(pipeline):
-            latents.append(pipeline(**asked, latents=noise, **options).images.float().cpu())
+            latents.append(pipeline(**asked, **options).images.float().cpu())
         calls += batch_calls if keep_calls else []
     return Recording(calls, torch.cat(latents), (labels if text else torch.tensor(labels)) if labels else None)
 
