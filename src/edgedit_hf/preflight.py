@@ -353,7 +353,7 @@ def _check_few_step(config: RunConfig, captioned: bool | None, notes: list[str],
         values = dict(_planned_elastic(config).config) if captioned else workload(config).model
     if values:
         subnets = values.get("subnets") or {}
-        check_widths(folder, options, sorted(subnets, key=subnets.get))
+        check_widths(folder, options, sorted(subnets, key=lambda name: subnets[name]))
         prediction = "flow_prediction" if captioned else values["prediction_type"]
         few_step_timesteps(prediction, options.sampling_steps, options.shift, options.first_signal, options.timesteps)
         if not captioned:

@@ -560,17 +560,20 @@ class Named:
 
 
 @dataclass(kw_only=True)
-class PipelineIndex:
-    """model_index.json."""
-
-    id2label: dict[str, str] | None = key(None, free=True, length=(0, 10**6))
-
-
-@dataclass(kw_only=True)
 class FewSteps:
     """model_index.json, as `edgedit info` reads how the pipeline samples."""
 
     few_step_timesteps: list[float] | None = key(None, above=0.0, maximum=1000.0, items=1000, fewest=1)
+
+
+@dataclass(kw_only=True)
+class PipelineIndex(FewSteps):
+    """model_index.json of an EdgeDiTPipeline, or a pipeline like it."""
+
+    id2label: dict[str, str] | None = key(None, free=True, length=(0, 10**6))
+    default_steps: int | None = key(None, minimum=1, maximum=10**6)
+    default_guidance_scale: float | None = key(None, minimum=0.0, maximum=10**6)
+    guidance_channels: int | None = key(None, minimum=1, maximum=10**6)
 
 
 @dataclass(kw_only=True)

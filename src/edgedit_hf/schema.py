@@ -311,7 +311,9 @@ def check(values: Any, schema: type, name: str = "") -> None:
             )
 
 
-def read_record(path: str | os.PathLike, schema: Any, made_by: str, what: str = "what is written there") -> Any:
+def read_record(
+    path: str | os.PathLike, schema: Any, made_by: str, what: str = "what is written there", nan: bool = False
+) -> Any:
     """Read a JSON file and hold it against its schema; its values come back as they stand, also those that the schema
     does not know.
 
@@ -319,11 +321,12 @@ def read_record(path: str | os.PathLike, schema: Any, made_by: str, what: str = 
         schema: a dataclass with [`key`]s, or a type hint as [`convert`] takes them. made_by: the stage that writes the
             file.
         what: words for what it should hold, e.g. "a latent cache".
+        nan: whether NaN and infinities may stand in it.
 
     Raises:
         EdgeDiTError: the file is missing or no JSON, or a key is missing, of another type, or out of its range.
     """
-    values = read_json(path, made_by)
+    values = read_json(path, made_by, nan=nan)
     held_to(values, schema, path, made_by, what)
     return values
 

@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import flow_pipelines
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
@@ -346,6 +347,18 @@ def test_a_tuple_of_generators_is_a_list_of_them(family):
 def test_guidance_that_is_not_finite_is_refused(family, scale):
     with pytest.raises(ValueError, match=f"guidance_scale is {scale}"):
         family.call(family.what, guidance_scale=scale)
+
+
+@pytest.mark.parametrize("steps", ["4", 2.5, True, 0, -1])
+def test_steps_are_a_whole_number(family, steps):
+    with pytest.raises(ValueError, match=f"num_inference_steps is {steps!r}; it must be at least 1"):
+        family.call(family.what, num_inference_steps=steps)
+    one, other = (family.call(family.what, num_inference_steps=n, generator=seeded()) for n in (2, np.int64(2)))
+    assert torch.equal(one, other)
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
 
 
 def test_a_pipeline_without_transformer_or_scheduler_decodes_but_does_not_generate(family, tmp_path):

@@ -158,10 +158,21 @@ def test_another_number_of_steps_is_spread_over_the_same_levels(family, warned):
     assert len(warned) == 3
 
 
-def test_more_steps_than_levels_take_the_schedulers_own(plain):
-    pipe = few_step(plain["edgedit"][0], [3, 2])
-    pipe(1, num_inference_steps=10, output_type="latent")
-    assert pipe.scheduler.timesteps.tolist() == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
+def test_more_steps_than_levels_are_refused(plain):
+    """There the net would be asked at timesteps above its first, which it was not made for."""
+    pipeline, what, _ = plain["edgedit"]
+    pipe = few_step(pipeline, [8, 6, 4, 2])
+    pipe(what, num_inference_steps=8, output_type="latent")
+    assert pipe.scheduler.timesteps.tolist() == [8, 7, 6, 5, 4, 3, 2, 1]
+    with pytest.raises(ValueError, match="num_inference_steps is 9, but .* distilled for the timesteps 8, 6, 4, 2"):
+        pipe(what, num_inference_steps=9, output_type="latent")
+
+
+def test_a_scheduler_that_has_no_so_short_schedule_is_named(plain):
+    pipe = few_step(plain["edgedit"][0], [601, 300])
+    pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="PNDMScheduler makes no schedule of 2 steps .* take another number"):
+        pipe(1)
 
 
 def test_re_noising_is_a_function_of_the_generator(family, tmp_path, warned):
@@ -299,6 +310,23 @@ def test_loads_from_the_hub_and_with_bundled_code(family, tmp_path, make_hub_cac
         other.set_progress_bar_config(disable=True)
         assert torch.equal(other(what, latents=x, output_type="latent").images, expected)
         assert other.config.few_step_timesteps == timesteps
+
+
+def test_from_pipe_is_the_same_pipeline(family):
+    """Of the very modules, with what is saved beside them; another scheduler may be given."""
+    pipeline, what, timesteps = family
+    pipe = few_step(pipeline, timesteps)
+    again = type(pipe).from_pipe(pipe)
+    again.set_progress_bar_config(disable=True)
+    assert again.transformer is pipe.transformer and dict(again.config) == dict(pipe.config)
+    x = start(pipe)
+    images = (p(what, latents=x, output_type="latent").images for p in (pipe, again))
+    assert torch.equal(*images)
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    assert type(pipe).from_pipe(pipe, scheduler=scheduler).scheduler is scheduler
+    pipe.transformer.to(torch.bfloat16)
+    assert type(pipe).from_pipe(pipe).transformer.dtype == torch.bfloat16
+    pipe.transformer.float()
 
 
 def test_a_sub_network_of_a_few_step_supernet_is_one_too(plain, tmp_path):

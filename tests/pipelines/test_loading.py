@@ -14,9 +14,16 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from edgedit_hf import EdgeDiTPipeline
+from edgedit_hf.diffusion import make_few_step_scheduler
 from edgedit_hf.distill.teacher import new_pipeline
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.pipelines.loading import TEXT_TO_IMAGE_VAES, load_pipeline, load_vae, with_transformer
+from edgedit_hf.pipelines.loading import (
+    TEXT_TO_IMAGE_VAES,
+    load_original_pipeline,
+    load_pipeline,
+    load_vae,
+    with_transformer,
+)
 from edgedit_hf.run.config import RunConfig
 
 NAMES = [f"digit {i}" for i in range(10)]
@@ -173,6 +180,30 @@ def test_code_in_a_repository_is_neither_run_nor_asked_for(tmp_path, monkeypatch
     with pytest.raises(EdgeDiTError, match="cannot be loaded"):
         load_pipeline(folder, kind="ElasticDiTPipeline")
     assert not (encoder / "ran").exists() and not (folder / "tokenizer" / "ran").exists()
+
+
+def plain_config(scheduler) -> dict:
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+
+
+def test_a_few_step_pipeline_is_converted_as_it_is(make_transformer, tmp_path):
+    """Its scheduler's config holds -Infinity, as diffusers writes it."""
+    pipeline = EdgeDiTPipeline(
+        make_transformer(),
+        make_few_step_scheduler("epsilon"),
+        id2label={"3": "three"},
+        few_step_timesteps=[600, 300],
+        default_steps=2,
+        default_guidance_scale=1.0,
+        guidance_channels=1,
+    )
+    pipeline.save_pretrained(tmp_path)
+    assert "-Infinity" in (tmp_path / "scheduler" / "scheduler_config.json").read_text()
+    converted = load_original_pipeline(tmp_path)
+    assert type(converted.scheduler) is type(pipeline.scheduler)
+    assert {**converted.scheduler.config}.items() >= plain_config(pipeline.scheduler).items()
+    for name in ("id2label", "few_step_timesteps", "default_steps", "default_guidance_scale", "guidance_channels"):
+        assert converted.config[name] == pipeline.config[name]
 
 
 def test_a_tokenizer_is_not_read_through_a_link_out_of_its_folder(tmp_path):

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import inspect
 import json
+import operator
 import os
 import shutil
 import threading
@@ -293,8 +294,10 @@ class CallMixin:
 
     def _few_step_timesteps(self, steps: int) -> list[float] | None:
         """Timesteps of so many steps of a few-step pipeline: its own, or for another number as many evenly spread over
-        them and the way from the last to clean data. `None`: the scheduler's, where there are too many to differ, or
-        the pipeline is another one.
+        them and the way from the last to clean data. `None`: the pipeline is another one.
+
+        Raises:
+            ValueError: there are not so many whole timesteps.
         """
         own = self.config.few_step_timesteps
         if own is None or steps == len(own):
@@ -302,7 +305,13 @@ class CallMixin:
         places = np.linspace(0, len(own), steps, endpoint=False)
         found = np.interp(places, np.arange(len(own) + 1), [*own, 0.0])
         found = found if self._flow else found.round()
-        return found.tolist() if found[-1] > 0 and (np.diff(found) < 0).all() else None
+        if found[-1] <= 0 or (np.diff(found) >= 0).any():
+            raise ValueError(
+                f"num_inference_steps is {steps}, but this pipeline was distilled for the timesteps "
+                f"{', '.join(f'{t:g}' for t in own)}, and there are too few whole ones from the first down; take fewer "
+                "steps."
+            )
+        return found.tolist()
 
     def _takes_timesteps(self, timesteps: Sequence[float], shift: Mapping[str, float]) -> bool:
         """Set the scheduler to these timesteps; whether it has them then."""
@@ -354,6 +363,8 @@ class CallMixin:
             raise ValueError(
                 f"{name} makes no timesteps with its config ({error}); load the scheduler of this model again."
             ) from error
+        except (ValueError, IndexError) as error:  # as PNDM's first three steps need more than it has
+            raise ValueError(f"{name} makes no schedule of {steps} steps ({error}); take another number.") from error
         timesteps = self.scheduler.timesteps
         if not torch.isfinite(timesteps.float()).all():
             raise ValueError(
@@ -433,6 +444,22 @@ class CallMixin:
         """Latents `(B, C, H, W)` → images `(B, channels, H·f, W·f)` in [0, 1], float32."""
         return VaeImageProcessor.denormalize(latents if self.vae is None else vae_output(self.vae, latents))
 
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As in diffusers, which would take over no component whose class is not named in the signature: of a pipeline
+        of this class every one, in the precision that it has.
+        """
+        alike = isinstance(pipeline, cls)
+        if {"dtype", "torch_dtype", "custom_pipeline"} & kwargs.keys() or not alike:
+            given = pipeline.components if alike else {}
+            return super().from_pipe(pipeline, **{**given, **kwargs})  # type: ignore[misc]
+        _, names = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
+        facts = {name: pipeline.config[name] for name in names if name in pipeline.config}
+        found: Any = cls(**{**facts, **pipeline.components, **kwargs})
+        if "_name_or_path" in pipeline.config:
+            found.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
+        return found
+
     # ---------------------------------------------------------------- saving
 
     def save_pretrained(
@@ -495,6 +522,21 @@ def _in_one_file(path: Path) -> str:
             sibling = path.with_name(f"{node.module}.py").read_text(encoding="utf-8")
             lines[node.lineno - 1 : node.end_lineno] = [sibling]
     return "".join(lines)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """An argument that counts something.
+
+    Raises:
+        ValueError: it is no whole number of at least 1.
+    """
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} is {value!r}; it must be at least 1, and a whole number.")
+    return number
 
 
 def _changed_rows(name: str, before: torch.Tensor, after: torch.Tensor, count: int) -> torch.Tensor | None:

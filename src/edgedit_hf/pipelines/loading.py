@@ -29,6 +29,8 @@ from .pipeline_edgedit import EdgeDiTPipeline
 from .usable import check_scheduler, check_usable
 
 KINDS = ("EdgeDiTPipeline", "ElasticDiTPipeline")
+PIPELINE_FACTS = ("id2label", "default_steps", "default_guidance_scale", "guidance_channels", "few_step_timesteps")
+"""What an EdgeDiTPipeline knows beside its components."""
 """Our pipelines, by class name."""
 
 VAES = ("AutoencoderKL", "AutoencoderTiny")
@@ -231,7 +233,8 @@ def load_scheduler(folder: Path) -> Any:
     """The scheduler in a folder; whatever is wrong with it is one [`EdgeDiTError`]."""
     import diffusers
 
-    name = read_record(folder / "scheduler_config.json", SchedulerConfig, "save_pretrained")["_class_name"]
+    config = folder / "scheduler_config.json"  # where diffusers writes -Infinity
+    name = read_record(config, SchedulerConfig, "save_pretrained", nan=True)["_class_name"]
     found = getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
         raise EdgeDiTError(f"{folder} has a scheduler of class {name!r}, which diffusers does not have.")
@@ -259,11 +262,15 @@ def load_original_pipeline(path: str | Path, *, vae: str | None = None, **option
     hub = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
     path = locate(path, **hub)
     transformer = load_original(path, **options)
-    scheduler, labels, decoder = make_scheduler(transformer.config.prediction_type), None, None
+    scheduler, decoder = make_scheduler(transformer.config.prediction_type), None
+    facts: dict[str, Any] = {}
+    if path.is_file() and transformer.config.in_channels > 3 and transformer.config.num_classes:
+        facts = {"guidance_channels": 3}
     if vae is not None:
         decoder = load_vae(vae)
     if (path / "model_index.json").is_file():
-        labels = read_record(path / "model_index.json", PipelineIndex, "save_pretrained").get("id2label")
+        index = read_record(path / "model_index.json", PipelineIndex, "save_pretrained")
+        facts = {name: index[name] for name in PIPELINE_FACTS if index.get(name) is not None}
         scheduler = load_scheduler(path / "scheduler")
         if decoder is None and (path / "vae").is_dir():
             decoder = load_vae(str(path / "vae"), use_safetensors=None)
@@ -272,15 +279,10 @@ def load_original_pipeline(path: str | Path, *, vae: str | None = None, **option
             f"The VAE has {decoder.config.latent_channels} latent channels, the transformer takes "
             f"{transformer.config.in_channels}; give the VAE that it was trained with."
         )
-    return EdgeDiTPipeline(
-        transformer=transformer,
-        scheduler=scheduler,
-        vae=decoder,
-        id2label=labels,
-        guidance_channels=3
-        if path.is_file() and transformer.config.in_channels > 3 and transformer.config.num_classes
-        else None,
-    )
+    try:
+        return EdgeDiTPipeline(transformer=transformer, scheduler=scheduler, vae=decoder, **facts)
+    except ValueError as error:
+        raise EdgeDiTError(f"The pipeline {path} cannot be taken over: {error}") from error
 
 
 def check_memory(weights: int, what: str) -> None:

@@ -22,7 +22,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .call import Callback, CallMixin
+from .call import Callback, CallMixin, whole_number
 
 Label = int | str
 
@@ -193,18 +193,14 @@ class EdgeDiTPipeline(CallMixin, DiffusionPipeline):
     def _prepare_labels(self, class_labels: Any, batch_size: int | None, num_images_per_label: int) -> list[int] | int:
         """The class of every image, or their number for an unconditional transformer."""
         classes = self.transformer.config.num_classes
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label is {num_images_per_label}; it must be at least 1.")
+        num_images_per_label = whole_number("num_images_per_label", num_images_per_label)
         if classes == 0:
             if class_labels is not None:
                 raise ValueError(
                     f"The transformer is unconditional (num_classes=0), but class_labels={class_labels!r}; give "
                     "batch_size instead."
                 )
-            count = (1 if batch_size is None else batch_size) * num_images_per_label
-            if count < 1:
-                raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-            return count
+            return whole_number("batch_size", 1 if batch_size is None else batch_size) * num_images_per_label
         if class_labels is None or batch_size is not None:
             raise ValueError(
                 f"The transformer has the classes 0 … {classes - 1}: give class_labels, one an image, and no "
@@ -265,8 +261,7 @@ class EdgeDiTPipeline(CallMixin, DiffusionPipeline):
         # 1. Check the arguments before any work is done
         names = self._check_call(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
-        if steps < 1:
-            raise ValueError(f"num_inference_steps is {steps}; it must be at least 1.")
+        steps = whole_number("num_inference_steps", steps)
         self.check_scheduler()
         guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         if not math.isfinite(guidance_scale):

@@ -26,7 +26,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
-from .call import Callback, CallMixin
+from .call import Callback, CallMixin, whole_number
 
 logger = logging.get_logger(__name__)
 
@@ -307,8 +307,7 @@ class ElasticDiTPipeline(CallMixin, DiffusionPipeline, SanaLoraLoaderMixin):
             raise ValueError("This pipeline has no text encoder, so it cannot read a prompt; give prompt_embeds.")
         device = self._execution_device if device is None else device
         limit = self.config.max_sequence_length if max_sequence_length is None else max_sequence_length
-        if limit < 1:
-            raise ValueError(f"max_sequence_length is {limit}; it must be at least 1.")
+        limit = whole_number("max_sequence_length", limit)
         embeds: list[Any] = []
         masks: list[Any] = []
         for name, encoder, tokenizer in self._encoders():
@@ -454,9 +453,8 @@ class ElasticDiTPipeline(CallMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         # 1. Check the arguments before any work is done
         names = self._check_call(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
-        for name, value in (("num_inference_steps", steps), ("num_images_per_prompt", num_images_per_prompt)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        steps = whole_number("num_inference_steps", steps)
+        num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
         if prompt is None and prompt_embeds is None:
             raise ValueError("Neither prompt nor prompt_embeds is given; give one of them.")
         guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
