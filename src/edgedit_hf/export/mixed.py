@@ -59,6 +59,8 @@ def xnnpack_weights(given: Mapping[str, Any]) -> Form:
 
     def form(name: str, layer: nn.Linear, bits: int) -> torch.Tensor:
         scheme = linear_scheme("8da4w", layer.in_features, keep_8bit=bits == 8)
+        if scheme == "fp32":
+            return layer.weight.detach()
         kept = given.get(name) if bits == 4 else None
         weight = given_weight(FormLinear(layer, name), scheme, kept) if isinstance(kept, AffineWeight) else None
         return quantized_weight(layer.weight.detach(), scheme) if weight is None else weight

@@ -265,6 +265,18 @@ def test_every_part_of_both_families_lowers(tiny, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.export
+def test_patches_of_one_value_stay_float(tmp_path):
+    """A grey pixel a token has no range to quantise by; the other layers are quantised as ever."""
+    model = small_elastic(patch_size=1, in_channels=1)
+    (part,) = elastic_parts(model, (8, 8), 1, False, [5, 7])
+    said = lower_executorch(part, tmp_path / "net.pte", "int8")
+    assert model.patch_embed.in_features == 1 and said["linear_layers"]["fp32"] == 1
+    assert sum(said["linear_layers"].values()) > 10
+    assert worst_error(outputs_in_executorch(tmp_path / "net.pte", part), part) < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.export
 def test_4_bit_files_of_given_integers(tiny, tmp_path):
     model = share(tiny)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}

@@ -175,7 +175,11 @@ def quantize_linears(
 
 
 def linear_scheme(scheme: str, inputs: int, keep_8bit: bool = False) -> str:
-    """The scheme that a linear layer with so many inputs really gets."""
+    """The scheme that a linear layer with so many inputs really gets: with one (patches of one grey pixel), a token has
+    no range to quantise by, and torchao's quantiser takes no such tensor.
+    """
+    if inputs == 1:
+        return "fp32"
     return "8da8w" if scheme == "8da4w" and (keep_8bit or inputs % GROUP) else scheme
 
 
