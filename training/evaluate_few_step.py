@@ -1,10 +1,11 @@
 """Stage evaluate-few-step of text to image: judge every width of the few-step net, and the net that it was distilled
-from with as few steps by the best standard solver, on the captions and noise of stage evaluate-elastic.
+from with as few steps by the best standard solver, on the captions and noise of stage evaluate-elastic; and with many
+steps, where that is not the run's supernet (few_step.path), which stage evaluate-elastic has judged.
 
     edgedit train evaluate-few-step --config training/recipes/digits-t2i-few-step.yaml
 
-Writes <output_dir>/evaluate-few-step: solvers.json, seconds.json, and of every width two JSON files and their images
-(safetensors): <width> of the few-step net, <width>-few-steps of the other.
+Writes <output_dir>/evaluate-few-step: solvers.json, seconds.json, and of every width two or three JSON files and their
+images (safetensors): <width> of the few-step net, <width>-few-steps and <width>-many-steps of the other.
 """
 
 if __name__ == "__main__":
@@ -13,6 +14,7 @@ if __name__ == "__main__":
     starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ from edgedit_hf.data.datasets import to_bytes
 from edgedit_hf.data.loading import load_run_captions, load_run_images
 from edgedit_hf.estimate import print_estimate
 from edgedit_hf.export.latencies import Sampled
+from edgedit_hf.few_step.checks import check_distilled_from
 from edgedit_hf.few_step.solvers import solver_distances, with_solver
 from edgedit_hf.files import atomic_write_json, weights_hash
 from edgedit_hf.metrics.distances import frechet_distance, precision_recall
@@ -35,7 +38,8 @@ from edgedit_hf.preflight import preflight
 from edgedit_hf.records import Captions, Seconds, WidthSolvers
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
-from edgedit_hf.run.stage import EVALUATE_ELASTIC, EVALUATE_FEW_STEP, FEW_STEP
+from edgedit_hf.run.results import pipeline_weights_hash
+from edgedit_hf.run.stage import EVALUATE_ELASTIC, EVALUATE_FEW_STEP, FEW_STEP, given_source
 from edgedit_hf.run.state import RunState
 from edgedit_hf.runtimes.runners import TorchRunner
 from edgedit_hf.runtimes.timing import measure
@@ -83,7 +87,12 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     options = config.evaluate
     asked = read_record(config.folder("evaluate", "captions.json"), Captions, EVALUATE_ELASTIC.made_by)
     sets = {name: asked[name] for name in ("captions", "held_out") if asked.get(name)}
-    source = load_pipeline(source_path(config, "few_step.path", "judge"), kind="ElasticDiTPipeline")
+    path, given = source_path(config, "few_step.path", "judge"), given_source(config) is not None
+    source = load_pipeline(path, kind="ElasticDiTPipeline")
+    distilled = source.transformer
+    if config.few_step.subnet is not None:
+        distilled = distilled.extract_subnet(config.few_step.subnet)
+    check_distilled_from(config, path, distilled)
     ours = load_pipeline(config.folder(FEW_STEP.folder), FEW_STEP.made_by, kind="ElasticDiTPipeline")
     own = ours.transformer.subnet_names
     widths = {name: name for name in own} or {config.few_step.subnet or "full": None}
@@ -96,7 +105,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     state = RunState(
         config,
         EVALUATE_FEW_STEP,
-        2 * len(widths),
+        (2 + given) * len(widths),
         inputs={
             "pipeline": weights_hash(source.transformer.state_dict()),
             "data": captioned.fingerprint,
@@ -118,6 +127,10 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         subnet = width if source.transformer.subnet_names else None
         return Width(f"{width}-few-steps", "subnet-few-steps", subnet, Sampled(solved, steps, guidance), solver)
 
+    def many_steps(width: str) -> Width:
+        sampled = Sampled(source, config.sampling.steps, guidance)
+        return few_steps(width, source)._replace(name=f"{width}-many-steps", stage="few-step-source", sampled=sampled)
+
     def distance_at(width: str, solved) -> float:
         return frechet_distance(extractor.features(few_steps(width, solved).images(sets["captions"], config)), real)
 
@@ -135,6 +148,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         atomic_write_json(
             state.folder / "seconds.json", {"seconds_per_image": measure_seconds(rows, sets["captions"], config)}
         )
+    rows += [many_steps(width) for width in widths] if given else []  # not timed: it is the same net as with few
+    brought = (str(Path(path).absolute()), pipeline_weights_hash(path)) if given else (None, None)
     seconds = read_record(state.folder / "seconds.json", Seconds, "this stage")["seconds_per_image"]
     state.continue_at(
         next((i for i, row in enumerate(rows) if not (state.folder / f"{row.name}.json").exists()), len(rows))
@@ -147,11 +162,14 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         features = extractor.features(made["captions"])
         distance = frechet_distance(features, real)
         precision, recall = precision_recall(real, features)
+        own = row.stage == "few-step"
+        folder, weights = (FEW_STEP.folder, state.inputs["few-step"]) if own else brought
         result = {
             "name": row.name,
             "stage": row.stage,
-            "folder": FEW_STEP.folder if row.stage == "few-step" else None,
-            "weights": state.inputs["few-step"] if row.stage == "few-step" else None,
+            "path": str(config.folder(FEW_STEP.folder) if own else path),
+            "folder": folder,
+            "weights": weights,
             "solver": row.solver,
             "parameters": cost.parameters,
             "flops": cost.flops,

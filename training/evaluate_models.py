@@ -1,6 +1,7 @@
 """Stage 8: judge every model of the run alike: Fréchet distance, precision, recall, class agreement, cost, measured
 latency, samples. A few-step student samples as it was distilled, the others as `sampling` says; beside it stands the
-same net with as few steps by the best standard solver.
+net that it was distilled from (the tuned student, or what few_step.path names) with as few steps by the best standard
+solver.
 
     edgedit train evaluate --config training/recipes/digits.yaml
 
@@ -28,6 +29,7 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.estimate import print_estimate
 from edgedit_hf.export.latencies import Sampled, measure_latencies, seconds_an_image
 from edgedit_hf.export.verify import weight_bytes
+from edgedit_hf.few_step.checks import check_distilled_from
 from edgedit_hf.few_step.solvers import solver_distances, with_solver
 from edgedit_hf.files import atomic_write_json
 from edgedit_hf.genotype import Genotype
@@ -41,12 +43,14 @@ from edgedit_hf.records import Latencies, Solvers
 from edgedit_hf.report.plots import save_montage
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
-from edgedit_hf.run.stage import EVALUATE, FEW_STEP, TEACHER, TUNE, maker_of, shipped
+from edgedit_hf.run.results import pipeline_weights_hash
+from edgedit_hf.run.stage import EVALUATE, FEW_STEP, TEACHER, TUNE, given_source, maker_of, shipped
 from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
 from edgedit_hf.search_space import BYTES, Cost, model_cost
 
-TUNED, FEWER = "student-tuned", "student-tuned-few-steps"  # the same net, as it was tuned and with fewer steps
+TUNED, GIVEN = "student-tuned", "few-step-source"  # what a few-step student is distilled from
+FEWER = "-few-steps"  # the same net with fewer steps
 CHUNK = 2000  # images that are held as floats at a time: 1.6 GB of 256 × 256 pixels
 
 
@@ -102,24 +106,24 @@ def judge(
     return torch.cat(images), torch.cat(features), sum(agreeing) / options.samples if agreeing else None
 
 
-def rows_of(pipelines: dict, config: RunConfig, solver: str | None) -> dict[str, Sampled]:
+def rows_of(pipelines: dict, config: RunConfig, distilled: str, solver: str | None) -> dict[str, Sampled]:
     """What is judged, by name, in order: a few-step pipeline as it was distilled, the others as the recipe says; and
-    the tuned student with as few steps by a standard solver.
+    what it was distilled from with as few steps by a standard solver.
     """
     asked = config.sampling.steps, config.sampling.guidance_scale
     rows = {}
     for name, pipeline in pipelines.items():
         rows[name] = Sampled(pipeline, **sampling_of(pipeline, *asked))
-        if name == TUNED and solver is not None:
+        if name == distilled and solver is not None:
             steps = pipelines[FEW_STEP.folder].config.default_steps
-            rows[FEWER] = Sampled(with_solver(pipeline, solver), steps, config.sampling.guidance_scale)
+            rows[name + FEWER] = Sampled(with_solver(pipeline, solver), steps, config.sampling.guidance_scale)
     return rows
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
-    options = config.evaluate
+    options, given = config.evaluate, given_source(config) if FEW_STEP.needed(config) else None
     folders = {name: config.folder(name) for name in asked_for(config)} | {"teacher": teacher_path(config)}
     for stage in dict.fromkeys((TUNE, shipped(config))):
         if not (folders[stage.folder] / "model_index.json").exists():
@@ -129,15 +133,21 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     if not Path(folders["teacher"]).exists():  # of the Hub, or missing
         load_pipeline(folders["teacher"], TEACHER.made_by)
     names = [name for name, path in folders.items() if name == "teacher" or (path / "model_index.json").exists()]
+    if given is not None:
+        folders[GIVEN] = given
+    distilled = GIVEN if given is not None else TUNED
+    source = load_pipeline(folders[distilled]) if FEW_STEP.needed(config) else None
+    made_from = source and check_distilled_from(config, folders[distilled], source.transformer)
     images = load_run_images(config)
     extractor = load_extractor(config, images, accelerator.device)
     state = RunState(
         config,
         EVALUATE,
-        len(names) + FEW_STEP.needed(config),
+        len(names) + FEW_STEP.needed(config) + (given is not None),
         inputs={
             "data": images.fingerprint,
             "extractor": extractor.hash,
+            "few-step-source": None if given is None else made_from,
             **{name: None for name, at in EVALUATE.inputs if at and name not in names},
         },
         log_every=1,
@@ -146,6 +156,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     if state.finished:
         return
     pipelines = {name: load_pipeline(folders[name], maker_of(name).made_by) for name in names}
+    if source is not None:
+        pipelines[distilled] = source
     real = real_features(extractor, images)
     classifier = describe_reference(config, images, extractor, real)
     metric = f"fid[{extractor.name},n={options.samples}]"
@@ -161,11 +173,11 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     solver, solvers = None, state.folder / "solvers.json"
     if FEW_STEP.needed(config):
         if not solvers.exists():
-            found = solver_distances(pipelines[TUNED], distance_in_few_steps)
+            found = solver_distances(source, distance_in_few_steps)
             atomic_write_json(solvers, {"metric": metric, "distances": found})
         distances = read_record(solvers, Solvers, "this stage")["distances"]
         solver = min(distances, key=distances.get)
-    rows = rows_of(pipelines, config, solver)
+    rows = rows_of(pipelines, config, distilled, solver)
     if not (state.folder / "latency.json").exists():
         judged_weights = {name: state.inputs[name] for name in ("teacher", TUNED)}
         measured = measure_latencies(pipelines, config)
@@ -173,10 +185,12 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         atomic_write_json(state.folder / "latency.json", measured)
     latency = read_record(state.folder / "latency.json", Latencies, "this stage")
     names = list(rows)
+    weights = {**state.inputs, **({} if given is None else {GIVEN: pipeline_weights_hash(given)})}
+    brought = {GIVEN} if config.teacher.path is None else {GIVEN, "teacher"}  # from outside the run
     state.continue_at(next((i for i, name in enumerate(names) if not file(name, ".json").exists()), len(names)))
     for index in state.steps():
         name = names[index]
-        row, made_of = rows[name], TUNED if name == FEWER else name
+        row, made_of = rows[name], name.removesuffix(FEWER)
         pipeline, stage = row.pipeline, "exported" if name.startswith("exported/") else name
         bytes_of, features, agreement = judge(row, config, extractor, classifier, accelerator)
         precision, recall = precision_recall(real, features)
@@ -189,8 +203,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "name": name.removeprefix("exported/"),
             "stage": stage,
             "path": str(folders[made_of]),
-            "folder": str(Path(folders[name]).absolute()) if name == "teacher" and config.teacher.path else made_of,
-            "weights": state.inputs[made_of],
+            "folder": str(Path(folders[made_of]).absolute()) if made_of in brought else made_of,
+            "weights": weights[made_of],
             "genotype_hash": genotype.hash,
             "parameters": cost.parameters,
             "flops": cost.flops,
@@ -206,7 +220,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "seconds_per_image": {row.runtime: seconds[name]} if name in seconds else {},
             "grid": f"evaluate/{file(name, '.png').name}",
         }
-        if name == FEWER:
+        if name != made_of:
             result["solver"] = solver
         if agreement is not None:
             result["class_agreement"] = agreement

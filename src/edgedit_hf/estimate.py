@@ -31,7 +31,7 @@ from .pipelines.loading import meta_vae
 from .run.config import RunConfig
 from .run.cost import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, print_table
 from .run.sections import OptimisationConfig
-from .run.stage import EDGEDIT, ELASTIC, FEW_STEP, TUNE
+from .run.stage import EDGEDIT, ELASTIC, FEW_STEP, TUNE, given_source
 from .search_space import BYTES, OPTIONS, Cost, SearchSpace, elastic_cost, layer_cost, model_cost, trunk_cost
 
 LIBRARIES = 0.15e9  # what botorch and ONNX Runtime add to a process
@@ -434,6 +434,9 @@ class _Estimator:
             seconds += self.sampling(self.student, options.samples, few, 1.0)
             seconds += (SOLVERS + 1) * self.sampling(self.student, options.samples, few, guidance)
             students += 2
+            if given_source(self.config) is not None:  # with many steps too
+                seconds += self.sampling(self.student, *asked)
+                students += 1
         models = teachers + students + exports
         networks = 1 if self.machine.gpu else models + runtimes
         held = self.judging(options.batch_size, networks, min(options.samples, CHUNK))

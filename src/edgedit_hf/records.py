@@ -324,6 +324,7 @@ class Model:
     held_out: dict[str, float] | None = key(None, minimum=0.0, maximum=COUNT)
     psnr_db: float | None = key(None, minimum=-FIGURE, maximum=FIGURE)
     grid: str | None = key(None, path=True)
+    path: str | None = key(None, path=True)
     folder: str | None = key(None, path=True)
     weights: str | None = key(None)
 

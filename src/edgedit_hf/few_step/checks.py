@@ -1,4 +1,6 @@
-"""What a few-step run refuses, from its recipe and the configs of what it names alone: no weights are read."""
+"""What a few-step run refuses: from its recipe and the configs of what it names alone, before weights are read; and
+what its student may be compared with.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,12 @@ from typing import Any
 
 from ..elastic.flow_teacher import check_quantization
 from ..errors import EdgeDiTError
+from ..files import weights_hash
+from ..records import StageRecord
+from ..run.config import RunConfig
 from ..run.sections import FewStepConfig
+from ..run.stage import FEW_STEP
+from ..schema import read_record
 
 
 def check_options(options: FewStepConfig, elastic: bool) -> None:
@@ -51,6 +58,24 @@ def check_options(options: FewStepConfig, elastic: bool) -> None:
             f"few_step.teacher_lora {options.teacher_lora} is for teachers of text to image; fuse it into this one "
             "first: edgedit convert TEACHER OUT --teacher-lora ADAPTER."
         )
+
+
+def check_distilled_from(config: RunConfig, path: Any, transformer: Any) -> str:
+    """The hash of the net that a run's few-step student is compared with.
+
+    Raises:
+        EdgeDiTError: it is not the one that the student was distilled from.
+    """
+    folder, found = config.folder(FEW_STEP.folder), weights_hash(transformer.state_dict())
+    if not (folder / "stage.json").is_file():
+        return found
+    made_from = read_record(folder / "stage.json", StageRecord, FEW_STEP.made_by)["inputs"].get("pipeline", found)
+    if made_from != found:
+        raise EdgeDiTError(
+            f"{folder} was distilled from a net with the weights {made_from}, but {path} holds {found}: name what it "
+            f"was distilled from (few_step.path), or delete {folder} and run {FEW_STEP.made_by} again."
+        )
+    return found
 
 
 def check_many_step(path: Any, pipeline: Mapping[str, Any], transformer: Mapping[str, Any]) -> None:

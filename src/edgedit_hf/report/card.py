@@ -27,6 +27,8 @@ MODEL_LABELS = {
     "student-random-proxies": "student from random proxies, tuned",
     "student-tuned": "student, tuned",
     "student-tuned-few-steps": "student, tuned, with few steps",
+    "few-step-source": "source of the few-step student",
+    "few-step-source-few-steps": "source of the few-step student, with few steps",
     "few-step": "few-step student",
     "onnx-fp32": "exported, fp32",
     "onnx-int8": "exported, int8",
@@ -72,9 +74,15 @@ def scaled(value: float) -> str:
     return f"{value:.3g}"
 
 
+def guidance_in_words(model: Mapping[str, Any]) -> str:
+    """The guidance that a model of a report was sampled with, "none" where its net was run once a step."""
+    once = model.get("forwards_per_image") == model["steps"]  # so is a net without classes, whatever was asked for
+    return "none" if once or model["guidance_scale"] <= 1 else f"{model['guidance_scale']:g}"
+
+
 def comparison_table(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table that sets the models of a report side by side; columns nobody has a value for are
-    left out.
+    left out, and how models were sampled if they all were alike.
 
     Args:
         models: `report["models"]`.
@@ -87,6 +95,7 @@ def comparison_table(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], li
         runtime, _, precision = name.partition("-")
         return runtimes.index(runtime) if runtime in runtimes else len(runtimes), precision
 
+    sampled = (("steps", lambda m: str(m["steps"])), ("guidance", guidance_in_words))
     latencies = sorted({key for m in models for key in m["latency_ms"]}, key=place)
     distances = sorted({key for m in models for key in m["metrics"] if key.startswith("fid[")})
     columns = [
@@ -94,7 +103,7 @@ def comparison_table(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], li
         ("parameters", lambda m: scaled(m["parameters"])),
         ("GFLOPs", lambda m: f"{m['flops'] / 1e9:.3g}"),
         *[(f"{latency_label(k)} (ms)", lambda m, k=k: _number(m["latency_ms"].get(k), ".2f")) for k in latencies],
-        *([("steps", lambda m: str(m["steps"]))] if len({m["steps"] for m in models}) > 1 else []),
+        *[(name, said) for name, said in sampled if len({said(m) for m in models}) > 1],
         *[(metric_label(k), lambda m, k=k: _number(m["metrics"].get(k), ".3g")) for k in distances],
         ("precision", lambda m: _number(m.get("precision"), ".3f")),
         ("recall", lambda m: _number(m.get("recall"), ".3f")),
@@ -173,6 +182,7 @@ def render_card(
         eval_results=results,
     )
     header, rows = comparison_table(report["models"])
+    few_step = any(m["stage"] == "few-step" for m in models.values()) and entry["stage"] in ("few-step", "exported")
     card = ModelCard.from_template(
         card_data,
         template_str=template("README.md.jinja"),
@@ -182,7 +192,10 @@ def render_card(
         repo_id=repo_id,
         data=Path(data).name,
         conditional=entry.get("class_agreement") is not None,
-        few_step=any(m["stage"] == "few-step" for m in report["models"]) and entry["stage"] in ("few-step", "exported"),
+        few_step=few_step,
+        source=report.get("few_step", {}).get("source") if few_step else None,
+        guidance=guidance_in_words(entry),
+        alike=not {"steps", "guidance"} & set(header),
         header=[markdown(cell) for cell in header],
         rows=[[markdown(cell) for cell in row] for row in rows],
         **MARKUP,

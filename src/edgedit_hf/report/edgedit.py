@@ -38,13 +38,12 @@ from ..run.stage import BANK, EDGEDIT, EVALUATE, SEARCH, STUDENT, Stage, maker_o
 from ..schema import read_record
 from ..search_space import OPTIONS, SearchSpace
 from .card import MODEL_LABELS, latency_label, metric_label
-from .few_step import draw_few_step_figures, few_step_facts, few_step_ratios, few_step_table
+from .few_step import TUNED, draw_few_step_figures, few_step_facts, few_step_ratios, few_step_table, on_the_way
 from .page import Figure, optional_record, render_html
 
 FORMAT = 1
 SAMPLE_PANELS = ("teacher", "student", "student-tuned", "onnx-int8")
 SAME, FEWER_SAID = "Same place, same seed and class.", " In brackets: denoising steps."
-FEW_STEP_PANELS = ("teacher", "student-tuned", "student-tuned-few-steps", "few-step", "onnx-int8")
 
 
 def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
             if (folder / "verify.json").exists()
         },
         "curves": optional_record(run_dir / "evaluate" / "curves.json", dict[str, Curve]),
-        "few_step": few_step_facts(run_dir),
+        "few_step": few_step_facts(run_dir, models),
     }
     if uneven := [
         name for name, curve in (optional["curves"] or {}).items() if len(curve["steps"]) != len(curve["values"])
@@ -303,8 +302,9 @@ def _ratios(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ratios["few_step"] = few
     if "onnx-int8" in by_name:
         int8 = by_name["onnx-int8"]
-        ratios["int8"] = {**_compare(int8, by_name.get("few-step", student)), "psnr_db": int8.get("psnr_db")}
-        fp32_ms, int8_ms = (student["latency_ms"].get(f"onnxruntime-{p}") for p in ("fp32", "int8"))
+        shipped = by_name.get("few-step", student)
+        ratios["int8"] = {**_compare(int8, shipped), "psnr_db": int8.get("psnr_db")}
+        fp32_ms, int8_ms = (shipped["latency_ms"].get(f"onnxruntime-{p}") for p in ("fp32", "int8"))
         if fp32_ms and int8_ms:
             ratios["int8"]["speedup"] = fp32_ms / int8_ms
     return ratios
@@ -370,14 +370,11 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
         figures.append(Figure(f"{name}.png", title, alt, caption))
 
     panels, few = {}, any(model["stage"] == "few-step" for model in report["models"])
+    wanted = (*on_the_way(report["models"])[:-1], "onnx-int8") if few else SAMPLE_PANELS
     for model in report["models"]:
         grid = (run_dir / str(model.get("grid"))).resolve()
         label = MODEL_LABELS.get(model["name"], model["name"]) + (f" ({model['steps']})" if few else "")
-        if (
-            model["name"] in (FEW_STEP_PANELS if few else SAMPLE_PANELS)
-            and grid.is_relative_to(run_dir.resolve())
-            and grid.is_file()
-        ):
+        if model["name"] in wanted and grid.is_relative_to(run_dir.resolve()) and grid.is_file():
             try:
                 panels[label] = np.asarray(Image.open(grid).convert("RGB"))
             except Exception as error:  # decoders raise nearly anything on damaged bytes
@@ -506,18 +503,20 @@ def headlines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     ratios = report["ratios"]
     if not ratios:
         return []
+    few = ratios.get("few_step")
+    of = ": the tuned student" if few and few["source"] != TUNED else ""  # which is not what ships
     lines = [
-        (f"{ratios[key] - 1:+.0%}".replace("-", "−"), f"{name} against the teacher")
+        (f"{ratios[key] - 1:+.0%}".replace("-", "−"), f"{name} against the teacher{of}")
         for key, name in (("parameters", "parameters"), ("flops", "FLOPs"))
     ]
-    lines += [(f"{value:.2f}×", f"faster in {latency_label(key)}") for key, value in ratios["speedup"].items()]
-    if few := ratios.get("few_step"):
+    lines += [(f"{value:.2f}×", f"faster in {latency_label(key)}{of}") for key, value in ratios["speedup"].items()]
+    if few:
         lines.append((f"{few['forwards']:.0f}×", "fewer forwards an image with few steps"))
         lines += [(f"{few['speedup']:.1f}×", "faster an image with few steps")] if "speedup" in few else []
         lines.append((f"{few['distance']:.2f}×", "distance of the same net with many steps"))
     reference = "teacher-more-steps" if "teacher-more-steps" in ratios["against"] else "teacher"
     for key, value in ratios["against"][reference]["distance"].items():
-        lines.append((f"{value:.2f}×", f"{metric_label(key)} of the {MODEL_LABELS[reference]}"))
+        lines.append((f"{value:.2f}×", f"{metric_label(key)} of the {MODEL_LABELS[reference]}{of}"))
     if ratios.get("int8", {}).get("psnr_db") is not None:
         lines.append((f"{ratios['int8']['psnr_db']:.1f} dB", "int8 images against fp32 (PSNR)"))
     return lines

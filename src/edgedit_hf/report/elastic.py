@@ -81,9 +81,13 @@ def build_elastic_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     }
     if learned is not None:
         report["text"] = learned["learned"]
-    if few := few_step_facts(run_dir):
-        report["few_step"] = {**few, "widths": few_step_widths(run_dir, report["models"])}
-        check_judged(run_dir, [width["few_step"] for width in report["few_step"]["widths"]], EVALUATE_FEW_STEP.made_by)
+    widths = few_step_widths(run_dir, report["models"])
+    if few := few_step_facts(run_dir, [width["many"] for width in widths]):
+        report["few_step"] = {**few, "widths": widths}
+        judged_since = [
+            width[key] for width in widths for key in ("many", "few", "few_step") if width[key] not in models
+        ]
+        check_judged(run_dir, judged_since, EVALUATE_FEW_STEP.made_by)
     return report
 
 
@@ -168,18 +172,23 @@ def _few_step_figures(run_dir: Path, few: Mapping[str, Any], captions: Any, imag
 
     shown, rows = list(range(captions["shown"])), {}
     for width in few["widths"]:
-        name = width["name"]
-        rows[f"{name}\n{width['many']['steps']} steps"] = images[name]["captions"]
+        name, many = width["name"], width["many"]
+
+        def made(model: Mapping[str, Any]) -> Any:
+            return _images(run_dir / EVALUATE_FEW_STEP.folder / f"{model['name']}.safetensors", captions)["captions"]
+
+        own = many["name"] == name  # not those of a given net
+        rows[f"{name}\n{many['steps']} steps"] = images[name]["captions"] if own else made(many)
         for model in (width["few"], width["few_step"]):
-            made = _images(run_dir / EVALUATE_FEW_STEP.folder / f"{model['name']}.safetensors", captions)
             label = "distilled" if model is width["few_step"] else model["solver"]
-            rows[f"{name}, {model['steps']}\n{label}"] = made["captions"]
+            rows[f"{name}, {model['steps']}\n{label}"] = made(model)
     figures = []
     if rows:
         prompts = [captions["captions"][index] for index in shown]
-        pictures = {label: made[shown].transpose(0, 2, 3, 1) for label, made in rows.items()}
+        pictures = {label: images[shown].transpose(0, 2, 3, 1) for label, images in rows.items()}
         plots.caption_grid(run_dir / "report" / "few-step-samples.png", prompts, pictures)
-        text = "Three rows a width: with many guided steps, with few by the best standard solver, and distilled to few."
+        guided = "guided " * (few["widths"][0]["many"]["guidance_scale"] > 1)
+        text = f"Three rows a width: with many {guided}steps, with few by the best standard solver, and distilled."
         said = f"Generated images for the captions: {'; '.join(prompts)}. {text}"
         figures.append(Figure("few-step-samples.png", "From many steps to few", said, f"{text}"))
     return figures + draw_few_step_figures(run_dir, few)
@@ -222,7 +231,8 @@ def spread(captions: list[str], count: int) -> list[int]:
 def headlines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(figure, what it is) for the top of the page."""
     narrowest, widest = report["models"][0], report["models"][-1]
-    lines = [(f"{len(report['models'])}", "widths in one set of weights")]
+    widths = len(report["models"])
+    lines = [(f"{widths}", f"width{'s' * (widths > 1)} in one set of weights")]
     lines.append(
         (
             f"{narrowest['parameters'] / widest['parameters']:.0%}",

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import EdgeDiTError
+from ..genotype import Genotype
 from ..records import FewStepStage, Model, Solvers, Telemetry
 from ..run.stage import EVALUATE_FEW_STEP, FEW_STEP
 from ..schema import convert, read_lines, read_record
-from .card import MODEL_LABELS, latency_label, metric_label
+from .card import MODEL_LABELS, guidance_in_words, latency_label, metric_label
 from .page import Figure, optional_record
 
-FEWER = "student-tuned-few-steps"
-WAY = ("teacher", "student-tuned", FEWER, "few-step", "exported")
-"""The stages of models on the way from many steps to few."""
+TUNED, GIVEN = "student-tuned", "few-step-source"
+"""What a few-step student is distilled from: the run's own student, or another pipeline (few_step.path)."""
 
 
-def few_step_facts(run_dir: Path) -> dict[str, Any] | None:
-    """What the stage made and how it went, and what standard solvers reach; `None`: the run has no such stage."""
+def distilled_from(models: Iterable[Mapping[str, Any]]) -> str:
+    """The stage of the model that the few-step student was distilled from; that with "-few-steps" is the same net with
+    few.
+    """
+    return GIVEN if any(model["stage"] == GIVEN for model in models) else TUNED
+
+
+def on_the_way(models: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The stages of models on the way from many steps to few, to the exports."""
+    source = distilled_from(models)
+    before = ("teacher",) if source == TUNED else ()
+    return (*before, source, f"{source}-few-steps", "few-step", "exported")
+
+
+def few_step_facts(run_dir: Path, judged: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What the stage made and how it went, what it was distilled from if that is not of the run, and what standard
+    solvers reach; `None`: the run has no such stage.
+
+    Args:
+        judged: the models that few steps were judged beside.
+    """
     stage = optional_record(run_dir / FEW_STEP.folder / "stage.json", FewStepStage)
     if stage is None:
         return None
@@ -29,8 +48,22 @@ def few_step_facts(run_dir: Path) -> dict[str, Any] | None:
         "best": stage["best"],
         "steps": stage["steps"],
         "curves": _curves(run_dir),
+        **_source(run_dir, judged),
         **({} if solvers is None else {"solvers": solvers}),
     }
+
+
+def _source(run_dir: Path, judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The pipeline that was distilled in the place of the run's own, and (of classes) the architecture that it has."""
+    given = next((model for model in judged if model["stage"] == GIVEN), None)
+    if given is None:
+        return {}
+    source: dict[str, Any] = {"path": given.get("path")}
+    config = optional_record(run_dir / FEW_STEP.folder / "transformer" / "config.json", dict[str, Any]) or {}
+    if "layers" in config:
+        genotype = Genotype.of(config)
+        source["genotype"] = {"hash": genotype.hash, "layers": genotype.to_layers()}
+    return {"source": source}
 
 
 def _curves(run_dir: Path) -> dict[str, dict[str, list[float]]]:
@@ -57,7 +90,7 @@ def few_step_table(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
     """
     if not any(model["stage"] == "few-step" for model in models):
         return [], []
-    rows = [model for stage in WAY for model in models if model["stage"] == stage]
+    rows = [model for stage in on_the_way(models) for model in models if model["stage"] == stage]
     distance = next(key for key in rows[0]["metrics"] if key.startswith("fid["))
     header = [
         *("model", "weights (MB)", "steps", "guidance", "forwards an image", "ms an image", "in"),
@@ -77,7 +110,7 @@ def _row(model: Mapping[str, Any], distance: str) -> list[str]:
         label,
         "–" if weights is None else f"{weights / 1e6:.2f}",
         str(model["steps"]),
-        f"{model['guidance_scale']:g}" if model["guidance_scale"] > 1 else "none",
+        guidance_in_words(model),
         str(model.get("forwards_per_image") or "–"),
         "–" if seconds is None else f"{1e3 * seconds:.3g}",
         latency_label(runtime) if runtime else "–",
@@ -91,14 +124,15 @@ def few_step_ratios(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The few-step student against the net that it was distilled from, with its many steps and with as few: ratios of
     forwards, seconds and distances, and the share of the distance that few steps cost which it wins back.
     """
-    by_stage = {model["stage"]: model for model in models}
-    if not {"few-step", "student-tuned", FEWER} <= by_stage.keys():
+    by_stage, source = {model["stage"]: model for model in models}, distilled_from(models)
+    if not {"few-step", source, f"{source}-few-steps"} <= by_stage.keys():
         return {}
-    ours, many, few = by_stage["few-step"], by_stage["student-tuned"], by_stage[FEWER]
+    ours, many, few = by_stage["few-step"], by_stage[source], by_stage[f"{source}-few-steps"]
     key = next(key for key in ours["metrics"] if key.startswith("fid["))
     distance = {name: model["metrics"][key] for name, model in (("ours", ours), ("many", many), ("few", few))}
     cost = distance["few"] - distance["many"]
     found = {
+        "source": many["name"],
         "forwards": many["forwards_per_image"] / ours["forwards_per_image"],
         "distance": distance["ours"] / distance["many"],
         "won_back": (distance["few"] - distance["ours"]) / cost if cost > 0 else None,
@@ -170,22 +204,32 @@ def _third(path: Path) -> bool:
 # -------------------------------------------------------------------- text to image
 
 
+MANY = "-many-steps"
+"""Names a width of another net than the run's own."""
+
+
 def few_step_widths(run_dir: Path, many: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every width with many steps (as `many` has it), with few by the best standard solver, and distilled: the same
-    captions from the same noise. Empty before stage evaluate-few-step.
+    """Every width with many steps, with few by the best standard solver, and distilled: the same captions from the
+    same noise. Empty before stage evaluate-few-step.
+
+    Args:
+        many: the run's own widths with many steps; those of another net (few_step.path) stand beside the others.
     """
     folder = run_dir / EVALUATE_FEW_STEP.folder
     if not (folder / "stage.json").is_file():
         return []
+    paths = sorted(folder.glob(f"*{MANY}.json"))
+    given = [read_record(path, Model, EVALUATE_FEW_STEP.made_by) for path in paths]
     found = []
-    for model in many:
-        if not (folder / f"{model['name']}.json").is_file():  # one width alone was distilled
+    for model in sorted(given, key=lambda model: model["parameters"]) or many:
+        width = model["name"].removesuffix(MANY)
+        if not (folder / f"{width}.json").is_file():  # one width alone was distilled
             continue
         few, ours = (
             read_record(folder / f"{name}.json", Model, EVALUATE_FEW_STEP.made_by)
-            for name in (f"{model['name']}-few-steps", model["name"])
+            for name in (f"{width}-few-steps", width)
         )
-        row = {"name": model["name"], "many": model, "few": few, "few_step": ours}
+        row = {"name": width, "many": model, "few": few, "few_step": ours}
         if model.get("class_agreement") is not None and ours.get("class_agreement") is not None:
             row["relative_fall"] = {
                 key: 1 - prompt_agreement(row[key]) / prompt_agreement(model) if prompt_agreement(model) else None

@@ -209,6 +209,7 @@ EVALUATE = Stage(
         ),
         IMAGES,
         EXTRACTOR,
+        Input("few-step-source"),  # of few_step.path: see given_source()
     ),
 )
 SENSITIVITY = Stage(
@@ -295,6 +296,13 @@ DRIVERS = {"compress": ("compress.py", EDGEDIT), "text-to-image": ("text_to_imag
 def shipped(config: RunConfig) -> Stage:
     """The stage whose pipeline a run of classes exports, judges its exports against, and writes the card of."""
     return FEW_STEP if FEW_STEP.needed(config) else TUNE
+
+
+def given_source(config: RunConfig) -> str | None:
+    """The pipeline that a few-step student is distilled from, where that is not the run's own student or supernet."""
+    path = config.few_step.path
+    own = {config.folder(stage.folder).resolve() for stage in (TUNE, ELASTIC)}
+    return None if path is None or Path(path).expanduser().resolve() in own else path
 
 
 def maker_of(at: str, table: Sequence[Stage] = STAGES) -> Stage:
