@@ -1,15 +1,21 @@
 """What is refused before anything is loaded, and that what is allowed passes."""
 
+import json
+
 import pytest
+import torch
 
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.few_step.checks import (
     check_class_guidance,
     check_class_teacher,
+    check_distilled_from,
     check_many_step,
     check_options,
     check_widths,
 )
+from edgedit_hf.files import weights_hash
+from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.sections import FewStepConfig
 
 NAMES = ["tiny", "small", "full"]
@@ -80,3 +86,19 @@ def test_nets_of_classes():
     check_class_guidance("here", FewStepConfig(), student)
     with pytest.raises(EdgeDiTError, match="real_guidance is 2, but here has no classes"):
         check_class_guidance("here", FewStepConfig(real_guidance=2.0), student)
+
+
+def test_a_student_is_compared_with_what_it_was_distilled_from(make_transformer, tmp_path):
+    config, net, other = RunConfig(output_dir=str(tmp_path)), make_transformer(), make_transformer(seed=1)
+    assert check_distilled_from(config, "given", net) == weights_hash(net.state_dict())  # of no record
+    record = {"inputs": {"pipeline": weights_hash(net.state_dict())}, "config": {}, "versions": {}}
+    (tmp_path / "few-step").mkdir()
+    (tmp_path / "few-step" / "stage.json").write_text(json.dumps({**record, "seed": 0, "steps": 6, "seconds": 1.0}))
+    check_distilled_from(config, "given", net)
+    said = rf"few-step was distilled from a net with the weights {weights_hash(net.state_dict())}, but given holds"
+    with pytest.raises(EdgeDiTError, match=said + r" .*\(few_step.path\), or delete .*distill_few_step.py\) again"):
+        check_distilled_from(config, "given", other)
+    with torch.no_grad():
+        next(net.parameters()).view(-1)[0] += 1
+    with pytest.raises(EdgeDiTError, match=said):
+        check_distilled_from(config, "given", net)

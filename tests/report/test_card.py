@@ -75,6 +75,59 @@ def test_unconditional_and_inception(report):
     assert "batch_size=3" in card and "class_labels" not in card and "FID (n=64)" in card
 
 
+def few_step_report(report: dict, steps: int, guidance: float) -> dict:
+    """The same run with a few-step student of two unguided steps, beside others of these."""
+    report = json.loads(json.dumps(report))
+    for model in report["models"]:
+        ours = model["stage"] == "exported"
+        model |= {"steps": 2 if ours else steps, "guidance_scale": 1.0 if ours else guidance}
+        model["forwards_per_image"] = model["steps"] * (1 + (model["guidance_scale"] > 1))
+    (tuned,) = (model for model in report["models"] if model["name"] == "student-tuned")
+    few = {"name": "few-step", "stage": "few-step", "steps": 2, "guidance_scale": 1.0, "forwards_per_image": 2}
+    report["models"].append({**tuned, **few})
+    return report
+
+
+@pytest.mark.parametrize(
+    ("steps", "guidance", "columns", "ours", "tuned"),
+    [
+        (2, 1.5, {"guidance"}, "2 denoising steps without guidance", "2 denoising steps, guidance scale 1.5"),
+        (
+            28,
+            1.5,
+            {"steps", "guidance"},
+            "2 denoising steps without guidance",
+            "28 denoising steps, guidance scale 1.5",
+        ),
+        (1, 1.0, {"steps"}, "2 denoising steps without guidance", "1 denoising step"),
+        (2, 1.0, set(), "2 denoising steps without guidance", "2 denoising steps"),
+    ],
+)
+def test_what_is_said_of_sampling_is_in_the_table(report, steps, guidance, columns, ours, tuned):
+    few = few_step_report(report, steps, guidance)
+    rest = " for this one, as the table states for the others." if columns else "."
+    for name, said in (("few-step", ours), ("onnx-int8", ours), ("student-tuned", tuned)):
+        card = render_card(few, repo_id="me/x", license="mit", model=name)
+        assert f"64 images each, {said}{rest}" in card
+        header = next(line for line in card.splitlines() if line.startswith("| model |"))
+        assert {cell.strip() for cell in header.split("|")} & {"steps", "guidance"} == columns
+
+
+def test_the_card_of_a_student_of_another_net_is_not_that_of_the_runs(report):
+    few = few_step_report(report, 28, 1.5)
+    student = report["genotype"]["hash"]
+    own = render_card(few, repo_id="me/x", license="mit", model="few-step")
+    assert f"from 4 to {len(report['genotype']['layers'])} layers" in own and student in own
+    source = {"path": "someone/`pipeline`", "genotype": {"hash": "0123456789abcdef", "layers": [{}] * 5}}
+    few["few_step"] = {"source": source}
+    for name in ("few-step", "onnx-int8"):
+        card = render_card(few, repo_id="me/x", license="mit", model=name).split("## Use")[0]
+        assert "(few-step student) of 5 layers" in card or "(exported, int8) of 5 layers" in card
+        assert "to 2 steps without guidance" in card and "0123456789abcdef" in card and student not in card
+        assert "compressed with" not in card and "someone/`pipeline`" in visible(card)[0]
+    assert student in render_card(few, repo_id="me/x", license="mit", model="student-tuned")
+
+
 def test_bad_requests(report):
     with pytest.raises(EdgeDiTError, match="no model 'few-step'.*'teacher'"):
         render_card(report, repo_id="me/x", license="mit", model="few-step")

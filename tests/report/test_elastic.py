@@ -11,7 +11,9 @@ from edgedit_hf import ElasticDiTPipeline
 from edgedit_hf.commands.cli import main
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.report import plots
-from edgedit_hf.report.elastic import draw_elastic_figures, spread, write_elastic_report
+from edgedit_hf.report.elastic import draw_elastic_figures, headlines, spread, write_elastic_report
+from edgedit_hf.report.few_step import few_step_widths_table
+from edgedit_hf.report.page import render_html
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,43 @@ def test_the_pictures_show_the_images_that_were_judged_and_the_losses_that_were_
     last = next(line for line in reversed(logged) if "loss_full" in line)
     assert shown["curves"].legend() == ["tiny", "small", "full"]
     assert shown["curves"].colour(last["step"], last["loss_full"]) in (plots.BLUE, plots.ORANGE, plots.GREEN)
+
+
+def few_step_page(whole, folder, names: list[str], labels: bool, **facts) -> str:
+    """The text of the page of a run whose widths of these names were distilled, and whose captions have labels or not;
+    made of the debug run's figures.
+    """
+    report = json.loads((whole / "report.json").read_text())
+    if not labels:
+        for model in report["models"]:
+            for key in ("class_agreement", "style_agreement", "held_out"):
+                del model[key]
+    widths = []
+    for model in (model for model in report["models"] if model["name"] in names):
+        few = {**model, "solver": "Euler", "forwards_per_image": 4, "seconds_per_image": {"torch-fp32": 0.1}}
+        width = {"name": model["name"], "many": model, "few": few, "few_step": {**few, "guidance_scale": 1.0}}
+        widths.append({**width, "relative_fall": {"few": 0.1, "few_step": 0.01}} if labels else width)
+    report["few_step"] = {"widths": widths, **facts}
+    table = few_step_widths_table(widths)
+    return render_html("report-elastic.html.jinja", report, [], headlines(report), folder, table)
+
+
+def test_the_page_explains_the_columns_that_it_has(whole, tmp_path):
+    with_labels = few_step_page(whole, tmp_path, ["tiny", "small", "full"], True)
+    assert "Fall of prompt agreement: relative" in with_labels and ">fall of prompt agreement</th>" in with_labels
+    assert "Three ways of each of 3 widths" in with_labels and "with many guided steps" in with_labels
+    assert "agreement is better when higher" in with_labels and "in the place of" not in with_labels
+    without = few_step_page(whole, tmp_path, ["small"], False, source={"path": "someone/pipeline"})
+    assert "agreement" not in without and "Three ways of the width small," in without
+    assert "All three are of someone/pipeline, which was distilled in the place of" in without
+
+
+def test_a_single_width_is_counted(whole, tmp_path):
+    report = json.loads((whole / "report.json").read_text())
+    report["models"] = report["models"][1:2]
+    assert headlines(report)[0] == ("1", "width in one set of weights")
+    page = render_html("report-elastic.html.jinja", report, [], [], tmp_path)
+    assert "whose weights hold 1 network, trained" in page
 
 
 def test_what_is_missing_is_named(whole, tmp_path):

@@ -26,6 +26,7 @@ from edgedit_hf.run.stage import (
     TEACHER,
     TEXT_TO_IMAGE,
     TUNE,
+    given_source,
     maker_of,
     shipped,
 )
@@ -246,6 +247,18 @@ def test_one_place_says_what_a_run_ships():
     assert shipped(config) is TUNE
     config.few_step.enabled = True
     assert shipped(config) is FEW_STEP
+
+
+def test_a_few_step_student_is_of_the_run_or_of_what_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig(output_dir="runs/mine")
+    assert given_source(config) is None
+    for own in ("runs/mine/student-tuned", "runs/mine/elastic", str(tmp_path / "runs" / "mine" / "student-tuned")):
+        config.few_step.path = own
+        assert given_source(config) is None
+    for given in ("runs/mine/teacher", "runs/other/student-tuned", "someone/pipeline"):
+        config.few_step.path = given
+        assert given_source(config) == given
 
 
 def test_the_documentation_lists_the_stages_in_their_order():

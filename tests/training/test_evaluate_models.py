@@ -1,6 +1,12 @@
 """The evaluation's latencies are those of the files that the run ships."""
 
 import json
+import shutil
+
+import pytest
+
+from edgedit_hf import EdgeDiTPipeline
+from edgedit_hf.genotype import Genotype
 
 
 def test_what_the_run_exported_is_what_is_timed(debug_run):
@@ -11,3 +17,36 @@ def test_what_the_run_exported_is_what_is_timed(debug_run):
     }
     assert set(latency["timings"]) == {f"{name} {key}" for name in ("teacher", "student-tuned") for key in runners}
     assert set(latency["speedup"]) == runners
+
+
+@pytest.mark.slow
+def test_a_student_of_another_net_is_compared_with_that_one(recipes, debug_run, tmp_path, fail):
+    """The run's teacher distilled in the place of its student, with a sampler that noises anew after every step."""
+    run = shutil.copytree(debug_run, tmp_path / "run")
+    for folder in ("exported", "evaluate"):
+        shutil.rmtree(run / folder)
+    asked = ("few_step.enabled=true", f"few_step.path={run / 'teacher'}", "few_step.sampler=sde")
+    recipes.run("compress", run, *asked, "export.dtypes=[int8]")
+    report = json.loads((run / "report.json").read_text())
+    models, ratios = {model["name"]: model for model in report["models"]}, report["ratios"]
+    many, few = models["few-step-source"], models["few-step-source-few-steps"]
+    assert "student-tuned-few-steps" not in models
+    figures = ("parameters", "flops", "metrics", "precision", "recall", "class_agreement", "weights", "genotype_hash")
+    assert all(many[key] == models["teacher"][key] for key in figures)
+    net = EdgeDiTPipeline.from_pretrained(run / "few-step").transformer
+    genotype = Genotype.of(net.config)
+    ours = models["few-step"]
+    assert ours["genotype_hash"] == few["genotype_hash"] == genotype.hash != report["genotype"]["hash"]
+    assert ours["parameters"] == many["parameters"] == few["parameters"] > models["student-tuned"]["parameters"]
+    (metric,) = ours["metrics"].keys() - {"precision", "recall"}
+    assert ratios["few_step"]["source"] == "few-step-source"
+    assert ratios["few_step"]["distance"] == pytest.approx(ours["metrics"][metric] / many["metrics"][metric])
+    assert report["few_step"]["source"]["genotype"] == {"hash": genotype.hash, "layers": genotype.to_layers()}
+    assert models["onnx-int8"]["psnr_db"] > 40  # the same fresh noise
+    card = (run / "few-step" / "README.md").read_text().split("## Use")[0]
+    assert genotype.hash in card and report["genotype"]["hash"] not in card and f"{len(genotype.layers)} layers" in card
+    page = (run / "report.html").read_text()
+    assert "The few-step student is another network: of 4 layers" in page
+    shutil.rmtree(run / "evaluate")
+    said = fail("evaluate_models", run, "few_step.enabled=true", "few_step.sampler=sde", "export.dtypes=[int8]")
+    assert "few-step was distilled from a net with the weights" in said and "student-tuned holds" in said

@@ -72,6 +72,35 @@ def test_few_steps_go_on_with_a_finished_run_and_leave_its_stages_alone(recipes,
 
 
 @pytest.mark.slow
+def test_few_steps_of_another_net_are_compared_with_that_one(recipes, debug_t2i_run, tmp_path):
+    """One width of the run's own supernet, but saved as a net of its own somewhere else, with other weights."""
+    run = shutil.copytree(debug_t2i_run, tmp_path / "run")
+    given = ElasticDiTPipeline.from_pretrained(run / "elastic", subnet="small")
+    with torch.no_grad():
+        given.transformer.proj_out.weight.mul_(0.5)
+    given.save_pretrained(tmp_path / "given")
+    asked = ("few_step.enabled=true", f"few_step.path={tmp_path / 'given'}", "few_step.sampler=sde")
+    recipes.run("text_to_image", run, "threads=2", *asked, config="debug-t2i.yaml")
+    report = json.loads((run / "report.json").read_text())
+    (width,) = report["few_step"]["widths"]
+    small = next(model for model in report["models"] if model["name"] == "small")
+    many = width["many"]
+    assert width["name"] == "full" and many["parameters"] == small["parameters"] and many["metrics"] != small["metrics"]
+    assert report["few_step"]["source"] == {"path": str(tmp_path / "given")}
+    captions = json.loads((run / "evaluate" / "captions.json").read_text())["captions"]
+    sampled = {"steps": many["steps"], "guidance_scale": many["guidance_scale"], "batch_size": 16}
+    for pipeline, file, how in (
+        (tmp_path / "given", "full-many-steps", sampled),
+        (run / "few-step", "full", {"steps": 2, "guidance_scale": 1.0, "batch_size": 5}),
+    ):
+        again = generate_from_captions(ElasticDiTPipeline.from_pretrained(pipeline), captions, **how)
+        images = load_file(run / "evaluate-few-step" / f"{file}.safetensors")["captions"]
+        assert (((again.clamp(-1, 1) + 1) * 127.5).round() - images.float()).abs().max() <= 1
+    page = (run / "report.html").read_text()
+    assert f"All three are of {tmp_path / 'given'}" in page and "Three ways of the width full" in page
+
+
+@pytest.mark.slow
 @pytest.mark.demos
 def test_the_demo_follows_its_captions_at_every_width(recipes, tmp_path):
     """What `make demo-t2i` runs after installing."""

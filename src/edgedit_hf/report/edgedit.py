@@ -504,19 +504,19 @@ def headlines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not ratios:
         return []
     few = ratios.get("few_step")
-    of = ": the tuned student" if few and few["source"] != TUNED else ""  # which is not what ships
+    of = "tuned student: " if few and few["source"] != TUNED else ""  # which is not what ships
     lines = [
-        (f"{ratios[key] - 1:+.0%}".replace("-", "−"), f"{name} against the teacher{of}")
+        (f"{ratios[key] - 1:+.0%}".replace("-", "−"), f"{of}{name} against the teacher")
         for key, name in (("parameters", "parameters"), ("flops", "FLOPs"))
     ]
-    lines += [(f"{value:.2f}×", f"faster in {latency_label(key)}{of}") for key, value in ratios["speedup"].items()]
+    lines += [(f"{value:.2f}×", f"{of}faster in {latency_label(key)}") for key, value in ratios["speedup"].items()]
     if few:
         lines.append((f"{few['forwards']:.0f}×", "fewer forwards an image with few steps"))
         lines += [(f"{few['speedup']:.1f}×", "faster an image with few steps")] if "speedup" in few else []
         lines.append((f"{few['distance']:.2f}×", "distance of the same net with many steps"))
     reference = "teacher-more-steps" if "teacher-more-steps" in ratios["against"] else "teacher"
     for key, value in ratios["against"][reference]["distance"].items():
-        lines.append((f"{value:.2f}×", f"{metric_label(key)} of the {MODEL_LABELS[reference]}{of}"))
+        lines.append((f"{value:.2f}×", f"{of}{metric_label(key)} of the {MODEL_LABELS[reference]}"))
     if ratios.get("int8", {}).get("psnr_db") is not None:
         lines.append((f"{ratios['int8']['psnr_db']:.1f} dB", "int8 images against fp32 (PSNR)"))
     return lines
