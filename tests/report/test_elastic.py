@@ -80,6 +80,7 @@ def few_step_page(whole, folder, names: list[str], labels: bool, **facts) -> str
     """
     report = json.loads((whole / "report.json").read_text())
     if not labels:
+        report["reference"]["classifier"] = None
         for model in report["models"]:
             for key in ("class_agreement", "style_agreement", "held_out"):
                 del model[key]
