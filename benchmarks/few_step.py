@@ -4,11 +4,12 @@
         [--seeds 3] [--subnets tiny,full] [--joint] [--samples 2000] [--json] [--check]
 
 RUN is a finished run: of compress.py, whose student-tuned is distilled, or of text_to_image.py, whose supernet is;
---subnets names the widths that are distilled, each alone, and --joint distils all widths in one run of as many steps as
-these took together. For every seed and set of terms the many-step net is distilled as the recipe's section few_step
-says. Distance, recall and agreement are means over three sampling seeds, beside those of the net itself with 28 steps
-and its guidance (many), and with as few steps by the best of the standard solvers (few). A run whose samples drifted by
-more than the recipe allows at any time counts as collapsed; it goes on all the same, and its best student is judged.
+--subnets names the widths that are distilled, each alone, and --joint, where these are all and "both" is among the
+terms, distils them in one run of as many steps as they took together. For every seed and set of terms the many-step net
+is distilled as the recipe's section few_step says. Distance, recall and agreement are means over three sampling seeds,
+beside those of the net itself with 28 steps and its guidance (many), and with as few steps by the best of the standard
+solvers (few). A run whose samples drifted by more than the recipe allows at any time counts as collapsed; it goes on
+all the same, and its best student is judged.
 Every distillation is a run folder in RUN/few-step-benchmark: interrupted, run it again.
 
 --check fails unless "both" closes 80 % of the gap between few and many, is within 15 % of many, and loses at most .05
@@ -42,7 +43,7 @@ from edgedit_hf.run.stage import FEW_STEP
 from edgedit_hf.training import distill_few_step
 
 ROOT = Path(__file__).resolve().parents[1]
-MANY, SAMPLING_SEEDS = 28, (0, 1, 2)
+MANY, SAMPLING_SEEDS = 28, (10, 11, 12)
 TERMS = {
     "both": [],
     "knowledge": ["few_step.matching_weight=0"],
@@ -153,6 +154,12 @@ def main() -> None:
     source = load_source(config)
     folder = arguments.run / ("elastic" if source.elastic else "student-tuned")
     widths: list[str | None] = list(filter(None, arguments.subnets.split(","))) or [source.widths[-1]]
+    if arguments.joint and (set(widths) != set(source.widths) or "both" not in arguments.terms.split(",")):
+        sys.exit(
+            f"error: --joint compares one run for all widths with each alone, of both terms: give --subnets "
+            f"{','.join(map(str, source.widths))} and both among --terms (they are {arguments.subnets!r}, "
+            f"{arguments.terms!r})."
+        )
     measure = Measure(config, source.elastic, arguments.samples)
     steps, guidance = len(source.timesteps), float(source.pipeline.config.default_guidance_scale)
     print(

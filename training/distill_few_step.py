@@ -113,6 +113,8 @@ def distil(
                 accelerator.backward(loss / count)
             samples.append(x0)
             run.log(loss=loss, mean=x0.mean(), std=x0.std(), **figures)
+            if matching:
+                diagnosis.see(gap=figures["gap"], cosine=figures["cosine"])
         if critics_turn:
             for index, (piece, x0) in enumerate(zip(pieces, samples)):
                 with nullcontext() if index == count - 1 else accelerator.no_sync(wrapped):
@@ -125,6 +127,8 @@ def distil(
                 parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
         if options.max_grad_norm:
             accelerator.unscale_gradients()
+            if projection:
+                torch.nn.utils.clip_grad_norm_(projection, options.max_grad_norm)
             for role in networks.roles:
                 norm = torch.nn.utils.clip_grad_norm_([p for _, p in trained[role]], options.max_grad_norm)
                 if (students_turn, critics_turn)[role == CRITIC]:
@@ -148,10 +152,13 @@ def distil(
 
 def look(judge, wrapped, source, matching, best, diagnosis, run, step, accelerator) -> None:
     """Judge the averaged student at every width; keep the best, say what is wrong, and stop where it has drifted."""
-    found = {width: judge(wrapped, width) for width in source.widths}
-    mean = sum(judged.distance for judged in found.values()) / len(found)
-    for width, judged in found.items():
-        suffix = "" if width is None else f"_{width}"
+    found = {}
+    for width in source.widths:
+        of, suffix = ("", "") if width is None else (f"of {width} ", f"_{width}")
+        judged = judge(wrapped, width)
+        if judged is None:
+            raise run.abort(f"the few-step samples {of}hold NaN or infinite values at step {step}")
+        found[width] = judged
         run.log(**{f"distance{suffix}": judged.distance, f"recall{suffix}": judged.recall})
         run.log(**{f"sample_mean{suffix}": judged.moments.mean, f"sample_std{suffix}": judged.moments.std})
         strips = judge.strips(wrapped, width, judged.latents, matching)
@@ -160,9 +167,8 @@ def look(judge, wrapped, source, matching, best, diagnosis, run, step, accelerat
             folder.mkdir(exist_ok=True)
             pictures = ((strips + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
             save_montage(folder / f"step-{step:06d}{suffix}.png", pictures, len(pictures) // (3 if matching else 2))
-    last = found[source.widths[-1]]
-    if matching and {"gap", "cosine"} <= run.shown.keys():
-        run.remark(diagnosis.update(gap=run.shown["gap"], cosine=run.shown["cosine"], std=last.moments.std))
+    mean = sum(judged.distance for judged in found.values()) / len(found)
+    run.remark(diagnosis.update(found[source.widths[-1]].moments.std))
     for width, judged in found.items():
         message = drift_message(judge.moments, judged.moments, judge.options.mean_drift, judge.options.std_drift)
         if message is not None:

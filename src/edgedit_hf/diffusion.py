@@ -151,11 +151,6 @@ class Diffusion:
         alpha, sigma = self.alpha_sigma(t, x_t)
         return ((alpha + sigma) * output - x_t) / alpha
 
-    def output_for(self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The network's output that means this x0: the inverse of [`predict_x0`] (t above clean data)."""
-        alpha, sigma = self.alpha_sigma(t, x_t)
-        return (x_t - alpha * x0) / sigma if self.prediction_type == "epsilon" else (x_t - x0) / sigma
-
     def move(
         self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, to: torch.Tensor | None, noise=None
     ) -> torch.Tensor:

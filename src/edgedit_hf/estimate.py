@@ -503,7 +503,8 @@ def print_few_step_estimate(config: RunConfig, model: Any = None) -> None:
     local = elastic_machine(values, config.threads) if elastic else here(config, dict(model.config))
     machines = (local, gpus(1, local), gpus(8, local))
     kept = activation_bytes(model, config.few_step)
-    rows = [[few_step_estimate(config, machine, copy.deepcopy(model), flops, True, kept)] for machine in machines]
-    print_table(machines, rows, ["the autoencoder and the real images are not counted"])
+    guided = config.few_step.knowledge_guidance is None or config.few_step.knowledge_guidance > 1
+    rows = [[few_step_estimate(config, machine, copy.deepcopy(model), flops, guided, kept)] for machine in machines]
+    print_table(machines, rows, ["the autoencoder, the real images and the time of a given teacher are not counted"])
     if config.few_step.path is not None or any(config.folder(stage.folder).exists() for stage in (TUNE, ELASTIC)):
         print_memory(config)

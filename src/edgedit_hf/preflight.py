@@ -35,6 +35,7 @@ from .few_step.checks import (
     check_many_step,
     check_options,
     check_widths,
+    teacher_guidance,
 )
 from .few_step.schedule import few_step_timesteps
 from .files import atomic_write_json, hash_json, read_json
@@ -363,6 +364,7 @@ def _check_few_step(config: RunConfig, captioned: bool | None, notes: list[str],
         return
     if captioned:
         teacher_family(teacher)
+        teacher_guidance(options, read_json(teacher / "model_index.json", "save_pretrained"))
     elif values:
         theirs = read_json(teacher / "transformer" / "config.json", "save_pretrained")
         check_class_teacher(options.teacher, theirs, values)

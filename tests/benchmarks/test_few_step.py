@@ -39,10 +39,10 @@ def test_terms_of_a_class_conditional_net(benchmark, repository, debug_run, tmp_
 def test_widths_of_a_supernet_alone_and_in_one_run(benchmark, repository, debug_t2i_run, tmp_path):
     run = shutil.copytree(debug_t2i_run, tmp_path / "run")
     recipe = ("--config", repository / "training" / "recipes" / "debug-t2i.yaml", "--override", "threads=1")
-    small = ("--terms", "both", "--seeds", 1, "--samples", 32, "--subnets", "tiny,full", "--joint")
+    small = ("--terms", "both", "--seeds", 1, "--samples", 32, "--subnets", "tiny,small,full", "--joint")
     table, result = benchmark("few_step.py", run, *recipe, *small, threads=None)
-    assert list(result["widths"]) == ["tiny", "full"] and set(result["joint"][0]) == {"tiny", "small", "full"}
+    assert list(result["widths"]) == ["tiny", "small", "full"] and set(result["joint"][0]) == {"tiny", "small", "full"}
     assert result["widths"]["tiny"]["few"]["solver"] in ("Euler", "DPM-Solver++", "UniPC")
-    alone = [result["widths"][width]["terms"]["both"]["distance"] for width in ("tiny", "full")]
-    together = [result["joint"][0][width]["distance"] for width in ("tiny", "full")]
+    alone = [result["widths"][width]["terms"]["both"]["distance"] for width in ("tiny", "small", "full")]
+    together = [result["joint"][0][width]["distance"] for width in ("tiny", "small", "full")]
     assert f"one run for all / each alone {sum(together) / sum(alone):.3f}" in table[-1]

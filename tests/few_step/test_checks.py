@@ -13,6 +13,7 @@ from edgedit_hf.few_step.checks import (
     check_many_step,
     check_options,
     check_widths,
+    teacher_guidance,
 )
 from edgedit_hf.files import weights_hash
 from edgedit_hf.run.config import RunConfig
@@ -26,10 +27,15 @@ NAMES = ["tiny", "small", "full"]
     [
         (False, {"matching_weight": 0.0, "knowledge_weight": 0.0}, "are both 0: nothing to learn from"),
         (True, {"schedule": "alternate"}, "student_every is 1: the critic would never learn"),
+        (True, {"matching_weight": 0.0, "student_every": 2}, "student_every is 2, but few_step.matching_weight is 0"),
+        (True, {"matching_weight": 0.0, "critic_merge": 0.9}, "critic_merge is 0.9, but few_step.matching_weight is 0"),
+        (True, {"knowledge_weight": 0.0, "teacher": "t"}, "teacher is t, but few_step.knowledge_weight is 0"),
+        (False, {"knowledge_weight": 0.0, "feature_weight": 0.5}, "feature_weight is 0.5, but few_step.knowledge_wei"),
+        (False, {"real_guidance": 0.5}, "real_guidance is 0.5, which is between none and 1"),
         (True, {"teacher_lora": "lora"}, "teacher_lora is lora, but few_step.teacher is null"),
         (False, {"teacher": "t", "teacher_lora": "lora"}, "teacher_lora lora is for teachers of text to image"),
         (False, {"decoupled": True}, r"decoupled is true, but the real score has no guidance .*\(.*None\)"),
-        (True, {"decoupled": True, "real_guidance": 0.5}, r"no guidance \(few_step.real_guidance 0.5\)"),
+        (True, {"decoupled": True, "real_guidance": 1.0}, r"no guidance \(few_step.real_guidance 1.0\)"),
         (False, {"quantization": "4bit", "teacher": "t"}, "quantization is 4bit, .* conditioned on classes"),
         (True, {"quantization": "8bit"}, "quantization is 8bit, .* few_step.teacher is null"),
         (False, {"subnet": "tiny"}, "subnet is 'tiny', .* has no sub-networks"),
@@ -84,8 +90,22 @@ def test_nets_of_classes():
     with pytest.raises(EdgeDiTError, match="has sample_size None"):
         check_class_teacher("there", {k: v for k, v in student.items() if k != "sample_size"}, student)
     check_class_guidance("here", FewStepConfig(), student)
-    with pytest.raises(EdgeDiTError, match="real_guidance is 2, but here has no classes"):
-        check_class_guidance("here", FewStepConfig(real_guidance=2.0), student)
+    for name in ("real_guidance", "knowledge_guidance"):
+        with pytest.raises(EdgeDiTError, match=f"{name} is 2, but here has no classes"):
+            check_class_guidance("here", FewStepConfig(**{name: 2.0}), student)
+
+
+def test_the_guidance_of_a_teacher_is_its_own_or_the_recipes_and_never_the_students():
+    ours = {"default_guidance_scale": 2.5}
+    assert teacher_guidance(FewStepConfig(teacher="t"), ours) == 2.5
+    assert teacher_guidance(FewStepConfig(teacher="t", knowledge_guidance=1.0), ours) == 1.0
+    assert teacher_guidance(FewStepConfig(teacher="t", teacher_lora="l", knowledge_guidance=1.0), {}) == 1.0
+    for options, config, said in (
+        (FewStepConfig(teacher="t"), {}, "few_step.teacher t does not say with which guidance"),
+        (FewStepConfig(teacher="t", teacher_lora="l"), ours, "few_step.teacher t with its LoRA does not say"),
+    ):
+        with pytest.raises(EdgeDiTError, match=said):
+            teacher_guidance(options, config)
 
 
 def test_a_student_is_compared_with_what_it_was_distilled_from(make_transformer, tmp_path):

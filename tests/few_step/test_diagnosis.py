@@ -24,6 +24,11 @@ def test_gap_and_cosine():
     assert float(opposite["gap"]) == pytest.approx(2) and float(opposite["cosine"]) == pytest.approx(-1)
 
 
+def update(diagnosis: Diagnosis, gap: float, cosine: float, std: float) -> str:
+    diagnosis.see(gap=torch.tensor(gap), cosine=torch.tensor(cosine))
+    return diagnosis.update(std)
+
+
 @pytest.mark.parametrize(
     ("gap", "cosine", "std", "said"),
     [
@@ -38,23 +43,37 @@ def test_gap_and_cosine():
 )
 def test_the_two_rules(gap, cosine, std, said):
     diagnosis = Diagnosis()
-    assert diagnosis.update(gap=0.066, cosine=0.95, std=0.75) == ""
+    assert update(diagnosis, gap=0.066, cosine=0.95, std=0.75) == ""
     for _ in range(30):
-        now = diagnosis.update(gap=gap, cosine=cosine, std=std)
+        now = update(diagnosis, gap=gap, cosine=cosine, std=std)
     assert now == said
 
 
 def test_one_odd_measurement_says_nothing_and_a_checkpoint_remembers():
     diagnosis = Diagnosis()
     for _ in range(3):
-        diagnosis.update(gap=0.1, cosine=0.95, std=0.75)
-    assert diagnosis.update(gap=0.15, cosine=0.85, std=0.75) == ""
+        update(diagnosis, gap=0.1, cosine=0.95, std=0.75)
+    assert update(diagnosis, gap=0.15, cosine=0.85, std=0.75) == ""
     other = Diagnosis()
     other.load_state_dict(diagnosis.state_dict())
     for _ in range(20):
-        said = [one.update(gap=0.15, cosine=0.85, std=0.75) for one in (diagnosis, other)]
+        said = [update(one, gap=0.15, cosine=0.85, std=0.75) for one in (diagnosis, other)]
         assert said[0] == said[1]
     assert said[0] == CRITIC_LAGS and diagnosis.state_dict() == other.state_dict()
+
+
+def test_measurements_are_means_of_what_was_seen_and_are_not_lost_between():
+    whole, stopped = Diagnosis(), Diagnosis()
+    for one in (whole, stopped):
+        assert one.update(0.75) == "" and one.first == {}  # nothing was seen
+        one.see(gap=torch.tensor(0.1), cosine=torch.tensor(0.9))
+    continued = Diagnosis()
+    continued.load_state_dict(stopped.state_dict())
+    for one in (whole, continued):
+        one.see(gap=torch.tensor(0.3), cosine=torch.tensor(0.8))
+        one.update(0.75)
+    assert whole.state_dict() == continued.state_dict()
+    assert whole.first == pytest.approx({"gap": 0.2, "cosine": 0.85, "std": 0.75})
 
 
 def test_moments_and_drift():

@@ -185,6 +185,7 @@ def test_an_adapter_is_put_on_its_teacher(families, tmp_path):
     piece, found = families["elastic"].piece([0, 1]), []
     for name, lora in (("teacher", "lora"), ("fused", None), ("teacher", None), ("teacher", "nothing")):
         config = config_of(teacher=str(tmp_path / name), teacher_lora=lora and str(tmp_path / lora), knowledge_steps=1)
+        config.few_step.knowledge_guidance = 4.0  # the pipeline's own, which a LoRA's need not be
         config.output_dir = str(tmp_path / "run")
         if lora == "nothing":
             with pytest.raises(EdgeDiTError, match="few_step.teacher_lora .*nothing cannot be put on ElasticDiTPipe"):

@@ -143,8 +143,8 @@ def test_the_gradient_is_made_of_these_parts(family, disturb):
         for role, condition in ((REAL, piece.condition), (REAL, piece.null), (CRITIC, piece.condition)):
             output, _ = objective.networks(role, noisy, t, condition, subnet=width)
             clean[stream, role, condition is piece.null] = diffusion.predict_x0(output, noisy, t)
-    wanted = matching_gradient(x0, clean[MATCHING_STREAM, REAL, False], clean[MATCHING_STREAM, CRITIC, False])
-    wanted += guidance_gradient(x0, clean[GUIDANCE_STREAM, REAL, False], clean[GUIDANCE_STREAM, REAL, True], 3.0)
+    wanted = matching_gradient(x0, clean[MATCHING_STREAM, REAL, False], clean[MATCHING_STREAM, CRITIC, False], 0.01)
+    wanted += guidance_gradient(x0, clean[GUIDANCE_STREAM, REAL, False], clean[GUIDANCE_STREAM, REAL, True], 3.0, 0.01)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert 0 < said["gap"] and -1 <= said["cosine"] <= 1
 

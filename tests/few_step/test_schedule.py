@@ -5,6 +5,7 @@ import math
 import flow_pipelines
 import pytest
 import torch
+from gaussians import output_for
 
 from edgedit_hf import EdgeDiTError, EdgeDiTPipeline
 from edgedit_hf.diffusion import Diffusion, make_few_step_scheduler, make_scheduler
@@ -131,7 +132,7 @@ def test_noising_anew_has_the_shipped_samplers_distribution(prediction_type, tim
     generator = torch.Generator().manual_seed(1)
 
     def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return diffusion.output_for(clean.expand_as(x), x, t)
+        return output_for(diffusion, clean.expand_as(x), x, t)
 
     def fresh(index: int) -> torch.Tensor:
         return torch.randn(start.shape, generator=generator)

@@ -42,9 +42,7 @@ class Mixture:
 
         def output(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             alpha, sigma = diffusion.alpha_sigma(t, x_t)
-            x0 = self.x0(x_t, alpha.expand_as(x_t), sigma.expand_as(x_t))
-            noise = (x_t - alpha * x0) / sigma
-            return noise if diffusion.prediction_type == "epsilon" else noise - x0
+            return output_for(diffusion, self.x0(x_t, alpha.expand_as(x_t), sigma.expand_as(x_t)), x_t, t)
 
         return output
 
@@ -52,3 +50,10 @@ class Mixture:
         which = torch.multinomial(self.weights, int(torch.Size(shape).numel()), True, generator=generator).view(shape)
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         return self.means[which] + self.stds[which] * noise
+
+
+def output_for(diffusion: Diffusion, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """What a network says that takes this x0 for what is in x_t."""
+    alpha, sigma = diffusion.alpha_sigma(t, x_t)
+    noise = (x_t - alpha * x0) / sigma
+    return noise if diffusion.prediction_type == "epsilon" else noise - x0

@@ -26,6 +26,18 @@ def check_options(options: FewStepConfig, elastic: bool) -> None:
             "few_step.schedule is alternate and few_step.student_every is 1: the critic would never learn; make it 2 "
             "or more, or take the schedule every."
         )
+    if not options.matching_weight:
+        unused = {"student_every": options.student_every != 1, "critic_merge": options.critic_merge != 0}
+        _refuse_unused(options, unused, "few_step.matching_weight is 0, so that there is no critic")
+    if not options.knowledge_weight:
+        names = ("feature_weight", "teacher", "teacher_lora")
+        unused = {name: bool(getattr(options, name)) for name in names}
+        _refuse_unused(options, unused, "few_step.knowledge_weight is 0, so that no teacher is asked")
+    if options.real_guidance is not None and 0 < options.real_guidance < 1:
+        raise EdgeDiTError(
+            f"few_step.real_guidance is {options.real_guidance:g}, which is between none and 1, where guidance begins; "
+            "give 1 (none), or more."
+        )
     if options.teacher_lora is not None and options.teacher is None:
         raise EdgeDiTError(
             f"few_step.teacher_lora is {options.teacher_lora}, but few_step.teacher is null: give the pipeline that it "
@@ -58,6 +70,11 @@ def check_options(options: FewStepConfig, elastic: bool) -> None:
             f"few_step.teacher_lora {options.teacher_lora} is for teachers of text to image; fuse it into this one "
             "first: edgedit convert TEACHER OUT --teacher-lora ADAPTER."
         )
+
+
+def _refuse_unused(options: FewStepConfig, unused: Mapping[str, bool], why: str) -> None:
+    for name in (name for name, given in unused.items() if given):
+        raise EdgeDiTError(f"few_step.{name} is {getattr(options, name)}, but {why}; leave it out.")
 
 
 def check_distilled_from(config: RunConfig, path: Any, transformer: Any) -> str:
@@ -113,11 +130,33 @@ def check_widths(path: Any, options: FewStepConfig, names: Sequence[str]) -> Non
 
 def check_class_guidance(path: Any, options: FewStepConfig, transformer: Mapping[str, Any]) -> None:
     """Raise if a net without classes is to guide."""
-    if not transformer["num_classes"] and (options.real_guidance or 1) > 1:
+    for name in ("real_guidance", "knowledge_guidance"):
+        if not transformer["num_classes"] and (getattr(options, name) or 1) > 1:
+            raise EdgeDiTError(
+                f"few_step.{name} is {getattr(options, name):g}, but {path} has no classes that it could guide to; "
+                "leave it out."
+            )
+
+
+def teacher_guidance(options: FewStepConfig, pipeline: Mapping[str, Any]) -> float:
+    """The guidance of a given teacher: the recipe's, or its own default.
+
+    Args:
+        pipeline: its config.
+
+    Raises:
+        EdgeDiTError: neither says one, as pipelines that are not ours do not.
+    """
+    found = options.knowledge_guidance
+    if found is None and options.teacher_lora is None:  # which makes another net of it
+        found = pipeline.get("default_guidance_scale")
+    if found is None:
         raise EdgeDiTError(
-            f"few_step.real_guidance is {options.real_guidance:g}, but {path} has no classes that it could guide to; "
-            "leave it out."
+            f"few_step.teacher {options.teacher} {'with its LoRA ' * (options.teacher_lora is not None)}does not say "
+            "with which guidance it samples, and few_step.knowledge_guidance is null: set it (1 for one that was "
+            "distilled to need none)."
         )
+    return float(found)
 
 
 def check_class_teacher(path: Any, theirs: Mapping[str, Any], student: Mapping[str, Any]) -> None:

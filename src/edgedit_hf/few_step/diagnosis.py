@@ -35,6 +35,8 @@ class Diagnosis:
       student less often.
     - gap up, cosine as it was, contrast up: the real score pulls further than the data are ("guidance too strong").
 
+    Part of a checkpoint, so that a run which is continued says the same; of several processes the main one's counts.
+
     Args:
         keep: share of the running mean that a measurement leaves.
     """
@@ -43,9 +45,22 @@ class Diagnosis:
         self.keep = keep
         self.first: dict[str, float] = {}
         self.now: dict[str, float] = {}
+        self.seen: dict[str, Any] = {}
 
-    def update(self, **figures: float) -> str:
-        """What is wrong after another measurement of `gap`, `cosine` and `std`, in words; empty: nothing is."""
+    def see(self, **figures: torch.Tensor) -> None:
+        """Another step's `gap` and `cosine`, 0-d; [`update`] takes their means."""
+        values = {name: value.detach().double() for name, value in figures.items()} | {"count": 1.0}
+        self.seen = {name: value + self.seen.get(name, 0.0) for name, value in values.items()}
+
+    def update(self, std: float) -> str:
+        """What is wrong after samples of this contrast and what was seen since the last ones, in words; empty: nothing
+        is, or nothing was seen.
+        """
+        count = self.seen.pop("count", 0.0)
+        figures = {name: float(total) / count for name, total in self.seen.items()} | {"std": std}
+        self.seen = {}
+        if not count:
+            return ""
         if not self.first:
             self.first = dict(figures)
         before = self.now or figures
@@ -58,11 +73,12 @@ class Diagnosis:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"first": dict(self.first), "now": dict(self.now)}
+        seen = {name: float(total) for name, total in self.seen.items()}
+        return {"first": dict(self.first), "now": dict(self.now), "seen": seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what [`state_dict`] gave."""
-        self.first, self.now = dict(state["first"]), dict(state["now"])
+        self.first, self.now, self.seen = (dict(state[name]) for name in ("first", "now", "seen"))
 
 
 @dataclass(frozen=True)

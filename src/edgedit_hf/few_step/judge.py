@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from ..data.latents import LatentDataset
 from ..data.loading import load_run_captions, load_run_images
@@ -20,6 +21,9 @@ from .schedule import walk
 from .source import Conditions, Source
 
 MOMENT_IMAGES, STRIP = 2000, 10
+JUDGE_SEED = 2**31
+"""Added to the run's: the best student is not chosen on the images that it is then evaluated by."""
+
 CRITIC_STEPS = 20
 """Steps that the critic is sampled with: it is a many-step net of what the student makes."""
 
@@ -49,7 +53,7 @@ class Judge:
         conditions: Conditions,
         judged: Conditions | None,
     ) -> None:
-        self.options, self.seed, self.accelerator = config.few_step, config.seed, accelerator
+        self.options, self.seed, self.accelerator = config.few_step, config.seed + JUDGE_SEED, accelerator
         self.source, self.judged, self.conditions = source, judged, conditions
         held_out = None
         if judged is None:
@@ -73,6 +77,11 @@ class Judge:
         images = some.batch(rows)["images"]
         return images.float() if isinstance(some, LatentDataset) else images
 
+    @property
+    def _most_rows(self) -> int:
+        """Of a forward on a process: a micro-batch, as training has."""
+        return max(1, self.options.batch_size // (self.accelerator.num_processes * self.options.gradient_accumulation))
+
     def _condition(self, rows: torch.Tensor) -> Any:
         device = self.accelerator.device
         if self.judged is not None and self.judged.texts is not None:
@@ -89,8 +98,9 @@ class Judge:
         Args:
             steps: timesteps to go through; default the student's.
         """
-        accelerator, size = self.accelerator, self.options.batch_size
+        accelerator = self.accelerator
         world, rank = accelerator.num_processes, accelerator.process_index
+        size = min(self._most_rows, -(-count // world))
         steps, found = steps or self.source.timesteps, []
         for start in range(0, count, size * world):
             mine = torch.arange(start + rank * size, start + (rank + 1) * size) % count  # every rank has as many
@@ -116,27 +126,33 @@ class Judge:
         device = self.accelerator.device
         if vae is not None:
             vae.to(device)
-        size = self.options.batch_size
         decode = self.source.pipeline.decode
-        pieces = [decode(piece.to(device)).cpu() * 2 - 1 for piece in latents.split(size)]
+        pieces = [decode(piece.to(device)).cpu() * 2 - 1 for piece in latents.split(self._most_rows)]
         return torch.cat(pieces)
 
-    def __call__(self, networks: Any, width: str | None) -> Judged:
+    def __call__(self, networks: Any, width: str | None) -> Judged | None:
+        """What the student samples at a width; `None`: NaN or infinite values. The same on every process, as the main
+        one's figures are taken.
+        """
         latents = self.latents(networks, width, self.options.samples)
-        features = self.extractor.features(self.images(latents))
-        recall = precision_recall(self.real, features)[1]
-        return Judged(frechet_distance(features, self.real), recall, Moments.of(latents), latents)
+        if not latents.isfinite().all():
+            return None
+        figures = [0.0, 0.0]
+        if self.accelerator.is_main_process:
+            features = self.extractor.features(self.images(latents))
+            figures = [frechet_distance(features, self.real), precision_recall(self.real, features)[1]]
+        distance, recall = broadcast_object_list(figures)
+        return Judged(distance, recall, Moments.of(latents), latents)
 
     def strips(self, networks: Any, width: str | None, latents: torch.Tensor, critic: bool) -> torch.Tensor:
         """Pictures `(rows · count, C, H, W)` in [-1, 1]: the student's samples, what its first step takes for them, and
-        the critic's own samples of many steps. Ten of each, or a batch.
+        the critic's own samples of many steps. Ten of each.
         """
-        count = min(STRIP, self.options.batch_size)
         first = self.source.timesteps[0]
-        rows = [latents[:count], self.latents(networks, width, count, steps=[first])]
+        rows = [latents[:STRIP], self.latents(networks, width, STRIP, steps=[first])]
         if critic:
             many = [first * (1 - index / CRITIC_STEPS) for index in range(CRITIC_STEPS)]
             whole = self.source.diffusion.prediction_type == "epsilon"
             many = [float(round(t)) for t in many] if whole else many
-            rows.append(self.latents(networks, width, count, CRITIC, many))
+            rows.append(self.latents(networks, width, STRIP, CRITIC, many))
         return self.images(torch.cat(rows))

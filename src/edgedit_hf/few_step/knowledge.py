@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline
 
 from ..data.captions import CaptionedDataset
 from ..data.text_table import TextTable, text_table
@@ -22,7 +23,7 @@ from ..errors import EdgeDiTError
 from ..files import weights_hash
 from ..pipelines.loading import load_pipeline
 from ..run.config import RunConfig
-from .checks import check_class_teacher
+from .checks import check_class_teacher, teacher_guidance
 from .losses import chord, knowledge_loss, on_flow
 from .networks import REAL, predict
 from .source import Conditions, Piece, Source
@@ -167,8 +168,7 @@ def _class_teacher(config: RunConfig, accelerator: Any, source: Source, conditio
     check_latents(str(options.teacher), source.pipeline.vae, student.in_channels)
     model = pipeline.transformer.to(accelerator.device).eval().requires_grad_(False)
     few = bool(pipeline.config.get("few_step_timesteps"))
-    given = options.knowledge_guidance
-    guidance = given if given is not None else float(pipeline.config.default_guidance_scale)
+    guidance = teacher_guidance(options, pipeline.config)
 
     def call(x: torch.Tensor, t: torch.Tensor, piece: Piece, features: bool):
         return predict(model, x, t, piece.condition, piece.null, guidance, pipeline.config.guidance_channels, features)
@@ -191,12 +191,9 @@ def _text_teacher(config: RunConfig, accelerator: Any, source: Source, condition
     teacher_family(str(options.teacher))
     check_latents(str(options.teacher), source.pipeline.vae, model.config.in_channels)
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-    teacher = FlowTeacher.load(
-        str(options.teacher), options.quantization, accelerator.device, dtype, source.knowledge_guidance
-    )
+    guidance = teacher_guidance(options, DiffusionPipeline.load_config(str(options.teacher)))
+    teacher = FlowTeacher.load(str(options.teacher), options.quantization, accelerator.device, dtype, guidance)
     own = teacher.pipeline.config
-    if options.knowledge_guidance is None and "default_guidance_scale" in own:  # one of ours
-        teacher.guidance_scale = float(own["default_guidance_scale"])
     if options.teacher_lora is not None:
         _put_on(teacher.pipeline, options.teacher_lora)
     folder = config.folder("knowledge", f"text-{teacher.text_fingerprint}")

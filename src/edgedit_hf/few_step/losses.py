@@ -13,11 +13,6 @@ from __future__ import annotations
 
 import torch
 
-NORM_FLOOR = 0.01
-"""Least normaliser of a distribution matching gradient, in units of x0: where student and real score agree to less,
-dividing by their distance would blow up rounding errors.
-"""
-
 
 def _per_sample(values: torch.Tensor) -> torch.Tensor:
     return values.flatten(1).mean(1)
@@ -29,11 +24,10 @@ def _normaliser(x0: torch.Tensor, real: torch.Tensor, floor: float) -> torch.Ten
 
 
 @torch.no_grad()
-def matching_gradient(
-    x0: torch.Tensor, real: torch.Tensor, fake: torch.Tensor, floor: float = NORM_FLOOR
-) -> torch.Tensor:
+def matching_gradient(x0: torch.Tensor, real: torch.Tensor, fake: torch.Tensor, floor: float) -> torch.Tensor:
     """Gradient of the distribution matching loss by the student's sample (DMD, eq. 7-8): (x̂_fake − x̂_real) / n, where n
-    is the sample's mean |x0 − x̂_real|, at least `floor`.
+    is the sample's mean |x0 − x̂_real|, at least `floor`: where both agree to less, dividing would blow up rounding
+    errors.
 
     Args:
         x0: the student's sample. real, fake: what the real score and the critic take for x0 in the same noisy x0.
@@ -47,7 +41,7 @@ def guidance_gradient(
     conditional: torch.Tensor,
     unconditional: torch.Tensor,
     guidance_scale: float,
-    floor: float = NORM_FLOOR,
+    floor: float,
 ) -> torch.Tensor:
     """The guidance term of decoupled distribution matching: −(w − 1) (x̂_cond − x̂_uncond) / n of the real score at a
     noise level of its own, which is cleaner than the student's input; n as in [`matching_gradient`] of the conditional.
@@ -82,16 +76,18 @@ def knowledge_loss(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor
     return _per_sample((velocity.float() - target.detach().float()).square())
 
 
-def knowledge_weight(level: torch.Tensor, least: torch.Tensor | float, last: float) -> torch.Tensor:
-    """Weight of the knowledge by noise level: 1 at pure noise, `last` at the last step's level, linear between: the
-    teacher holds what the first steps decide, distribution matching has the last ones.
+def knowledge_weight(
+    level: torch.Tensor, first: torch.Tensor | float, least: torch.Tensor | float, last: float
+) -> torch.Tensor:
+    """Weight of the knowledge by noise level: 1 at the first step's level, `last` at the last step's, linear between:
+    the teacher holds what the first steps decide, distribution matching has the last ones.
 
     Args:
-        level: of the student's input. least: of the last step's input (1 if there is one step).
+        level: of the student's input. first, least: of the first and the last step's input (one step: the same).
     """
-    if float(least) >= 1:
+    if float(least) >= float(first):
         return torch.ones_like(level)
-    return last + (1 - last) * ((level - least) / (1 - least)).clamp(0, 1)
+    return last + (1 - last) * ((level - least) / (first - least)).clamp(0, 1)
 
 
 def moments_loss(

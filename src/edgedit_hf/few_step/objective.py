@@ -13,7 +13,7 @@ from .diagnosis import agreement_of_scores
 from .knowledge import Knowledge
 from .losses import guidance_gradient, knowledge_weight, matching_gradient, moments_loss, pull
 from .networks import CRITIC, REAL, STUDENT
-from .schedule import at, walk
+from .schedule import at, shifted, walk
 from .source import Piece, Source
 
 MATCHING_STREAM, GUIDANCE_STREAM, CRITIC_STREAM, NOISE_STREAM = 32, 33, 34, 40
@@ -54,8 +54,7 @@ class Objective:
         if self.diffusion.prediction_type == "epsilon":
             return ((least + u * (top - least)) * TRAIN_TIMESTEPS).long()
         shift = self.options.shift
-        s = top / (shift - (shift - 1) * top)  # the inverse of the shift
-        level = shift * u * s / (1 + (shift - 1) * u * s)
+        level = shifted(u * shifted(top, 1 / shift), shift)
         return TRAIN_TIMESTEPS * level.clamp(least, 1 - LEAST_NOISE)
 
     # ---------------------------------------------------------------- the student
@@ -121,8 +120,9 @@ class Objective:
             to = timesteps[k + 1] if k + 1 < len(timesteps) else None
             velocity = self.diffusion.predict_velocity(output, x_t, t)
             distance, said = self.knowledge.loss(velocity, tokens, piece, x_t, timesteps[k], to)
-            least = self.diffusion.noise_level(at(timesteps, len(timesteps) - 1, x_t.device))
-            weight = knowledge_weight(self.diffusion.noise_level(t), least, options.knowledge_last)
+            level = self.diffusion.noise_level
+            first, least = (level(at(timesteps, place, x_t.device)) for place in (0, len(timesteps) - 1))
+            weight = knowledge_weight(level(t), first, least, options.knowledge_last)
             loss = loss + options.knowledge_weight * (weight * distance).mean()
             figures |= said
         if options.matching_weight:

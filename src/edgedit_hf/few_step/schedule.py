@@ -9,6 +9,7 @@ of signal to noise, and the others divide what is left evenly, as DDIM does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -18,8 +19,10 @@ from ..errors import EdgeDiTError
 MOST_STEPS = 8
 
 
-def shifted(s: float, shift: float) -> float:
-    """A noise level moved towards noise, 0 and 1 where they are: shift · s / (1 + (shift − 1) s)."""
+def shifted(s: Any, shift: float) -> Any:
+    """A noise level (or tensor of them) moved towards noise, 0 and 1 where they are: shift · s / (1 + (shift − 1) s).
+    With 1 / shift it is the inverse.
+    """
     return shift * s / (1 + (shift - 1) * s)
 
 

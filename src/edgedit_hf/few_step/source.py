@@ -92,6 +92,11 @@ def load_source(config: RunConfig) -> Source:
         check_class_guidance(path, options, model.config)
     default = float(pipeline.config.default_guidance_scale)
     prediction = "flow_prediction" if elastic else model.config.prediction_type
+    if elastic and options.decoupled and options.real_guidance is None and default <= 1:
+        raise EdgeDiTError(
+            f"few_step.decoupled is true, but {path} samples with guidance {default:g}, so the real score has none "
+            "that could be taken apart; give few_step.real_guidance above 1, or leave decoupled out."
+        )
     return Source(
         pipeline,
         few_step_timesteps(prediction, options.sampling_steps, options.shift, options.first_signal, options.timesteps),
