@@ -169,7 +169,9 @@ def test_more_steps_than_levels_are_refused(plain):
 
 
 def test_a_scheduler_that_has_no_so_short_schedule_is_named(plain):
-    pipe = few_step(plain["edgedit"][0], [601, 300])
+    pipe = few_step(plain["edgedit"][0], [601, 10])
+    with pytest.raises(ValueError, match="num_inference_steps is 22, but .* timesteps 601, 10, .* take fewer"):
+        pipe(1, num_inference_steps=22)
     pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="PNDMScheduler makes no schedule of 2 steps .* take another number"):
         pipe(1)
@@ -312,9 +314,11 @@ def test_loads_from_the_hub_and_with_bundled_code(family, tmp_path, make_hub_cac
         assert other.config.few_step_timesteps == timesteps
 
 
-def test_from_pipe_is_the_same_pipeline(family):
-    """Of the very modules, with what is saved beside them; another scheduler may be given."""
-    pipeline, what, timesteps = family
+def test_from_pipe_is_the_same_pipeline(family, tmp_path):
+    """Of the very modules, with what is saved beside them, also from and to bundled code; another scheduler may be
+    given.
+    """
+    (pipeline, what, timesteps), latent = family, {"output_type": "latent"}
     pipe = few_step(pipeline, timesteps)
     again = type(pipe).from_pipe(pipe)
     again.set_progress_bar_config(disable=True)
@@ -324,6 +328,13 @@ def test_from_pipe_is_the_same_pipeline(family):
     assert torch.equal(*images)
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     assert type(pipe).from_pipe(pipe, scheduler=scheduler).scheduler is scheduler
+    pipe.save_pretrained(tmp_path, bundle_code=True)
+    bundled = diffusers.DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    for to, of in ((type(pipe), bundled), (type(bundled), pipe), (type("Own", (type(pipe),), {}), pipe)):
+        taken = to.from_pipe(of, trust_remote_code=True)
+        taken.set_progress_bar_config(disable=True)
+        assert taken.components == of.components
+        assert torch.equal(taken(what, latents=x, output_type="latent").images, pipe(what, latents=x, **latent).images)
     pipe.transformer.to(torch.bfloat16)
     assert type(pipe).from_pipe(pipe).transformer.dtype == torch.bfloat16
     pipe.transformer.float()

@@ -364,7 +364,10 @@ class CallMixin:
                 f"{name} makes no timesteps with its config ({error}); load the scheduler of this model again."
             ) from error
         except (ValueError, IndexError) as error:  # as PNDM's first three steps need more than it has
-            raise ValueError(f"{name} makes no schedule of {steps} steps ({error}); take another number.") from error
+            raise ValueError(
+                f"{name} makes no schedule of {steps} steps with its config; take another number of steps, or the "
+                "scheduler that was saved with the pipeline."
+            ) from error
         timesteps = self.scheduler.timesteps
         if not torch.isfinite(timesteps.float()).all():
             raise ValueError(
@@ -447,12 +450,13 @@ class CallMixin:
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """As in diffusers, which would take over no component whose class is not named in the signature: of a pipeline
-        of this class every one, in the precision that it has.
+        of the same family (of this package, or with bundled code) every one, in the precision that it has.
         """
-        alike = isinstance(pipeline, cls)
+        alike = getattr(pipeline, "_bundled_model", None) == cls._bundled_model
         if {"dtype", "torch_dtype", "custom_pipeline"} & kwargs.keys() or not alike:
             given = pipeline.components if alike else {}
             return super().from_pipe(pipeline, **{**given, **kwargs})  # type: ignore[misc]
+        kwargs.pop("trust_remote_code", None)  # it is for custom_pipeline
         _, names = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
         facts = {name: pipeline.config[name] for name in names if name in pipeline.config}
         found: Any = cls(**{**facts, **pipeline.components, **kwargs})

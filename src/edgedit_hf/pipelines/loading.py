@@ -29,9 +29,10 @@ from .pipeline_edgedit import EdgeDiTPipeline
 from .usable import check_scheduler, check_usable
 
 KINDS = ("EdgeDiTPipeline", "ElasticDiTPipeline")
+"""Our pipelines, by class name."""
+
 PIPELINE_FACTS = ("id2label", "default_steps", "default_guidance_scale", "guidance_channels", "few_step_timesteps")
 """What an EdgeDiTPipeline knows beside its components."""
-"""Our pipelines, by class name."""
 
 VAES = ("AutoencoderKL", "AutoencoderTiny")
 
