@@ -2,7 +2,10 @@
 wide margin.
 """
 
+import pytest
 
+
+@pytest.mark.slow
 def test_one_forward_for_all_proxies_is_cheaper_than_one_a_proxy(benchmark):
     arguments = ("--repeats", 2, "--hidden-size", 32, "--heads", 2, "--sample-size", 4, "--batch-size", 1)
     table, result = benchmark("distill_cost.py", *arguments)

@@ -3,6 +3,7 @@
 import pytest
 
 
+@pytest.mark.slow
 def test_fp32(benchmark):
     arguments = ("--preset", "DiT-S/8", "--batches", 1, "--repeats", 2, "--dtypes", "fp32")
     _, result = benchmark("forward.py", *arguments, children=True)  # they measure their own memory

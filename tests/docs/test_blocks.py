@@ -175,6 +175,8 @@ def test_export_and_load_back(recipes, clone):
     assert "OnnxEdgeDiTTransformer2DModel (8, 8)" in recipes.shell([sys.executable, "-c", code], clone)
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_export_to_executorch_and_load_back(recipes, clone):
     recipes.shell(shlex.split(find(recipes, "--format executorch")), clone)
     assert "ExecutorchEdgeDiTTransformer2DModel (8, 8)" in sampled_from(recipes, clone, "exported-pte")
