@@ -36,6 +36,7 @@ from edgedit_hf.pipelines.loading import load_pipeline, source_path
 from edgedit_hf.pipelines.sampling import generate_from_captions
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import Captions, Seconds, WidthSolvers
+from edgedit_hf.report.few_step import FEWER, GIVEN, MANY
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.results import pipeline_weights_hash
@@ -125,11 +126,11 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
 
     def few_steps(width: str, solved, solver: str | None = None) -> Width:
         subnet = width if source.transformer.subnet_names else None
-        return Width(f"{width}-few-steps", "subnet-few-steps", subnet, Sampled(solved, steps, guidance), solver)
+        return Width(width + FEWER, "subnet-few-steps", subnet, Sampled(solved, steps, guidance), solver)
 
     def many_steps(width: str) -> Width:
         sampled = Sampled(source, config.sampling.steps, guidance)
-        return few_steps(width, source)._replace(name=f"{width}-many-steps", stage="few-step-source", sampled=sampled)
+        return few_steps(width, source)._replace(name=width + MANY, stage=GIVEN, sampled=sampled)
 
     def distance_at(width: str, solved) -> float:
         return frechet_distance(extractor.features(few_steps(width, solved).images(sets["captions"], config)), real)

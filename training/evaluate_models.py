@@ -40,6 +40,7 @@ from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.pipelines.sampling import generate, sampling_of
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import Latencies, Solvers
+from edgedit_hf.report.few_step import FEWER, GIVEN, TUNED
 from edgedit_hf.report.plots import save_montage
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
@@ -49,8 +50,6 @@ from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
 from edgedit_hf.search_space import BYTES, Cost, model_cost
 
-TUNED, GIVEN = "student-tuned", "few-step-source"  # what a few-step student is distilled from
-FEWER = "-few-steps"  # the same net with fewer steps
 CHUNK = 2000  # images that are held as floats at a time: 1.6 GB of 256 × 256 pixels
 
 
@@ -147,7 +146,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         inputs={
             "data": images.fingerprint,
             "extractor": extractor.hash,
-            "few-step-source": None if given is None else made_from,
+            GIVEN: None if given is None else made_from,
             **{name: None for name, at in EVALUATE.inputs if at and name not in names},
         },
         log_every=1,

@@ -101,7 +101,8 @@ def assert_equal(one: Path, other: Path, source: Path | None = None, share: floa
 
     Args:
         source: where training began. share: of the way from there that the two may be apart, where sums were taken in
-            another order.
+            another order. measured: whether both measured the same rows; of several processes the main one tells
+            its own.
     """
     a, b = tensors(one), tensors(other)
     assert a.keys() == b.keys()

@@ -17,6 +17,9 @@ from .page import Figure, optional_record
 TUNED, GIVEN = "student-tuned", "few-step-source"
 """What a few-step student is distilled from: the run's own student, or another pipeline (few_step.path)."""
 
+FEWER = "-few-steps"
+"""Ends the name of the same net, sampled with as few steps."""
+
 
 def distilled_from(models: Iterable[Mapping[str, Any]]) -> str:
     """The stage of the model that the few-step student was distilled from; that with "-few-steps" is the same net with
@@ -29,7 +32,7 @@ def on_the_way(models: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """The stages of models on the way from many steps to few, to the exports."""
     source = distilled_from(models)
     before = ("teacher",) if source == TUNED else ()
-    return (*before, source, f"{source}-few-steps", "few-step", "exported")
+    return (*before, source, source + FEWER, "few-step", "exported")
 
 
 def few_step_facts(run_dir: Path, judged: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -125,9 +128,9 @@ def few_step_ratios(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     forwards, seconds and distances, and the share of the distance that few steps cost which it wins back.
     """
     by_stage, source = {model["stage"]: model for model in models}, distilled_from(models)
-    if not {"few-step", source, f"{source}-few-steps"} <= by_stage.keys():
+    if not {"few-step", source, source + FEWER} <= by_stage.keys():
         return {}
-    ours, many, few = by_stage["few-step"], by_stage[source], by_stage[f"{source}-few-steps"]
+    ours, many, few = by_stage["few-step"], by_stage[source], by_stage[source + FEWER]
     key = next(key for key in ours["metrics"] if key.startswith("fid["))
     distance = {name: model["metrics"][key] for name, model in (("ours", ours), ("many", many), ("few", few))}
     cost = distance["few"] - distance["many"]
@@ -226,8 +229,7 @@ def few_step_widths(run_dir: Path, many: Sequence[Mapping[str, Any]]) -> list[di
         if not (folder / f"{width}.json").is_file():  # one width alone was distilled
             continue
         few, ours = (
-            read_record(folder / f"{name}.json", Model, EVALUATE_FEW_STEP.made_by)
-            for name in (f"{width}-few-steps", width)
+            read_record(folder / f"{name}.json", Model, EVALUATE_FEW_STEP.made_by) for name in (width + FEWER, width)
         )
         row = {"name": width, "many": model, "few": few, "few_step": ours}
         if model.get("class_agreement") is not None and ours.get("class_agreement") is not None:
