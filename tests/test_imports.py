@@ -19,6 +19,7 @@ ORDER = [
     "files",
     "schema",
     "records",
+    "hub",
     "genotype",
     "search_space",
     "diffusion",
@@ -45,8 +46,8 @@ ORDER = [
 PLACE = {name: place for place, names in enumerate(ORDER) for name in ((names,) if isinstance(names, str) else names)}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "botorch", "gpytorch", "onnx", "onnxruntime"}
 LIGHT_MODULES = (
-    "errors entry markup files schema records genotype search_space run/config run/sections run/comparison run/lock "
-    "run/outputs run/results run/state export/formats models/presets quiet "
+    "errors entry markup files schema records hub genotype search_space run/config run/sections run/comparison "
+    "run/lock run/outputs run/results run/state export/formats models/presets quiet "
     "registration commands optimum_register"
 ).split()
 SELF_CONTAINED = {"torch", "diffusers", "safetensors", "numpy", "PIL"} | sys.stdlib_module_names

@@ -1,0 +1,279 @@
+"""Things on the Hub by their names: fetched into the client's cache, or one clear error. No torch.
+
+A name is `organisation/name`, or `hf://organisation/name[@revision][/folder]`, huggingface_hub's own form. Wherever a
+path may stand, a name may: what is there on this machine is a path; so is every `Path`, and text that begins with `.`,
+`/` or `~`, holds another number of slashes, or ends like a file of weights or of JSON.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import EdgeDiTError
+
+SCHEME = "hf://"
+FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json")
+"""How files end that a name may lead to; `organisation/name` never ends so."""
+
+HERE = "org/name or hf://org/name[@revision][/folder]"
+
+
+class HubName(NamedTuple):
+    """A place on the Hub.
+
+    Args:
+        repo_id: `organisation/name`.
+        revision: branch, tag or commit; `None`: the default branch.
+        path: folder or file in the repository; empty: the whole of it.
+    """
+
+    repo_id: str
+    revision: str | None = None
+    path: str = ""
+
+    def __str__(self) -> str:
+        revision = "" if self.revision is None else f"@{self.revision.replace('/', '%2F')}"
+        return f"{SCHEME}{self.repo_id}{revision}{'/' if self.path else ''}{self.path}"
+
+
+# -------------------------------------------------------------------- names
+
+
+def is_name(path_or_name: str | os.PathLike) -> bool:
+    """Whether it can only be a name: nothing of this machine is called so. Asks nobody."""
+    if not isinstance(path_or_name, str):
+        return False
+    if path_or_name.startswith(SCHEME):
+        return True
+    local = path_or_name.startswith((".", "/", "~")) or path_or_name.count("/") != 1
+    return not local and not path_or_name.endswith(("/", *FILES)) and not os.path.exists(path_or_name)
+
+
+def parse_name(name: str) -> HubName:
+    """The parts of a name.
+
+    Raises:
+        EdgeDiTError: it is none of a model's repository.
+    """
+    from huggingface_hub.errors import HfUriError, HFValidationError
+    from huggingface_hub.utils import parse_hf_uri, validate_repo_id
+
+    if not name.startswith(SCHEME):
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise explain(error, name) from None
+        return HubName(name)
+    try:
+        uri = parse_hf_uri(name)
+    except HfUriError as error:
+        raise explain(error, name) from None
+    path = posixpath.normpath(uri.path_in_repo) if uri.path_in_repo else ""
+    if uri.type != "model" or path.startswith(".."):
+        what = "a folder outside its repository" if path.startswith("..") else f"a {uri.type}"
+        raise EdgeDiTError(f"{name} is {what}; give a model's repository: {HERE}.")
+    return HubName(uri.id, uri.revision, "" if path == "." else path.rstrip("/"))
+
+
+# -------------------------------------------------------------------- fetching
+
+
+def resolve(path_or_name: str | os.PathLike, patterns: Sequence[str] | None = None, **hub: Any) -> Path:
+    """The path of a thing that is given by its path or name: a path as it is, whether or not something is there; of a
+    name what [`fetch`] gives.
+
+    Args:
+        patterns, hub: of [`fetch`].
+    """
+    if not is_name(path_or_name):
+        return Path(path_or_name)
+    return fetch(str(path_or_name), patterns, **hub)
+
+
+def fetch(
+    name: str,
+    patterns: Sequence[str] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """A folder or file of the Hub in the client's cache, as it is there now; where the Hub is out of reach, as it was
+    when it was last fetched.
+
+    Args:
+        patterns: which of the files in the named folder, as in `fnmatch`, where `*` goes into folders too
+            (`../tokenizer/*` are files beside the folder); `None`: all.
+        revision: branch, tag or commit, unless the name says it.
+        token, cache_dir, local_files_only: as in huggingface_hub.
+
+    Returns:
+        the named folder or file.
+
+    Raises:
+        EdgeDiTError: the name is none, or what it names cannot be had; the reason and the remedy in words.
+    """
+    from huggingface_hub import snapshot_download
+
+    place = parse_name(name)
+    if None not in (revision, place.revision) and revision != place.revision:
+        raise EdgeDiTError(f"{name} and the revision {revision!r} name two revisions; leave one out.")
+    if place.path.endswith(FILES):
+        wanted: list[str] | None = [place.path]
+    elif patterns is None:
+        wanted = [f"{place.path}/*"] if place.path else None
+    else:
+        wanted = [posixpath.normpath(posixpath.join(place.path, pattern)) for pattern in patterns]
+    try:
+        root = Path(
+            snapshot_download(
+                place.repo_id,
+                revision=place.revision or revision,
+                allow_patterns=wanted,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                tqdm_class=_bar(),
+            )
+        )
+    except Exception as error:  # of the client, of its HTTP library, of the disk: without a common base
+        raise explain(error, name) from error
+    found = root / place.path
+    if place.path and not found.exists():
+        raise EdgeDiTError(
+            f"{name}: the repository {place.repo_id} has no {place.path} at commit {root.name[:12]}, or none of the "
+            f"files that are needed; look at {_page(place.repo_id)}."
+        )
+    return found
+
+
+def _bar() -> type:
+    """The client's progress bar, for a terminal alone."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": options.get("disable") or not sys.stderr.isatty()})
+
+    return Bar
+
+
+# -------------------------------------------------------------------- errors in words
+
+
+def explain(error: BaseException, what: str) -> EdgeDiTError:
+    """What an error of the Hub's client means, in one line with the remedy. An [`EdgeDiTError`] is given back as it is.
+
+    Args:
+        what: was to be fetched or sent, such as its name: the line begins with it.
+    """
+    if isinstance(error, EdgeDiTError):
+        return error
+    return EdgeDiTError(f"{what}: {' '.join(_words(error).split())}")
+
+
+def _words(error: BaseException) -> str:
+    causes = list(_causes(error))
+    names = {base.__name__ for cause in causes for base in type(cause).__mro__}
+    said = " ".join(str(error).split())[:300]
+    if {"HFValidationError", "HfUriError"} & names:
+        return f"this is no name on the Hub ({said}); give {HERE}, or the path of what is on this machine."
+    if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+        return "no space left on the disk; free some and run the same command again, what is complete is kept."
+    for cause in causes:
+        if (response := getattr(cause, "response", None)) is not None and hasattr(response, "status_code"):
+            return _status(cause, response, names)
+    if "LocalTokenNotFoundError" in names:
+        return "there is no token on this machine; log in (hf auth login), or set HF_TOKEN."
+    if "IncompleteSnapshotError" in names and "OfflineModeIsEnabled" not in names:
+        return f"the cache holds only part of it, and {_unreachable(names)}."
+    if "OfflineModeIsEnabled" in names or ("LocalEntryNotFoundError" in names and len(causes) == 1):
+        part = "only part of it is" if "IncompleteSnapshotError" in names else "it is not"
+        return (
+            f"{part} in the cache, and HF_HUB_OFFLINE or local_files_only keeps the client from asking the Hub; fetch "
+            "it where it is online, or give the path of what is on this machine."
+        )
+    if _unreachable(names):
+        return f"{_unreachable(names)}."
+    if "Consistency check failed" in said:
+        return f"the download was cut short ({said.split('Consistency check failed: ')[-1][:120]}); run it again."
+    if isinstance(error, OSError) and error.errno is not None:
+        return (
+            f"{error.filename or 'the cache'}: {os.strerror(error.errno)}; look at your rights there, or set HF_HOME."
+        )
+    return f"it cannot be had ({type(error).__name__}: {said})."
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came from."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _unreachable(names: set[str]) -> str:
+    """Why the Hub cannot be reached, if the classes of an error and its causes say so. By name: the client's HTTP
+    library has changed.
+    """
+    from huggingface_hub import constants
+
+    if "ProxyError" in names:
+        return f"the proxy on the way to {constants.ENDPOINT} refuses; look at HTTPS_PROXY"
+    if {"TimeoutException", "TimeoutError", "Timeout"} & names:
+        return f"{constants.ENDPOINT} did not answer in time; run it again, it continues with what is missing"
+    if {"ReadError", "WriteError", "RemoteProtocolError", "ConnectionResetError", "BrokenPipeError"} & names:
+        return f"{constants.ENDPOINT} cut the connection; run it again, it continues with what is missing"
+    if {"ConnectError", "NetworkError", "ConnectionError"} & names:
+        return f"{constants.ENDPOINT} cannot be reached; look at your connection (and HF_ENDPOINT) and run it again"
+    return ""
+
+
+def _status(error: BaseException, response: Any, names: set[str]) -> str:
+    """What the Hub's answer means."""
+    from huggingface_hub import constants
+
+    status, server = response.status_code, " ".join(str(getattr(error, "server_message", None) or "").split())[:300]
+    said = f"{status}: {server}" if server else str(status)
+    if "GatedRepoError" in names:
+        return f"the repository is gated ({said}); accept its terms on its page on {constants.ENDPOINT}, and log in."
+    if "DisabledRepoError" in names:
+        return f"the repository was disabled by the Hub ({said}); ask its owner."
+    if "RevisionNotFoundError" in names:
+        return f"the repository has no such revision ({said}); look at its branches and tags."
+    if "EntryNotFoundError" in names:
+        return f"the repository has no such file ({said}); look at its files."
+    if "RepositoryNotFoundError" in names or status == 404:
+        return (
+            f"neither is it a folder here, nor does {constants.ENDPOINT} know such a repository, or it is private "
+            f"({said}); look at the name, and log in (hf auth login, or HF_TOKEN) if it is yours."
+        )
+    if status == 401:
+        return f"the Hub does not take the token ({said}); log in (hf auth login), or set HF_TOKEN to a valid one."
+    if status == 403:
+        return f"the token may not do this ({said}); take one with rights to this repository (hf auth login)."
+    if status == 409:
+        return f"somebody else changed it at the same time, or it is there already ({said}); look at it, and run again."
+    if status == 429:
+        wait = response.headers.get("retry-after")
+        return (
+            f"too many requests ({said}); wait {f'{wait} seconds' if wait else 'some minutes'} and run it again, it "
+            "continues with what is missing."
+        )
+    if status >= 500:
+        return f"the Hub has a fault ({said}); run it again later, it continues with what is missing."
+    return f"the Hub refuses ({said})."
+
+
+def _page(repo_id: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo_id}"
