@@ -25,6 +25,7 @@ ORDER = [
     "diffusion",
     "export.formats",  # a table without torch, which recipes and commands read too
     "run",
+    "folders",
     "models",
     "pipelines",
     "data",
@@ -47,7 +48,7 @@ PLACE = {name: place for place, names in enumerate(ORDER) for name in ((names,) 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "botorch", "gpytorch", "onnx", "onnxruntime"}
 LIGHT_MODULES = (
     "errors entry markup files schema records hub genotype search_space run/config run/sections run/comparison "
-    "run/lock run/outputs run/results run/state export/formats models/presets quiet "
+    "run/lock run/outputs run/results run/state folders export/formats models/presets quiet "
     "registration commands optimum_register"
 ).split()
 SELF_CONTAINED = {"torch", "diffusers", "safetensors", "numpy", "PIL"} | sys.stdlib_module_names

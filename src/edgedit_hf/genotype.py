@@ -128,6 +128,16 @@ class Genotype:
         return [layer.source for layer in self.layers if len(layer.source) > 1]
 
     @property
+    def compressed(self) -> bool:
+        """Whether any layer is smaller than one of DiT's (attention as wide as the net, MLP ratio 4), or stands for
+        several.
+        """
+        return any(
+            len(layer.source) > 1 or layer.attention_dim < self.hidden_size or layer.mlp_ratio < 4
+            for layer in self.layers
+        )
+
+    @property
     def hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]

@@ -31,6 +31,9 @@ class Space:
     allowed: list[list[int]] | None = key(None, minimum=0, maximum=19, items=LAYERS)
 
 
+BANK_FORMAT = "edgedit-proxy-bank-1"
+
+
 @dataclass(kw_only=True)
 class BankIndex:
     """bank/index.json, as students are assembled from it."""
@@ -427,6 +430,16 @@ class ContractFiles:
     """contract.json, as loading an export compares its files with it."""
 
     files: dict[str, Hashed] = key(items=10**6)
+
+
+@dataclass(kw_only=True)
+class Contract(ContractFiles):
+    """contract.json, as far as it says what the export is."""
+
+    family: str = key(choices=("edgedit", "elastic"))
+    format: str = key(choices=("onnx", "executorch", "coreml"))
+    precision: str = key(length=(1, 40))
+    subnet: str | None = key(None, length=(1, 100))
 
 
 @dataclass(kw_only=True)

@@ -29,12 +29,10 @@ from ..files import (
 from ..genotype import Genotype, LayerSpec
 from ..models.stored_weights import check_weights
 from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
-from ..records import BankIndex
+from ..records import BANK_FORMAT, BankIndex
 from ..run.stage import BANK
 from ..schema import held_to, shorten
 from ..search_space import SearchSpace
-
-FORMAT = "edgedit-proxy-bank-1"
 
 
 class ProxyBank:
@@ -55,12 +53,12 @@ class ProxyBank:
         index = read_json(path, made_by)
         if (
             not isinstance(index, dict)
-            or index.get("format") != FORMAT
+            or index.get("format") != BANK_FORMAT
             or not {"teacher_hash", "space", "entries"} <= set(index)
         ):
             found = index.get("format") if isinstance(index, dict) else type(index).__name__
             raise EdgeDiTError(
-                f"{path} has the format {shorten(found)}; expected a whole {FORMAT!r}: it is no proxy bank."
+                f"{path} has the format {shorten(found)}; expected a whole {BANK_FORMAT!r}: it is no proxy bank."
             )
         held_to(index, BankIndex, path, made_by, "a proxy bank")
         found = weights_hash(teacher.state_dict())
@@ -78,7 +76,7 @@ class ProxyBank:
         """An empty bank. [`~ProxyBank.write_proxy`] and [`~ProxyBank.write_index`] fill it."""
         check_weights(teacher, "The teacher of the bank")
         index = {
-            "format": FORMAT,
+            "format": BANK_FORMAT,
             "teacher_hash": weights_hash(teacher.state_dict()),
             "space": space.to_dict(),
             "entries": {},
