@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from hub_server import Hub
 from recipe_runs import DEBUG_COMMANDS, Recipes
 from small_disks import small_disk as small_disk
 from stderr import beside_progress
@@ -265,3 +266,23 @@ def make_hub_server(tmp_path):
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub on the loopback interface that can be pushed to (`hub_server.Hub`), empty."""
+    with Hub(tmp_path / "hub-state") as server:
+        yield server
+
+
+@pytest.fixture
+def run_with_hub(hub, run_python, tmp_path):
+    """`run_with_hub(code, *args, home="home", token=…, offline=False)`: `run_python` with a client of `hub`, whose
+    cache is `tmp_path / home`.
+    """
+
+    def run(code: str, *args, home="home", env: dict | None = None, expect: int = 0, quiet: bool = False, **who) -> str:
+        env = {**hub.env(tmp_path / home, **who), **(env or {})}
+        return run_python(code, *args, env=env, expect=expect, quiet=quiet)
+
+    return run

@@ -12,6 +12,7 @@ ACROSS = {
     "test_mirror.py": "the order of the tests",
     "test_docstrings.py": "the docstrings of all modules",
     "test_packaging.py": "what is installed",
+    "test_hub_server.py": "the Hub that other tests push to and pull from",
     "test_quiet.py": "what commands, recipes and loading print",
     "docs/test_blocks.py": "every command and block of the pages",
     "docs/test_pages.py": "the pages",
