@@ -111,12 +111,10 @@ def _model_index(index) -> list[str]:
             continue
         for r, result in enumerate(model.get("results") or []):
             where = f"{place}.results[{r}]"
-            if not need(result, where, "task", "metrics"):
+            if not need(result, where, "task", "dataset", "metrics"):
                 continue
-            if "task" in result:
-                need(result["task"], f"{where}.task", "type")
-            if "dataset" in result:
-                need(result["dataset"], f"{where}.dataset", "type", "name")
+            need(result.get("task") or {}, f"{where}.task", "type")
+            need(result.get("dataset") or {}, f"{where}.dataset", "type", "name")
             for i, metric in enumerate(result.get("metrics") or []):
                 need(metric, f"{where}.metrics[{i}]", "type", "value")
     return errors
