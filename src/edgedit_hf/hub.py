@@ -8,10 +8,13 @@ path may stand, a name may: what is there on this machine is a path; so is every
 from __future__ import annotations
 
 import errno
+import glob
+import json
 import os
 import posixpath
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,38 +123,147 @@ def fetch(
     Raises:
         EdgeDiTError: the name is none, or what it names cannot be had; the reason and the remedy in words.
     """
-    from huggingface_hub import snapshot_download
+    place = _place(name, revision)
+    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    return _fetch(name, place, patterns, **options)
 
+
+def _place(name: str, revision: str | None) -> HubName:
     place = parse_name(name)
     if None not in (revision, place.revision) and revision != place.revision:
         raise EdgeDiTError(f"{name} and the revision {revision!r} name two revisions; leave one out.")
+    return place if revision is None else place._replace(revision=revision)
+
+
+def _fetch(name: str, place: HubName, patterns: Sequence[str] | None, **options: Any) -> Path:
+    """[`fetch`] of a place that messages call `name`."""
+    from huggingface_hub import snapshot_download
+
     if place.path.endswith(FILES):
-        wanted: list[str] | None = [place.path]
+        wanted: list[str] | None = [glob.escape(place.path)]
     elif patterns is None:
-        wanted = [f"{place.path}/*"] if place.path else None
+        wanted = [f"{glob.escape(place.path)}/*"] if place.path else None
     else:
-        wanted = [posixpath.normpath(posixpath.join(place.path, pattern)) for pattern in patterns]
+        wanted = [posixpath.normpath(posixpath.join(glob.escape(place.path), pattern)) for pattern in patterns]
     try:
-        root = Path(
-            snapshot_download(
-                place.repo_id,
-                revision=place.revision or revision,
-                allow_patterns=wanted,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                tqdm_class=_bar(),
-            )
+        root = snapshot_download(
+            place.repo_id, revision=place.revision, allow_patterns=wanted, tqdm_class=_bar(), **options
         )
     except Exception as error:  # of the client, of its HTTP library, of the disk: without a common base
         raise explain(error, name) from error
-    found = root / place.path
+    found = Path(root, place.path)
     if place.path and not found.exists():
         raise EdgeDiTError(
-            f"{name}: the repository {place.repo_id} has no {place.path} at commit {root.name[:12]}, or none of the "
-            f"files that are needed; look at {_page(place.repo_id)}."
+            f"{name}: the repository {place.repo_id} has no {place.path} at commit {Path(root).name[:12]}, or none of "
+            f"the files that are needed; look at {_page(place.repo_id)}."
         )
     return found
+
+
+def here(path_or_name: str | os.PathLike, file: str) -> Path | None:
+    """The folder of a thing, as far as it is on this machine, if it holds `file`; `None`: it does not. Nothing is
+    fetched.
+    """
+    try:
+        folder = resolve(path_or_name, [file], local_files_only=True)
+    except EdgeDiTError:
+        return None
+    return folder if (folder / file).is_file() else None
+
+
+def absolute(path_or_name: str | os.PathLike) -> str:
+    """A path that holds in every folder; a name as it is."""
+    return str(path_or_name) if is_name(path_or_name) else str(Path(path_or_name).absolute())
+
+
+# -------------------------------------------------------------------- the files of a pipeline, of a component
+
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model|flax_model|tf_model)[.-][\w.-]*")
+PLAIN = re.compile(r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?")
+COMPONENT = (".json", ".txt", ".model", ".jinja", ".safetensors", ".bin", ".py")
+"""How files end that a component's own folder needs; others there (pictures, other frameworks' weights) it does not."""
+
+
+def loaded_files(files: Iterable[str]) -> list[str]:
+    """Those of a component folder's files that are loaded: where its weights are there as safetensors without a
+    variant, these alone, else safetensors of every variant, else pickles.
+    """
+    files = sorted(files)
+    weights = [file for file in files if WEIGHTS.fullmatch(file)]
+    chosen = [file for file in weights if PLAIN.fullmatch(file)]
+    chosen = chosen or [file for file in weights if ".safetensors" in file] or weights
+    return [file for file in files if file not in weights or file in chosen]
+
+
+def pipeline_folder(path_or_name: str | os.PathLike, **hub: Any) -> Path:
+    """The folder of a pipeline given by its path or name; of a name, its index and the files of the components that
+    the index lists are fetched.
+
+    Args:
+        hub: of [`fetch`].
+    """
+    if not is_name(path_or_name):
+        return Path(path_or_name)
+    seen = _look(str(path_or_name), ["model_index.json", "config.json"], **hub)
+    try:
+        index = json.loads((seen.folder / "model_index.json").read_text(encoding="utf-8"))
+        parts = [key for key, value in index.items() if isinstance(value, list) and key != "_class_name"]
+    except (OSError, ValueError, AttributeError):
+        return seen.folder  # whoever reads it says what is wrong with it
+    code = index.get("_class_name")
+    wanted = ["model_index.json", *([f"{code[0]}.py"] if isinstance(code, list) and code else [])]
+    for part in parts:
+        inside = [file.removeprefix(f"{part}/") for file in seen.files or () if file.startswith(f"{part}/")]
+        known = [glob.escape(f"{part}/{file}") for file in loaded_files(inside)]
+        wanted += [f"{part}/*"] if seen.files is None else known
+    return _fetch(str(path_or_name), seen.place, wanted, **seen.options)
+
+
+def component_folder(path_or_name: str | os.PathLike, beside: Sequence[str] = (), **hub: Any) -> Path:
+    """The folder of a model, or an adapter, given by its path or name; of a name, the files in it are fetched, not
+    those of folders in it.
+
+    Args:
+        beside: folders next to it that are needed too, such as a text encoder's tokenizer. hub: of [`fetch`].
+    """
+    if not is_name(path_or_name):
+        return Path(path_or_name)
+    seen = _look(str(path_or_name), ["config.json", "adapter_config.json"], **hub)
+    wanted = [f"../{part}/*" for part in beside] if seen.place.path else []
+    if seen.files is None:
+        wanted += [f"*{ending}" for ending in COMPONENT]
+    else:
+        own = [file for file in seen.files if "/" not in file and file.endswith(COMPONENT)]
+        wanted += map(glob.escape, loaded_files(own))
+    return _fetch(str(path_or_name), seen.place, wanted, **seen.options)
+
+
+class _Seen(NamedTuple):
+    """A folder on the Hub of which a little was fetched: the commit, and what else is there (`None`: the cache does not
+    know).
+    """
+
+    folder: Path
+    place: HubName
+    files: list[str] | None
+    options: dict[str, Any]
+
+
+def _look(name: str, patterns: Sequence[str], *, revision: str | None = None, **options: Any) -> _Seen:
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    place = _place(name, revision)
+    whole = [posixpath.join(place.path, pattern) for pattern in patterns]
+    root = _fetch(name, place._replace(path=""), whole, **options)
+    place = place._replace(revision=root.name)  # all that follows is of this commit
+    try:
+        tree = get_cached_repo_tree(place.repo_id, revision=root.name, cache_dir=options.get("cache_dir"))
+    except CachedRepoTreeNotFoundError:
+        return _Seen(root / place.path, place, None, options)
+    within = f"{place.path}/" if place.path else ""
+    files = [file.path.removeprefix(within) for file in tree if file.path.startswith(within)]
+    return _Seen(root / place.path, place, files, options)
 
 
 def _bar() -> type:
@@ -195,10 +307,12 @@ def _words(error: BaseException) -> str:
     if "IncompleteSnapshotError" in names and "OfflineModeIsEnabled" not in names:
         return f"the cache holds only part of it, and {_unreachable(names)}."
     if "OfflineModeIsEnabled" in names or ("LocalEntryNotFoundError" in names and len(causes) == 1):
-        part = "only part of it is" if "IncompleteSnapshotError" in names else "it is not"
+        there = "only part of it is in the cache"
+        if "IncompleteSnapshotError" not in names:
+            there = "it is neither a local path nor a Hub id that is in the cache"
         return (
-            f"{part} in the cache, and HF_HUB_OFFLINE or local_files_only keeps the client from asking the Hub; fetch "
-            "it where it is online, or give the path of what is on this machine."
+            f"{there}, and HF_HUB_OFFLINE or local_files_only keeps the client from asking the Hub; fetch it where it "
+            "is online, or give the path of what is on this machine."
         )
     if _unreachable(names):
         return f"{_unreachable(names)}."
@@ -253,8 +367,8 @@ def _status(error: BaseException, response: Any, names: set[str]) -> str:
         return f"the repository has no such file ({said}); look at its files."
     if "RepositoryNotFoundError" in names or status == 404:
         return (
-            f"neither is it a folder here, nor does {constants.ENDPOINT} know such a repository, or it is private "
-            f"({said}); look at the name, and log in (hf auth login, or HF_TOKEN) if it is yours."
+            f"it is neither a local path nor a Hub id that {constants.ENDPOINT} knows, or it is private ({said}); look "
+            "at the name, and log in (hf auth login, or HF_TOKEN) if it is yours."
         )
     if status == 401:
         return f"the Hub does not take the token ({said}); log in (hf auth login), or set HF_TOKEN to a valid one."

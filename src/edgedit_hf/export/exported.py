@@ -19,6 +19,7 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 
 from ..errors import EdgeDiTError
 from ..files import copy_tree, file_sha256, read_json
+from ..hub import resolve
 from ..records import ContractFiles
 from ..runtimes.sessions import Session, open_session
 from ..schema import read_record
@@ -114,7 +115,8 @@ class ExportedComponent(ConfigMixin):
         """Open an exported component.
 
         Args:
-            pretrained_model_name_or_path: component folder, pipeline folder or Hub id.
+            pretrained_model_name_or_path: component folder, pipeline folder or Hub id (also
+                `hf://organisation/name[@revision][/folder]`).
             subfolder: the component's folder within it, e.g. `"transformer"`.
             num_threads: threads of the runtime; default its own choice. [`~set_threads`] changes it later.
             cache_dir, revision, token, local_files_only: as in diffusers, for Hub ids.
@@ -125,21 +127,15 @@ class ExportedComponent(ConfigMixin):
             EdgeDiTError: the folder has no artefact, config and artefact describe different networks, or the runtime is
                 missing or refuses the file or an option.
         """
-        root = Path(pretrained_model_name_or_path)
-        if not root.is_dir():
-            from huggingface_hub import snapshot_download
-
-            within = f"{subfolder}/" if subfolder else ""
-            root = Path(
-                snapshot_download(
-                    str(pretrained_model_name_or_path),
-                    allow_patterns=[f"{within}{cls.config_name}", f"{within}{cls.FORMAT}/*", CONTRACT],
-                    cache_dir=cache_dir,
-                    revision=revision,
-                    token=token,
-                    local_files_only=local_files_only,
-                )
-            )
+        within = f"{subfolder}/" if subfolder else ""
+        root = resolve(
+            pretrained_model_name_or_path,
+            [f"{within}{cls.config_name}", f"{within}{cls.FORMAT}/*", CONTRACT if subfolder else f"../{CONTRACT}"],
+            cache_dir=cache_dir,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+        )
         folder = root / subfolder if subfolder else root
         needed = cls.part_file(cls.PARTS[0])
         if not (folder / needed).is_file() or not (folder / cls.config_name).is_file():

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from ..errors import EdgeDiTError
 from ..files import check_finite, parse_json
+from ..hub import resolve
 from ..records import Adapter
 from ..schema import held_to
 
@@ -35,30 +36,14 @@ def locate(path_or_id: str | os.PathLike, **hub: Any) -> Path:
     """The local file or folder of a path or Hub id (of which a transformer's, scheduler's and VAE's files are
     downloaded).
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    path = Path(path_or_id)
-    if path.exists():
-        return path
-    text = str(path_or_id)
-    if (
-        isinstance(path_or_id, Path)
-        or text.startswith((".", "/", "~"))
-        or text.count("/") != 1
-        or path.suffix in WEIGHT_FILES
-    ):
+    wanted = ["*.json", "transformer/*", "scheduler/*", "vae/*", "diffusion_pytorch_model*"]
+    path = resolve(path_or_id, wanted, **hub)
+    if not path.exists():
         raise EdgeDiTError(
-            f"There is no file or folder {text}; give a weights file, a diffusers folder or a Hub id "
+            f"There is no file or folder {path_or_id}; give a weights file, a diffusers folder or a Hub id "
             "(organisation/name)."
         )
-    wanted = ["*.json", "transformer/*", "scheduler/*", "vae/*", "diffusion_pytorch_model*"]
-    try:
-        return Path(snapshot_download(text, allow_patterns=wanted, **hub))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise EdgeDiTError(
-            f"{text} is neither a local path nor a Hub id that can be downloaded: {' '.join(str(error).split())}"
-        ) from error
+    return path
 
 
 def only_variant(folder: Path, stem: str = STEM, variant: str | None = None) -> str | None:

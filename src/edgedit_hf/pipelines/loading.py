@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from .. import hub
 from ..diffusion import make_scheduler
 from ..errors import EdgeDiTError
 from ..files import (
@@ -42,18 +43,19 @@ TEXT_TO_IMAGE_VAES = (*VAES, "AutoencoderDC", "AutoencoderKLQwenImage")
 
 
 def load_vae(path: str, use_safetensors: bool | None = True, kinds: Sequence[str] = VAES) -> torch.nn.Module:
-    """An autoencoder of diffusers, of one of these classes, from a folder or Hub id (`use_safetensors`: as in
-    diffusers).
+    """An autoencoder of diffusers, of one of these classes, by its folder or name on the Hub, see [`hub`]
+    (`use_safetensors`: as in diffusers).
     """
     import diffusers
 
+    folder = hub.component_folder(path)
     try:
-        name = diffusers.AutoencoderKL.load_config(path).get("_class_name")
+        name = diffusers.AutoencoderKL.load_config(folder).get("_class_name")
         if name not in kinds:
             raise EdgeDiTError(f"The VAE {path!r} is a {name}; it must be one of {', '.join(kinds)}.")
-        variant = only_variant(Path(path))
+        variant = only_variant(folder)
         vae, info = getattr(diffusers, name).from_pretrained(
-            path, use_safetensors=use_safetensors, variant=variant, output_loading_info=True
+            folder, use_safetensors=use_safetensors, variant=variant, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         if isinstance(error, EdgeDiTError):
@@ -64,6 +66,7 @@ def load_vae(path: str, use_safetensors: bool | None = True, kinds: Sequence[str
             f"The weights of the VAE {path!r} lack {len(info['missing_keys'])} that its config asks for, such as "
             f"{sorted(info['missing_keys'])[0]!r}; give an autoencoder whose config and weights belong together."
         )
+    vae.register_to_config(_name_or_path=str(path))  # and no place in this machine's cache
     return vae.eval().requires_grad_(False)
 
 
@@ -77,25 +80,25 @@ TEXT_MODELS = {
 
 
 def load_text_encoder(path: str | Path) -> tuple[Any, Any]:
-    """A text encoder of transformers (CLIP-, T5- or Gemma-type) and its tokenizer, from a folder or Hub id.
+    """A text encoder of transformers (CLIP-, T5- or Gemma-type) and its tokenizer, by its folder or name on the
+    Hub, see [`hub`].
 
-    The tokenizer is looked for beside the weights, or, of a local `…/text_encoder`, in `…/tokenizer` next to it, as
+    The tokenizer is looked for beside the weights, or, of a `…/text_encoder`, in `…/tokenizer` next to it, as
     pipelines have it.
     """
     import transformers
-    from transformers.utils import cached_file
 
     source = str(path)
-    folder = Path(source)
-    if not folder.is_dir() and (isinstance(path, Path) or source.startswith((".", "/", "~")) or source.count("/") > 1):
+    folder = encoder_folder(path)
+    if not folder.is_dir():
         raise EdgeDiTError(
             f"There is no text encoder in {source}: the folder does not exist; give a folder or a Hub id "
             "(organisation/name)."
         )
-    beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
-    tokenizer_source = str(beside) if beside.is_dir() and not list(folder.glob("tokenizer*")) else source
+    beside = _tokenizer_of(folder)
+    tokenizer_source = beside if beside.is_dir() and not list(folder.glob("tokenizer*")) else folder
     try:
-        kind = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
+        kind = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
         if kind not in TEXT_MODELS and not kind.startswith("gemma"):
             raise EdgeDiTError(
                 f"The text encoder {source} is a {kind!r}; it must be one of {', '.join(TEXT_MODELS)}, or a Gemma."
@@ -103,7 +106,7 @@ def load_text_encoder(path: str | Path) -> tuple[Any, Any]:
         loader = getattr(transformers, TEXT_MODELS.get(kind, "AutoModel"))
         variant = only_variant(folder, "model")
         encoder, info = loader.from_pretrained(
-            source, dtype="auto", variant=variant, trust_remote_code=False, output_loading_info=True
+            folder, dtype="auto", variant=variant, trust_remote_code=False, output_loading_info=True
         )
     except EdgeDiTError:
         raise
@@ -114,11 +117,10 @@ def load_text_encoder(path: str | Path) -> tuple[Any, Any]:
             f"The weights of the text encoder {source} lack {len(info['missing_keys'])} that its config asks for, such "
             f"as {sorted(info['missing_keys'])[0]!r}; give an encoder whose config and weights belong together."
         )
-    if Path(tokenizer_source).is_dir():
-        check_links(tokenizer_source)  # its files are copied into every pipeline that is made with it
+    check_links(tokenizer_source)  # its files are copied into every pipeline that is made with it
     # Without these transformers would make a tokenizer that knows no words.
     files = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-    if not any(cached_file(tokenizer_source, name, _raise_exceptions_for_missing_entries=False) for name in files):
+    if not any((tokenizer_source / name).is_file() for name in files):
         raise EdgeDiTError(
             f"The text encoder {source} has no tokenizer beside it (none of {', '.join(files)}); put the one there "
             "that it was trained with."
@@ -138,6 +140,20 @@ def load_text_encoder(path: str | Path) -> tuple[Any, Any]:
     return encoder.eval().requires_grad_(False), tokenizer
 
 
+def encoder_folder(path: str | Path, **hub_options: Any) -> Path:
+    """The folder of a text encoder given by its path or name; of a name, its tokenizer is fetched too.
+
+    Args:
+        hub_options: of [`hub.fetch`].
+    """
+    beside = _tokenizer_of(Path(hub.parse_name(str(path)).path)).name if hub.is_name(path) else ""
+    return hub.component_folder(path, [beside] if beside else [], **hub_options)
+
+
+def _tokenizer_of(folder: Path) -> Path:
+    return folder.with_name(folder.name.replace("text_encoder", "tokenizer")) if folder.name else folder
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
@@ -149,52 +165,51 @@ def load_pipeline(
     trust_remote_code: bool = False,
     kind: str | Sequence[str] = "EdgeDiTPipeline",
 ) -> Any:
-    """A pipeline of this package in float32 from a folder or Hub id; whatever is wrong with it is one [`EdgeDiTError`].
+    """A pipeline of this package in float32 by its folder or name on the Hub, see [`hub`]; whatever is wrong with it is
+    one [`EdgeDiTError`].
 
     Args:
-        path: a folder (always so if a `Path`) or a Hub id.
+        path: a folder (always so if a `Path`) or a name.
         made_by: the stage that writes it, named if nothing is there.
         trust_remote_code: whether code in the pipeline's repository may run.
         kind: class that it must be of, or several.
     """
     from diffusers import DiffusionPipeline
 
-    source = str(path)
-    local = isinstance(path, Path) or source.startswith((".", "/", "~")) or source.count("/") != 1
-    if local and not Path(source, "model_index.json").is_file():
+    source, folder = str(path), hub.pipeline_folder(path)
+    if not (folder / "model_index.json").is_file():
         remedy = (
             f"it is written by {made_by}, run that first"
             if made_by
             else "give a pipeline folder or a Hub id (organisation/name)"
         )
-        if Path(source).is_file() or Path(source, "config.json").is_file():
+        if folder.is_file() or (folder / "config.json").is_file():
             remedy = f"if it is a DiT, SiT or MDT checkpoint, convert it first: edgedit convert {source} OUT"
         raise EdgeDiTError(f"There is no pipeline in {source}; {remedy}.")
     for tokenizer in ("tokenizer", "tokenizer_2"):
-        if Path(source, tokenizer).is_dir():
-            check_links(Path(source, tokenizer))
+        if (folder / tokenizer).is_dir():
+            check_links(folder / tokenizer)
     try:
-        variant = pipeline_variant(Path(source))
-        if local:
-            _check_transformer(Path(source))
+        variant = pipeline_variant(folder)
+        _check_transformer(folder)
         with ask_nothing(trust_remote_code):
             pipeline = DiffusionPipeline.from_pretrained(
-                source, dtype=torch.float32, trust_remote_code=trust_remote_code, variant=variant
+                str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code, variant=variant
             )
-    except Exception as error:  # diffusers, huggingface_hub and safetensors each have their own, without a common base
+    except Exception as error:  # diffusers and safetensors each have their own, without a common base
         said = " ".join(str(error).split())
-        remedy = (
-            " Download the repository (hf download) and give its folder: then the variant that is there is taken."
-            if "variant" in said
-            else ""
-        )
-        raise EdgeDiTError(f"The pipeline {source} cannot be loaded: {said}{remedy}") from error
+        raise EdgeDiTError(f"The pipeline {source} cannot be loaded: {said}") from error
     # By name: a class that came as code with the pipeline is another object.
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
     if type(pipeline).__name__ not in kinds:
         remedy = f"; convert it first: edgedit convert {source} OUT" if type(pipeline).__name__ == "DiTPipeline" else ""
         raise EdgeDiTError(f"{source} holds a {type(pipeline).__name__}; an {' or '.join(kinds)} is needed{remedy}.")
     check_usable(pipeline, source)
+    if hub.is_name(path):  # no place in this machine's cache is saved
+        pipeline.register_to_config(_name_or_path=source)
+        for name, component in pipeline.components.items():
+            if "_name_or_path" in getattr(component, "config", ()) and hasattr(component, "register_to_config"):
+                component.register_to_config(_name_or_path=f"{source}/{name}")
     return pipeline
 
 
@@ -260,8 +275,8 @@ def load_original_pipeline(path: str | Path, *, vae: str | None = None, **option
         vae: an AutoencoderKL or AutoencoderTiny (folder or Hub id) that decodes its latents.
         options: further arguments of [`load_original`].
     """
-    hub = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
-    path = locate(path, **hub)
+    of_hub = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
+    path = locate(path, **of_hub)
     transformer = load_original(path, **options)
     scheduler, decoder = make_scheduler(transformer.config.prediction_type), None
     facts: dict[str, Any] = {}
@@ -340,7 +355,7 @@ def meta_vae(path: str, assumed: list[str], shape: Sequence[int]) -> Autoencoder
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     with torch.device("meta"):
         try:
-            values = AutoencoderKL.load_config(path, local_files_only=True)
+            values = AutoencoderKL.load_config(hub.here(path, "config.json") or path, local_files_only=True)
             vae = classes[values["_class_name"]].from_config(values)
         except (OSError, KeyError):
             assumed.append(f"the VAE {path} is not here: taken to be like Stable Diffusion's (factor 8, 4 channels)")
