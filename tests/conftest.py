@@ -11,10 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 from hub_server import Hub
@@ -195,84 +192,26 @@ def make_hub_cache(tmp_path):
     return make
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """The part of the Hub's HTTP interface that downloading a model needs: its description, its file list, its
-    files.
-    """
-
-    repositories: dict[str, Path]
-
-    def _commit(self, name: str) -> str:
-        return hashlib.sha1(name.encode()).hexdigest()
-
-    def _answer(self, body: bytes, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        parts = parts[2:] if parts[:2] == ["api", "models"] else parts
-        name, folder = "/".join(parts[:2]), self.repositories.get("/".join(parts[:2]))
-        if folder is None:
-            return self._answer(b"", 404, X_Error_Code="RepoNotFound")
-        commit, files = self._commit(name), sorted(p for p in folder.rglob("*") if p.is_file())
-        if parts[2:3] == ["resolve"]:
-            path = folder.joinpath(*parts[4:])
-            if not path.is_file():
-                return self._answer(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
-            content = path.read_bytes()
-            return self._answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=commit)
-        names = [path.relative_to(folder).as_posix() for path in files]
-        if parts[2:3] == ["tree"]:
-            answer = [
-                {"type": "file", "path": n, "size": p.stat().st_size, "oid": "0" * 40} for n, p in zip(names, files)
-            ]
-        else:
-            answer = {"id": name, "modelId": name, "sha": commit, "siblings": [{"rfilename": n} for n in names]}
-        return self._answer(json.dumps(answer).encode(), Content_Type="application/json")
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args) -> None:
-        pass
-
-
-@pytest.fixture
-def make_hub_server(tmp_path):
-    """`make_hub_server({"org/name": folder, …})`: a Hub on the loopback interface, to download from as from the real
-    one.
-
-    Returns the environment of a child process that uses it, with an empty cache.
-    """
-    servers = []
-
-    def make(repositories: dict[str, Path]) -> dict[str, str]:
-        handler = type("Hub", (_Hub,), {"repositories": repositories})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        online = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
-        return {
-            **online,
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HUB_CACHE": str(tmp_path / "downloaded"),
-        }
-
-    yield make
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
 @pytest.fixture
 def hub(tmp_path):
     """A Hub on the loopback interface that can be pushed to (`hub_server.Hub`), empty."""
     with Hub(tmp_path / "hub-state") as server:
         yield server
+
+
+@pytest.fixture
+def make_hub_server(hub, tmp_path):
+    """`make_hub_server({"org/name": folder, …})`: repositories on `hub`, to download from as from the real one.
+
+    Returns the environment of a child process that uses it, with an empty cache.
+    """
+
+    def make(repositories: dict[str, Path]) -> dict[str, str]:
+        for name, folder in repositories.items():
+            hub.add(name, folder)
+        return hub.env(tmp_path / "downloaded")
+
+    return make
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import fnmatch
 import hashlib
 import json
 import re
-import signal
 import socket
 import sys
 import threading
@@ -87,9 +86,10 @@ class Hub:
         """Of a child process whose client uses this Hub, with its cache in the folder `home`."""
         network = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
         return {
-            **{"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"},
-            **{"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"},
-            **{"HF_TOKEN": token or "", **dict.fromkeys(network, "1" if offline else "0")},
+            **{"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_CACHE": f"{home}/hub", "HF_TOKEN": token or ""},
+            **dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY"), "1"),
+            **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1"),
+            **dict.fromkeys(network, "1" if offline else "0"),
         }
 
     # What is to go wrong, and what came
@@ -125,7 +125,8 @@ class Hub:
 
     def forget(self) -> None:
         """Start a new log."""
-        (self.folder / "log.jsonl").unlink(missing_ok=True)
+        with self.lock:
+            (self.folder / "log.jsonl").unlink(missing_ok=True)
 
     # Its state
 
@@ -187,7 +188,7 @@ def main() -> None:
         print(hub.url, flush=True)
         print(" ".join(f"{key}={value}" for key, value in hub.env(arguments.folder / "home").items()), flush=True)
         with contextlib.suppress(KeyboardInterrupt):
-            signal.sigwait({signal.SIGTERM, signal.SIGINT})
+            threading.Event().wait()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import uuid
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -69,6 +70,22 @@ class Repository:
         oid = blob_id(content)
         write(self.object(oid), content)
         return {"oid": oid, "size": len(content), "lfs": None}
+
+    def receive(self, target: Path, blocks: Iterable[bytes], sha256: str | None = None) -> str:
+        """Bytes that come in blocks, as a file if all of them do (and have that hash); returns their hash."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside, digest = target.with_name(f".{uuid.uuid4().hex}"), hashlib.sha256()
+        try:
+            with open(beside, "wb") as file:
+                for block in blocks:
+                    digest.update(block)
+                    file.write(block)
+            if sha256 not in (None, digest.hexdigest()):
+                raise Refused(400, f"{sha256} is not the SHA-256 of what came")
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+        return digest.hexdigest()
 
     def stored(self, sha256: str) -> dict:
         """A file of LFS that has been uploaded: its entry in a commit."""

@@ -2,7 +2,9 @@
 
 import re
 
-PROGRESS = re.compile(r"\d+%\|.*\| *[\d.]+\w?/[\d.]+\w? \[.*\] *$")  # a bar of tqdm's, whatever stands before it
+PROGRESS = re.compile(
+    r"\d+%\|.*\| *[\d.]+\w?/[\d.]+\w? \[.*\] *(\x1b\[A)?$"
+)  # a bar of tqdm's, whatever stands before it
 
 
 def beside_progress(stderr: str) -> list[str]:
