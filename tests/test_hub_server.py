@@ -207,7 +207,7 @@ tasks = {
     "missing": lambda: owner.model_info("me/absent"),
     "gated-file": lambda: hf_hub_download("me/gated", "big.bin", token=stranger),
     "gated-anonymous": lambda: hf_hub_download("me/gated", "big.bin", token=False),
-    "gated-owner": lambda: hf_hub_download("me/gated", "big.bin", token=writer),
+    "gated-owner": lambda: hf_hub_download("me/gated-owner", "big.bin", token=writer),
     "reader": lambda: HfApi(token=reader).create_repo("me/more"),
     "foreign": lambda: owner.create_repo("google/more", exist_ok=True),
     "there": lambda: owner.create_repo("me/open"),
@@ -243,7 +243,8 @@ def test_failures_reach_the_client(hub, run_with_hub, tmp_path):
         hub.add(f"me/{name}", tmp_path / "files")
     hub.add("me/torn-once", tmp_path / "large")
     hub.add("me/private", tmp_path / "files", private=True)
-    hub.add("me/gated", tmp_path / "files", gated="manual")
+    for name in ("gated", "gated-owner"):
+        hub.add(f"me/{name}", tmp_path / "files", gated="manual")
     hub.fault("/me/conflict/commit/", status=409, message="Another commit is in progress")
     hub.fault("/me/lost/commit/", reset=1_000_000)
     hub.fault("/me/limited$", status=429, retry_after=7, message="Too many requests")
@@ -288,16 +289,12 @@ def test_failures_reach_the_client(hub, run_with_hub, tmp_path):
     assert {first[name] for name in ("lost", "reset", "torn")} <= {"ReadError", "RemoteProtocolError"}
     assert "Consistency check failed: file should be of size 100000 but has size 60000" in said["short"][-1]
     assert hub.files("me/lost")["a.txt"].read_bytes() == b"lost"  # it was made, the answer did not arrive
-    resumed = hub.requests("/storage/models/me/torn-once/")
-    assert [(entry["status"], entry["answered"]) for entry in resumed] == [
-        (200, 10_500_000),
-        (206, 10_600_000 - (10 << 20)),
-    ]
+    sent = [(entry["status"], entry["answered"]) for entry in hub.requests("/storage/models/me/torn-once/")]
+    assert sent == [(200, 10_500_000), (206, 10_600_000 - (10 << 20))]  # the client goes on at its last 10 MiB
     cache = tmp_path / "home" / "hub"
     blobs = {path.parts[len(cache.parts)]: path for path in cache.rglob("blobs/*")}
-    assert set(blobs) == {
-        f"models--me--{name}" for name in ("gated", "slow-once", "torn-once")
-    }  # nothing is half-written
+    whole = {"models--me--gated-owner", "models--me--slow-once", "models--me--torn-once"}
+    assert set(blobs) == whole  # nothing is half-written
     assert blobs["models--me--torn-once"].read_bytes() == large
 
 

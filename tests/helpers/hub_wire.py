@@ -47,8 +47,6 @@ class Fault:
 
 
 ROUTES: list[tuple[str, re.Pattern, object]] = []
-REPO = "(?P<kind>model|dataset|space)s/(?P<name>[^/]+/[^/]+)"
-PLACE = "(?:(?P<kind>dataset|space)s/)?(?P<name>[^/]+/[^/]+)"
 
 
 def route(method: str, path: str):
