@@ -14,7 +14,6 @@ if __name__ == "__main__":
     starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from edgedit_hf.export.latencies import Sampled
 from edgedit_hf.few_step.checks import check_distilled_from
 from edgedit_hf.few_step.solvers import solver_distances, with_solver
 from edgedit_hf.files import atomic_write_json, weights_hash
+from edgedit_hf.hub import absolute
 from edgedit_hf.metrics.distances import frechet_distance, precision_recall
 from edgedit_hf.metrics.extractors import train_independent_classifier
 from edgedit_hf.metrics.prompt_following import agreements
@@ -150,7 +150,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             state.folder / "seconds.json", {"seconds_per_image": measure_seconds(rows, sets["captions"], config)}
         )
     rows += [many_steps(width) for width in widths] if given else []  # not timed: it is the same net as with few
-    brought = (str(Path(path).absolute()), pipeline_weights_hash(path)) if given else (None, None)
+    brought = (absolute(path), pipeline_weights_hash(path)) if given else (None, None)
     seconds = read_record(state.folder / "seconds.json", Seconds, "this stage")["seconds_per_image"]
     state.continue_at(
         next((i for i, row in enumerate(rows) if not (state.folder / f"{row.name}.json").exists()), len(rows))

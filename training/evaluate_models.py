@@ -33,6 +33,7 @@ from edgedit_hf.few_step.checks import check_distilled_from
 from edgedit_hf.few_step.solvers import solver_distances, with_solver
 from edgedit_hf.files import atomic_write_json
 from edgedit_hf.genotype import Genotype
+from edgedit_hf.hub import absolute
 from edgedit_hf.metrics.distances import frechet_distance, precision_recall, psnr
 from edgedit_hf.metrics.extractors import class_agreement
 from edgedit_hf.metrics.reference import describe_reference, load_extractor, real_features
@@ -202,7 +203,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "name": name.removeprefix("exported/"),
             "stage": stage,
             "path": str(folders[made_of]),
-            "folder": str(Path(folders[made_of]).absolute()) if made_of in brought else made_of,
+            "folder": absolute(folders[made_of]) if made_of in brought else made_of,
             "weights": weights[made_of],
             "genotype_hash": genotype.hash,
             "parameters": cost.parameters,

@@ -13,7 +13,6 @@ if __name__ == "__main__":
     starting()  # the imports take seconds: Ctrl-C ends them in one line
 
 from functools import partial
-from pathlib import Path
 
 from accelerate import Accelerator
 
@@ -25,7 +24,7 @@ from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.stage import LATENCY
 from edgedit_hf.run.state import RunState
-from edgedit_hf.search.latency_table import TableMeasurement, given_table, trunk_of
+from edgedit_hf.search.latency_table import TableMeasurement, given_table, table_file, trunk_of
 
 BUSY_RESIDUAL = 0.1  # an idle machine fits to about 0.02
 
@@ -38,18 +37,19 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     space = search_space_of(config, teacher)
     if options.table is not None:
         given_table(options.table, teacher, space)
+    given = None if options.table is None else table_file(options.table)
     state = RunState(
         config,
         LATENCY,
         options.repeats,
-        inputs={"table": None if options.table is None else file_sha256(options.table)},
+        inputs={"table": None if given is None else file_sha256(given)},
         also={"space": space.to_dict(), "trunk": trunk_of(teacher)},
         unit="round",
     )
     if state.finished:
         return
-    if options.table is not None:
-        atomic_write_text(state.folder / "table.json", Path(options.table).read_text(encoding="utf-8"))
+    if given is not None:
+        atomic_write_text(state.folder / "table.json", given.read_text(encoding="utf-8"))
         state.finish()
         return
     measurement = TableMeasurement(

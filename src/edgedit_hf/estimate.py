@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import hub
 from .data.loading import load_run_images
 from .distill.memory_plan import PROCESS_BYTES, MemoryModel, pairs_of, plan_bank, prefix_cost, wanted_proxies
 from .distill.teacher import new_teacher, read_genotype, search_space_of
@@ -113,7 +114,8 @@ def _given_teacher(path: str | None, assumed: list[str]) -> EdgeDiTTransformer2D
     if path is None:
         return None
     try:
-        values = EdgeDiTTransformer2DModel.load_config(path, subfolder="transformer", local_files_only=True)
+        folder = hub.here(path, "transformer/config.json") or path
+        values = EdgeDiTTransformer2DModel.load_config(folder, subfolder="transformer", local_files_only=True)
     except (OSError, ValueError):
         assumed.append(f"teacher.path {path} is not here: taken to have the sizes in the recipe's section teacher")
         return None

@@ -160,6 +160,13 @@ def _fetch(name: str, place: HubName, patterns: Sequence[str] | None, **options:
     return found
 
 
+def pinned(name: str, folder: Path) -> str:
+    """The name at the commit that `folder`, which [`fetch`] gave for it, is of."""
+    place = parse_name(name)
+    root = folder.parents[place.path.count("/")] if place.path else folder
+    return str(place._replace(revision=root.name))
+
+
 def here(path_or_name: str | os.PathLike, file: str) -> Path | None:
     """The folder of a thing, as far as it is on this machine, if it holds `file`; `None`: it does not. Nothing is
     fetched.
@@ -172,8 +179,9 @@ def here(path_or_name: str | os.PathLike, file: str) -> Path | None:
 
 
 def absolute(path_or_name: str | os.PathLike) -> str:
-    """A path that holds in every folder; a name as it is."""
-    return str(path_or_name) if is_name(path_or_name) else str(Path(path_or_name).absolute())
+    """A path that holds in every folder; a name in the form that is no path anywhere, `hf://…`."""
+    name = is_name(path_or_name)
+    return str(parse_name(str(path_or_name))) if name else str(Path(path_or_name).absolute())
 
 
 # -------------------------------------------------------------------- the files of a pipeline, of a component
@@ -195,12 +203,12 @@ def loaded_files(files: Iterable[str]) -> list[str]:
     return [file for file in files if file not in weights or file in chosen]
 
 
-def pipeline_folder(path_or_name: str | os.PathLike, **hub: Any) -> Path:
+def pipeline_folder(path_or_name: str | os.PathLike, *, described: bool = False, **hub: Any) -> Path:
     """The folder of a pipeline given by its path or name; of a name, its index and the files of the components that
     the index lists are fetched.
 
     Args:
-        hub: of [`fetch`].
+        described: of the components only their configs. hub: of [`fetch`].
     """
     if not is_name(path_or_name):
         return Path(path_or_name)
@@ -215,7 +223,8 @@ def pipeline_folder(path_or_name: str | os.PathLike, **hub: Any) -> Path:
     for part in parts:
         inside = [file.removeprefix(f"{part}/") for file in seen.files or () if file.startswith(f"{part}/")]
         known = [glob.escape(f"{part}/{file}") for file in loaded_files(inside)]
-        wanted += [f"{part}/*"] if seen.files is None else known
+        configs = [f"{part}/config.json", f"{part}/scheduler_config.json"]
+        wanted += configs if described else [f"{part}/*"] if seen.files is None else known
     return _fetch(str(path_or_name), seen.place, wanted, **seen.options)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from . import hub
 from .data.images import check_images
 from .data.loading import load_run_captions, load_run_images
 from .diffusion import make_scheduler
@@ -41,7 +42,7 @@ from .few_step.schedule import few_step_timesteps
 from .files import atomic_write_json, hash_json, read_json
 from .metrics.extractors import InceptionExtractor, check_classifiable
 from .models.transformer_elastic_dit import ElasticDiTTransformer2DModel
-from .pipelines.loading import KINDS, TEXT_TO_IMAGE_VAES, VAES, load_scheduler
+from .pipelines.loading import KINDS, TEXT_TO_IMAGE_VAES, VAES, encoder_folder, load_scheduler
 from .records import Named
 from .run.config import RunConfig
 from .run.cost import Machine
@@ -49,7 +50,7 @@ from .run.outputs import check_writable, class_name
 from .run.sections import OptimisationConfig
 from .run.stage import EDGEDIT, TEXT_TO_IMAGE, Stage
 from .schema import read_record
-from .search.latency_table import given_table
+from .search.latency_table import given_table, table_file
 from .search_space import SearchSpace
 
 JUDGING = {"search", "few-step", "evaluate", "evaluate-elastic", "evaluate-few-step"}  # stages that need the extractor
@@ -166,12 +167,8 @@ def check_steps(key: str, steps: int, scheduler: Any) -> None:
 
 def _scheduler(config: RunConfig) -> Any:
     """The scheduler that the run samples with: of a teacher that is brought along, or the recipe's."""
-    folder = Path(teacher_path(config), "scheduler")
-    return (
-        load_scheduler(folder)
-        if (folder / "scheduler_config.json").is_file()
-        else make_scheduler(config.teacher.prediction_type)
-    )
+    folder = hub.here(teacher_path(config), "scheduler/scheduler_config.json")
+    return make_scheduler(config.teacher.prediction_type) if folder is None else load_scheduler(folder / "scheduler")
 
 
 def check_tools(config: RunConfig, stages: Sequence[str]) -> None:
@@ -210,23 +207,47 @@ def check_weight_files(folder: Path) -> None:
             ) from None
 
 
-def _check_given(key: str, path: str | None, kinds: Sequence[str], notes: list[str], dry_run: bool) -> None:
-    """A pipeline or model that the recipe names: of one of these classes, with whole files. What is not here yet is
-    noted.
+def _check_given(
+    key: str,
+    path: str | None,
+    kinds: Sequence[str],
+    notes: list[str],
+    dry_run: bool,
+    fetch: Callable[..., Path] = hub.pipeline_folder,
+) -> None:
+    """A pipeline or model that the recipe names: of one of these classes, with whole files. Of the Hub it is fetched;
+    what is not here in a dry run is noted.
+
+    Args:
+        fetch: brings a thing of this kind here by its name.
     """
     if path is None or path == "none":
         return
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if hub.is_name(path):
+        try:
+            if fetch is hub.pipeline_folder and not dry_run:  # before all the rest
+                _check_class(key, path, fetch(path, described=True), kinds)
+            folder = fetch(path, local_files_only=dry_run)
+        except EdgeDiTError as error:
             if not dry_run:
-                raise EdgeDiTError(
-                    f"{key} is {path}, but there is no such folder; give a folder or a Hub id (organisation/name)."
-                )
-            notes.append(f"Not checked: {key} {path}, which is not here.")
-        elif not _cached(path):
+                raise EdgeDiTError(f"{key} is {str(error).removeprefix(f'{key} is ')}") from None
             notes.append(f"Not checked: {key} {path}, which is not on this machine yet.")
+            return
+    else:
+        folder = Path(path).expanduser()
+    if not folder.exists():
+        if not dry_run:
+            raise EdgeDiTError(
+                f"{key} is {path}, but there is no such folder; give a folder or a Hub id (organisation/name)."
+            )
+        notes.append(f"Not checked: {key} {path}, which is not here.")
         return
+    _check_class(key, path, folder, kinds)
+    check_weight_files(folder)
+
+
+def _check_class(key: str, path: str, folder: Path, kinds: Sequence[str]) -> None:
+    """Raise unless a folder holds a pipeline or model of one of these classes (empty: of any)."""
     if kinds:
         about = next((folder / name for name in ("model_index.json", "config.json") if (folder / name).is_file()), None)
         if about is None:
@@ -237,17 +258,6 @@ def _check_given(key: str, path: str | None, kinds: Sequence[str], notes: list[s
         name = class_name(read_record(about, Named, "save_pretrained"))
         if name not in kinds:
             raise EdgeDiTError(f"{key} is {path}, which holds a {name}; it must be one of {', '.join(kinds)}.")
-    check_weight_files(folder)
-
-
-def _cached(path: str) -> bool:
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        return any(repo.repo_id == path for repo in scan_cache_dir().repos)
-    except (CacheNotFound, OSError):
-        return False
 
 
 # -------------------------------------------------------------------- the two kinds of run
@@ -257,17 +267,27 @@ def _check_compression(
     config: RunConfig, stages: Sequence[str], processes: int, notes: list[str], dry_run: bool
 ) -> None:
     _check_given("teacher.path", config.teacher.path, ("EdgeDiTPipeline",), notes, dry_run)
-    _check_given("data.vae", config.data.vae, VAES, notes, dry_run)
+    _check_given("data.vae", config.data.vae, VAES, notes, dry_run, hub.component_folder)
     work = workload(config)
     space = search_space_of(config, work.model)
     only = None if config.bank.only is None else [read_genotype(name, "bank.only") for name in config.bank.only]
     wanted = wanted_proxies(space, only)
     if config.student.genotype is not None:
         _check_genotype(config, space, wanted)
-    if config.latency.table is not None and "latency" in stages:
-        given_table(config.latency.table, work.model, space)
+    if (table := config.latency.table) is not None and "latency" in stages:
+        if dry_run and hub.is_name(table) and not _is_here(table):
+            notes.append(f"Not checked: latency.table {table}, which is not on this machine yet.")
+        else:
+            given_table(table, work.model, space, local_files_only=dry_run)
     if "evaluate" in stages:
         _check_card(config)
+
+
+def _is_here(table: str) -> bool:
+    try:
+        return table_file(table, local_files_only=True).is_file()
+    except EdgeDiTError:
+        return False
 
 
 def _bytes_to_write(config: RunConfig, stages: Sequence[str], processes: int) -> float:
@@ -301,9 +321,9 @@ def _check_card(config: RunConfig) -> None:
 
 
 def _check_text_to_image(config: RunConfig, stages: Sequence[str], notes: list[str], dry_run: bool) -> None:
-    _check_given("data.vae", config.data.vae, TEXT_TO_IMAGE_VAES, notes, dry_run)
+    _check_given("data.vae", config.data.vae, TEXT_TO_IMAGE_VAES, notes, dry_run, hub.component_folder)
     for key in ("encoder", "encoder_2"):
-        _check_given(f"text.{key}", getattr(config.text, key), (), notes, dry_run)
+        _check_given(f"text.{key}", getattr(config.text, key), (), notes, dry_run, encoder_folder)
     _check_given("knowledge.teacher", config.knowledge.teacher, (), notes, dry_run)
     if config.text.encoder == config.text.encoder_2 == "none":
         raise EdgeDiTError(
@@ -330,9 +350,10 @@ def _captioned(config: RunConfig, stages: Sequence[str]) -> bool | None:
     if list(stages) != ["few-step"]:
         return bool(own & set(stages))
     path = config.few_step.path
-    index = Path(path if path is not None else config.folder("student-tuned"), "model_index.json")
-    if index.is_file():
-        return class_name(read_record(index, Named, "save_pretrained")) == "ElasticDiTPipeline"
+    folder = hub.here(path if path is not None else config.folder("student-tuned"), "model_index.json")
+    if folder is not None:
+        index = read_record(folder / "model_index.json", Named, "save_pretrained")
+        return class_name(index) == "ElasticDiTPipeline"
     return config.folder("elastic").is_dir() if path is None else None
 
 
@@ -341,15 +362,16 @@ def _check_few_step(config: RunConfig, captioned: bool | None, notes: list[str],
     kinds = KINDS if captioned is None else ("ElasticDiTPipeline",) if captioned else ("EdgeDiTPipeline",)
     _check_given("few_step.path", path, kinds, notes, dry_run)
     _check_given("few_step.teacher", options.teacher, () if captioned else kinds, notes, dry_run)
-    _check_given("few_step.teacher_lora", options.teacher_lora, (), notes, dry_run)
+    _check_given("few_step.teacher_lora", options.teacher_lora, (), notes, dry_run, hub.component_folder)
     if captioned is None:
         return
     check_options(options, captioned)
-    folder = Path(path) if path is not None else config.folder("elastic" if captioned else "student-tuned")
+    given = path if path is not None else config.folder("elastic" if captioned else "student-tuned")
+    folder = Path(given)
     values: dict[str, Any] = {}
-    if (folder / "transformer" / "config.json").is_file():
-        values = read_json(folder / "transformer" / "config.json", "save_pretrained")
-        check_many_step(folder, read_json(folder / "model_index.json", "save_pretrained"), values)
+    if (found := hub.here(given, "transformer/config.json")) is not None:
+        values = read_json(found / "transformer" / "config.json", "save_pretrained")
+        check_many_step(given, read_json(found / "model_index.json", "save_pretrained"), values)
     elif path is None:
         values = dict(_planned_elastic(config).config) if captioned else workload(config).model
     if values:
@@ -359,8 +381,11 @@ def _check_few_step(config: RunConfig, captioned: bool | None, notes: list[str],
         few_step_timesteps(prediction, options.sampling_steps, options.shift, options.first_signal, options.timesteps)
         if not captioned:
             check_class_guidance(folder, options, values)
-    teacher = None if options.teacher is None else Path(options.teacher).expanduser()
-    if teacher is None or not options.knowledge_weight or not teacher.exists():
+    if options.teacher is None or not options.knowledge_weight:
+        return
+    local = options.teacher if hub.is_name(options.teacher) else Path(options.teacher).expanduser()
+    teacher = hub.here(local, "model_index.json") or Path(local)
+    if not teacher.exists():
         return
     if captioned:
         teacher_family(teacher)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EdgeDiTError
+from ..hub import is_name, resolve
 from ..models.presets import preset_configs
 
 CONFIG, INDEX = "config.json", "model_index.json"
+WANTED = [INDEX, CONFIG, f"transformer/{CONFIG}"]  # of a repository of the Hub
 ELASTIC = "ElasticDiTTransformer2DModel"
 CLASSES = ("EdgeDiTTransformer2DModel", "OnnxEdgeDiTTransformer2DModel", ELASTIC)
 
@@ -23,7 +25,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "model",
         metavar="NAME_OR_PATH",
-        help="a preset (DiT-XL/2, EdgeDiT-1, elastic-dit-1.6b, …), a pipeline or model folder, or a Hub id",
+        help="a preset (DiT-XL/2, EdgeDiT-1, elastic-dit-1.6b, …), a pipeline or model folder, or a Hub id (also "
+        "hf://org/name[@revision][/folder])",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -160,36 +163,32 @@ def _few_step_timesteps(name: str) -> list[float] | None:
     from ..records import FewSteps
     from ..schema import read_record
 
-    path: Path | None = Path(name, INDEX)
-    if not Path(name).is_dir():
-        path = None if name in preset_configs() else _hub_file(name, INDEX)
-    if path is None or not path.is_file():
+    if name in preset_configs() and not Path(name).is_dir():
+        return None
+    path = resolve(name, WANTED) / INDEX
+    if not path.is_file():
         return None
     return read_record(path, FewSteps, "save_pretrained", "a pipeline").get("few_step_timesteps")
 
 
-def _hub_file(name: str, filename: str) -> Path | None:
-    """A file of a Hub repository, from the cache if the Hub is out of reach; `None` if it is not there either."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, filename))
-    except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
-        return None
-
-
 def _hub_config(name: str) -> dict[str, Any]:
     """The config of the denoiser in a Hub repository."""
-    for filename in (f"transformer/{CONFIG}", CONFIG) if name.count("/") == 1 else ():
-        if (path := _hub_file(name, filename)) is not None:
-            return _read_config(path)
+    said = ""
+    if is_name(name):
+        try:
+            folder = resolve(name, WANTED)
+            for filename in (f"transformer/{CONFIG}", CONFIG):
+                if (folder / filename).is_file():
+                    return _read_config(folder / filename)
+            said = f" (the repository is there, but has no transformer/{CONFIG})"
+        except EdgeDiTError as error:
+            said = f" ({error})"
     presets = preset_configs()
     near = difflib.get_close_matches(name, presets, n=3, cutoff=0.4)
     hint = f"near it: {', '.join(near)}" if near else f"presets: {', '.join(presets)}"
     if Path(name).is_file():
         hint = f"if it is a DiT, SiT or MDT checkpoint, convert it first: edgedit convert {name} OUT"
-    raise EdgeDiTError(f"{name!r} is neither a folder, nor a preset, nor a model in reach on the Hub; {hint}.")
+    raise EdgeDiTError(f"{name!r} is neither a folder, nor a preset, nor a model in reach on the Hub{said}; {hint}.")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -6,9 +6,10 @@ Folder: `index.json` and a file a proxy, e.g. `03-mlp.safetensors` (layer 3 with
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..files import (
     weights_hash,
 )
 from ..genotype import Genotype, LayerSpec
+from ..hub import fetch, is_name, pinned
 from ..models.stored_weights import check_weights
 from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
 from ..records import BANK_FORMAT, BankIndex
@@ -39,7 +41,8 @@ class ProxyBank:
     """The proxies of one teacher.
 
     Args:
-        folder: a bank's folder with its `index.json`.
+        folder: a bank's folder with its `index.json`, or its name on the Hub (see [`hub`]), of which the proxies are
+            fetched when they are needed.
         teacher: the teacher, whose trunk and original layers students take over; its weights must be those the bank was
             made from.
 
@@ -48,7 +51,8 @@ class ProxyBank:
     """
 
     def __init__(self, folder: str | os.PathLike, teacher: EdgeDiTTransformer2DModel) -> None:
-        self.folder = Path(folder)
+        self.name = str(folder) if is_name(folder) else None
+        self.folder = Path(folder) if self.name is None else fetch(self.name, ["index.json"])
         path, made_by = self.folder / "index.json", BANK.made_by
         index = read_json(path, made_by)
         if (
@@ -172,6 +176,7 @@ class ProxyBank:
                 "folder."
             )
         path = self.folder / name
+        self._fetch([name])
         try:
             content = path.read_bytes()
             if (found := hashlib.sha256(content).hexdigest()) != sha256:
@@ -189,6 +194,12 @@ class ProxyBank:
         if got != expected:
             raise EdgeDiTError(f"The proxy {path} holds {got}; the layer {layer.to_dict()} needs {expected}.")
         return state
+
+    def _fetch(self, files: Iterable[str]) -> None:
+        """Of a bank on the Hub, bring files of the index's own commit."""
+        if self.name is None or not (missing := [file for file in files if not (self.folder / file).is_file()]):
+            return
+        fetch(pinned(self.name, self.folder), [glob.escape(file) for file in missing])
 
     def _lacks(self, keys: list[str]) -> EdgeDiTError:
         named = ", ".join(map(repr, keys[:5])) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
@@ -226,6 +237,9 @@ class ProxyBank:
             student = EdgeDiTTransformer2DModel.with_config(self.teacher.config, layers=genotype.to_layers())
         finally:
             torch.random.set_rng_state(state)
+        if random_seed is None:
+            kept = [self.key(layer) for layer in genotype.layers if not self._is_teachers(layer)]
+            self._fetch(str(self.entries[key].get("file")) for key in kept)
         trunk = {k: v for k, v in self.teacher.state_dict().items() if not k.startswith("blocks.")}
         student.load_state_dict(trunk, strict=False)
         for block, layer in zip(student.blocks, genotype.layers):

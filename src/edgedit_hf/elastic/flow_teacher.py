@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .. import hub
 from ..data.latents import is_video, latent_scale
 from ..errors import EdgeDiTError
 from ..files import ask_nothing, hash_json, weights_hash
@@ -140,6 +141,7 @@ class FlowTeacher:
 
         check_quantization(quantization)
         family = FAMILIES[teacher_family(path_or_id)]
+        folder = hub.pipeline_folder(path_or_id)
         options: dict[str, Any] = {
             "dtype": dtype,
             "trust_remote_code": trust_remote_code,
@@ -149,10 +151,8 @@ class FlowTeacher:
             options["quantization_config"] = _quantization_config(quantization, dtype)
         try:
             with ask_nothing(trust_remote_code):
-                pipeline = DiffusionPipeline.from_pretrained(
-                    str(path_or_id), variant=pipeline_variant(Path(path_or_id)), **options
-                )
-        # diffusers, transformers, huggingface_hub and safetensors each have their own, without a common base
+                pipeline = DiffusionPipeline.from_pretrained(str(folder), variant=pipeline_variant(folder), **options)
+        # diffusers, transformers and safetensors each have their own, without a common base
         except Exception as error:
             raise EdgeDiTError(f"The teacher {path_or_id} cannot be loaded: {' '.join(str(error).split())}") from error
         return family(pipeline, torch.device(device), dtype, guidance_scale, str(path_or_id))
@@ -534,7 +534,8 @@ def teacher_family(path_or_id: str | Path) -> str:
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
     try:
-        index = DiffusionPipeline.load_config(str(path_or_id))
+        folder = str(hub.pipeline_folder(path_or_id, described=True))
+        index = DiffusionPipeline.load_config(folder)
     except (OSError, ValueError) as error:
         raise EdgeDiTError(
             f"There is no pipeline in {path_or_id} ({' '.join(str(error).split())[:200]}); give a pipeline folder or a "
@@ -547,7 +548,7 @@ def teacher_family(path_or_id: str | Path) -> str:
             f"{', '.join(FAMILIES)}."
         )
     scheduler = str(index.get("scheduler", ["", ""])[1])
-    config = FlowMatchEulerDiscreteScheduler.load_config(str(path_or_id), subfolder="scheduler")
+    config = FlowMatchEulerDiscreteScheduler.load_config(folder, subfolder="scheduler")
     if not (scheduler.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"):
         raise EdgeDiTError(
             f"The teacher {path_or_id} has a {scheduler} with prediction_type {config.get('prediction_type')!r}, which "
@@ -565,7 +566,7 @@ def check_latents(path_or_id: str | Path, vae: Any, channels: int) -> None:
     """
     from diffusers import AutoencoderKL, DiffusionPipeline
 
-    source = str(path_or_id)
+    source = str(hub.pipeline_folder(path_or_id, described=True))
     if (DiffusionPipeline.load_config(source).get("vae") or [None])[0] is None:
         config, own = None, AutoencoderKL.load_config(source, subfolder="transformer")["in_channels"]
     else:
@@ -577,8 +578,8 @@ def check_latents(path_or_id: str | Path, vae: Any, channels: int) -> None:
                 "take a teacher without a VAE" if vae is None else "set data.vae to the teacher's VAE (its folder vae)"
             )
             raise EdgeDiTError(
-                f"The teacher {source} has another latent space: {field} is {_short(value)} there and {_short(wanted)} "
-                f"for the student; {remedy} or give another teacher."
+                f"The teacher {path_or_id} has another latent space: {field} is {_short(value)} there and "
+                f"{_short(wanted)} for the student; {remedy} or give another teacher."
             )
 
 
@@ -594,11 +595,12 @@ def transformer_bytes(path_or_id: str | Path, quantization: str = "none", bytes_
     from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
     from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 
-    name = diffusers.DiffusionPipeline.load_config(str(path_or_id), local_files_only=True)["transformer"][1]
+    folder = str(hub.here(path_or_id, "model_index.json") or path_or_id)
+    name = diffusers.DiffusionPipeline.load_config(folder, local_files_only=True)["transformer"][1]
     ours = {kind.__name__: kind for kind in (EdgeDiTTransformer2DModel, ElasticDiTTransformer2DModel)}
     kind = ours.get(name) or getattr(diffusers, name)
     with torch.device("meta"):
-        model = kind.from_config(kind.load_config(str(path_or_id), subfolder="transformer", local_files_only=True))
+        model = kind.from_config(kind.load_config(folder, subfolder="transformer", local_files_only=True))
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     rest = sum(parameter.numel() for parameter in model.parameters()) - linear
     return int(rest * bytes_a_weight + linear * {"none": bytes_a_weight, "8bit": 1, "4bit": 0.5 + 4 / 64}[quantization])

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..distill.memory_plan import PROCESS_BYTES
 from ..elastic.flow_teacher import transformer_bytes
 from ..errors import EdgeDiTError
+from ..hub import resolve
 from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
 from ..models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from ..pipelines.loading import source_path
@@ -24,9 +25,10 @@ from .networks import STUDENT, Networks, is_elastic, separate_bytes
 
 def net_to_distil(config: RunConfig) -> Any:
     """The net that is distilled, on the meta device: its weights are not read."""
-    path = str(source_path(config, "few_step.path", "distil"))
+    path = source_path(config, "few_step.path", "distil")
     try:
-        values = EdgeDiTTransformer2DModel.load_config(path, subfolder="transformer")
+        folder = resolve(path, ["transformer/config.json"])
+        values = EdgeDiTTransformer2DModel.load_config(str(folder), subfolder="transformer")
     except (OSError, ValueError) as error:
         raise EdgeDiTError(
             f"few_step.path is {path}, where no config of a transformer is; give a pipeline folder, or fetch the Hub's "

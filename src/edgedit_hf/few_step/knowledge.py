@@ -21,6 +21,7 @@ from ..elastic.flow_teacher import FlowTeacher, check_latents, teacher_family
 from ..elastic.knowledge_loss import FeatureProjector, feature_distance, grid_of
 from ..errors import EdgeDiTError
 from ..files import weights_hash
+from ..hub import component_folder, pipeline_folder
 from ..pipelines.loading import load_pipeline
 from ..run.config import RunConfig
 from .checks import check_class_teacher, teacher_guidance
@@ -191,7 +192,8 @@ def _text_teacher(config: RunConfig, accelerator: Any, source: Source, condition
     teacher_family(str(options.teacher))
     check_latents(str(options.teacher), source.pipeline.vae, model.config.in_channels)
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-    guidance = teacher_guidance(options, DiffusionPipeline.load_config(str(options.teacher)))
+    folder = pipeline_folder(str(options.teacher), described=True)
+    guidance = teacher_guidance(options, DiffusionPipeline.load_config(str(folder)))
     teacher = FlowTeacher.load(str(options.teacher), options.quantization, accelerator.device, dtype, guidance)
     own = teacher.pipeline.config
     if options.teacher_lora is not None:
@@ -228,8 +230,9 @@ def _projector(config: RunConfig, student_dim: int, teacher_dim: int) -> Feature
 
 def _put_on(pipeline: Any, path: str) -> None:
     """Put a LoRA on a teacher's transformer, for good."""
+    folder = component_folder(path)
     try:
-        pipeline.load_lora_weights(path)
+        pipeline.load_lora_weights(str(folder))
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
     except Exception as error:  # diffusers, peft and huggingface_hub each have their own

@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import EdgeDiTError
 from ..files import atomic_write_json, atomic_write_text
 from ..genotype import Genotype
+from ..hub import SCHEME
 from ..records import (
     Asked,
     BankFigures,
@@ -75,7 +76,7 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     if given:
         seed = read_record(run_dir / "bank" / "stage.json", StageRecord, BANK.made_by)["seed"]
         folder = next((model.get("folder") for model in models if model["name"] == "teacher"), None) or ""
-        run.teacher.path = folder if Path(folder).is_absolute() else None
+        run.teacher.path = folder if folder.startswith(SCHEME) or Path(folder).is_absolute() else None
     else:
         search, seed = _search(run_dir, choice)
         run.teacher.path = search["teacher"].get("path")
@@ -142,14 +143,14 @@ def check_judged(run_dir: Path, models: Sequence[Mapping[str, Any]], made_by: st
     Earlier versions recorded no hashes: their figures are refused where the folder was made anew since, or holds
     another architecture. Models whose folder is not there any more are taken as they are.
     """
-    current: dict[Path, str | None] = {}
+    current: dict[str | Path, str | None] = {}
     for model in models:
         if model.get("weights") is None:
             _check_judged_before(run_dir, model, made_by)
             continue
         if model.get("folder") is None:
             continue
-        folder = run_dir / model["folder"]
+        folder = model["folder"] if model["folder"].startswith(SCHEME) else run_dir / model["folder"]
         if folder not in current:
             current[folder] = pipeline_weights_hash(folder)
         if current[folder] not in (None, model["weights"]):

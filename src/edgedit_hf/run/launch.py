@@ -18,6 +18,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from .. import entry
 from ..errors import EdgeDiTError
+from ..hub import is_name
 from .config import RunConfig, load_config, unused
 from .lock import release_locks
 from .outputs import check_output
@@ -130,7 +131,7 @@ def check_run_folder(config: RunConfig) -> None:
     )
     given = [operator.attrgetter(key)(config) for key in (*keys, "quantize.prompts")]
     output, inputs = Path(os.path.realpath(config.output_dir)), []
-    for path in map(os.path.expanduser, filter(None, given)):
+    for path in (os.path.expanduser(path) for path in given if path and not is_name(path)):
         real = Path(os.path.realpath(path))
         if (
             real == output

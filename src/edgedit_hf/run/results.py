@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import EdgeDiTError
 from ..files import HASHED_ALWAYS, atomic_folder, atomic_write_json, file_record, file_sha256, sweep
+from ..hub import is_name, loaded_files, pipeline_folder
 from ..records import Named, Results
 from ..schema import read_record
 from .comparison import comparable_inputs
@@ -69,11 +70,17 @@ NO_WEIGHTS = (
 
 def pipeline_weights_hash(folder: str | os.PathLike) -> str | None:
     """First 16 hex digits of the SHA-256 over the weight files of a pipeline folder's components; `None` where there is
-    no such folder.
+    no such folder. Of a name on the Hub: of those files that are loaded, as they were last fetched.
 
     Equal weights in equal files give equal hashes wherever the folder lies. Large files whose hash a stage has recorded
     are not read again.
     """
+    of_hub = is_name(folder)
+    if of_hub:
+        try:
+            folder = pipeline_folder(folder, local_files_only=True)
+        except EdgeDiTError:
+            return None
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         return None
@@ -87,9 +94,9 @@ def pipeline_weights_hash(folder: str | os.PathLike) -> str | None:
     for name in sorted(
         name for name, value in index.items() if isinstance(value, list) and Path(name).name == name != ".."
     ):
-        for path in sorted(
-            path for path in (folder / name).rglob("*") if path.is_file() and path.suffix not in NO_WEIGHTS
-        ):
+        there = [path.relative_to(folder / name).as_posix() for path in (folder / name).rglob("*") if path.is_file()]
+        paths = [folder / name / file for file in (loaded_files(there) if of_hub else there)]
+        for path in sorted(path for path in paths if path.suffix not in NO_WEIGHTS):
             about, entry = path.stat(), known.get(path, {})
             recorded = about.st_size > HASHED_ALWAYS and (about.st_size, about.st_mtime_ns) == (
                 entry.get("size"),
@@ -105,14 +112,8 @@ def input_hash(config: RunConfig, at: str) -> str | None:
     """The SHA-256 of a file of a run, or the hash of a pipeline's weights; `None`: it is not there."""
     maker = maker_of(at)
     path = maker.place(config) if at == maker.folder else config.folder(at)
-    if path.suffix == ".json":
+    if isinstance(path, Path) and path.suffix == ".json":
         return file_sha256(path) if path.is_file() else None
-    if maker.brought and not path.exists():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        with contextlib.suppress(HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
-            path = Path(snapshot_download(str(path), local_files_only=True))
     return pipeline_weights_hash(path)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..hub import is_name
 from .config import RunConfig
 from .sections import OptimisationConfig, QuantizeConfig
 
@@ -85,10 +86,12 @@ class Stage:
         asked = not self.only or bool(operator.attrgetter(self.only)(config))
         return asked and (not self.unless or operator.attrgetter(self.unless)(config) is None)
 
-    def place(self, config: RunConfig, folder: str | None = None) -> Path:
-        """Where its results are, or those that the recipe brings along."""
+    def place(self, config: RunConfig, folder: str | None = None) -> Path | str:
+        """Where its results are, or those that the recipe brings along: a folder, or a name on the Hub."""
         path = operator.attrgetter(self.brought)(config) if self.brought else None
-        return Path(path).expanduser() if path is not None else config.folder(folder or self.folder)
+        if path is None:
+            return config.folder(folder or self.folder)
+        return path if is_name(path) else Path(path).expanduser()
 
 
 IMAGES, EXTRACTOR = Input("data"), Input("extractor")
@@ -302,7 +305,7 @@ def given_source(config: RunConfig) -> str | None:
     """The pipeline that a few-step student is distilled from, where that is not the run's own student or supernet."""
     path = config.few_step.path
     own = {config.folder(stage.folder).resolve() for stage in (TUNE, ELASTIC)}
-    return None if path is None or Path(path).expanduser().resolve() in own else path
+    return None if path is None or (not is_name(path) and Path(path).expanduser().resolve() in own) else path
 
 
 def maker_of(at: str, table: Sequence[Stage] = STAGES) -> Stage:

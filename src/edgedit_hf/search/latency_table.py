@@ -21,6 +21,7 @@ from ..errors import EdgeDiTError
 from ..export.formats import MEASURED
 from ..files import atomic_write_json, hash_json, read_json
 from ..genotype import Genotype, LayerSpec
+from ..hub import is_name, resolve
 from ..records import Table
 from ..run.stage import LATENCY
 from ..schema import held_to
@@ -139,8 +140,8 @@ class LatencyTable:
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> LatencyTable:
-        """Read a table; one whose values were changed by hand is refused."""
-        data = read_json(path, LATENCY.made_by)
+        """Read a table by its path or name on the Hub; one whose values were changed by hand is refused."""
+        data = read_json(table_file(path), LATENCY.made_by)
         stated = data.pop("hash", None) if isinstance(data, dict) else None
         try:
             table = cls(data)
@@ -153,15 +154,33 @@ class LatencyTable:
         return table
 
 
-def given_table(path: str, config: Mapping[str, Any], space: SearchSpace) -> LatencyTable:
-    """The table that a recipe's `latency.table` names, if it is one for this teacher and its search space."""
-    if not Path(path).is_file():
+def table_file(path: str | os.PathLike, **hub: Any) -> Path:
+    """The file of a latency table: a path as it is, of a name on the Hub the `table.json` there.
+
+    Args:
+        hub: of [`hub.fetch`].
+    """
+    found = resolve(path, ["table.json"], **hub)
+    return found / "table.json" if is_name(path) and found.is_dir() else found
+
+
+def given_table(path: str, config: Mapping[str, Any], space: SearchSpace, **hub: Any) -> LatencyTable:
+    """The table that a recipe's `latency.table` names, if it is one for this teacher and its search space.
+
+    Args:
+        hub: of [`hub.fetch`].
+    """
+    try:
+        file = table_file(path, **hub)
+    except EdgeDiTError as error:
+        raise EdgeDiTError(f"latency.table is {error}") from None
+    if not file.is_file():
         raise EdgeDiTError(
             f"latency.table is {path}, but there is no such file; give the table.json of another run's stage latency, "
             "or null to measure one."
         )
     try:
-        table = LatencyTable.from_json(path)
+        table = LatencyTable.from_json(file)
         table.check_config(config, space)
     except EdgeDiTError as error:
         raise EdgeDiTError(f"latency.table is {path}: {error}") from None
