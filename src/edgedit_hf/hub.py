@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import posixpath
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import EdgeDiTError
+from .files import atomic_folder, file_sha256, read_json
+from .records import BANK_FORMAT, BankIndex, ContractFiles, Results
+from .schema import held_to, read_record
 
 SCHEME = "hf://"
 FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json")
@@ -267,12 +272,104 @@ def _look(name: str, patterns: Sequence[str], *, revision: str | None = None, **
     root = _fetch(name, place._replace(path=""), whole, **options)
     place = place._replace(revision=root.name)  # all that follows is of this commit
     try:
-        tree = get_cached_repo_tree(place.repo_id, revision=root.name, cache_dir=options.get("cache_dir"))
+        tree = get_cached_repo_tree(place.repo_id, revision=place.revision, cache_dir=options.get("cache_dir"))
     except CachedRepoTreeNotFoundError:
         return _Seen(root / place.path, place, None, options)
     within = f"{place.path}/" if place.path else ""
     files = [file.path.removeprefix(within) for file in tree if file.path.startswith(within)]
     return _Seen(root / place.path, place, files, options)
+
+
+# -------------------------------------------------------------------- a copy of its own
+
+
+class Pulled(NamedTuple):
+    """What [`pull`] wrote.
+
+    Args:
+        commit: of the repository.
+        files, size: how many, and their bytes.
+    """
+
+    commit: str
+    files: int
+    size: int
+
+
+def pull(name: str, output: str | os.PathLike, **hub: Any) -> Pulled:
+    """A whole copy of a repository, or of a folder of it, in a folder of its own, which appears at once and complete,
+    or not at all.
+
+    It goes through the client's cache, which keeps the files that are complete when it is interrupted. Every file is
+    held against the hash that the Hub gave it (the cache's name for it), and against those that the thing itself lists
+    ([`recorded_hashes`]).
+
+    Args:
+        output: a folder that is not there yet. hub: of [`fetch`].
+
+    Raises:
+        EdgeDiTError: it cannot be had or written, is no folder, or a file is missing or not what it was.
+    """
+    folder = fetch(name, None, **hub)
+    if not folder.is_dir():
+        raise EdgeDiTError(f"{name} is a file; give the repository, or a folder of it.")
+    commit = parse_name(pinned(name, folder)).revision
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".gitattributes"]
+    size = 0
+    with atomic_folder(output) as aside:
+        for path in files:
+            target = aside / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+            size += target.stat().st_size
+            if not _is_named(target, path.resolve()):
+                raise EdgeDiTError(
+                    f"{name}: {path.relative_to(folder)} ({target.stat().st_size} bytes) has not the hash that the Hub "
+                    f"gave it: it was damaged on the way or in the cache. Delete {path.resolve()} and run it again."
+                )
+        for file, (sha256, said_by) in recorded_hashes(aside).items():
+            if not (aside / file).is_file():
+                raise EdgeDiTError(f"{name}: {said_by} lists {file}, which is not there; it was pushed in part.")
+            if (found := file_sha256(aside / file)) != sha256:
+                raise EdgeDiTError(
+                    f"{name}: {file} has the SHA-256 {found}, but {said_by} says {sha256}: it was damaged or changed "
+                    "before it was pushed; ask whoever did."
+                )
+    return Pulled(str(commit), len(files), size)
+
+
+def recorded_hashes(folder: Path) -> dict[str, tuple[str, str]]:
+    """SHA-256 of the files of a stage, an export or a proxy bank, and the file that says so, by the files' paths in the
+    folder; empty where nothing says so.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    if (folder / "stage.json").is_file():
+        listed = read_record(folder / "stage.json", Results, "the stage").get("files", {})
+        found |= {file: (about["sha256"], "stage.json") for file, about in listed.items()}
+    if (folder / "contract.json").is_file():
+        listed = read_record(folder / "contract.json", ContractFiles, "the export")["files"]
+        found |= {file: (about["sha256"], "contract.json") for file, about in listed.items()}
+    if (folder / "index.json").is_file():
+        index = read_json(folder / "index.json", "the bank")
+        if isinstance(index, dict) and index.get("format") == BANK_FORMAT:
+            held_to(index, BankIndex, folder / "index.json", "the bank", "a proxy bank")
+            entries = index["entries"].values()
+            found |= {str(entry.get("file")): (str(entry.get("sha256")), "index.json") for entry in entries}
+    if outside := [file for file in found if Path(file).is_absolute() or ".." in Path(file).parts]:
+        raise EdgeDiTError(f"{found[outside[0]][1]} lists {outside[0]!r}, which is not in its folder; it is damaged.")
+    return found
+
+
+def _is_named(path: Path, blob: Path) -> bool:
+    """Whether a file is the one that the cache's blob is named after: by its SHA-256, or of a small one git's own hash.
+    A cache without links has other names, which say nothing.
+    """
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
+        return file_sha256(path) == blob.name
+    if re.fullmatch("[0-9a-f]{40}", blob.name):
+        content = path.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == blob.name
+    return True
 
 
 def _bar() -> type:
@@ -310,7 +407,7 @@ def _words(error: BaseException) -> str:
         return "no space left on the disk; free some and run the same command again, what is complete is kept."
     for cause in causes:
         if (response := getattr(cause, "response", None)) is not None and hasattr(response, "status_code"):
-            return _status(cause, response, names)
+            return _status(cause, response)
     if "LocalTokenNotFoundError" in names:
         return "there is no token on this machine; log in (hf auth login), or set HF_TOKEN."
     if "IncompleteSnapshotError" in names and "OfflineModeIsEnabled" not in names:
@@ -360,10 +457,11 @@ def _unreachable(names: set[str]) -> str:
     return ""
 
 
-def _status(error: BaseException, response: Any, names: set[str]) -> str:
+def _status(error: BaseException, response: Any) -> str:
     """What the Hub's answer means."""
     from huggingface_hub import constants
 
+    names = {base.__name__ for base in type(error).__mro__}
     status, server = response.status_code, " ".join(str(getattr(error, "server_message", None) or "").split())[:300]
     said = f"{status}: {server}" if server else str(status)
     if "GatedRepoError" in names:

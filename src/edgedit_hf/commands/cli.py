@@ -1,5 +1,5 @@
 """`edgedit`: look at models, convert foreign checkpoints, get the recipes, start a run, choose another point of its
-front, write its report.
+front, write its report, fetch from the Hub.
 
 Exit codes: 0 done, 2 a clear message about the input (one line on stderr), 130 and 143 interrupted, 70 our fault
 ([`entry`]).
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..entry import guard
-from . import convert, info, init, recipes, report, select, train
+from . import convert, info, init, pull, recipes, report, select, train
 
-COMMANDS = (info, convert, init, recipes, train, select, report)
+COMMANDS = (info, convert, init, recipes, train, select, report, pull)
 
 
 def build_parser() -> argparse.ArgumentParser:
