@@ -76,9 +76,9 @@ def test_from_the_cache(cache):
     assert fetch("org/name", revision=root.name, cache_dir=cache) == root
     with pytest.raises(EdgeDiTError, match="has no elsewhere at commit"):
         fetch("hf://org/name/elsewhere", cache_dir=cache)
-    with pytest.raises(EdgeDiTError, match="nor a Hub id that is in the cache, and HF_HUB_OFFLINE"):
+    with pytest.raises(EdgeDiTError, match="nor a Hub id that is whole in the cache, and HF_HUB_OFFLINE"):
         fetch("org/other", cache_dir=cache)
-    with pytest.raises(EdgeDiTError, match="a Hub id that is in the cache"):
+    with pytest.raises(EdgeDiTError, match="a Hub id that is whole in the cache"):
         fetch("hf://org/name@v1", cache_dir=cache)
     with pytest.raises(EdgeDiTError, match="two revisions"):
         fetch("hf://org/name@v1", revision="v2", cache_dir=cache)

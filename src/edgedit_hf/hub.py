@@ -415,7 +415,7 @@ def _words(error: BaseException) -> str:
     if "OfflineModeIsEnabled" in names or ("LocalEntryNotFoundError" in names and len(causes) == 1):
         there = "only part of it is in the cache"
         if "IncompleteSnapshotError" not in names:
-            there = "it is neither a local path nor a Hub id that is in the cache"
+            there = "it is neither a local path nor a Hub id that is whole in the cache"
         return (
             f"{there}, and HF_HUB_OFFLINE or local_files_only keeps the client from asking the Hub; fetch it where it "
             "is online, or give the path of what is on this machine."

@@ -448,6 +448,20 @@ class CallMixin:
         return VaeImageProcessor.denormalize(latents if self.vae is None else vae_output(self.vae, latents))
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """As in diffusers, whose pipelines know no `subfolder` and would load the whole in its place.
+
+        Raises:
+            ValueError: a subfolder is given.
+        """
+        if kwargs.get("subfolder") is not None:
+            raise ValueError(
+                f"subfolder={kwargs['subfolder']!r} is for components; of a pipeline in a folder give that folder, of "
+                "the Hub fetch it first (huggingface_hub.snapshot_download, or edgedit pull hf://org/name/folder OUT)."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+    @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """As in diffusers, which would take over no component whose class is not named in the signature: of a pipeline
         of the same family (of this package, or with bundled code) every one, in the precision that it has.
