@@ -167,6 +167,7 @@ def test_every_error_is_one_clear_line(hub, files, run_with_hub, tmp_path):
     hub.start()
 
 
+@pytest.mark.slow
 def test_private_and_gated(hub, files, run_with_hub):
     hub.add("me/private", files, private=True)
     hub.add("acme/gated", files, gated="auto")
@@ -183,6 +184,7 @@ def test_a_full_disk(hub, files, run_with_hub, small_disk):  # noqa: F811
     assert not list(small_disk.rglob("*.incomplete"))
 
 
+@pytest.mark.slow
 def test_a_branch_that_moves_and_a_commit(hub, files, run_with_hub, tmp_path):
     first = hub.add("me/moves", files)
     assert first in run_with_hub(WHAT_GOES_WRONG, "me/moves")

@@ -57,6 +57,7 @@ def test_a_copy_whole_or_in_part_online_and_offline(hub, export, run_with_hub, t
         assert not path.is_symlink()
 
 
+@pytest.mark.slow
 def test_what_is_cut_continues(hub, export, run_with_hub, tmp_path):
     hub.add("me/export", export)
     torn = hub.fault(f"/storage/.*{sha256(export / 'transformer/onnx/model.onnx')[:8]}", reset=1000, times=None)
@@ -88,11 +89,19 @@ assert not Path(output).exists() and not list(Path(output).parent.glob(f".{Path(
     "what, said",
     [
         ("damaged before", r"model.onnx has the SHA-256 \w{64}, but contract.json says \w{64}"),
-        ("pushed in part", "contract.json lists transformer/onnx/model.onnx.data, which is not there"),
-        ("outside", "contract.json lists '../../x', which is not in its folder"),
-        ("damaged in the cache", r"model.onnx \(200000 bytes\) has not the hash that the Hub gave it: .* Delete /"),
-        ("bank", "00-mlp.safetensors has the SHA-256 .* but index.json says"),
-        ("stage", "student.json has the SHA-256 .* but stage.json says"),
+        pytest.param(
+            "pushed in part",
+            "contract.json lists transformer/onnx/model.onnx.data, which is not there",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("outside", "contract.json lists '../../x', which is not in its folder", marks=pytest.mark.slow),
+        pytest.param(
+            "damaged in the cache",
+            r"model.onnx \(200000 bytes\) has not the hash that the Hub gave it: .* Delete /",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("bank", "00-mlp.safetensors has the SHA-256 .* but index.json says", marks=pytest.mark.slow),
+        pytest.param("stage", "student.json has the SHA-256 .* but stage.json says", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_not_what_it_was_is_refused(what, said, hub, export, run_with_hub, tmp_path):
