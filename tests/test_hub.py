@@ -152,7 +152,8 @@ def test_every_error_is_one_clear_line(hub, files, run_with_hub, tmp_path):
         hub.fault(f"GET /storage/models/me/{name}/", times=None, **fault)
         what[name] = (fault, "the download was cut short .*run it again" if name == "short" else "cut the connection")
     what["nowhere"] = ({}, r"neither a local path nor a Hub id that http://127.* knows, or it is private \(40")
-    said = run_with_hub(WHAT_GOES_WRONG, *(f"me/{name}" for name in what), "hf://me/torn@v9", "hf://me/torn/sub")
+    names = [*(f"me/{name}" for name in what), "hf://me/torn@v9", "hf://me/torn/sub"]
+    said = run_with_hub(WHAT_GOES_WRONG, *names, quiet=True)
     lines = said.splitlines()
     assert len(lines) == len(what) + 2, said
     for line, (name, (_, expected)) in zip(lines, what.items()):

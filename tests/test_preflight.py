@@ -119,6 +119,8 @@ def test_settings_that_a_later_stage_would_refuse(tmp_path, overrides, said, dry
         (["knowledge.teacher=./nowhere"], "knowledge.teacher is ./nowhere, but there is no such folder"),
         (["text.encoder=./nowhere"], "text.encoder is ./nowhere"),
         (["data.vae=./nowhere"], "data.vae is ./nowhere"),
+        (["knowledge.teacher=me/nowhere"], "knowledge.teacher is me/nowhere: it is neither a local path nor a Hub id"),
+        (["data.vae=hf://me/nowhere/vae"], "data.vae is hf://me/nowhere/vae: it is neither a local path nor a Hub id"),
         (["few_step.enabled=true", "few_step.batch_size=31"], "few_step.batch_size 31"),
         (["few_step.enabled=true", "few_step.teacher=./nowhere"], "few_step.teacher is ./nowhere, but there is no"),
         (["few_step.enabled=true", "few_step.path=./nowhere"], "few_step.path is ./nowhere, but there is no"),
@@ -131,6 +133,13 @@ def test_settings_that_a_later_stage_would_refuse(tmp_path, overrides, said, dry
 def test_settings_that_a_later_stage_of_text_to_image_would_refuse(tmp_path, overrides, said):
     with pytest.raises(EdgeDiTError, match=said):
         preflight(config(tmp_path / "run", *overrides, recipe="debug-t2i.yaml"), TEXT_TO_IMAGE, processes=2)
+
+
+def test_a_dry_run_fetches_nothing(tmp_path):
+    names = ["teacher.path=me/teacher", "data.vae=hf://me/teacher/vae", "latency.table=me/table"]
+    notes = preflight(config(tmp_path / "run", "data.resolution=32", *names), EDGEDIT, dry_run=True)
+    for name in names:
+        assert f"Not checked: {name.replace('=', ' ')}, which is not on this machine yet." in notes
 
 
 @pytest.mark.parametrize("dry_run", [True, False])

@@ -7,10 +7,12 @@ path may stand, a name may: what is there on this machine is a path; so is every
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import hashlib
 import json
+import logging
 import os
 import posixpath
 import re
@@ -151,9 +153,10 @@ def _fetch(name: str, place: HubName, patterns: Sequence[str] | None, **options:
     else:
         wanted = [posixpath.normpath(posixpath.join(glob.escape(place.path), pattern)) for pattern in patterns]
     try:
-        root = snapshot_download(
-            place.repo_id, revision=place.revision, allow_patterns=wanted, tqdm_class=_bar(), **options
-        )
+        with quietly():
+            root = snapshot_download(
+                place.repo_id, revision=place.revision, allow_patterns=wanted, tqdm_class=_bar(), **options
+            )
     except Exception as error:  # of the client, of its HTTP library, of the disk: without a common base
         raise explain(error, name) from error
     found = Path(root, place.path)
@@ -370,6 +373,27 @@ def _is_named(path: Path, blob: Path) -> bool:
         content = path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == blob.name
     return True
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Within it the client says nothing of its own, but that it waits as long as the Hub asks it to: what it cannot do
+    is one line of ours.
+    """
+
+    def waits(record: logging.LogRecord) -> bool:
+        return record.getMessage().startswith("Rate limited.")
+
+    loggers = [
+        logging.getLogger(f"huggingface_hub.{name}") for name in ("_snapshot_download", "file_download", "utils._http")
+    ]
+    for logger in loggers:
+        logger.addFilter(waits)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(waits)
 
 
 def _bar() -> type:

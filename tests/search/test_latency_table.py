@@ -137,12 +137,19 @@ def test_another_teacher_is_an_error(table, config, space):
         table.check_config({**config, "sample_size": 16})
 
 
-def test_a_table_that_a_recipe_names_must_fit(table, config, space, tmp_path):
+def test_a_table_that_a_recipe_names_must_fit(table, config, space, tmp_path, make_hub_cache, monkeypatch):
     path = tmp_path / "table.json"
     with pytest.raises(EdgeDiTError, match=f"latency.table is {path}, but there is no such file; give the table.json"):
         given_table(str(path), config, space)
     table.to_json(path)
     assert given_table(str(path), config, space).hash == table.hash
+    (tmp_path / "latency").mkdir()
+    table.to_json(tmp_path / "latency" / "table.json")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(make_hub_cache(tmp_path / "latency", "me/table")))
+    for name in ("me/table", "hf://me/table@main/table.json"):
+        assert given_table(name, config, space).hash == LatencyTable.from_json(name).hash == table.hash
+    with pytest.raises(EdgeDiTError, match="latency.table is me/other: it is neither a local path nor a Hub id"):
+        given_table("me/other", config, space)
     for other in ({"sample_size": 16}, {"patch_size": 4}, {"learn_sigma": True}):
         with pytest.raises(
             EdgeDiTError, match=f"latency.table is {path}: .* belongs to another teacher: {[*other][0]}"

@@ -22,6 +22,7 @@ import torch
 
 from ..errors import EdgeDiTError
 from ..files import check_finite, parse_json
+from ..hub import component_folder
 from .stored_weights import WEIGHT_FILES, locate, one_line, read_lora, read_tensors, state_dict_in, weight_files
 from .transformer_edgedit import EdgeDiTTransformer2DModel, sincos_position_embedding
 
@@ -144,10 +145,15 @@ def load_original(
     for name, value, allowed in (("family", family, (None, *FAMILIES)), ("numerics", numerics, NUMERICS)):
         if value not in allowed:
             raise EdgeDiTError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
-    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    hub: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
     path = locate(path_or_id, **hub)
     source = _read_folder(path, variant) if path.is_dir() else _read_file(path)
-    adapter = None if lora is None else read_lora(Path(lora))
+    adapter = None if lora is None else read_lora(component_folder(lora, **{**hub, "revision": None}))
     if adapter is not None:
         _fuse(adapter, source.state)
     if source.config is not None and source.config.get("_class_name") == EdgeDiTTransformer2DModel.__name__:
