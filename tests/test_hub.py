@@ -54,6 +54,9 @@ def test_parts_of_a_name():
         ("hf://org", "no name on the Hub"),
         ("a--b/c", "no name on the Hub"),
         ("org/na me", "no name on the Hub"),
+        ("org/a\0\n", "^org/a\0 : this is no name on the Hub"),
+        ("org/" + "a" * 5000, "^.{200}…: this is no name on the Hub"),
+        ("hf://", "no name on the Hub"),
     ):
         with pytest.raises(EdgeDiTError, match=said):
             parse_name(name)

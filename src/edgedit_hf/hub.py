@@ -418,7 +418,8 @@ def explain(error: BaseException, what: str) -> EdgeDiTError:
     """
     if isinstance(error, EdgeDiTError):
         return error
-    return EdgeDiTError(f"{what}: {' '.join(_words(error).split())}")
+    what = what if len(what) <= 200 else f"{what[:200]}…"
+    return EdgeDiTError(" ".join(f"{what}: {_words(error)}".split()))
 
 
 def _words(error: BaseException) -> str:

@@ -196,3 +196,30 @@ def test_every_flavour_online_cached_and_offline(pipeline, make_transformer, hub
     assert sum(entry["answered"] for entry in hub.requests("/storage/|GET .*/resolve/")) == 0  # of the cache
     said = run_with_hub(SAMPLES, json.dumps(folders), "offline", home="user", offline=True)
     assert said.count("theirs: ") == 2  # where this is 0, docs/hub.md need not speak of it any more
+
+
+COMMANDS = """
+import os, sys
+from pathlib import Path
+from edgedit_hf.commands.cli import main
+
+out, home = sys.argv[1], Path(os.environ["HF_HOME"])
+assert main(["info", "me/edgedit"]) == 0
+assert not {"torch", "diffusers"} & sys.modules.keys() and not list(home.rglob("*.safetensors"))
+assert main(["convert", "hf://me/edgedit@main", f"{out}/converted"]) == 0
+sys.argv = ["optimum-cli", "export", "edgedit", "--model", "me/edgedit", "--output", f"{out}/onnx", "--images", "2"]
+from optimum.commands.optimum_cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.export
+def test_commands_take_names(pipeline, hub, run_with_hub, tmp_path):
+    pipeline.save_pretrained(tmp_path / "edgedit")
+    hub.add("me/edgedit", tmp_path / "edgedit")
+    said = run_with_hub(COMMANDS, tmp_path)
+    assert said.startswith("me/edgedit  (one input of 8 x 8 x 1") and (tmp_path / "onnx" / "verify.json").is_file()
+    assert equal(load_pipeline(tmp_path / "converted").transformer, pipeline.transformer)
+    for written in (tmp_path / "converted", tmp_path / "onnx"):
+        assert not [file for file in written.rglob("*.json") if str(tmp_path) in file.read_text()]

@@ -276,7 +276,7 @@ def load_original_pipeline(path: str | Path, *, vae: str | None = None, **option
         options: further arguments of [`load_original`].
     """
     of_hub = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
-    path = locate(path, **of_hub)
+    source, path = path, locate(path, **of_hub)
     transformer = load_original(path, **options)
     scheduler, decoder = make_scheduler(transformer.config.prediction_type), None
     facts: dict[str, Any] = {}
@@ -290,6 +290,7 @@ def load_original_pipeline(path: str | Path, *, vae: str | None = None, **option
         scheduler = load_scheduler(path / "scheduler")
         if decoder is None and (path / "vae").is_dir():
             decoder = load_vae(str(path / "vae"), use_safetensors=None)
+            decoder.register_to_config(_name_or_path=f"{source}/vae")
     if decoder is not None and decoder.config.latent_channels != transformer.config.in_channels:
         raise EdgeDiTError(
             f"The VAE has {decoder.config.latent_channels} latent channels, the transformer takes "
