@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.report.card import render_card, template, write_card
+from edgedit_hf.report.card import render_card, write_card
 from edgedit_hf.report.edgedit import build_report
+from edgedit_hf.report.tables import template
 
 METRIC = "fid[digits-cnn,n=64]"
 

@@ -14,8 +14,9 @@ from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import file_sha256
-from edgedit_hf.report.card import comparison_table, metric_label, scaled, write_card
+from edgedit_hf.report.card import write_card
 from edgedit_hf.report.edgedit import build_report, write_report
+from edgedit_hf.report.tables import comparison_table, metric_label, scaled
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None

@@ -6,7 +6,6 @@ import shutil
 import pytest
 
 from edgedit_hf.genotype import Genotype
-from edgedit_hf.report.card import comparison_table
 from edgedit_hf.report.few_step import (
     few_step_facts,
     few_step_ratios,
@@ -15,6 +14,7 @@ from edgedit_hf.report.few_step import (
     few_step_widths_table,
     prompt_agreement,
 )
+from edgedit_hf.report.tables import comparison_table
 
 METRIC = "fid[digits-cnn,n=64]"
 

@@ -38,9 +38,9 @@ from ..run.results import check_sources, pipeline_weights_hash
 from ..run.stage import BANK, EDGEDIT, EVALUATE, SEARCH, STUDENT, Stage, maker_of
 from ..schema import read_record
 from ..search_space import OPTIONS, SearchSpace
-from .card import MODEL_LABELS, latency_label, metric_label
 from .few_step import TUNED, draw_few_step_figures, few_step_facts, few_step_ratios, few_step_table, on_the_way
 from .page import Figure, optional_record, render_html
+from .tables import MODEL_LABELS, latency_label, metric_label
 
 FORMAT = 1
 SAMPLE_PANELS = ("teacher", "student", "student-tuned", "onnx-int8")

@@ -17,10 +17,10 @@ from ..run.config import RunConfig
 from ..run.results import check_sources
 from ..run.stage import ELASTIC, EVALUATE_ELASTIC, EVALUATE_FEW_STEP, TEXT_TO_IMAGE
 from ..schema import convert, read_lines, read_record
-from .card import metric_label
 from .edgedit import FORMAT, check_judged, finished_stages, reproduce
 from .few_step import draw_few_step_figures, few_step_facts, few_step_widths, few_step_widths_table
 from .page import Figure, optional_record, render_html
+from .tables import metric_label
 
 JUDGED_BY = EVALUATE_ELASTIC.made_by
 

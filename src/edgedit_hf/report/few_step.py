@@ -11,8 +11,8 @@ from ..genotype import Genotype
 from ..records import FewStepStage, Model, Solvers, Telemetry
 from ..run.stage import EVALUATE_FEW_STEP, FEW_STEP
 from ..schema import convert, read_lines, read_record
-from .card import MODEL_LABELS, guidance_in_words, latency_label, metric_label
 from .page import Figure, optional_record
+from .tables import MODEL_LABELS, guidance_in_words, latency_label, metric_label
 
 TUNED, GIVEN = "student-tuned", "few-step-source"
 """What a few-step student is distilled from: the run's own student, or another pipeline (few_step.path)."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..schema import read_record
-from .card import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
+from .tables import MODEL_LABELS, comparison_table, latency_label, metric_label, scaled, template
 
 
 def optional_record(path: Path, schema: Any) -> Any:

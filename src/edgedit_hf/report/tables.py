@@ -1,0 +1,102 @@
+"""What report pages and cards share: labels of models, runtimes and metrics, and the table that compares models."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# What readers call the models of a run, by their name in report.json, in the order in which they are compared.
+MODEL_LABELS = {
+    "teacher": "teacher",
+    "teacher-more-steps": "teacher, same extra steps",
+    "student": "student, before tuning",
+    "student-random-proxies": "student from random proxies, tuned",
+    "student-tuned": "student, tuned",
+    "student-tuned-few-steps": "student, tuned, with few steps",
+    "few-step-source": "source of the few-step student",
+    "few-step-source-few-steps": "source of the few-step student, with few steps",
+    "few-step": "few-step student",
+    "onnx-fp32": "exported, fp32",
+    "onnx-int8": "exported, int8",
+    "executorch-fp32": "exported, ExecuTorch fp32",
+    "executorch-int8": "exported, ExecuTorch int8 (8da8w)",
+    "executorch-int4": "exported, ExecuTorch int4 (8da4w)",
+}
+RUNTIME_LABELS = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "executorch": "ExecuTorch", "coreml": "Core ML"}
+
+
+def template(name: str) -> str:
+    """Text of a Jinja template, `"README.md.jinja"` or `"report.html.jinja"`."""
+    return (importlib.resources.files("edgedit_hf.hub_cards") / name).read_text(encoding="utf-8")
+
+
+def metric_label(key: str) -> str:
+    """Words for a metric's key: `fid[digits-cnn,n=2000]` → "Fréchet distance (digits-cnn, n=2,000)".
+
+    "FID" is kept for Inception's features, as readers take it to mean those.
+    """
+    match = re.fullmatch(r"fid\[(.+),n=(\d+)\]", key)
+    if match is None:
+        return key
+    extractor, count = match[1], f"n={int(match[2]):,}"
+    return f"FID ({count})" if extractor.startswith("inception") else f"Fréchet distance ({extractor}, {count})"
+
+
+def latency_label(key: str) -> str:
+    """Words for a latency's key: `onnxruntime-fp32` → "ONNX Runtime fp32"."""
+    runtime, _, precision = key.partition("-")
+    return f"{RUNTIME_LABELS.get(runtime, runtime)} {precision}"
+
+
+def scaled(value: float) -> str:
+    """A count in three digits with k, M or G: 1812345 → "1.81 M"."""
+    for factor, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g}{unit}" if abs(value) < 1e3 * factor else f"{value / factor:,.0f}{unit}"
+    return f"{value:.3g}"
+
+
+def guidance_in_words(model: Mapping[str, Any]) -> str:
+    """The guidance that a model of a report was sampled with, "none" where its net was run once a step."""
+    once = model.get("forwards_per_image") == model["steps"]  # so is a net without classes, whatever was asked for
+    return "none" if once or model["guidance_scale"] <= 1 else f"{model['guidance_scale']:g}"
+
+
+def comparison_table(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table that sets the models of a report side by side; columns nobody has a value for are
+    left out, and how models were sampled if they all were alike.
+
+    Args:
+        models: `report["models"]`.
+    """
+    order = list(MODEL_LABELS)
+    models = sorted(models, key=lambda m: order.index(m["name"]) if m["name"] in order else len(order))
+    runtimes = list(RUNTIME_LABELS)
+
+    def place(name: str) -> tuple[int, str]:
+        runtime, _, precision = name.partition("-")
+        return runtimes.index(runtime) if runtime in runtimes else len(runtimes), precision
+
+    sampled = (("steps", lambda m: str(m["steps"])), ("guidance", guidance_in_words))
+    latencies = sorted({key for m in models for key in m["latency_ms"]}, key=place)
+    distances = sorted({key for m in models for key in m["metrics"] if key.startswith("fid[")})
+    columns = [
+        ("model", lambda m: MODEL_LABELS.get(m["name"], m["name"])),
+        ("parameters", lambda m: scaled(m["parameters"])),
+        ("GFLOPs", lambda m: f"{m['flops'] / 1e9:.3g}"),
+        *[(f"{latency_label(k)} (ms)", lambda m, k=k: _number(m["latency_ms"].get(k), ".2f")) for k in latencies],
+        *[(name, said) for name, said in sampled if len({said(m) for m in models}) > 1],
+        *[(metric_label(k), lambda m, k=k: _number(m["metrics"].get(k), ".3g")) for k in distances],
+        ("precision", lambda m: _number(m.get("precision"), ".3f")),
+        ("recall", lambda m: _number(m.get("recall"), ".3f")),
+        ("class agreement", lambda m: _number(m.get("class_agreement"), ".1%")),
+    ]
+    cells = [[value(m) for _, value in columns] for m in models]
+    kept = [i for i in range(len(columns)) if any(row[i] != "–" for row in cells)]
+    return [columns[i][0] for i in kept], [[row[i] for i in kept] for row in cells]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
