@@ -19,9 +19,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from edgedit_hf.estimate import estimate, print_estimate
-from edgedit_hf.files import read_json
 from edgedit_hf.preflight import preflight
-from edgedit_hf.report.card import write_card
+from edgedit_hf.report.card import write_run_card
 from edgedit_hf.report.edgedit import write_report
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main, stage_runs
@@ -50,9 +49,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             correction = took / max(1.0, expected[stage.name])
     if accelerator.is_main_process:
         report = write_report(config.output_dir)
-        figures, made = read_json(config.folder("report.json"), "the report"), shipped(config).folder
-        about = {"repo_id": config.card.repo_id, "license": config.card.license, "model": made}
-        write_card(config.folder(made), figures, **about)
+        write_run_card(config, shipped(config))
         print(f"{report} (this process: {(time.monotonic() - started) / 60:.1f} min)")
 
 

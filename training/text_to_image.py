@@ -20,10 +20,11 @@ from accelerate import Accelerator
 
 from edgedit_hf.estimate import print_text_to_image_estimate
 from edgedit_hf.preflight import preflight
+from edgedit_hf.report.card import write_run_card
 from edgedit_hf.report.elastic import write_elastic_report
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main, stage_runs
-from edgedit_hf.run.stage import TEXT_TO_IMAGE
+from edgedit_hf.run.stage import ELASTIC, FEW_STEP, TEXT_TO_IMAGE
 from edgedit_hf.run.state import STAGE_LABEL
 
 
@@ -35,7 +36,9 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         run_stage(config, accelerator)
         accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        print(f"{write_elastic_report(config.output_dir)} (this process: {(time.monotonic() - started) / 60:.1f} min)")
+        report = write_elastic_report(config.output_dir)
+        write_run_card(config, FEW_STEP if FEW_STEP.needed(config) else ELASTIC)
+        print(f"{report} (this process: {(time.monotonic() - started) / 60:.1f} min)")
 
 
 if __name__ == "__main__":

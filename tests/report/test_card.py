@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.report.card import render_card, write_card
+from edgedit_hf.report.card import render_card
 from edgedit_hf.report.edgedit import build_report
 from edgedit_hf.report.tables import template
 
@@ -34,21 +34,19 @@ def test_metadata_is_what_the_hub_reads(report):
     (index,) = data["model-index"]
     assert index["name"] == "digits-edgedit"
     metrics = {m["name"]: m for result in index["results"] for m in result["metrics"]}
-    assert metrics["Fréchet distance (digits-cnn, n=64)"] == {
-        "type": "frechet_distance",
-        "value": tuned["metrics"][METRIC],
-        "name": "Fréchet distance (digits-cnn, n=64)",
-    }
-    assert {"precision", "recall", "class agreement"} < set(metrics)
+    sampled = f"{tuned['steps']} steps, guidance {tuned['guidance_scale']:g}"
+    name = f"Fréchet distance (digits-cnn, n=64, {sampled})"
+    assert metrics[name] == {"type": "frechet_distance", "value": tuned["metrics"][METRIC], "name": name}
+    assert {f"{word} (digits-cnn, n=64, {sampled})" for word in ("precision", "recall")} < set(metrics)
+    assert any(name.startswith("class agreement (") and name.endswith(f"n=64, {sampled})") for name in metrics)
     parsed = ModelCard(card).data  # the Hub's own reader
     judged = (tuned["metrics"][METRIC], tuned["precision"], tuned["recall"], tuned["class_agreement"])
     assert {r.metric_value for r in parsed.eval_results} == set(judged)
 
 
-def test_text_loads_compares_and_reproduces(report, tmp_path):
-    path = write_card(tmp_path, report, repo_id="me/digits-edgedit", license="mit", model="onnx-int8")
-    card = path.read_text()
-    assert path.name == "README.md" and "onnx" in metadata(card)["tags"]
+def test_text_loads_compares_and_reproduces(report):
+    card = render_card(report, repo_id="me/digits-edgedit", license="mit", model="onnx-int8")
+    assert "onnx" in metadata(card)["tags"]
     snippet = card.split("```python\n")[1].split("```")[0]
     assert snippet.index("import edgedit_hf") < snippet.index('DiffusionPipeline.from_pretrained("me/digits-edgedit")')
     compile(snippet, "snippet", "exec")

@@ -185,6 +185,7 @@ def short(text: str) -> str:
     return repr(text if len(text) < 60 else f"{text[:10]}…({len(text)})")
 
 
+CARD = ["run/report*", "run/student-tuned/README.md", "run/student-tuned/card/*"]
 COMMANDS: dict[str, dict[str, Any]] = {
     "info": {"argv": ["run/student-tuned"], "writes": []},
     "convert": {"argv": ["dit.pt", "out", "--heads", "4", "--family", "dit"], "writes": ["out/*"]},
@@ -192,6 +193,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "recipes copy": {"argv": ["out"], "writes": ["out/*"]},
     "select": {"argv": ["run", "--output", "out"], "writes": ["out/*"]},
     "report": {"argv": ["run"], "writes": ["run/report*"]},
+    "card": {"argv": ["run/student-tuned"], "writes": CARD[1:]},
     "train": {"argv": ["teacher", "--config", "tiny.yaml", "--dry-run"], "writes": []},
 }
 FAMILY = {"run": ["run", "dit.pt", "tiny.yaml"], "t2i": ["t2i", "prompts.txt"]}
@@ -441,7 +443,7 @@ def stage_of(section: str) -> tuple[str, str, list[str], list[str], list[str]]:
         "export": run("export_student", "exported"),
         "evaluate": run("evaluate_models", "evaluate"),
         "sensitivity": run("sensitivity", "sensitivity"),
-        "card": ("compress", "tiny.yaml", ["run", "tiny.yaml"], [], ["run/report*", "run/student-tuned/README.md"]),
+        "card": ("compress", "tiny.yaml", ["run", "tiny.yaml"], [], CARD),
     }[section]
 
 
@@ -536,7 +538,7 @@ def readers() -> list[Reader]:
         "scheduler/scheduler_config.json",
         "transformer/*.safetensors",
     ]
-    report = ["run/report*", "run/student-tuned/README.md"]
+    report = CARD
     again = [
         *report,
         "run/*/stage.json",

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..entry import guard
-from . import convert, info, init, pull, recipes, report, select, train
+from . import card, convert, info, init, pull, recipes, report, select, train
 
-COMMANDS = (info, convert, init, recipes, train, select, report, pull)
+COMMANDS = (info, convert, init, recipes, train, select, report, card, pull)
 
 
 def build_parser() -> argparse.ArgumentParser:

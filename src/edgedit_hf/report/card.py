@@ -1,6 +1,7 @@
-"""Model cards: rendered from a run's `report.json`, with `huggingface_hub`'s card classes and a template of hub_cards/.
+"""Model cards, of everything that this package makes: rendered from what was measured, with `huggingface_hub`'s card
+classes and the templates of hub_cards/.
 
-Pushing stays with the Hub's own tools; nothing here reaches for the network.
+Pushing stands elsewhere; nothing here reaches for the network, and no weights are loaded. No torch.
 """
 
 from __future__ import annotations
@@ -11,18 +12,115 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..errors import EdgeDiTError
-from ..files import atomic_write_text
-from ..markup import MARKUP, markdown, one_line
-from ..run.results import pipeline_weights_hash
+from ..files import atomic_folder, atomic_write_text
+from ..hub import SCHEME, is_name, parse_name
+from ..markup import MARKUP, one_line
+from ..run.config import RunConfig
 from ..run.sections import LICENSE, REPO_ID
+from ..run.stage import Stage
 from ..schema import shorten
-from .tables import MODEL_LABELS, comparison_table, guidance_in_words, metric_label, template
+from .card_facts import dtype_of, figures_of, licence_of, tables_of, usage_of
+from .card_pictures import FOLDER, Picture, examples, pictures_of
+from .subject import STAGES, Subject, subject_of
+from .tables import MODEL_LABELS, guidance_in_words, template
 
-PIPELINE_TAG = "unconditional-image-generation"  # the Hub has no tag of its own for class-conditional generation
+TASKS = {"edgedit": "unconditional-image-generation", "elastic": "text-to-image"}
+"""The Hub's names; it has none of its own for class-conditional generation."""
+
+RELATIONS = {"student": "finetune", "teacher": "finetune", "supernet": "finetune", "subnet": "finetune"}
+RELATIONS |= {"few-step": "finetune", "quantized": "quantized", "exported": "quantized", "bank": "adapter"}
+"""What a kind is to its base model. The Hub lists conversions to other formats with the quantised ones; a latency table
+is nothing of the sort.
+"""
+
+PLACEHOLDER = "your-name/"
+"""How the recipes' ids begin until they are changed."""
 
 
-# -------------------------------------------------------------------- the card
+def card_files(
+    folder: str | os.PathLike,
+    repo_id: str | None,
+    *,
+    license: str | None = None,
+    base_model: str | None = None,
+    report: str | os.PathLike | Mapping[str, Any] | None = None,
+    model: str | None = None,
+) -> dict[str, bytes]:
+    """The card of a folder, in memory: `README.md` and its pictures `card/*.png`.
+
+    Args:
+        folder: a pipeline, an export, a proxy bank or a latency table.
+        repo_id: where it will live on the Hub, e.g. `"me/digits-edgedit"`; it stands in the lines that load it. `None`:
+            a card that stays with the folder, which is then loaded by its own name and may lack a licence.
+        license: an identifier of the Hub such as `"apache-2.0"`, or `"name=link"` for one that the Hub does not know;
+            without it that of the base model, where it is known.
+        base_model: Hub id of what it was made from, if that has one.
+        report: report.json or its content, in place of that of the run in which the folder stands.
+        model: its name in the report, where its place and its weights do not tell.
+
+    Raises:
+        EdgeDiTError: a measurement, the licence or an id is missing or no good (it is named).
+    """
+    subject = subject_of(folder, report, model)
+    base_model = base_model or _recorded_base(subject)
+    if base_model is None and repo_id is not None and subject.kind == "bank":
+        raise EdgeDiTError(
+            f"The card of the bank {folder} needs the Hub's id of its teacher, without which nobody can use it; give "
+            "it with --base-model organisation/name."
+        )
+    known = licence_of(subject, license, base_model)
+    if known is None and repo_id is not None:
+        raise EdgeDiTError(
+            f"The licence of {folder} is unknown: it depends on the data and on the base model. Give it with "
+            "--license, as an identifier of the Hub such as apache-2.0, or as name=link for another one."
+        )
+    pictures = pictures_of(subject)
+    text = _render(subject, repo_id, known or {}, base_model, pictures)
+    shown = {name: picture for name, picture in pictures.items() if f"{FOLDER}/{name}" in text}
+    return {"README.md": text.encode(), **{f"{FOLDER}/{name}": picture.png for name, picture in shown.items()}}
+
+
+def write_card(
+    folder: str | os.PathLike,
+    report: str | os.PathLike | Mapping[str, Any] | None = None,
+    *,
+    repo_id: str | None = None,
+    **options: Any,
+) -> Path:
+    """Write [`card_files`] into the folder and return the path of its README.md. Do it after `save_pretrained`, which
+    may overwrite a README.
+    """
+    files = card_files(folder, repo_id, report=report, **options)
+    path = Path(folder, "README.md")
+    pictures = {Path(name).name: content for name, content in files.items() if name != path.name}
+    at = path.parent / FOLDER
+    if pictures != {picture.name: picture.read_bytes() for picture in at.glob("*.png")}:
+        with atomic_folder(at) as aside:
+            for name, content in pictures.items():
+                (aside / name).write_bytes(content)
+    atomic_write_text(path, files[path.name].decode())
+    return path
+
+
+def write_run_card(config: RunConfig, stage: Stage) -> Path:
+    """Write the card of what a run ships, from its report, as `card.repo_id` and `card.license` of its recipe have it.
+
+    As long as one of the two is not chosen, the card stays with the folder: it loads that by its own name, and says
+    no licence.
+    """
+    card = config.card
+    chosen = None if card.repo_id.startswith(PLACEHOLDER) else card.repo_id
+    licence = None if card.license == "other" else card.license
+    return write_card(
+        config.folder(stage.folder),
+        config.folder("report.json"),
+        repo_id=chosen if licence else None,
+        license=licence,
+        model=stage.folder,
+    )
 
 
 def render_card(
@@ -33,95 +131,189 @@ def render_card(
     model: str = "student-tuned",
     base_model: str | None = None,
 ) -> str:
-    """The README.md of a model repository: metadata, how to load it, figures, limits, how to reproduce it.
-
-    Args:
-        report: content of a run's `report.json`.
-        repo_id: where the model will live, e.g. `"me/digits-edgedit"`; stands in the loading example.
-        license: licence identifier of the Hub, e.g. `"apache-2.0"`. It depends on data and teacher: only you know it.
-        model: which of the report's models the card is for.
-        base_model: Hub id of the teacher, if it has one.
+    """The text of a card for one of a report's models, without its folder: no pictures.
 
     Raises:
         EdgeDiTError: the report has no such model.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-    if not re.fullmatch(REPO_ID, repo_id) or not re.fullmatch(LICENSE, license):
-        raise EdgeDiTError(
-            f"The card is for repo_id {shorten(repo_id)} and license {shorten(license)}; the Hub takes "
-            "organisation/name and an identifier such as apache-2.0, of letters, digits, '-', '_' and '.'."
-        )
-    models = {m["name"]: m for m in report["models"]}
+    models = {entry["name"]: entry for entry in report["models"]}
     if model not in models:
         raise EdgeDiTError(
             f"The report has no model {model!r}; it has {sorted(models) or 'none, run stage evaluate first'}."
         )
-    entry, data = models[model], report["reproduce"]["config"].get("data", {}).get("source", "unknown")
-    figures = {key: (metric_label(key), value) for key, value in entry["metrics"].items() if key.startswith("fid[")}
-    figures |= {
-        key: (key, entry[key]) for key in ("precision", "recall", "class_agreement") if entry.get(key) is not None
-    }
-    results = [
-        EvalResult(
-            task_type=PIPELINE_TAG,
-            task_name="image generation",
-            dataset_type=one_line(Path(data).name),
-            dataset_name=one_line(Path(data).name),
-            metric_type="frechet_distance"
-            if key.startswith("fid[") and not label.startswith("FID")
-            else key.split("[")[0],
-            metric_name=one_line(label.replace("_", " ")),
-            metric_value=value,
-        )
-        for key, (label, value) in figures.items()
-    ]
-    card_data = ModelCardData(
-        model_name=repo_id.rpartition("/")[2],
-        license=license,
-        library_name="diffusers",
-        pipeline_tag=PIPELINE_TAG,
-        tags=["edgedit_hf", "diffusion", "DiT", "compressed"] + (["onnx"] if entry["stage"] == "exported" else []),
-        base_model=base_model,
-        eval_results=results,
+    entry = models[model]
+    kind = next((kind for kind, stages in STAGES.items() if entry["stage"] in stages), "student")
+    few = any(m["stage"] == "few-step" for m in models.values()) and kind in ("few-step", "exported")
+    classes = {"num_classes": 10 if entry.get("class_agreement") is not None else 0}
+    index = {"format": model.partition("-")[0], "precision": model.partition("-")[2]} if kind == "exported" else {}
+    label = MODEL_LABELS.get(model, model)
+    subject = Subject(kind, "edgedit", label, report=report, entries=[entry], config=classes, index=index, few_step=few)
+    return _render(subject, repo_id, licence_of(subject, license, base_model) or {}, base_model, {})
+
+
+def _render(
+    subject: Subject,
+    repo_id: str | None,
+    licence: Mapping[str, str],
+    base_model: str | None,
+    pictures: Mapping[str, Picture],
+) -> str:
+    import jinja2
+
+    for what, value, form in (
+        ("repo_id", repo_id, REPO_ID),
+        ("license", licence.get("license"), LICENSE),
+        ("base_model", base_model, REPO_ID),
+    ):
+        if value is not None and (not re.fullmatch(form, value) or value.startswith(PLACEHOLDER)):
+            raise EdgeDiTError(
+                f"The card is for {what} {shorten(value)}; the Hub takes organisation/name and an identifier such as "
+                "apache-2.0, of letters, digits, '-', '_' and '.', and they must be yours."
+            )
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(template), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
-    header, rows = comparison_table(report["models"])
-    few_step = any(m["stage"] == "few-step" for m in models.values()) and entry["stage"] in ("few-step", "exported")
-    card = ModelCard.from_template(
-        card_data,
-        template_str=template("README.md.jinja"),
-        report=report,
-        entry=entry,
-        label=MODEL_LABELS.get(model, model),
-        repo_id=repo_id,
-        data=Path(data).name,
-        conditional=entry.get("class_agreement") is not None,
-        few_step=few_step,
-        source=report.get("few_step", {}).get("source") if few_step else None,
-        guidance=guidance_in_words(entry),
-        alike=not {"steps", "guidance"} & set(header),
-        header=[markdown(cell) for cell in header],
-        rows=[[markdown(cell) for cell in row] for row in rows],
+    name = repo_id or (subject.folder.absolute().name if subject.folder else "")
+    text = environment.get_template(f"card-{subject.kind}.md.jinja").render(
+        card_data=_metadata(subject, repo_id, licence, base_model, pictures),
+        subject=subject,
+        name=name.rpartition("/")[2],
+        place=name,
+        on_hub=repo_id is not None,
+        base_model=base_model,
+        licence=licence.get("license_name") or licence.get("license"),
+        pictures=pictures,
+        report=subject.report or {},
+        entry=subject.entry,
+        label=subject.label,
+        data=_data(subject),
+        guidance=guidance_in_words(subject.entry) if subject.entry else None,
+        reproduce=_reproduce(subject),
+        versions=(subject.report or subject.stage or subject.index).get("versions", {}),
+        **usage_of(subject, base_model),
+        **tables_of(subject),
         **MARKUP,
     )
-    return str(card)
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def write_card(folder: str | os.PathLike, report: Mapping[str, Any], **options: Any) -> Path:
-    """Write [`render_card`]'s text as `folder/README.md` and return its path. Do it after `save_pretrained`, which may
-    overwrite a README, and before uploading the folder.
+# -------------------------------------------------------------------- metadata
 
-    Raises:
-        EdgeDiTError: the folder holds other weights than the report's figures are of.
-    """
-    path = Path(folder, "README.md")
-    wanted = options.get("model", "student-tuned")
-    judged = next((entry.get("weights") for entry in report["models"] if entry["name"] == wanted), None)
-    current = None if judged is None else pipeline_weights_hash(folder)
-    if current not in (None, judged):
-        raise EdgeDiTError(
-            f"The report's figures of {wanted!r} are those of other weights ({judged}) than {folder} holds "
-            f"({current}); run stage evaluate again, write the report anew, then the card."
+
+def _metadata(
+    subject: Subject,
+    repo_id: str | None,
+    licence: Mapping[str, str],
+    base_model: str | None,
+    pictures: Mapping[str, Picture],
+) -> str:
+    """The YAML at the head of a card."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    name = repo_id or (subject.folder.absolute().name if subject.folder else "model")
+    dataset = one_line(_data(subject) or "own samples")
+    results = [
+        EvalResult(
+            task_type=TASKS[subject.family],
+            task_name="image generation",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=figure.type,
+            metric_name=one_line(figure.name),
+            metric_value=figure.value,
         )
-    atomic_write_text(path, render_card(report, **options))
-    return path
+        for figure in figures_of(subject)
+    ]
+    family = "DiT" if subject.family == "edgedit" else "elastic"
+    tags = ["edgedit_hf", "diffusion", family, "compressed" if subject.kind != "teacher" else "teacher"]
+    more: dict[str, Any] = {}
+    if subject.kind == "exported":
+        tags.append(str(subject.index["format"]))
+    elif subject.kind != "student":
+        tags.append(subject.kind)
+    if base_model is not None and subject.kind in RELATIONS:
+        more["base_model_relation"] = RELATIONS[subject.kind]
+    if subject.family == "elastic" and (shown := examples(subject, pictures)):
+        more["widget"] = shown
+    data = ModelCardData(
+        model_name=name.rpartition("/")[2],
+        library_name="diffusers" if subject.pipeline else None,
+        pipeline_tag=TASKS[subject.family] if subject.pipeline else None,
+        tags=tags,
+        base_model=base_model,
+        eval_results=results,
+        **licence,
+        **more,
+    )
+    return data.to_yaml()
+
+
+def _recorded_base(subject: Subject) -> str | None:
+    """The Hub's id of what it was made from, where the recipe had it from there: a name that the client has fetched,
+    since a path of those days may read like one.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    settings = subject.recorded
+    section = "quantize" if subject.kind == "quantized" else "teacher"
+    for path in ((subject.verify or {}).get("source"), (settings.get(section) or {}).get("path")):
+        if isinstance(path, str) and is_name(path):
+            name = parse_name(path).repo_id
+            files = ("model_index.json", "config.json", "README.md")
+            if path.startswith(SCHEME) or any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+                return name
+    return None
+
+
+def _data(subject: Subject) -> str | None:
+    """The name of the data that it was trained on."""
+    source = (subject.recorded.get("data") or {}).get("source")
+    if source is None and subject.report is not None:
+        source = (subject.report["reproduce"]["config"].get("data") or {}).get("source", "unknown")
+    return None if source is None else Path(source).name
+
+
+# -------------------------------------------------------------------- how to reproduce
+
+
+def _reproduce(subject: Subject) -> dict[str, str] | None:
+    """The command and its run.yaml; `None`: it was not recorded."""
+    report, stage = subject.report, subject.stage
+    if report is not None and subject.kind != "quantized":
+        if subject.kind != "exported" or subject.entry is not None:
+            found = report["reproduce"]
+            return {"command": found["command"], "yaml": _without_places(found["yaml"])}
+    if subject.kind == "exported" and (subject.verify or {}).get("source"):
+        source = str((subject.verify or {})["source"])
+        source = Path(source).name if Path(source).is_absolute() else source
+        command = (
+            f"optimum-cli export edgedit --model {source} --format {subject.index['format']} --dtype "
+            f"{dtype_of(subject)} --output {subject.folder.name if subject.folder else 'export'}"
+        )
+        return {"command": command, "yaml": ""}
+    if stage is None:
+        return None
+    name = "quantize" if subject.kind == "quantized" else subject.kind
+    config = {"output_dir": f"runs/{name}-again", "seed": stage["seed"], **stage["config"]}
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    return {"command": f"edgedit train {name} --config run.yaml", "yaml": _without_places(text)}
+
+
+def _without_places(text: str) -> str:
+    """A recipe in which the absolute paths of the machine that it ran on are their last parts."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: short(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [short(entry) for entry in value]
+        if isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()) and "\n" not in value:
+            return Path(value).name
+        return value
+
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    shortened = short(config)
+    return text if shortened == config else yaml.safe_dump(shortened, sort_keys=False, allow_unicode=True)

@@ -423,20 +423,28 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
     return figures
 
 
-def _search_figures(folder: Path, search: Mapping[str, Any]) -> list[Figure]:
-    """The front, and what the search gained."""
+def draw_pareto(path: str | os.PathLike, search: Mapping[str, Any]) -> None:
+    """Write the picture of a search's front (`search`: of a report)."""
     from . import plots
 
     chosen = search["chosen"]
     whole = next((p for p in search["points"] if p[1] == search["teacher"]["latency_ms"]), None)
     plots.pareto_plot(
-        folder / "pareto.png",
+        path,
         search["points"],
         search["random_points"],
         (chosen["distance"], chosen["predicted_latency_ms"]),
         whole,
         metric_label(search["metric"]) if "metric" in search else "Fréchet distance",
     )
+
+
+def _search_figures(folder: Path, search: Mapping[str, Any]) -> list[Figure]:
+    """The front, and what the search gained."""
+    from . import plots
+
+    chosen = search["chosen"]
+    draw_pareto(folder / "pareto.png", search)
     pareto = Figure(
         "pareto.png",
         "Quality against latency",

@@ -21,7 +21,7 @@ from .lock import FolderLock
 from .stage import STAGES, Stage, maker_of
 
 OWN_FILES = ("run.json", "stage.json", "telemetry.jsonl", "checkpoints", FolderLock.NAME)
-LATER_FILES = ("README.md", "curves.json")  # of a card, of a benchmark: written into finished folders
+LATER_FILES = ("README.md", "card", "curves.json")  # of a card, of a benchmark: written into finished folders
 UNLISTED = (*OWN_FILES, *LATER_FILES)
 
 
