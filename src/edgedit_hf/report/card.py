@@ -211,7 +211,8 @@ def _metadata(
     from huggingface_hub import EvalResult, ModelCardData
 
     name = repo_id or (subject.folder.absolute().name if subject.folder else "model")
-    dataset = one_line(_data(subject) or "own samples")
+    own = "random input" if subject.kind == "latency" else "own samples"
+    dataset = one_line(own if subject.kind == "latency" else _data(subject) or own)
     results = [
         EvalResult(
             task_type=TASKS[subject.family],

@@ -225,12 +225,13 @@ def usage_of(subject: Subject, base_model: str | None) -> dict[str, Any]:
         arguments.append(f"num_inference_steps={entry['steps']}")
         if subject.family == "elastic" or classes:
             arguments.append(f"guidance_scale={entry['guidance_scale']}")
-    widths = [str(name) for name in (subject.config.get("subnets") or {})] if subject.family == "elastic" else []
+    shares = (subject.config.get("subnets") or {}) if subject.family == "elastic" else {}
+    widths = sorted(shares, key=lambda name: shares[name])
     sampler = f"--prompt {_shell(caption)}" if subject.family == "elastic" else f"--label {min(2, classes - 1)}"
     names = subject.index.get("id2label") or {}
     found = {
-        "arguments": ", ".join(arguments),
-        "narrowest": min(widths, key=lambda name: subject.config["subnets"][name]) if len(widths) > 1 else None,
+        "arguments": arguments,
+        "narrowest": widths[0] if len(widths) > 1 else None,
         "widths": widths,
         "sampler": sampler if subject.family == "elastic" or classes else "--seed 1",
         "names": [names[key] for key in sorted(names, key=lambda key: (len(key), key))][:20],

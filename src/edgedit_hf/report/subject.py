@@ -182,16 +182,19 @@ def _entries(contents: Contents, where: str, report: Any, model: str | None) -> 
         return []
     if contents.family == "elastic":
         return _widths(contents, where, report)
+    if kind == "quantized" and not any(entry["stage"] == "quantized" for entry in report["models"]):
+        return []  # its weights need not be read
     models = [entry for entry in report["models"] if entry["stage"] in STAGES[kind]]
     if kind == "exported":
         names = FORMATS[contents.index["format"]].precisions.items()
         dtypes = [dtype for dtype, precision in names if precision.name == contents.index["precision"]]
         models = [entry for entry in models if entry["name"] in [f"{contents.index['format']}-{d}" for d in dtypes]]
-    current = pipeline_weights_hash(folder) if models else None
+    current = pipeline_weights_hash(folder)
     place = "/".join(folder.absolute().parts[-2:]) if kind == "exported" else folder.absolute().name
     own = [entry for entry in models if entry["name"] == model]
     own = own or [entry for entry in models if current is not None and entry.get("weights") == current]
-    here = [e for e in own or models if place in (e.get("folder"), e["name"], f"exported/{e['name']}")]
+    known = own or [entry for entry in report["models"] if entry["stage"] in sum(STAGES.values(), ())]
+    here = [e for e in known if place in (e.get("folder"), e["name"], f"exported/{e['name']}")]
     own = here or own
     if not own:
         if kind in JUDGED:
