@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from card_texts import HOSTILE, STRUCTURE, metadata, visible
 
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.report.card import render_card
@@ -16,11 +17,6 @@ METRIC = "fid[digits-cnn,n=64]"
 @pytest.fixture(scope="module")
 def report(debug_run):
     return json.loads(json.dumps(build_report(debug_run)))
-
-
-def metadata(card: str) -> dict:
-    assert card.startswith("---\n")
-    return yaml.safe_load(card.split("---\n")[1])
 
 
 def test_metadata_is_what_the_hub_reads(report):
@@ -143,37 +139,6 @@ def test_recipe_of_the_report_is_one_that_loads(report, tmp_path):
 
 
 # -------------------------------------------------------------------- text of others
-
-HOSTILE = (
-    "](javascript:x)|<b>*a*`c`\n---\n# title\n```\n[x]: http://evil\r\n| a | b |\n{{ 8123*7919 }} $x$ ~~y~~ __z__ &lt;"
-)
-
-
-STRUCTURE = (
-    "html",
-    "fence",
-    "link",
-    "image",
-    "heading",
-    "em_",
-    "strong",
-    "s_",
-    "bullet",
-    "ordered",
-    "blockquote",
-    "hr",
-    "table",
-    "code_block",
-)
-
-
-def visible(markdown: str) -> tuple[str, list]:
-    """Text of a page as CommonMark reads it, and its tokens of every kind."""
-    from markdown_it import MarkdownIt
-
-    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(markdown)
-    flat = [token for token in tokens for token in (token, *(token.children or []))]
-    return "".join(token.content for token in flat if token.type in ("text", "code_inline", "fence")), flat
 
 
 def test_names_of_others_stay_text_in_the_card(report, tmp_path):
