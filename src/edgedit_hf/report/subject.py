@@ -15,10 +15,11 @@ from ..export.formats import FORMATS
 from ..files import read_json
 from ..folders import KINDS, Contents, look_at
 from ..genotype import Genotype
-from ..records import Benched, Captions, CardReport, Checked, NetConfig, Quantized, StageRecord
+from ..records import Captions, NetConfig, StageRecord
 from ..run.results import pipeline_weights_hash
 from ..run.stage import EVALUATE_FEW_STEP, SELF_DISTIL
 from ..schema import held_to, read_record
+from .card_records import Benched, CardReport, Checked, Quantized
 from .tables import MODEL_LABELS
 
 STAGES = {
