@@ -38,6 +38,7 @@ ORDER = [
     "export",
     "search",
     "report",
+    "publish",
     "estimate",
     "preflight",
     "registration",
@@ -48,7 +49,7 @@ PLACE = {name: place for place, names in enumerate(ORDER) for name in ((names,) 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "botorch", "gpytorch", "onnx", "onnxruntime"}
 LIGHT_MODULES = (
     "errors entry markup files schema records hub genotype search_space run/config run/sections run/comparison "
-    "run/lock run/outputs run/results run/state folders export/formats models/presets quiet "
+    "run/lock run/outputs run/results run/state folders publish export/formats models/presets quiet "
     "registration commands optimum_register"
 ).split()
 SELF_CONTAINED = {"torch", "diffusers", "safetensors", "numpy", "PIL"} | sys.stdlib_module_names

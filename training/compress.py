@@ -20,6 +20,7 @@ from accelerate import Accelerator
 
 from edgedit_hf.estimate import estimate, print_estimate
 from edgedit_hf.preflight import preflight
+from edgedit_hf.publish.run import push_run
 from edgedit_hf.report.card import write_run_card
 from edgedit_hf.report.edgedit import write_report
 from edgedit_hf.run.config import RunConfig
@@ -50,8 +51,15 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         report = write_report(config.output_dir)
         write_run_card(config, shipped(config))
+        push_run(config, shipped(config))
         print(f"{report} (this process: {(time.monotonic() - started) / 60:.1f} min)")
 
 
 if __name__ == "__main__":
-    recipe_main(run, __doc__, dry_run=print_estimate, check=partial(preflight, stages=EDGEDIT))
+    recipe_main(
+        run,
+        __doc__,
+        {"--push": "hub.push_to"},
+        dry_run=print_estimate,
+        check=partial(preflight, stages=EDGEDIT),
+    )

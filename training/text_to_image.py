@@ -20,6 +20,7 @@ from accelerate import Accelerator
 
 from edgedit_hf.estimate import print_text_to_image_estimate
 from edgedit_hf.preflight import preflight
+from edgedit_hf.publish.run import push_run
 from edgedit_hf.report.card import write_run_card
 from edgedit_hf.report.elastic import write_elastic_report
 from edgedit_hf.run.config import RunConfig
@@ -36,8 +37,9 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         run_stage(config, accelerator)
         accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        report = write_elastic_report(config.output_dir)
-        write_run_card(config, FEW_STEP if FEW_STEP.needed(config) else ELASTIC)
+        report, made = write_elastic_report(config.output_dir), FEW_STEP if FEW_STEP.needed(config) else ELASTIC
+        write_run_card(config, made)
+        push_run(config, made)
         print(f"{report} (this process: {(time.monotonic() - started) / 60:.1f} min)")
 
 
@@ -45,7 +47,7 @@ if __name__ == "__main__":
     recipe_main(
         run,
         __doc__,
-        {"--teacher": "knowledge.teacher"},
+        {"--teacher": "knowledge.teacher", "--push": "hub.push_to"},
         dry_run=print_text_to_image_estimate,
         check=partial(preflight, stages=TEXT_TO_IMAGE),
     )

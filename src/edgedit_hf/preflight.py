@@ -43,6 +43,7 @@ from .files import atomic_write_json, hash_json, read_json
 from .metrics.extractors import InceptionExtractor, check_classifiable
 from .models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from .pipelines.loading import KINDS, TEXT_TO_IMAGE_VAES, VAES, encoder_folder, load_scheduler
+from .publish.run import check_push
 from .records import Named
 from .run.config import RunConfig
 from .run.cost import Machine
@@ -79,6 +80,8 @@ def preflight(config: RunConfig, stages: Sequence[Stage], processes: int = 1, dr
             check_writable(config.folder(stage.folder))
             left.append(stage.name)
     notes: list[str] = []
+    if len(stages) > 1:
+        (partial(_noted, notes) if dry_run else _raised)(check_push, config)
     check_batches(config, left, processes)
     check_sampling(config, left)
     check = partial(_noted, notes) if dry_run else _raised

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from onnx import numpy_helper
+from text_pipelines import elastic, tiny_vae
 from torch import nn
 
 from edgedit_hf import EdgeDiTPipeline, ElasticDiTPipeline, ElasticDiTTransformer2DModel
@@ -349,8 +350,6 @@ def test_prompts_to_images_from_the_hub(format, split, kind, make_hub_server, ru
     """Text encoders, denoiser and VAE in the runtime, through a download: what diffusers' filter leaves out would be
     missing.
     """
-    from test_contract import elastic, tiny_vae
-
     pipeline = elastic(vae=tiny_vae(1))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(tmp_path / "torch")

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..entry import guard
-from . import card, convert, info, init, pull, recipes, report, select, train
+from . import card, convert, info, init, pull, push, recipes, report, select, train
 
-COMMANDS = (info, convert, init, recipes, train, select, report, card, pull)
+COMMANDS = (info, convert, init, recipes, train, select, report, card, push, pull)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,6 @@ import inspect
 import json
 import operator
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -514,18 +513,29 @@ class CallMixin:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if not bundle_code:
             return
-        folder, source = Path(save_directory), Path(inspect.getfile(model_class))
-        own = next(kind for kind in type(self).__mro__ if "_bundled_model" in vars(kind))
-        code = Path(inspect.getfile(own))
-        (folder / code.name).write_text(_in_one_file(code), encoding="utf-8")
-        shutil.copyfile(source, folder / "transformer" / source.name)
-        index_file = folder / self.config_name
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        index["_class_name"] = [code.stem, type(self).__name__]
-        index["transformer"] = [source.stem, model_class.__name__]
-        written = index_file.with_name(f"{index_file.name}.tmp")
-        written.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(written, index_file)
+        folder = Path(save_directory)
+        index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
+        for name, text in bundled_code(type(self), model_class, index).items():
+            written = folder / f"{name}.tmp"
+            written.write_text(text, encoding="utf-8")
+            os.replace(written, folder / name)
+
+
+def bundled_code(pipeline_class: type, model_class: type, index: Mapping[str, Any]) -> dict[str, str]:
+    """The files that a pipeline's folder needs to load where this package is not installed, by name: the code of the
+    pipeline and of its transformer, and, last, the index that names it.
+
+    Args:
+        index: what the folder's `model_index.json` holds.
+    """
+    own = next(kind for kind in pipeline_class.__mro__ if "_bundled_model" in vars(kind))
+    code, source = Path(inspect.getfile(own)), Path(inspect.getfile(model_class))
+    named = {"_class_name": [code.stem, pipeline_class.__name__], "transformer": [source.stem, model_class.__name__]}
+    return {
+        code.name: _in_one_file(code),
+        f"transformer/{source.name}": source.read_text(encoding="utf-8"),
+        "model_index.json": json.dumps({**index, **named}, indent=2, sort_keys=True) + "\n",
+    }
 
 
 def _in_one_file(path: Path) -> str:

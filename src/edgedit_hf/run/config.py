@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from .sections import (
     EvaluateConfig,
     ExportConfig,
     FewStepConfig,
+    HubConfig,
     KnowledgeConfig,
     LatencyConfig,
     QuantizeConfig,
@@ -62,6 +64,7 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     card: CardConfig = field(default_factory=CardConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     text: TextConfig = field(default_factory=TextConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
@@ -288,11 +291,13 @@ def _check(config: RunConfig, source: str) -> None:
                 f"{source}: bank.reduced_attention_dim {bank.reduced_attention_dim} is not a multiple of "
                 f"teacher.num_heads {teacher.num_heads}; change one."
             )
-    if not re.fullmatch(REPO_ID, config.card.repo_id):
-        raise EdgeDiTError(
-            f"{source}: card.repo_id is {shorten(config.card.repo_id)}; it must be organisation/name, of letters, "
-            "digits, '-', '_' and '.'."
-        )
+    for name in ("card.repo_id", "hub.push_to", "hub.base_model"):
+        given = operator.attrgetter(name)(config)
+        if given is not None and not re.fullmatch(REPO_ID, given):
+            raise EdgeDiTError(
+                f"{source}: {name} is {shorten(given)}; it must be organisation/name, of letters, digits, '-', '_' and "
+                "'.'."
+            )
     if not re.fullmatch(LICENSE, config.card.license):
         raise EdgeDiTError(
             f"{source}: card.license is {shorten(config.card.license)}; it must be an identifier of the Hub such as "

@@ -315,6 +315,19 @@ class CardConfig:
 
 
 @dataclass
+class HubConfig:
+    """Where the run's result goes after the last stage: nowhere, unless `push_to` names a repository."""
+
+    push_to: str | None = key(
+        None, "organisation/name that the net that ships is pushed to, with its card", length=(1, 200)
+    )
+    exports: bool = key(True, "every export too, each to a repository of its own: push_to-<format>-<dtype>")
+    private: bool = key(True, "whether repositories that are made for it are private")
+    collection: str | None = key(None, "title of a collection that all of them are put into", length=(1, 60))
+    base_model: str | None = key(None, "the Hub's model that the teacher is or was made from", length=(1, 200))
+
+
+@dataclass
 class SensitivityConfig:
     """Optional study (training/sensitivity.py): what every single change of a layer costs, before and after a short
     tune.
