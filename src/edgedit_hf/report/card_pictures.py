@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,10 +73,10 @@ def _space(subject: Subject) -> SearchSpace | None:
     heads, ratio = max(layer.num_heads for layer in layers), max(4.0, *(layer.mlp_ratio for layer in layers), 0.0)
     reduced = [layer.mlp_ratio for layer in layers if layer.mlp_ratio < ratio]
     narrow = [layer.attention_dim for layer in layers if layer.attention_dim < genotype.hidden_size]
-    sizes = {"reduced_mlp_ratio": min(reduced, default=ratio / 2), "reduced_attention_dim": min(narrow, default=None)}
+    size, dim = min(reduced, default=ratio / 2), min(narrow, default=None)
     for make in (
-        lambda: SearchSpace.from_dict(subject.report["bank"]["space"]),  # type: ignore[index]
-        lambda: SearchSpace(genotype.num_teacher_layers, genotype.hidden_size, heads, ratio, **sizes),
+        lambda: SearchSpace.from_dict((subject.report or {})["bank"]["space"]),
+        lambda: SearchSpace(genotype.num_teacher_layers, genotype.hidden_size, heads, ratio, size, dim),
     ):
         try:
             space = make()
@@ -149,10 +150,7 @@ def _captioned(subject: Subject) -> dict[str, tuple[str, Callable[[Path], None]]
     widest = list(rows.values())[-1]
     for number in range(min(EXAMPLES, count)):
         image = widest[number]
-        found[f"sample-{number + 1}.png"] = (
-            "One of them",
-            lambda path, image=image: _enlarged(path, image),
-        )
+        found[f"sample-{number + 1}.png"] = ("One of them", partial(_enlarged, image=image))
     return found
 
 
