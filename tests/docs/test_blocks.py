@@ -113,6 +113,14 @@ def test_the_memory_of_few_steps(recipes, clone):
     assert "nets of their own, float32" in printed and "of it is needed" in printed
 
 
+def test_the_card_and_what_would_be_pushed(recipes, clone):
+    card = clone / "runs" / "demo" / "student-tuned" / "README.md"
+    recipes.shell(shlex.split(find(recipes, "edgedit card")), clone)
+    assert "me/edgedit-digits" in card.read_text(encoding="utf-8")
+    listed = recipes.shell(shlex.split(find(recipes, "edgedit push")), clone)
+    assert f"{len(card.read_bytes()):,}  README.md" in listed and "transformer/diffusion_pytorch_model" in listed
+
+
 def test_the_run_has_what_its_page_says(recipes, clone):
     run = clone / "runs" / "demo"
     rows = re.findall(r"^\| \[\w+\]\(.*?\) \| `(\w+\.py)` \| (.*) \|$", page_text(recipes, "runs"), flags=re.MULTILINE)
