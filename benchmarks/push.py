@@ -5,8 +5,8 @@
 A proxy bank's folder of that size (elastic-dit-1.6b takes 889 MB in 4.3 bits a weight; what is in the files does not
 matter here, so they are random) is pushed to a Hub on the loopback interface (tests/helpers/hub_server.py, Xet off),
 each time by a process of its own: by upload_folder, which only sends it, into a repository of its own; by `edgedit
-push`, which looks through every file for what must not leave this machine, compares its hash with the recorded one and
-makes the card; and by that again, when nothing has changed. Memory is the process's peak above that of an interpreter
+push`, which looks for what must not leave this machine, compares every file's hash with the recorded one and makes the
+card; and by that again, when nothing has changed. Memory is the process's peak above that of an interpreter
 which does nothing.
 
 --check fails if `edgedit push` takes more than 300 MB, or sends anything the second time.

@@ -138,6 +138,8 @@ for name, (folder, options) in folders.items():
 small = edgedit_hf.ElasticDiTPipeline.from_pretrained("me/elastic", subnet="small")
 expected = edgedit_hf.ElasticDiTPipeline.from_pretrained(folders["me/elastic"][0], subnet="small")
 assert torch.equal(images(small), images(expected)) and small.transformer.config.subnets is None
+alone = DiffusionPipeline.from_pretrained("me/small")  # pushed as a pipeline of its own
+assert torch.equal(images(alone), images(expected)) and alone.transformer.config.subnets is None
 net = edgedit_hf.ElasticDiTTransformer2DModel.from_pretrained("me/elastic", subfolder="transformer", subnet="small")
 assert net.hidden_size == small.transformer.hidden_size
 old = DiffusionPipeline.from_pretrained("me/edgedit", revision="v1")
@@ -147,12 +149,13 @@ assert old.config.default_steps == 7
 
 UPLOAD = """
 import json, sys
+from edgedit_hf.commands.cli import main
 from huggingface_hub import HfApi
 for name, folder, tag in json.loads(sys.argv[1]):
-    HfApi().create_repo(name, exist_ok=True)
-    HfApi().upload_folder(repo_id=name, folder_path=folder)
+    assert main(["push", folder, name, "--own-card"]) == 0
     if tag:
         HfApi().create_tag(name, tag=tag)
+assert main(["push", sys.argv[2], "me/small", "--subnet", "small", "--own-card"]) == 0
 """
 
 
@@ -180,14 +183,19 @@ def test_every_flavour_online_cached_and_offline(pipeline, make_transformer, hub
         made / "edgedit", made / "onnx", ExportOptions(dtype="int8", min_psnr_db=5, tolerance=1.0, **options)
     )
     export_pipeline(made / "edgedit", made / "pte", ExportOptions(format="executorch", batch=4, **options))
+    for folder in made.iterdir():
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     folders = {
         f"me/{folder.name}": (str(folder), {"variant": "fp16"} if folder.name == "variant" else {})
         for folder in sorted(made.iterdir())
     }
     pipeline.register_to_config(default_steps=7)
     pipeline.save_pretrained(tmp_path / "older")
+    shutil.copy(made / "edgedit" / "README.md", tmp_path / "older")
     older = ["me/edgedit", str(tmp_path / "older"), "v1"]
-    run_with_hub(UPLOAD, json.dumps([older, *([name, folder, None] for name, (folder, _) in folders.items())]))
+    run_with_hub(
+        UPLOAD, json.dumps([older, *([name, folder, None] for name, (folder, _) in folders.items())]), made / "elastic"
+    )
     said = run_with_hub(SAMPLES, json.dumps(folders), "online", home="user")
     assert len(said.splitlines()) == len(folders) and "OnnxEdgeDiTTransformer2DModel" in said
     assert "ExecutorchEdgeDiTTransformer2DModel" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,8 @@ def _source(folder: Path, subnet: str | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="edgedit-push-") as aside:
         target = Path(aside, f"{folder.resolve().name}-{subnet}")
         ElasticDiTPipeline.from_pretrained(folder, subnet=subnet).save_pretrained(target)
+        if (folder / "README.md").is_file():
+            shutil.copyfile(folder / "README.md", target / "README.md")
         yield target
 
 
