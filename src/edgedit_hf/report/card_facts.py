@@ -45,6 +45,8 @@ def figures_of(subject: Subject) -> list[Figure]:
         found += _quantised(subject)
     if subject.kind == "exported" and subject.verify is not None:
         found += _verified(subject.verify)
+        if not found and subject.verify.get("not_run") is None:
+            raise EdgeDiTError(f"{subject.folder}/verify.json has no relative_error: export again, which measures it.")
     if subject.kind == "bank":
         losses = [entry["loss_after"] for entry in subject.config["entries"].values()]
         if not losses:
@@ -108,6 +110,11 @@ def _quantised(subject: Subject) -> Iterator[Figure]:
 def _verified(verify: Mapping[str, Any]) -> Iterator[Figure]:
     if verify.get("relative_error") is not None:
         yield Figure("relative_error", "largest relative error of a forward against PyTorch", verify["relative_error"])
+    else:
+        for name, part in verify.get("parts", {}).items():
+            if part.get("relative_error") is not None:
+                label = f"relative error of {name} against PyTorch (interpreted, not run)"
+                yield Figure("relative_error", label, part["relative_error"])
     if verify.get("psnr_db") is not None:
         protocol = f"{verify.get('images')} images, {verify.get('steps')} steps"
         protocol += f", guidance {verify['guidance_scale']:g}" if verify.get("guidance_scale") is not None else ""
@@ -189,8 +196,15 @@ def _forms_table(subject: Subject) -> tuple[list[str], list[list[str]]]:
 
 
 def _bench_table(subject: Subject) -> tuple[list[str], list[list[str]]]:
-    bench = subject.bench or {}
-    timed = bench.get("latency") or []
+    parts = (subject.verify or {}).get("parts") or {}
+    timed = (subject.bench or {}).get("latency") or []
+    if not timed:
+        rows = [
+            [name, str(part.get("precision")), *(f"{part[key]:.2g}" for key in ("relative_error", "tolerance"))]
+            for name, part in parts.items()
+            if part.get("relative_error") is not None and part.get("tolerance") is not None
+        ]
+        return (["file", "precision", "relative error", "tolerance"] if rows else []), rows
     runtimes = list(dict.fromkeys(name for batch in timed for name in batch["timings"]))
 
     def ms(timings: Mapping[str, Any], name: str) -> str:

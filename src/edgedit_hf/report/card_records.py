@@ -102,6 +102,15 @@ class CardReport:
 
 
 @dataclass(kw_only=True)
+class CheckedPart:
+    """A file of an export in verify.json."""
+
+    precision: str | None = key(None)
+    relative_error: float | None = key(None, minimum=0.0, maximum=FIGURE)
+    tolerance: float | None = key(None, minimum=0.0, maximum=FIGURE)
+
+
+@dataclass(kw_only=True)
 class Checked:
     """verify.json, as a card reads it."""
 
@@ -115,6 +124,7 @@ class Checked:
     passed: bool | None = key(None)
     source: str | None = key(None, path=True)
     not_run: str | None = key(None)
+    parts: dict[str, CheckedPart] = key(dict, items=1000)
 
 
 @dataclass(kw_only=True)
