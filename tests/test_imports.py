@@ -17,6 +17,7 @@ ORDER = [
     "entry",
     "markup",
     "files",
+    "private",
     "schema",
     "records",
     "hub",
@@ -48,7 +49,7 @@ ORDER = [
 PLACE = {name: place for place, names in enumerate(ORDER) for name in ((names,) if isinstance(names, str) else names)}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "botorch", "gpytorch", "onnx", "onnxruntime"}
 LIGHT_MODULES = (
-    "errors entry markup files schema records hub genotype search_space run/config run/sections run/comparison "
+    "errors entry markup files private schema records hub genotype search_space run/config run/sections run/comparison "
     "run/lock run/outputs run/results run/state folders publish export/formats models/presets quiet "
     "registration commands optimum_register"
 ).split()

@@ -15,11 +15,11 @@ from .. import __version__
 from ..errors import EdgeDiTError
 from ..files import changed_file, check_links, file_sha256, read_json
 from ..folders import CONTRACT, INDEX, Contents, look_at
+from ..private import is_pickle, local_path_in, secret_in, without_local_paths
 from ..records import BankIndex, ContractFiles, Results, StageRecord
 from ..run.lock import FolderLock
 from ..run.results import OWN_FILES
 from ..schema import read_record
-from .private import is_pickle, local_path_in, secret_in, without_local_paths
 
 MADE = "edgedit.json"
 """What a repository says of how it was made: the stage's record without paths of the machine."""

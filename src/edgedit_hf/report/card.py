@@ -18,6 +18,7 @@ from ..errors import EdgeDiTError
 from ..files import atomic_folder, atomic_write_text
 from ..hub import SCHEME, is_name, parse_name
 from ..markup import MARKUP, one_line
+from ..private import without_local_paths
 from ..run.config import RunConfig
 from ..run.sections import LICENSE, REPO_ID
 from ..run.stage import Stage
@@ -302,19 +303,9 @@ def _reproduce(subject: Subject) -> dict[str, str] | None:
 
 def _without_places(text: str) -> str:
     """A recipe in which the absolute paths of the machine that it ran on are their last parts."""
-
-    def short(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: short(entry) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [short(entry) for entry in value]
-        if isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()) and "\n" not in value:
-            return Path(value).name
-        return value
-
     try:
         config = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    shortened = short(config)
+    shortened = without_local_paths(config)
     return text if shortened == config else yaml.safe_dump(shortened, sort_keys=False, allow_unicode=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from edgedit_hf.publish.private import CHUNK, is_pickle, local_path_in, local_paths, secret_in, without_local_paths
+from edgedit_hf.private import CHUNK, is_pickle, local_path_in, local_paths, secret_in, without_local_paths
 
 # Put together here, so that no scanner of repositories takes this file for a leak.
 TOKENS = {
