@@ -9,6 +9,7 @@ from hub_server import READER, STRANGER
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.distill.proxy_bank import ProxyBank
+from edgedit_hf.markup import markdown
 from edgedit_hf.publish.contents import MADE
 from edgedit_hf.search_space import SearchSpace
 
@@ -185,7 +186,7 @@ def test_a_run_goes_with_a_card_of_its_figures(hub, run_with_hub, debug_run):
     files = hub.files("me/student")
     card, report = files["README.md"].read_text(), json.loads((debug_run / "report.json").read_text())
     (entry,) = (model for model in report["models"] if model["name"] == "student-tuned")
-    figures = [f"{value:.3g}" for key, value in entry["metrics"].items() if key.startswith("fid[")]
+    figures = [markdown(f"{value:.3g}") for key, value in entry["metrics"].items() if key.startswith("fid[")]
     assert "me/student" in card and figures and all(figure in card for figure in figures)
     assert any(name.startswith("card/") for name in files) and "telemetry.jsonl" not in files
     hub.forget()

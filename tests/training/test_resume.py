@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from edgedit_hf.run.stage import EDGEDIT, EXPORT, LATENCY, SEARCH
+from edgedit_hf.run.stage import EDGEDIT, EXPORT, FEW_STEP, LATENCY, SEARCH, TUNE
 
 # By script: the folder whose run.json says that a stage has begun, the folders that it reads, and the files that must
 # come out equal. A measured table of latencies never does.
 SUFFIXES = {SEARCH: (".json",), EXPORT: (".onnx",)}
+READ = {FEW_STEP: [TUNE.folder]}  # what the script opens itself
 STAGES = {
     Path(stage.script).stem: (
         stage.folder,
-        list(dict.fromkeys(Path(at).parts[0] for _, at in stage.inputs if at)),
+        list(dict.fromkeys([*(Path(at).parts[0] for _, at in stage.inputs if at), *READ.get(stage, [])])),
         SUFFIXES.get(stage, (".safetensors",)),
     )
     for stage in EDGEDIT
