@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import zipfile
 
 import numpy as np
 import pytest
@@ -81,3 +82,15 @@ def test_paths_of_a_machine_and_what_only_looks_like_one(tmp_path):
     assert local_path_in(tmp_path / "tokenizer.json") is None
     values = {"data": {"source": str(here), "others": [f"a {here}/b.png", 3]}}
     assert without_local_paths(values) == {"data": {"source": "photos", "others": ["a b.png", 3]}}
+
+
+def test_a_pickle_anywhere_in_an_archive_and_paths_in_text_of_any_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.dat", "w") as archive:
+        archive.writestr("readme.txt", "x" * 200)
+    assert not is_pickle(tmp_path / "model.dat")
+    with zipfile.ZipFile(tmp_path / "model.dat", "a") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(1))
+    assert is_pickle(tmp_path / "model.dat")
+    for name in ("NOTES", "notes.TXT", "run.sh", "setup.cfg"):
+        (tmp_path / name).write_text("cd /root/photos/cats")
+        assert local_path_in(tmp_path / name) == (1, "/root/photos/cats"), name

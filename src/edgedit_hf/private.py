@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,7 @@ SECRET_FILES = re.compile(
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 TEXT = (".json", ".jsonl", ".md", ".py", ".txt", ".yaml", ".yml", ".jinja", ".csv", ".html", ".swift", ".kt", ".xml")
+TEXT += (".toml", ".ini", ".cfg", ".conf", ".log", ".sh", ".rst", ".tsv", ".ipynb", ".js", ".css", ".svg", "")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")  # hold any text, none of it of this machine
 _PATH = re.compile(
     r"(?<![\w.:/<~$}-])/(?:[\w.@+~-]+/)+[\w.@+~-]+|(?<![A-Za-z])[A-Za-z]:\\{1,2}[\w. -]+\\{1,2}[\w. \\-]+"
@@ -47,7 +49,7 @@ def secret_in(path: Path, own: str | None = None) -> str | None:
     """
     if SECRET_FILES.fullmatch(path.name):
         return f"a file of secrets by its name ({path.name})"
-    text = path.suffix in TEXT
+    text = path.suffix.lower() in TEXT
     for part in _parts(path):
         for kind, beginning, whole in SECRETS:
             place = part.find(beginning)
@@ -82,14 +84,23 @@ def is_pickle(path: Path) -> bool:
         start = file.read(64)
     if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[1:2]:
         return True
-    if start[:4] == b"PK\x03\x04" and (b"data.pkl" in start or b".npy" in start):
+    if start[:4] == b"PK\x03\x04" and (b"data.pkl" in start or b".npy" in start or _zipped_pickle(path)):
         return True
     return path.suffix.lower() in PICKLES and not any(part.endswith(".mlpackage") for part in path.parts)
 
 
+def _zipped_pickle(path: Path) -> bool:
+    """Whether an archive holds a pickle, wherever in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.lower().endswith(PICKLES) for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
+
+
 def local_path_in(path: Path) -> tuple[int, str] | None:
     """The first line of a text file that names a file or folder of a machine, and the path; `None`: none."""
-    if path.suffix not in TEXT or path.name in VOCABULARIES:
+    if path.suffix.lower() not in TEXT or path.name in VOCABULARIES:
         return None
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if found := next(local_paths(line), None):
