@@ -194,9 +194,14 @@ def file_record(folder: str | os.PathLike, left_out: Iterable[str] = ()) -> dict
     return record
 
 
-def changed_file(folder: str | os.PathLike, record: Mapping[str, Mapping[str, Any]]) -> str | None:
+def changed_file(
+    folder: str | os.PathLike, record: Mapping[str, Mapping[str, Any]], *, trust_time: bool = True
+) -> str | None:
     """What differs between a folder and its [`file_record`], in words; `None`: nothing does. Other files do not
     count.
+
+    Args:
+        trust_time: whether a large file is believed by its size and its time of change.
     """
     for name, was in record.items():
         path = Path(folder, name)
@@ -205,7 +210,7 @@ def changed_file(folder: str | os.PathLike, record: Mapping[str, Mapping[str, An
         about = path.stat()
         if about.st_size != was["size"]:
             return f"{path} has {about.st_size} bytes instead of {was['size']}"
-        trusted = about.st_mtime_ns == was["mtime_ns"] and about.st_size > HASHED_ALWAYS
+        trusted = trust_time and about.st_mtime_ns == was["mtime_ns"] and about.st_size > HASHED_ALWAYS
         if not trusted and file_sha256(path) != was["sha256"]:
             return f"{path} holds other bytes than were written"
     return None

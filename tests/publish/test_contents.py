@@ -178,3 +178,39 @@ def test_the_hash_of_content_is_that_of_the_thing_alone(folder):
     assert content_hash(folder) == before
     (folder / "transformer" / "extra.txt").write_text("x")
     assert content_hash(folder) != before
+
+
+def test_a_folder_in_it_that_is_a_link_is_refused(folder):
+    (folder / "transformer").rename(folder / "real")
+    (folder / "transformer").symlink_to("real")
+    assert str(folder / "transformer") in (told := refused(folder)) and "link to the folder" in told
+
+
+def test_a_pulled_folder_keeps_what_made_it(folder):
+    made = {"kind": "teacher", "family": "edgedit", "genotype": checked(folder).genotype.hash, "stage": "teacher"}
+    (folder / MADE).write_text(json.dumps(made))
+    assert {item.name: item.source for item in items(checked(folder), {})}[MADE] == folder / MADE
+    (folder / MADE).write_text(json.dumps({**made, "kind": "student"}))
+    assert "stage" not in json.loads({item.name: item.source for item in items(checked(folder), {})}[MADE])
+
+
+def test_the_stage_around_is_found_from_within_the_folder(folder, tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text("{}")
+    monkeypatch.chdir(folder)
+    assert "not finished" in refused(".")
+
+
+def test_a_large_file_that_rotted_in_its_place_is_refused(make_transformer, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgedit_hf.files.HASHED_ALWAYS", 0)
+    config = RunConfig(output_dir=str(tmp_path / "run"))
+    config.data.source = str(tmp_path)
+    folder = tmp_path / "run" / "teacher"
+    state = stage_of(config, TEACHER)
+    EdgeDiTPipeline(make_transformer(), make_scheduler("epsilon")).save_pretrained(folder)
+    state.finish()
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    content, times = bytearray(weights.read_bytes()), weights.stat()
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert f"{weights} holds other bytes" in refused(folder)

@@ -9,8 +9,11 @@ from hub_server import READER, STRANGER
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.distill.proxy_bank import ProxyBank
+from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.markup import markdown
 from edgedit_hf.publish.contents import MADE
+from edgedit_hf.publish.push import plan
+from edgedit_hf.publish.push import push as push_plan
 from edgedit_hf.search_space import SearchSpace
 
 MAIN = """
@@ -211,3 +214,32 @@ def test_with_its_code_a_pipeline_loads_without_this_package(push, run_with_hub,
     for name in ("pipeline_edgedit.py", "transformer/transformer_edgedit.py"):
         assert hub.files("me/bundle")[name].read_bytes() == (folder.parent / "saved" / name).read_bytes(), name
     assert not (folder / "pipeline_edgedit.py").exists(), "the folder itself is as it was"
+
+
+@pytest.mark.parametrize(
+    ("path", "place", "tag"),
+    [
+        ("./a//b/", "a/b", "b"),
+        ("x..y~", "x..y~", "x.y"),
+        (" ", " ", ""),
+        ("ü/日 本", "ü/日 本", "日-本"),
+        (".", "", ""),
+    ],
+)
+def test_a_folder_of_the_repository_is_one_place_and_its_tag_one_that_git_takes(folder, path, place, tag):
+    planned = plan(folder, "me/x", path=path, own_card=True)
+    assert planned.path == place
+    assert planned.tag.startswith(f"{tag}-teacher-" if tag else "teacher-")
+
+
+def test_a_file_that_goes_away_while_it_is_pushed_is_named(folder):
+    (folder / "notes.txt").write_text("x")
+    planned = plan(folder, "me/x", own_card=True)
+    (folder / "notes.txt").unlink()
+
+    class Api:
+        def repo_info(self, repo_id):
+            raise FileNotFoundError(2, "No such file or directory", "/tmp/aside/notes.txt")
+
+    with pytest.raises(EdgeDiTError, match="notes.txt went away while it was pushed"):
+        push_plan(planned, api=Api())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -59,8 +60,9 @@ def checked(folder: str | os.PathLike, *, unverified: bool = False, token: str |
     contents = look_at(folder)
     folder = contents.path
     check_links(folder)
+    _check_folders(folder)
     _check_stage(folder)
-    _check_stage(folder.parent, folder.name)
+    _check_stage(folder.resolve().parent, folder.resolve().name)  # `.` and a link have no parent of that name
     if contents.kind == "exported":
         _check_export(folder, unverified)
     elif contents.kind == "bank":
@@ -112,13 +114,16 @@ def plain(contents: Contents) -> dict[str, bytes]:
         if (public := without_machine(values)) != values:
             found[path.relative_to(folder).as_posix()] = as_json(public)
     record: dict[str, Any] = {"edgedit_hf": __version__}
-    stage = next((place / "stage.json" for place in (folder, folder.parent) if (place / "stage.json").is_file()), None)
+    places = (folder, folder.resolve().parent)
+    stage = next((place / "stage.json" for place in places if (place / "stage.json").is_file()), None)
     if stage is not None:
         values = read_record(stage, StageRecord, "the stage")
         record |= {name: values.get(name) for name in ("stage", "config", "inputs", "seed", "steps", "versions")}
     record |= {"kind": contents.kind, "family": contents.family}
     if (genotype := contents.genotype) is not None:
         record["genotype"] = genotype.hash
+    if stage is None and _says_the_same(folder / MADE, record):
+        return found  # it was pulled: what made it is known there alone
     return {**found, MADE: as_json(without_local_paths(record))}
 
 
@@ -174,11 +179,11 @@ def _check_stage(folder: Path, within: str = "") -> None:
             f"{folder} is the folder of a stage that is not finished (it has no stage.json); run the stage to its end "
             "first."
         )
-    with FolderLock(folder):
+    with FolderLock(folder) if _may_be_in_use(folder) else contextlib.nullcontext():
         record = read_record(folder / "stage.json", Results, "the stage").get("files", {})
     if within:
         record = {name: was for name, was in record.items() if name.split("/")[0] == within}
-    if changed := changed_file(folder, record):
+    if changed := changed_file(folder, record, trust_time=False):
         raise EdgeDiTError(
             f"{changed}: since the stage finished, its result was damaged or changed; run it again, or save what you "
             "changed as a folder of its own (save_pretrained)."
@@ -211,6 +216,29 @@ def _check_hash(folder: Path, name: str, sha256: str, recorded: str) -> None:
         raise EdgeDiTError(
             f"{path} has the SHA-256 {found}, but {recorded} says {sha256}: it was damaged or changed; make it again."
         )
+
+
+def _may_be_in_use(folder: Path) -> bool:
+    """Whether somebody may work in a folder: on a disk that nobody may write to, only if they said so."""
+    return os.access(folder, os.W_OK) or (folder / FolderLock.NAME).exists()
+
+
+def _says_the_same(path: Path, record: dict[str, Any]) -> bool:
+    """Whether the [`MADE`] that lies in a folder is of what the folder holds."""
+    if not path.is_file():
+        return False
+    said = read_json(path, "edgedit push")
+    return isinstance(said, dict) and all(said.get(name) == record.get(name) for name in ("kind", "family", "genotype"))
+
+
+def _check_folders(folder: Path) -> None:
+    """Raise if a folder in it is a link: what lies there would not go."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and path.is_dir() and not path.name.startswith("."):
+            raise EdgeDiTError(
+                f"{path} is a link to the folder {path.resolve()}, whose files would not go with it; put the folder "
+                "itself there, or take the link away."
+            )
 
 
 def _check_components(folder: Path) -> None:

@@ -98,6 +98,7 @@ def plan(
     except HFValidationError as error:
         raise explain(error, repo_id) from None
     place = PurePosixPath(path)
+    path = "" if place == PurePosixPath() else str(place)  # without './' and '//'
     if place.is_absolute() or ".." in place.parts or re.search(r"[\\\x00-\x1f*?\[]", path):
         raise EdgeDiTError(f"The folder {path!r} within {repo_id} must be a relative path without '..', '*' and '?'.")
     contents = checked(folder, unverified=unverified, token=get_token())
@@ -109,9 +110,14 @@ def plan(
     if bundle_code:
         more |= _code_of(contents)
     found = items(contents, more)
-    run = re.sub(r"[^\w.-]+", "-", contents.path.resolve().name).strip("-.") or "edgedit"
-    tag = f"{f'{place.name}-' if path else ''}{run}-{content_hash(contents.path)}"
-    return Plan(contents, repo_id, path.strip("/"), found, left_out(contents.path), _message(contents), tag)
+    names = [_tag_part(name) for name in (place.name, contents.path.resolve().name)]
+    tag = "-".join([*filter(None, names), content_hash(contents.path)])
+    return Plan(contents, repo_id, path, found, left_out(contents.path), _message(contents), tag)
+
+
+def _tag_part(name: str) -> str:
+    """A folder's name as git takes it in a tag's."""
+    return re.sub(r"\.{2,}", ".", re.sub(r"[^\w.-]+", "-", name)).strip("-.")[:80]
 
 
 def _check_own_card(folder: Path) -> None:
@@ -214,6 +220,12 @@ def push(
     except EdgeDiTError:
         raise
     except Exception as error:  # of the client, of its HTTP library, of the disk: without a common base
+        sources = [item.source for item in plan.items if isinstance(item.source, Path)]
+        if gone := next((source for source in sources if not source.is_file()), None):
+            raise EdgeDiTError(
+                f"{gone} went away while it was pushed; let whoever works in {plan.contents.path} finish, and run it "
+                "again."
+            ) from error
         raise explain(error, plan.repo_id) from error
     return Pushed(repo_id, f"{api.endpoint}/{repo_id}", commit.oid, plan.tag, commit.oid != before, slug)
 
