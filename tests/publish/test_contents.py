@@ -214,3 +214,11 @@ def test_a_large_file_that_rotted_in_its_place_is_refused(make_transformer, tmp_
     weights.write_bytes(content)
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert f"{weights} holds other bytes" in refused(folder)
+
+
+def test_weights_in_several_files_of_which_one_is_missing_are_refused(folder, tmp_path):
+    EdgeDiTPipeline.from_pretrained(folder).save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    assert checked(tmp_path / "parts").kind == "teacher"
+    gone = sorted((tmp_path / "parts" / "transformer").glob("*-of-*.safetensors"))[1]
+    gone.unlink()
+    assert gone.name in (told := refused(tmp_path / "parts")) and "not there" in told

@@ -188,6 +188,15 @@ def test_what_is_missing_is_refused_by_name(run, tmp_path):
         card_files(run / "student-tuned", ID)
     with pytest.raises(EdgeDiTError, match="'other' says nothing.*name=link"):
         card_files(run / "student-tuned", ID, license="other")
+    for given in (
+        "x=javascript:alert(1)",
+        "x=https://a/)![x](https://b)",
+        "<b>=LICENSE",
+        "a b=LICENSE",
+        "x=/etc/passwd",
+    ):
+        with pytest.raises(EdgeDiTError, match="is no name=link"):
+            card_files(run / "student-tuned", ID, license=given)
     with pytest.raises(EdgeDiTError, match="needs the Hub's id of its teacher"):
         card_files(run / "bank", ID, license="mit")
     with pytest.raises(EdgeDiTError, match="repo_id 'your-name/your-student'.*must be yours"):

@@ -242,11 +242,17 @@ def _check_folders(folder: Path) -> None:
 
 
 def _check_components(folder: Path) -> None:
-    """Raise unless every component that the pipeline names is there."""
+    """Raise unless every component that the pipeline names is there, with all its weights."""
     for name, value in read_json(folder / INDEX, "save_pretrained", nan=True).items():
         component = isinstance(value, list) and len(value) == 2 and name != "_class_name" and value[1] is not None
         if component and not any((folder / name).glob("*")):
             raise EdgeDiTError(f"{folder / INDEX} names the component {name!r}, which is not there; save it again.")
+    for path in folder.glob("*/*.index*.json"):  # of weights in several files
+        listing = read_json(path, "save_pretrained")
+        shards = listing.get("weight_map") if isinstance(listing, dict) else None
+        for shard in sorted({str(name) for name in shards.values()} if isinstance(shards, dict) else ()):
+            if not (path.parent / shard).is_file():
+                raise EdgeDiTError(f"{path} names the weights {shard!r}, which are not there; save it again.")
 
 
 def _check_whole(path: Path) -> None:

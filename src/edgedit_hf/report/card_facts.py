@@ -4,6 +4,7 @@ No torch.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..errors import EdgeDiTError
 from ..export.formats import FORMATS
 from ..hub import is_name, parse_name
 from ..markup import MARKUP, quoted
+from ..schema import shorten
 from ..search_space import OPTIONS, SearchSpace
 from .few_step import few_step_widths_table
 from .subject import Subject
@@ -302,6 +304,9 @@ def _code(subject: Subject) -> list[int]:
 # -------------------------------------------------------------------- licence
 
 
+LICENCE_LINK = r"https?://[^\s<>()\[\]\"'\\]+|[\w.-]+(?:/[\w.-]+)*"
+
+
 def licence_of(subject: Subject, given: str | None, base_model: str | None) -> dict[str, str] | None:
     """`license` of the card, with `license_name` and `license_link` where the Hub has no identifier; `None`: unknown.
 
@@ -311,6 +316,11 @@ def licence_of(subject: Subject, given: str | None, base_model: str | None) -> d
     if given is not None:
         name, told, link = given.partition("=")
         if told and name and link:
+            if not re.fullmatch(r"[a-z0-9.-]+", name.lower()) or not re.fullmatch(LICENCE_LINK, link):
+                raise EdgeDiTError(
+                    f"The licence {shorten(given)} is no name=link: a name is of letters, digits, '-' and '.', a link "
+                    "an https:// address or a file of the repository, e.g. --license my-licence=LICENSE."
+                )
             return {"license": "other", "license_name": name.lower(), "license_link": link}
         if given == "other":
             raise EdgeDiTError(
