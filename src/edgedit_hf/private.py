@@ -31,8 +31,10 @@ SECRET_FILES = re.compile(
 )
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
-TEXT = (".json", ".jsonl", ".md", ".py", ".txt", ".yaml", ".yml", ".jinja", ".csv", ".html", ".swift", ".kt", ".xml")
-TEXT += (".toml", ".ini", ".cfg", ".conf", ".log", ".sh", ".rst", ".tsv", ".ipynb", ".js", ".css", ".svg", "")
+TEXT = {
+    *(".json", ".jsonl", ".md", ".py", ".txt", ".yaml", ".yml", ".jinja", ".csv", ".html", ".swift", ".kt", ".xml"),
+    *(".toml", ".ini", ".cfg", ".conf", ".log", ".sh", ".rst", ".tsv", ".ipynb", ".js", ".css", ".svg", ""),
+}
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")  # hold any text, none of it of this machine
 _PATH = re.compile(
     r"(?<![\w.:/<~$}-])/(?:[\w.@+~-]+/)+[\w.@+~-]+|(?<![A-Za-z])[A-Za-z]:\\{1,2}[\w. -]+\\{1,2}[\w. \\-]+"

@@ -175,11 +175,14 @@ def test_whoever_may_not(hub, push, refused, folder):
     assert "relative path" in refused(folder, "me/teacher", "--path-in-repo", "../x")
 
 
-def test_a_card_of_ones_own_says_a_licence(refused, folder):
+def test_a_card_of_ones_own_says_a_licence(hub, refused, folder):
     (folder / "README.md").write_text("# Mine\n")
     assert "names no licence" in refused(folder, "me/teacher")
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
     assert "cannot be read" in refused(folder, "me/teacher")
+    (folder / "README.md").write_text("---\nlicense: nonesuch\n---\n")
+    assert "does not take the front matter" in refused(folder, "me/teacher")
+    assert not hub.requests("/repos/create"), "nothing was made"
     (folder / "README.md").unlink()
     assert "no README.md of its own" in refused(folder, "me/teacher")
 

@@ -111,7 +111,7 @@ def plan(
         more |= _code_of(contents)
     found = items(contents, more)
     names = [_tag_part(name) for name in (place.name, contents.path.resolve().name)]
-    tag = "-".join([*filter(None, names), content_hash(contents.path)])
+    tag = "-".join([*filter(None, names), content_hash(contents.path), *(["bundled"] if bundle_code else [])])
     return Plan(contents, repo_id, path, found, left_out(contents.path), _message(contents), tag)
 
 
@@ -186,9 +186,7 @@ def _gathered(plan: Plan) -> Iterator[Path]:
         yield folder
 
 
-def push(
-    plan: Plan, *, private: bool = True, replace: bool = False, collection: str | None = None, api: Any = None
-) -> Pushed:
+def push(plan: Plan, *, private: bool = True, replace: bool = False, collection: str | None = None) -> Pushed:
     """Send what a plan says in one commit (or several, of a large folder), with a tag; files of an earlier push that
     the folder has no more are deleted. Interrupted, run it again: what arrived is not sent again.
 
@@ -196,16 +194,16 @@ def push(
         private: of a repository (and collection) that is made now; one that is there keeps what it is.
         replace: whether a repository that holds another kind of thing is overwritten.
         collection: title of a collection of the repository's owner that it is put into; made where it is not there.
-        api: an `HfApi`; default one with the token and address of this machine.
 
     Raises:
         EdgeDiTError: the Hub refuses or cannot be reached, or the repository holds something else.
     """
     from huggingface_hub import HfApi
 
-    api = api or HfApi(library_name="edgedit_hf", library_version=__version__)
+    api = HfApi(library_name="edgedit_hf", library_version=__version__)
     try:
         before, stale = _look(api, plan, replace)
+        _check_card(plan)
         repo_id = api.create_repo(plan.repo_id, private=private, exist_ok=True).repo_id
         with _gathered(plan) as folder:
             commit = api.upload_folder(
@@ -228,6 +226,22 @@ def push(
             ) from error
         raise explain(error, plan.repo_id) from error
     return Pushed(repo_id, f"{api.endpoint}/{repo_id}", commit.oid, plan.tag, commit.oid != before, slug)
+
+
+def _check_card(plan: Plan) -> None:
+    """Raise if the Hub does not take the card's front matter, before anything is made there."""
+    from huggingface_hub import ModelCard
+
+    source = next(item.source for item in plan.items if item.name == "README.md")
+    text = source.decode() if isinstance(source, bytes) else source.read_text(encoding="utf-8")
+    try:
+        ModelCard(text).validate()
+    except ValueError as error:
+        said = "; ".join(re.findall(r'"message":\s*"((?:[^"\\]|\\.)*)"', str(error))) or " ".join(str(error).split())
+        raise EdgeDiTError(
+            f"The Hub does not take the front matter of the card of {plan.contents.path} ({said[:300]}); give another "
+            "--license or --base-model, or mend the card of your own."
+        ) from None
 
 
 def _look(api: Any, plan: Plan, replace: bool) -> tuple[str | None, list[str]]:
