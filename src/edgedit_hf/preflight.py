@@ -25,7 +25,7 @@ from .distill.memory_plan import wanted_proxies
 from .distill.proxy_group import new_optimizer
 from .distill.teacher import read_genotype, search_space_of, teacher_path
 from .elastic.cost import data_shapes
-from .elastic.flow_teacher import teacher_family
+from .elastic.flow_teacher import check_quantization, teacher_family
 from .elastic.supernet import new_elastic
 from .errors import EdgeDiTError
 from .estimate import estimate, workload
@@ -327,6 +327,8 @@ def _check_text_to_image(config: RunConfig, stages: Sequence[str], notes: list[s
     _check_given("data.vae", config.data.vae, TEXT_TO_IMAGE_VAES, notes, dry_run, hub.component_folder)
     for key in ("encoder", "encoder_2"):
         _check_given(f"text.{key}", getattr(config.text, key), (), notes, dry_run, encoder_folder)
+    if config.knowledge.teacher is not None:  # before gigabytes are fetched
+        (partial(_noted, notes) if dry_run else _raised)(check_quantization, config.knowledge.quantization)
     _check_given("knowledge.teacher", config.knowledge.teacher, (), notes, dry_run)
     if config.text.encoder == config.text.encoder_2 == "none":
         raise EdgeDiTError(

@@ -194,6 +194,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "select": {"argv": ["run", "--output", "out"], "writes": ["out/*"]},
     "report": {"argv": ["run"], "writes": ["run/report*"]},
     "card": {"argv": ["run/student-tuned"], "writes": CARD[1:]},
+    "push": {"argv": ["run/student-tuned", "me/student", "--license", "mit", "--dry-run"], "writes": []},
+    "pull": {"argv": ["me/student", "out"], "writes": ["out/*"]},
     "train": {"argv": ["teacher", "--config", "tiny.yaml", "--dry-run"], "writes": []},
 }
 FAMILY = {"run": ["run", "dit.pt", "tiny.yaml"], "t2i": ["t2i", "prompts.txt"]}
@@ -444,6 +446,7 @@ def stage_of(section: str) -> tuple[str, str, list[str], list[str], list[str]]:
         "evaluate": run("evaluate_models", "evaluate"),
         "sensitivity": run("sensitivity", "sensitivity"),
         "card": ("compress", "tiny.yaml", ["run", "tiny.yaml"], [], CARD),
+        "hub": ("compress", "tiny.yaml", ["run", "tiny.yaml"], [], CARD),
     }[section]
 
 

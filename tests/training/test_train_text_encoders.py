@@ -161,7 +161,7 @@ def test_a_tokenizer_with_more_tokens_than_its_encoder_embeds(trained, tmp_path)
 def test_encoders_that_cannot_be_loaded(trained, tmp_path):
     with pytest.raises(EdgeDiTError, match="folder does not exist"):
         load_text_encoder("./nowhere")
-    with pytest.raises(EdgeDiTError, match="no/such-encoder cannot be loaded"):
+    with pytest.raises(EdgeDiTError, match="no/such-encoder: it is neither a local path nor a Hub id"):
         load_text_encoder("no/such-encoder")
     with pytest.raises(EdgeDiTError, match="stage text .*train_text_encoders.py"):
         load_text(RunConfig(output_dir=str(tmp_path)))
