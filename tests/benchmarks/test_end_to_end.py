@@ -28,6 +28,7 @@ def check_rows(table: list[str], result: dict, runtimes: list[str]) -> dict[str,
     return rows
 
 
+@pytest.mark.slow
 def test_the_smallest_network(benchmark, tmp_path):
     table, result = benchmark("end_to_end.py", *SMALL, "--runtimes", "onnxruntime", "--folder", tmp_path)
     rows = check_rows(table, result, ["onnxruntime"])

@@ -225,6 +225,8 @@ def test_convert_an_original_checkpoint(recipes, tmp_path):
     assert "2 layers of width 48" in printed and (tmp_path / command[3] / "model_index.json").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.ranks
 def test_two_process_commands_start(recipes, clone):
     started = (
         find(recipes, "cpu-2.yaml training/train_teacher.py"),

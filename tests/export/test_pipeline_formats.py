@@ -260,6 +260,8 @@ def elastic_pipeline(channels: int = 1, vae=None, **config) -> ElasticDiTPipelin
     return pipeline
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_text_to_image_splits_and_loads_back(tmp_path, caplog):
     """A sub-network with a VAE, of prompt embeddings: encoders of prompts are the slow tests'."""
     torch.manual_seed(0)

@@ -9,11 +9,9 @@ from hub_server import READER, STRANGER
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.distill.proxy_bank import ProxyBank
-from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.markup import markdown
 from edgedit_hf.publish.contents import MADE
 from edgedit_hf.publish.push import plan
-from edgedit_hf.publish.push import push as push_plan
 from edgedit_hf.search_space import SearchSpace
 
 MAIN = """
@@ -200,6 +198,7 @@ def test_a_run_goes_with_a_card_of_its_figures(hub, run_with_hub, debug_run):
     assert hub.sent() == 0, "the card is the same to the byte"
 
 
+@pytest.mark.slow
 def test_with_its_code_a_pipeline_loads_without_this_package(push, run_with_hub, folder, hub):
     push(folder, "me/bundle", "--bundle-code")
     index = json.loads(hub.files("me/bundle")["model_index.json"].read_text())
@@ -235,14 +234,21 @@ def test_a_folder_of_the_repository_is_one_place_and_its_tag_one_that_git_takes(
     assert planned.tag.startswith(f"{tag}-teacher-" if tag else "teacher-")
 
 
-def test_a_file_that_goes_away_while_it_is_pushed_is_named(folder):
+LATE = """
+import sys
+from pathlib import Path
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.publish.push import plan, push
+planned = plan(sys.argv[1], "me/x", own_card=True)
+Path(sys.argv[1], "notes.txt").unlink()
+try:
+    push(planned)
+except EdgeDiTError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_goes_away_before_it_is_pushed_is_named(hub, folder, run_with_hub):
     (folder / "notes.txt").write_text("x")
-    planned = plan(folder, "me/x", own_card=True)
-    (folder / "notes.txt").unlink()
-
-    class Api:
-        def repo_info(self, repo_id):
-            raise FileNotFoundError(2, "No such file or directory", "/tmp/aside/notes.txt")
-
-    with pytest.raises(EdgeDiTError, match="notes.txt went away while it was pushed"):
-        push_plan(planned, api=Api())
+    assert f"{folder / 'notes.txt'} went away" in run_with_hub(LATE, folder)
+    assert not hub.requests("POST .*/commit/")

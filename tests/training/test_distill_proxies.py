@@ -141,6 +141,8 @@ def test_a_budget_makes_groups_and_changes_no_byte(bank_of, teacher_run, whole, 
     assert stage["steps"] == len(groups) * (16 + 3 + 1)
 
 
+@pytest.mark.slow
+@pytest.mark.kills
 def test_a_run_with_groups_killed_and_resumed_equals_one_group(recipes, teacher_run, whole, tmp_path):
     shutil.copytree(teacher_run / "teacher", tmp_path / "teacher")
     budget, seconds = budget_for(teacher_run, 1), json.loads((whole / "stage.json").read_text())["seconds"]
@@ -152,6 +154,8 @@ def test_a_run_with_groups_killed_and_resumed_equals_one_group(recipes, teacher_
     ), delays
 
 
+@pytest.mark.slow
+@pytest.mark.ranks
 def test_two_ranks_with_different_numbers_of_groups_give_the_same_bytes(recipes, teacher_run, whole, tmp_path):
     shutil.copytree(teacher_run / "teacher", tmp_path / "teacher")
     budget = f"bank.memory_budget_gb={budget_for(teacher_run, 1)}"

@@ -205,6 +205,7 @@ def push(plan: Plan, *, private: bool = True, replace: bool = False, collection:
         before, stale = _look(api, plan, replace)
         _check_card(plan)
         repo_id = api.create_repo(plan.repo_id, private=private, exist_ok=True).repo_id
+        _check_there(plan)
         with _gathered(plan) as folder:
             commit = api.upload_folder(
                 repo_id=repo_id,
@@ -218,14 +219,18 @@ def push(plan: Plan, *, private: bool = True, replace: bool = False, collection:
     except EdgeDiTError:
         raise
     except Exception as error:  # of the client, of its HTTP library, of the disk: without a common base
-        sources = [item.source for item in plan.items if isinstance(item.source, Path)]
-        if gone := next((source for source in sources if not source.is_file()), None):
-            raise EdgeDiTError(
-                f"{gone} went away while it was pushed; let whoever works in {plan.contents.path} finish, and run it "
-                "again."
-            ) from error
+        _check_there(plan)
         raise explain(error, plan.repo_id) from error
     return Pushed(repo_id, f"{api.endpoint}/{repo_id}", commit.oid, plan.tag, commit.oid != before, slug)
+
+
+def _check_there(plan: Plan) -> None:
+    """Raise if a file of a plan went away since it was checked: it would be left out without a word."""
+    sources = [item.source for item in plan.items if isinstance(item.source, Path)]
+    if gone := next((source for source in sources if not source.is_file()), None):
+        raise EdgeDiTError(
+            f"{gone} went away while it was pushed; let whoever works in {plan.contents.path} finish, and run it again."
+        )
 
 
 def _check_card(plan: Plan) -> None:

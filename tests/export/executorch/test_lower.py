@@ -171,6 +171,8 @@ def test_fp32_is_the_model_at_every_multiple_of_its_batch(pipeline, fp32):
         artefact(sample[:3], timestep[:3], labels[:3])
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_images_of_the_loaded_pipelines(pipeline, fp32, int4):
     expected = images_of(pipeline)
     for path, floor in ((fp32, 60), (int4, 15)):

@@ -417,6 +417,8 @@ assert model.num_threads == 1
 """
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_from_the_hub_and_from_its_cache(
     make_transformer, make_hub_cache, make_hub_server, run_python, tmp_path, monkeypatch
 ):
