@@ -8,13 +8,13 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import __version__
 from ..errors import EdgeDiTError
-from ..files import explain_write_errors
+from ..files import explain_write_errors, read_json
 from ..folders import KINDS, Contents
 from ..hub import explain
 from ..report.card import card_files
@@ -61,7 +61,6 @@ class Pushed:
     commit: str
     tag: str
     changed: bool
-    collection: str | None = field(default=None)
 
 
 def plan(
@@ -215,13 +214,14 @@ def push(plan: Plan, *, private: bool = True, replace: bool = False, collection:
                 delete_patterns=[glob.escape(name) for name in stale],
             )
         api.create_tag(repo_id, tag=plan.tag, revision=commit.oid, tag_message=plan.message, exist_ok=True)
-        slug = _collect(api, repo_id, collection, private, plan.contents) if collection else None
+        if collection:
+            _collect(api, repo_id, collection, private, plan.contents)
     except EdgeDiTError:
         raise
     except Exception as error:  # of the client, of its HTTP library, of the disk: without a common base
         _check_there(plan)
         raise explain(error, plan.repo_id) from error
-    return Pushed(repo_id, f"{api.endpoint}/{repo_id}", commit.oid, plan.tag, commit.oid != before, slug)
+    return Pushed(repo_id, f"{api.endpoint}/{repo_id}", commit.oid, plan.tag, commit.oid != before)
 
 
 def _check_there(plan: Plan) -> None:
@@ -258,8 +258,6 @@ def _look(api: Any, plan: Plan, replace: bool) -> tuple[str | None, list[str]]:
     """
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-    from ..files import read_json
-
     try:
         info = api.repo_info(plan.repo_id)
     except RepositoryNotFoundError as error:
@@ -289,9 +287,7 @@ def _look(api: Any, plan: Plan, replace: bool) -> tuple[str | None, list[str]]:
     return info.sha, stale
 
 
-def _collect(api: Any, repo_id: str, title: str, private: bool, contents: Contents) -> str:
-    """Put a repository into its owner's collection of that title; returns the collection's slug."""
+def _collect(api: Any, repo_id: str, title: str, private: bool, contents: Contents) -> None:
+    """Put a repository into its owner's collection of that title."""
     collection = api.create_collection(title, namespace=repo_id.split("/")[0], private=private, exists_ok=True)
-    note = KINDS[contents.kind]
-    api.add_collection_item(collection.slug, repo_id, "model", note=note, exists_ok=True)
-    return collection.slug
+    api.add_collection_item(collection.slug, repo_id, "model", note=KINDS[contents.kind], exists_ok=True)
