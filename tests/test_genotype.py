@@ -7,7 +7,7 @@ import pytest
 
 from edgedit_hf import Genotype
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.genotype import LayerSpec
+from edgedit_hf.genotype import LayerSpec, Shape
 
 LAYER = {"source": [0], "attention_dim": 32, "num_heads": 2, "mlp_ratio": 4.0}
 
@@ -40,7 +40,7 @@ def test_facts_about_a_genotype():
     original = Genotype.original(5, 32, 2)
     assert original.merged == [] and original.num_teacher_layers == 5
     assert original.layers[3] == LayerSpec((3,), 32, 2, 4.0)
-    assert {layer.shape for layer in original.layers} == {(32, 2, 4.0)}
+    assert {layer.shape for layer in original.layers} == {Shape(32, 2, 4.0)}
 
 
 def test_equal_genotypes_have_equal_text_and_hash_and_others_do_not():
@@ -61,6 +61,24 @@ def test_equal_genotypes_have_equal_text_and_hash_and_others_do_not():
         Genotype.original(5, 32, 2, 2.0),
     ]
     assert len({genotype.hash, *(other.hash for other in others)}) == 5
+
+
+def test_what_the_paper_has_not_stands_in_the_text_only_where_it_is_used():
+    plain, static, merging = (
+        LayerSpec((0,), 32, 2, 4.0),
+        LayerSpec((0,), 32, 2, 4.0, 0),
+        LayerSpec((0,), 32, 2, 4.0, 3, 2),
+    )
+    assert plain.to_dict() == LAYER and static.to_dict() == {**LAYER, "modulation_rank": 0}
+    assert merging.to_dict() == {**LAYER, "modulation_rank": 3, "token_merge": 2}
+    for layer in (plain, static, merging):
+        assert LayerSpec.from_dict(layer.to_dict()) == layer
+    assert LayerSpec.from_dict({**LAYER, "modulation_rank": None, "token_merge": 1}) == plain
+    genotypes = [Genotype((layer,), 32) for layer in (plain, static, merging)]
+    assert len({genotype.hash for genotype in genotypes}) == 3
+    assert [genotype.compressed for genotype in genotypes] == [False, True, True]
+    assert Genotype.from_json(genotypes[2].to_json()) == genotypes[2]
+    assert static.shape.timed == plain.shape and merging.shape.timed == Shape(32, 2, 4.0, None, 2)
 
 
 def test_a_genotype_cannot_be_changed():
@@ -89,6 +107,10 @@ def test_a_genotype_cannot_be_changed():
         ({"mlp_ratio": float("inf")}, "mlp_ratio is inf"),
         ({"mlp_ratio": "four"}, "four.*which is not a layer"),
         ({"heads": 2}, "heads.*exactly.*num_heads"),
+        ({"modulation_rank": -1}, "modulation_rank is -1; it must be 0"),
+        ({"modulation_rank": 0.5}, "which is not a layer: .float"),
+        ({"token_merge": 3}, r"token_merge is 3; it must be one of \(1, 2\)"),
+        ({"token_merge": None}, "which is not a layer: .NoneType"),
     ],
 )
 def test_a_layer_that_makes_no_sense_is_refused(change, said):
@@ -127,6 +149,11 @@ def test_every_teacher_layer_is_replaced_once_and_in_order(sources):
 def test_text_that_is_no_genotype_is_refused(text, said):
     with pytest.raises(EdgeDiTError, match=said):
         Genotype.from_json(text)
+
+
+def test_a_modulation_of_more_than_full_rank_is_refused():
+    with pytest.raises(EdgeDiTError, match="Layer 0: modulation_rank 33 is above the hidden_size 32"):
+        Genotype.from_layers([{**LAYER, "modulation_rank": 33}], 32)
 
 
 def test_a_layer_without_a_neuron_is_refused():

@@ -10,7 +10,7 @@ import pytest
 
 from edgedit_hf import Genotype, SearchSpace
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.genotype import LayerSpec
+from edgedit_hf.genotype import LayerSpec, Shape
 from edgedit_hf.search_space import BYTES, OPTIONS, Cost, default_attention_dim, layer_cost, model_cost
 
 PAIR_CHOICES = 4 * 4 + 4
@@ -241,9 +241,20 @@ def test_costs_add_up_over_the_layers(make_transformer):
     for genotype in random.Random(0).sample(list(s.all()), 20):
         cost = model_cost({**config, "layers": genotype.to_layers()})
         layers = sum((layer_cost(32, layer.shape, tokens) for layer in genotype.layers), Cost(0, 0, 0, 0))
-        assert whole.weights - cost.weights == 4 * layer_cost(32, (32, 2, 4.0), tokens).weights - layers.weights
-        assert whole.flops - cost.flops == 4 * layer_cost(32, (32, 2, 4.0), tokens).flops - layers.flops
+        assert whole.weights - cost.weights == 4 * layer_cost(32, Shape(32, 2, 4.0), tokens).weights - layers.weights
+        assert whole.flops - cost.flops == 4 * layer_cost(32, Shape(32, 2, 4.0), tokens).flops - layers.flops
         assert cost == whole if genotype == Genotype.original(4, 32, 2) else cost.flops < whole.flops
+
+
+def test_what_a_modulation_and_merged_tokens_save():
+    # DiT-XL/2's layer: 23.9052 M weights and 4.23582 G MACs, of which adaLN has 7.9695 M (6 · 1152² and a bias)
+    shape, tokens = Shape(1152, 16, 4.0), 256
+    whole = layer_cost(1152, shape, tokens)
+    static, low = (layer_cost(1152, shape._replace(modulation_rank=rank), tokens) for rank in (0, 64))
+    assert whole.weights - static.weights == whole.macs - static.macs == 6 * 1152**2
+    assert low.weights - static.weights == low.macs - static.macs == 64 * 1152 + 6 * 1152 * 64
+    merged, quarter = layer_cost(1152, shape._replace(token_merge=2), tokens), layer_cost(1152, shape, tokens // 4)
+    assert merged == quarter and merged.weights == whole.weights
 
 
 def test_larger_inputs_cost_more_and_bytes_follow_the_precision(make_transformer):

@@ -7,6 +7,7 @@ import json
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import EdgeDiTError
 from .files import parse_json
@@ -15,6 +16,28 @@ from .schema import shorten
 
 RATIO = 1024  # greatest mlp_ratio
 LAYER_KEYS = ("source", "attention_dim", "num_heads", "mlp_ratio")
+OPTIONAL_KEYS = ("modulation_rank", "token_merge")  # of a layer: in its plain form where they are not the default
+TOKEN_MERGES = (1, 2)
+
+
+class Shape(NamedTuple):
+    """What decides a layer's weights and cost; see [`LayerSpec`]."""
+
+    attention_dim: int
+    num_heads: int
+    mlp_ratio: float
+    modulation_rank: int | None = None
+    token_merge: int = 1
+
+    @property
+    def timed(self) -> Shape:
+        """What decides the layer's latency: with precomputed modulation the rank of adaLN costs no time."""
+        return self._replace(modulation_rank=None)
+
+    def __str__(self) -> str:
+        rank = "" if self.modulation_rank is None else f", modulation_rank {self.modulation_rank}"
+        merge = "" if self.token_merge == 1 else f", token_merge {self.token_merge}"
+        return f"({self.attention_dim}, {self.num_heads}, {self.mlp_ratio}{rank}{merge})"
 
 
 @dataclass(frozen=True)
@@ -26,6 +49,9 @@ class LayerSpec:
         attention_dim: inner width of the attention (qkv: hidden → 3·attention_dim, output: attention_dim → hidden).
         num_heads: attention heads; the head width is `attention_dim / num_heads`.
         mlp_ratio: hidden width of the MLP over the residual width.
+        modulation_rank: what stands in the place of adaLN's projection of the conditioning: `None`: the projection
+            itself; 0: a learned vector (static); r: such a vector and a remainder of rank r.
+        token_merge: the layer works on the means of this many × this many tokens; what it adds goes to each of them.
 
     Raises:
         EdgeDiTError: a value is out of range or the heads do not divide the attention width.
@@ -35,6 +61,8 @@ class LayerSpec:
     attention_dim: int
     num_heads: int
     mlp_ratio: float
+    modulation_rank: int | None = None
+    token_merge: int = 1
 
     def __post_init__(self) -> None:
         first = self.source[0] if self.source else -1
@@ -54,36 +82,53 @@ class LayerSpec:
                 f"A layer has attention_dim {shorten(self.attention_dim)} and mlp_ratio {self.mlp_ratio}; they must be "
                 f"at most {WIDTH} and {RATIO}."
             )
+        if self.modulation_rank is not None and not 0 <= self.modulation_rank <= WIDTH:
+            raise EdgeDiTError(
+                f"modulation_rank is {shorten(self.modulation_rank)}; it must be 0 (static) or more, at most {WIDTH}, "
+                "or left out (adaLN's whole projection)."
+            )
+        if self.token_merge not in TOKEN_MERGES:
+            raise EdgeDiTError(f"token_merge is {shorten(self.token_merge)}; it must be one of {TOKEN_MERGES}.")
 
     @property
-    def shape(self) -> tuple[int, int, float]:
-        """What decides the layer's cost: (attention_dim, num_heads, mlp_ratio)."""
-        return self.attention_dim, self.num_heads, self.mlp_ratio
+    def shape(self) -> Shape:
+        """What decides the layer's cost."""
+        return Shape(self.attention_dim, self.num_heads, self.mlp_ratio, self.modulation_rank, self.token_merge)
 
     def to_dict(self) -> dict:
         """The plain form that `config["layers"]` holds."""
-        return {
+        plain = {
             "source": list(self.source),
             "attention_dim": self.attention_dim,
             "num_heads": self.num_heads,
             "mlp_ratio": float(self.mlp_ratio),  # 4 and 4.0 are equal, so they must read the same
         }
+        if self.modulation_rank is not None:
+            plain["modulation_rank"] = self.modulation_rank
+        if self.token_merge != 1:
+            plain["token_merge"] = self.token_merge
+        return plain
 
     @classmethod
     def from_dict(cls, layer: Mapping) -> LayerSpec:
         """Read the plain form; unknown or missing keys raise [`EdgeDiTError`]."""
-        if not isinstance(layer, Mapping) or set(layer) != set(LAYER_KEYS):
+        if not isinstance(layer, Mapping) or set(layer) - set(OPTIONAL_KEYS) != set(LAYER_KEYS):
             got = shorten(sorted(map(str, layer)) if isinstance(layer, Mapping) else layer)
-            raise EdgeDiTError(f"A layer of a genotype has the keys {got}; it must have exactly {sorted(LAYER_KEYS)}.")
+            raise EdgeDiTError(
+                f"A layer of a genotype has the keys {got}; it must have exactly {sorted(LAYER_KEYS)}, and may have "
+                f"{list(OPTIONAL_KEYS)}."
+            )
         try:
             source = tuple(operator.index(i) for i in layer["source"])
             attention_dim, num_heads = operator.index(layer["attention_dim"]), operator.index(layer["num_heads"])
             mlp_ratio = float(layer["mlp_ratio"])
+            rank, merge = layer.get("modulation_rank"), operator.index(layer.get("token_merge", 1))
+            rank = None if rank is None else operator.index(rank)
         except (TypeError, ValueError, OverflowError) as error:
             raise EdgeDiTError(
                 f"A layer of a genotype reads {shorten(dict(layer))}, which is not a layer: {str(error)[:200]}."
             ) from None
-        return cls(source, attention_dim, num_heads, mlp_ratio)
+        return cls(source, attention_dim, num_heads, mlp_ratio, rank, merge)
 
 
 @dataclass(frozen=True)
@@ -116,6 +161,11 @@ class Genotype:
                     f"Layer {index}: mlp_ratio {layer.mlp_ratio} of hidden_size {self.hidden_size} leaves no neuron; "
                     "take a larger one."
                 )
+            if layer.modulation_rank is not None and layer.modulation_rank > self.hidden_size:
+                raise EdgeDiTError(
+                    f"Layer {index}: modulation_rank {layer.modulation_rank} is above the hidden_size "
+                    f"{self.hidden_size}, the rank of adaLN's whole projection; take a smaller one, or leave it out."
+                )
 
     @property
     def num_teacher_layers(self) -> int:
@@ -129,11 +179,15 @@ class Genotype:
 
     @property
     def compressed(self) -> bool:
-        """Whether any layer is smaller than one of DiT's (attention as wide as the net, MLP ratio 4), or stands for
-        several.
+        """Whether any layer is smaller than one of DiT's (attention as wide as the net, MLP ratio 4, a modulation of
+        full rank, all tokens), or stands for several.
         """
         return any(
-            len(layer.source) > 1 or layer.attention_dim < self.hidden_size or layer.mlp_ratio < 4
+            len(layer.source) > 1
+            or layer.attention_dim < self.hidden_size
+            or layer.mlp_ratio < 4
+            or layer.modulation_rank is not None
+            or layer.token_merge > 1
             for layer in self.layers
         )
 

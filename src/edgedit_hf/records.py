@@ -72,6 +72,7 @@ class Block:
     attention_dim: int = key(minimum=1, maximum=WIDTH)
     num_heads: int = key(minimum=1, maximum=HEADS)
     mlp_ratio: float = key(above=0.0, maximum=1024.0)
+    token_merge: int = key(1, choices=(1, 2))
     ms: float = key(**MS)
 
 

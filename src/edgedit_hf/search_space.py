@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import EdgeDiTError
-from .genotype import Genotype, LayerSpec
+from .genotype import Genotype, LayerSpec, Shape
 from .records import LAYERS, Space
 from .schema import check
 
@@ -91,7 +91,13 @@ class SearchSpace:
                 f"The teacher has {len(shapes)} different layer shapes and {len(teacher.merged)} merged layers; "
                 "only an uncompressed teacher (equal layers) can be compressed."
             )
-        attention_dim, num_heads, mlp_ratio = shapes.pop()
+        shape = shapes.pop()
+        attention_dim, num_heads, mlp_ratio = shape[:3]
+        if shape != Shape(attention_dim, num_heads, mlp_ratio):
+            raise EdgeDiTError(
+                f"The teacher's layers have modulation_rank {shape.modulation_rank} and token_merge "
+                f"{shape.token_merge}; only an uncompressed teacher can be compressed."
+            )
         if attention_dim != teacher.hidden_size:
             raise EdgeDiTError(
                 f"The teacher's attention width {attention_dim} is not its hidden size {teacher.hidden_size}."
@@ -129,12 +135,13 @@ class SearchSpace:
         """Dimension L of the codec's cube: one coordinate a teacher layer."""
         return self.num_layers
 
-    def option_shape(self, option: str) -> tuple[int, int, float]:
-        """(attention_dim, num_heads, mlp_ratio) of one of [`OPTIONS`]."""
+    def option_shape(self, option: str) -> Shape:
+        """The shape of a layer with one of [`OPTIONS`]."""
         if option not in OPTIONS:
             raise EdgeDiTError(f"The option is {option!r}; it must be one of {OPTIONS}.")
         attention_dim = self.reduced_attention_dim if option in ("attention", "both") else self.hidden_size
-        return attention_dim, self.num_heads, self.reduced_mlp_ratio if option in ("mlp", "both") else self.mlp_ratio
+        mlp_ratio = self.reduced_mlp_ratio if option in ("mlp", "both") else self.mlp_ratio
+        return Shape(attention_dim, self.num_heads, mlp_ratio)
 
     def layer(self, source: tuple[int, ...], option: str) -> LayerSpec:
         """The layer that replaces `source` with `option`."""
@@ -147,8 +154,8 @@ class SearchSpace:
                 return option
         raise EdgeDiTError(
             f"A layer of shape {layer.shape} (attention_dim, num_heads, mlp_ratio) is none of this teacher's options "
-            f"{[self.option_shape(o) for o in OPTIONS]}: the genotype belongs to another teacher or another "
-            "search space."
+            f"{', '.join(str(self.option_shape(o)) for o in OPTIONS)}: the genotype belongs to another teacher or "
+            "another search space."
         )
 
     def proxies(self) -> list[LayerSpec]:
@@ -351,18 +358,21 @@ class Cost:
         return int(self.weights * BYTES[precision])
 
 
-def layer_cost(hidden_size: int, shape: tuple[int, int, float], tokens: int) -> Cost:
-    """Cost of one layer of shape (attention_dim, num_heads, mlp_ratio) on `tokens` tokens."""
-    attention_dim, _, mlp_ratio = shape
+def layer_cost(hidden_size: int, shape: Shape, tokens: int) -> Cost:
+    """Cost of one layer of this shape on `tokens` tokens."""
+    attention_dim, _, mlp_ratio, rank, merge = shape
     mlp_dim = int(hidden_size * mlp_ratio)
+    tokens //= merge * merge
+    # adaLN: the whole projection, or one of rank r (0: none); both have a bias
+    projection = 6 * hidden_size * hidden_size if rank is None else 7 * hidden_size * rank
     weights = (
         hidden_size * 3 * attention_dim + 3 * attention_dim  # qkv
         + attention_dim * hidden_size + hidden_size  # output projection
         + 2 * hidden_size * mlp_dim + mlp_dim + hidden_size  # MLP
-        + hidden_size * 6 * hidden_size + 6 * hidden_size  # adaLN
+        + projection + 6 * hidden_size  # adaLN
     )  # fmt: skip
     macs = tokens * (4 * hidden_size * attention_dim + 2 * hidden_size * mlp_dim) + 2 * tokens * tokens * attention_dim
-    macs += 6 * hidden_size * hidden_size
+    macs += projection
     extras = 2 * 4 * tokens * hidden_size + tokens * mlp_dim
     return Cost(weights, weights, macs, 2 * macs + extras)
 
@@ -393,7 +403,7 @@ def trunk_cost(config: Mapping, tokens: int) -> Cost:
         weights += bias * sum(layer["num_heads"] for layer in config["layers"])
     if side:
         heads = config["num_attention_heads"]
-        weights += d + side * (layer_cost(d, (d, heads, config["mlp_ratio"]), tokens).weights + bias * heads)
+        weights += d + side * (layer_cost(d, Shape(d, heads, config["mlp_ratio"]), tokens).weights + bias * heads)
     return Cost(weights + fixed_positions, weights, macs, 2 * macs + extras)
 
 

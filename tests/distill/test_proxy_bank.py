@@ -97,7 +97,7 @@ def test_a_student_is_the_teachers_trunk_its_kept_layers_and_the_files_of_the_re
         and not student.training
     )
     for block, layer in zip(student.blocks, genotype.layers):
-        if layer.shape == (32, 2, 4.0) and len(layer.source) == 1:
+        if layer.shape == SPACE.option_shape("original") and len(layer.source) == 1:
             expected = teacher.blocks[layer.source[0]].state_dict()
         else:
             expected = load_file(bank.folder / bank.entries[bank.key(layer)]["file"])

@@ -39,7 +39,7 @@ def single_changes(config: Mapping) -> dict[str, list[LayerSpec]]:
             f"The teacher has {len(teacher.merged)} merged layers and {len({layer.shape for layer in teacher.layers})} "
             "layer shapes; the study needs an uncompressed teacher."
         )
-    attention_dim, heads, ratio = teacher.layers[0].shape
+    attention_dim, heads, ratio = teacher.layers[0].shape[:3]
     singles = [layer.source for layer in teacher.layers]
     changes = {
         f"MLP ratio {new:g}": [LayerSpec(source, attention_dim, heads, new) for source in singles]

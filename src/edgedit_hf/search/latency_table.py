@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import EdgeDiTError
 from ..export.formats import MEASURED
 from ..files import atomic_write_json, hash_json, read_json
-from ..genotype import Genotype, LayerSpec
+from ..genotype import Genotype, LayerSpec, Shape
 from ..hub import is_name, resolve
 from ..records import Table
 from ..run.stage import LATENCY
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 DEPTHS = (2, 6)  # layers of the fitted networks
 TRUNK_KEYS = ("sample_size", "patch_size", "in_channels", "hidden_size", "num_classes", "learn_sigma")
-Shape = tuple[int, int, float]
 
 
 class LatencyTable:
@@ -72,7 +71,9 @@ class LatencyTable:
         self.trunk_ms: float = float(data["trunk_ms"])
         self.space = SearchSpace.from_dict(data["space"])
         self.blocks: dict[Shape, float] = {
-            (int(b["attention_dim"]), int(b["num_heads"]), float(b["mlp_ratio"])): float(b["ms"])
+            Shape(
+                int(b["attention_dim"]), int(b["num_heads"]), float(b["mlp_ratio"]), token_merge=b.get("token_merge", 1)
+            ): float(b["ms"])
             for b in data["blocks"]
         }
 
@@ -92,12 +93,12 @@ class LatencyTable:
             )
         total = self.trunk_ms
         for layer in genotype.layers:
-            if layer.shape not in self.blocks:
+            if (shape := layer.shape.timed) not in self.blocks:
                 raise EdgeDiTError(
-                    f"The genotype has a layer of shape {layer.shape} (attention_dim, num_heads, mlp_ratio); this "
-                    f"table measured {sorted(self.blocks)}. Build a table for its search space."
+                    f"The genotype has a layer of shape {shape} (attention_dim, num_heads, mlp_ratio); this table "
+                    f"measured {', '.join(map(str, self.blocks))}. Build a table for its search space."
                 )
-            total += self.blocks[layer.shape]
+            total += self.blocks[shape]
         return total
 
     def check_config(self, config: Mapping[str, Any], space: SearchSpace | None = None) -> None:
@@ -236,7 +237,7 @@ class TableMeasurement:
         networks: dict[Any, list[Shape]] = {
             (shape, depth): [shape] * depth for shape in self.shapes for depth in DEPTHS
         }
-        networks.update({genotype.hash: [layer.shape for layer in genotype.layers] for genotype in self.check})
+        networks.update({genotype.hash: [layer.shape.timed for layer in genotype.layers] for genotype in self.check})
         with tempfile.TemporaryDirectory() as folder:
             runners: dict[Any, Any] = {}
             for number, (key, shapes) in enumerate(networks.items()):
@@ -290,6 +291,7 @@ class TableMeasurement:
                         "attention_dim": shape[0],
                         "num_heads": shape[1],
                         "mlp_ratio": shape[2],
+                        **({} if shape.token_merge == 1 else {"token_merge": shape.token_merge}),
                         "ms": blocks[shape],
                         "networks": {str(depth): timings[shape, depth].to_dict() for depth in DEPTHS},
                     }
@@ -358,7 +360,7 @@ class LoweredParts:
 
     Args:
         config: the teacher's model config.
-        shapes: distinct layer shapes (attention_dim, num_heads, mlp_ratio).
+        shapes: distinct layer shapes.
         precision: of the networks.
     """
 
