@@ -16,6 +16,7 @@ from edgedit_hf.metrics import (
     RunningMoments,
     frechet_distance,
     frechet_distance_from_moments,
+    frechet_standard_error,
     inception_score,
     precision_recall,
     psnr,
@@ -130,6 +131,31 @@ def test_running_moments_equal_numpy_in_any_order():
         gathered.update(x[:, :7])
     with pytest.raises(EdgeDiTError, match=r"mean has width 2 but its scatter has shape \(3, 3\)"):
         RunningMoments().load_state_dict({"count": 1, "mean": np.zeros(2), "scatter": np.eye(3)})
+
+
+@pytest.mark.parametrize(("samples", "width"), [(200, 5), (100, 30)])
+def test_the_standard_error_of_a_frechet_distance_is_the_spread_of_fresh_samples(samples, width):
+    reference = features(1, 400, width)
+    pool = features(2, 60 * samples, width).reshape(60, samples, width)
+    of_one = [frechet_standard_error(part, reference, 20, seed) for seed, part in enumerate(pool[:20])]
+    spread = np.std([frechet_distance(part, reference) for part in pool], ddof=1)
+    assert np.mean(of_one) == pytest.approx(spread, rel=0.35)
+
+
+def test_the_standard_error_of_a_frechet_distance_is_that_of_redrawn_rows():
+    x, reference = features(3, 40, 6), features(4, 50, 6)
+    rng = np.random.default_rng(9)
+    redrawn = [frechet_distance(x[rng.integers(40, size=40)], reference) for _ in range(7)]
+    assert frechet_standard_error(x, reference, 7, 9) == pytest.approx(np.std(redrawn, ddof=1), rel=1e-9)
+    assert frechet_standard_error(torch.tensor(x), torch.tensor(reference), 7, 9) == frechet_standard_error(
+        x, reference, 7, 9
+    )
+    same = np.ones((5, 6))  # no spread, nothing to redraw
+    assert frechet_standard_error(same, reference) == pytest.approx(0, abs=1e-12)
+    with pytest.raises(EdgeDiTError, match="resamples is 1"):
+        frechet_standard_error(x, reference, 1)
+    with pytest.raises(EdgeDiTError, match="width 6 but reference of width 3"):
+        frechet_standard_error(x, reference[:, :3])
 
 
 # ------------------------------------------------------------------ precision, recall

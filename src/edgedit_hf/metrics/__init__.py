@@ -9,6 +9,7 @@ _EXPORTS = {
         "RunningMoments",
         "frechet_distance",
         "frechet_distance_from_moments",
+        "frechet_standard_error",
         "inception_score",
         "precision_recall",
         "psnr",

@@ -164,6 +164,37 @@ def frechet_distance(a, b) -> float:
     return frechet_distance_from_moments(first.mean, first.covariance, second.mean, second.covariance)
 
 
+def frechet_standard_error(features, reference, resamples: int = 20, seed: int = 0) -> float:
+    """Bootstrap standard error of `frechet_distance(features, reference)` from the sampling of `features` alone.
+
+    The rows of `features` are drawn anew with replacement, `resamples` times; the reference, which all distances that
+    are compared share, stays. A redrawn set's distance is biased upwards further than the set's own, so only the
+    spread of the redrawn distances is given; with fewer samples than features it errs on the high side.
+
+    Args:
+        features: `[N, D]`. reference: `[M, D]`. N, M ≥ 2.
+        resamples: ≥ 2; 20 give the standard error to about 16 %.
+        seed: of the draws.
+    """
+    if resamples < 2:
+        raise EdgeDiTError(f"resamples is {resamples}; a spread needs at least 2.")
+    x = _features(features, "features", at_least=2)
+    moments = RunningMoments().update(_features(reference, "reference", at_least=2))
+    _check_width(x, moments.mean, ("features", "reference"))
+    # Tr (AB)^½ is the sum of the roots of the eigenvalues of Gᵀ A G, that is of the covariance of x G (B = G Gᵀ).
+    x = x - moments.mean
+    squares, y = (x**2).sum(axis=1), x @ _factor(moments.covariance)
+    rng, distances = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        rows = rng.integers(len(x), size=len(x))
+        mean, centred = x[rows].mean(axis=0), y[rows] - y[rows].mean(axis=0)
+        gram = centred @ centred.T if len(x) < y.shape[1] else centred.T @ centred
+        roots = np.sqrt(np.maximum(np.linalg.eigvalsh(gram / (len(x) - 1)), 0)).sum()
+        offset = mean @ mean
+        distances.append(offset + (squares[rows].mean() - offset) * len(x) / (len(x) - 1) - 2 * roots)
+    return float(np.std(distances, ddof=1))
+
+
 # ------------------------------------------------------------------ precision and recall
 
 
