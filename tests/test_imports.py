@@ -22,7 +22,7 @@ ORDER = [
     "records",
     "hub",
     "genotype",
-    "search_space",
+    ("search_space", "menu_space"),
     "diffusion",
     "export.formats",  # a table without torch, which recipes and commands read too
     "run",
@@ -49,8 +49,8 @@ ORDER = [
 PLACE = {name: place for place, names in enumerate(ORDER) for name in ((names,) if isinstance(names, str) else names)}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "botorch", "gpytorch", "onnx", "onnxruntime"}
 LIGHT_MODULES = (
-    "errors entry markup files private schema records hub genotype search_space run/config run/sections run/comparison "
-    "run/lock run/outputs run/results run/state folders publish export/formats models/presets quiet "
+    "errors entry markup files private schema records hub genotype search_space menu_space run/config run/sections "
+    "run/comparison run/lock run/outputs run/results run/state folders publish export/formats models/presets quiet "
     "registration commands optimum_register"
 ).split()
 SELF_CONTAINED = {"torch", "diffusers", "safetensors", "numpy", "PIL"} | sys.stdlib_module_names

@@ -96,7 +96,7 @@ def world(tmp_path_factory, make_transformer):
             for name in ("sample_size", "patch_size", "in_channels", "hidden_size", "num_classes", "learn_sigma")
         },
         "blocks": [
-            dict(zip(("attention_dim", "num_heads", "mlp_ratio", "ms"), (*space.option_shape(o), 1.0)))
+            dict(zip(("attention_dim", "num_heads", "mlp_ratio", "ms"), (*space.option_shape(o)[:3], 1.0)))
             for o in ("original", "both")
         ],
         "environment": {"cpu": "x"},

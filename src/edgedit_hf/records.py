@@ -17,6 +17,21 @@ SHARE: dict[str, Any] = {"minimum": 0.0, "maximum": 1.0}
 
 # -------------------------------------------------------------------- search space, bank, latency table
 
+SPAN, CHOICES = 3, 16  # of a menu: most teacher layers that become one, and most choices for each number of them
+CODES = SPAN * CHOICES  # greatest number of choices that a code tells apart
+
+
+@dataclass(kw_only=True)
+class MenuChoice:
+    """A choice of a menu, see [`menu_space.MenuSpace`]; what is null is the teacher's."""
+
+    merge: int | None = key(None, minimum=1, maximum=SPAN)
+    attention_dim: int | None = key(None, minimum=1, maximum=WIDTH)
+    num_heads: int | None = key(None, minimum=1, maximum=HEADS)
+    mlp_ratio: float | None = key(None, above=0.0, maximum=1024.0)
+    modulation_rank: int | None = key(None, minimum=0, maximum=WIDTH)
+    token_merge: int | None = key(None, minimum=1, maximum=2)
+
 
 @dataclass(kw_only=True)
 class Space:
@@ -28,7 +43,8 @@ class Space:
     mlp_ratio: float = key(4.0, above=0.0, maximum=1024.0)
     reduced_mlp_ratio: float = key(2.0, above=0.0, maximum=1024.0)
     reduced_attention_dim: int | None = key(None, minimum=1, maximum=WIDTH)
-    allowed: list[list[int]] | None = key(None, minimum=0, maximum=19, items=LAYERS)
+    menu: list[MenuChoice] | None = key(None, items=CODES, fewest=1)
+    allowed: list[list[int]] | None = key(None, minimum=0, maximum=CODES - 1, items=LAYERS)
 
 
 BANK_FORMAT = "edgedit-proxy-bank-1"
@@ -48,7 +64,7 @@ class BankIndex:
 class ProxyFigures:
     """What the report reads of a proxy."""
 
-    option: str = key(choices=("original", "mlp", "attention", "both"))
+    option: str = key(file=True)
     source: list[int] = key(minimum=0, maximum=LAYERS, items=LAYERS, fewest=1)
     loss_before: float = key(minimum=0.0, maximum=FIGURE)
     loss_after: float = key(minimum=0.0, maximum=FIGURE)
@@ -140,7 +156,7 @@ class Settings:
 class Point:
     """One evaluation."""
 
-    code: list[int] = key(minimum=0, maximum=19, items=LAYERS, fewest=1)
+    code: list[int] = key(minimum=0, maximum=CODES - 1, items=LAYERS, fewest=1)
     distance: float = key(above=0.0, maximum=FIGURE)
     latency_ms: float = key(**MS)
     parameters: float = key(1, minimum=1, maximum=FIGURE)
@@ -155,7 +171,7 @@ class SearchState:
     settings: Settings = key()
     reference: list[float] | None = key(above=0.0, maximum=FIGURE, items=2, fewest=2)
     told: list[Point] = key(items=10**6)
-    pending: list[list[int]] = key(minimum=0, maximum=19, items=10**6)
+    pending: list[list[int]] = key(minimum=0, maximum=CODES - 1, items=10**6)
 
 
 @dataclass(kw_only=True)

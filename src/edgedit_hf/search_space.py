@@ -8,7 +8,8 @@ layer): [`SearchSpace.stage`].
 
 from __future__ import annotations
 
-import dataclasses
+import importlib
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from .records import LAYERS, Space
 from .schema import check
 
 OPTIONS = ("original", "mlp", "attention", "both")
-SPACE_KEYS = tuple(field.name for field in dataclasses.fields(Space))
+NO_STAGE = "stage({!r}) is not a stage; use 'merge', or 'options' with the genotype that stage 'merge' chose."
 UNMERGED = 16  # codes 0…15 of a pair: 4·(option of the first layer) + (option of the second); 16…19: merged
 
 
@@ -39,6 +40,8 @@ class SearchSpace:
         allowed: for every pair (and the last odd layer) the codes that may be chosen; default all.
     """
 
+    stride = 2  # teacher layers whose proxies share their features and are made together
+
     def __init__(
         self,
         num_layers: int,
@@ -49,12 +52,7 @@ class SearchSpace:
         reduced_attention_dim: int | None = None,
         allowed: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        if not 1 <= num_layers <= LAYERS:
-            raise EdgeDiTError(f"num_layers is {num_layers}; a search space has at least 1 layer and at most {LAYERS}.")
-        self.num_layers = int(num_layers)
-        self.hidden_size = int(hidden_size)
-        self.num_heads = int(num_heads)
-        self.mlp_ratio = float(mlp_ratio)
+        self._set_teacher(num_layers, hidden_size, num_heads, mlp_ratio)
         self.reduced_mlp_ratio = float(reduced_mlp_ratio)
         if reduced_attention_dim is None:
             reduced_attention_dim = default_attention_dim(hidden_size, num_heads)
@@ -81,39 +79,34 @@ class SearchSpace:
             )
         self.allowed = tuple(tuple(sorted(set(codes))) for codes in allowed)
 
+    def _set_teacher(self, num_layers: int, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        if not 1 <= num_layers <= LAYERS:
+            raise EdgeDiTError(f"num_layers is {num_layers}; a search space has at least 1 layer and at most {LAYERS}.")
+        self.num_layers = int(num_layers)
+        self.hidden_size = int(hidden_size)
+        self.num_heads = int(num_heads)
+        self.mlp_ratio = float(mlp_ratio)
+
     @classmethod
     def for_config(cls, config: Mapping, **sizes) -> SearchSpace:
         """The space of the teacher with this model config (`EdgeDiTTransformer2DModel.config`, uncompressed)."""
-        teacher = Genotype.of(config)
-        shapes = {layer.shape for layer in teacher.layers}
-        if len(shapes) != 1 or teacher.merged:
-            raise EdgeDiTError(
-                f"The teacher has {len(shapes)} different layer shapes and {len(teacher.merged)} merged layers; "
-                "only an uncompressed teacher (equal layers) can be compressed."
-            )
-        shape = shapes.pop()
-        attention_dim, num_heads, mlp_ratio = shape[:3]
-        if shape != Shape(attention_dim, num_heads, mlp_ratio):
-            raise EdgeDiTError(
-                f"The teacher's layers have modulation_rank {shape.modulation_rank} and token_merge "
-                f"{shape.token_merge}; only an uncompressed teacher can be compressed."
-            )
-        if attention_dim != teacher.hidden_size:
-            raise EdgeDiTError(
-                f"The teacher's attention width {attention_dim} is not its hidden size {teacher.hidden_size}."
-            )
+        num_layers, *others = teacher_sizes(config)
         if "allowed" not in sizes:
             sizes["allowed"] = [
                 range(UNMERGED + 4) if can_merge(config, 2 * pair) else range(UNMERGED)
-                for pair in range(len(teacher.layers) // 2)
-            ] + [range(4)] * (len(teacher.layers) % 2)
-        return cls(len(teacher.layers), teacher.hidden_size, num_heads, mlp_ratio, **sizes)
+                for pair in range(num_layers // 2)
+            ] + [range(4)] * (num_layers % 2)
+        return cls(num_layers, *others, **sizes)
 
-    @classmethod
-    def from_dict(cls, values: Mapping) -> SearchSpace:
-        """The space of [`~SearchSpace.to_dict`]'s values."""
+    @staticmethod
+    def from_dict(values: Mapping) -> SearchSpace:
+        """The space of [`~SearchSpace.to_dict`]'s values: the paper's, or a [`~menu_space.MenuSpace`]."""
         check(values, Space, "the search space")
-        return cls(**{name: values[name] for name in SPACE_KEYS if name in values})
+        kind = SearchSpace
+        if values.get("menu") is not None:  # a subclass, whose module is built on this one
+            kind = importlib.import_module(".menu_space", __package__).MenuSpace
+        names = inspect.signature(kind).parameters
+        return kind(**{name: values[name] for name in names if name in values})
 
     # ---------------------------------------------------------------- shapes
 
@@ -134,6 +127,11 @@ class SearchSpace:
     def dimension(self) -> int:
         """Dimension L of the codec's cube: one coordinate a teacher layer."""
         return self.num_layers
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the options, "original" first."""
+        return OPTIONS
 
     def option_shape(self, option: str) -> Shape:
         """The shape of a layer with one of [`OPTIONS`]."""
@@ -165,16 +163,18 @@ class SearchSpace:
         merged = [self.layer((2 * p, 2 * p + 1), option) for p in pairs for option in OPTIONS]
         return single + merged
 
+    def replacements(self) -> list[LayerSpec]:
+        """Every layer that a legal genotype may have, the teacher's own included, by first teacher layer."""
+        found = {
+            layer for pair, codes in enumerate(self.allowed) for choice in codes for layer in self._layers(pair, choice)
+        }
+        return sorted(found, key=lambda layer: (layer.source, OPTIONS.index(self.option_of(layer))))
+
     # ---------------------------------------------------------------- codes
 
     def code(self, genotype: Genotype) -> tuple[int, ...]:
         """One integer a pair (0…19), and one (0…3) for a last odd layer."""
-        if genotype.num_teacher_layers != self.num_layers or genotype.hidden_size != self.hidden_size:
-            raise EdgeDiTError(
-                f"The genotype replaces {genotype.num_teacher_layers} layers of width {genotype.hidden_size}, but the "
-                f"teacher has {self.num_layers} of width {self.hidden_size}; use the genotype with the teacher it was "
-                "made for."
-            )
+        self._check_teacher(genotype)
         at = {layer.source: OPTIONS.index(self.option_of(layer)) for layer in genotype.layers}
         code = []
         for first in range(0, self.num_layers - 1, 2):
@@ -191,19 +191,29 @@ class SearchSpace:
             code.append(at[(self.num_layers - 1,)])
         return self._check(tuple(code))
 
+    def _check_teacher(self, genotype: Genotype) -> None:
+        if genotype.num_teacher_layers != self.num_layers or genotype.hidden_size != self.hidden_size:
+            raise EdgeDiTError(
+                f"The genotype replaces {genotype.num_teacher_layers} layers of width {genotype.hidden_size}, but the "
+                f"teacher has {self.num_layers} of width {self.hidden_size}; use the genotype with the teacher it was "
+                "made for."
+            )
+
     def from_code(self, code: Sequence[int]) -> Genotype:
         """The genotype of a code."""
         layers: list[LayerSpec] = []
         for pair, choice in enumerate(self._check(tuple(int(c) for c in code))):
-            first = 2 * pair
-            if pair == self.num_pairs:
-                layers.append(self.layer((first,), OPTIONS[choice]))
-            elif choice >= UNMERGED:
-                layers.append(self.layer((first, first + 1), OPTIONS[choice - UNMERGED]))
-            else:
-                layers.append(self.layer((first,), OPTIONS[choice // 4]))
-                layers.append(self.layer((first + 1,), OPTIONS[choice % 4]))
+            layers += self._layers(pair, choice)
         return Genotype(tuple(layers), self.hidden_size)
+
+    def _layers(self, pair: int, choice: int) -> list[LayerSpec]:
+        """The one or two layers of a pair's code."""
+        first = 2 * pair
+        if pair == self.num_pairs:
+            return [self.layer((first,), OPTIONS[choice])]
+        if choice >= UNMERGED:
+            return [self.layer((first, first + 1), OPTIONS[choice - UNMERGED])]
+        return [self.layer((first,), OPTIONS[choice // 4]), self.layer((first + 1,), OPTIONS[choice % 4])]
 
     def _check(self, code: tuple[int, ...]) -> tuple[int, ...]:
         if len(code) != len(self.allowed):
@@ -280,9 +290,30 @@ class SearchSpace:
                 if choice != code[pair]:
                     yield self.from_code(code[:pair] + (choice,) + code[pair + 1 :])
 
+    def codes(self) -> Iterator[tuple[int, ...]]:
+        """The code of every legal genotype, in order (mind [`~SearchSpace.size`])."""
+        return itertools.product(*self.allowed)
+
     def all(self) -> Iterator[Genotype]:
         """Every legal genotype (mind [`~SearchSpace.size`])."""
-        return (self.from_code(code) for code in itertools.product(*self.allowed))
+        return map(self.from_code, self.codes())
+
+    def ends(self) -> tuple[Genotype, Genotype]:
+        """The genotypes with the most and with the fewest parameters: all original, and all merged with "both" (whole
+        space).
+        """
+
+        def parameters(code: tuple[int, ...]) -> int:
+            layers = self.from_code(code).layers
+            return sum(layer_cost(self.hidden_size, layer.shape, tokens=1).parameters for layer in layers)
+
+        ends = []
+        for pick in (max, min):
+            code = tuple(codes[0] for codes in self.allowed)
+            for pair, codes in enumerate(self.allowed):  # costs add up, so the pairs can be decided one by one
+                code = pick((code[:pair] + (choice,) + code[pair + 1 :] for choice in codes), key=parameters)
+            ends.append(self.from_code(code))
+        return ends[0], ends[1]
 
     # ---------------------------------------------------------------- the paper's two stages
 
@@ -300,9 +331,7 @@ class SearchSpace:
             allowed = [range(UNMERGED, UNMERGED + 4) if m else range(UNMERGED) for m in merged]
             allowed += [range(4)] * odd
         else:
-            raise EdgeDiTError(
-                f"stage({name!r}) is not a stage; use 'merge', or 'options' with the genotype that stage 'merge' chose."
-            )
+            raise EdgeDiTError(NO_STAGE.format(name))
         return SearchSpace(**{**self.to_dict(), "allowed": allowed})
 
     def to_dict(self) -> dict:
@@ -316,6 +345,33 @@ class SearchSpace:
             "reduced_attention_dim": self.reduced_attention_dim,
             "allowed": [list(codes) for codes in self.allowed],
         }
+
+
+def teacher_sizes(config: Mapping) -> tuple[int, int, int, float]:
+    """(num_layers, hidden_size, num_heads, mlp_ratio) of the teacher with this model config.
+
+    Raises:
+        EdgeDiTError: its layers are not all whole and equal.
+    """
+    teacher = Genotype.of(config)
+    shapes = {layer.shape for layer in teacher.layers}
+    if len(shapes) != 1 or teacher.merged:
+        raise EdgeDiTError(
+            f"The teacher has {len(shapes)} different layer shapes and {len(teacher.merged)} merged layers; "
+            "only an uncompressed teacher (equal layers) can be compressed."
+        )
+    shape = shapes.pop()
+    attention_dim, num_heads, mlp_ratio = shape[:3]
+    if shape != Shape(attention_dim, num_heads, mlp_ratio):
+        raise EdgeDiTError(
+            f"The teacher's layers have modulation_rank {shape.modulation_rank} and token_merge "
+            f"{shape.token_merge}; only an uncompressed teacher can be compressed."
+        )
+    if attention_dim != teacher.hidden_size:
+        raise EdgeDiTError(
+            f"The teacher's attention width {attention_dim} is not its hidden size {teacher.hidden_size}."
+        )
+    return len(teacher.layers), teacher.hidden_size, num_heads, mlp_ratio
 
 
 def can_merge(config: Mapping, first: int) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from edgedit_hf import EdgeDiTTransformer2DModel, SearchSpace
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.search.ask_tell import RandomSearch, anchors, sobol, summary
+from edgedit_hf.search.ask_tell import RandomSearch, sobol, summary
 
 SPACE = SearchSpace(4, 32, 2)
 SMALL = SearchSpace(2, 32, 2)  # 20 genotypes
@@ -27,19 +27,19 @@ def run(search, count: int = 2):
     return search
 
 
-def test_the_anchors_have_the_most_and_the_fewest_weights_of_all():
+def test_the_ends_have_the_most_and_the_fewest_weights_of_all():
     def weights(genotype) -> int:
         with torch.device("meta"):
             model = EdgeDiTTransformer2DModel.from_preset("DiT-debug/2", layers=genotype.to_layers())
         return sum(parameter.numel() for parameter in model.parameters())
 
     by_code = {SMALL.code(g): weights(g) for g in map(SMALL.from_code, [(c,) for c in range(20)])}
-    most, fewest = anchors(SMALL)
+    most, fewest = map(SMALL.code, SMALL.ends())
     assert by_code[most] == max(by_code.values()) > by_code[fewest] == min(by_code.values())
-    assert anchors(SPACE) == [most * 2, fewest * 2]  # pairs cost what they cost
+    assert [*map(SPACE.code, SPACE.ends())] == [most * 2, fewest * 2]  # pairs cost what they cost
 
 
-def test_the_first_points_are_the_anchors_and_depend_on_nothing_told():
+def test_the_first_points_are_the_ends_and_depend_on_nothing_told():
     one, other = RandomSearch(SPACE, 12, num_initial=6), RandomSearch(SPACE, 12, num_initial=6)
     together = [SPACE.code(genotype) for genotype in one.ask(6)]
     apart = []
@@ -47,7 +47,7 @@ def test_the_first_points_are_the_anchors_and_depend_on_nothing_told():
         (genotype,) = other.ask(1)
         apart.append(SPACE.code(genotype))
         other.tell(genotype, (1.0 + value, 7.0))
-    assert together == apart and together[:2] == anchors(SPACE) and len(set(together)) == 6
+    assert together == apart and together[:2] == [*map(SPACE.code, SPACE.ends())] and len(set(together)) == 6
     assert set(together[2:]) <= set(sobol(SPACE, 64, 0))
     seeds = [[SPACE.code(g) for g in RandomSearch(SPACE, 12, seed, 6).ask(6)] for seed in (0, 1)]
     assert seeds[0] == together and seeds[1][:2] == together[:2] and seeds[1] != together

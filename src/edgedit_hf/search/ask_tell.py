@@ -31,7 +31,7 @@ from ..files import atomic_write_text, parse_json
 from ..genotype import Genotype
 from ..records import SearchState
 from ..schema import check
-from ..search_space import SearchSpace, layer_cost
+from ..search_space import SearchSpace
 from .pareto import hypervolume, hypervolume_trace, pareto_front
 
 FORMAT = 1
@@ -136,9 +136,9 @@ class AskTellSearch(ABC):
 
     def _initial_stream(self) -> Iterator[Code]:
         """The ends of the space, then Sobol points; for a space so small that those repeat, then all of it in order."""
-        yield from anchors(self.space)
+        yield from map(self.space.code, self.space.ends())
         yield from sobol(self.space, 64 * self.num_initial, self.seed)
-        yield from itertools.product(*self.space.allowed)
+        yield from self.space.codes()
 
     # ---------------------------------------------------------------- results
 
@@ -262,7 +262,7 @@ class RandomSearch(AskTellSearch):
     def propose(self, count: int) -> list[Code]:
         draws = np.random.default_rng(self.seed).random((64 * self.num_evaluations, self.space.dimension))
         codes = (self.space.code(self.space.decode(x)) for x in draws)
-        return first_unseen(itertools.chain(codes, itertools.product(*self.space.allowed)), self.seen(), count)
+        return first_unseen(itertools.chain(codes, self.space.codes()), self.seen(), count)
 
 
 def summary(search: AskTellSearch, random: AskTellSearch | None = None) -> dict[str, Any]:
@@ -311,21 +311,3 @@ def sobol(space: SearchSpace, count: int, seed: int) -> Iterator[Code]:
     engine = torch.quasirandom.SobolEngine(space.dimension, scramble=True, seed=seed)
     for x in engine.draw(count, dtype=torch.float64).tolist():
         yield space.code(space.decode(x))
-
-
-def anchors(space: SearchSpace) -> list[Code]:
-    """The most and the least expensive genotype, by parameters: all original, and all merged with "both" (whole
-    space).
-    """
-
-    def parameters(code: Code) -> int:
-        layers = space.from_code(code).layers
-        return sum(layer_cost(space.hidden_size, layer.shape, tokens=1).parameters for layer in layers)
-
-    ends = []
-    for pick in (max, min):
-        code = tuple(codes[0] for codes in space.allowed)
-        for pair, codes in enumerate(space.allowed):  # costs add up, so the pairs can be decided one by one
-            code = pick((code[:pair] + (choice,) + code[pair + 1 :] for choice in codes), key=parameters)
-        ends.append(code)
-    return ends
