@@ -24,7 +24,8 @@ from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.stage import LATENCY
 from edgedit_hf.run.state import RunState
-from edgedit_hf.search.latency_table import TableMeasurement, given_table, table_file, trunk_of
+from edgedit_hf.search.latency_measurement import TableMeasurement
+from edgedit_hf.search.latency_table import given_table, table_file, trunk_of
 
 BUSY_RESIDUAL = 0.1  # an idle machine fits to about 0.02
 

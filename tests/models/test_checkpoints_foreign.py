@@ -31,7 +31,7 @@ from edgedit_hf import (
 from edgedit_hf.commands.info import describe
 from edgedit_hf.distill.sensitivity import spliced_student
 from edgedit_hf.pipelines.loading import load_pipeline, load_vae
-from edgedit_hf.search.latency_table import random_model
+from edgedit_hf.search.latency_networks import random_model
 
 
 def assert_same(model, other) -> None:

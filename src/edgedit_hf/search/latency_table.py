@@ -10,31 +10,20 @@ joined from them; for ExecuTorch every network is lowered as a whole.
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from ..errors import EdgeDiTError
-from ..export.formats import MEASURED
 from ..files import atomic_write_json, hash_json, read_json
-from ..genotype import Genotype, LayerSpec, Shape
+from ..genotype import Genotype, Shape
 from ..hub import is_name, resolve
 from ..records import Table
 from ..run.stage import LATENCY
 from ..schema import held_to
-from ..search_space import OPTIONS, SearchSpace
-
-if TYPE_CHECKING:
-    import onnx
-
-    from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
-    from ..runtimes.timing import Measurement
+from ..search_space import SearchSpace
 
 FORMAT = 1
-DEPTHS = (2, 6)  # layers of the fitted networks
 TRUNK_KEYS = ("sample_size", "patch_size", "in_channels", "hidden_size", "num_classes", "learn_sigma")
 
 
@@ -188,128 +177,6 @@ def given_table(path: str, config: Mapping[str, Any], space: SearchSpace, **hub:
     return table
 
 
-class TableMeasurement:
-    """A [`LatencyTable`] in the making: networks are lowered, then timed a round at a time. Weights are random: latency
-    does not depend on them.
-
-    Long skips (MDTv2) are not in the table: every genotype has the same ones, so they add the same to all.
-
-    Args:
-        config: the teacher's model config.
-        space: its search space.
-        batch: images a forward.
-        threads: intra-op threads of the runtime.
-        runtime: a key of [`MEASURED`].
-        precision: one that the runtime has.
-        check: whole networks that are timed in the same rounds; default [`check_genotypes`].
-    """
-
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        space: SearchSpace,
-        *,
-        batch: int,
-        threads: int,
-        runtime: str = "onnxruntime",
-        precision: str = "fp32",
-        check: Sequence[Genotype] | None = None,
-    ) -> None:
-        existing = [f"{name}-{dtype}" for name, target in MEASURED.items() for dtype in target.measured]
-        if f"{runtime}-{precision}" not in existing:
-            raise EdgeDiTError(f"A table of {runtime}-{precision} is asked for; what exists is {', '.join(existing)}.")
-        if batch < 1:
-            raise EdgeDiTError(f"batch is {batch}; it must be at least 1.")
-        self.space, self.batch, self.threads, self.runtime, self.precision = space, batch, threads, runtime, precision
-        self.check = check_genotypes(space) if check is None else list(check)
-        self.config = {**config, "long_skips": None, "decoder_start": None, "side_layers": 0}
-        self.shapes = sorted({space.option_shape(option) for option in OPTIONS}, reverse=True)
-        self.measurement: Measurement | None = None
-
-    def lower(self) -> None:
-        """Lower and open the networks, and warm them up."""
-        from ..runtimes.runners import SessionRunner, example_inputs
-        from ..runtimes.sessions import open_session
-        from ..runtimes.timing import Measurement
-
-        config, batch, runtime, precision = self.config, self.batch, self.runtime, self.precision
-        parts = LoweredParts(config, self.shapes, precision) if runtime == "onnxruntime" else None
-        networks: dict[Any, list[Shape]] = {
-            (shape, depth): [shape] * depth for shape in self.shapes for depth in DEPTHS
-        }
-        networks.update({genotype.hash: [layer.shape.timed for layer in genotype.layers] for genotype in self.check})
-        with tempfile.TemporaryDirectory() as folder:
-            runners: dict[Any, Any] = {}
-            for number, (key, shapes) in enumerate(networks.items()):
-                if parts is not None:
-                    file = parts.network(shapes, Path(folder, f"{number}.onnx"))
-                else:
-                    layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(shapes)]
-                    network = {**config, "layers": layers}
-                    file = lower_network(network, runtime, precision, batch, Path(folder, str(number)))
-                runners[key] = SessionRunner(open_session(file, self.threads), example_inputs(config, batch))
-        self.measurement = Measurement(runners)
-
-    @property
-    def rounds(self) -> int:
-        """Rounds so far."""
-        return self._running().rounds
-
-    def round(self) -> None:
-        """Time every network once."""
-        self._running().round()
-
-    def long_enough(self, max_seconds: float = 300.0) -> bool:
-        """See [`~edgedit_hf.runtimes.timing.Measurement.long_enough`]."""
-        return self._running().long_enough(max_seconds)
-
-    def _running(self) -> Measurement:
-        if self.measurement is None:
-            raise EdgeDiTError("Nothing is lowered yet; call lower() first.")
-        return self.measurement
-
-    def table(self) -> LatencyTable:
-        """The table of the rounds so far."""
-        from ..runtimes.timing import environment, paired_medians
-
-        space, timings = self.space, self._running().timings()
-        times: dict[Any, float] = paired_medians(timings)
-        trunk_ms, blocks, residual = _fit({key: time for key, time in times.items() if isinstance(key, tuple)})
-        table = LatencyTable(
-            {
-                "format": FORMAT,
-                "runtime": self.runtime,
-                "precision": self.precision,
-                "batch": int(self.batch),
-                "threads": int(self.threads),
-                "space": space.to_dict(),
-                "trunk": trunk_of(self.config),
-                "trunk_ms": trunk_ms,
-                "blocks": [
-                    {
-                        "option": next(o for o in OPTIONS if space.option_shape(o) == shape),
-                        "attention_dim": shape[0],
-                        "num_heads": shape[1],
-                        "mlp_ratio": shape[2],
-                        **({} if shape.token_merge == 1 else {"token_merge": shape.token_merge}),
-                        "ms": blocks[shape],
-                        "networks": {str(depth): timings[shape, depth].to_dict() for depth in DEPTHS},
-                    }
-                    for shape in self.shapes
-                ],
-                "fit_residual": residual,
-                "repeats": self.rounds,
-                "environment": environment(self.threads),
-            }
-        )
-        entries = [table._compare(genotype, times[genotype.hash]) for genotype in self.check]
-        table._data["prediction"] = _summary(entries)
-        return table
-
-
-# -------------------------------------------------------------------- parts
-
-
 def trunk_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a table depends on besides the layers' shapes."""
     return {key: config[key] for key in TRUNK_KEYS}
@@ -324,136 +191,3 @@ def check_genotypes(space: SearchSpace) -> list[Genotype]:
     mixed = [codes[(7 * i + 6) % len(codes)] for i, codes in enumerate(space.allowed)]
     found = {genotype.hash: genotype for genotype in map(space.from_code, (*codes, mixed))}
     return list(found.values())
-
-
-def random_model(config: Mapping[str, Any], seed: int = 0) -> EdgeDiTTransformer2DModel:
-    """A model with random weights everywhere: zeros and repeated biases, as fresh models have, would be folded away in
-    lowering.
-    """
-    import torch
-
-    from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
-
-    model = EdgeDiTTransformer2DModel.with_config(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    return model.eval()
-
-
-def lower_network(config: Mapping[str, Any], runtime: str, precision: str, batch: int, path: Path) -> Path:
-    """Write a whole network of random weights as the export stage does; returns the file, `path` with the format's
-    suffix.
-    """
-    from ..export.lowering import lower_denoiser
-
-    target = MEASURED[runtime]
-    file = path.with_suffix(target.suffix)
-    lower_denoiser(random_model(config), file, target.name, precision, None if target.dynamic else batch)
-    return file
-
-
-class LoweredParts:
-    """Embedders, output layer and one layer of each shape, each lowered to ONNX once; [`~LoweredParts.network`] joins
-    them to what a whole network's lowering gives.
-
-    Args:
-        config: the teacher's model config.
-        shapes: distinct layer shapes.
-        precision: of the networks.
-    """
-
-    def __init__(self, config: Mapping[str, Any], shapes: Sequence[Shape], precision: str):
-        import onnx
-
-        from ..export.lowering import EXAMPLE_ROWS
-        from ..export.onnx.lower import lower_onnx
-        from ..export.parts import layer_parts
-
-        layers = [LayerSpec((i,), *shape).to_dict() for i, shape in enumerate(shapes)]
-        before, blocks, after = layer_parts(random_model({**config, "layers": layers}), EXAMPLE_ROWS)
-        lowered = []
-        with tempfile.TemporaryDirectory() as folder:
-            for part in (before, *blocks, after):
-                file = Path(folder, part.name, "model.onnx")
-                lower_onnx(part, file, precision, {"precision": precision})
-                lowered.append(onnx.load(str(file)))
-        self.embed, *blocks, self.unembed = lowered
-        self.blocks = dict(zip(shapes, blocks))
-
-    def network(self, shapes: Sequence[Shape], path: Path) -> Path:
-        """Write a whole network with layers of these shapes; every layer has its own copy of the weights."""
-        from ..export.onnx.lower import save_onnx
-
-        return save_onnx(join([self.embed, *(self.blocks[shape] for shape in shapes), self.unembed]), path)
-
-
-def join(parts: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
-    """Join models end to end: an input `x` of a part is the newest output `x` or `x_out` of the parts before it.
-
-    The first part's inputs are the result's inputs, the last part's outputs its outputs.
-    """
-    import onnx
-
-    joined = onnx.ModelProto()
-    joined.CopyFrom(parts[0])
-    for field in ("node", "initializer", "output"):
-        joined.graph.ClearField(field)
-    known = {value.name: value.name for value in parts[0].graph.input}
-    for number, part in enumerate(parts):
-        outputs = [value.name for value in part.graph.output]
-        last = number == len(parts) - 1
-        names = {value.name: known[value.name] for value in part.graph.input}
-        names |= {name: name if last else f"{number}.{name}" for name in outputs}
-
-        def rename(name: str, names: dict[str, str] = names, number: int = number) -> str:
-            return names.get(name, f"{number}.{name}" if name else "")
-
-        for node in part.graph.node:
-            copy = joined.graph.node.add()
-            copy.CopyFrom(node)
-            copy.name = f"{number}.{node.name}"
-            copy.input[:] = map(rename, node.input)
-            copy.output[:] = map(rename, node.output)
-        for tensor in part.graph.initializer:
-            copy = joined.graph.initializer.add()
-            copy.CopyFrom(tensor)
-            copy.name = rename(tensor.name)
-        there = {entry.domain for entry in joined.opset_import}
-        joined.opset_import.extend(entry for entry in part.opset_import if entry.domain not in there)
-        known |= {name.removesuffix("_out"): names[name] for name in outputs}
-    joined.graph.output.extend(parts[-1].graph.output)
-    return joined
-
-
-def _fit(times: Mapping[tuple[Shape, int], float]) -> tuple[float, dict[Shape, float], float]:
-    """Least squares of `time = trunk + depth · layer(shape)` over the networks of equal layers, each weighted by
-    1/time.
-
-    Returns:
-        trunk, shape → layer (all in the unit of `times`), and the largest relative residual.
-    """
-    shapes = sorted({shape for shape, _ in times}, reverse=True)
-    rows, ones = [], []
-    for (shape, depth), time in times.items():
-        rows.append([1 / time, *(depth / time if shape == other else 0.0 for other in shapes)])
-        ones.append(1.0)
-    solution, *_ = np.linalg.lstsq(np.array(rows), np.array(ones), rcond=None)
-    residual = float(np.abs(np.array(rows) @ solution - 1).max())
-    trunk, *layers = (float(value) for value in solution)
-    if min(layers) <= 0:
-        raise EdgeDiTError(
-            f"The fitted layer times are {[round(t, 4) for t in layers]} ms; they must be positive. The machine was "
-            "too busy: close other programs, or raise latency.repeats or latency.batch_size."
-        )
-    return max(trunk, 0.0), dict(zip(shapes, layers)), residual
-
-
-def _summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    errors = [entry["relative_error"] for entry in entries]
-    return {
-        "mean": float(np.mean(errors)) if errors else None,
-        "max": max(errors, default=None),
-        "networks": entries,
-    }

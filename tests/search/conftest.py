@@ -1,0 +1,33 @@
+"""Fixtures of several test files here: a small teacher, its search space, and its latency table."""
+
+import pytest
+
+from edgedit_hf.search.latency_measurement import TableMeasurement
+from edgedit_hf.search_space import SearchSpace
+
+
+@pytest.fixture(scope="package")
+def teacher_config(make_transformer):
+    return dict(make_transformer().config)
+
+
+@pytest.fixture(scope="package")
+def teacher_space(teacher_config):
+    return SearchSpace.for_config(teacher_config)
+
+
+@pytest.fixture(scope="package")
+def measure_table():
+    def measure(config, space, rounds=40, **options):
+        measurement = TableMeasurement(config, space, **options)
+        measurement.lower()
+        for _ in range(rounds):
+            measurement.round()
+        return measurement.table()
+
+    return measure
+
+
+@pytest.fixture(scope="package")
+def table(teacher_config, teacher_space, measure_table):
+    return measure_table(teacher_config, teacher_space, batch=64, threads=1, rounds=5)
