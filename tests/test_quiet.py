@@ -4,6 +4,7 @@ Elsewhere: loading from the Hub, of exported pipelines, with this package import
 export/test_pipeline_formats.py).
 """
 
+import ctypes
 import logging
 import os
 import re
@@ -93,3 +94,13 @@ def test_native_lines_are_dropped_by_their_beginning(capfd):
     with without_native_lines(re.compile(rb"\[noise\] ")):
         os.write(2, b"[noise] a\nkept\n[noise] b\nkept too")
     assert capfd.readouterr().err == "kept\nkept too"
+
+
+def test_native_lines_of_stdout_are_dropped_though_c_holds_them_back(capfd):
+    libc = ctypes.CDLL(None)
+    print("first")
+    libc.puts(b"before")
+    with without_native_lines(re.compile(rb"\[noise\] "), stream=1):
+        libc.puts(b"[noise] a")
+        libc.puts(b"kept")
+    assert capfd.readouterr().out == "first\nbefore\nkept\n"

@@ -8,6 +8,7 @@ diffusers imports torchao and bitsandbytes wherever they are installed.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import re
@@ -32,6 +33,7 @@ MESSAGES = {
 }
 OF_CUDA = "torchao"  # the logger whose message is worth reading where torch is built for CUDA
 POOL = re.compile(rb"\[(cpuinfo_utils|threadpool)\.cpp:\d+\] ")  # how ExecuTorch's thread pool counts cores
+HIGHS = re.compile(rb"HighsMipSolverData::")  # a trace that HiGHS 1.12 left in, on stdout
 
 
 class _Drop(logging.Filter):
@@ -53,24 +55,35 @@ def install() -> None:
 
 
 @contextlib.contextmanager
-def without_native_lines(pattern: re.Pattern[bytes]) -> Iterator[None]:
-    """Within it, what C++ code writes to stderr is held back; then the lines that `pattern` matches are dropped and all
-    others printed.
+def without_native_lines(pattern: re.Pattern[bytes], stream: int = 2) -> Iterator[None]:
+    """Within it, what C++ code writes to stderr (1: to stdout) is held back; then the lines that `pattern` matches are
+    dropped and all others printed.
     """
     try:
-        stderr = os.dup(2)
+        kept = os.dup(stream)
     except OSError:  # there is none
         yield
         return
+    _flush_native(stream)
     with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
+        os.dup2(said.fileno(), stream)
         try:
             yield
         finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+            _flush_native(stream)
+            os.dup2(kept, stream)
+            os.close(kept)
             said.seek(0)
             for line in said:
                 if not pattern.match(line):
                     with contextlib.suppress(OSError):
-                        os.write(2, line)
+                        os.write(stream, line)
+
+
+def _flush_native(stream: int) -> None:
+    """Write what Python and C hold back of stdout; stderr is not held back."""
+    if stream == 1:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stdout.flush()
+        with contextlib.suppress(OSError, TypeError, AttributeError):  # as on Windows
+            ctypes.CDLL(None).fflush(None)
