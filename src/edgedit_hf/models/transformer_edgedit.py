@@ -2,8 +2,9 @@
 
 The network is DiT with adaLN-zero (Peebles & Xie, 2023, arXiv:2212.09748) with one timestep/label embedder shared by
 all layers. Every layer has its own attention width, head count and MLP ratio (EdgeDiT, arXiv:2603.28405); the residual
-width is the teacher's. Config fields cover DiT's relatives: SiT (arXiv:2401.08740), MDT and MDTv2 (arXiv:2303.14389),
-and diffusers' own DiT.
+width is the teacher's. A layer may also have a modulation of low rank, or one that is a learned vector, in the place of
+adaLN's projection, and may work on the means of 2 × 2 tokens. Config fields cover DiT's relatives: SiT
+(arXiv:2401.08740), MDT and MDTv2 (arXiv:2303.14389), and diffusers' own DiT.
 
 Shapes: B batch, C latent channels, H × W latent size, P patch size, N = (H/P)·(W/P) tokens, D residual width
 (`hidden_size`), A attention width of a layer, h heads, L layers, G = H/P tokens a side, V visible tokens of a masked
@@ -38,6 +39,9 @@ WRAPPERS = (
     "_checkpoint_wrapped_module",
     "_fsdp_wrapped_module",
 )  # what PEFT, torch and DDP call a layer in theirs
+LAYER_KEYS = ("source", "attention_dim", "num_heads", "mlp_ratio")
+OPTIONAL_LAYER_KEYS = ("modulation_rank", "token_merge")
+TOKEN_MERGES = (1, 2)
 # Above any model that exists: a config.json from elsewhere may say anything, and building comes before its weights are
 # looked at.
 MAX_LAYERS, MAX_POSITIONS = 4096, 1 << 27
@@ -225,14 +229,15 @@ class EdgeDiTAttnProcessor:
 
 class RelativePositionBias(nn.Module):
     """Learned additive bias of the attention scores by head and relative position on a G × G grid (BEiT, MDT): `(1, h,
-    N, N)`.
+    N, N)`. With a `stride`, only of the tokens in every so many rows and columns.
     """
 
-    def __init__(self, grid: int, heads: int):
+    def __init__(self, grid: int, heads: int, stride: int = 1):
         super().__init__()
         self.grid = grid
         self.table = nn.Parameter(torch.zeros((2 * grid - 1) ** 2, heads))
-        rows, columns = (t.flatten() for t in torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij"))
+        places = torch.arange(0, grid, stride)
+        rows, columns = (t.flatten() for t in torch.meshgrid(places, places, indexing="ij"))
         index = (rows[:, None] - rows + grid - 1) * (2 * grid - 1) + (columns[:, None] - columns + grid - 1)
         self.register_buffer("index", index, persistent=False)  # [N, N]
 
@@ -249,12 +254,14 @@ class EdgeDiTAttention(nn.Module, AttentionModuleMixin):
     _available_processors = [EdgeDiTAttnProcessor]
     _supports_qkv_fusion = False  # the projection is one matrix already
 
-    def __init__(self, hidden_size: int, attention_dim: int, heads: int, bias_grid: int | None = None):
+    def __init__(
+        self, hidden_size: int, attention_dim: int, heads: int, bias_grid: int | None = None, bias_stride: int = 1
+    ):
         super().__init__()
         self.heads = heads
         self.to_qkv = nn.Linear(hidden_size, 3 * attention_dim)
         self.to_out = nn.Linear(attention_dim, hidden_size)
-        self.position_bias = RelativePositionBias(bias_grid, heads) if bias_grid else None
+        self.position_bias = RelativePositionBias(bias_grid, heads, bias_stride) if bias_grid else None
         self.set_processor(self._default_processor_cls())
 
     def forward(self, hidden_states: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
@@ -283,11 +290,41 @@ class EdgeDiTMLP(nn.Module):
         return self.proj_out(self.act(self.proj_in(hidden_states)))
 
 
+class StaticModulation(nn.Module):
+    """A learned vector in the place of adaLN's projection, the same for every conditioning: `(B, D)` → `(B, 6D)`."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(6 * hidden_size))
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
+        return self.bias.expand(conditioning.shape[0], -1)
+
+
+class LowRankModulation(nn.Module):
+    """adaLN's projection with weights of rank r: `(B, D)` → `(B, 6D)`."""
+
+    def __init__(self, hidden_size: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.up = nn.Linear(rank, 6 * hidden_size)
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
+        return self.up(self.down(conditioning))
+
+
+def new_modulation(hidden_size: int, rank: int | None) -> nn.Module:
+    """adaLN of a layer with this `modulation_rank`: `(B, D)` → `(B, 6D)`."""
+    if rank is None:
+        return nn.Linear(hidden_size, 6 * hidden_size)
+    return LowRankModulation(hidden_size, rank) if rank else StaticModulation(hidden_size)
+
+
 class EdgeDiTBlock(nn.Module):
     """One layer with adaLN-zero.
 
     Args:
-        hidden_size: D. attention_dim, num_heads, mlp_ratio: as in a layer of the config.
+        hidden_size: D. attention_dim, num_heads, mlp_ratio, modulation_rank, token_merge: as in a layer of the config.
         norm_eps: epsilon of the layer norms. mlp_norm_eps: of the one before the MLP, where it differs.
         bias_grid: side G of the token grid if the attention has a relative position bias.
     """
@@ -298,17 +335,58 @@ class EdgeDiTBlock(nn.Module):
         attention_dim: int,
         num_heads: int,
         mlp_ratio: float,
+        modulation_rank: int | None = None,
+        token_merge: int = 1,
         norm_eps: float = 1e-6,
         mlp_norm_eps: float | None = None,
         bias_grid: int | None = None,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=norm_eps, elementwise_affine=False)
-        self.attn = EdgeDiTAttention(hidden_size, attention_dim, num_heads, bias_grid)
+        self.attn = EdgeDiTAttention(hidden_size, attention_dim, num_heads, bias_grid, token_merge)
         mlp_norm_eps = norm_eps if mlp_norm_eps is None else mlp_norm_eps
         self.norm2 = nn.LayerNorm(hidden_size, eps=mlp_norm_eps, elementwise_affine=False)
         self.mlp = EdgeDiTMLP(hidden_size, int(hidden_size * mlp_ratio))
-        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+        self.modulation = new_modulation(hidden_size, modulation_rank)
+        self.token_merge = token_merge
+
+    def _check_grid(self, tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+        """The token grid (default: a square), if this layer can merge it."""
+        if grid is None:
+            side = math.isqrt(tokens)
+            if side * side != tokens:
+                raise ValueError(
+                    f"The layer merges {self.token_merge} × {self.token_merge} tokens and got {tokens}, which make no "
+                    "square; give their grid, (rows, columns)."
+                )
+            grid = (side, side)
+        if any(side % self.token_merge for side in grid):
+            raise ValueError(
+                f"The layer merges {self.token_merge} × {self.token_merge} tokens, but their grid is {grid[0]} × "
+                f"{grid[1]}; both sides must be multiples of {self.token_merge}."
+            )
+        return grid
+
+    def merge_tokens(self, hidden_states: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """Means of `token_merge` × `token_merge` neighbours: `(B, N, D)` → `(B, N / token_merge², D)`."""
+        batch, tokens, width = hidden_states.shape
+        rows, columns = self._check_grid(tokens, grid)
+        merge = self.token_merge
+        # One side after the other: tensors of three dimensions, contiguous throughout.
+        means = hidden_states.reshape(batch * (rows // merge), merge, columns * width).mean(1)
+        means = means.reshape(batch * (rows // merge) * (columns // merge), merge, width).mean(1)
+        return means.reshape(batch, (rows // merge) * (columns // merge), width)
+
+    def _hand_back(
+        self, hidden_states: torch.Tensor, update: torch.Tensor, grid: tuple[int, int] | None
+    ) -> torch.Tensor:
+        """`hidden_states` `(B, N, D)`, each token with its group's row of `update` `(B, N / token_merge², D)` added."""
+        batch, tokens, width = hidden_states.shape
+        rows, columns = self._check_grid(tokens, grid)
+        merge = self.token_merge
+        groups = (batch * (rows // merge), merge, columns // merge, merge, width)
+        update = update.reshape(groups[0], 1, groups[2], 1, width)
+        return (hidden_states.reshape(groups) + update).reshape(batch, tokens, width)
 
     def forward(
         self,
@@ -316,6 +394,7 @@ class EdgeDiTBlock(nn.Module):
         conditioning: torch.Tensor | None,
         modulation: torch.Tensor | None = None,
         visible: torch.Tensor | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -323,17 +402,34 @@ class EdgeDiTBlock(nn.Module):
             conditioning: `(B, D)`, already activated (SiLU), as [`EdgeDiTTransformer2DModel.embed`] gives it; not used
                 where `modulation`, `(B, 6, D)` from [`~EdgeDiTTransformer2DModel.precompute_modulation`], is given.
             visible: `(B, N)` positions of the tokens, if they are not the whole grid (only the position bias asks).
+            grid: rows and columns of the tokens (default: a square); only a layer that merges tokens asks.
         """
         if modulation is None:
             modulation = self.modulation(conditioning).unflatten(-1, (6, -1))  # [B, 6, D]
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.unsqueeze(2).unbind(
             1
         )  # each [B, 1, D]
+        if self.token_merge > 1:
+            full, hidden_states = hidden_states, self.merge_tokens(hidden_states, grid)
         # addcmul(a, b, c) is a + b·c in one pass over memory instead of two.
         attention = self.attn(torch.addcmul(shift_msa, self.norm1(hidden_states), 1 + scale_msa), visible)  # [B, N, D]
+        if self.token_merge > 1:  # the update is kept apart: the difference of two hidden states would lose digits
+            update = gate_msa * attention
+            hidden_states = hidden_states + update
+            mlp = self.mlp(torch.addcmul(shift_mlp, self.norm2(hidden_states), 1 + scale_mlp))  # [B, N / merge², D]
+            return self._hand_back(full, torch.addcmul(update, gate_mlp, mlp), grid)
         hidden_states = torch.addcmul(hidden_states, gate_msa, attention)
         mlp = self.mlp(torch.addcmul(shift_mlp, self.norm2(hidden_states), 1 + scale_mlp))  # [B, N, D]
         return torch.addcmul(hidden_states, gate_mlp, mlp)
+
+
+def modulation_steps(config: Mapping[str, Any], num_labels: int) -> int:
+    """As [`EdgeDiTTransformer2DModel.modulation_steps`], of a model with this config."""
+    width, weights = config["hidden_size"], 2 * config["hidden_size"] ** 2
+    for layer in config["layers"]:
+        rank = layer.get("modulation_rank")
+        weights += 6 * width * width if rank is None else 7 * width * rank
+    return max(1, weights // ((6 * len(config["layers"]) + 2) * width * num_labels))
 
 
 class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -353,7 +449,10 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         learn_sigma (`bool`, defaults to `True`): Whether the output also holds the variance channels of DiT.
         prediction_type (`str`, defaults to `"epsilon"`): What the output means: `"epsilon"` or `"flow_prediction"` (ε −
         x0). norm_eps (`float`, defaults to 1e-6): Epsilon of the layer norms.
-        layers (`list[dict]`, *optional*): The genotype: a dict `{source, attention_dim, num_heads, mlp_ratio}` a layer.
+        layers (`list[dict]`, *optional*): The genotype: a dict `{source, attention_dim, num_heads, mlp_ratio}` a layer;
+            it may also hold `modulation_rank` (0: a learned vector stands in the place of adaLN's projection; r: the
+            projection has rank r) and `token_merge` (2: the layer works on the means of 2 × 2 tokens, and what it adds
+            goes to each of the four).
         mlp_norm_eps (`float`, *optional*): Epsilon of the norms before the MLPs where it differs (diffusers' DiT:
             1e-5).
         frequency_shift (`float`, defaults to 0): Subtracted from the number of timestep frequencies in their exponents'
@@ -435,15 +534,7 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         if prediction_type not in ("epsilon", "flow_prediction"):
             raise ValueError(f"prediction_type is {prediction_type!r}; it must be 'epsilon' or 'flow_prediction'.")
         for index, layer in enumerate(layers):
-            if layer["attention_dim"] % layer["num_heads"]:
-                raise ValueError(
-                    f"Layer {index}: attention_dim {layer['attention_dim']} is not a multiple of num_heads "
-                    f"{layer['num_heads']}."
-                )
-            if int(hidden_size * layer["mlp_ratio"]) < 1:
-                raise ValueError(
-                    f"Layer {index}: mlp_ratio {layer['mlp_ratio']} of hidden_size {hidden_size} leaves no neuron."
-                )
+            self._check_layer(index, layer, hidden_size, sample_size // patch_size)
         starts, ends = {layer["source"][0] for layer in layers}, {layer["source"][-1] for layer in layers} | {-1}
         for start, end in long_skips or []:
             if start not in ends or end not in starts or start >= end:
@@ -510,12 +601,50 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         model.register_to_config(**{key: value for key, value in values.items() if key not in known})
         return model
 
+    @staticmethod
+    def _check_layer(index: int, layer: Mapping[str, Any], hidden_size: int, grid: int) -> None:
+        """Refuse a layer of the config that no block can be built from; `grid`: side of the native token grid."""
+        keys = set(layer) if isinstance(layer, Mapping) else layer
+        if not isinstance(layer, Mapping) or keys - set(OPTIONAL_LAYER_KEYS) != set(LAYER_KEYS):
+            raise ValueError(
+                f"Layer {index} has the keys {sorted(keys) if isinstance(keys, set) else keys!r}; it must have exactly "
+                f"{sorted(LAYER_KEYS)}, and may have {list(OPTIONAL_LAYER_KEYS)}."
+            )
+        width, heads, ratio = layer["attention_dim"], layer["num_heads"], layer["mlp_ratio"]
+        rank, merge = layer.get("modulation_rank"), layer.get("token_merge", 1)
+        source = layer["source"]
+        if not isinstance(source, (list, tuple)) or not source or not all(type(i) is int and i >= 0 for i in source):
+            raise ValueError(f"Layer {index}: source is {source!r}; it must list teacher layers, e.g. [4] or [4, 5].")
+        if any(not isinstance(value, int) or isinstance(value, bool) or value < 1 for value in (width, heads)):
+            raise ValueError(
+                f"Layer {index}: attention_dim {width!r} and num_heads {heads!r} must be integers above 0."
+            )
+        if width % heads:
+            raise ValueError(f"Layer {index}: attention_dim {width} is not a multiple of num_heads {heads}.")
+        if not isinstance(ratio, (int, float)) or not 0 < ratio < float("inf"):
+            raise ValueError(f"Layer {index}: mlp_ratio is {ratio!r}; it must be a number above 0.")
+        if int(hidden_size * ratio) < 1:
+            raise ValueError(f"Layer {index}: mlp_ratio {ratio} of hidden_size {hidden_size} leaves no neuron.")
+        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= hidden_size):
+            raise ValueError(
+                f"Layer {index}: modulation_rank is {rank!r}; it must be an integer from 0 (static) to the hidden_size "
+                f"{hidden_size}, or left out (adaLN's whole projection)."
+            )
+        if isinstance(merge, bool) or merge not in TOKEN_MERGES:
+            raise ValueError(f"Layer {index}: token_merge is {merge!r}; it must be one of {TOKEN_MERGES}.")
+        if grid % merge:
+            raise ValueError(
+                f"Layer {index}: token_merge {merge} needs a token grid whose sides are multiples of {merge}; "
+                f"sample_size and patch_size make {grid} × {grid}."
+            )
+
     def new_block(self, layer: dict[str, Any]) -> EdgeDiTBlock:
         """An untrained block of a layer's sizes, as this model needs it."""
         config = self.config
         bias_grid = config.sample_size // config.patch_size if config.position_bias else None
         sizes = layer["attention_dim"], layer["num_heads"], layer["mlp_ratio"]
-        return EdgeDiTBlock(config.hidden_size, *sizes, config.norm_eps, config.mlp_norm_eps, bias_grid)
+        options = layer.get("modulation_rank"), layer.get("token_merge", 1)
+        return EdgeDiTBlock(config.hidden_size, *sizes, *options, config.norm_eps, config.mlp_norm_eps, bias_grid)
 
     def reset_parameters(self) -> None:
         """DiT's initialisation: Xavier for linear layers, zero for modulations and the output, so that layers start as
@@ -524,7 +653,8 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.weight.view(self.patch_embed.weight.shape[0], -1))
         nn.init.zeros_(self.patch_embed.bias)
         nn.init.normal_(self.timestep_embedder.linear_1.weight, std=0.02)
@@ -533,13 +663,11 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
             nn.init.normal_(self.label_embedder.weight, std=0.02)
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
-        for layer in (
-            *(block.modulation for block in (*self.blocks, *self.side_blocks)),
-            self.modulation_out,
-            self.proj_out,
-        ):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        modulations = [block.modulation for block in (*self.blocks, *self.side_blocks)]
+        last = [layer.up if isinstance(layer, LowRankModulation) else layer for layer in modulations]
+        for layer in (*last, self.modulation_out, self.proj_out):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
     # ---------------------------------------------------------------- forward
 
@@ -624,11 +752,12 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         conditioning = self.embed_condition(timesteps.repeat_interleave(count), labels)  # [T·K, D]
         table = conditioning.new_empty(len(conditioning), 6 * len(self.blocks) + 2, conditioning.shape[-1])
 
-        def fill(rows: slice, linear: nn.Linear) -> None:
-            if linear.bias.is_meta:  # an offloading hook brings the weights
-                values = linear(conditioning)
+        def fill(rows: slice, layer: nn.Module) -> None:
+            weight = next(layer.parameters())
+            if weight.is_meta:  # an offloading hook brings the weights
+                values = layer(conditioning)
             else:
-                values = linear(conditioning.to(linear.bias.device)).to(device)
+                values = layer(conditioning.to(weight.device)).to(device)
             table[:, rows] = values.unflatten(-1, (-1, table.shape[-1]))
 
         if self._modulation_file is None:
@@ -642,10 +771,10 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         return table.view(len(timesteps), count, *table.shape[1:])
 
     def modulation_steps(self, num_labels: int) -> int:
-        """Timesteps whose table of [`precompute_modulation`] is as large as the adaLN weights themselves (D rows), at
-        least one.
+        """Timesteps whose table of [`precompute_modulation`] is as large as the adaLN weights themselves (D rows where
+        every layer has its whole projection), at least one.
         """
-        return max(1, self.config.hidden_size // num_labels)
+        return modulation_steps(self.config, num_labels)
 
     def offload_modulation(self, path: str | os.PathLike) -> None:
         """Move the layers' adaLN weights from memory to a new safetensors file; [`precompute_modulation`] then reads
@@ -663,11 +792,16 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
             for k, v in self.blocks.state_dict(prefix="blocks.").items()
             if ".modulation." in k
         }
-        expected = 2 * len(self.blocks)
-        if len(state) != expected:
+        with torch.device("meta"):
+            expected = [
+                f"blocks.{index}.modulation.{name}"
+                for index, layer in enumerate(self.config.layers)
+                for name in new_modulation(self.config.hidden_size, layer.get("modulation_rank")).state_dict()
+            ]
+        if set(state) != set(expected):
             raise ValueError(
-                f"The modulation layers hold {len(state)} tensors, not {expected}: unload their adapters, or "
-                "dequantise them, first."
+                f"The modulation layers hold {len(state)} tensors, not the {len(expected)} of plain ones: unload their "
+                "adapters, or dequantise them, first."
             )
         aside, tag = f"{os.fspath(path)}.tmp-{os.getpid()}", uuid.uuid4().hex
         save_file(state, aside, {"tag": tag})
@@ -693,18 +827,18 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
                 "the model again."
             ) from error
 
-    def _stored_modulation(self, file: Any, index: int, copy: bool = False) -> nn.Linear:
+    def _stored_modulation(self, file: Any, index: int, copy: bool = False) -> nn.Module:
         """The adaLN layer of a block, read from the open file of [`offload_modulation`] to where the model is; without
         `copy`, on CPUs, it is mapped: it changes with the file."""
         like = self.modulation_out.bias
         with torch.device("meta"):
-            linear = nn.Linear(self.config.hidden_size, 6 * self.config.hidden_size)
+            layer = new_modulation(self.config.hidden_size, self.config.layers[index].get("modulation_rank"))
         state = {
             name: file.get_tensor(f"blocks.{index}.modulation.{name}").to(like.device, copy=copy)
-            for name in ("weight", "bias")
+            for name in layer.state_dict()
         }
-        linear.load_state_dict(state, assign=True)
-        return linear.requires_grad_(like.requires_grad)
+        layer.load_state_dict(state, assign=True)
+        return layer.requires_grad_(like.requires_grad)
 
     def restore_modulation(self) -> None:
         """Undo [`offload_modulation`]; the file stays."""
@@ -838,6 +972,17 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
                 f"visible needs a model with side blocks (side_layers is {self.config.side_layers}) and no precomputed "
                 "modulation."
             )
+        if visible is not None:
+            for index, layer in enumerate(self.config.layers):
+                if layer["source"][0] == self.config.decoder_start:
+                    break
+                if layer.get("token_merge", 1) > 1:
+                    raise ValueError(
+                        f"Layer {index} merges {layer['token_merge']} × {layer['token_merge']} tokens, but a masked "
+                        f"input has only its visible ones before teacher layer {self.config.decoder_start} "
+                        "(decoder_start), so it has no grid there; train without visible."
+                    )
+        grid = (height // self.config.patch_size, width // self.config.patch_size)
         kept = {-1: tokens} if self._skip_start else {}
         if visible is not None:
             tokens = tokens.gather(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
@@ -846,11 +991,10 @@ class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAda
             if layer["source"][0] == self.config.decoder_start:
                 visible = None  # from here on all tokens are there
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, conditioning, None, visible)
+                tokens = self._gradient_checkpointing_func(block, tokens, conditioning, None, visible, grid)
             else:
-                tokens = block(
-                    tokens, conditioning, None if table is None else table[:, 6 * index : 6 * index + 6], visible
-                )
+                rows = None if table is None else table[:, 6 * index : 6 * index + 6]
+                tokens = block(tokens, conditioning, rows, visible, grid)
             if layer["source"][-1] in self._skip_start.values():
                 kept[layer["source"][-1]] = tokens
         sample = self.unembed(tokens, conditioning, height, width, None if table is None else table[:, -2:])
