@@ -84,7 +84,7 @@ def main() -> None:
     for place, layer in (single | merged).items():
         x, conditioning = calibration.inputs[layer.source[0]], calibration.conditioning
         sources = [bench.teacher.blocks[i] for i in layer.source]
-        closed[place] = layer, closed_form_block(sources, x, conditioning, layer.attention_dim, layer.mlp_ratio)
+        closed[place] = layer, closed_form_block(sources, x, conditioning, layer)
     seconds = (time.monotonic() - started) / len(closed)
     untrained = held_out_losses(closed, bench.test)
 
@@ -93,7 +93,7 @@ def main() -> None:
     )
     marks = [mark for mark in MARKS if mark < arguments.steps] + [arguments.steps]
     copied = {
-        place: (layer, truncated_block(bench.teacher.blocks[layer.source[0]], layer.attention_dim, layer.mlp_ratio))
+        place: (layer, truncated_block(bench.teacher.blocks[layer.source[0]], layer))
         for place, (layer, _) in closed.items()
     }
     curves = {

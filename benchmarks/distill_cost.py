@@ -40,9 +40,7 @@ def make_proxies(teacher: EdgeDiTTransformer2DModel) -> list[Proxy]:
     """
     proxies = []
     for layer in SearchSpace.for_config(teacher.config).proxies():
-        block = truncated_block(teacher.blocks[layer.source[0]], layer.attention_dim, layer.mlp_ratio).requires_grad_(
-            True
-        )
+        block = truncated_block(teacher.blocks[layer.source[0]], layer).requires_grad_(True)
         proxies.append(Proxy(layer, block, new_optimizer("adamw", block.parameters(), 1e-4)))
     return proxies
 

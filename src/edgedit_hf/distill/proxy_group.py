@@ -22,7 +22,7 @@ from torch import nn
 
 from ..errors import EdgeDiTError
 from ..genotype import LayerSpec
-from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
+from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel, StaticModulation
 from ..run.optimisation import Optimisation
 from .closed_form import closed_form_block, truncated_block
 from .feature_loss import feature_loss
@@ -95,15 +95,18 @@ def teacher_features(
 
 def random_block(block: EdgeDiTBlock, seed: int, key: str) -> EdgeDiTBlock:
     """Initialise a block in place: Xavier weights, modulation included (DiT's zeros would leave it the identity), and
-    zero biases.
+    zero biases; a static modulation is random too.
 
     The numbers are a function of seed and key alone, whatever rank or group makes the proxy.
     """
     digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    if isinstance(block.modulation, StaticModulation):
+        nn.init.normal_(block.modulation.bias, std=0.1, generator=generator)
     for linear in (m for m in block.modules() if isinstance(m, nn.Linear)):
         nn.init.xavier_uniform_(linear.weight, generator=generator)
-        nn.init.zeros_(linear.bias)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
     return block
 
 
@@ -124,7 +127,7 @@ def start_blocks(
     device = calibration[0].device
     sources = [teacher.blocks[i] for i in layer.source]
     yield "random", random_block(teacher.new_block(layer.to_dict()), seed, key).to(device)
-    yield "copied", truncated_block(sources[0], layer.attention_dim, layer.mlp_ratio).to(device, torch.float32)
+    yield "copied", truncated_block(sources[0], layer).to(device, torch.float32)
     if init == "closed_form":
         sources = [
             teacher.new_block(teacher.config.layers[i]).to(device) for i in layer.source
@@ -132,7 +135,7 @@ def start_blocks(
         for block, i in zip(sources, layer.source):
             block.load_state_dict(teacher.blocks[i].state_dict())
         try:
-            fitted = closed_form_block(sources, *calibration, layer.attention_dim, layer.mlp_ratio)
+            fitted = closed_form_block(sources, *calibration, layer)
         except torch.linalg.LinAlgError as error:
             raise EdgeDiTError(
                 f"The proxy {key!r} cannot be fitted in closed form to the teacher's layers {list(layer.source)}: "

@@ -192,7 +192,7 @@ class ChangeGroup(ProxyGroup):
         for layer in layers:
             sources = [blocks[i] for i in layer.source]
             x, conditioning = calibration.inputs[layer.source[0]], calibration.conditioning
-            block = closed_form_block(sources, x, conditioning, layer.attention_dim, layer.mlp_ratio)
+            block = closed_form_block(sources, x, conditioning, layer)
             self.proxies[f"{name}: {layer.source[0]}"] = self._new_proxy(layer, block)
 
     def measure(self, name: str, when: str) -> None:
