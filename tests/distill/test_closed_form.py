@@ -22,10 +22,15 @@ from edgedit_hf.distill.closed_form import (
 )
 from edgedit_hf.distill.feature_loss import feature_loss
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.genotype import LayerSpec
 from edgedit_hf.models.transformer_edgedit import EdgeDiTBlock
 from edgedit_hf.search_space import OPTIONS
 
 SPACE = SearchSpace(4, 32, 2)
+
+
+def spec(*source: int, width: int = 32, ratio: float = 4.0, heads: int = 2, rank=None, merge: int = 1) -> LayerSpec:
+    return LayerSpec(source, width, heads, ratio, rank, merge)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -242,23 +247,27 @@ def loss_of(block, features, first: int, last: int) -> float:
 )
 def test_closed_form_beats_truncation_on_features_it_has_not_seen(teacher, features, option, source):
     layers, conditioning = features(0)
-    shape = SPACE.option_shape(option)
     blocks = [teacher.blocks[i] for i in source]
-    proxy = closed_form_block(blocks, layers[source[0]], conditioning, shape[0], shape[2])
-    fresh = EdgeDiTBlock(32, *shape)
+    proxy = closed_form_block(blocks, layers[source[0]], conditioning, SPACE.layer(source, option))
+    fresh = EdgeDiTBlock(32, *SPACE.option_shape(option))
     assert {k: v.shape for k, v in proxy.state_dict().items()} == {k: v.shape for k, v in fresh.state_dict().items()}
     assert {v.dtype for v in proxy.state_dict().values()} == {torch.float32}
     unseen = features(1)
     closed = loss_of(proxy, unseen, source[0], source[-1])
-    plain = min(loss_of(truncated_block(block, shape[0], shape[2]), unseen, source[0], source[-1]) for block in blocks)
+    plain = min(
+        loss_of(truncated_block(block, SPACE.layer(source, option)), unseen, source[0], source[-1]) for block in blocks
+    )
     assert closed < 0.2 * plain and closed < (0.1 if len(source) == 2 else 0.01)
 
 
 def test_three_layers_become_one(teacher, features):
     layers, conditioning = features(0, 128)
     unseen = features(1)
-    plain = min(loss_of(truncated_block(block, 16, 2.0), unseen, 1, 3) for block in teacher.blocks[1:])
-    proxy = closed_form_block(list(teacher.blocks[1:]), layers[1], conditioning, 16, 2.0)
+    plain = min(
+        loss_of(truncated_block(block, spec(1, 2, 3, width=16, ratio=2.0)), unseen, 1, 3)
+        for block in teacher.blocks[1:]
+    )
+    proxy = closed_form_block(list(teacher.blocks[1:]), layers[1], conditioning, spec(1, 2, 3, width=16, ratio=2.0))
     assert loss_of(proxy, unseen, 1, 3) < min(0.2, 0.3 * plain)
 
 
@@ -266,7 +275,7 @@ def test_pooled_heads_and_neurons_beat_those_of_one_layer(teacher, features):
     """A merged layer's start against the same fit with the first layer's own heads and neurons alone."""
     layers, conditioning = features(0, 128)
     unseen = features(1)
-    pooled = closed_form_block([teacher.blocks[2], teacher.blocks[3]], layers[2], conditioning, 32, 4.0)
+    pooled = closed_form_block([teacher.blocks[2], teacher.blocks[3]], layers[2], conditioning, spec(2, 3))
     alone = copy.deepcopy(teacher.blocks[2])
     with torch.no_grad():
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
@@ -298,8 +307,9 @@ def test_what_is_special_about_a_teachers_blocks_is_kept(source):
             block.modulation.bias.normal_(std=0.3)
     generator = torch.Generator().manual_seed(1)
     x, conditioning = torch.randn(200, 16, 32, generator=generator), torch.randn(200, 32, generator=generator)
-    proxy = closed_form_block([blocks[i] for i in source], x[:150], conditioning[:150], 16, 2.0)
-    copied = truncated_block(blocks[source[0]], 16, 2.0)
+    layer = spec(*source, width=16, ratio=2.0)
+    proxy = closed_form_block([blocks[i] for i in source], x[:150], conditioning[:150], layer)
+    copied = truncated_block(blocks[source[0]], layer)
     for made in (proxy, copied):
         assert made.norm1.eps == 0.1 and made.norm2.eps == 0.2
     assert torch.equal(copied.attn.position_bias.table, blocks[1].attn.position_bias.table)
@@ -319,17 +329,16 @@ def test_what_is_special_about_a_teachers_blocks_is_kept(source):
 def test_even_a_teacher_of_pure_chance_is_fitted_given_enough_features(make_transformer, option):
     model = make_transformer(seed=3)  # every weight random: gates far above one, softmaxes that pick one token
     layers, conditioning = features_of(model, 0, 256)
-    attention_dim, _, mlp_ratio = SPACE.option_shape(option)
-    proxy = closed_form_block([model.blocks[2], model.blocks[3]], layers[2], conditioning, attention_dim, mlp_ratio)
+    proxy = closed_form_block([model.blocks[2], model.blocks[3]], layers[2], conditioning, SPACE.layer((2, 3), option))
     unseen = features_of(model, 1, 64)
     assert loss_of(proxy, unseen, 2, 3) < 0.6
 
 
 def test_a_proxy_of_the_teachers_own_size_is_the_teachers_layer(teacher, features):
     layers, conditioning = features(0)
-    proxy = closed_form_block([teacher.blocks[2]], layers[2], conditioning, 32, 4.0)
+    proxy = closed_form_block([teacher.blocks[2]], layers[2], conditioning, spec(2))
     assert loss_of(proxy, features(1), 2, 2) < 1e-9
-    copied = truncated_block(teacher.blocks[2], 32, 4.0).state_dict()
+    copied = truncated_block(teacher.blocks[2], spec(2)).state_dict()
     assert all(torch.equal(tensor, copied[name]) for name, tensor in teacher.blocks[2].state_dict().items())
 
 
@@ -346,19 +355,24 @@ def test_what_can_be_left_out_is_left_out_without_loss(teacher, features):
         source.mlp.proj_in.weight[120:] = source.mlp.proj_in.weight[:8]
         source.mlp.proj_in.bias[120:] = source.mlp.proj_in.bias[:8]
     layers, conditioning = features(0)
-    proxy = closed_form_block([source], layers[1], conditioning, 16, 3.75)
+    proxy = closed_form_block([source], layers[1], conditioning, spec(1, width=16, ratio=3.75))
     unseen, conditioning = features(1)
     with torch.no_grad():
         target = source(unseen[1], conditioning)
         assert feature_loss(proxy(unseen[1], conditioning), target, unseen[1]) < 1e-5
-        assert feature_loss(truncated_block(source, 16, 3.75)(unseen[1], conditioning), target, unseen[1]) > 0.01
+        assert (
+            feature_loss(
+                truncated_block(source, spec(1, width=16, ratio=3.75))(unseen[1], conditioning), target, unseen[1]
+            )
+            > 0.01
+        )
 
 
 def test_the_sources_are_not_changed(teacher, features):
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     layers, conditioning = features(0)
-    closed_form_block([teacher.blocks[0], teacher.blocks[1]], layers[0], conditioning, 16, 2.0)
-    truncated_block(teacher.blocks[0], 16, 2.0)
+    closed_form_block([teacher.blocks[0], teacher.blocks[1]], layers[0], conditioning, spec(0, 1, width=16, ratio=2.0))
+    truncated_block(teacher.blocks[0], spec(0, width=16, ratio=2.0))
     combine_blocks(teacher.blocks[0], teacher.blocks[1])
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
 
@@ -366,13 +380,13 @@ def test_the_sources_are_not_changed(teacher, features):
 def test_a_proxy_wider_than_its_teacher_is_refused(teacher, features):
     layers, conditioning = features(0)
     with pytest.raises(EdgeDiTError, match="cannot be wider than its teacher: attention 64 of 32"):
-        closed_form_block([teacher.blocks[0]], layers[0], conditioning, 64, 4.0)
+        closed_form_block([teacher.blocks[0]], layers[0], conditioning, spec(0, width=64))
     with pytest.raises(EdgeDiTError, match="MLP 256 of 128"):
-        closed_form_block([teacher.blocks[0]], layers[0], conditioning, 32, 8.0)
+        closed_form_block([teacher.blocks[0]], layers[0], conditioning, spec(0, ratio=8.0))
 
 
 def test_truncation_keeps_the_first_channels_of_every_head_and_the_first_neurons(teacher):
-    source, proxy = teacher.blocks[1], truncated_block(teacher.blocks[1], 16, 2.0)
+    source, proxy = teacher.blocks[1], truncated_block(teacher.blocks[1], spec(1, width=16, ratio=2.0))
     old, new = source.attn.to_qkv.weight.view(3, 2, 16, 32), proxy.attn.to_qkv.weight.view(3, 2, 8, 32)
     assert torch.equal(new, old[:, :, :8])
     assert torch.equal(proxy.attn.to_qkv.bias.view(3, 2, 8), source.attn.to_qkv.bias.view(3, 2, 16)[:, :, :8])
@@ -386,7 +400,7 @@ def test_truncation_keeps_the_first_channels_of_every_head_and_the_first_neurons
 def test_a_combined_block_attends_as_one_and_thinks_as_the_other(teacher, features):
     layers, conditioning = features(1)
     x = layers[1]
-    attention_from, mlp_from = truncated_block(teacher.blocks[1], 16, 4.0), copy.deepcopy(teacher.blocks[2])
+    attention_from, mlp_from = truncated_block(teacher.blocks[1], spec(1, width=16)), copy.deepcopy(teacher.blocks[2])
     combined = combine_blocks(attention_from, mlp_from)
     assert combined.attn.to_out.in_features == 16 and combined.mlp.proj_in.out_features == 128
 

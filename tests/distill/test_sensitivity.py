@@ -62,7 +62,7 @@ def test_a_spliced_student_is_the_assembled_one_and_leaves_the_teacher_alone(mak
     config = teacher.config
     heads = config.layers[0]["num_heads"]
     narrow, merged = LayerSpec((0,), 8 * heads, heads, 2.0), LayerSpec((1, 2), config.hidden_size, heads, 4.0)
-    blocks = [(narrow, truncated_block(teacher.blocks[0], 8 * heads, 2.0)), (merged, copy.deepcopy(teacher.blocks[2]))]
+    blocks = [(narrow, truncated_block(teacher.blocks[0], narrow)), (merged, copy.deepcopy(teacher.blocks[2]))]
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     student = spliced_student(teacher, blocks)
     plain = {k: v for k, v in config.items() if not k.startswith("_")}
