@@ -22,7 +22,7 @@ def instance(seed: int, num_layers: int, spans: tuple[int, ...] = (1, 2, 3), cho
     draw, blocks = np.random.default_rng(seed), []
     for span, number in itertools.product(spans, range(choices)):
         for first in range(num_layers - span + 1):
-            layer = LayerSpec(tuple(range(first, first + span)), HIDDEN, 1 << number, 4.0)
+            layer = LayerSpec(tuple(range(first, first + span)), HIDDEN, 1, number + 1.0)
             costs = {"latency_ms": draw.uniform(0.5, 2.0), "parameters": float(draw.integers(1000, 5000))}
             blocks.append(Block(layer, draw.lognormal(-8, 3), costs))
     return blocks
@@ -164,7 +164,7 @@ def test_more_than_there_are_excluded_ones_and_equal_scores():
         solver.best(exclude=[solution.genotype for solution in found])
     with pytest.raises(EdgeDiTError, match="k is 0"):
         solver.k_best(0)
-    alone = programme([block for block in blocks if block.layer.num_heads == 1], 3)
+    alone = programme([block for block in blocks if block.layer.mlp_ratio == 1.0], 3)
     assert len(alone.k_best(3)) == len(alone.front(4)) == len(list(alone.plan())) == 1
 
 
