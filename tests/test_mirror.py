@@ -49,6 +49,8 @@ ELSEWHERE = {
     "quantization/quantize": "quantization/test_quantizer.py",
     "quantization/weights": "quantization/test_quantizer.py",
     "report/sensitivity": "training/test_sensitivity.py",
+    "report/ranking": "training/test_rank_objectives.py",
+    "search/judging": "training/test_rank_objectives.py",
     "run/cost": "test_estimate.py",
     "run/sections": "run/test_config.py",
     "runtimes/runners": "runtimes/test_timing.py",

@@ -54,7 +54,8 @@ from .schema import read_record
 from .search.latency_table import given_table, table_file
 from .search_space import SearchSpace
 
-JUDGING = {"search", "few-step", "evaluate", "evaluate-elastic", "evaluate-few-step"}  # stages that need the extractor
+# Stages that need the extractor.
+JUDGING = {"search", "rank", "few-step", "evaluate", "evaluate-elastic", "evaluate-few-step"}
 DECODED_IN_A_DRY_RUN = 20_000  # images at most; a real run decodes all of them
 
 
@@ -148,7 +149,7 @@ def check_batches(config: RunConfig, stages: Sequence[str], processes: int) -> N
 def check_sampling(config: RunConfig, stages: Sequence[str]) -> None:
     """Raise unless the schedulers make as many timesteps as are asked for."""
     asked = {
-        "search": ("search.sampling_steps", config.search.sampling_steps),
+        **dict.fromkeys(("search", "rank"), ("search.sampling_steps", config.search.sampling_steps)),
         **dict.fromkeys(
             ("evaluate", "export", "evaluate-elastic", "elastic"), ("sampling.steps", config.sampling.steps)
         ),

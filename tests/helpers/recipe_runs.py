@@ -34,6 +34,7 @@ class Recipes:
         "search.initial=3".split(),
         *"search.samples=16 search.sampling_steps=1 student.max_latency_ratio=null".split(),
         "student.max_parameters_ratio=null",
+        *"rank.genotypes=4 rank.groups=2 rank.steps=2 rank.samples=16 rank.held_out=2".split(),
         *"student.max_flops_ratio=null tune.steps=2 tune.batch_size=8".split(),
         *"evaluate.samples=16 sampling.steps=1".split(),
         *"evaluate.extractor_steps=5 evaluate.grid=1 evaluate.latency_batch_size=2 evaluate.latency_repeats=3".split(),

@@ -1,4 +1,6 @@
-"""The objective of a search: the distance of a student's images, against scipy and the teacher itself."""
+"""What a search may minimise: the distance of a student's images, against scipy and the teacher itself; losses on
+held-out images, against the training's own; summed losses of proxies.
+"""
 
 from types import SimpleNamespace
 
@@ -8,9 +10,12 @@ import torch
 from scipy.linalg import sqrtm
 
 from edgedit_hf import EdgeDiTPipeline, ProxyBank, SearchSpace
-from edgedit_hf.diffusion import make_scheduler
+from edgedit_hf.data.batches import batch_indices
+from edgedit_hf.data.images import load_images
+from edgedit_hf.diffusion import Diffusion, draws, make_scheduler
+from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.pipelines.sampling import generate
-from edgedit_hf.search.objectives import StudentQuality
+from edgedit_hf.search.objectives import HELD_OUT_STREAM, HeldOutLosses, StudentQuality, summed_proxy_loss
 
 EXTRACTOR = SimpleNamespace(features=lambda images: images.flatten(1)[:, ::16].double())
 SAMPLING = {"steps": 2, "guidance_scale": 1.5, "seed": 7, "batch_size": 5}
@@ -70,3 +75,61 @@ def test_the_teacher_stays_as_it_is_and_the_precision_is_asked_for(judged):
     )
     assert pipeline.transformer is before and asked == ["bf16"]
     assert rounded != exact and rounded == pytest.approx(exact, rel=0.2)
+
+
+def test_a_distance_comes_with_what_other_images_would_make_of_it(judged):
+    pipeline, bank, real = judged
+    quality = StudentQuality(bank, pipeline, EXTRACTOR, real, samples=40, **SAMPLING)
+    genotype = bank.space.from_code((15,))
+    score = quality.score(bank.assemble(genotype))
+    assert score.value == quality(genotype)
+    others = [
+        StudentQuality(bank, pipeline, EXTRACTOR, real, samples=40, **{**SAMPLING, "seed": seed})(genotype)
+        for seed in range(12)
+    ]
+    assert 0.4 * np.std(others) < score.error < 2.5 * np.std(others)
+    assert quality.score(bank.assemble(genotype), num_images=10).value != score.value
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "flow_prediction"])
+def test_held_out_losses_are_those_of_training_and_of_distillation(make_transformer, prediction):
+    teacher, other = (make_transformer(prediction_type=prediction, seed=seed) for seed in (0, 1))
+    images = load_images("digits", "validation")
+    losses = HeldOutLosses(teacher, images, samples=5, buckets=3, seed=9, batch_size=2, device=torch.device("cpu"))
+    assert losses.edges == pytest.approx(
+        [333, 666] if prediction == "epsilon" else [394.0, 606.0], abs=0.5
+    )  # equal shares of what training draws
+    own, theirs = losses(teacher), losses(other)
+    assert own["output_error"].abs().max() == 0 and theirs["output_error"].min() > 0
+    assert torch.equal(losses(other)["denoising"], theirs["denoising"])
+    # One bucket by hand: the same images, noise and timesteps through the network, all at once.
+    rows = batch_indices(len(images), 5, 9 + HELD_OUT_STREAM, 1)
+    batch, drawn = images.batch(rows), draws(9, 1, range(5), images.shape, stream=HELD_OUT_STREAM)
+    diffusion = Diffusion(prediction)
+    t = diffusion.timesteps((1 + drawn.time) / 3)
+    assert (t >= losses.edges[0]).all() and (t <= losses.edges[1]).all()
+    noisy = diffusion.noisy(batch["images"], drawn.noise, t)
+    with torch.no_grad():
+        output, reference = (net(noisy, t, batch["labels"]).sample for net in (other, teacher))
+    expected = diffusion.loss(output, batch["images"], drawn.noise, t)
+    torch.testing.assert_close(theirs["denoising"][1].float(), expected, rtol=1e-4, atol=1e-5)
+    expected = (output - reference).square().flatten(1).mean(1)
+    torch.testing.assert_close(theirs["output_error"][1].float(), expected, rtol=1e-4, atol=1e-5)
+    (overall, buckets) = losses.scores(other)["denoising"]
+    assert overall.value == pytest.approx(float(theirs["denoising"].mean())) and len(buckets) == 3
+    assert overall.error == pytest.approx(sum(bucket.error**2 for bucket in buckets) ** 0.5 / 3)
+
+
+def test_proxy_losses_add_up_over_the_layers_that_a_proxy_replaces(judged):
+    _, bank, _ = judged
+    space = bank.space
+    for number, entry in enumerate(bank.entries.values(), 1):
+        entry["loss_after"] = number / 10
+    assert summed_proxy_loss(bank, space.from_code((0,))) == 0
+    merged, apart = space.from_code((16,)), space.from_code((4 + 3,))
+    assert summed_proxy_loss(bank, merged) == bank.entries["00-01/original"]["loss_after"]
+    expected = bank.entries["00/mlp"]["loss_after"] + bank.entries["01/both"]["loss_after"]
+    assert summed_proxy_loss(bank, apart) == pytest.approx(expected)
+    del bank.entries["01/both"]
+    with pytest.raises(EdgeDiTError, match="has no proxy '01/both', whose loss is asked for"):
+        summed_proxy_loss(bank, apart)

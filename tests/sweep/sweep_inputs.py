@@ -37,6 +37,7 @@ TINY = {  # smaller than debug.yaml
         "latency_repeats": 3,
     },
     "sensitivity": {"calibration_samples": 8, "steps": 1, "batch_size": 4, "samples": 4, "timesteps": 1},
+    "rank": {"genotypes": 4, "groups": 2, "steps": 2, "batch_size": 4, "samples": 16, "held_out": 2},
     "text": {"steps": 3, "batch_size": 8},
     "elastic": {"steps": 3, "validation_samples": 8, "checkpoint_every": 2},
     "quantize": {
@@ -107,6 +108,7 @@ def build_fixtures(root: Path) -> None:
 
     run("compress", "--config", "tiny.yaml")
     run("sensitivity", "--config", "tiny.yaml")
+    run("rank_objectives", "--config", "tiny.yaml")
     run("text_to_image", "--config", "tiny-t2i.yaml")
     run("quantize", "--config", "tiny-quantize.yaml")
     export = ("export", "edgedit", "--threads", "1", "--images", "2")
@@ -445,6 +447,7 @@ def stage_of(section: str) -> tuple[str, str, list[str], list[str], list[str]]:
         "export": run("export_student", "exported"),
         "evaluate": run("evaluate_models", "evaluate"),
         "sensitivity": run("sensitivity", "sensitivity"),
+        "rank": run("rank_objectives", "ranking", also=("extractor", "evaluate")),
         "card": ("compress", "tiny.yaml", ["run", "tiny.yaml"], [], CARD),
         "hub": ("compress", "tiny.yaml", ["run", "tiny.yaml"], [], CARD),
     }[section]
@@ -683,6 +686,12 @@ def readers() -> list[Reader]:
             ],
             ["run/evaluate/*.*"],
             ["run/evaluate/*"],
+        ),
+        recipe_reader(
+            "rank_objectives",
+            ["run/bank/index.json", "run/latency/table.json", "run/ranking/*/*.json", "run/extractor/*"],
+            ["run/ranking/stage.json", "run/ranking/ranking.json", "run/ranking/table.md", "run/ranking/plot.png"],
+            ["run/ranking/*", "run/ranking/*/*"],
         ),
         recipe_reader(
             "sensitivity",

@@ -15,7 +15,7 @@ from edgedit_hf.report.edgedit import write_report
 from edgedit_hf.run.comparison import NO_RESULT
 from edgedit_hf.run.config import RunConfig, load_config
 from edgedit_hf.run.launch import make_accelerator, stage_runs
-from edgedit_hf.run.stage import EDGEDIT, QUANTIZE, SENSITIVITY, STAGES, TEXT_TO_IMAGE, Stage
+from edgedit_hf.run.stage import EDGEDIT, QUANTIZE, RANK, SENSITIVITY, STAGES, TEXT_TO_IMAGE, Stage
 from edgedit_hf.search.latency_table import LatencyTable
 
 
@@ -173,7 +173,7 @@ def keys_read(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "stages"),
-    [("debug.yaml", (*EDGEDIT, SENSITIVITY, QUANTIZE)), ("debug-t2i.yaml", TEXT_TO_IMAGE)],
+    [("debug.yaml", (*EDGEDIT, SENSITIVITY, RANK, QUANTIZE)), ("debug-t2i.yaml", TEXT_TO_IMAGE)],
     ids=["edgedit", "text to image"],
 )
 def test_no_stage_reads_a_key_that_it_does_not_declare(recipes, tmp_path, keys_read, recipe, stages):
@@ -185,7 +185,8 @@ def test_no_stage_reads_a_key_that_it_does_not_declare(recipes, tmp_path, keys_r
     by_input = {"data": "data", "teacher": "teacher.path", "text": "text"}  # the hash says more than the keys
     # Images do not depend on their batch but for rounding; of the teacher a table needs sizes alone, which it records;
     # an export asks whether the student's teacher is still the one that it was made from.
-    free = {"search": {"evaluate.batch_size"}, "latency": {"teacher.path"}, "export": {"teacher.path"}}
+    batch = {"evaluate.batch_size"}
+    free = {"search": batch, "rank": batch, "latency": {"teacher.path"}, "export": {"teacher.path"}}
     for stage, run in stage_runs(stages, training).items():
         keys_read.clear()
         run(config, accelerator)

@@ -234,6 +234,63 @@ def sensitivity_plot(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]],
     _save(figure, path)
 
 
+RANKED = {
+    "proxy_loss": "summed proxy loss",
+    "distance": "Fréchet distance as assembled",
+    "denoising": "denoising loss",
+    "output_error": "distance to the teacher's output",
+    "distance early": "Fréchet distance after a few steps",
+    "latency": "latency, negated",
+}
+
+
+def ranking_plot(path: str | os.PathLike, ranking: Mapping[str, Any]) -> None:
+    """Quality after tuning against what was known before it: a panel an objective, a point a genotype.
+
+    Args:
+        ranking: of training/rank_objectives.py.
+    """
+    rows = ranking["genotypes"]
+    figure, _ = _figure(10.5, 6.2, axes=False)
+    groups = sorted({row["group"] for row in rows})
+    colours = [BLUE, ORANGE, GREEN, RED, PURPLE, BLACK]
+    marks = {"best": "^", "random": "o", "worst": "v"}
+    for axes, (name, label) in zip(figure.subplots(2, 3, sharey=True).flat, RANKED.items()):
+        _style(axes)
+        for row in rows:
+            value, error = row["quality"]["distance"]
+            colour = colours[groups.index(row["group"]) % len(colours)]
+            x = row["objectives"][name]
+            axes.errorbar(x, value, error, color=colour, marker=marks[row["kind"]], markersize=5, linewidth=0.8)
+        figures = ranking["correlations"]["distance"][name]
+        said = " · ".join(
+            f"{words} {'–' if figures[key][0] is None else format(figures[key][0], '.2f')}"
+            for key, words in (("spearman", "ρ"), ("within", "τ within groups"))
+        )
+        axes.set_title(said, fontsize=9, color=GREY)
+        axes.set_xlabel(label)
+    figure.supylabel("Fréchet distance after the tuning", fontsize=10)
+    handles = [
+        Line2D(
+            [], [], linestyle="none", marker="s", color=colours[place % len(colours)], label=_group_label(rows, group)
+        )
+        for place, group in enumerate(groups)
+    ]
+    handles += [
+        Line2D(
+            [], [], linestyle="none", marker=mark, color=GREY, label=f"{kind} proxy loss" if kind != "random" else kind
+        )
+        for kind, mark in marks.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9, **LEGEND)
+    _save(figure, path)
+
+
+def _group_label(rows: Sequence[Mapping[str, Any]], group: int) -> str:
+    times = [row["latency_ms"] for row in rows if row["group"] == group]
+    return f"{sum(times) / len(times):.3g} ms"
+
+
 def genotype_strip(path: str | os.PathLike, genotype: Genotype, space: SearchSpace) -> None:
     """The student's layers under the teacher's: one cell a layer, coloured by option, merged pairs drawn wide."""
     figure, axes = _figure(8.4, 2.1)

@@ -34,6 +34,7 @@ from .sections import (
     KnowledgeConfig,
     LatencyConfig,
     QuantizeConfig,
+    RankConfig,
     SamplingConfig,
     SearchConfig,
     SensitivityConfig,
@@ -66,6 +67,7 @@ class RunConfig:
     card: CardConfig = field(default_factory=CardConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
+    rank: RankConfig = field(default_factory=RankConfig)
     text: TextConfig = field(default_factory=TextConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
     knowledge: KnowledgeConfig = field(default_factory=KnowledgeConfig)
@@ -270,6 +272,11 @@ def _check(config: RunConfig, source: str) -> None:
     if search.initial > search.evaluations:
         raise EdgeDiTError(
             f"{source}: search.initial {search.initial} exceeds search.evaluations {search.evaluations}."
+        )
+    if config.rank.genotypes < 2 * config.rank.groups:
+        raise EdgeDiTError(
+            f"{source}: rank.genotypes {config.rank.genotypes} leaves some of rank.groups {config.rank.groups} fewer "
+            f"than two; take at least {2 * config.rank.groups}, or fewer groups."
         )
     latency = config.latency
     measured = MEASURED[latency.runtime].measured

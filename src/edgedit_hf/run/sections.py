@@ -361,6 +361,26 @@ class SensitivityConfig:
 
 
 @dataclass
+class RankConfig(DenoiserConfig):
+    """Optional study (training/rank_objectives.py): which objective of a search foretells the quality after tuning."""
+
+    genotypes: int = key(16, "genotypes to tune", minimum=4, maximum=10**4)
+    groups: int = key(4, "groups of similar latency that they are in, spread over its range", minimum=1, maximum=1000)
+    steps: int = key(150, "optimiser steps of every tuning", minimum=1, maximum=STEPS)
+    learning_rate: float = key(5e-4, "peak learning rate of AdamW", minimum=0.0, maximum=LARGEST)
+    warmup_steps: int = key(10, "linear warm-up", minimum=0, maximum=STEPS)
+    output_kd: float = key(
+        0.0, "weight of the distance to the teacher's output, as tune.output_kd", minimum=0.0, maximum=LARGEST
+    )
+    early: float = key(0.1, "share of the steps after which the objectives are measured again", above=0.0, maximum=1.0)
+    samples: int = key(1000, "images a tuned genotype is judged by", minimum=16, maximum=IMAGES)
+    held_out: int = key(
+        128, "held-out images a bucket of timesteps, for denoising loss and output error", minimum=1, maximum=IMAGES
+    )
+    buckets: int = key(5, "buckets of timesteps", minimum=1, maximum=TIMESTEPS)
+
+
+@dataclass
 class TextConfig:
     """Text-to-image: the text encoders. Two small ones are trained on the captions, or others brought along."""
 

@@ -223,6 +223,23 @@ SENSITIVITY = Stage(
     sections=("seed", "data", "sensitivity"),
     inputs=(THE_TEACHER, IMAGES),
 )
+RANK = Stage(
+    "rank",
+    "rank_objectives.py",
+    "ranking",
+    "tune some genotypes alike and ask which objective foretells it",
+    sections=(
+        *("seed", "data", "rank", "search.samples", "search.sampling_steps", "search.guidance_scale"),
+        *("evaluate.extractor", "evaluate.extractor_steps"),
+    ),
+    inputs=(
+        Input("bank", "bank/index.json"),
+        Input("latency", "latency/table.json"),
+        THE_TEACHER,
+        IMAGES,
+        EXTRACTOR,
+    ),
+)
 
 # -------------------------------------------------------------------- of either family
 
@@ -288,7 +305,7 @@ EVALUATE_FEW_STEP = Stage(
 
 EDGEDIT = (TEACHER, BANK, LATENCY, SEARCH, STUDENT, TUNE, FEW_STEP, EXPORT, EVALUATE)
 TEXT_TO_IMAGE = (TEXT, ELASTIC, EVALUATE_ELASTIC, FEW_STEP, EVALUATE_FEW_STEP)
-OPTIONAL = (QUANTIZE, SELF_DISTIL, SENSITIVITY)
+OPTIONAL = (QUANTIZE, SELF_DISTIL, SENSITIVITY, RANK)
 """Stages that no driver runs: each is started on its own."""
 
 STAGES = tuple(dict.fromkeys(EDGEDIT + TEXT_TO_IMAGE + OPTIONAL))

@@ -1,18 +1,41 @@
-"""What the search minimises besides latency: the Fréchet distance of an assembled, not yet tuned student."""
+"""What a search may minimise besides latency, all of it before any tuning: the Fréchet distance of an assembled
+student, its losses on held-out images, or the summed loss of its proxies.
+
+`training/rank_objectives.py` measures which of them foretells the quality after tuning.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 
+from ..data.batches import batch_indices
+from ..data.datasets import ImageDataset
+from ..data.latents import encode
+from ..diffusion import Diffusion, draws
+from ..distill.output_loss import output_loss
 from ..distill.proxy_bank import ProxyBank
+from ..errors import EdgeDiTError
 from ..genotype import Genotype
-from ..metrics.distances import frechet_distance
+from ..metrics.distances import frechet_distance, frechet_standard_error
+from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
 from ..pipelines.loading import with_transformer
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 from ..pipelines.sampling import generate
+
+HELD_OUT_STREAM = 5  # noise and timesteps that networks are judged on
+LOSSES = ("denoising", "output_error")
+"""Of [`HeldOutLosses`]: mean squared distance of the output to what training asks for, and to the teacher's output."""
+
+
+class Score(NamedTuple):
+    """An objective's value, the smaller the better, and its standard error: how far other samples would move it."""
+
+    value: float
+    error: float = 0.0
 
 
 class StudentQuality:
@@ -57,10 +80,106 @@ class StudentQuality:
         }
         self.autocast = autocast
 
+    def features(self, student: EdgeDiTTransformer2DModel, **sampling: Any) -> torch.Tensor:
+        """Features `[n, D]` of a network's images; `sampling` takes the place of what they are sampled with."""
+        device = next(self.pipeline.transformer.parameters()).device
+        with self.autocast():
+            images, _ = generate(with_transformer(self.pipeline, student.to(device)), **{**self.sampling, **sampling})
+        return self.extractor.features(images)
+
+    def score(self, student: EdgeDiTTransformer2DModel, **sampling: Any) -> Score:
+        """A network's distance, with its bootstrap standard error."""
+        features = self.features(student, **sampling)
+        error = frechet_standard_error(features, self.real_features)
+        return Score(frechet_distance(features, self.real_features), error)
+
     def __call__(self, genotype: Genotype) -> float:
         """The distance; deterministic for a bank, a seed and a thread count."""
-        device = next(self.pipeline.transformer.parameters()).device
-        student = with_transformer(self.pipeline, self.bank.assemble(genotype).to(device))
+        return frechet_distance(self.features(self.bank.assemble(genotype)), self.real_features)
+
+
+class HeldOutLosses:
+    """Losses of a network on held-out images, by timestep bucket: [`LOSSES`].
+
+    All networks see the same images, noise and timesteps. The buckets part the timesteps that training draws into equal
+    shares, so that the mean over them is what training minimises (without a learned variance's part).
+
+    Args:
+        teacher: whose outputs are compared with.
+        images: held out. vae: encodes them, where the denoiser works in latents.
+        samples: images a bucket. buckets: how many.
+        batch_size: images a forward. device: where networks are judged.
+        autocast: the precision of the forwards.
+    """
+
+    def __init__(
+        self,
+        teacher: EdgeDiTTransformer2DModel,
+        images: ImageDataset,
+        vae: Any = None,
+        *,
+        samples: int,
+        buckets: int,
+        seed: int,
+        batch_size: int,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.samples, self.device, self.autocast = samples, device, autocast
+        self.diffusion, self.channels = Diffusion.for_config(teacher.config), teacher.config.in_channels
+        edges = torch.arange(1, buckets) / buckets
+        self.edges = [float(t) for t in self.diffusion.timesteps(edges)]  # timesteps between the buckets
+        self.batches: list[list[tuple[torch.Tensor | None, ...]]] = []
+        teacher.to(device).eval()
+        for bucket in range(buckets):
+            batch = images.batch(batch_indices(len(images), samples, seed + HELD_OUT_STREAM, bucket))
+            parts = batch["images"].split(batch_size)
+            x0 = torch.cat([part if vae is None else encode(vae, part.to(vae.device)).float().cpu() for part in parts])
+            drawn = draws(seed, bucket, range(samples), x0.shape[1:], stream=HELD_OUT_STREAM)
+            t = self.diffusion.timesteps((bucket + drawn.time) / buckets)
+            noisy, target = self.diffusion.noisy(x0, drawn.noise, t), self.diffusion.target(x0, drawn.noise)
+            labels = batch["labels"] if teacher.config.num_classes else None
+            pieces = []
+            for rows in torch.arange(samples).split(batch_size):
+                inputs = [None if tensor is None else tensor[rows].to(device) for tensor in (noisy, t, labels)]
+                pieces.append((*inputs, target[rows].to(device), self._output(teacher, *inputs)))
+            self.batches.append(pieces)
+
+    @torch.no_grad()
+    def _output(self, network: EdgeDiTTransformer2DModel, *inputs: torch.Tensor | None) -> torch.Tensor:
         with self.autocast():
-            images, _ = generate(student, **self.sampling)
-        return frechet_distance(self.extractor.features(images), self.real_features)
+            return network(*inputs).sample
+
+    @torch.no_grad()
+    def __call__(self, network: EdgeDiTTransformer2DModel) -> dict[str, torch.Tensor]:
+        """Every image's losses, `(buckets, samples)` each, by their names in [`LOSSES`]."""
+        network = network.to(self.device).eval()
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in LOSSES}
+        for pieces in self.batches:
+            rows: dict[str, list[torch.Tensor]] = {name: [] for name in LOSSES}
+            for *inputs, target, reference in pieces:
+                output = self._output(network, *inputs)
+                for name, other in zip(LOSSES, (target, reference)):
+                    rows[name].append(output_loss(output, other, self.channels).double().cpu())
+            for name in LOSSES:
+                found[name].append(torch.cat(rows[name]))
+        return {name: torch.stack(losses) for name, losses in found.items()}
+
+    def scores(self, network: EdgeDiTTransformer2DModel) -> dict[str, tuple[Score, list[Score]]]:
+        """Of each of [`LOSSES`] the mean over all timesteps, and that of every bucket, with standard errors."""
+        found = {}
+        for name, losses in self(network).items():
+            errors = losses.std(1) / self.samples**0.5 if self.samples > 1 else torch.zeros(len(losses))
+            overall = Score(float(losses.mean()), float(errors.square().sum().sqrt()) / len(losses))
+            found[name] = overall, [Score(float(m), float(e)) for m, e in zip(losses.mean(1), errors)]
+        return found
+
+
+def summed_proxy_loss(bank: ProxyBank, genotype: Genotype) -> float:
+    """Sum of the held-out, normalised losses of the proxies that a genotype's student is assembled from."""
+    if missing := bank.missing(genotype):
+        raise EdgeDiTError(
+            f"The bank {bank.folder} has no proxy {missing[0]!r}, whose loss is asked for; finish stage bank first."
+        )
+    own = set(map(bank.key, genotype.layers)) & bank.entries.keys()  # the teacher's own layers lose nothing
+    return sum(float(bank.entries[key]["loss_after"]) for key in sorted(own))
