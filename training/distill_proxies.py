@@ -26,7 +26,7 @@ from accelerate.utils import gather_object
 from edgedit_hf.data.loading import load_training_set
 from edgedit_hf.distill.bank_group import BankGroup, describe_group, group_step, group_steps
 from edgedit_hf.distill.feature_loss import rate_scale
-from edgedit_hf.distill.memory_plan import PROCESS_BYTES, MemoryModel, depth_of, plan_bank, wanted_proxies
+from edgedit_hf.distill.memory_plan import PROCESS_BYTES, MemoryModel, combined, depth_of, plan_bank, wanted_proxies
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.distill.proxy_group import peak_memory, reset_peak_memory, train_step
 from edgedit_hf.distill.teacher import check_fits_data, load_teacher, read_genotype, search_space_of
@@ -68,7 +68,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     budget = None if options.memory_budget_gb is None else 1e9 * options.memory_budget_gb
     plans = plan_bank(wanted, memory, accelerator.num_processes, budget)
     plan = plans[accelerator.process_index]
-    both_steps = options.both_steps if any(space.option_of(layer) == "both" for layer in wanted) else 0
+    both_steps = options.both_steps if any(combined(space, layer) for layer in wanted) else 0
     # Ranks go through their groups in step; one with fewer waits at the end.
     state = RunState(
         config,
@@ -87,7 +87,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         ProxyBank.create(state.folder, teacher, space)
     accelerator.wait_for_everyone()
     bank = ProxyBank(state.folder, teacher)
-    teacher.blocks = teacher.blocks[: depth_of(plan[-1].layers)]  # layers above the rank's own need no memory
+    depth = max(depth_of(members.layers) for members in plan)
+    teacher.blocks = teacher.blocks[:depth]  # layers above the rank's own need no memory
     teacher.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
     rows, fixed, dropout = options.batch_size, options.calibration_samples, options.class_dropout

@@ -18,7 +18,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import hub
 from .data.loading import load_run_images
-from .distill.memory_plan import PROCESS_BYTES, MemoryModel, pairs_of, plan_bank, prefix_cost, wanted_proxies
+from .distill.memory_plan import (
+    PROCESS_BYTES,
+    MemoryModel,
+    combined,
+    depth_of,
+    plan_bank,
+    prefix_cost,
+    units_of,
+    wanted_proxies,
+)
 from .distill.teacher import new_teacher, read_genotype, search_space_of
 from .elastic.cost import data_shapes, print_elastic_estimate
 from .elastic.cost import here as elastic_machine
@@ -259,7 +268,7 @@ class _Estimator:
             process_bytes=0 if machine.gpu else PROCESS_BYTES,
         )
         budget = None if options.memory_budget_gb is None else 1e9 * options.memory_budget_gb
-        plans = plan_bank(wanted, memory, min(machine.processes, len(pairs_of(wanted))), budget)
+        plans = plan_bank(wanted, memory, min(machine.processes, len(units_of(space, wanted))), budget)
         # Ranks go through their groups in step with each other: the slowest group of every round counts.
         rounds = list(
             zip_longest(
@@ -277,8 +286,7 @@ class _Estimator:
     def _group_seconds(self, layers: tuple[LayerSpec, ...]) -> tuple[float, float]:
         """Of a group: starts and held-out losses, and training."""
         options, machine = self.config.bank, self.machine
-        pairs = pairs_of(layers)
-        depths = [max(layer.source[-1] for layer in pair) + 1 for pair in pairs]
+        depths = [depth_of(unit) for unit in units_of(self.space, layers)]
 
         def prefix(depth: int, batch: int) -> float:
             return prefix_cost(self.space, depth, self.tokens, batch) / machine.flops
@@ -289,21 +297,21 @@ class _Estimator:
                 return 0.0
             products = (1 + BACKWARD) * options.batch_size * sum(c.flops for c in costs) / machine.flops
             return (
-                prefix(depths[-1], options.batch_size)
+                prefix(max(depths), options.batch_size)
                 + products
                 + 28 * sum(c.weights for c in costs) / machine.update_bytes
             )
 
-        both = [layer for layer in layers if self.space.option_of(layer) == "both"]
+        both = [layer for layer in layers if combined(self.space, layer)]
         trained = options.steps * step(
-            layer for layer in layers if self.space.option_of(layer) != "both"
+            layer for layer in layers if not combined(self.space, layer)
         ) + options.both_steps * step(both)
         count = options.calibration_samples
         forwards = sum(layer_cost(self.space.hidden_size, layer.shape, self.tokens).flops for layer in layers)
         judged = (
             JUDGED * count * forwards / machine.flops
             + sum(2 * prefix(depth, count) for depth in depths)
-            + JUDGED * prefix(depths[-1], count)
+            + JUDGED * prefix(max(depths), count)
         )
         fitted = sum(map(self._fit_flops, layers)) / machine.fp32_flops if options.init == "closed_form" else 0.0
         return judged + fitted, trained
@@ -319,7 +327,7 @@ class _Estimator:
         )
         neurons, kept = merged * int(width * self.space.mlp_ratio), int(width * layer.mlp_ratio)
         sizes = [kept]
-        if layer.attention_dim < width or merged > 1:
+        if layer.attention_dim < width or layer.num_heads != self.space.num_heads or merged > 1:
             sizes.append(layer.attention_dim)
         if merged > 1:
             sizes += [neurons, merged * width]
@@ -331,13 +339,16 @@ class _Estimator:
         if options.table is not None:
             return Estimate("latency", 1.0, PROCESS_BYTES, 1e4)
         trunk = trunk_cost(self.work.model, self.tokens).weights
-        shapes = [layer_cost(space.hidden_size, space.option_shape(option), self.tokens).weights for option in OPTIONS]
+        timed = {layer.shape.timed for layer in space.replacements()}
+        shapes = [layer_cost(space.hidden_size, shape, self.tokens).weights for shape in timed]
         networks = (
             sum(trunk + depth * weights for weights in shapes for depth in TABLE_DEPTHS) + 2 * self.teacher.weights
         )
         seconds = (
             10
             + TABLE_ROUND_NETWORKS
+            * len(timed)
+            / len(OPTIONS)
             * options.repeats
             * 2
             * options.batch_size
@@ -352,9 +363,7 @@ class _Estimator:
     def stage_search(self) -> Estimate:
         options = self.config.search
         genotypes = options.evaluations + (options.evaluations - options.initial if options.random_baseline else 0)
-        smallest = model_cost(
-            {**self.work.model, "layers": self.space.from_code([codes[-1] for codes in self.space.allowed]).to_layers()}
-        )
+        smallest = model_cost({**self.work.model, "layers": self.space.ends()[1].to_layers()})
         flops = (self.teacher.flops + smallest.flops) // 2  # of a genotype, on average
         mean = Cost(self.teacher.parameters, self.teacher.weights, flops // 2, flops)
         one = (

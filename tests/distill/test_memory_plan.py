@@ -13,10 +13,10 @@ from edgedit_hf.distill.memory_plan import (
     contiguous_shares,
     depth_of,
     fitting_groups,
-    pairs_of,
     plan_bank,
     prefix_cost,
     step_cost,
+    units_of,
     wanted_proxies,
 )
 from edgedit_hf.errors import EdgeDiTError
@@ -47,10 +47,10 @@ def xl_memory(**changes) -> MemoryModel:
 
 
 def test_a_pair_holds_ten_proxies_and_a_last_odd_layer_three():
-    pairs = pairs_of(SPACE.proxies())
+    pairs = units_of(SPACE, SPACE.proxies())
     assert [len(pair) for pair in pairs] == [10, 10, 10, 3] and [depth_of(pair) for pair in pairs] == [2, 4, 6, 7]
     assert sorted(sum((list(pair) for pair in pairs), []), key=str) == sorted(SPACE.proxies(), key=str)
-    assert len(pairs_of(XL.proxies())) == 14 and len(XL.proxies()) == 140
+    assert len(units_of(XL, XL.proxies())) == 14 and len(XL.proxies()) == 140
 
 
 def test_a_genotype_needs_its_reduced_and_merged_layers_and_the_parts_of_both():
@@ -101,7 +101,7 @@ def test_shares_are_the_best_contiguous_ones(seed):
 
 
 def test_at_xl_scale_ranks_cost_alike_and_the_deepest_rank_owns_least():
-    pairs = pairs_of(XL.proxies())
+    pairs = units_of(XL, XL.proxies())
     work = [sum(step_cost(XL, layer, 256, 32) for layer in pair) for pair in pairs]
     prefix = [prefix_cost(XL, depth_of(pair), 256, 32) for pair in pairs]
     for ranks in (2, 4, 7):
@@ -120,7 +120,7 @@ def test_more_ranks_than_pairs_is_refused():
 
 
 def test_groups_are_contiguous_fit_and_are_as_few_as_can_be():
-    pairs = pairs_of(XL.proxies())
+    pairs = units_of(XL, XL.proxies())
     memory = xl_memory(closed_form=False)
 
     def predict(layers):
@@ -150,7 +150,7 @@ def test_a_budget_too_small_for_one_pair_quotes_both_numbers(budget):
 
 
 def test_every_lever_lowers_the_prediction():
-    layers = pairs_of(XL.proxies())[0] + pairs_of(XL.proxies())[1]
+    layers = units_of(XL, XL.proxies())[0] + units_of(XL, XL.proxies())[1]
 
     def predict(depth: int = 28, **changes) -> int:
         return xl_memory(**{"closed_form": False, **changes}).predict(layers, depth)

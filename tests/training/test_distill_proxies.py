@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from edgedit_hf import Genotype, ProxyBank, SearchSpace
-from edgedit_hf.distill.memory_plan import MemoryModel, pairs_of
+from edgedit_hf.distill.memory_plan import MemoryModel, units_of
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.pipelines.loading import load_pipeline
 
@@ -68,7 +68,9 @@ def budget_for(run, pairs: int) -> float:
     config = load_pipeline(run / "teacher").transformer.config
     space = SearchSpace.for_config(config)
     memory = MemoryModel(space, dict(config), tokens=16, batch_size=4, calibration_samples=8)
-    layers = [[layer for pair in pairs_of(space.proxies())[:count] for layer in pair] for count in (pairs, pairs + 1)]
+    layers = [
+        [layer for pair in units_of(space, space.proxies())[:count] for layer in pair] for count in (pairs, pairs + 1)
+    ]
     enough, more = (memory.predict(some, LAYERS) for some in layers)
     return (0.9 * enough + 0.1 * more) / 1e9  # nor does the last odd layer fit in as well
 

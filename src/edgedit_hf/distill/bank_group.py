@@ -8,7 +8,7 @@ from ..genotype import LayerSpec
 from ..models.transformer_edgedit import EdgeDiTBlock
 from ..run.sections import BankConfig
 from .closed_form import combine_blocks
-from .memory_plan import Group, depth_of, pairs_of
+from .memory_plan import Group, combined, depth_of, units_of
 from .proxy_bank import ProxyBank
 from .proxy_group import STARTS, Features, Proxy, ProxyGroup, held_out_losses, new_optimizer, start_blocks
 from .teacher_features import FeatureSource
@@ -50,7 +50,7 @@ class BankGroup(ProxyGroup):
         self.bank, self.source, self.options = bank, source, options
 
     def _is_both(self, layer: LayerSpec) -> bool:
-        return self.bank.space.option_of(layer) == "both"
+        return combined(self.bank.space, layer)
 
     def _new_proxy(self, layer: LayerSpec, block: EdgeDiTBlock | None) -> Proxy:
         block = self.bank.new_block(layer) if block is None else block
@@ -62,11 +62,11 @@ class BankGroup(ProxyGroup):
     def start(self, members: Group) -> None:
         """Put the group's single reductions on the device, and measure how all its proxies would start."""
         options, source = self.options, self.source
-        for pair in pairs_of(members.layers):
-            depth = depth_of(pair)
-            calibration = Features.cat([features.needed_by(pair) for features in source.calibration(depth)])
-            test = [features.needed_by(pair) for features in source.held_out(depth)]
-            for layer in pair:
+        for unit in units_of(self.bank.space, members.layers):
+            depth = depth_of(unit)
+            calibration = Features.cat([features.needed_by(unit) for features in source.calibration(depth)])
+            test = [features.needed_by(unit) for features in source.held_out(depth)]
+            for layer in unit:
                 key = self.bank.key(layer)
                 self.starts[key] = {}
                 given = calibration.of(layer)[0], calibration.conditioning

@@ -1,11 +1,12 @@
 """Who makes which proxies, and when: shares of ranks, groups that fit the memory, and the memory model behind them.
 Pure, no torch.
 
-The unit is a pair of teacher layers with all its proxies (3 + 3 + 4, or 3 for a last odd layer), as these share their
-features. A rank owns a contiguous range of pairs, because it runs the teacher up to its deepest layer whatever it does
-with the layers before.
+The unit is what shares its features: in the paper's space a pair of teacher layers with all its proxies (3 + 3 + 4, or
+3 for a last odd layer); in a menu, whose merges start at any layer, the proxies that start at one teacher layer. A rank
+owns a contiguous range of units, because it runs the teacher up to its deepest layer whatever it does with the layers
+before.
 
-A rank whose pairs do not fit the memory takes them in contiguous groups. Each group visits the device once, for all its
+A rank whose units do not fit the memory takes them in contiguous groups. Each group visits the device once, for all its
 steps, and then goes to disk for good. The alternative, to move every proxy in and out each step, would move 12 bytes a
 parameter (weight and two moments; 32 GB a step for the 2.65 G parameters of DiT-XL/2's proxies), whereas a further
 group only runs the teacher's prefix again.
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 from ..errors import EdgeDiTError
 from ..genotype import Genotype, LayerSpec
@@ -33,17 +35,26 @@ FIT_ROW_BYTES = 44
 FIT_MATRIX_BYTES = 170
 
 
-def pairs_of(proxies: Iterable[LayerSpec]) -> list[tuple[LayerSpec, ...]]:
-    """Proxies by the pair of teacher layers that they stand for, in order; pairs without any are left out."""
-    pairs: dict[int, list[LayerSpec]] = {}
+def units_of(space: SearchSpace, proxies: Iterable[LayerSpec]) -> list[tuple[LayerSpec, ...]]:
+    """Proxies by what they share their features with, in order: the pair of teacher layers that they stand for, or, of
+    a menu, the first one; units without any are left out.
+    """
+    units: dict[int, list[LayerSpec]] = {}
     for layer in proxies:
-        pairs.setdefault(layer.source[0] // 2, []).append(layer)
-    return [tuple(pairs[pair]) for pair in sorted(pairs)]
+        units.setdefault(layer.source[0] // space.stride, []).append(layer)
+    return [tuple(units[unit]) for unit in sorted(units)]
 
 
 def depth_of(layers: Iterable[LayerSpec]) -> int:
     """Number of teacher layers that must run to give these proxies their inputs and targets."""
     return max(layer.source[-1] for layer in layers) + 1
+
+
+def combined(space: SearchSpace, layer: LayerSpec) -> bool:
+    """Whether a proxy is put together from two others once these are trained: the paper's "both". Of a menu every one
+    starts on its own.
+    """
+    return space.option_of(layer) == "both"
 
 
 def wanted_proxies(space: SearchSpace, genotypes: Sequence[Genotype] | None) -> list[LayerSpec]:
@@ -61,7 +72,7 @@ def wanted_proxies(space: SearchSpace, genotypes: Sequence[Genotype] | None) -> 
         space.code(genotype)
         for layer in genotype.layers:
             option = space.option_of(layer)
-            options = ("attention", "mlp", "both") if option == "both" else (option,)
+            options = ("attention", "mlp", "both") if combined(space, layer) else (option,)
             needed.update(
                 space.layer(layer.source, name) for name in options if len(layer.source) > 1 or name != "original"
             )
@@ -84,7 +95,9 @@ def prefix_cost(space: SearchSpace, depth: int, tokens: int, batch_size: int) ->
     return batch_size * depth * layer_cost(space.hidden_size, space.option_shape("original"), tokens).flops
 
 
-def contiguous_shares(work: Sequence[float], prefix: Sequence[float], ranks: int) -> list[range]:
+def contiguous_shares(
+    work: Sequence[float], prefix: Sequence[float], ranks: int, what: str = "pairs of layers"
+) -> list[range]:
     """Cut 0 … n-1 into `ranks` non-empty ranges that minimise the slowest: the sum of its `work` plus `prefix` of its
     last element.
 
@@ -92,13 +105,14 @@ def contiguous_shares(work: Sequence[float], prefix: Sequence[float], ranks: int
 
     Args:
         work: cost of every element itself. prefix: cost that a range ending with this element adds; it must not fall.
+        what: what messages call the elements.
 
     Raises:
         EdgeDiTError: more ranks than elements.
     """
     count = len(work)
     if ranks > count:
-        raise EdgeDiTError(f"{ranks} processes share {count} pairs of layers; start at most that many.")
+        raise EdgeDiTError(f"{ranks} processes share {count} {what}; start at most that many.")
     total = [0.0]
     for value in work:
         total.append(total[-1] + value)
@@ -153,24 +167,26 @@ class MemoryModel:
     def predict(self, layers: Sequence[LayerSpec], depth: int) -> int:
         """Peak bytes while a rank whose prefix is `depth` layers makes these proxies.
 
-        The largest of four moments: the teacher being loaded (fp32, all layers); the starts of the last pair
-        (calibration and held-out features of a pair, the fit's matrices); training of the single reductions; training
+        The largest of four moments: the teacher being loaded (fp32, all layers); the starts of the last unit
+        (calibration and held-out features of a unit, the fit's matrices); training of the single reductions; training
         of "both". Training holds weights and optimiser states of the group, and the gradients, activations and
         low-precision copy of one proxy; every moment but the first holds the prefix and the features of a batch.
         """
         width, tokens = self.space.hidden_size, self.tokens
-        both = [layer for layer in layers if self.space.option_of(layer) == "both"]
-        single = [layer for layer in layers if self.space.option_of(layer) != "both"]
+        both = [layer for layer in layers if combined(self.space, layer)]
+        single = [layer for layer in layers if not combined(self.space, layer)]
+        merged = max([2, *(len(layer.source) for layer in layers)])  # teacher layers whose neurons a fit pools
         original = layer_cost(width, self.space.option_shape("original"), tokens).weights
         feature = 4 * tokens * width  # one tensor of one image: the residual stream stays in fp32
         held = self.process_bytes + self.teacher_bytes * self.teacher(depth) + (depth + 1) * self.batch_size * feature
-        neurons = int(width * self.space.mlp_ratio)
+        neurons = int(width * self.space.mlp_ratio) * merged // 2
         fitting = (
             (FIT_ROW_BYTES * self.calibration_samples * tokens + FIT_MATRIX_BYTES * neurons) * neurons
             if self.closed_form
             else 0
         )
-        start = 4 * self.weights(single) + 4 * 6 * original + 11 * self.calibration_samples * feature + fitting
+        start = 4 * self.weights(single) + 4 * (4 + merged) * original
+        start += 11 * self.calibration_samples * feature + fitting
         one = 6 * original + ACTIVATION_BYTES * self.batch_size * tokens * width
         train = (4 + self.state_bytes) * max(self.weights(single), self.weights(both)) + one
         combine = 4 * self.weights(layers) + one
@@ -187,29 +203,29 @@ class Group:
 
 
 def fitting_groups(
-    pairs: Sequence[tuple[LayerSpec, ...]], predict: Callable[[Sequence[LayerSpec]], int], budget_bytes: float | None
+    units: Sequence[tuple[LayerSpec, ...]], predict: Callable[[Sequence[LayerSpec]], int], budget_bytes: float | None
 ) -> list[Group]:
-    """Cut a rank's pairs into the fewest contiguous groups that fit; greedy is exact, as a longer group never needs
+    """Cut a rank's units into the fewest contiguous groups that fit; greedy is exact, as a longer group never needs
     less.
 
     Raises:
-        EdgeDiTError: one pair alone needs more than the budget.
+        EdgeDiTError: one unit alone needs more than the budget.
     """
     groups: list[Group] = []
-    for pair in pairs:
-        longer = (*groups[-1].layers, *pair) if groups else pair
+    for unit in units:
+        longer = (*groups[-1].layers, *unit) if groups else unit
         if groups and (budget_bytes is None or predict(longer) <= budget_bytes):
             groups[-1] = Group(longer, predict(longer))
             continue
-        alone = predict(pair)
+        alone = predict(unit)
         if budget_bytes is not None and alone > budget_bytes:
             raise EdgeDiTError(
-                f"The proxies of teacher layers {pair[0].source[0]}–{depth_of(pair) - 1} need {alone / 1e9:.2f} GB "
+                f"The proxies of teacher layers {unit[0].source[0]}–{depth_of(unit) - 1} need {alone / 1e9:.2f} GB "
                 f"with their teacher prefix, but bank.memory_budget_gb is {budget_bytes / 1e9:g}. Raise it, or lower "
                 "bank.batch_size or bank.calibration_samples, or use bank.optimizer adamw8bit, bf16 (accelerate "
                 "launch --mixed_precision bf16) or more processes."
             )
-        groups.append(Group(pair, alone))
+        groups.append(Group(unit, alone))
     return groups
 
 
@@ -224,12 +240,15 @@ def plan_bank(
     Args:
         budget_bytes: what a process may use; `None`: no bound, so one group a rank.
     """
-    space, pairs = memory.space, pairs_of(proxies)
-    work = [sum(step_cost(space, layer, memory.tokens, memory.batch_size) for layer in pair) for pair in pairs]
-    prefix = [prefix_cost(space, depth_of(pair), memory.tokens, memory.batch_size) for pair in pairs]
+    space, units = memory.space, units_of(memory.space, proxies)
+    work = [sum(step_cost(space, layer, memory.tokens, memory.batch_size) for layer in unit) for unit in units]
+    # A unit may reach deeper than the one after it, where a merge of two is not allowed or not wanted.
+    depths = accumulate(map(depth_of, units), max)
+    prefix = [prefix_cost(space, depth, memory.tokens, memory.batch_size) for depth in depths]
+    what = "pairs of layers" if space.stride == 2 else "layers at which proxies start"
     plans = []
-    for share in contiguous_shares(work, prefix, ranks):
-        owned = [pairs[i] for i in share]
-        depth = depth_of(owned[-1])
+    for share in contiguous_shares(work, prefix, ranks, what):
+        owned = [units[i] for i in share]
+        depth = depth_of(layer for unit in owned for layer in unit)
         plans.append(fitting_groups(owned, partial(memory.predict, depth=depth), budget_bytes))
     return plans

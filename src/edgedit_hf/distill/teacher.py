@@ -11,6 +11,7 @@ from ..data.latents import LatentDataset
 from ..diffusion import make_scheduler
 from ..errors import EdgeDiTError
 from ..genotype import Genotype
+from ..menu_space import MenuSpace
 from ..models.stored_weights import check_weights
 from ..models.transformer_edgedit import PRESETS, EdgeDiTTransformer2DModel
 from ..pipelines.loading import check_memory, load_pipeline
@@ -62,8 +63,12 @@ def new_teacher(config: RunConfig, shape: Sequence[int], num_classes: int) -> Ed
 
 
 def search_space_of(config: RunConfig, model_config: Any) -> SearchSpace:
-    """The search space of a teacher with this model config, at the recipe's reduced sizes."""
+    """The search space of a teacher with this model config: of the recipe's menu, or the paper's at its reduced
+    sizes.
+    """
     bank = config.bank
+    if bank.menu is not None:
+        return MenuSpace.for_config(model_config, menu=bank.menu)
     return SearchSpace.for_config(
         model_config, reduced_mlp_ratio=bank.reduced_mlp_ratio, reduced_attention_dim=bank.reduced_attention_dim
     )

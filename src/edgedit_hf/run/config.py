@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import EdgeDiTError
 from ..export.formats import MEASURED
+from ..menu_space import MenuSpace
 from ..schema import fill, key, shorten
 from .sections import (
     LICENSE,
@@ -287,7 +288,12 @@ def _check(config: RunConfig, source: str) -> None:
             f"{' and '.join(measured)}."
         )
     bank = config.bank
-    if teacher.path is None:  # of a given teacher the search space says it
+    if bank.menu is not None and teacher.path is None:  # of a given teacher the search space says it
+        try:
+            MenuSpace(teacher.num_layers, teacher.hidden_size, teacher.num_heads, menu=bank.menu)
+        except EdgeDiTError as error:
+            raise EdgeDiTError(f"{source}: section bank: {error}") from None
+    elif teacher.path is None:
         if int(teacher.hidden_size * bank.reduced_mlp_ratio) < 1:
             raise EdgeDiTError(
                 f"{source}: bank.reduced_mlp_ratio {bank.reduced_mlp_ratio} leaves an MLP of teacher.hidden_size "
@@ -348,6 +354,12 @@ def unused(config: RunConfig) -> list[str]:
             "student.genotype",
             ("search", *("student.max_" + name for name in STUDENT_BOUNDS))
             if config.student.genotype is not None
+            else (),
+        ),
+        (
+            "bank.menu",
+            ("bank.reduced_mlp_ratio", "bank.reduced_attention_dim", "bank.both_steps")
+            if config.bank.menu is not None
             else (),
         ),
         (

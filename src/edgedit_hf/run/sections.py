@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..export.formats import FORMATS, MEASURED
+from ..records import CODES, MenuChoice
 from ..schema import key
 
 # Greatest values: beyond what anybody runs, and below what exhausts memory or overflows before a message could say so.
@@ -112,6 +113,13 @@ class TeacherConfig(DenoiserConfig):
 class BankConfig:
     """Proxy blocks: every smaller stand-in of every layer, distilled from the teacher's features."""
 
+    menu: list[MenuChoice] | None = key(
+        None,
+        "choices that may replace 1 to 3 layers, e.g. [{num_heads: 8}, {merge: 3}]; null: the paper's, of the sizes "
+        "below",
+        items=CODES,
+        fewest=1,
+    )
     reduced_mlp_ratio: float = key(2.0, "MLP ratio of the reduced options", above=0.0, maximum=64.0)
     reduced_attention_dim: int | None = key(
         None,

@@ -126,7 +126,7 @@ LATENCY = Stage(
     "measure_latency.py",
     "latency",
     "measure every block shape in the runtime that will ship",
-    sections=("latency", "bank.reduced_mlp_ratio", "bank.reduced_attention_dim"),
+    sections=("latency", "bank.menu", "bank.reduced_mlp_ratio", "bank.reduced_attention_dim"),
     inputs=(Input("table"),),
     unless="student.genotype",
 )
