@@ -227,6 +227,10 @@ class MenuSpace(SearchSpace):
             "teacher or another search space."
         )
 
+    def name_of(self, shape: Shape) -> str:
+        """What a layer's shape is called."""
+        return option_name(shape, self.original)
+
     def replacements(self) -> list[LayerSpec]:
         """Every layer that a legal genotype may have, the teacher's own included, by first teacher layer."""
         found, reached = [], {0}

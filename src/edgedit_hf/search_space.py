@@ -147,11 +147,15 @@ class SearchSpace:
 
     def option_of(self, layer: LayerSpec) -> str:
         """The option's name of a layer of this space."""
+        return self.name_of(layer.shape)
+
+    def name_of(self, shape: Shape) -> str:
+        """What a layer's shape is called."""
         for option in OPTIONS:
-            if layer.shape == self.option_shape(option):
+            if shape == self.option_shape(option):
                 return option
         raise EdgeDiTError(
-            f"A layer of shape {layer.shape} (attention_dim, num_heads, mlp_ratio) is none of this teacher's options "
+            f"A layer of shape {shape} (attention_dim, num_heads, mlp_ratio) is none of this teacher's options "
             f"{', '.join(str(self.option_shape(o)) for o in OPTIONS)}: the genotype belongs to another teacher or "
             "another search space."
         )

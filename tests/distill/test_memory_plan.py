@@ -20,6 +20,7 @@ from edgedit_hf.distill.memory_plan import (
     wanted_proxies,
 )
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.menu_space import MenuSpace
 from edgedit_hf.models.transformer_edgedit import PRESETS
 
 SPACE = SearchSpace(7, 32, 2)
@@ -51,6 +52,58 @@ def test_a_pair_holds_ten_proxies_and_a_last_odd_layer_three():
     assert [len(pair) for pair in pairs] == [10, 10, 10, 3] and [depth_of(pair) for pair in pairs] == [2, 4, 6, 7]
     assert sorted(sum((list(pair) for pair in pairs), []), key=str) == sorted(SPACE.proxies(), key=str)
     assert len(units_of(XL, XL.proxies())) == 14 and len(XL.proxies()) == 140
+
+
+MENU = MenuSpace(5, 32, 2, menu=[{"mlp_ratio": 2}, {"modulation_rank": 0}, {"merge": 2}, {"merge": 3, "mlp_ratio": 1}])
+
+
+def test_of_a_menu_the_proxies_that_start_at_a_layer_stay_together():
+    units = units_of(MENU, MENU.proxies())
+    assert [{layer.source[0] for layer in unit} for unit in units] == [{0}, {1}, {2}, {3}, {4}]
+    assert [len(unit) for unit in units] == [3, 4, 4, 3, 2]  # layer 0 may not be static, nothing merges past the end
+    memory = MemoryModel(MENU, dict(XL_CONFIG, hidden_size=32), tokens=16, batch_size=4, calibration_samples=8)
+    (whole,) = plan_bank(MENU.proxies(), memory, 1, None)
+    assert [group.layers for group in whole] == [tuple(MENU.proxies())]
+    plans = plan_bank(MENU.proxies(), memory, 3, None)
+    assert sum((group.layers for plan in plans for group in plan), ()) == tuple(MENU.proxies())
+    with pytest.raises(EdgeDiTError, match="6 processes share 5 layers at which proxies start"):
+        plan_bank(MENU.proxies(), memory, 6, None)
+
+
+def test_a_range_of_a_menu_runs_the_teacher_as_deep_as_its_deepest_proxy():
+    """A merge of three with none of two beside it reaches deeper than the layers that start after it."""
+    space = MenuSpace(4, 32, 2, menu=[{"mlp_ratio": 2}, {"merge": 3}])
+    units = units_of(space, space.proxies())
+    assert [depth_of(unit) for unit in units] == [3, 4, 3, 4]
+    memory = MemoryModel(space, dict(XL_CONFIG, hidden_size=32), tokens=16, batch_size=4, calibration_samples=8)
+    prefix = {depth: prefix_cost(space, depth, 16, 4) for depth in range(5)}
+
+    def slowest(cuts) -> float:
+        parts = [units[a:b] for a, b in zip((0, *cuts), (*cuts, 4))]
+        return max(
+            sum(step_cost(space, layer, 16, 4) for unit in part for layer in unit)
+            + prefix[max(depth_of(unit) for unit in part)]
+            for part in parts
+        )
+
+    best = min(slowest([cut]) for cut in (1, 2, 3))
+    plans = plan_bank(space.proxies(), memory, 2, None)
+    cut = len({layer.source[0] for group in plans[0] for layer in group.layers})
+    assert slowest([cut]) == pytest.approx(best)
+
+
+def test_a_merge_of_three_needs_more_memory_to_be_fitted_than_one_of_two():
+    def predict(merge: int) -> int:
+        space = MenuSpace(28, 1152, 16, menu=[{"merge": merge}])
+        return xl_memory(space=space).predict([space.layer(tuple(range(merge)), "original")], 3)
+
+    assert predict(3) > 1.3 * predict(2)
+
+
+def test_of_a_menu_a_genotype_needs_its_own_layers_alone():
+    genotype = MENU.from_code((1, 3, 0, 0, 2))
+    keys = [(layer.source, MENU.option_of(layer)) for layer in wanted_proxies(MENU, [genotype])]
+    assert keys == [((0,), "mlp2"), ((1, 2), "original"), ((4,), "static")]
 
 
 def test_a_genotype_needs_its_reduced_and_merged_layers_and_the_parts_of_both():

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import EdgeDiTError
 from ..export.formats import MEASURED
 from ..genotype import Genotype, LayerSpec, Shape
-from ..search_space import OPTIONS, SearchSpace
+from ..search_space import SearchSpace
 from .latency_networks import LoweredParts, lower_network
 from .latency_table import FORMAT, LatencyTable, check_genotypes, trunk_of
 
@@ -57,7 +57,7 @@ class TableMeasurement:
         self.space, self.batch, self.threads, self.runtime, self.precision = space, batch, threads, runtime, precision
         self.check = check_genotypes(space) if check is None else list(check)
         self.config = {**config, "long_skips": None, "decoder_start": None, "side_layers": 0}
-        self.shapes = sorted({space.option_shape(option) for option in OPTIONS}, reverse=True)
+        self.shapes = sorted({layer.shape.timed for layer in space.replacements()}, reverse=True)
         self.measurement: Measurement | None = None
 
     def lower(self) -> None:
@@ -121,7 +121,7 @@ class TableMeasurement:
                 "trunk_ms": trunk_ms,
                 "blocks": [
                     {
-                        "option": next(o for o in OPTIONS if space.option_shape(o) == shape),
+                        "option": space.name_of(shape),
                         "attention_dim": shape[0],
                         "num_heads": shape[1],
                         "mlp_ratio": shape[2],
