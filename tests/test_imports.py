@@ -22,7 +22,8 @@ ORDER = [
     "records",
     "hub",
     "genotype",
-    ("search_space", "menu_space"),
+    "search_space",
+    "menu_space",
     "diffusion",
     "export.formats",  # a table without torch, which recipes and commands read too
     "run",

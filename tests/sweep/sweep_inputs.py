@@ -193,6 +193,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "convert": {"argv": ["dit.pt", "out", "--heads", "4", "--family", "dit"], "writes": ["out/*"]},
     "init": {"argv": [], "writes": []},
     "recipes copy": {"argv": ["out"], "writes": ["out/*"]},
+    "bank": {"argv": ["run", "--table", "run/latency/table.json"], "writes": []},
     "select": {"argv": ["run", "--output", "out"], "writes": ["out/*"]},
     "report": {"argv": ["run"], "writes": ["run/report*"]},
     "card": {"argv": ["run/student-tuned"], "writes": CARD[1:]},
@@ -584,6 +585,12 @@ def readers() -> list[Reader]:
                 *of("run/teacher"),
             ],
             ["out/*"],
+        ),
+        Reader(
+            "edgedit bank",
+            [("edgedit", ["bank", "run"]), ("edgedit", ["bank", "run", "--json"])],
+            ["run"],
+            ["run/bank/index.json", "run/latency/table.json"],
         ),
         Reader(
             "edgedit info",

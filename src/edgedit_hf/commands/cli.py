@@ -1,5 +1,5 @@
-"""`edgedit`: look at models, convert foreign checkpoints, get the recipes, start a run, choose another point of its
-front, write its report, fetch from the Hub.
+"""`edgedit`: look at models and banks, convert foreign checkpoints, get the recipes, start a run, choose another point
+of its front, write its report, fetch from the Hub.
 
 Exit codes: 0 done, 2 a clear message about the input (one line on stderr), 130 and 143 interrupted, 70 our fault
 ([`entry`]).
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..entry import guard
-from . import card, convert, info, init, pull, push, recipes, report, select, train
+from . import bank, card, convert, info, init, pull, push, recipes, report, select, train
 
-COMMANDS = (info, convert, init, recipes, train, select, report, card, push, pull)
+COMMANDS = (info, convert, init, recipes, train, bank, select, report, card, push, pull)
 
 
 def build_parser() -> argparse.ArgumentParser:
