@@ -267,6 +267,13 @@ def test_select_another_point(recipes, clone, tmp_path):
     assert "latency_ms" in failing(recipes, [*command[:-1], "1e-9"], tmp_path)
 
 
+def test_list_the_choices_of_a_bank(recipes, clone, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "edgedit").symlink_to(clone / "runs" / "demo")
+    said = recipes.shell(shlex.split(find(recipes, "edgedit bank")), tmp_path)
+    assert "02-03/both" in said and "saved ms" in said
+
+
 def failing(recipes, command: list[str], cwd: Path) -> str:
     environment = {**recipes.environment(), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)

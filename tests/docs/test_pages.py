@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from edgedit_hf.menu_space import MENU_KEYS, MenuSpace
+from edgedit_hf.run.config import load_config
 from edgedit_hf.run.stage import TEXT_TO_IMAGE
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +125,17 @@ def test_the_page_about_the_inside_has_every_room_in_import_order():
     for node in ast.parse(text_of("tests/test_imports.py")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ORDER":
             assert named == [name for name in ast.literal_eval(node.value) if name in there]
+
+
+def test_the_menu_of_the_page_is_one_with_every_kind_of_choice():
+    (block,) = re.findall(r"^```yaml\n(bank:.*?)^```", text_of("docs/bank.md"), flags=re.DOTALL | re.MULTILINE)
+    menu = yaml.safe_load(block)["bank"]["menu"]
+    assert load_config(ROOT / "training/recipes/imagenet256-edgedit1.yaml", [f"bank.menu={menu}"]).bank.menu == menu
+    space = MenuSpace(28, 1152, 16, menu=menu)
+    assert {key for entry in menu for key in entry} == set(MENU_KEYS)
+    assert {choice.merge for choice in space.choices} == {1, 2, 3}
+    for name in re.findall(r"`((?:attn|heads|static|rank|tokens)[\w-]*)`", text_of("docs/bank.md")):
+        assert name in space.options, name
 
 
 def test_the_page_of_text_to_image_lists_its_stages():

@@ -40,7 +40,9 @@ def test_defaults_are_not_shared_between_runs(load):
     assert load("").export.dtypes == ["fp32", "int8"]
 
 
-@pytest.mark.parametrize("name", ["debug.yaml", "debug-quantize.yaml", "digits.yaml", "imagenet256-edgedit1.yaml"])
+@pytest.mark.parametrize(
+    "name", ["debug.yaml", "debug-menu.yaml", "debug-quantize.yaml", "digits.yaml", "imagenet256-edgedit1.yaml"]
+)
 def test_the_shipped_recipes_are_valid(repository, name):
     assert load_config(repository / "training" / "recipes" / name) != RunConfig()
 
@@ -119,6 +121,11 @@ def test_sections_and_folders(load):
         ("search: {initial: 9, evaluations: 8}", "search.initial 9 exceeds search.evaluations 8"),
         ("export: {dtypes: [fp32, int3]}", "export.dtypes holds 'int3'; it may hold fp32, int8"),
         ("export: {executorch: [int3]}", "export.executorch holds 'int3'; it may hold fp32, int8, int4"),
+        ("bank: {menu: mlp2}", r"bank.menu is 'mlp2' \(str\); it must be list of keys and values or null"),
+        ("bank: {menu: []}", "bank.menu has 0 entries; it must have at least 1"),
+        ("bank: {menu: [{merge: 4}]}", r"bank.menu\[0\].merge is 4; it must be at most 3"),
+        ("bank: {menu: [{mlp_ration: 2}]}", r"section bank: menu\[0\] is .*; did you mean 'mlp_ratio'"),
+        ("bank: {menu: [{num_heads: 3}]}", "section bank: menu.*attention_dim 128 is not .* num_heads 3"),
         ("latency: {precision: int4}", "latency.precision int4 needs latency.runtime executorch"),
         ("quantize: {budget_bits: 3.9}", "quantize.budget_bits is 3.9; it must be at least 4"),
         ("quantize: {budget_bits: 8.5}", "quantize.budget_bits is 8.5; it must be at most 8"),
@@ -373,6 +380,7 @@ def test_anchors_and_dates_that_are_meant_are_read(load):
     "name",
     [
         "debug.yaml",
+        "debug-menu.yaml",
         "debug-t2i.yaml",
         "digits-t2i.yaml",
         "digits-few-step.yaml",
@@ -416,3 +424,9 @@ def test_what_a_choice_makes_useless_is_said_not_refused(load):
         "text.encoder and text.encoder_2 makes text.steps of no use"
     ]
     assert unused(load("text: {encoder: a/b, steps: 3}")) == []
+
+
+def test_a_menu_makes_the_papers_sizes_of_no_use(load):
+    config = load("bank: {menu: [{mlp_ratio: 2}, {merge: 3, modulation_rank: 0}], both_steps: 3}")
+    assert unused(config) == ["bank.menu makes bank.both_steps of no use"]
+    assert config.section("bank")["bank"]["menu"] == [{"mlp_ratio": 2}, {"merge": 3, "modulation_rank": 0}]
