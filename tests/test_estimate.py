@@ -13,10 +13,11 @@ from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.distill.teacher import new_pipeline
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.estimate import estimate, print_estimate, print_text_to_image_estimate
+from edgedit_hf.menu_space import MenuSpace
 from edgedit_hf.run.config import RunConfig, load_config
 from edgedit_hf.run.cost import Machine
 from edgedit_hf.run.stage import EDGEDIT
-from edgedit_hf.search_space import SearchSpace, model_cost
+from edgedit_hf.search_space import SearchSpace, layer_cost, model_cost
 
 STAGES = [stage.name for stage in EDGEDIT if not stage.only]
 SMALL = "teacher={hidden_size: 32, num_layers: 4, num_heads: 2}"
@@ -62,6 +63,18 @@ def test_sizes_are_those_of_the_files(configured, make_transformer, tmp_path):
         bank.write_proxy(layer, bank.new_block(layer), {})
     written = sum(path.stat().st_size for path in (tmp_path / "bank").glob("*.safetensors"))
     assert rows["bank"].disk == pytest.approx(written, rel=0.1)
+
+
+def test_a_menu_costs_what_its_own_choices_do(configured, repository):
+    menu = load_config(repository / "training" / "recipes" / "debug-menu.yaml").bank.menu
+    space = MenuSpace(4, 32, 2, menu=menu)
+    weights = [layer_cost(32, layer.shape, 16).weights for layer in space.proxies()]
+    rows, paper = counted(configured(f"bank.menu={menu}")), counted(configured())
+    assert rows["bank"].disk == 4 * sum(weights)
+    timed = {layer.shape.timed for layer in space.replacements()}
+    assert rows["latency"].seconds - 10 == pytest.approx((paper["latency"].seconds - 10) * len(timed) / 4)
+    fewer = counted(configured(f"bank.menu={menu[:4]}"))
+    assert fewer["bank"].seconds < rows["bank"].seconds and fewer["bank"].disk < rows["bank"].disk
 
 
 def test_few_steps_cost_what_the_named_student_does(configured, tmp_path):

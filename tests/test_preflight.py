@@ -39,6 +39,7 @@ def images(folder: Path, size: int = 8) -> Path:
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_recipes_that_work_pass_and_a_dry_run_writes_nothing(tmp_path, dry_run):
     assert preflight(config(tmp_path / "run"), EDGEDIT, dry_run=dry_run) == []
+    assert preflight(config(tmp_path / "menu", recipe="debug-menu.yaml"), EDGEDIT, dry_run=dry_run) == []
     assert preflight(config(tmp_path / "t2i", recipe="debug-t2i.yaml"), TEXT_TO_IMAGE, dry_run=dry_run) == []
     assert (tmp_path / "run").exists() is not dry_run
 
@@ -81,6 +82,7 @@ def test_what_is_not_here_is_noted(tmp_path):
         (["student.genotype=no.json"], "student.genotype names 'no.json'"),
         (["bank.only=[nobody]"], "bank.only names 'nobody'"),
         (["teacher.patch_size=3"], "teacher.patch_size 3"),
+        (["bank.menu=[{token_merge: 2}]", "teacher.patch_size=8"], "'tokens2' has token_merge 2, .* 1 × 1"),
         (["card.repo_id=no spaces/allowed"], "card.repo_id is 'no spaces/allowed'"),
         (["card.license=''"], "card.license is ''"),
         (["few_step.enabled=true", "few_step.batch_size=31"], "few_step.batch_size 31 is not a multiple"),
