@@ -204,6 +204,35 @@ class FrontFigures(Front):
 
 
 @dataclass(kw_only=True)
+class Ranked:
+    """A genotype of the ranking study."""
+
+    group: int = key(minimum=0, maximum=10**4)
+    kind: str = key(choices=("best", "random", "worst"))
+    latency_ms: float = key(**MS)
+    objectives: dict[str, float] = key(minimum=-FIGURE, maximum=FIGURE, items=10**4)
+    quality: dict[str, list[float]] = key(minimum=0.0, maximum=FIGURE, items=10)
+
+
+@dataclass(kw_only=True)
+class Ranking:
+    """ranking/ranking.json."""
+
+    seed: int = key(minimum=0, maximum=2**63)
+    steps: int = key(minimum=1, maximum=COUNT)
+    early_steps: int = key(minimum=1, maximum=COUNT)
+    samples: int = key(minimum=1, maximum=COUNT)
+    search_samples: int = key(minimum=1, maximum=COUNT)
+    held_out: int = key(minimum=1, maximum=COUNT)
+    edges: list[float] = key(minimum=0.0, maximum=1000.0, items=1000)
+    extractor: str = key()
+    genotypes: list[Ranked] = key(items=10**4, fewest=2)
+    correlations: dict[str, dict[str, dict[str, list[float | None]]]] = key(
+        minimum=-2.0, maximum=2.0, items=10**4, fewest=1
+    )
+
+
+@dataclass(kw_only=True)
 class GivenChoice:
     """student/choice.json of any student."""
 

@@ -15,7 +15,13 @@ from edgedit_hf.data.images import load_images
 from edgedit_hf.diffusion import Diffusion, draws, make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.pipelines.sampling import generate
-from edgedit_hf.search.objectives import HELD_OUT_STREAM, HeldOutLosses, StudentQuality, summed_proxy_loss
+from edgedit_hf.search.objectives import (
+    HELD_OUT_STREAM,
+    HeldOutLosses,
+    StudentLoss,
+    StudentQuality,
+    summed_proxy_loss,
+)
 
 EXTRACTOR = SimpleNamespace(features=lambda images: images.flatten(1)[:, ::16].double())
 SAMPLING = {"steps": 2, "guidance_scale": 1.5, "seed": 7, "batch_size": 5}
@@ -133,3 +139,17 @@ def test_proxy_losses_add_up_over_the_layers_that_a_proxy_replaces(judged):
     del bank.entries["01/both"]
     with pytest.raises(EdgeDiTError, match="has no proxy '01/both', whose loss is asked for"):
         summed_proxy_loss(bank, apart)
+
+
+def test_a_loss_as_an_objective_is_above_zero_for_the_teacher_too(judged):
+    _, bank, _ = judged
+    images = load_images("digits", "validation")
+    sizes = {"samples": 4, "buckets": 2, "seed": 0, "batch_size": 4, "device": torch.device("cpu")}
+    losses = HeldOutLosses(bank.teacher, images, **sizes)
+    denoising, error = (StudentLoss(bank, losses, name) for name in ("denoising", "output_error"))
+    original, reduced = (bank.space.from_code((code,)) for code in (0, 15))
+    assert error(original) == denoising(original) > 0
+    found = losses.scores(bank.assemble(reduced))
+    assert denoising(reduced) == found["denoising"][0].value
+    assert error(reduced) == denoising(original) + found["output_error"][0].value > error(original)
+    assert error.score(bank.assemble(reduced)).error == found["output_error"][0].error > 0

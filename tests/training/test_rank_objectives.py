@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.report.edgedit import write_report
 from edgedit_hf.search.judging import spread
 
 OBJECTIVES = [
@@ -103,3 +105,19 @@ def test_what_is_noise_of_measuring_is_no_spread():
     assert spread([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]) == 1.0
     assert spread([[1.0, 0.5], [2.0, 0.5], [3.0, 0.5]]) == pytest.approx(0.75)
     assert spread([[1.0, 5.0], [1.1, 5.0]]) == spread([[1.0, 0.0], [1.0, 0.0]]) == 0.0
+
+
+@pytest.mark.slow
+def test_the_report_shows_it_and_refuses_what_another_bank_gave(debug_run, study, tmp_path):
+    folder, _ = study
+    run = shutil.copytree(debug_run, tmp_path / "run")
+    shutil.copytree(folder / "ranking", run / "ranking")
+    page = write_report(run).read_text()
+    assert "What foretells the quality after tuning" in page and "ρ given latency" in page
+    report = json.loads((run / "report.json").read_text())
+    assert report["ranking"] == json.loads((folder / "ranking" / "ranking.json").read_text())
+    assert report["seconds"]["ranking"] > 0 and (run / "report" / "ranking.png").stat().st_size > 10_000
+    index = json.loads((run / "bank" / "index.json").read_text())
+    (run / "bank" / "index.json").write_text(json.dumps(index))  # other bytes
+    with pytest.raises(EdgeDiTError, match="was made from another"):
+        write_report(run)

@@ -27,6 +27,7 @@ from ..records import (
     GivenChoice,
     Latency,
     Model,
+    Ranking,
     Reference,
     SearchState,
     StageRecord,
@@ -35,11 +36,12 @@ from ..records import (
 )
 from ..run.config import RunConfig, refuse_renamed
 from ..run.results import check_sources, pipeline_weights_hash
-from ..run.stage import BANK, EDGEDIT, EVALUATE, SEARCH, STUDENT, Stage, maker_of
+from ..run.stage import BANK, EDGEDIT, EVALUATE, RANK, SEARCH, STUDENT, Stage, maker_of
 from ..schema import read_record
 from ..search_space import OPTIONS, SearchSpace
 from .few_step import TUNED, draw_few_step_figures, few_step_facts, few_step_ratios, few_step_table, on_the_way
 from .page import Figure, optional_record, render_html
+from .ranking import ranking_caption, ranking_rows
 from .tables import MODEL_LABELS, latency_label, metric_label
 
 FORMAT = 1
@@ -56,8 +58,8 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
         `models` (a list; see the keys of evaluate/<name>.json), `versions`, `seed`, `seconds` per stage, `search`,
-        `bank`, `genotype`, `ratios`, `reproduce`; and `reference`, `latency`, `exported`, `curves`, `few_step` if the
-        run has them (without a search no `search`).
+        `bank`, `genotype`, `ratios`, `reproduce`; and `reference`, `latency`, `exported`, `curves`, `few_step`,
+        `ranking` if the run has them (without a search no `search`).
 
     Raises:
         EdgeDiTError: a needed file is missing (the stage that writes it is named) or damaged.
@@ -68,7 +70,7 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     index = read_record(run_dir / "bank" / "index.json", BankFigures, BANK.made_by)
     given = _given(run_dir)
     choice = read_record(run_dir / "student" / "choice.json", GivenChoice if given else Choice, STUDENT.made_by)
-    stages = finished_stages(run_dir, EDGEDIT)
+    stages = finished_stages(run_dir, (*EDGEDIT, RANK))
     models = _models(run_dir)
     check_judged(run_dir, models, EVALUATE.made_by)
     run = RunConfig(output_dir=str(run_dir))
@@ -107,6 +109,7 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
         },
         "curves": optional_record(run_dir / "evaluate" / "curves.json", dict[str, Curve]),
         "few_step": few_step_facts(run_dir, models),
+        "ranking": optional_record(run_dir / "ranking" / "ranking.json", Ranking) if "ranking" in stages else None,
     }
     if uneven := [
         name for name, curve in (optional["curves"] or {}).items() if len(curve["steps"]) != len(curve["values"])
@@ -402,6 +405,14 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
 
     if search is not None:
         figures += _search_figures(folder, search)
+    if report.get("ranking"):
+        plots.ranking_plot(folder / "ranking.png", report["ranking"])
+        add(
+            "ranking",
+            "What foretells the quality after tuning",
+            "Scatter plots of the distance after tuning against six objectives that are known before it.",
+            f"{ranking_caption(report['ranking'], 'distance')} The whole table is in ranking/table.md.",
+        )
     plots.proxy_loss_plot(folder / "proxies.png", report["bank"]["entries"])
     add(
         "proxies",
@@ -502,6 +513,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         render_html(
             *("report.html.jinja", report, figures, headlines(report), run_dir / "report"),
             few_step_table(report["models"]),
+            ranking_rows(report["ranking"], "distance") if "ranking" in report else ([], []),
         ),
     )
     return run_dir / "report.html"

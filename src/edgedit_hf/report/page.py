@@ -34,11 +34,13 @@ def render_html(
     headlines: Sequence[tuple[str, str]],
     folder: Path,
     few_steps: tuple[list[str], list[list[str]]] = ([], []),
+    ranking: tuple[list[str], list[list[str]]] = ([], []),
 ) -> str:
     """A page of hub_cards/ with the figures of `folder` embedded.
 
     Args:
         headlines: (figure, what it is) for its top. few_steps: header and rows of the table from many steps to few.
+        ranking: those of the table of rank correlations.
     """
     import jinja2
 
@@ -59,6 +61,7 @@ def render_html(
         rows=rows,
         chosen=MODEL_LABELS[chosen],
         few_steps=few_steps,
+        ranking=ranking,
         headlines=headlines,
         pictures=pictures,
     )

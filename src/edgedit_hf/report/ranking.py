@@ -28,31 +28,39 @@ NAMES = {
 
 def ranking_table(ranking: Mapping[str, Any]) -> str:
     """Markdown: a table for each quality after the tuning."""
-    rows, lines = ranking["genotypes"], []
-    groups = [row["group"] for row in rows]
-    for name, figures in ranking["correlations"].items():
-        measured = [row["quality"][name] for row in rows]
-        lines += [
-            f"Rank correlation with the {quality_label(ranking, name)} after {ranking['steps']} tuning steps: "
-            f"{len(rows)} genotypes, seed {ranking['seed']}; in brackets 95 % intervals of a bootstrap over "
-            f"genotypes. Within groups: {pairs_within(groups)} pairs of similar latency. Lead: of ρ given latency over "
-            f"that of the distance as assembled ({ranking['search_samples']} images). {spread(measured):.0%} of the "
-            "variance after the tuning is not noise of measuring it.",
-            "",
-            f"| objective | {' | '.join(COLUMNS.values())} |",
-            f"|---|{'---|' * len(COLUMNS)}",
-        ]
-        for objective, found in figures.items():
-            cells = [_cell(found[column]) for column in COLUMNS]
-            lines.append(f"| {markdown(objective_label(ranking, objective))} | {' | '.join(cells)} |")
-        lines.append("")
+    lines = []
+    for name in ranking["correlations"]:
+        header, rows = ranking_rows(ranking, name)
+        lines += [markdown(ranking_caption(ranking, name)), "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+        lines += [f"| {' | '.join([markdown(row[0]), *row[1:]])} |" for row in rows] + [""]
     return "\n".join(lines)
+
+
+def ranking_rows(ranking: Mapping[str, Any], name: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table for one quality after the tuning, in plain text."""
+    found = ranking["correlations"][name].items()
+    rows = [[objective_label(ranking, one), *(_cell(figures[key]) for key in COLUMNS)] for one, figures in found]
+    return ["objective", *COLUMNS.values()], rows
+
+
+def ranking_caption(ranking: Mapping[str, Any], name: str) -> str:
+    """What the figures of a table are, in plain text."""
+    rows = ranking["genotypes"]
+    pairs = pairs_within([row["group"] for row in rows])
+    return (
+        f"Rank correlation with the {quality_label(ranking, name)} after {ranking['steps']} tuning steps, of "
+        f"{len(rows)} genotypes, seed {ranking['seed']}; in brackets 95 % intervals of a bootstrap over genotypes. "
+        f"Within groups: {pairs} pairs of similar latency. Lead: of ρ given latency over that of the distance as "
+        f"assembled ({ranking['search_samples']} images). "
+        f"{spread([row['quality'][name] for row in rows]):.0%} of the variance after the tuning is not noise of "
+        "measuring it."
+    )
 
 
 def quality_label(ranking: Mapping[str, Any], name: str) -> str:
     """What genotypes are ranked by after their tuning, in words."""
     if name == "distance":
-        return f"Fréchet distance ({markdown(ranking['extractor'])}, {ranking['samples']} images)"
+        return f"Fréchet distance ({ranking['extractor']}, {ranking['samples']} images)"
     return f"denoising loss ({ranking['held_out']} held-out images a bucket)"
 
 

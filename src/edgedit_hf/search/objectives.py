@@ -175,6 +175,27 @@ class HeldOutLosses:
         return found
 
 
+class StudentLoss:
+    """One of [`LOSSES`] of a genotype's student as the objective of a search, in the place of [`StudentQuality`].
+
+    The output error counts from the teacher's own denoising loss on, so that it is above 0 for the teacher too: it is
+    what the student's denoising loss would be if no network predicted better than the teacher, with far less noise.
+    """
+
+    def __init__(self, bank: ProxyBank, losses: HeldOutLosses, name: str) -> None:
+        self.bank, self.losses, self.name = bank, losses, name
+        self.offset = losses.scores(bank.teacher)["denoising"][0].value if name == "output_error" else 0.0
+
+    def score(self, student: EdgeDiTTransformer2DModel) -> Score:
+        """A network's loss, with its standard error."""
+        value, error = self.losses.scores(student)[self.name][0]
+        return Score(self.offset + value, error)
+
+    def __call__(self, genotype: Genotype) -> float:
+        """The loss; deterministic for a bank, a seed and a thread count."""
+        return self.score(self.bank.assemble(genotype)).value
+
+
 def summed_proxy_loss(bank: ProxyBank, genotype: Genotype) -> float:
     """Sum of the held-out, normalised losses of the proxies that a genotype's student is assembled from."""
     if missing := bank.missing(genotype):
