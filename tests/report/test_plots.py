@@ -7,6 +7,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.menu_space import MenuSpace
 from edgedit_hf.report import plots
 from edgedit_hf.search_space import OPTIONS, SearchSpace
 
@@ -52,6 +53,42 @@ def test_a_search_shows_its_front_its_choice_and_the_teacher(drawn):
     assert picture.colour(1.5, 9.0) == picture.colour(2.0, 7.5) == picture.colour(3.5, 5.0) == plots.BLUE
     assert picture.colour(1.5, 5.0) != plots.BLUE != picture.colour(1.0, 7.5)
     assert {"random search", "Pareto front", "teacher", "chosen"} < set(picture.legend())
+
+
+def test_a_search_shows_students_that_have_a_name(drawn):
+    points = [(9.0, 1.0), (5.0, 2.0), (4.0, 4.0)]
+    named = {"EdgeDiT-1": (7.0, 3.0), "EdgeDiT-6": (None, 3.5)}
+    picture = drawn(plots.pareto_plot, points, chosen=points[1], teacher=(3.0, 6.0), named=named)
+    assert picture.colour(3.0, 7.0) == plots.GREEN
+    up = [picture.colour(3.5, y) for y in np.linspace(6, 8.9, 200)]
+    assert plots.PURPLE in up and WHITE in up  # dashed: where it stands is known, how high is not
+    assert {"EdgeDiT-1", "EdgeDiT-6 (not evaluated)"} < set(picture.legend())
+
+
+def test_several_runs_of_a_search_are_a_mean_in_a_band(drawn):
+    traces = {"ours": [[1.0, 2.0, 4.0], [1.0, 4.0, 5.0]], "greedy": [1.0, 1.5, 2.0]}
+    picture = drawn(plots.hypervolume_plot, traces, whole=6.0)
+    assert picture.colour(3.25, 4.5) == plots.BLUE  # the mean
+    light = picture.colour(3.25, 4.2)
+    assert light not in (WHITE, plots.BLUE) and light == picture.colour(2.6, 2.4) and picture.colour(3.25, 3.8) == WHITE
+    assert picture.colour(3.25, 2.0) != WHITE and "true front" in picture.legend()
+    assert picture.figure.axes[0].get_ylim()[1] > 6.0
+
+
+def test_a_network_stands_at_what_it_was_predicted_and_measured(drawn):
+    networks = [
+        {"predicted_ms": 20.0, "measured_ms": 25.0, "iqr_ms": 10.0},
+        {"predicted_ms": 50.0, "measured_ms": 50.0, "iqr_ms": 1.0},
+    ]
+    picture = drawn(plots.latency_plot, networks)
+    assert picture.colour(25.0, 20.0) == picture.colour(50.0, 50.0) == plots.BLUE
+    assert picture.colour(21.0, 20.0) == picture.colour(29.0, 20.0) == plots.SKY  # half its IQR to either side
+    assert picture.colour(31.0, 20.0) != plots.SKY
+    assert picture.figure.axes[0].get_title() == "2 whole networks: mean error 10.0%, largest 20.0%"
+    shade = picture.colour(41.0, 43.0)
+    assert shade not in (WHITE, plots.GREY) and picture.colour(41.0, 46.0) == WHITE  # 8 % of 41 ms
+    bare = drawn(plots.latency_plot, [{k: v for k, v in n.items() if k != "iqr_ms"} for n in networks])
+    assert bare.colour(21.0, 20.0) != plots.SKY and "network" in bare.legend()
 
 
 def test_a_hypervolume_stands_as_high_as_it_is(drawn):
@@ -121,6 +158,66 @@ def test_a_genotype_is_a_cell_a_layer_in_the_colour_of_its_option(drawn, num_lay
     assert all(picture.colour(number + 0.2, 1.25) == "#E3E6EA" for number in range(num_layers))
     assert picture.texts()[:num_layers] == [str(number) for number in range(num_layers)]
     assert len(picture.texts()) == num_layers + len(genotype.layers)
+
+
+def row_colour(picture, row: int, rows: int, place: float) -> str:
+    return picture.colour(place, rows - 1 - row + 0.15)
+
+
+@pytest.mark.parametrize("num_layers", [5, 28])
+def test_a_front_is_a_row_a_student_and_a_colour_an_option(drawn, num_layers):
+    space, rng = SearchSpace(num_layers, 128, 4), np.random.default_rng(0)
+    points = [(space.decode(rng.random(num_layers)), 9.0 - i, 3.0 + i) for i in range(4)]
+    picture = drawn(plots.front_strips, points[::-1], space, chosen=points[2][0])
+    for row, (genotype, *_) in enumerate(points):  # fastest first
+        for layer in genotype.layers:
+            colour = plots.OPTION_COLOURS[space.option_of(layer)]
+            assert all(row_colour(picture, row, 4, place + 0.25) == colour for place in layer.source)
+            if len(layer.source) > 1:  # one cell: no gap in its middle
+                assert row_colour(picture, row, 4, layer.source[-1]) == colour
+    texts = picture.texts()
+    assert [text for text in texts if "ms" in text] == ["3.000 ms", "4.000 ms", "★ 5.000 ms", "6.000 ms"]
+    assert set(picture.legend()) <= set(plots.OPTION_LABELS.values())
+
+
+def test_a_long_front_keeps_its_ends_and_the_chosen_one(drawn):
+    space = SearchSpace(6, 128, 4)
+    points = [(genotype, 100.0 - i, 1.0 + i) for i, genotype in zip(range(60), space.all())]
+    picture = drawn(plots.front_strips, points, space, chosen=points[7][0], most=10)
+    rows = [text for text in picture.texts() if "ms" in text]
+    assert len(rows) in (10, 11) and rows[0] == "1.00 ms" and rows[-1] == "60.00 ms" and "★ 8.00 ms" in rows
+
+
+def test_the_many_options_of_a_menu_are_told_apart(drawn):
+    menu = [{"mlp_ratio": r} for r in (1.0, 2.0, 3.0)] + [{"attention_dim": a} for a in (32, 64)]
+    menu += [{"num_heads": 8}, {"num_heads": 2}, {"modulation_rank": 0}, {"modulation_rank": 16}, {"token_merge": 2}]
+    menu += [
+        {"attention_dim": 64, "mlp_ratio": 2.0, "modulation_rank": 0},
+        {"merge": 3},
+        {"merge": 2, "mlp_ratio": 2.0},
+    ]
+    space, rng = MenuSpace(28, 128, 4, 4.0, menu), np.random.default_rng(0)
+    points = [(space.decode(rng.random(28)), 9.0 - i, 3.0 + i) for i in range(6)]
+    picture = drawn(plots.front_strips, points, space)
+    used = {space.option_of(layer) for genotype, *_ in points for layer in genotype.layers}
+    legend = dict(text.replace("\n", " ").split(": ") for text in picture.legend())
+    assert len(used) == len(legend) == 12 and legend["1"] == "original size"
+    numbers = {label: number for number, label in legend.items()}
+    wanted = [
+        numbers[plots.option_label(space.option_of(layer))] for genotype, *_ in points for layer in genotype.layers
+    ]
+    assert [text for text in picture.texts() if text.isdigit()] == wanted
+    assert len(set(plots.option_looks(used).values())) == 12
+    assert plots.option_label("attn64-mlp2-static") == "attention 64, MLP ratio 2, static modulation"
+    assert plots.option_label("heads8-rank16-tokens2") == "8 heads, modulation rank 16, 2 × 2 tokens"
+    assert plots.option_label("both") == "both narrow"
+    drawn(plots.genotype_strip, points[0][0], space)
+    entries = {
+        str(i): {"source": layer.source, "option": space.option_of(layer), "loss_before": 0.2, "loss_after": 0.1}
+        for i, layer in enumerate(space.proxies())
+    }
+    picture = drawn(plots.proxy_loss_plot, entries)
+    assert [axes.get_xlabel() for axes in picture.figure.axes] == [plots.MERGED_NAMES[n] for n in (1, 2, 3)]
 
 
 def brightness(colour: str) -> float:

@@ -14,10 +14,11 @@ import yaml
 
 from ..errors import EdgeDiTError
 from ..export.formats import FORMATS
+from ..genotype import LayerSpec
 from ..hub import is_name, parse_name
 from ..markup import MARKUP, quoted
 from ..schema import shorten
-from ..search_space import OPTIONS, SearchSpace
+from ..search_space import SearchSpace
 from .few_step import few_step_widths_table
 from .subject import Subject
 from .tables import comparison_table, guidance_in_words, latency_label, metric_label, scaled
@@ -170,13 +171,15 @@ def _widths_table(subject: Subject) -> tuple[list[str], list[list[str]]]:
 
 
 def _bank_table(subject: Subject) -> tuple[list[str], list[list[str]]]:
-    groups: dict[tuple[bool, str], list[Mapping[str, Any]]] = {}
+    from .plots import option_order
+
+    groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for entry in subject.config["entries"].values():
-        groups.setdefault((len(entry["source"]) > 1, entry["option"]), []).append(entry)
+        groups.setdefault((len(entry["source"]), entry["option"]), []).append(entry)
     rows = []
-    for (merged, option), group in sorted(groups.items(), key=lambda item: (item[0][0], OPTIONS.index(item[0][1]))):
+    for (length, option), group in sorted(groups.items(), key=lambda item: (item[0][0], option_order(item[0][1]))):
         before, after = (statistics.median(e[f"loss_{when}"] for e in group) for when in ("before", "after"))
-        what = f"{option}, in the place of {'two layers' if merged else 'one layer'}"
+        what = f"{option}, in the place of {('one layer', 'two layers', 'three layers')[length - 1]}"
         rows.append([what, str(len(group)), f"{before:.3g}", f"{after:.3g}"])
     return ["proxy", "number", "median loss at the start", "distilled"], rows
 
@@ -277,28 +280,28 @@ def _shell(text: str) -> str:
 
 
 def _code(subject: Subject) -> list[int]:
-    """The student of the run, or the first one whose proxies are all there, as a code of the search space."""
+    """The student of the run, or the smallest whose proxies are all there, as a code of the search space."""
+    from ..genotype import Genotype
+
     space, held = SearchSpace.from_dict(subject.config["space"]), subject.config["entries"]
     chosen = (subject.report or {}).get("genotype")
     if chosen is not None:
-        from ..genotype import Genotype
-
         try:
             return list(space.code(Genotype.from_layers(chosen["layers"], space.hidden_size)))
         except EdgeDiTError:  # of another run
             pass
 
-    def there(first: int, pair: bool, code: int) -> bool:
-        sources = [((first, first + 1), code - 16)] if code >= 16 else [((first,), code // 4), ((first + 1,), code % 4)]
-        sources = sources if pair else [((first,), code)]
-        names = [("-".join(f"{n:02}" for n in at), OPTIONS[option], len(at)) for at, option in sources]
-        return all(f"{at}/{option}" in held for at, option, count in names if count > 1 or option != "original")
-
-    found = []
-    for number, codes in enumerate(space.allowed):
-        pair = number < space.num_pairs
-        found.append(next((code for code in reversed(codes) if there(2 * number, pair, code)), 0))
-    return found
+    own = Genotype.original(space.num_layers, space.hidden_size, space.num_heads, space.mlp_ratio).layers
+    layers: list[LayerSpec] = []
+    there = [
+        layer
+        for layer in space.replacements()
+        if layer in own or f"{'-'.join(f'{n:02}' for n in layer.source)}/{space.option_of(layer)}" in held
+    ]
+    while (at := layers[-1].source[-1] + 1 if layers else 0) < space.num_layers:
+        fitting = [layer for layer in there if layer.source[0] == at]
+        layers.append(max(reversed(fitting), key=lambda layer: len(layer.source), default=own[at]))
+    return list(space.code(Genotype(tuple(layers), space.hidden_size)))
 
 
 # -------------------------------------------------------------------- licence

@@ -12,7 +12,7 @@ from ..errors import EdgeDiTError
 from ..genotype import Genotype
 from ..run.stage import EVALUATE, EVALUATE_ELASTIC, EVALUATE_FEW_STEP
 from ..search_space import SearchSpace
-from .edgedit import draw_pareto
+from .edgedit import draw_front, draw_pareto
 from .subject import Subject
 
 FOLDER = "card"
@@ -47,6 +47,11 @@ def pictures_of(subject: Subject) -> dict[str, Picture]:
         search = report["search"]
         alt = f"Scatter plot of {len(search['points'])} searched students: distance against latency, with their front"
         add("pareto.png", alt, lambda path: draw_pareto(path, search))
+        space_searched = SearchSpace.from_dict(report["bank"]["space"])
+        alt = (
+            f"What each of the {space_searched.num_layers} teacher layers became in the front's students, fastest first"
+        )
+        add("front.png", alt, lambda path: draw_front(path, search, space_searched))
     if subject.family == "elastic":
         for name, (alt, draw) in _captioned(subject).items():
             add(name, alt, draw)

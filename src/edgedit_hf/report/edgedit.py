@@ -6,6 +6,7 @@ out; a file without which there is no report is an error that names the stage to
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import statistics
@@ -15,7 +16,7 @@ from typing import Any
 
 from ..errors import EdgeDiTError
 from ..files import atomic_write_json, atomic_write_text
-from ..genotype import Genotype
+from ..genotype import Genotype, LayerSpec
 from ..hub import SCHEME
 from ..records import (
     Asked,
@@ -38,7 +39,8 @@ from ..run.config import RunConfig, refuse_renamed
 from ..run.results import check_sources, pipeline_weights_hash
 from ..run.stage import BANK, EDGEDIT, EVALUATE, RANK, SEARCH, STUDENT, Stage, maker_of
 from ..schema import read_record
-from ..search_space import OPTIONS, SearchSpace
+from ..search.latency_table import LatencyTable
+from ..search_space import SearchSpace, default_attention_dim
 from .few_step import TUNED, draw_few_step_figures, few_step_facts, few_step_ratios, few_step_table, on_the_way
 from .page import Figure, optional_record, render_html
 from .ranking import ranking_caption, ranking_rows
@@ -202,6 +204,7 @@ def _search(run_dir: Path, choice: Mapping[str, Any]) -> tuple[dict[str, Any], i
         **{k: front[k] for k in ("front", "reference", "reference_rule", "evaluations", "hypervolume", "teacher")},
         "random_hypervolume": front.get("random_hypervolume"),
         "points": _points(run_dir, "merge.json", "state.json"),
+        "named": _named(run_dir),
         "random_points": _points(run_dir, "random.json"),
         "chosen": choice,
     }
@@ -212,6 +215,45 @@ def _points(run_dir: Path, *names: str) -> list[list[float]]:
     """[distance, latency_ms] of everything that the named searches evaluated."""
     states = [state for name in names if (state := optional_record(run_dir / "search" / name, SearchState))]
     return [[point["distance"], point["latency_ms"]] for state in states for point in state["told"]]
+
+
+def _named(run_dir: Path) -> dict[str, list[float | None]]:
+    """[distance, latency_ms] of the paper's students, as far as the search's space has them; a distance that the search
+    did not evaluate is `None`.
+    """
+    file = run_dir / "latency" / "table.json"
+    state = optional_record(run_dir / "search" / "state.json", SearchState)
+    if state is None or not file.exists():
+        return {}
+    table = LatencyTable.from_json(file)
+    evaluated = {tuple(point["code"]): point["distance"] for point in state["told"]}
+    return {
+        name: [evaluated.get(table.space.code(genotype)), table.latency_ms(genotype)]
+        for name, genotype in paper_students(table.space).items()
+    }
+
+
+def paper_students(space: SearchSpace) -> dict[str, Genotype]:
+    """EdgeDiT-1 (MLPs of half the size) and EdgeDiT-6 (attention of 4/9 of the width), both with three of fourteen
+    pairs merged, or what they are of another teacher: as great a share of its pairs, around its middle. Those that a
+    space does not have are left out.
+    """
+    pairs = space.num_layers // 2
+    count = max(1, round(pairs * 3 / 14))
+    first = pairs // 2 - pairs // (count + 1) * (count - 1) // 2
+    merged = {2 * (first + place * (pairs // (count + 1))) for place in range(count)} if pairs else set()
+    narrow = default_attention_dim(space.hidden_size, space.num_heads)
+    found = {}
+    for name, attention_dim, mlp_ratio in (
+        ("EdgeDiT-1", space.hidden_size, space.mlp_ratio / 2),
+        ("EdgeDiT-6", narrow, space.mlp_ratio),
+    ):
+        sources = [(i, i + 1) if i in merged else (i,) for i in range(space.num_layers) if i - 1 not in merged]
+        layers = tuple(LayerSpec(source, attention_dim, space.num_heads, mlp_ratio) for source in sources)
+        with contextlib.suppress(EdgeDiTError):
+            space.code(genotype := Genotype(layers, space.hidden_size))
+            found[name if space.num_layers == 28 else f"like {name}"] = genotype
+    return found
 
 
 def _models(run_dir: Path) -> list[dict[str, Any]]:
@@ -253,6 +295,8 @@ def _bank_summary(index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _genotype(choice: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
+    from .plots import option_order
+
     genotype = Genotype.from_layers(choice["genotype"], space.hidden_size)
     used = [space.option_of(layer) for layer in genotype.layers]
     return {
@@ -261,7 +305,7 @@ def _genotype(choice: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
         "num_teacher_layers": genotype.num_teacher_layers,
         "layers": genotype.to_layers(),
         "merged": [list(source) for source in genotype.merged],
-        "options": {option: used.count(option) for option in OPTIONS if option in used},
+        "options": {option: used.count(option) for option in sorted(set(used), key=option_order)},
     }
 
 
@@ -394,17 +438,28 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
 
     student = Genotype.of(genotype)
     plots.genotype_strip(folder / "genotype.png", student, space)
-    options = ", ".join(f"{count} {plots.OPTION_LABELS[option]}" for option, count in genotype["options"].items())
+    options = ", ".join(f"{count} {plots.option_label(option)}" for option, count in genotype["options"].items())
     add(
         "genotype",
         "The student's layers",
         f"Teacher with {genotype['num_teacher_layers']} layers above the student with {len(student.layers)}: "
         f"{options}.",
-        f"{options}. Wide cells replace two teacher layers.",
+        f"{options}. Wide cells replace several teacher layers.",
     )
 
     if search is not None:
-        figures += _search_figures(folder, search)
+        figures += _search_figures(folder, search, space)
+    networks = ((report.get("latency", {}).get("table") or {}).get("prediction") or {}).get("networks")
+    if networks:
+        plots.latency_plot(folder / "latency.png", networks)
+        errors = [abs(n["predicted_ms"] - n["measured_ms"]) / n["measured_ms"] for n in networks]
+        add(
+            "latency",
+            "What the latency table predicts",
+            f"Predicted against measured latency of {len(networks)} whole networks; on average "
+            f"{statistics.mean(errors):.1%} apart, {max(errors):.1%} at most.",
+            "Whole networks that the table was not fitted to. The closer to the line, the better; shaded: within 8 %.",
+        )
     if report.get("ranking"):
         plots.ranking_plot(folder / "ranking.png", report["ranking"])
         add(
@@ -447,11 +502,20 @@ def draw_pareto(path: str | os.PathLike, search: Mapping[str, Any]) -> None:
         (chosen["distance"], chosen["predicted_latency_ms"]),
         whole,
         metric_label(search["metric"]) if "metric" in search else "Fréchet distance",
+        {name: (distance, latency) for name, (distance, latency) in search.get("named", {}).items()},
     )
 
 
-def _search_figures(folder: Path, search: Mapping[str, Any]) -> list[Figure]:
-    """The front, and what the search gained."""
+def draw_front(path: str | os.PathLike, search: Mapping[str, Any], space: SearchSpace) -> None:
+    """Write the picture of what the layers became along a search's front (`search`: of a report)."""
+    from . import plots
+
+    points = [(Genotype.of(point["genotype"]), point["distance"], point["latency_ms"]) for point in search["front"]]
+    plots.front_strips(path, points, space, Genotype.from_layers(search["chosen"]["genotype"], space.hidden_size))
+
+
+def _search_figures(folder: Path, search: Mapping[str, Any], space: SearchSpace) -> list[Figure]:
+    """The front, what its students are, and what the search gained."""
     from . import plots
 
     chosen = search["chosen"]
@@ -460,8 +524,17 @@ def _search_figures(folder: Path, search: Mapping[str, Any]) -> list[Figure]:
         "pareto.png",
         "Quality against latency",
         f"Scatter plot of {len(search['points'])} searched genotypes, their Pareto front of {len(search['front'])} "
-        "points, the teacher and the chosen student.",
+        f"points, the teacher{''.join(f', {name}' for name in search.get('named', {}))} and the chosen student.",
         f"Every point is a student assembled from the bank, not yet tuned. Chosen: {chosen['reason']}.",
+    )
+    draw_front(folder / "front.png", search, space)
+    fastest, *_, best = sorted(search["front"], key=lambda point: point["latency_ms"]) * 2
+    strips = Figure(
+        "front.png",
+        "What the layers become along the front",
+        f"A row for each of the {len(search['front'])} students of the front, fastest first, from "
+        f"{fastest['latency_ms']:.3g} to {best['latency_ms']:.3g} ms; a column a teacher layer, a colour an option.",
+        "Wide cells replace several teacher layers.",
     )
     traces = {"Bayesian search": search["hypervolume"]}
     if search.get("random_hypervolume"):
@@ -475,17 +548,17 @@ def _search_figures(folder: Path, search: Mapping[str, Any]) -> list[Figure]:
         f"Area below the reference point (distance {search['reference'][0]:.3g}, {search['reference'][1]:.3g} ms) that "
         f"the front dominates; in the end: {ends}.",
     )
-    return [pareto, hypervolume]
+    return [pareto, strips, hypervolume]
 
 
 def _starts_in_words(bank: Mapping[str, Any]) -> str:
     """How the starts compare, e.g. "Median loss of narrow MLP: random 1.1, copied weights 0.29, …"."""
-    from .plots import OPTION_LABELS, PROXY_STARTS
+    from .plots import PROXY_STARTS, option_label
 
     parts = []
     for name, losses in bank["median_losses"].items():
         values = [f"{label} {losses[start]:.2g}" for start, (_, _, label) in PROXY_STARTS.items() if start in losses]
-        words = name.removesuffix(name.split()[-1]) + OPTION_LABELS[name.split()[-1]]
+        words = name.removesuffix(name.split()[-1]) + option_label(name.split()[-1])
         parts.append(
             f"{words}: {', '.join(values)}, distilled {losses['after']:.2g}"
             if "after" in losses

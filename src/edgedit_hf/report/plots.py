@@ -5,10 +5,13 @@ Colours are Okabe and Ito's, which stay apart for colour-blind readers; every se
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,8 +31,19 @@ from ..search_space import OPTIONS, SearchSpace
 
 Points = Sequence[Sequence[float]]
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY, BLACK = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #8A8F98 #1A1A1A".split()
-OPTION_COLOURS = dict(zip(OPTIONS, (BLUE, ORANGE, GREEN, PURPLE)))
+SKY, YELLOW = "#56B4E9", "#F0E442"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW, RED, GREY)
+HATCHES = ("", "///", "...", "xxx")  # when the colours are used up
+OPTION_COLOURS = dict(zip(OPTIONS, PALETTE))
 OPTION_LABELS = dict(zip(OPTIONS, ("original size", "narrow MLP", "narrow attention", "both narrow")))
+OPTION_PARTS = {  # of a menu's names
+    "attn": "attention {}",
+    "heads": "{} heads",
+    "mlp": "MLP ratio {}",
+    "static": "static modulation",
+    "rank": "modulation rank {}",
+    "tokens": "{0} × {0} tokens",
+}
 
 # Name in a bank's index → marker, whether it is a start that the bank itself made, words.
 PROXY_STARTS = {
@@ -38,6 +52,7 @@ PROXY_STARTS = {
     "closed_form": ("o", True, "closed form"),
     "combined": ("D", True, "of two trained proxies"),
 }
+MERGED_NAMES = {1: "teacher layer", 2: "merged pair of teacher layers", 3: "merged three teacher layers"}
 LEGEND = {"columnspacing": 1.4, "handletextpad": 0.4}
 
 
@@ -51,12 +66,14 @@ def pareto_plot(
     chosen: Sequence[float] | None = None,
     teacher: Sequence[float] | None = None,
     distance_label: str = "Fréchet distance",
+    named: Mapping[str, tuple[float | None, float]] = MappingProxyType({}),
 ) -> None:
-    """What the search evaluated, its Pareto front, the choice and the teacher.
+    """What the search evaluated, its Pareto front, the choice, the teacher and students that have a name.
 
     Args:
         points, random_points: (distance, latency_ms) of every genotype evaluated by the search and by random search.
         chosen, teacher: (distance, latency_ms) of the student that is built and of the uncompressed model.
+        named: (distance, latency_ms) by name; a distance that nobody evaluated is `None`: a line at the latency alone.
     """
     figure, axes = _figure(7.2, 4.6)
     if len(random_points):
@@ -71,6 +88,12 @@ def pareto_plot(
         axes.scatter(teacher[1], teacher[0], marker="D", s=60, color=BLACK, label="teacher", zorder=5)
     if chosen is not None:
         axes.scatter(chosen[1], chosen[0], marker="*", s=260, color=ORANGE, edgecolor=BLACK, label="chosen", zorder=6)
+    for (name, (distance, latency)), colour, marker in zip(named.items(), (GREEN, PURPLE, RED), "s^v"):
+        if distance is None:
+            label = f"{name} (not evaluated)"
+            axes.axvline(latency, color=colour, linestyle=":" if marker == "s" else "--", linewidth=1.5, label=label)
+        else:
+            axes.scatter(latency, distance, marker=marker, s=60, color=colour, edgecolor=BLACK, label=name, zorder=5)
     axes.set_xlabel("predicted latency (ms)")
     axes.set_ylabel(f"{distance_label}, not yet tuned")
     _log_if_wide(axes, [float(d) for d, _ in points])
@@ -78,27 +101,93 @@ def pareto_plot(
     _save(figure, path)
 
 
-def hypervolume_plot(path: str | os.PathLike, traces: Mapping[str, Sequence[float]], num_initial: int = 0) -> None:
-    """Hypervolume after each evaluation, a line a search; the initial points, which the searches share, are shaded."""
-    figure, axes = _figure(7.2, 3.8)
-    for (label, values), colour, dash in zip(traces.items(), (BLUE, GREY, GREEN), ("-", "--", ":")):
-        x = [*range(1, len(values) + 1), len(values) + 0.5]  # half a step more shows where the last one led
-        axes.step(x, [*values, values[-1]], where="post", color=colour, linestyle=dash, linewidth=2, label=label)
+def hypervolume_plot(
+    path: str | os.PathLike,
+    traces: Mapping[str, Sequence[float] | Sequence[Sequence[float]]],
+    num_initial: int = 0,
+    whole: float | None = None,
+) -> None:
+    """Hypervolume after each evaluation, a line a search; the initial points, which the searches share, are shaded.
+
+    Args:
+        traces: by name what one run reached, or a sequence a seed: then their mean, and from the least to the most as
+            a band.
+        whole: hypervolume of the true front, where that is known.
+    """
+    figure, axes = _figure(7.2, 4.2)
+    looks = zip((BLUE, GREY, GREEN, ORANGE, PURPLE, RED, SKY), ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), "--"))
+    means = {}
+    for (label, values), (colour, dash) in zip(traces.items(), looks):
+        seeds = np.atleast_2d(np.asarray(values, dtype=float))
+        mean = means[label] = seeds.mean(axis=0)
+        x = np.array([*range(1, len(mean) + 1), len(mean) + 0.5])  # half a step more shows where the last one led
+        axes.step(x, _held(mean), where="post", color=colour, linestyle=dash, linewidth=2, label=label)
+        if len(seeds) > 1:
+            band = _held(seeds.min(axis=0)), _held(seeds.max(axis=0))
+            axes.fill_between(x, *band, step="post", color=colour, alpha=0.15, linewidth=0)
+    if whole is not None:
+        axes.axhline(whole, color=BLACK, linewidth=1, linestyle=(0, (1, 3)), label="true front")
     if num_initial:
         axes.axvspan(1, num_initial, color=GREY, alpha=0.15, linewidth=0, label="initial points")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("genotypes evaluated")
     axes.set_ylabel("hypervolume (distance × ms)")
     # The searches differ after the initial points, which rise from 0: show where they end, and as much again below.
-    best = max(values[-1] for values in traces.values())
-    shared = min(values[min(num_initial, len(values)) - 1] for values in traces.values()) if num_initial else 0.0
+    best = max(*(mean[-1] for mean in means.values()), whole or 0.0)
+    shared = min(mean[min(num_initial, len(mean)) - 1] for mean in means.values()) if num_initial else 0.0
     axes.set_ylim(bottom=max(0.0, shared - max(best - shared, 0.02 * best)), top=1.01 * best)
-    axes.set_xlim(1, max(len(values) for values in traces.values()) + 0.5)
+    axes.set_xlim(1, max(map(len, means.values())) + 0.5)
+    _legend_below(axes)
+    _save(figure, path)
+
+
+def latency_plot(path: str | os.PathLike, networks: Sequence[Mapping[str, Any]]) -> None:
+    """Whole networks as a latency table predicts them and as they were measured, with the line where both are equal.
+
+    Args:
+        networks: `predicted_ms`, `measured_ms` and, where it was kept, `iqr_ms` of the measured rounds.
+    """
+    predicted, measured = (np.array([n[f"{kind}_ms"] for n in networks], float) for kind in ("predicted", "measured"))
+    figure, axes = _figure(5.6, 5.0)
+    low, high = (f(np.concatenate([predicted, measured])) for f in (np.min, np.max))
+    ends = np.array([max(0.0, low - 0.08 * (high - low)), high + 0.08 * (high - low)])
+    axes.fill_between(ends, 0.92 * ends, 1.08 * ends, color=GREY, alpha=0.15, linewidth=0, label="within 8 %")
+    axes.plot(ends, ends, color=GREY, linewidth=1.2, label="predicted = measured")
+    half = np.array([(n.get("iqr_ms") or 0.0) / 2 for n in networks])
+    bars = {"xerr": half, "ecolor": SKY, "elinewidth": 2} if half.any() else {}
+    label = "network (bar: IQR of its rounds)" if half.any() else "network"
+    axes.errorbar(measured, predicted, fmt="o", color=BLUE, markersize=6, markeredgecolor="white", label=label, **bars)
+    error = np.abs(predicted - measured) / measured
+    axes.set_title(
+        f"{len(networks)} whole networks: mean error {error.mean():.1%}, largest {error.max():.1%}", fontsize=11
+    )
+    axes.set_xlim(*ends)
+    axes.set_ylim(*ends)
+    axes.set_aspect("equal")
+    axes.set_xlabel("measured (ms)")
+    axes.set_ylabel("predicted (ms)")
     _legend_below(axes)
     _save(figure, path)
 
 
 # -------------------------------------------------------------------- bank and genotype
+
+
+def option_label(option: str) -> str:
+    """An option's name in words: "mlp" is "narrow MLP", and "attn512-mlp2" of a menu "attention 512, MLP ratio 2"."""
+    if option in OPTION_LABELS:
+        return OPTION_LABELS[option]
+    parts = [re.fullmatch(r"([a-z]+)(.*)", part) for part in option.split("-")]
+    return ", ".join(OPTION_PARTS.get(p[1], p[0]).format(p[2]) if p else option for p in parts)
+
+
+def option_looks(options: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """(colour, hatch) of every option, in the order of their first mention; the paper's keep theirs."""
+    names = list(dict.fromkeys(options))
+    if set(names) <= set(OPTIONS):
+        return {name: (OPTION_COLOURS[name], "") for name in names}
+    names = ["original", *(name for name in names if name != "original")]
+    return {name: (PALETTE[i % 8], HATCHES[i // 8 % 4]) for i, name in enumerate(names)}
 
 
 def proxy_loss_plot(path: str | os.PathLike, entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -109,24 +198,25 @@ def proxy_loss_plot(path: str | os.PathLike, entries: Mapping[str, Mapping[str, 
         entries: of a proxy bank's index: `source` (teacher layers), `option`, `loss_before`, `loss_after`, and, in
             newer banks, `losses` (by name of [`PROXY_STARTS`]).
     """
-    groups: dict[tuple[bool, str], list[Mapping[str, Any]]] = {}
-    for entry in sorted(entries.values(), key=lambda e: (len(e["source"]), OPTIONS.index(e["option"]), e["source"])):
-        groups.setdefault((len(entry["source"]) > 1, entry["option"]), []).append(entry)
+    groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for entry in sorted(entries.values(), key=lambda e: (len(e["source"]), *option_order(e["option"]), e["source"])):
+        groups.setdefault((len(entry["source"]), entry["option"]), []).append(entry)
     if not groups:
         raise EdgeDiTError("The proxy bank has 0 entries; run the stage 'bank' first.")
-    rows = [[key for key in groups if key[0] == merged] for merged in (False, True)]
-    rows = [row for row in rows if row]
+    rows = [[key for key in groups if key[0] == length] for length in sorted({length for length, _ in groups})]
+    looks = option_looks(option for _, option in groups)
     figure, _ = _figure(9.4, 1.4 + 2.8 * len(rows), axes=False)
     axes_of = figure.subplots(len(rows), 1, sharey=True, squeeze=False)[:, 0]
     shown = [name for name in PROXY_STARTS if any(name in e.get("losses", {}) for e in entries.values())]
     for axes, row in zip(axes_of, rows):
         _style(axes)
         start, ticks, names = 0, [], []
-        for merged, option in row:
-            group = groups[(merged, option)]
+        crowded = len(row) > 4
+        for length, option in row:
+            group = groups[(length, option)]
             x = np.arange(start, start + len(group))
             before, after = (np.array([e[f"loss_{when}"] for e in group], dtype=float) for when in ("before", "after"))
-            colour = OPTION_COLOURS[option]
+            colour, _ = looks[option]
             axes.vlines(x, np.minimum(before, after), np.maximum(before, after), color=colour, alpha=0.5, linewidth=2)
             for name in shown:
                 marker, own, _ = PROXY_STARTS[name]
@@ -137,23 +227,26 @@ def proxy_loss_plot(path: str | os.PathLike, entries: Mapping[str, Mapping[str, 
             if not any("losses" in e for e in group):
                 axes.scatter(x, before, s=28, facecolor="white", edgecolor=colour, zorder=3)
             axes.scatter(x, after, s=28, color=colour, zorder=4)
-            every = -(-len(group) // ((16 if merged else 30) // len(row)))  # as many names as fit
+            every = -(-len(group) // max(1, (16 if length > 1 else 30) // len(row)))  # as many names as fit
             ticks += list(x[::every])
             names += [_layers_name(e["source"]) for e in group[::every]]
             axes.text(
                 x.mean(),
                 1.02,
-                OPTION_LABELS[option],
-                color=colour,
+                textwrap.shorten(option_label(option), 34, placeholder=" …") if crowded else option_label(option),
+                color=BLACK if crowded else colour,
                 transform=axes.get_xaxis_transform(),
-                ha="center",
+                ha="left" if crowded else "center",
                 va="bottom",
+                rotation=30 if crowded else 0,
+                rotation_mode="anchor",
+                fontsize=8 if crowded else None,
             )
             start += len(group) + 1
         axes.set_yscale("log")
         axes.set_xticks(ticks, names, fontsize=8)
         axes.set_xlim(-1, start - 1)
-        axes.set_xlabel("merged pair of teacher layers" if row[0][0] else "teacher layer")
+        axes.set_xlabel(MERGED_NAMES[row[0][0]])
         axes.set_ylabel("feature loss (1: layer left out)" if shown else "feature loss")
     marks = []
     for name in shown:
@@ -292,28 +385,80 @@ def _group_label(rows: Sequence[Mapping[str, Any]], group: int) -> str:
 
 
 def genotype_strip(path: str | os.PathLike, genotype: Genotype, space: SearchSpace) -> None:
-    """The student's layers under the teacher's: one cell a layer, coloured by option, merged pairs drawn wide."""
+    """The student's layers under the teacher's: one cell a layer, coloured by option, merged layers drawn wide."""
     figure, axes = _figure(8.4, 2.1)
     size = min(10.0, 260 / space.num_layers)
     for number in range(space.num_layers):
         _cell(axes, number, 1, 1.15, "#E3E6EA", str(number), BLACK, size)
-    options = []
+    looks = option_looks(sorted(map(space.option_of, genotype.layers), key=option_order))
     for layer in genotype.layers:
-        options.append(space.option_of(layer))
-        text = _layers_name(layer.source) if len(layer.source) > 1 else str(layer.source[0])
-        colour = OPTION_COLOURS[options[-1]]
-        ink = BLACK if colour in (ORANGE, PURPLE) else "white"
-        _cell(axes, layer.source[0], len(layer.source), 0.0, colour, text, ink, size)
+        colour, hatch = looks[space.option_of(layer)]
+        text = _layers_name(layer.source)
+        _cell(axes, layer.source[0], len(layer.source), 0.0, colour, text, _ink(colour), size, hatch)
     axes.set_xlim(-0.02, space.num_layers + 0.02)
     axes.set_ylim(-0.05, 2.2)
     counts = f"{space.num_layers} layers", f"{len(genotype.layers)} layers"
     axes.set_yticks([0.5, 1.65], [f"student\n{counts[1]}", f"teacher\n{counts[0]}"])
     axes.set_xticks([])
-    axes.tick_params(length=0)
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    marks = [Patch(color=OPTION_COLOURS[o], label=OPTION_LABELS[o]) for o in OPTIONS if o in options]
-    _legend_below(axes, handles=marks)
+    _bare(axes)
+    used = {space.option_of(layer) for layer in genotype.layers}
+    _legend_below(axes, handles=[_patch(*looks[option], option_label(option)) for option in looks if option in used])
+    _save(figure, path)
+
+
+def front_strips(
+    path: str | os.PathLike,
+    points: Sequence[tuple[Genotype, float, float]],
+    space: SearchSpace,
+    chosen: Genotype | None = None,
+    most: int = 24,
+) -> None:
+    """What each teacher layer became along a front: a row a student, fastest first, a column a teacher layer, a colour
+    an option, and merged layers one wide cell. With more options than the paper's four, the cells are numbered too.
+
+    Args:
+        points: (genotype, distance, latency in ms).
+        chosen: the student whose row is marked.
+        most: rows; of a longer front as many, evenly, with both ends and the chosen one.
+    """
+    rows = sorted(points, key=lambda point: point[2])
+    if len(rows) > most:
+        kept = {round(i) for i in np.linspace(0, len(rows) - 1, most)}
+        rows = [row for i, row in enumerate(rows) if i in kept or row[0] == chosen]
+    used = {space.option_of(layer) for genotype, *_ in rows for layer in genotype.layers}
+    looks = option_looks(sorted(used, key=option_order))
+    looks = {option: look for option, look in looks.items() if option in used}
+    numbers = {} if used <= set(OPTIONS) else {option: str(i) for i, option in enumerate(looks, start=1)}
+    count, decimals = len(rows), [_decimals(row[column] for row in rows) for column in (1, 2)]
+    figure, axes = _figure(8.4, 1.3 + 0.3 * count + 0.22 * (len(looks) // 3))
+    size = min(9.0, 240 / space.num_layers)
+    for row, (genotype, distance, latency) in enumerate(rows):
+        y = count - 1 - row
+        for layer in genotype.layers:
+            option = space.option_of(layer)
+            colour, hatch = looks[option]
+            text, width = numbers.get(option, ""), len(layer.source)
+            _cell(axes, layer.source[0], width, y + 0.08, colour, text, _ink(colour), size, hatch, 0.84)
+        weight = "bold" if genotype == chosen else "normal"
+        style = {"va": "center", "fontsize": 9, "color": BLACK, "fontweight": weight}
+        star = "★ " if genotype == chosen else ""
+        for x, text, side in (
+            (-0.012, f"{star}{latency:.{decimals[1]}f} ms", "right"),
+            (1.012, f"{distance:.{decimals[0]}f}", "left"),
+        ):
+            axes.text(x, y + 0.5, text, ha=side, transform=axes.get_yaxis_transform(), **style)
+    for x, text, side in ((-0.012, "latency", "right"), (1.012, "distance", "left")):
+        axes.text(x, count + 0.15, text, ha=side, transform=axes.get_yaxis_transform(), fontsize=9, color=GREY)
+    axes.set_xlim(-0.02, space.num_layers + 0.02)
+    axes.set_ylim(0, count)
+    axes.xaxis.tick_top()
+    axes.set_xticks([i + 0.5 for i in range(space.num_layers)], list(map(str, range(space.num_layers))), fontsize=size)
+    axes.set_yticks([])
+    axes.set_xlabel("teacher layer" + (" (★ the chosen student)" if chosen in [row[0] for row in rows] else ""))
+    _bare(axes)
+    names = {option: f"{numbers[option]}: " if numbers else "" for option in looks}
+    handles = [_patch(*look, names[option] + option_label(option)) for option, look in looks.items()]
+    _legend_below(axes, handles=handles, columns=4 if not numbers else 3)
     _save(figure, path)
 
 
@@ -445,19 +590,64 @@ def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.set_minor_formatter("{x:g}")
 
 
-def _legend_below(axes: Axes, handles: Sequence[Patch] | None = None) -> None:
+def _legend_below(axes: Axes, handles: Sequence[Patch] | None = None, columns: int = 5) -> None:
     handles = handles or axes.get_legend_handles_labels()[0]
     figure = axes.get_figure()
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False, **LEGEND)
+    columns = min(columns, len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, **LEGEND)
+
+
+def _bare(axes: Axes) -> None:
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+
+
+def _decimals(values: Iterable[float]) -> int:
+    """Digits behind the point, of which the largest of the values has four significant ones."""
+    return max(0, 3 - math.floor(math.log10(max(values))))
+
+
+def _held(values: np.ndarray) -> np.ndarray:
+    """With the last one twice."""
+    return np.append(values, values[-1])
+
+
+def option_order(option: str) -> tuple[int, str]:
+    """To sort options by: the paper's in their order, then a menu's by name."""
+    return (OPTIONS.index(option) if option in OPTIONS else len(OPTIONS), option)
 
 
 def _layers_name(source: Sequence[int]) -> str:
     return str(source[0]) if len(source) == 1 else f"{source[0]}–{source[-1]}"
 
 
-def _cell(axes: Axes, x: float, width: float, y: float, colour: str, text: str, ink: str, size: float) -> None:
-    axes.add_patch(Rectangle((x + 0.03, y), width - 0.06, 1.0, facecolor=colour, edgecolor="none"))
-    axes.text(x + width / 2, y + 0.5, text, ha="center", va="center", color=ink, fontsize=size)
+def _cell(
+    axes: Axes,
+    x: float,
+    width: float,
+    y: float,
+    colour: str,
+    text: str,
+    ink: str,
+    size: float,
+    hatch: str = "",
+    height: float = 1.0,
+) -> None:
+    lines = {"edgecolor": _ink(colour), "linewidth": 0.0, "hatch": hatch} if hatch else {"edgecolor": "none"}
+    axes.add_patch(Rectangle((x + 0.03, y), width - 0.06, height, facecolor=colour, **lines))
+    if text:
+        box = {"boxstyle": "round,pad=0.15", "facecolor": colour, "edgecolor": "none"} if hatch else None
+        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", color=ink, fontsize=size, bbox=box)
+
+
+def _ink(colour: str) -> str:
+    return "white" if colour in (BLUE, GREEN, RED, GREY) else BLACK
+
+
+def _patch(colour: str, hatch: str, label: str) -> Patch:
+    edge = _ink(colour) if hatch else colour
+    return Patch(facecolor=colour, edgecolor=edge, hatch=hatch, linewidth=0, label=textwrap.fill(label, 34))
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:
