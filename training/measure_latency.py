@@ -1,10 +1,11 @@
-"""Stage 3: the latency table. Every distinct block shape is lowered and timed once, in the runtime and precision that
-will ship.
+"""Stage 3: the latency table. Every distinct block shape is lowered once and timed in whole networks, in the runtime
+and precision that will ship.
 
     edgedit train latency --config training/recipes/digits.yaml
 
-Writes <output_dir>/latency/table.json, or copies what latency.table names. It is an input of the search, told apart by
-its hash: measured once, never in passing.
+Writes <output_dir>/latency/table.json, or copies what latency.table names. It states how well it predicts networks that
+it was not fitted to. It is an input of the search, told apart by its hash: measured once, never in passing. A killed
+stage finds its lowered networks again.
 """
 
 if __name__ == "__main__":
@@ -12,6 +13,7 @@ if __name__ == "__main__":
 
     starting()  # the imports take seconds: Ctrl-C ends them in one line
 
+import os
 from functools import partial
 
 from accelerate import Accelerator
@@ -24,10 +26,9 @@ from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.stage import LATENCY
 from edgedit_hf.run.state import RunState
+from edgedit_hf.runtimes.timing import governors, load, pinned
 from edgedit_hf.search.latency_measurement import TableMeasurement
 from edgedit_hf.search.latency_table import given_table, table_file, trunk_of
-
-BUSY_RESIDUAL = 0.1  # an idle machine fits to about 0.02
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
@@ -36,8 +37,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     options = config.latency
     teacher = load_teacher(config).transformer.config
     space = search_space_of(config, teacher)
-    if options.table is not None:
-        given_table(options.table, teacher, space)
+    table = None if options.table is None else given_table(options.table, teacher, space)
     given = None if options.table is None else table_file(options.table)
     state = RunState(
         config,
@@ -49,7 +49,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     )
     if state.finished:
         return
-    if given is not None:
+    if table is not None:
+        table.check_run(options)
         atomic_write_text(state.folder / "table.json", given.read_text(encoding="utf-8"))
         state.finish()
         return
@@ -61,18 +62,24 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         runtime=options.runtime,
         precision=options.precision,
     )
-    for done in state.steps():
-        if done == 0:
-            measurement.lower()
-        if measurement.long_enough():
-            break  # a big network: its rounds so far give a median
-        measurement.round()
-    table = measurement.table()
-    if (residual := table.to_dict()["fit_residual"]) > BUSY_RESIDUAL:
-        print(
-            f"latency: the fit is off by {residual:.0%}; something else was running. Delete {state.folder} and measure "
-            "again."
-        )
+    with pinned(options.threads) as processors:
+        before = load()
+        for done in state.steps():
+            if done == 0:
+                measurement.lower(state.folder / "checkpoints" / "networks")
+            if measurement.long_enough():
+                break  # a big network: its rounds so far give a median
+            measurement.round()
+        while measurement.unsettled(options.repeats):
+            measurement.round()
+        protocol = {
+            "processors": processors,  # that the process was kept on
+            "governors": governors(processors or range(os.cpu_count() or 1)),
+            "load": [before, load()],
+        }
+    table = measurement.table(protocol)
+    for remark in table.remarks:
+        print(f"latency: {remark}.")
     table.to_json(state.folder / "table.json")
     state.finish(prediction=table.to_dict()["prediction"])
 

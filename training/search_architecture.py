@@ -57,6 +57,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     )
     if state.finished:
         return
+    table.check_run(config.latency)
     quality = StudentQuality(
         bank,
         pipeline,

@@ -42,7 +42,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     if state.finished:
         return
     for _ in state.steps():
-        select(config.output_dir, **limits, output=state.folder)
+        select(config.output_dir, **limits, accept_other=config.latency.accept_other, output=state.folder)
     state.finish()
 
 

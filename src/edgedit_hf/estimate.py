@@ -42,14 +42,12 @@ from .run.config import RunConfig
 from .run.cost import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, print_table
 from .run.sections import OptimisationConfig
 from .run.stage import EDGEDIT, ELASTIC, FEW_STEP, TUNE, given_source
-from .search_space import BYTES, OPTIONS, Cost, SearchSpace, elastic_cost, layer_cost, model_cost, trunk_cost
+from .search.latency_measurement import OPEN_BYTES
+from .search.latency_networks import HELD_OUT, fitted_networks, timed_shapes
+from .search_space import BYTES, Cost, SearchSpace, elastic_cost, layer_cost, model_cost, trunk_cost
 
 LIBRARIES = 0.15e9  # what botorch and ONNX Runtime add to a process
-TABLE_ROUND_NETWORKS = 12  # networks timed in a round of the latency table, as FLOPs of as many teachers
-TABLE_DEPTHS = (
-    2,
-    6,
-)  # the table's networks: two depths of every shape, and three whole ones, together twice the teacher
+HELD_OUT_SHARE = 0.65  # of the teacher's cost: a network that the latency table is judged by, on average
 CHUNK = 2000  # images that stage evaluate holds as floats at a time
 SOLVERS = 6  # that few steps of the tuned student are tried with
 CG_ITERATIONS = 30  # of a closed-form refit, with two products of 2·M·F·D FLOPs each
@@ -338,26 +336,19 @@ class _Estimator:
         options, space = self.config.latency, self.space
         if options.table is not None:
             return Estimate("latency", 1.0, PROCESS_BYTES, 1e4)
-        trunk = trunk_cost(self.work.model, self.tokens).weights
-        timed = {layer.shape.timed for layer in space.replacements()}
-        shapes = [layer_cost(space.hidden_size, shape, self.tokens).weights for shape in timed]
-        networks = (
-            sum(trunk + depth * weights for weights in shapes for depth in TABLE_DEPTHS) + 2 * self.teacher.weights
-        )
-        seconds = (
-            10
-            + TABLE_ROUND_NETWORKS
-            * len(timed)
-            / len(OPTIONS)
-            * options.repeats
-            * 2
-            * options.batch_size
-            * self.teacher.flops
-            / self.host.fp32_flops
-        )
-        held = (
-            PROCESS_BYTES + LIBRARIES + BYTES[options.precision] * networks + 8 * self.teacher.weights
-        )  # all are loaded, one is being lowered
+        networks = fitted_networks(timed_shapes(space), space.num_layers)
+        trunk = trunk_cost(self.work.model, self.tokens)
+        costs = [
+            sum((layer_cost(space.hidden_size, shape, self.tokens) for shape in network), trunk) for network in networks
+        ]
+        flops = sum(cost.flops for cost in costs) + HELD_OUT * HELD_OUT_SHARE * self.teacher.flops
+        weights = sum(cost.weights for cost in costs) + HELD_OUT * HELD_OUT_SHARE * self.teacher.weights
+        seconds = 10 + options.repeats * 2 * options.batch_size * flops / self.host.fp32_flops
+        stored = BYTES[options.precision] * weights
+        loaded = stored if stored <= OPEN_BYTES else BYTES[options.precision] * self.teacher.weights
+        held = PROCESS_BYTES + LIBRARIES + loaded + 8 * self.teacher.weights  # one is being lowered
+        if options.runtime != "onnxruntime":  # every network is a file until the stage ends
+            return Estimate("latency", seconds, held, stored)
         return Estimate("latency", seconds, held, 1e4)
 
     def stage_search(self) -> Estimate:

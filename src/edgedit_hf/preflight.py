@@ -282,7 +282,7 @@ def _check_compression(
         if dry_run and hub.is_name(table) and not _is_here(table):
             notes.append(f"Not checked: latency.table {table}, which is not on this machine yet.")
         else:
-            given_table(table, work.model, space, local_files_only=dry_run)
+            given_table(table, work.model, space, config.latency, local_files_only=dry_run)
     if "evaluate" in stages:
         _check_card(config)
 

@@ -97,6 +97,16 @@ class Environment:
     """What a latency belongs to."""
 
     cpu: str | None = key(None, length=(0, 4096))
+    machine: str | None = key(None, length=(0, 4096))
+    versions: dict[str, str] | None = key(None, items=1000)
+
+
+@dataclass(kw_only=True)
+class Predicted:
+    """A whole network that a latency table was not fitted to."""
+
+    predicted_ms: float = key(**MS)
+    measured_ms: float = key(**MS)
 
 
 @dataclass(kw_only=True)
@@ -105,6 +115,12 @@ class Prediction:
 
     mean: float | None = key(None, minimum=0.0, maximum=FIGURE)
     max: float | None = key(None, minimum=0.0, maximum=FIGURE)
+    baseline: float | None = key(None, minimum=0.0, maximum=FIGURE)
+    ratio: float | None = key(None, minimum=0.0, maximum=FIGURE)
+    kendall: float | None = key(None, minimum=-1.0, maximum=1.0)
+    spearman: float | None = key(None, minimum=-1.0, maximum=1.0)
+    remarks: list[str] = key(list, items=100)
+    networks: list[Predicted] = key(list, items=1000)
 
 
 @dataclass(kw_only=True)
@@ -132,6 +148,7 @@ class Table:
     trunk_ms: float = key(minimum=0.0, maximum=1e12)
     blocks: list[Block] = key(items=1000, fewest=1)
     environment: Environment = key()
+    noisy: bool = key(False)
     prediction: Prediction | None = key(None)
 
 

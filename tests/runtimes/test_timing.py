@@ -1,5 +1,8 @@
 """The measurement protocol: interleaving, statistics, pairing of rounds, and what the runners run."""
 
+import math
+import os
+import threading
 import time
 
 import numpy as np
@@ -16,10 +19,15 @@ from edgedit_hf.runtimes.timing import (
     MIN_ROUNDS,
     Measurement,
     Timing,
+    choose_processors,
     environment,
+    governors,
+    load,
     measure,
     paired_medians,
     paired_ratio,
+    paired_timings,
+    pinned,
 )
 
 
@@ -68,6 +76,76 @@ def test_pairing_takes_out_drift():
     disturbed = {**timings, "a": Timing.from_samples((10.0, 500.0, 10.0, 30.0, 30.0))}
     medians = paired_medians(disturbed)
     assert medians["b"] / medians["a"] == pytest.approx(1.5)
+
+
+def test_noise_is_what_rounds_leave_open():
+    timing = Timing.from_samples((4.0, 1.0, 2.0, 3.0, 5.0))
+    assert timing.noise == pytest.approx(1.57 * 2 / math.sqrt(5) / 3)
+    drawn = np.random.default_rng(0).normal(100, 5, (2000, 41))
+    timings = [Timing.from_samples(tuple(samples)) for samples in drawn]
+    inside = np.mean([abs(t.median_ms - 100) <= t.noise * t.median_ms for t in timings])
+    assert 0.88 < inside < 0.94
+    # Drift that all share is no noise.
+    speed = [1.0, 1.2, 1.5, 3.0, 3.0]
+    drifting = {name: Timing.from_samples(tuple(cost * s for s in speed), 2) for name, cost in (("a", 10), ("b", 20))}
+    paired = paired_timings(drifting)
+    assert drifting["a"].noise > 0.5 and paired["a"].noise == pytest.approx(0) and paired["b"].threads == 2
+
+
+def test_a_callable_that_can_is_released_after_its_turn():
+    said = []
+
+    class Call:
+        def __call__(self):
+            said.append("call")
+
+        def release(self):
+            said.append("release")
+
+    measurement = Measurement({"a": Call()}, warmup=2)
+    assert measurement.warmup == 2 and said == ["call", "release"] * 2
+    measurement.round()
+    assert said[4:] == ["call", "call", "release"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds threads to processors")
+def test_a_process_is_kept_on_as_many_processors_as_threads():
+    before, inside, stop = os.sched_getaffinity(0), [], threading.Event()
+    worker = threading.Thread(target=stop.wait)  # one that is there already
+    worker.start()
+    try:
+        with pinned(1) as processors:
+            assert len(processors) == 1 and os.sched_getaffinity(0) == set(processors)
+            assert os.sched_getaffinity(worker.native_id) == set(processors)
+            started = threading.Thread(target=lambda: inside.append(os.sched_getaffinity(0)))
+            started.start()
+            started.join()
+            assert inside == [set(processors)]
+        assert os.sched_getaffinity(0) == os.sched_getaffinity(worker.native_id) == before
+        with pinned(4096) as processors:  # more than there are
+            assert processors is None and os.sched_getaffinity(0) == before
+    finally:
+        stop.set()
+        worker.join()
+
+
+def test_fast_processors_of_different_cores_come_first(tmp_path):
+    """Two fast cores of two threads each, numbered in turns, and two slow cores."""
+    for number, (core, speed) in enumerate([("0,2", 5), ("1,3", 5), ("0,2", 5), ("1,3", 5), ("4", 3), ("5", 3)]):
+        for name, value in (("topology/thread_siblings_list", core), ("cpufreq/cpuinfo_max_freq", speed)):
+            path = tmp_path / f"cpu{number}" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{value}\n")
+    (tmp_path / "cpu4" / "cpufreq" / "scaling_governor").write_text("powersave\n")
+    assert [choose_processors(range(6), count, tmp_path) for count in (1, 2, 3, 5)] == [
+        [0],
+        [0, 1],
+        [0, 1, 4],
+        [0, 1, 2, 4, 5],
+    ]
+    assert choose_processors([3, 7], 1, tmp_path / "absent") == [3]
+    assert governors(range(6), tmp_path) == ["powersave"] and governors([0], tmp_path) == []
+    assert load() is None or load() >= 0
 
 
 def test_errors_say_what_is_wrong():

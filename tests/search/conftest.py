@@ -18,9 +18,9 @@ def teacher_space(teacher_config):
 
 @pytest.fixture(scope="package")
 def measure_table():
-    def measure(config, space, rounds=40, **options):
+    def measure(config, space, rounds=40, folder=None, **options):
         measurement = TableMeasurement(config, space, **options)
-        measurement.lower()
+        measurement.lower(folder)
         for _ in range(rounds):
             measurement.round()
         return measurement.table()
@@ -29,5 +29,11 @@ def measure_table():
 
 
 @pytest.fixture(scope="package")
-def table(teacher_config, teacher_space, measure_table):
-    return measure_table(teacher_config, teacher_space, batch=64, threads=1, rounds=5)
+def kept_networks(tmp_path_factory):
+    """Where the networks of `table` are kept."""
+    return tmp_path_factory.mktemp("networks")
+
+
+@pytest.fixture(scope="package")
+def table(teacher_config, teacher_space, measure_table, kept_networks):
+    return measure_table(teacher_config, teacher_space, batch=64, threads=1, rounds=5, folder=kept_networks)

@@ -1,17 +1,23 @@
 """Measuring a latency table: its fit is exact on exact times, and it says how well it predicts."""
 
+import itertools
+import re
+import shutil
 import statistics
 
+import numpy as np
 import pytest
 
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.genotype import Genotype
+from edgedit_hf.export.onnx.lower import lower_onnx
+from edgedit_hf.genotype import Genotype, Shape
+from edgedit_hf.records import Table
 from edgedit_hf.runtimes.runners import SessionRunner, example_inputs
 from edgedit_hf.runtimes.sessions import open_session
-from edgedit_hf.runtimes.timing import measure, paired_medians
-from edgedit_hf.search.latency_measurement import DEPTHS, TableMeasurement, _fit
-from edgedit_hf.search.latency_networks import lower_network
-from edgedit_hf.search.latency_table import check_genotypes
+from edgedit_hf.runtimes.timing import Measurement, measure, paired_medians
+from edgedit_hf.schema import check
+from edgedit_hf.search.latency_measurement import TableMeasurement, fit, judge
+from edgedit_hf.search.latency_networks import fitted_networks, held_out, lower_network
 from edgedit_hf.search_space import OPTIONS, SearchSpace
 
 
@@ -26,17 +32,211 @@ def space(teacher_space):
 
 
 def test_the_fit_recovers_exact_times():
-    costs = {(128, 4, 4.0): 2.0, (64, 4, 2.0): 0.75}
-    times = {(shape, depth): 0.5 + depth * cost for shape, cost in costs.items() for depth in DEPTHS}
-    trunk, blocks, residual = _fit(times)
+    large, small = Shape(128, 4, 4.0), Shape(64, 4, 2.0)
+    costs = {large: 2.0, small: 0.75}
+    times = {(shape,) * depth: 0.5 + depth * cost for shape, cost in costs.items() for depth in (2, 6)}
+    trunk, blocks, residual = fit(times)
     assert trunk == pytest.approx(0.5) and blocks == pytest.approx(costs) and residual < 1e-9
     with pytest.raises(EdgeDiTError, match="must be positive"):
-        _fit({((128, 4, 4.0), 2): 3.0, ((128, 4, 4.0), 6): 2.0})
+        fit({(large,) * 2: 3.0, (large,) * 6: 2.0})
 
 
-def test_the_table_states_its_prediction_error(table, space):
+def test_the_design_tells_16_shapes_apart_under_noise():
+    """The fitted networks of a menu give trunk and layers back exactly, and to about the noise where there is some."""
+    shapes = [
+        Shape(64, heads, ratio, token_merge=merge) for heads in (1, 2, 4, 8) for ratio in (2.0, 4.0) for merge in (1, 2)
+    ]
+    costs = {shape: 5 + 10 * shape.mlp_ratio / shape.token_merge + shape.num_heads for shape in shapes}
+    networks = fitted_networks(shapes, 28)
+    assert len(networks) == len(shapes) + 1 + 4
+    times = {network: 7.0 + sum(costs[shape] for shape in network) for network in networks}
+    trunk, blocks, residual = fit(times)
+    assert trunk == pytest.approx(7.0) and blocks == pytest.approx(costs) and residual < 1e-9
+    noise = np.random.default_rng(0)
+    errors, whole = [], [tuple(noise.choice(16, 28)) for _ in range(16)]
+    for _ in range(20):
+        trunk, blocks, _ = fit({network: time * noise.normal(1, 0.02) for network, time in times.items()})
+        for network in whole:
+            true = 7.0 + sum(costs[shapes[index]] for index in network)
+            errors.append(abs(trunk + sum(blocks[shapes[index]] for index in network) - true) / true)
+    assert statistics.fmean(errors) < 0.02  # the design makes no more of the noise than there is
+
+
+def entries(predicted, measured) -> list[dict]:
+    return [
+        {"predicted_ms": p, "measured_ms": m, "relative_error": abs(p - m) / m}
+        for p, m in zip(predicted, measured, strict=True)
+    ]
+
+
+def test_the_judgement_by_hand():
+    found = judge(entries([22.0, 38.0, 80.0], [20.0, 40.0, 80.0]), 0, 20, batch=4)
+    assert found["mean"] == pytest.approx((0.1 + 0.05 + 0) / 3) and found["max"] == pytest.approx(0.1)
+    assert found["baseline"] == pytest.approx(((140 / 3 - 20) / 20 + (140 / 3 - 40) / 40 + (80 - 140 / 3) / 80) / 3)
+    assert found["ratio"] == pytest.approx(found["mean"] / found["baseline"])
+    assert found["kendall"] == found["spearman"] == pytest.approx(1) and found["passed"] and found["remarks"] == []
+    found = judge(entries([40.0, 20.0, 90.0, 5.0], [20.0, 40.0, 80.0, 10.0]), 3, 20, batch=4)
+    assert found["kendall"] == pytest.approx(4 / 6) and found["spearman"] == pytest.approx(0.8)
+    assert not found["passed"] and found["least_ms"] == 10
+    said = "; ".join(found["remarks"])
+    for words in (
+        "mean error is 53.1%, above 8%",
+        "above 0.25",
+        "Kendall's τ of predicted and measured is 0.67, below 0.9",
+        "3 of 20 networks scatter",
+        "takes 10.0 ms, below 20.*latency.batch_size 8 would",
+    ):
+        assert re.search(words, said), words
+
+
+def test_a_judgement_of_nothing_or_of_equal_networks():
+    found = judge([], 0, 5, batch=1)
+    assert found["mean"] is None and found["kendall"] is None and found["passed"] and found["remarks"] == []
+    found = judge(entries([30.0, 31.0], [30.0, 30.0]), 0, 5, batch=1)
+    assert found["ratio"] is None and found["kendall"] is None and found["max"] == pytest.approx(1 / 30)
+
+
+COSTS = (30.0, 23.7, 19.1, 14.9)  # of the four shapes
+
+
+class Machine:
+    """A clock that calls advance: what they cost, times a factor that the machine has at that moment."""
+
+    def __init__(self, monkeypatch, factors):
+        self.now, self.factors = 0.0, itertools.cycle(factors)
+        monkeypatch.setattr("edgedit_hf.runtimes.timing.time.perf_counter", lambda: self.now)
+
+    def call(self, milliseconds: float):
+        def advance():
+            self.now += 1e-3 * milliseconds * next(self.factors)
+
+        return advance
+
+
+@pytest.fixture
+def on_machine(config, space, monkeypatch):
+    """A measurement whose networks take what an additive model says, on a machine with such factors."""
+
+    def make(factors) -> TableMeasurement:
+        measurement = TableMeasurement(config, space, batch=2, threads=1)
+        machine = Machine(monkeypatch, factors)
+        cost = dict(zip(measurement.shapes, COSTS, strict=True))
+        calls = {
+            key: machine.call(4.0 + sum(cost[shape] for shape in network))
+            for key, network in measurement.networks.items()
+        }
+        measurement.measurement = Measurement(calls)
+        return measurement
+
+    return make
+
+
+def test_a_quiet_machine_gives_the_true_table(on_machine):
+    measurement = on_machine([1.0])
+    for _ in range(5):
+        measurement.round()
+    assert measurement.unsettled(5) == 0
+    table = measurement.table({"processors": [0]})
+    data = table.to_dict()
+    assert table.trunk_ms == pytest.approx(4) and [b["ms"] for b in data["blocks"]] == pytest.approx(COSTS)
+    assert data["noisy"] is False and table.remarks == []
+    assert data["protocol"]["rounds"] == 5 and data["protocol"]["warmup_rounds"] == 3
+    assert data["protocol"]["processors"] == [0]
+    prediction = data["prediction"]
+    assert prediction["mean"] < 1e-9 and prediction["kendall"] == pytest.approx(1) and prediction["passed"]
+    for network in (*data["networks"], *prediction["networks"]):
+        assert network["noise"] == pytest.approx(0) and network["noisy"] is False and network["repeats"] == 5
+        assert network["iqr_ms"] == pytest.approx(0, abs=1e-9) and network["median_ms"] > 20
+    assert [sum(network["layers"]) for network in data["networks"]][:5] == [5, 5, 5, 5, 1]
+    check(data, Table, "the table")
+
+
+def test_a_machine_that_drifts_gives_the_true_table_too(on_machine):
+    """Every round at another speed, as a processor that warms up."""
+    measurement = on_machine([1.0])
+    calls = 2 * len(measurement.networks)
+    measurement = on_machine([1.0] * 3 * (calls // 2) + [speed for speed in (1, 1.1, 1.4, 2, 3) for _ in range(calls)])
+    for _ in range(5):
+        measurement.round()
+    assert measurement.unsettled(5) == 0
+    data = measurement.table().to_dict()
+    ratios = [block["ms"] / data["blocks"][0]["ms"] for block in data["blocks"]]
+    assert ratios == pytest.approx([cost / COSTS[0] for cost in COSTS]) and data["prediction"]["mean"] < 1e-9
+
+
+def test_a_noisy_machine_is_measured_longer_and_flagged(on_machine):
+    noise = np.random.default_rng(0)
+    measurement = on_machine(noise.uniform(1, 2, 10007))
+    for _ in range(5):
+        measurement.round()
+    assert measurement.unsettled(5) > 0
+    while measurement.unsettled(5):
+        measurement.round()
+    assert measurement.rounds == 15  # three times what was asked for, no more
+    table = measurement.table()
+    data = table.to_dict()
+    noisy = [n["noisy"] for n in (*data["networks"], *data["prediction"]["networks"])]
+    assert data["noisy"] is True and any(noisy) and data["protocol"]["rounds"] == 15
+    assert any(f"{sum(noisy)} of {len(noisy)} networks scatter too much" in remark for remark in table.remarks)
+
+
+def test_a_disturbance_that_passes_is_outlived(on_machine):
+    """Two rounds of five beside another program: more rounds, and no flag."""
+    once = len(on_machine([1.0]).networks)
+    noise = np.random.default_rng(0)
+    quiet, busy = [1.0] * 3 * once, list(noise.uniform(1, 2, 2 * 2 * once))
+    measurement = on_machine([*quiet, *busy, *[1.0] * 100 * once])
+    for _ in range(5):
+        measurement.round()
+    assert measurement.unsettled(5) > 0
+    while measurement.unsettled(5):
+        measurement.round()
+    assert 5 < measurement.rounds < 15
+    table = measurement.table()
+    assert table.to_dict()["noisy"] is False and table.trunk_ms == pytest.approx(4, rel=0.05)
+
+
+def test_networks_are_lowered_once(table, kept_networks, config, space, tmp_path, monkeypatch):
+    """What is there is taken, what is missing is lowered, what is left of other settings goes."""
+    (made,) = kept_networks.iterdir()
+    folder = tmp_path / made.name
+    shutil.copytree(made, folder)
+    (tmp_path / "of-another-precision").mkdir()
+    weights = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name.endswith(".data")}
+    assert {"embed.onnx.data", "layer_0.onnx.data", "unembed.onnx.data"} <= set(weights)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    (folder / "layer_1.onnx").unlink()  # as a kill between two parts leaves it
+    lowered = []
+
+    def watched(part, *args, **options):
+        lowered.append(part.name)
+        return lower_onnx(part, *args, **options)
+
+    monkeypatch.setattr("edgedit_hf.export.onnx.lower.lower_onnx", watched)
+    measurement = TableMeasurement(config, space, batch=2, threads=1)
+    measurement.lower(tmp_path)
+    measurement.round()
+    assert lowered == ["layer_1"] and [path.name for path in tmp_path.iterdir()] == [folder.name]
+    for name, changed in weights.items():
+        assert ((folder / name).stat().st_mtime_ns == changed) == (name != "layer_1.onnx.data")
+
+
+def test_networks_too_big_to_stay_are_loaded_for_their_turns(table, kept_networks, config, space, monkeypatch):
+    monkeypatch.setattr("edgedit_hf.search.latency_measurement.OPEN_BYTES", 1.0)
+    measurement = TableMeasurement(config, space, batch=2, threads=1)
+    measurement.lower(kept_networks)
+    for _ in range(2):
+        measurement.round()
+    runners = measurement.measurement.callables.values()
+    assert all(runner.session.session is None for runner in runners)
+    assert measurement.table().to_dict()["protocol"]["kept_open"] is False
+
+
+def test_the_table_states_its_prediction_error(table, config, space):
     prediction = table.to_dict()["prediction"]
-    assert [entry["genotype"] for entry in prediction["networks"]] == [g.hash for g in check_genotypes(space)]
+    fitted = fitted_networks([Shape(*shape) for shape in table.blocks], space.num_layers)
+    assert [entry["genotype"] for entry in prediction["networks"]] == [g.hash for g in held_out(config, space, fitted)]
+    assert len(prediction["networks"]) == 16
     for entry in prediction["networks"]:
         assert entry["predicted_ms"] == pytest.approx(table.latency_ms(space.from_code(entry["code"])))
         assert entry["relative_error"] == pytest.approx(abs(entry["predicted_ms"] / entry["measured_ms"] - 1))
@@ -82,7 +282,8 @@ def test_prediction_of_exported_networks(precision, measure_table, tmp_path):
     config = dict(EdgeDiTTransformer2DModel.from_preset("DiT-digits/2").config)
     space = SearchSpace.for_config(config)
     table = measure_table(config, space, batch=32, threads=1, precision=precision)
-    found = prediction_errors(table, config, check_genotypes(space), tmp_path)
+    whole = held_out(config, space)
+    found = prediction_errors(table, config, [whole[0], whole[8], whole[-1]], tmp_path)
     assert len(found) == 2 and statistics.fmean(found) < 0.1, found
 
 
@@ -96,5 +297,5 @@ def test_a_table_of_executorch(make_transformer, measure_table, precision, tmp_p
     assert table.runtime == "executorch" and set(table.blocks) == {space.option_shape(option) for option in OPTIONS}
     assert table.blocks[space.option_shape("both")] < table.blocks[space.option_shape("original")]
     assert "executorch" in table.to_dict()["environment"]["versions"]
-    found = prediction_errors(table, config, check_genotypes(space)[-1:], tmp_path)
+    found = prediction_errors(table, config, held_out(config, space)[-2:-1], tmp_path)
     assert len(found) == 1 and found[0] < 0.3, found

@@ -1,12 +1,15 @@
 """The latency table: additive, the same after a file, and it knows its teacher."""
 
+import dataclasses
 import json
 
 import pytest
 
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.genotype import Genotype, LayerSpec
-from edgedit_hf.search.latency_table import LatencyTable, check_genotypes, given_table
+from edgedit_hf.run.sections import LatencyConfig
+from edgedit_hf.search.latency_networks import held_out
+from edgedit_hf.search.latency_table import LatencyTable, given_table
 from edgedit_hf.search_space import OPTIONS, SearchSpace
 
 
@@ -29,11 +32,11 @@ def test_latency_is_additive(table, space):
     assert table.latency_ms(merged) == pytest.approx(table.trunk_ms + space.num_pairs * block)
 
 
-def test_json_round_trip(table, space, tmp_path):
+def test_json_round_trip(table, config, space, tmp_path):
     path = tmp_path / "table.json"
     table.to_json(path)
     again = LatencyTable.from_json(path)
-    genotype = check_genotypes(space)[-1]
+    genotype = held_out(config, space)[-2]
     assert again.hash == table.hash and again.latency_ms(genotype) == table.latency_ms(genotype)
     data = json.loads(path.read_text())
     data["trunk_ms"] += 1
@@ -79,3 +82,67 @@ def test_a_table_that_a_recipe_names_must_fit(table, config, space, tmp_path, ma
     wider = SearchSpace.for_config(config, reduced_attention_dim=8)
     with pytest.raises(EdgeDiTError, match=rf"latency.table is {path}: The genotype has a layer of shape \(8, "):
         given_table(str(path), config, wider)
+
+
+@pytest.fixture
+def options(table):
+    return LatencyConfig(batch_size=table.batch, threads=table.threads, precision=table.precision)
+
+
+def test_a_table_of_another_run_is_refused_unless_told(table, options):
+    table.check_run(options)
+    table.check_run()
+    data = table.to_dict()
+    environment = data["environment"]
+    other = {**environment, "cpu": "Snapdragon 8", "machine": "aarch64"}
+    older = {**environment, "versions": {**environment["versions"], "onnxruntime": "1.2.3"}}
+    for changes, asked, said in (
+        ({"environment": other}, {}, r"device Snapdragon 8 \(aarch64\) \(table\) / .+ \(here\)"),
+        ({"environment": older}, {}, r"version of onnxruntime 1\.2\.3 \(table\) / \d"),
+        ({}, {"threads": 3}, r"latency.threads 1 \(table\) / 3 \(here\)"),
+        ({}, {"batch_size": 7}, r"latency.batch_size 64 \(table\) / 7 \(here\)"),
+        ({}, {"precision": "int8"}, r"latency.precision fp32 \(table\) / int8 \(here\)"),
+        ({}, {"runtime": "executorch", "threads": 4}, r"latency.runtime onnxruntime .*; latency.threads 1"),
+    ):
+        foreign = LatencyTable({**data, **changes})
+        run = dataclasses.replace(options, **asked)
+        with pytest.raises(EdgeDiTError, match=f"{said}.*latency.accept_other=true"):
+            foreign.check_run(run)
+        foreign.check_run(dataclasses.replace(run, accept_other=True))
+        foreign.check_run(accept_other=True)
+        if not asked:  # without a recipe the machine alone is compared
+            with pytest.raises(EdgeDiTError, match=said):
+                foreign.check_run()
+        else:
+            foreign.check_run()
+
+
+def test_a_table_that_a_recipe_names_must_be_of_its_run(table, config, space, options, tmp_path):
+    path = tmp_path / "table.json"
+    table.to_json(path)
+    assert given_table(str(path), config, space, options).hash == table.hash
+    with pytest.raises(EdgeDiTError, match=rf"latency.table is {path}: .* latency.threads 1 \(table\) / 2 \(here\)"):
+        given_table(str(path), config, space, dataclasses.replace(options, threads=2))
+    given_table(str(path), config, space, dataclasses.replace(options, threads=2, accept_other=True))
+    with pytest.raises(EdgeDiTError, match="sample_size 8"):  # other inputs are no matter of taste
+        given_table(str(path), {**config, "sample_size": 16}, space, dataclasses.replace(options, accept_other=True))
+
+
+def test_tables_of_earlier_versions(table, options):
+    """They have no protocol and a short prediction; one that does not say its machine is refused in words."""
+    data = table.to_dict()
+    kept = ("format", "runtime", "precision", "batch", "threads", "space", "trunk", "trunk_ms", "environment")
+    networks = {"2": {"median_ms": 4.8, "iqr_ms": 0.7, "repeats": 40, "threads": 1}}
+    old = {
+        **{key: data[key] for key in kept},
+        "blocks": [{**block, "networks": networks} for block in data["blocks"]],
+        "fit_residual": 0.02,
+        "repeats": 40,
+        "prediction": {key: data["prediction"][key] for key in ("mean", "max", "networks")},
+    }
+    earlier = LatencyTable(old)
+    assert earlier.blocks == table.blocks and earlier.remarks == []
+    earlier.check_run(options)
+    silent = LatencyTable({**old, "environment": {"cpu": None}})
+    with pytest.raises(EdgeDiTError, match=r"device not said \(table\) / .*version of onnxruntime not said \(table\)"):
+        silent.check_run(options)

@@ -10,6 +10,7 @@ from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, ProxyBank, Se
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import file_record, replace_folder
+from edgedit_hf.search.latency_table import LatencyTable, trunk_of
 from edgedit_hf.search.objectives import StudentQuality
 from edgedit_hf.search.selection import select, write_student
 from edgedit_hf.search_space import model_cost
@@ -109,6 +110,25 @@ def test_a_budget_that_nothing_meets_writes_nothing(run):
     with pytest.raises(EdgeDiTError, match="fastest"):
         select(folder, max_latency_ms=1.0)
     assert not (folder / "student").exists()
+
+
+def test_a_table_of_another_machine_is_refused_unless_told(run):
+    """By the recipe that the latency stage was run with, or by whoever selects."""
+    folder, pipeline, bank = run
+    config = pipeline.transformer.config
+    blocks = [{**layer.shape._asdict(), "ms": 1.0} for layer in bank.space.replacements()]
+    table = {"format": 1, "runtime": "onnxruntime", "precision": "fp32", "batch": 1, "threads": 1, "trunk_ms": 1.0}
+    about = {"space": bank.space.to_dict(), "trunk": trunk_of(config), "blocks": blocks}
+    foreign = LatencyTable({**table, **about, "environment": {"cpu": "Snapdragon 8", "machine": "aarch64"}})
+    (folder / "latency").mkdir()
+    foreign.to_json(folder / "latency" / "table.json")
+    with pytest.raises(EdgeDiTError, match=r"device Snapdragon 8 \(aarch64\) \(table\).*select: --accept-other"):
+        select(folder, max_latency_ms=7.0)
+    assert not (folder / "student").exists()
+    select(folder, max_latency_ms=7.0, accept_other=True)
+    asked = {"config": {"latency": {"accept_other": True}}, "inputs": {}}
+    (folder / "latency" / "run.json").write_text(json.dumps(asked))
+    assert select(folder, max_latency_ms=7.0)["code"] == [15, 15]
 
 
 def test_quality_is_a_function_of_the_genotype(run):

@@ -1,5 +1,6 @@
 """A recipe killed with SIGKILL at a random moment and run again ends with the same bytes as one that was left alone."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -71,6 +72,38 @@ def comparable(files: dict[str, bytes]) -> dict[str, bytes]:
     """Without what holds times, paths or run arguments rather than results."""
     left_out = ("run.json", "stage.json", "verify.json", "bench.json", "model_index.json", "latency.json")
     return {name: content for name, content in files.items() if not name.endswith(left_out)}
+
+
+@pytest.mark.slow
+@pytest.mark.kills
+def test_a_killed_latency_stage_finds_its_networks_again(recipes, tmp_path):
+    """Killed once all parts are lowered: run again it makes none of them anew, and leaves none behind."""
+    recipes.run("train_teacher", tmp_path, *recipes.tiny)
+    options = (*recipes.tiny, "latency.repeats=200")
+    networks = tmp_path / "latency" / "checkpoints" / "networks"
+
+    def made() -> dict[str, int]:
+        found = {}
+        for path in networks.glob("*/*.onnx.data"):
+            with contextlib.suppress(FileNotFoundError):
+                found[path.name] = path.stat().st_mtime_ns
+        return found
+
+    process = recipes.start("measure_latency", tmp_path, *options)
+    while process.poll() is None and not [*networks.glob("*/unembed.onnx")]:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before, seen = made(), set()
+    assert len(before) >= 6 and not (tmp_path / "latency" / "stage.json").exists()
+    process = recipes.start("measure_latency", tmp_path, *options)
+    while process.poll() is None:
+        seen |= set(made().items())
+        time.sleep(0.01)
+    assert process.returncode == 0, process.stdout.read()
+    assert seen == set(before.items()) and not networks.exists()
+    table = json.loads((tmp_path / "latency" / "table.json").read_text())
+    assert table["protocol"]["rounds"] >= 200 and len(table["prediction"]["networks"]) == 14
 
 
 def test_ctrl_c_saves_and_the_rerun_continues(recipes, whole_run, result_files, tmp_path):

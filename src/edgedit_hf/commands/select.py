@@ -19,6 +19,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--max-parameters-ratio", type=float, metavar="R", help="parameters at most this share of the teacher's"
     )
+    parser.add_argument(
+        "--accept-other", action="store_true", help="take the run's latency table though it is of another machine"
+    )
     parser.add_argument("--output", metavar="DIR", help="pipeline folder to write; default RUN/student")
     parser.set_defaults(run=run)
 
@@ -37,7 +40,11 @@ def run(args: argparse.Namespace) -> None:
     diffusers_logging.disable_progress_bar()  # as in `recipe_main`
     output = args.run_dir / STUDENT.folder if args.output is None else args.output
     choice = select(
-        args.run_dir, max_latency_ms=args.max_latency_ms, max_parameters_ratio=args.max_parameters_ratio, output=output
+        args.run_dir,
+        max_latency_ms=args.max_latency_ms,
+        max_parameters_ratio=args.max_parameters_ratio,
+        accept_other=args.accept_other,
+        output=output,
     )
     print(f"{output}: genotype {choice['genotype_hash']}, code {choice['code']}, {choice['reason']}")
     print(

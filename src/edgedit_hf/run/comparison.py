@@ -13,7 +13,7 @@ FORMAT = 3
 sections.
 """
 
-NO_RESULT = ("num_workers", "log_every", "checkpoint_every", "continue_from", "enabled")
+NO_RESULT = ("num_workers", "log_every", "checkpoint_every", "continue_from", "enabled", "accept_other")
 """Keys of any section that no result depends on: changing them neither refuses a folder nor makes it anew."""
 
 AFTER_NAN = (

@@ -190,6 +190,11 @@ class LatencyConfig:
     table: str | None = key(
         None, "a table.json of an earlier run to use instead of measuring; null measures with the keys below", path=True
     )
+    accept_other: bool = key(
+        False,
+        "take a table though it was measured on another device (a phone), runtime version, thread count, precision or "
+        "batch than this recipe and machine have",
+    )
     batch_size: int = key(32, "images a forward", minimum=1, maximum=BATCH)
     threads: int = key(2, "threads of the runtime", minimum=1, maximum=THREADS)
     runtime: str = key("onnxruntime", f"runtime that will ship: {' or '.join(MEASURED)}", tuple(MEASURED))
@@ -198,7 +203,12 @@ class LatencyConfig:
         "precision of the measured artefacts: fp32, int8, or int4 (executorch only)",
         tuple(dict.fromkeys(dtype for target in MEASURED.values() for dtype in target.measured)),
     )
-    repeats: int = key(40, "measurements a shape; the median counts", minimum=3, maximum=REPEATS)
+    repeats: int = key(
+        40,
+        "rounds in which every network is timed once; up to three times as many while they scatter",
+        minimum=3,
+        maximum=REPEATS,
+    )
 
 
 @dataclass

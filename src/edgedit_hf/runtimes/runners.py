@@ -67,11 +67,15 @@ class SessionRunner:
     Args:
         session: the opened artefact.
         inputs: by name; the batch is fixed by them.
+        keep: whether its network stays in memory between its turns.
     """
 
-    def __init__(self, session: Session, inputs: Mapping[str, Any]):
+    def __init__(self, session: Session, inputs: Mapping[str, Any], keep: bool = True):
         self.session, self.threads = session, session.threads
         self.values = session.fit(inputs)
+        if not keep:
+            self.release = session.release
+            self.release()
 
     def __call__(self) -> list[np.ndarray]:
         return self.session.execute(self.values)

@@ -109,6 +109,10 @@ class Session(ABC):
     def execute(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The outputs, in the file's order, for what [`fit`] returned."""
 
+    @abstractmethod
+    def release(self) -> None:
+        """Drop the loaded network; the next run loads it again."""
+
     def run(self, inputs: Mapping[str, Any]) -> list[np.ndarray]:
         """The outputs, in the file's order, for inputs by name.
 
@@ -169,10 +173,8 @@ class OnnxSession(Session):
         options = session_options(threads)
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
-        try:
-            self.session = onnxruntime.InferenceSession(str(self.path), options, providers=[provider])
-        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-            raise EdgeDiTError(f"ONNX Runtime cannot load {path}: {error}. Export it again.") from error
+        self._options, self._provider = options, provider
+        self.session: Any = self._open()
         entries = self.session.get_modelmeta().custom_metadata_map
         self.metadata = {
             key.removeprefix("edgedit."): value for key, value in entries.items() if key.startswith("edgedit.")
@@ -187,7 +189,18 @@ class OnnxSession(Session):
 
         return onnxruntime
 
+    def _open(self) -> Any:
+        try:
+            return self.load_runtime().InferenceSession(str(self.path), self._options, providers=[self._provider])
+        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+            raise EdgeDiTError(f"ONNX Runtime cannot load {self.path}: {error}. Export it again.") from error
+
+    def release(self) -> None:
+        self.session = None
+
     def execute(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
+        if self.session is None:
+            self.session = self._open()
         return self.session.run(None, dict(zip(self.input_names, values)))
 
 
@@ -288,7 +301,6 @@ class ExecutorchSession(Session):
             raise EdgeDiTError(f"ExecuTorch cannot load {self.path}: {error}. Export it again.") from error
 
     def release(self) -> None:
-        """Drop the loaded network; the next run loads it again."""
         self._method = self._program = None
 
     def execute(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -3,24 +3,28 @@
 Rounds go A B C A B C …, so that a machine that slows down slows all alike. Within a round every callable runs once
 untimed and once timed: the untimed call brings its weights back into the caches and waits out thread pools that the
 previous callable left spinning, which is the state it meets in a sampling loop. Comparisons use the rounds as pairs
-([`paired_ratio`]).
+([`paired_ratio`], [`paired_timings`]). What still scatters is judged by [`Timing.noise`].
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import EdgeDiTError
 from ..files import versions
 
 MIN_ROUNDS = 5  # fewer rounds give no median worth stating
+NOISY = 0.03  # greatest noise of a median that is taken as it is
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,13 @@ class Timing:
             statistics.median(samples_ms), quarters[2] - quarters[0], len(samples_ms), threads, tuple(samples_ms)
         )
 
+    @property
+    def noise(self) -> float:
+        """Half the notch of a box plot as a share of the median, 1.57 IQR / √n (McGill, Tukey and Larsen 1978): nine
+        in ten times the truth is no further away, and medians whose notches do not meet differ.
+        """
+        return 1.57 * self.iqr_ms / math.sqrt(self.repeats) / self.median_ms
+
     def to_dict(self) -> dict:
         """The JSON form: median, IQR, rounds and threads (not the samples)."""
         return {"median_ms": self.median_ms, "iqr_ms": self.iqr_ms, "repeats": self.repeats, "threads": self.threads}
@@ -60,7 +71,8 @@ class Measurement:
     """Callables timed against each other, interleaved in this process, a round at a time; first the warm-up is done.
 
     Args:
-        callables: name → function without arguments; one call is one sample.
+        callables: name → function without arguments; one call is one sample. One with a method `release` is released
+            after each of its turns.
         warmup: untimed rounds before the first timed one.
 
     Raises:
@@ -70,12 +82,13 @@ class Measurement:
     def __init__(self, callables: Mapping[Any, Callable[[], object]], warmup: int = 3) -> None:
         if not callables:
             raise EdgeDiTError("A measurement got 0 callables; it needs at least 1.")
-        self.callables = callables
+        self.callables, self.warmup = callables, warmup
         self.samples: dict[Any, list[float]] = {name: [] for name in callables}
         self.rounds, self.seconds = 0, 0.0  # so far, and what the timed calls of all callables took
         for _ in range(warmup):
             for call in callables.values():
                 call()
+                _release(call)
 
     def round(self) -> None:
         """Time every callable once; one untimed call of it goes before."""
@@ -84,6 +97,7 @@ class Measurement:
             start = time.perf_counter()
             call()
             seconds = time.perf_counter() - start
+            _release(call)
             self.samples[name].append(1e3 * seconds)
             self.seconds += seconds
         self.rounds += 1
@@ -98,6 +112,11 @@ class Measurement:
             name: Timing.from_samples(tuple(self.samples[name]), getattr(call, "threads", None))
             for name, call in self.callables.items()
         }
+
+
+def _release(call: Callable[[], object]) -> None:
+    if (release := getattr(call, "release", None)) is not None:
+        release()
 
 
 def measure(
@@ -142,22 +161,32 @@ def paired_ratio(numerator: Timing, denominator: Timing) -> float:
     return statistics.median(a / b for a, b in zip(numerator.samples_ms, denominator.samples_ms))
 
 
-def paired_medians(timings: Mapping[str, Timing]) -> dict[str, float]:
-    """Medians in ms of one [`measure`] with the machine's drift taken out: what many callables cost relative to each
+def paired_timings(timings: Mapping[Any, Timing]) -> dict[Any, Timing]:
+    """The timings of one [`measure`] with the machine's drift taken out: what many callables cost relative to each
     other.
 
-    Every sample is divided by the median of its round over all callables; the median of these over the rounds is put
-    back on the scale of the median round. With another program on one of two cores this predicted whole networks from a
-    latency table four times better than plain medians did; on a quiet machine the two agree.
+    Every sample is divided by the median of its round over all callables, and put back on the scale of the median
+    round. With another program on one of two cores this predicted whole networks from a latency table four times better
+    than plain medians did; on a quiet machine the two agree.
     """
     if len({len(timing.samples_ms) for timing in timings.values()}) != 1:
         raise EdgeDiTError("Paired medians need timings with their rounds, all from the same measure() call.")
     rounds = [statistics.median(samples) for samples in zip(*(timing.samples_ms for timing in timings.values()))]
     scale = statistics.median(rounds)
     return {
-        name: scale * statistics.median(sample / usual for sample, usual in zip(timing.samples_ms, rounds))
+        name: Timing.from_samples(
+            tuple(scale * sample / usual for sample, usual in zip(timing.samples_ms, rounds)), timing.threads
+        )
         for name, timing in timings.items()
     }
+
+
+def paired_medians(timings: Mapping[Any, Timing]) -> dict[Any, float]:
+    """The medians in ms of [`paired_timings`]."""
+    return {name: timing.median_ms for name, timing in paired_timings(timings).items()}
+
+
+# -------------------------------------------------------------------- the machine
 
 
 def cpu_model() -> str:
@@ -183,3 +212,64 @@ def environment(threads: int) -> dict:
         "threads": threads,
         "versions": versions(),
     }
+
+
+@contextlib.contextmanager
+def pinned(threads: int) -> Iterator[list[int] | None]:
+    """Keep this process, with the threads it has and those it starts, on as many processors as it times with: the
+    fastest, each of another core as far as there are cores.
+
+    Yields:
+        the processors' numbers; `None` where the system cannot (it is not Linux) or gives the process fewer.
+    """
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if len(allowed) < threads:
+        yield None
+        return
+    chosen = choose_processors(allowed, threads)
+    before = {task: os.sched_getaffinity(task) for task in _tasks()}
+    try:
+        for task in before:
+            _set_affinity(task, chosen)
+        yield chosen
+    finally:
+        for task in _tasks():  # those that were started meanwhile too
+            _set_affinity(task, before.get(task, set(allowed)))
+
+
+def _tasks() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc/self/task").iterdir()]
+
+
+def _set_affinity(task: int, processors: Sequence[int] | set[int]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended
+        os.sched_setaffinity(task, processors)
+
+
+def choose_processors(allowed: Sequence[int], count: int, system: Path = Path("/sys/devices/system/cpu")) -> list[int]:
+    """Of the processors allowed, the first threads of cores before the second ones, and the fastest of these."""
+    of_core: Counter[str] = Counter()
+    ranked = []
+    for number in allowed:
+        core = _said(system / f"cpu{number}/topology/thread_siblings_list") or str(number)
+        ranked.append((of_core[core], -int(_said(system / f"cpu{number}/cpufreq/cpuinfo_max_freq") or 0), number))
+        of_core[core] += 1
+    return sorted(number for *_, number in sorted(ranked)[:count])
+
+
+def governors(processors: Sequence[int], system: Path = Path("/sys/devices/system/cpu")) -> list[str]:
+    """What decides the clock of these processors ("performance", "schedutil"), each once; none where it is not said."""
+    found = {_said(system / f"cpu{number}/cpufreq/scaling_governor") for number in processors}
+    return sorted(name for name in found if name)
+
+
+def load() -> float | None:
+    """Programs that wanted a processor over the last minute; `None` where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _said(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""

@@ -1,29 +1,35 @@
 """LatencyTable: what a genotype costs in the runtime that ships, from one measurement a distinct layer shape.
 
-A single layer alone is dominated by call overhead and meets warmer caches than it does inside a network, so networks of
-equal layers at two depths ([`DEPTHS`]) are timed, all interleaved, and a network's time is fitted as `trunk + Σ
-layers`. Whole networks of mixed shapes run in the same rounds; the table keeps how well it predicts them
-(`prediction`). For ONNX Runtime every layer shape, the embedders and the output layer are lowered once and the networks
-joined from them; for ExecuTorch every network is lowered as a whole.
+A single layer alone is dominated by call overhead and meets warmer caches than it does inside a network, so networks
+about as deep as the teacher ([`fitted_networks`]) are timed, all interleaved, and a network's time is fitted as `trunk
++ Σ layers`. Other whole networks ([`held_out`]) run in the same rounds; the table keeps how well it predicts them
+(`prediction`). It belongs to a device, a version of the runtime, a number of threads, a precision, a batch and an input
+size, and says so.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import EdgeDiTError
-from ..files import atomic_write_json, hash_json, read_json
+from ..files import atomic_write_json, hash_json, read_json, versions
 from ..genotype import Genotype, Shape
 from ..hub import is_name, resolve
 from ..records import Table
 from ..run.stage import LATENCY
+from ..runtimes.timing import cpu_model
 from ..schema import held_to
 from ..search_space import SearchSpace
 
+if TYPE_CHECKING:
+    from ..run.sections import LatencyConfig
+
 FORMAT = 1
+UNSAID = "not said"
 TRUNK_KEYS = ("sample_size", "patch_size", "in_channels", "hidden_size", "num_classes", "learn_sigma")
 
 
@@ -80,15 +86,15 @@ class LatencyTable:
                 f"this latency table belongs to a teacher of {self.space.num_layers} layers of width "
                 f"{self.space.hidden_size}; build a table for its teacher."
             )
-        total = self.trunk_ms
-        for layer in genotype.layers:
-            if (shape := layer.shape.timed) not in self.blocks:
-                raise EdgeDiTError(
-                    f"The genotype has a layer of shape {shape} (attention_dim, num_heads, mlp_ratio); this table "
-                    f"measured {', '.join(map(str, self.blocks))}. Build a table for its search space."
-                )
-            total += self.blocks[shape]
-        return total
+        return self.trunk_ms + sum(self._block(layer.shape.timed) for layer in genotype.layers)
+
+    def _block(self, shape: Shape) -> float:
+        if shape not in self.blocks:
+            raise EdgeDiTError(
+                f"The genotype has a layer of shape {shape} (attention_dim, num_heads, mlp_ratio); this table "
+                f"measured {', '.join(map(str, self.blocks))}. Build a table for its search space."
+            )
+        return self.blocks[shape]
 
     def check_config(self, config: Mapping[str, Any], space: SearchSpace | None = None) -> None:
         """Raise an [`EdgeDiTError`] if the table was measured for another input, width or output than this model
@@ -100,8 +106,57 @@ class LatencyTable:
             raise EdgeDiTError(
                 f"The latency table belongs to another teacher: {differences}. Build a table for this one."
             )
-        for genotype in () if space is None else check_genotypes(space):
-            self.latency_ms(genotype)
+        for layer in () if space is None else space.replacements():
+            self._block(layer.shape.timed)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be known before it is believed, in words: bars that its error misses, networks that scattered."""
+        said = (self._data.get("prediction") or {}).get("remarks", ())
+        return [f"the table's predictions are to be taken with care: {remark}" for remark in said]
+
+    @property
+    def device(self) -> str:
+        """The processor that it was measured on, as the table names it."""
+        return device_name(self._data["environment"].get("cpu"), self._data["environment"].get("machine"))
+
+    def differences(self, options: LatencyConfig | None = None) -> dict[str, tuple[Any, Any]]:
+        """What the table was measured with and a run would not: name → both values, the table's first.
+
+        Args:
+            options: of the run's recipe; `None`: only this machine is compared (its processor, and the version of the
+                runtime that is installed).
+        """
+        version = (self._data["environment"].get("versions") or {}).get(self.runtime, UNSAID)
+        pairs = {
+            "device": (self.device, device_name(cpu_model(), platform.machine())),
+            f"version of {self.runtime}": (version, versions().get(self.runtime, "not installed")),
+        }
+        if options is not None:
+            pairs |= {
+                "latency.runtime": (self.runtime, options.runtime),
+                "latency.precision": (self.precision, options.precision),
+                "latency.batch_size": (self.batch, options.batch_size),
+                "latency.threads": (self.threads, options.threads),
+            }
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    def check_run(self, options: LatencyConfig | None = None, accept_other: bool = False) -> None:
+        """Raise an [`EdgeDiTError`] if the table was measured on another device, with another version of the runtime or
+        otherwise than the run asks for, unless its recipe or `accept_other` says that it may be.
+
+        Args:
+            options: see [`~LatencyTable.differences`].
+        """
+        if accept_other or (options is not None and options.accept_other):
+            return
+        if differing := self.differences(options):
+            both = "; ".join(f"{name} {own} (table) / {here} (here)" for name, (own, here) in differing.items())
+            raise EdgeDiTError(
+                f"The latency table was measured otherwise than this run would: {both}. Measure one here (delete the "
+                "stage's folder, latency.table=null), or take it as it is with latency.accept_other=true (edgedit "
+                "select: --accept-other)."
+            )
 
     def _compare(self, genotype: Genotype, measured_ms: float) -> dict[str, Any]:
         predicted = self.latency_ms(genotype)
@@ -154,10 +209,13 @@ def table_file(path: str | os.PathLike, **hub: Any) -> Path:
     return found / "table.json" if is_name(path) and found.is_dir() else found
 
 
-def given_table(path: str, config: Mapping[str, Any], space: SearchSpace, **hub: Any) -> LatencyTable:
+def given_table(
+    path: str, config: Mapping[str, Any], space: SearchSpace, options: LatencyConfig | None = None, **hub: Any
+) -> LatencyTable:
     """The table that a recipe's `latency.table` names, if it is one for this teacher and its search space.
 
     Args:
+        options: of the recipe, if the table must also be of this machine and measured as they say.
         hub: of [`hub.fetch`].
     """
     try:
@@ -172,22 +230,18 @@ def given_table(path: str, config: Mapping[str, Any], space: SearchSpace, **hub:
     try:
         table = LatencyTable.from_json(file)
         table.check_config(config, space)
+        if options is not None:
+            table.check_run(options)
     except EdgeDiTError as error:
         raise EdgeDiTError(f"latency.table is {path}: {error}") from None
     return table
 
 
+def device_name(cpu: str | None, machine: str | None) -> str:
+    """A processor in words: its name and architecture, as far as they are said."""
+    return f"{cpu} ({machine})" if cpu and machine else cpu or machine or UNSAID
+
+
 def trunk_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a table depends on besides the layers' shapes."""
     return {key: config[key] for key in TRUNK_KEYS}
-
-
-def check_genotypes(space: SearchSpace) -> list[Genotype]:
-    """Three genotypes for the prediction error: all original, all smallest, and one that mixes merges and all
-    options.
-    """
-    codes = [codes[0] for codes in space.allowed], [codes[-1] for codes in space.allowed]
-    # Steps through each pair's choices by a number prime to 20, so that neighbours differ.
-    mixed = [codes[(7 * i + 6) % len(codes)] for i, codes in enumerate(space.allowed)]
-    found = {genotype.hash: genotype for genotype in map(space.from_code, (*codes, mixed))}
-    return list(found.values())

@@ -12,11 +12,11 @@ from ..files import atomic_write_json, check_finite
 from ..genotype import Genotype
 from ..pipelines.loading import load_pipeline, with_transformer
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
-from ..records import Front
+from ..records import Asked, Front
 from ..run.config import RunConfig
 from ..run.outputs import check_output, foreign_to_student
 from ..run.results import check_sources, replace_results
-from ..run.stage import EDGEDIT, SEARCH, STUDENT, TEACHER
+from ..run.stage import EDGEDIT, LATENCY, SEARCH, STUDENT, TEACHER
 from ..schema import read_record
 from .latency_table import LatencyTable
 from .pareto import choose
@@ -29,6 +29,7 @@ def select(
     max_latency_ratio: float | None = None,
     max_parameters_ratio: float | None = None,
     max_flops_ratio: float | None = None,
+    accept_other: bool = False,
     output: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Choose a point of the front and write the assembled student.
@@ -39,6 +40,8 @@ def select(
         run_dir: a run with a finished search.
         max_latency_ms: bound on the table latency, in ms.
         max_latency_ratio, max_parameters_ratio, max_flops_ratio: bounds as shares of the teacher's.
+        accept_other: take the run's latency table though it is not of this machine; so does a run whose recipe had
+            `latency.accept_other`.
         output: pipeline folder to write, with `choice.json`; default `run_dir/student`.
 
     Returns:
@@ -71,8 +74,10 @@ def select(
         foreign=foreign_to_student,
     )
     teacher = load_pipeline(path, TEACHER.made_by)
-    if (table := run_dir / "latency" / "table.json").is_file():
-        LatencyTable.from_json(table).check_config(teacher.transformer.config)
+    if (file := run_dir / "latency" / "table.json").is_file():
+        table = LatencyTable.from_json(file)
+        table.check_config(teacher.transformer.config)
+        table.check_run(accept_other=accept_other or _accepted(run_dir / "latency" / "run.json"))
     bank = ProxyBank(run_dir / "bank", teacher.transformer)
     facts = {
         "reason": reason,
@@ -81,6 +86,14 @@ def select(
         "distance": entry["distance"],
     }
     return write_student(teacher, bank, bank.space.from_code(entry["code"]), output, facts)
+
+
+def _accepted(record: Path) -> bool:
+    """Whether the recipe that a latency stage was run with takes tables of other machines."""
+    if not record.is_file():
+        return False
+    options = read_record(record, Asked, LATENCY.made_by)["config"].get("latency")
+    return isinstance(options, Mapping) and options.get("accept_other") is True
 
 
 def write_student(
