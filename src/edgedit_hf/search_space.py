@@ -149,6 +149,10 @@ class SearchSpace:
         """The option's name of a layer of this space."""
         return self.name_of(layer.shape)
 
+    def key(self, layer: LayerSpec) -> str:
+        """Address of the layer among a bank's, e.g. `"03/mlp"` or `"04-05/original"`."""
+        return "-".join(f"{i:02d}" for i in layer.source) + "/" + self.option_of(layer)
+
     def name_of(self, shape: Shape) -> str:
         """What a layer's shape is called."""
         for option in OPTIONS:

@@ -101,7 +101,7 @@ class ProxyBank:
 
     def key(self, layer: LayerSpec) -> str:
         """Address of the proxy with this source and shape, e.g. `"03/mlp"` or `"04-05/original"`."""
-        return "-".join(f"{i:02d}" for i in layer.source) + "/" + self.space.option_of(layer)
+        return self.space.key(layer)
 
     def missing(self, genotype: Genotype | None = None) -> list[str]:
         """Keys that the bank does not hold yet, of the proxies that this genotype needs (default: of the whole search

@@ -46,13 +46,13 @@ def bank_choices(index: Mapping[str, Any], table: LatencyTable | None) -> dict[s
 
     original = figures(space.layer((0,), "original"))
     choices = []
-    for key, entry in index["entries"].items():
+    for entry in index["entries"].values():
         layer = space.layer(tuple(entry["source"]), entry["option"])
         its, count = figures(layer), len(layer.source)
         timed = None not in (its["ms"], original["ms"])
         choices.append(
             {
-                "key": key,
+                "key": space.key(layer),
                 **{name: entry[name] for name in ("option", "source", "loss_before", "loss_after")},
                 **its,
                 "saved_ms": count * original["ms"] - its["ms"] if timed else None,

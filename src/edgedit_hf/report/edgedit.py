@@ -273,7 +273,8 @@ def _bank_summary(index: Mapping[str, Any]) -> dict[str, Any]:
         raise EdgeDiTError(f"The proxy bank holds 0 proxies; run {BANK.made_by} to its end.")
     by_option: dict[str, list[Mapping[str, Any]]] = {}
     for entry in entries.values():
-        by_option.setdefault(("merged " if len(entry["source"]) > 1 else "") + entry["option"], []).append(entry)
+        merged = ("", "merged ", "three merged ")[min(len(entry["source"]), 3) - 1]
+        by_option.setdefault(merged + entry["option"], []).append(entry)
     return {
         "proxies": len(entries),
         "teacher_hash": index["teacher_hash"],
