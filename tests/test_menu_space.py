@@ -289,3 +289,32 @@ def test_a_menu_that_makes_no_sense_is_refused(menu, said):
 def test_codes_genotypes_and_limits_of_another_space_are_refused(call, said):
     with pytest.raises(EdgeDiTError, match=said):
         call(space(4))
+
+
+STRANGE = (None, True, "x", "", [], {}, [[]], -1, 0, 3, 10**30, 1.5, float("nan"), float("inf"), -1e300)
+
+
+def damaged(value):
+    """A plain value with something strange in the place of each of its parts, one at a time, or without it."""
+    yield from STRANGE
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield {other: kept for other, kept in value.items() if other != key}
+            yield from ({**value, key: strange} for strange in damaged(part))
+    if isinstance(value, list):
+        for place, part in enumerate(value):
+            yield value[:place] + value[place + 1 :]
+            yield from ([*value[:place], strange, *value[place + 1 :]] for strange in damaged(part))
+
+
+def test_a_damaged_space_is_one_clear_error_or_a_space():
+    values = space(3).to_dict()
+    good = 0
+    for strange in damaged(values):
+        try:
+            s = SearchSpace.from_dict(strange)
+            assert s.from_code(next(iter(s.codes()))).num_teacher_layers == s.num_layers
+            good += 1
+        except EdgeDiTError:
+            pass
+    assert good > 50
