@@ -4,8 +4,9 @@ surrogates, qLogEHVI).
     edgedit train search --config training/recipes/digits.yaml
 
 A genotype is judged by images of the student that the bank assembles for it, not yet tuned, and by the latency table.
-Random search spends the same budget for comparison. All state is JSON, written after every evaluation: killed at any
-point, it continues. Writes <output_dir>/search: state.json, random.json, front.json.
+search.mode exact judges what the integer programme over the bank's losses and that table names. Random search spends
+the same budget for comparison. All state is JSON, written after every evaluation: killed at any point, it continues.
+Writes <output_dir>/search: state.json, random.json, front.json.
 """
 
 if __name__ == "__main__":
@@ -30,6 +31,7 @@ from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.stage import SEARCH
 from edgedit_hf.run.state import RunState
 from edgedit_hf.search.ask_tell import summary
+from edgedit_hf.search.blocks import programme_of
 from edgedit_hf.search.campaign import Campaign, most_evaluations
 from edgedit_hf.search.latency_table import LatencyTable
 from edgedit_hf.search.objectives import StudentQuality
@@ -71,7 +73,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         autocast=accelerator.autocast,
     )
 
-    campaign = Campaign(state.folder, bank.space, options, config.seed)
+    programme = programme_of(bank, table) if options.mode == "exact" else None
+    campaign = Campaign(state.folder, bank.space, options, config.seed, programme)
     state.continue_at(campaign.evaluated)
     for _ in state.steps():
         genotype = campaign.ask()
@@ -79,7 +82,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             break  # the space holds fewer than the budget
         cost = model_cost({**teacher_config, "layers": genotype.to_layers()})
         objectives = quality(genotype), table.latency_ms(genotype)
-        state.log(**campaign.tell(genotype, objectives, {"parameters": cost.parameters, "flops": cost.flops}))
+        costs = {"parameters": cost.parameters, "weights": cost.weights, "flops": cost.flops}
+        state.log(**campaign.tell(genotype, objectives, costs))
 
     whole = Genotype.of(teacher_config)
     cost = model_cost(teacher_config)

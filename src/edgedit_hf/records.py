@@ -61,6 +61,13 @@ class BankIndex:
 
 
 @dataclass(kw_only=True)
+class Scored:
+    """What a choice among proxies goes by."""
+
+    loss_after: float = key(minimum=0.0, maximum=FIGURE)
+
+
+@dataclass(kw_only=True)
 class ProxyFigures:
     """What the report reads of a proxy."""
 
@@ -167,6 +174,7 @@ class Settings:
     reference: list[float] | None = key(**MS, items=2, fewest=2)
     acquisition: str = key("")
     pool_size: int = key(2, minimum=2, maximum=10**6)
+    plan: list[list[int]] | None = key(None, minimum=0, maximum=CODES - 1, items=10**6)
 
 
 @dataclass(kw_only=True)
@@ -177,6 +185,7 @@ class Point:
     distance: float = key(above=0.0, maximum=FIGURE)
     latency_ms: float = key(**MS)
     parameters: float = key(1, minimum=1, maximum=FIGURE)
+    weights: float = key(1, minimum=1, maximum=FIGURE)
     flops: float = key(1, minimum=1, maximum=FIGURE)
 
 

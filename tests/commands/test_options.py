@@ -54,6 +54,10 @@ def test_of_the_export(option, value, tmp_path, capsys):
             ["select", "RUN", *words.split()]
             for words in ("--max-parameters-ratio nan", "--max-parameters-ratio 0", "--max-parameters-ratio=-1")
         ),
+        *(
+            ["select", "RUN", *words.split()]
+            for words in ("--max-bytes-mb nan", "--max-bytes-mb 0", "--max-flops-ratio 0", "--k 0", "--front 100000")
+        ),
         *(["info", name] for name in ("", "a/b/c/d", "x" * 5000, "/dev/null", "a\0b")),
         *(["report", name] for name in ("", "x" * 5000, "/dev/null")),
         *(["train", name] for name in ("", "no-such-stage", "/no/such.py", "x" * 5000)),

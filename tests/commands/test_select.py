@@ -1,4 +1,4 @@
-"""`edgedit select`: another point of a finished search becomes the student."""
+"""`edgedit select`: another point of a finished search becomes the student, or the programme's best."""
 
 import json
 import shutil
@@ -23,3 +23,32 @@ def test_the_best_point_within_the_limit_is_assembled(debug_run, tmp_path, capsy
     (run / "bank" / "index.json").write_text((run / "bank" / "index.json").read_text() + "\n")
     assert main(["select", str(run)]) == 2
     assert "search was made from another" in capsys.readouterr().err
+
+
+def test_without_a_search_the_programme_chooses_and_lists(debug_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    for name in ("teacher", "bank", "latency"):
+        shutil.copytree(debug_run / name, run / name)
+    teacher_ms = json.loads((debug_run / "search" / "front.json").read_text())["teacher"]["latency_ms"]
+    bounds = ["--max-latency-ms", repr(0.8 * teacher_ms), "--max-bytes-mb", "1", "--bytes-precision", "int8"]
+    assert main(["select", str(run), *bounds, "--k", "3", "--json"]) == 0
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    listed = json.loads(last)
+    scores = [row["score"] for row in listed["rows"]]
+    assert scores == sorted(scores) and len(scores) == 3 and len(table) == 5 and not (run / "student").exists()
+    assert listed["caps"] == {"latency_ms": 0.8 * teacher_ms, "bytes": 1e6}
+    assert main(["select", str(run), *bounds]) == 0
+    assert "by the integer programme" in capsys.readouterr().out
+    choice = json.loads((run / "student" / "choice.json").read_text())
+    assert choice["genotype_hash"] == listed["rows"][0]["genotype_hash"] and choice["score"] == scores[0]
+    assert main(["select", str(run), "--front", "6", "--json"]) == 0
+    swept = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    assert swept[-1]["score"] == 0.0 and swept[-1]["latency_ms"] == max(row["latency_ms"] for row in swept)
+    assert main(["select", str(run), "--max-latency-ms", "1e-6"]) == 2
+    assert "but the least is" in capsys.readouterr().err
+    (run / "search").mkdir()
+    (run / "search" / "run.json").write_text("{}")  # begun, not finished
+    assert main(["select", str(run)]) == 2
+    assert "written by stage search" in capsys.readouterr().err
+    assert main(["select", str(run), "--exact", "--output", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "choice.json").read_text())["chosen_by"] == "programme"

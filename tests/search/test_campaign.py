@@ -5,6 +5,7 @@ import pytest
 from edgedit_hf.run.sections import SearchConfig
 from edgedit_hf.search.campaign import Campaign, most_evaluations
 from edgedit_hf.search.pareto import pareto_front
+from edgedit_hf.search.programme import Block, Programme
 from edgedit_hf.search_space import SearchSpace, layer_cost
 
 SPACE = SearchSpace(4, 32, 2)
@@ -27,25 +28,35 @@ def evaluate(campaign: Campaign) -> None:
     assert (told["distance"], told["latency_ms"]) == objectives(genotype)
 
 
-@pytest.mark.parametrize("mode", ["joint", "two-stage"])
+def programme() -> Programme:
+    """Scores that say what [`objectives`] says, in another unit."""
+    blocks = []
+    for layer in SPACE.replacements():
+        weights = layer_cost(32, layer.shape, 16).weights
+        blocks.append(Block(layer, (1 - layer.source[0] / 8) / weights, {"latency_ms": weights / 1e4}))
+    return Programme(blocks, 4, 32)
+
+
+@pytest.mark.parametrize("mode", ["joint", "two-stage", "exact"])
 @pytest.mark.parametrize("random", [True, False])
 def test_a_campaign_that_is_killed_after_every_evaluation_ends_with_the_same_files(tmp_path, mode, random):
     # Two-stage: the first search gets half of the evaluations, fewer than the initial ones that are asked for.
     options = SearchConfig(mode=mode, evaluations=5, initial=4, batch=2, random_baseline=random)
     (one := tmp_path / "one").mkdir()
     (two := tmp_path / "two").mkdir()
-    campaign, asked = Campaign(one, SPACE, options, seed=3), 0
+    solver = programme() if mode == "exact" else None
+    campaign, asked = Campaign(one, SPACE, options, 3, solver), 0
     while campaign.ask() is not None:
         evaluate(campaign)
         asked += 1
-        evaluate(killed := Campaign(two, SPACE, options, seed=3))
+        evaluate(killed := Campaign(two, SPACE, options, 3, solver))
         assert killed.evaluated == campaign.evaluated == asked
         assert files(one) == files(two)
-    initial, distinct = min(4, 5 if mode == "joint" else 2), len(campaign.found.told)
+    initial, distinct = min(4, 2 if mode == "two-stage" else 5), len(campaign.found.told)
     assert distinct == 5 or mode == "two-stage"  # whose second search may meet a genotype of the first again
     assert asked == 5 + (distinct - initial if random else 0) <= most_evaluations(options)
     assert most_evaluations(options) == 5 + (5 - initial if random else 0)
-    assert Campaign(two, SPACE, options, seed=3).ask() is None
+    assert Campaign(two, SPACE, options, 3, solver).ask() is None
     assert (campaign.random is not None) == random
     if random:
         assert campaign.random.told[:initial] == campaign.found.told[:initial]

@@ -217,8 +217,9 @@ class SearchConfig:
 
     mode: str = key(
         "joint",
-        "joint (20 choices a pair of layers) or two-stage (the paper: merges first, then options)",
-        ("joint", "two-stage"),
+        "joint (Bayes over all choices), two-stage (the paper: merges first, then options), or exact (judges what the "
+        "integer programme over the bank's losses and the latency table names)",
+        ("joint", "two-stage", "exact"),
     )
     acquisition: str = key("qlogehvi", "qlogehvi, qlognehvi or ehvi (the paper's)", ("qlogehvi", "qlognehvi", "ehvi"))
     evaluations: int = key(24, "genotypes to evaluate", minimum=2, maximum=10**4)
@@ -253,6 +254,12 @@ class StudentConfig:
     )
     max_flops_ratio: float | None = key(
         0.75, "FLOPs at most this share of the teacher's; null: no bound", above=0.0, maximum=1.0
+    )
+    max_bytes_mb: float | None = key(
+        None,
+        "megabytes of the weights (10^6 bytes, scales not counted) at latency.precision; null: no bound",
+        above=0.0,
+        maximum=1e9,
     )
 
 

@@ -1,5 +1,5 @@
-"""The searches of a stage, one after the other: over all choices at once, or the paper's two stages; then, to compare
-with, random search.
+"""The searches of a stage, one after the other: over all choices at once, the paper's two stages, or what the integer
+programme says; then, to compare with, random search.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from ..search_space import SearchSpace
 from .ask_tell import AskTellSearch, RandomSearch
 from .bayes import BayesSearch
 from .pareto import hypervolume, knee_point
+from .programme import Programme
+from .programme_search import ProgrammeSearch
 
 MERGES, FOUND, RANDOM = "merge.json", "state.json", "random.json"  # of the paper's first stage, the last one, random
 
 
 def most_evaluations(options: SearchConfig) -> int:
     """Genotypes that a [`Campaign`] evaluates, unless its space holds fewer."""
-    first = options.evaluations if options.mode == "joint" else options.evaluations // 2
+    first = options.evaluations // 2 if options.mode == "two-stage" else options.evaluations
     random = options.evaluations - min(options.initial, first) if options.random_baseline else 0
     return options.evaluations + random
 
@@ -31,14 +33,23 @@ class Campaign:
     """Asks for one genotype after the other, and keeps every search in a file: killed at any point, it continues.
 
     In mode "two-stage" (the paper) it is first asked which pairs merge, then, around the knee point of that front, for
-    the option of every layer.
+    the option of every layer. In mode "exact" it is asked for what the integer programme says.
 
     Args:
         folder: of the files; what they hold is continued.
+        programme: of the space's replacements, for the modes that take it.
     """
 
-    def __init__(self, folder: str | os.PathLike, space: SearchSpace, options: SearchConfig, seed: int) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        space: SearchSpace,
+        options: SearchConfig,
+        seed: int,
+        programme: Programme | None = None,
+    ) -> None:
         self.folder, self.space, self.options, self.seed = Path(folder), space, options, seed
+        self.programme = programme
         self.done: dict[str, AskTellSearch] = {}  # by file: the searches that have spent their budget
         self.file, self.search = self._following()
         self._go_on()
@@ -51,7 +62,13 @@ class Campaign:
         """The search after those that are done, with its file."""
         evaluations = self.options.evaluations
         search: AskTellSearch
-        if FOUND not in self.done and self.options.mode == "joint":
+        if FOUND not in self.done and self.options.mode == "exact":
+            if self.programme is None:
+                raise EdgeDiTError("search.mode is exact, but there is no programme of the bank and the latency table.")
+            initial = min(self.options.initial, evaluations)
+            search = ProgrammeSearch.of(self.programme, self.space, evaluations, self.seed, initial)
+            file = FOUND
+        elif FOUND not in self.done and self.options.mode == "joint":
             file, search = FOUND, self._bayes(self.space, evaluations)
         elif FOUND not in self.done and MERGES not in self.done:
             file, search = MERGES, self._bayes(self.space.stage("merge"), evaluations // 2)

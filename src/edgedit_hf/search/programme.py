@@ -45,13 +45,13 @@ class Block:
 @dataclass(frozen=True)
 class Solution:
     """A genotype with its score and costs; `gap` 0: no legal genotype within the caps has a lower score, else by which
-    share at most one may.
+    share at most one may; `None`: it was not solved for.
     """
 
     genotype: Genotype
     score: float
     costs: dict[str, float]
-    gap: float = 0.0
+    gap: float | None = None
 
 
 class Programme:
@@ -119,7 +119,7 @@ class Programme:
         cuts = [cut for genotype in exclude if (cut := self._chosen(genotype)) is not None]
         found = self._solve(self._scores, caps, cuts)
         if found is None and cuts and self._solve(self._scores, caps, []) is not None:
-            raise EdgeDiTError(f"All genotypes that keep {_said(caps) or 'no cap'} are among the {len(cuts)} excluded.")
+            raise EdgeDiTError(f"All genotypes that keep {said(caps) or 'no cap'} are among the {len(cuts)} excluded.")
         if found is None:
             raise self._infeasible(caps)
         return found
@@ -133,6 +133,16 @@ class Programme:
         while len(found) < k and (following := self._solve(self._scores, caps, self._cuts(found))) is not None:
             found.append(following)
         return sorted(found, key=lambda solution: solution.score)
+
+    def of(self, genotype: Genotype) -> Solution:
+        """The score and the costs of any genotype of these replacements."""
+        chosen = self._chosen(genotype)
+        if chosen is None:
+            raise EdgeDiTError(
+                f"The genotype {genotype.hash} has a layer that is none of the {len(self.blocks)} replacements: the "
+                "bank lacks it, or it belongs to another teacher."
+            )
+        return self._solution(chosen)
 
     def least(self, cost: str, caps: Mapping[str, float] | None = None) -> Solution:
         """The genotype that costs the least of `cost` within the caps."""
@@ -218,7 +228,7 @@ class Programme:
             rows.append((csr_array(scale * self._costs[name][None]), -np.inf, room))
         return rows
 
-    def _solution(self, chosen: np.ndarray, gap: float = 0.0) -> Solution:
+    def _solution(self, chosen: np.ndarray, gap: float | None = None) -> Solution:
         blocks = sorted((self.blocks[number] for number in chosen), key=lambda block: block.layer.source)
         genotype = Genotype(tuple(block.layer for block in blocks), self.hidden_size)
         costs = {
@@ -254,8 +264,8 @@ class Programme:
         least = {name: self.least(name).costs[name] for name in caps}
         above = [name for name, cap in caps.items() if least[name] > cap * (1 + SLACK)]
         if above:
-            said = " and ".join(f"{name} <= {caps[name]:.6g}, but the least is {least[name]:.6g}" for name in above)
-            return EdgeDiTError(f"No student has {said}. Raise the cap, or take a bank with smaller replacements.")
+            wanted = " and ".join(f"{name} <= {caps[name]:.6g}, but the least is {least[name]:.6g}" for name in above)
+            return EdgeDiTError(f"No student has {wanted}. Raise the cap, or take a bank with smaller replacements.")
         told = []
         for name in caps:
             others = {other: cap for other, cap in caps.items() if other != name}
@@ -263,12 +273,13 @@ class Programme:
             if found is not None:
                 told.append(f"with the other caps, the least {name} is {found.costs[name]:.6g}")
         return EdgeDiTError(
-            f"No student has {_said(caps)}, though each can be had alone{''.join(f'; {text}' for text in told)}. Raise "
+            f"No student has {said(caps)}, though each can be had alone{''.join(f'; {text}' for text in told)}. Raise "
             "one of the caps."
         )
 
 
-def _said(caps: Mapping[str, float]) -> str:
+def said(caps: Mapping[str, float]) -> str:
+    """Caps in words."""
     return " and ".join(f"{name} <= {cap:.6g}" for name, cap in caps.items())
 
 

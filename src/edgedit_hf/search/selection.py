@@ -12,12 +12,15 @@ from ..files import atomic_write_json, check_finite
 from ..genotype import Genotype
 from ..pipelines.loading import load_pipeline, with_transformer
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
-from ..records import Asked, Front
+from ..records import Front
 from ..run.config import RunConfig
 from ..run.outputs import check_output, foreign_to_student
 from ..run.results import check_sources, replace_results
-from ..run.stage import EDGEDIT, LATENCY, SEARCH, STUDENT, TEACHER
+from ..run.stage import EDGEDIT, SEARCH, STUDENT, TEACHER
 from ..schema import read_record
+from ..search_space import BYTES
+from .blocks import weights_precision
+from .exact import ExactChoice, accepted
 from .latency_table import LatencyTable
 from .pareto import choose
 
@@ -29,20 +32,26 @@ def select(
     max_latency_ratio: float | None = None,
     max_parameters_ratio: float | None = None,
     max_flops_ratio: float | None = None,
+    max_bytes_mb: float | None = None,
+    bytes_precision: str | None = None,
     accept_other: bool = False,
     output: str | os.PathLike | None = None,
+    exact: ExactChoice | None = None,
 ) -> dict[str, Any]:
-    """Choose a point of the front and write the assembled student.
+    """Choose a point of the front, or the solution of an integer programme, and write the assembled student.
 
     Within the bounds the lowest distance; without any bound the knee point of the front.
 
     Args:
-        run_dir: a run with a finished search.
+        run_dir: a run with a finished search; with `exact`, one with a bank and a latency table.
         max_latency_ms: bound on the table latency, in ms.
         max_latency_ratio, max_parameters_ratio, max_flops_ratio: bounds as shares of the teacher's.
+        max_bytes_mb: bound on the bytes of the weights, in MB (10^6).
+        bytes_precision: of these bytes, one of [`BYTES`]; default that of the latency table (of `exact`, its own).
         accept_other: take the run's latency table though it is not of this machine; so does a run whose recipe had
             `latency.accept_other`.
         output: pipeline folder to write, with `choice.json`; default `run_dir/student`.
+        exact: chooses in the place of the front: within the bounds the least loss by the bank.
 
     Returns:
         what `choice.json` holds.
@@ -52,6 +61,12 @@ def select(
             the front keeps the bounds.
     """
     run_dir = Path(run_dir)
+    output = run_dir / "student" if output is None else output
+    if exact is not None:
+        bounds = max_latency_ms, max_latency_ratio, max_parameters_ratio, max_flops_ratio, max_bytes_mb
+        solution, facts = exact.choose(exact.caps(*bounds))
+        _check_place(output, run_dir, run_dir / TEACHER.folder)
+        return write_student(exact.teacher, exact.bank, solution.genotype, output, facts)
     front = read_record(run_dir / "search" / "front.json", Front, SEARCH.made_by)
     whole = front["teacher"]
     made_of = RunConfig(output_dir=str(run_dir))
@@ -59,25 +74,28 @@ def select(
     check_sources(made_of, [SEARCH.folder], EDGEDIT)
     if max_latency_ms is None and max_latency_ratio is not None:
         max_latency_ms = max_latency_ratio * whole["latency_ms"]
+    entries = front["front"]
+    if max_bytes_mb is not None:
+        if bytes_precision is None:
+            bytes_precision = weights_precision(LatencyTable.from_json(run_dir / "latency" / "table.json"))
+        entries = [
+            {**entry, "bytes": entry["weights"] * BYTES[bytes_precision]} if "weights" in entry else entry
+            for entry in entries
+        ]
     entry, reason = choose(
-        front["front"],
+        entries,
         max_latency_ms=max_latency_ms,
         max_parameters=None if max_parameters_ratio is None else max_parameters_ratio * whole["parameters"],
         max_flops=None if max_flops_ratio is None else max_flops_ratio * whole["flops"],
+        max_bytes=None if max_bytes_mb is None else max_bytes_mb * 1e6,
     )
     path = whole["path"] or run_dir / "teacher"
-    output = run_dir / "student" if output is None else output
-    check_output(
-        output,
-        [path, *(run_dir / stage.folder for stage in EDGEDIT[: EDGEDIT.index(STUDENT)])],
-        overwrite=True,
-        foreign=foreign_to_student,
-    )
+    _check_place(output, run_dir, path)
     teacher = load_pipeline(path, TEACHER.made_by)
     if (file := run_dir / "latency" / "table.json").is_file():
         table = LatencyTable.from_json(file)
         table.check_config(teacher.transformer.config)
-        table.check_run(accept_other=accept_other or _accepted(run_dir / "latency" / "run.json"))
+        table.check_run(accept_other=accept_other or accepted(run_dir / "latency" / "run.json"))
     bank = ProxyBank(run_dir / "bank", teacher.transformer)
     facts = {
         "reason": reason,
@@ -88,12 +106,10 @@ def select(
     return write_student(teacher, bank, bank.space.from_code(entry["code"]), output, facts)
 
 
-def _accepted(record: Path) -> bool:
-    """Whether the recipe that a latency stage was run with takes tables of other machines."""
-    if not record.is_file():
-        return False
-    options = read_record(record, Asked, LATENCY.made_by)["config"].get("latency")
-    return isinstance(options, Mapping) and options.get("accept_other") is True
+def _check_place(output: str | os.PathLike, run_dir: Path, teacher: str | os.PathLike) -> None:
+    """Raise if a student must not be written there."""
+    inputs = [teacher, *(run_dir / stage.folder for stage in EDGEDIT[: EDGEDIT.index(STUDENT)])]
+    check_output(output, inputs, overwrite=True, foreign=foreign_to_student)
 
 
 def write_student(

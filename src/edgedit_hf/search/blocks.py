@@ -1,0 +1,84 @@
+"""What a bank and a latency table say of every replacement: the blocks of the integer programme. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EdgeDiTError
+from ..records import Scored
+from ..run.stage import BANK
+from ..schema import held_to
+from ..search_space import BYTES, Cost, SearchSpace, layer_cost, trunk_cost
+from .latency_table import LatencyTable
+from .programme import Block, Programme
+
+if TYPE_CHECKING:
+    from ..distill.proxy_bank import ProxyBank
+
+WEIGHTS = {"8da8w": "int8", "8da4w": "int4"}  # by precision of a runtime: what its weights take
+
+
+def replacement_score(entry: Mapping[str, Any]) -> float:
+    """What a student loses by a proxy, from its entry in the bank's index: its held-out normalised loss. A layer of the
+    teacher loses nothing.
+    """
+    return float(entry["loss_after"])
+
+
+def weights_precision(table: LatencyTable) -> str:
+    """The precision, of [`BYTES`], that weights have in what a table was measured on."""
+    return WEIGHTS.get(table.precision, table.precision)
+
+
+def costs_of(cost: Cost, latency_ms: float, precision: str) -> dict[str, float]:
+    """The costs of a part of a student by name; bytes are those of its weights at a precision."""
+    return {
+        "latency_ms": latency_ms,
+        "parameters": float(cost.parameters),
+        "flops": float(cost.flops),
+        "bytes": cost.weights * BYTES[precision],
+    }
+
+
+def blocks_of(
+    space: SearchSpace,
+    entries: Mapping[str, Mapping[str, Any]],
+    table: LatencyTable,
+    config: Mapping[str, Any],
+    precision: str | None = None,
+) -> list[Block]:
+    """A block for every layer of the teacher's, and for every proxy that a bank holds.
+
+    Args:
+        space, entries: the bank's. config: the teacher's model config.
+        precision: of `bytes`; default that of the table.
+    """
+    if not entries:
+        raise EdgeDiTError(f"The proxy bank holds 0 proxies, so there is nothing to choose among; run {BANK.made_by}.")
+    table.check_config(config, space)
+    precision, tokens = precision or weights_precision(table), (config["sample_size"] // config["patch_size"]) ** 2
+    blocks = []
+    for layer in space.replacements():
+        original = len(layer.source) == 1 and space.option_of(layer) == "original"
+        if not original and (key := space.key(layer)) not in entries:
+            continue  # of a bank of a few genotypes (`bank.only`)
+        if not original:
+            held_to(entries[key], Scored, f"The entry {key} of the bank's index", BANK.made_by, "a proxy")
+        cost = layer_cost(space.hidden_size, layer.shape, tokens)
+        costs = costs_of(cost, table.blocks[layer.shape.timed], precision)
+        blocks.append(Block(layer, 0.0 if original else replacement_score(entries[key]), costs))
+    return blocks
+
+
+def programme_of(bank: ProxyBank, table: LatencyTable, precision: str | None = None) -> Programme:
+    """The integer programme of a bank's students with the costs latency_ms, parameters, flops and bytes.
+
+    Args:
+        precision: of `bytes`; default that of the table.
+    """
+    config, space = bank.teacher.config, bank.space
+    blocks = blocks_of(space, bank.entries, table, config, precision)
+    tokens = (config["sample_size"] // config["patch_size"]) ** 2
+    fixed = costs_of(trunk_cost(config, tokens), table.trunk_ms, precision or weights_precision(table))
+    return Programme(blocks, space.num_layers, space.hidden_size, fixed)
