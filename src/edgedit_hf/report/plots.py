@@ -95,9 +95,9 @@ def pareto_plot(
         else:
             axes.scatter(latency, distance, marker=marker, s=60, color=colour, edgecolor=BLACK, label=name, zorder=5)
     axes.set_xlabel("predicted latency (ms)")
-    axes.set_ylabel(f"{distance_label}, not yet tuned")
+    axes.set_ylabel(textwrap.fill(f"{distance_label}, not yet tuned", 40))
     _log_if_wide(axes, [float(d) for d, _ in points])
-    _legend_below(axes)
+    _legend_below(axes, columns=3 if named else 5)
     _save(figure, path)
 
 
