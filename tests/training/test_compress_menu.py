@@ -28,8 +28,8 @@ def whole(recipes, tmp_path_factory):
 @pytest.fixture
 def started(whole, tmp_path):
     """A run that has the teacher alone."""
-    shutil.copytree(whole / "teacher", tmp_path / "teacher")
-    return tmp_path
+    shutil.copytree(whole / "teacher", tmp_path / "run" / "teacher")
+    return tmp_path / "run"
 
 
 def space_of(run) -> SearchSpace:
@@ -61,11 +61,10 @@ def test_a_bank_holds_a_proxy_of_every_choice_that_starts_close_to_its_layers(wh
 
 
 @pytest.mark.slow
-def test_search_and_student_over_a_menu(recipes, whole, tmp_path):
+def test_the_whole_loop_over_a_menu(recipes, whole, tmp_path):
     for folder in ("teacher", "bank"):
         shutil.copytree(whole / folder, tmp_path / folder)
-    for name in ("measure_latency", "search_architecture", "select_student"):
-        recipes.run(name, tmp_path, **MENU)
+    recipes.run("compress", tmp_path, timeout=1800, **MENU)
     space = space_of(tmp_path)
     table = json.loads((tmp_path / "latency" / "table.json").read_text())
     assert table["space"] == space.to_dict()
@@ -76,6 +75,10 @@ def test_search_and_student_over_a_menu(recipes, whole, tmp_path):
         assert list(space.code(genotype)) == point["code"]
     student = load_pipeline(tmp_path / "student").transformer
     assert Genotype.of(student.config).hash in {point["hash"] for point in front}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {"teacher", "student-tuned", "onnx-fp32", "onnx-int8"} <= {model["name"] for model in report["models"]}
+    assert sum(report["genotype"]["options"].values()) == len(student.config.layers)
+    assert (tmp_path / "report.html").is_file()
 
 
 @pytest.mark.slow
@@ -83,8 +86,9 @@ def test_search_and_student_over_a_menu(recipes, whole, tmp_path):
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_given_students_of_every_kind_are_made_tuned_and_exported(recipes, whole, started, number):
     genotype = students(space_of(whole))[number]
-    (started / "genotype.json").write_text(genotype.to_json())
-    given = f"student.genotype={started / 'genotype.json'}", f"bank.only=[{started / 'genotype.json'}]"
+    file = started.parent / "genotype.json"
+    file.write_text(genotype.to_json())
+    given = f"student.genotype={file}", f"bank.only=[{file}]"
     formats = "export.dtypes=[fp32, int8]", "export.executorch=[fp32]", "tune.teacher_more_steps=false"
     for name in ("distill_proxies", "select_student", "finetune", "export_student"):
         recipes.run(name, started, *given, *formats, **MENU)
