@@ -73,26 +73,28 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         autocast=accelerator.autocast,
     )
 
-    programme = programme_of(bank, table) if options.mode == "exact" else None
-    campaign = Campaign(state.folder, bank.space, options, config.seed, programme)
+    def judge(genotype: Genotype) -> tuple[float, float]:
+        return quality.score(bank.assemble(genotype))
+
+    cost = model_cost(teacher_config)
+    teacher = {
+        "path": config.teacher.path,
+        "latency_ms": table.latency_ms(Genotype.of(teacher_config)),
+        "parameters": cost.parameters,
+        "flops": cost.flops,
+    }
+    shares = {"latency_ms": options.max_latency_ratio, "parameters": options.max_parameters_ratio}
+    caps = {name: share * teacher[name] for name, share in shares.items() if share is not None}
+    programme = None if options.mode == "two-stage" else programme_of(bank, table)
+    campaign = Campaign(state.folder, bank.space, options, config.seed, programme, caps)
     state.continue_at(campaign.evaluated)
     for _ in state.steps():
         genotype = campaign.ask()
         if genotype is None:
             break  # the space holds fewer than the budget
         cost = model_cost({**teacher_config, "layers": genotype.to_layers()})
-        objectives = quality(genotype), table.latency_ms(genotype)
         costs = {"parameters": cost.parameters, "weights": cost.weights, "flops": cost.flops}
-        state.log(**campaign.tell(genotype, objectives, costs))
-
-    whole = Genotype.of(teacher_config)
-    cost = model_cost(teacher_config)
-    teacher = {
-        "path": config.teacher.path,
-        "latency_ms": table.latency_ms(whole),
-        "parameters": cost.parameters,
-        "flops": cost.flops,
-    }
+        state.log(**campaign.evaluate(genotype, judge, table.latency_ms(genotype), costs))
     atomic_write_json(state.folder / "front.json", {**summary(campaign.found, campaign.random), "teacher": teacher})
     state.finish()
 

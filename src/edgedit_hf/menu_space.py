@@ -274,10 +274,14 @@ class MenuSpace(SearchSpace):
                 raise EdgeDiTError(
                     f"Entry {at} of the code is {index}; this space allows {list(self.allowed[at])} there."
                 )
-            choice = self.choices[index]
-            layers.append(LayerSpec(tuple(range(at, at + choice.merge)), *choice.shape))
-            at += choice.merge
+            layers += self.layers_at(at, index)
+            at += self.choices[index].merge
         return Genotype(tuple(layers), self.hidden_size)
+
+    def layers_at(self, place: int, choice: int) -> list[LayerSpec]:
+        """The layer that an entry of a code stands for, where no earlier one covers it."""
+        merge, shape, _ = self.choices[choice]
+        return [LayerSpec(tuple(range(place, place + merge)), *shape)]
 
     def codes(self) -> Iterator[tuple[int, ...]]:
         """The code of every legal genotype, in order (mind [`size`])."""
@@ -330,6 +334,10 @@ class MenuSpace(SearchSpace):
             for number in layer.source:
                 row += [*bits, float(number != layer.source[-1])]
         return row[:-1]
+
+    def feature_kinds(self) -> list[int]:
+        """What kind of change each number of [`features`] says, the same for all layers: 0, 1, …"""
+        return [*range(len(self._bits) + 1)] * (self.num_layers - 1) + [*range(len(self._bits))]
 
     def neighbours(self, genotype: Genotype) -> Iterator[Genotype]:
         """Every legal genotype in which another choice starts at one of the layers. Teacher layers that are no longer

@@ -173,7 +173,8 @@ class Settings:
     num_initial: int = key(minimum=1, maximum=10**6)
     reference: list[float] | None = key(**MS, items=2, fewest=2)
     acquisition: str = key("")
-    pool_size: int = key(2, minimum=2, maximum=10**6)
+    programme: str | None = key(None)
+    caps: dict[str, float] | None = key(None)
     plan: list[list[int]] | None = key(None, minimum=0, maximum=CODES - 1, items=10**6)
 
 
@@ -187,6 +188,16 @@ class Point:
     parameters: float = key(1, minimum=1, maximum=FIGURE)
     weights: float = key(1, minimum=1, maximum=FIGURE)
     flops: float = key(1, minimum=1, maximum=FIGURE)
+    noise: float | None = key(None, minimum=0.0, maximum=FIGURE)
+
+
+@dataclass(kw_only=True)
+class Failure:
+    """An evaluation that gave no objectives."""
+
+    code: list[int] = key(minimum=0, maximum=CODES - 1, items=LAYERS, fewest=1)
+    reason: str = key()
+    after: int = key(minimum=0, maximum=COUNT)
 
 
 @dataclass(kw_only=True)
@@ -197,6 +208,7 @@ class SearchState:
     settings: Settings = key()
     reference: list[float] | None = key(above=0.0, maximum=FIGURE, items=2, fewest=2)
     told: list[Point] = key(items=10**6)
+    failed: list[Failure] | None = key(None, items=10**6)
     pending: list[list[int]] = key(minimum=0, maximum=CODES - 1, items=10**6)
 
 

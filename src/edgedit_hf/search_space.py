@@ -174,7 +174,10 @@ class SearchSpace:
     def replacements(self) -> list[LayerSpec]:
         """Every layer that a legal genotype may have, the teacher's own included, by first teacher layer."""
         found = {
-            layer for pair, codes in enumerate(self.allowed) for choice in codes for layer in self._layers(pair, choice)
+            layer
+            for pair, codes in enumerate(self.allowed)
+            for choice in codes
+            for layer in self.layers_at(pair, choice)
         }
         return sorted(found, key=lambda layer: (layer.source, OPTIONS.index(self.option_of(layer))))
 
@@ -211,13 +214,13 @@ class SearchSpace:
         """The genotype of a code."""
         layers: list[LayerSpec] = []
         for pair, choice in enumerate(self._check(tuple(int(c) for c in code))):
-            layers += self._layers(pair, choice)
+            layers += self.layers_at(pair, choice)
         return Genotype(tuple(layers), self.hidden_size)
 
-    def _layers(self, pair: int, choice: int) -> list[LayerSpec]:
-        """The one or two layers of a pair's code."""
-        first = 2 * pair
-        if pair == self.num_pairs:
+    def layers_at(self, place: int, choice: int) -> list[LayerSpec]:
+        """The layers that an entry of a code stands for: one or two of a pair's."""
+        first = 2 * place
+        if place == self.num_pairs:
             return [self.layer((first,), OPTIONS[choice])]
         if choice >= UNMERGED:
             return [self.layer((first, first + 1), OPTIONS[choice - UNMERGED])]
@@ -289,6 +292,10 @@ class SearchSpace:
             for option in slots:
                 row += [float(option in (1, 3)), float(option in (2, 3))]
         return row
+
+    def feature_kinds(self) -> list[int]:
+        """What kind of change each number of [`~SearchSpace.features`] says, the same for all layers: 0, 1, …"""
+        return [0, 1, 2, 1, 2] * self.num_pairs + [1, 2] * (self.num_layers % 2)
 
     def neighbours(self, genotype: Genotype) -> Iterator[Genotype]:
         """Every legal genotype that differs in one pair."""

@@ -9,6 +9,7 @@ import torch
 from edgedit_hf import EdgeDiTTransformer2DModel, SearchSpace
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.search.ask_tell import RandomSearch, sobol, summary
+from edgedit_hf.search.bayes import BayesSearch
 
 SPACE = SearchSpace(4, 32, 2)
 SMALL = SearchSpace(2, 32, 2)  # 20 genotypes
@@ -159,3 +160,33 @@ def test_a_random_search_shares_the_initial_points_and_the_reference():
     assert len(both["random_hypervolume"]) == 12 and both["random_hypervolume"][:5] == both["hypervolume"][:5]
     given = RandomSearch(SPACE, 12, num_initial=5, reference=(9.0, 8.0))
     assert given.reference == (9.0, 8.0) and summary(run(given))["reference_rule"] == "given"
+
+
+def test_a_search_of_which_everything_fails_says_so():
+    search = RandomSearch(SMALL, 5, num_initial=2)
+    while not search.finished:
+        for genotype in search.pending or search.ask(2):
+            search.fail(genotype, "it crashed")
+    assert len({tuple(point["code"]) for point in search.failed}) == 5 and search.front() == []
+    assert RandomSearch.from_json(search.to_json()).to_json() == search.to_json()
+    with pytest.raises(EdgeDiTError, match="All 5 evaluations of the search failed.*it crashed"):
+        summary(search)
+    with pytest.raises(EdgeDiTError, match="was told before"):
+        search.tell(SMALL.from_code(search.failed[0]["code"]), (1.0, 1.0))
+
+
+def test_states_of_earlier_versions_are_read_or_refused():
+    search = run(RandomSearch(SPACE, 6, num_initial=3))
+    state = json.loads(search.to_json())
+    del state["failed"]
+    assert RandomSearch.from_json(json.dumps(state)).to_json() == search.to_json()
+    state["settings"] |= {"kind": "bayes", "acquisition": "qlogehvi", "pool_size": 512}
+    with pytest.raises(EdgeDiTError, match="made with pool_size, which this version does not have.*Delete it"):
+        BayesSearch.from_json(json.dumps(state))
+
+
+@pytest.mark.parametrize("noise", [-1.0, float("nan"), float("inf")])
+def test_noise_is_a_standard_error(noise):
+    search = RandomSearch(SPACE, 6, num_initial=2)
+    with pytest.raises(EdgeDiTError, match="a standard error is finite"):
+        search.tell(search.ask(1)[0], (1.0, 1.0), noise=noise)

@@ -1,9 +1,18 @@
 """The searches of a stage one after the other: what they ask in all, and that a killed one ends with the same files."""
 
+import json
+import math
+import subprocess
+import sys
+import time
+
 import pytest
 
+from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.run.sections import SearchConfig
+from edgedit_hf.search.ask_tell import summary
 from edgedit_hf.search.campaign import Campaign, most_evaluations
+from edgedit_hf.search.objectives import NonFiniteImages
 from edgedit_hf.search.pareto import pareto_front
 from edgedit_hf.search.programme import Block, Programme
 from edgedit_hf.search_space import SearchSpace, layer_cost
@@ -19,7 +28,7 @@ def objectives(genotype) -> tuple[float, float]:
 
 
 def files(folder) -> dict[str, str]:
-    return {path.name: path.read_text() for path in folder.iterdir()}
+    return {path.name: path.read_text() for path in folder.glob("*.json")}  # not the lock
 
 
 def evaluate(campaign: Campaign) -> None:
@@ -71,3 +80,82 @@ def test_a_space_smaller_than_the_budget_ends_early(tmp_path):
     while campaign.ask() is not None:
         evaluate(campaign)
     assert len(campaign.found.told) == space.size and campaign.evaluated < most_evaluations(options)
+
+
+def judged(genotype) -> tuple[float, float | None]:
+    return objectives(genotype)[0], 0.01
+
+
+@pytest.mark.parametrize("random", [True, False])
+def test_a_campaign_goes_on_past_evaluations_that_fail(tmp_path, random):
+    def judge(genotype):
+        judge.calls += 1
+        match judge.calls % 8:
+            case 2:
+                raise RuntimeError("out of memory")
+            case 4:
+                return math.nan, None
+            case 5:
+                raise NonFiniteImages("3 of 9 images hold NaN.")
+            case 7:
+                time.sleep(30)
+        return judged(genotype)
+
+    judge.calls = 0
+    options = SearchConfig(evaluations=12, initial=4, batch=3, random_baseline=random, timeout_minutes=0.2 / 60)
+    campaign, asked = Campaign(tmp_path, SPACE, options, seed=0), []
+    while (genotype := campaign.ask()) is not None:
+        asked.append(genotype)
+        campaign.evaluate(genotype, judge, objectives(genotype)[1], {})
+        campaign = Campaign(tmp_path, SPACE, options, seed=0)
+    found = campaign.found
+    assert found.evaluated == 12 and len(found.failed) == 6 and len(set(asked[:12])) == 12
+    reasons = [point["reason"] for point in found.failed[:4]]
+    assert reasons[0] == "RuntimeError: out of memory" and reasons[1] == "FloatingPointError: the distance is nan"
+    assert reasons[2].startswith("NonFiniteImages") and "search.timeout_minutes = 0.00333" in reasons[3]
+    assert {point["noise"] for point in found.told} == {0.01}
+    result = json.loads(json.dumps(summary(found, campaign.random)))
+    assert result["evaluations"] == 6 and len(result["failed"]) == 6 and len(result["hypervolume"]) == 6
+    if random:
+        assert campaign.random.evaluated == 12 and campaign.evaluated == len(asked) == 20
+        assert campaign.random.failed[:2] == found.failed[:2]
+
+
+def test_what_is_no_fault_of_the_genotypes_ends_the_search(tmp_path):
+    options = SearchConfig(evaluations=12, initial=4, random_baseline=False)
+    campaign = Campaign(tmp_path, SPACE, options, seed=0)
+
+    def broken(genotype):
+        raise EdgeDiTError("The bank's file is damaged.")
+
+    with pytest.raises(EdgeDiTError, match="is damaged"):
+        campaign.evaluate(campaign.ask(), broken, 1.0, {})
+    assert campaign.evaluated == 0
+
+    def crashes(genotype):
+        raise ValueError("no GPU")
+
+    for _ in range(4):
+        assert "failed" in campaign.evaluate(campaign.ask(), crashes, 1.0, {})
+    with pytest.raises(EdgeDiTError, match="5 evaluations in a row failed.*ValueError: no GPU.*state.json"):
+        campaign.evaluate(campaign.ask(), crashes, 1.0, {})
+    again = Campaign(tmp_path, SPACE, options, seed=0)
+    assert again.evaluated == 5 and again.search.reference is None
+    for genotype in iter(again.ask, None):
+        again.evaluate(genotype, judged, objectives(genotype)[1], {})
+    assert len(again.found.told) == 7 and again.found.reference
+
+
+def test_a_second_process_is_refused(tmp_path):
+    code = "import sys, time; from edgedit_hf.run.lock import FolderLock; FolderLock(sys.argv[1]).acquire()"
+    first = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; print(flush=True); time.sleep(600)", tmp_path], stdout=subprocess.PIPE
+    )
+    try:
+        first.stdout.readline()
+        with pytest.raises(EdgeDiTError, match=f"{tmp_path} is in use by process {first.pid}"):
+            Campaign(tmp_path, SPACE, SearchConfig(), seed=0)
+    finally:
+        first.kill()
+        first.wait()
+    Campaign(tmp_path, SPACE, SearchConfig(), seed=0)

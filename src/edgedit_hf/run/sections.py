@@ -225,6 +225,18 @@ class SearchConfig:
     evaluations: int = key(24, "genotypes to evaluate", minimum=2, maximum=10**4)
     initial: int = key(8, "of these, how many form the space-filling start", minimum=2, maximum=10**4)
     batch: int = key(4, "genotypes asked at a time", minimum=1, maximum=1000)
+    max_latency_ratio: float | None = key(
+        None,
+        "ask for no genotype above this share of the teacher's table latency (mode joint); null: any",
+        above=0.0,
+        maximum=1.0,
+    )
+    max_parameters_ratio: float | None = key(
+        None, "nor above this share of its parameters; null: any", above=0.0, maximum=1.0
+    )
+    timeout_minutes: float | None = key(
+        None, "a genotype that takes longer counts as failed; null: no limit", above=0.0, maximum=1e5
+    )
     random_baseline: bool = key(True, "also spend the same budget on random search, for comparison")
     samples: int = key(256, "images a genotype is judged by", minimum=8, maximum=IMAGES)
     sampling_steps: int = key(10, "denoising steps of these images", minimum=1, maximum=TIMESTEPS)

@@ -27,14 +27,16 @@ import numpy as np
 import torch
 
 from ..errors import EdgeDiTError
-from ..files import atomic_write_text, parse_json
+from ..files import atomic_write_text, hash_json, parse_json
 from ..genotype import Genotype
 from ..records import SearchState
 from ..schema import check
 from ..search_space import SearchSpace
 from .pareto import hypervolume, hypervolume_trace, pareto_front
+from .programme import Programme
 
 FORMAT = 1
+POINT = ("code", "distance", "latency_ms", "noise")  # of a point told; what else it holds was given as `extra`
 Code = tuple[int, ...]
 
 
@@ -72,7 +74,9 @@ class AskTellSearch(ABC):
         self.given_reference = None if reference is None else _objectives(reference)
         self.reference: tuple[float, float] | None = self.given_reference
         self.told: list[dict[str, Any]] = []
+        self.failed: list[dict[str, Any]] = []
         self._pending: list[Code] = []
+        self._exhausted = False
 
     # ---------------------------------------------------------------- ask and tell
 
@@ -83,8 +87,13 @@ class AskTellSearch(ABC):
 
     @property
     def finished(self) -> bool:
-        """True when everything that may be evaluated has been told."""
-        return len(self.told) >= self.budget
+        """True when everything that may be evaluated has been told, or has failed."""
+        return self.evaluated >= self.budget or self._exhausted
+
+    @property
+    def evaluated(self) -> int:
+        """Evaluations so far, those that failed among them."""
+        return len(self.told) + len(self.failed)
 
     @property
     def pending(self) -> list[Genotype]:
@@ -93,46 +102,81 @@ class AskTellSearch(ABC):
 
     def ask(self, count: int) -> list[Genotype]:
         """The next genotypes to evaluate, at most `count`: fewer where the initial points, the budget or the space end.
-        Never one that is told or pending."""
-        known = len(self.told) + len(self._pending)
+        Never one that is told, pending or failed."""
+        known = self.evaluated + len(self._pending)
         count = min(int(count), self.budget - known)
         if count <= 0:
             return []
         if known < self.num_initial:
             asked = first_unseen(self._initial_stream(), self.seen(), min(count, self.num_initial - known))
+        elif not self.told and not self._pending:  # all initial evaluations failed
+            asked = first_unseen(self._initial_stream(), self.seen(), 1)
         else:
             asked = self.propose(count)
         self._pending += asked
+        if not self._pending:  # fewer genotypes than the budget may be asked for
+            self._exhausted = True
+            self._settle()
         return [self.space.from_code(code) for code in asked]
 
     @abstractmethod
     def propose(self, count: int) -> list[Code]:
         """Codes of `count` unseen genotypes (fewer if the space ends), a function of the state alone."""
 
-    def tell(self, genotype: Genotype, objectives: Sequence[float], extra: Mapping[str, Any] | None = None) -> None:
+    def tell(
+        self,
+        genotype: Genotype,
+        objectives: Sequence[float],
+        extra: Mapping[str, Any] | None = None,
+        noise: float | None = None,
+    ) -> None:
         """Record one evaluation.
 
         Args:
             genotype: one that was asked for, or any other legal one.
             objectives: (Fréchet distance, latency in ms), finite and greater than 0.
             extra: plain JSON values kept with the point, e.g. parameters and FLOPs.
+            noise: standard error of the distance, where it is known.
 
         Raises:
             EdgeDiTError: a value is not finite and positive, or the genotype was told before.
         """
-        code = self.space.code(genotype)
         distance, latency = _objectives(objectives)
-        if any(point["code"] == list(code) for point in self.told):
+        point = {"distance": distance, "latency_ms": latency}
+        if noise is not None:
+            if not (math.isfinite(noise) and noise >= 0):
+                raise EdgeDiTError(f"The distance's noise is {noise}; a standard error is finite and at least 0.")
+            point["noise"] = float(noise)
+        self.told.append({**(extra or {}), "code": list(self._evaluated_code(genotype)), **point})
+        self._settle()
+
+    def fail(self, genotype: Genotype, reason: str) -> None:
+        """Record an evaluation that gave no objectives. It counts against the budget and is not asked for again."""
+        code = self._evaluated_code(genotype)
+        self.failed.append({"code": list(code), "reason": reason[:500], "after": len(self.told)})
+        self._settle()
+
+    def _evaluated_code(self, genotype: Genotype) -> Code:
+        """The code of a genotype whose evaluation is over; it is pending no more."""
+        code = self.space.code(genotype)
+        if any(point["code"] == list(code) for point in [*self.told, *self.failed]):
             raise EdgeDiTError(f"Genotype {genotype.hash} (code {list(code)}) was told before; each is evaluated once.")
-        self.told.append({**(extra or {}), "code": list(code), "distance": distance, "latency_ms": latency})
         if code in self._pending:
             self._pending.remove(code)
-        if self.reference is None and len(self.told) >= min(self.num_initial, self.budget):
+        return code
+
+    def _settle(self) -> None:
+        """Fix the reference point once the initial points are there."""
+        if self.reference is None and self.told and (self.evaluated >= self.num_initial or self.finished):
             self.reference = tuple(1.1 * max(column) for column in zip(*self.points))
 
     def seen(self) -> set[Code]:
-        """Codes that are told or pending."""
-        return {tuple(point["code"]) for point in self.told} | set(self._pending)
+        """Codes that are told, pending or failed."""
+        return {tuple(point["code"]) for point in [*self.told, *self.failed]} | set(self._pending)
+
+    def failed_initial(self) -> int:
+        """How many of the initial evaluations failed."""
+        return sum(point["after"] + place < self.num_initial for place, point in enumerate(self.failed))
 
     def _initial_stream(self) -> Iterator[Code]:
         """The ends of the space, then Sobol points; for a space so small that those repeat, then all of it in order."""
@@ -182,13 +226,18 @@ class AskTellSearch(ABC):
             "settings": self.settings(),
             "reference": None if self.reference is None else list(self.reference),
             "told": self.told,
+            "failed": self.failed,
             "pending": [list(code) for code in self._pending],
         }
         return json.dumps(state, indent=1, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> AskTellSearch:
-        """Rebuild a search from [`~AskTellSearch.to_json`]'s text; anything else is an error."""
+    def from_json(cls, text: str, programme: Programme | None = None) -> AskTellSearch:
+        """Rebuild a search from [`~AskTellSearch.to_json`]'s text; anything else is an error.
+
+        Args:
+            programme: the one that the search was made with, of which the state holds a hash.
+        """
         try:
             state = parse_json(text)
         except ValueError as error:
@@ -203,10 +252,17 @@ class AskTellSearch(ABC):
                 )
             if unknown := sorted(set(settings) - set(inspect.signature(cls).parameters)):
                 raise EdgeDiTError(f"It was made with {', '.join(unknown)}, which this version does not have.")
+            if "programme" in settings:
+                if (now := fingerprint(programme)) != settings["programme"]:
+                    raise EdgeDiTError(
+                        f"It was made with block scores and costs {settings['programme']}, this run has {now}: the "
+                        "bank or the latency table is another one."
+                    )
+                settings["programme"] = programme
             search = cls(space=SearchSpace.from_dict(settings.pop("space")), **settings)
             for point in state["told"]:
-                extra = {key: value for key, value in point.items() if key not in ("code", "distance", "latency_ms")}
-                search.tell(search.space.from_code(point["code"]), (point["distance"], point["latency_ms"]), extra)
+                search.tell_again(point)
+            search.failed = [dict(point) for point in state.get("failed", [])]
             search.reference = None if state["reference"] is None else _objectives(state["reference"])
             search._pending = [search.space.code(search.space.from_code(code)) for code in state["pending"]]
         except EdgeDiTError as error:
@@ -215,6 +271,12 @@ class AskTellSearch(ABC):
                 "to search anew."
             ) from None
         return search
+
+    def tell_again(self, point: Mapping[str, Any]) -> None:
+        """Tell what another search of these genotypes was told."""
+        extra = {key: value for key, value in point.items() if key not in POINT}
+        objectives = point["distance"], point["latency_ms"]
+        self.tell(self.space.from_code(point["code"]), objectives, extra, point.get("noise"))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the state atomically."""
@@ -230,7 +292,7 @@ class AskTellSearch(ABC):
         if not path.exists():
             return self
         try:
-            stored = type(self).from_json(path.read_text(encoding="utf-8"))
+            stored = type(self).from_json(path.read_text(encoding="utf-8"), getattr(self, "programme", None))
         except (OSError, UnicodeDecodeError, EdgeDiTError) as error:
             raise EdgeDiTError(f"{path}: {error}") from None
         for key, value in self.settings().items():
@@ -240,6 +302,14 @@ class AskTellSearch(ABC):
                     "Use the old setting, or delete the file to search anew."
                 )
         return stored
+
+
+def fingerprint(programme: Programme | None) -> str | None:
+    """Hash of a programme's replacements, scores and costs."""
+    if programme is None:
+        return None
+    blocks = [[block.layer.to_dict(), block.score, dict(block.costs)] for block in programme.blocks]
+    return hash_json([blocks, programme.fixed])
 
 
 class RandomSearch(AskTellSearch):
@@ -256,7 +326,9 @@ class RandomSearch(AskTellSearch):
                 f"{len(search.told)} of {search.num_initial} initial points are told; finish them first."
             )
         random = cls(search.space, search.num_evaluations, search.seed, search.num_initial, search.reference)
-        random.told = [dict(point) for point in search.told[: search.num_initial]]
+        failed = search.failed_initial()
+        random.told = [dict(point) for point in search.told[: search.num_initial - failed]]
+        random.failed = [dict(point) for point in search.failed[:failed]]
         return random
 
     def propose(self, count: int) -> list[Code]:
@@ -269,6 +341,12 @@ def summary(search: AskTellSearch, random: AskTellSearch | None = None) -> dict[
     """What `search/front.json` holds: the front, the reference point, the hypervolume after each evaluation (distance ×
     ms).
     """
+    if search.finished and not search.told:
+        raise EdgeDiTError(
+            f"All {len(search.failed)} evaluations of the search failed, the last one of code "
+            f"{search.failed[-1]['code']} by {search.failed[-1]['reason']}. Mend the cause, delete the search's folder "
+            "and run it again."
+        )
     if search.reference is None:
         raise EdgeDiTError(
             f"{len(search.told)} of {search.num_initial} initial points are told; finish the search first."
@@ -278,6 +356,7 @@ def summary(search: AskTellSearch, random: AskTellSearch | None = None) -> dict[
         "reference": list(search.reference),
         "reference_rule": "given" if search.given_reference else "1.1 x the worst initial value of each objective",
         "evaluations": len(search.told),
+        "failed": search.failed,
         "hypervolume": hypervolume_trace(search.points, search.reference),
     }
     if random is not None:

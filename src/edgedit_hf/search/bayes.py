@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,37 +14,49 @@ from torch import Tensor
 
 from ..errors import EdgeDiTError
 from ..search_space import SearchSpace
-from .ask_tell import AskTellSearch, Code, RandomSearch, first_unseen, sobol, summary
+from .ask_tell import AskTellSearch, Code, RandomSearch, fingerprint, first_unseen, sobol, summary
+from .encoding import Encoding
 from .pareto import pareto_front
+from .programme import SLACK, Programme
 
 if TYPE_CHECKING:
-    from botorch.acquisition import AcquisitionFunction
-    from botorch.models import ModelListGP
+    from gpytorch.kernels import Kernel
+
+    from .surrogate import Surrogate
 
 __all__ = ["BayesSearch", "RandomSearch", "summary"]
 
 ACQUISITIONS = ("qlogehvi", "qlognehvi", "ehvi")
-MC_SAMPLES = 64
+EXHAUSTIVE = 512  # genotypes left at which all of them are looked at
+STARTS, PLANNED = 128, 4  # genotypes looked at first: of neighbours of the front and of Sobol points; the programme's
+CLIMBS = 3  # of these, the best from which local search starts
+BATCH = 1024  # genotypes valued at a time
 
 
 class BayesSearch(AskTellSearch):
     """Multi-objective Bayesian optimisation (EdgeDiT; qLogEHVI: Ament et al. 2023, qNEHVI: Daulton et al. 2021).
 
-    Surrogates: one GP an objective on `space.features`; the distance, which spans orders of magnitude, enters as its
-    log. Candidates are taken one after the other, each given the ones before it, from a pool of unseen genotypes:
-    neighbours of the current front (at most half of the pool) and Sobol points; the whole rest of the space when that
-    is no larger.
+    It refines what a programme of block scores and costs says ([`programme`]): the initial points are the ends of the
+    space, the programme's best solutions along the budgets, and Sobol points; the log of the distance is a Gaussian
+    process whose prior mean is an affine function of the summed score; the latency, where it is the programme's sum, is
+    known and not modelled. Without a programme each objective is a process on the features alone.
+
+    Candidates are taken one after the other, each given the ones before it, by BoTorch's discrete local search over
+    codes from several starts: neighbours of the front, further solutions of the programme, Sobol points; where few
+    genotypes are left, among all of them.
 
     Args:
         acquisition: "qlogehvi", "qlognehvi" or "ehvi" (the paper's, not in logs). Genotypes that were asked for and not
             told yet enter the first and last with their predicted mean (kriging believer: the exact joint value of q of
-            them costs 2^q); "qlognehvi" integrates over their outcomes, and over noise in the told ones, at about
-            thrice the time.
-        pool_size: genotypes among which the acquisition function chooses.
+            them costs 2^q); "qlognehvi" integrates over their outcomes, and over the noise of the told ones: what
+            `tell` was given, else what the process infers.
+        programme: of the space's replacements, with the cost "latency_ms".
+        caps: greatest values of the programme's costs: a genotype that breaks one is never asked for.
         Others: see [`AskTellSearch`].
     """
 
     kind = "bayes"
+    kernel: Callable[[Encoding], Kernel] | None = None  # another than the surrogate's own, to compare with
 
     def __init__(
         self,
@@ -54,128 +66,169 @@ class BayesSearch(AskTellSearch):
         num_initial: int = 8,
         reference: Sequence[float] | None = None,
         acquisition: str = "qlogehvi",
-        pool_size: int = 512,
+        programme: Programme | None = None,
+        caps: Mapping[str, float] | None = None,
     ) -> None:
         if acquisition not in ACQUISITIONS:
             raise EdgeDiTError(f"acquisition is {str(acquisition)[:100]!r}; it must be one of {ACQUISITIONS}.")
-        if pool_size < 2:
-            raise EdgeDiTError(f"pool_size is {pool_size}; the pool needs at least 2 genotypes.")
+        if caps and not programme:
+            raise EdgeDiTError(f"There are caps on {sorted(caps)} but no programme, which knows what a genotype costs.")
         super().__init__(space, num_evaluations, seed, num_initial, reference)
         self.acquisition = acquisition
-        self.pool_size = int(pool_size)
+        self.programme = programme
+        self.caps = dict(caps or {})
+        self.encoding = Encoding(space, programme)
+        self._planned: list[Code] = []
+        self._plan = programme.plan("latency_ms", self.caps) if programme else iter(())
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "acquisition": self.acquisition, "pool_size": self.pool_size}
+        own = {"acquisition": self.acquisition, "programme": fingerprint(self.programme), "caps": self.caps}
+        return {**super().settings(), **own}
+
+    # ---------------------------------------------------------------- what may be asked
+
+    def _planned_codes(self) -> Iterator[Code]:
+        """The programme's solutions in the order of its plan, solved once."""
+        for place in itertools.count():
+            if place == len(self._planned):
+                if (solution := next(self._plan, None)) is None:
+                    return
+                self._planned.append(self.space.code(solution.genotype))
+            yield self._planned[place]
+
+    def _initial_stream(self) -> Iterator[Code]:
+        ends = map(self.space.code, self.space.ends())
+        planned = max(1, self.num_initial - 2 - self.num_initial // 4)  # the rest are Sobol points
+        spread = sobol(self.space, 64 * self.num_initial, self.seed)
+        first = itertools.islice(self._planned_codes(), planned)
+        last = self._planned_codes() if self.programme else self.space.codes()
+        stream = itertools.chain(ends, first, spread, last)
+        return (code for code in stream if self._keeps_caps([code])[0]) if self.caps else stream
+
+    def _keeps_caps(self, codes: Sequence[Code]) -> list[bool]:
+        return self._within(self.encoding.rows(codes)).tolist()
+
+    def _within(self, rows: Tensor) -> Tensor:
+        """Which rows keep the caps."""
+        kept = torch.ones(len(rows), dtype=torch.bool)
+        for name, cap in self.caps.items():
+            kept &= rows[:, self.encoding.columns[name]] <= cap * (1 + SLACK)
+        return kept
+
+    # ---------------------------------------------------------------- what is asked
 
     def propose(self, count: int) -> list[Code]:
         if self.reference is None:
             raise EdgeDiTError(
                 f"{len(self.told)} of {self.num_initial} initial points are told; tell the pending ones before asking."
             )
-        from botorch.optim import optimize_acqf_discrete
-
-        pool = self._pool()
         chosen: list[Code] = []
+        from .surrogate import Surrogate
+
         with _reproducible(self._step_seed()):
-            surrogates = self._fit()
-            while pool and len(chosen) < count:
-                acquisition = self._acquisition_function(*surrogates, unknown=[*self._pending, *chosen])
-                choices = self._features(pool)
-                best, _ = optimize_acqf_discrete(acquisition, q=1, choices=choices)
-                chosen.append(pool.pop(int((choices == best).all(dim=1).nonzero()[0])))
+            codes = [point["code"] for point in self.told]
+            noisy = self.acquisition == "qlognehvi"
+            noise = [point.get("noise") if noisy else None for point in self.told]
+            surrogate = Surrogate(self.encoding, codes, self.points, noise, self.reference, self.kernel)
+            starts = self._starts()
+            while len(chosen) < count:
+                if (best := self._best(surrogate, starts, [*self._pending, *chosen])) is None:
+                    break
+                chosen.append(best)
         return chosen
 
     def _step_seed(self) -> int:
-        return int(np.random.SeedSequence([self.seed, len(self.told), len(self._pending)]).generate_state(1)[0])
+        known = [self.seed, self.evaluated, len(self._pending)]
+        return int(np.random.SeedSequence(known).generate_state(1)[0])
 
-    def _features(self, codes: Iterable[Code]) -> Tensor:
-        rows = [self.space.features(self.space.from_code(code)) for code in codes]
-        return torch.tensor(rows, dtype=torch.float64)
-
-    def _pool(self) -> list[Code]:
-        """The unseen genotypes among which the acquisition function chooses."""
+    def _starts(self) -> list[Code]:
+        """Genotypes from which the best next one may be near; all that are left, where they are few."""
         seen = self.seen()
-        if self.space.size - len(seen) <= self.pool_size:
-            return [code for code in itertools.product(*self.space.allowed) if code not in seen]
-        front = [self.space.from_code(self.told[index]["code"]) for index in pareto_front(self.points)]
-        near = sorted({self.space.code(g) for parent in front for g in self.space.neighbours(parent)} - seen)
-        np.random.default_rng(self._step_seed()).shuffle(near)
-        pool = [tuple(int(c) for c in code) for code in near[: self.pool_size // 2]]
-        far = sobol(self.space, 8 * self.pool_size, self._step_seed())
-        return pool + first_unseen(far, seen | set(pool), self.pool_size - len(pool))
+        if self._few_left():
+            return [code for code in self.space.codes() if code not in seen]
+        planned = first_unseen(self._planned_codes(), seen, PLANNED)
+        far = sobol(self.space, 2 * STARTS, self._step_seed())
+        return first_unseen(itertools.chain(planned, self._near()), seen, PLANNED + STARTS) + first_unseen(
+            far, seen, STARTS
+        )
 
-    def _fit(self) -> tuple[ModelListGP, Tensor, Tensor, Tensor]:
-        """Fitted GPs on standardised, negated objectives (BoTorch maximises): (model, inputs, outcomes, reference
-        point).
+    def _near(self) -> list[Code]:
+        """Genotypes in which one entry of the code of a point of the front is another one, shuffled."""
+        changed = []
+        for index in pareto_front(self.points):
+            code = self.told[index]["code"]
+            for place, choices in enumerate(self.space.allowed):
+                changed += [[*code[:place], choice, *code[place + 1 :]] for choice in choices]
+        codes, legal = self.encoding.canonical(torch.tensor(changed))
+        near = codes[legal].unique(dim=0)
+        return list(map(tuple, near[torch.randperm(len(near))].tolist()))
+
+    def _best(self, surrogate: Surrogate, starts: Sequence[Code], unknown: Sequence[Code]) -> Code | None:
+        """The genotype of the greatest value that is neither seen nor `unknown` and keeps the caps; `None`: there is
+        none.
         """
-        from botorch.fit import fit_gpytorch_mll
-        from botorch.models import ModelListGP, SingleTaskGP
-        from gpytorch.mlls import SumMarginalLogLikelihood
+        from botorch.optim import optimize_acqf_discrete_local_search
 
-        x = self._features(tuple(point["code"]) for point in self.told)
-        y = _surrogate_targets(self.points)
-        mean, std = y.mean(dim=0), y.std(dim=0, correction=0)
-        std = torch.where(std > 0, std, 1.0)
-        y = (y - mean) / std
-        assert self.reference is not None
-        reference = ((_surrogate_targets([self.reference]) - mean) / std)[0]
-        # Outcomes are standardised here and not inside each GP, so that the acquisition function, whose smoothing
-        # widths are absolute, sees objectives of the order of 1.
-        model = ModelListGP(*(SingleTaskGP(x, y[:, i : i + 1], outcome_transform=None) for i in range(2)))
-        mll = SumMarginalLogLikelihood(model.likelihood, model)
-        fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"ftol": 1e-6}})  # a quarter of the default's time
-        return model, x, y, reference
+        seen = {*self.seen(), *unknown}
+        rows = self.encoding.rows(unknown) if unknown else None
+        acquisition = surrogate.acquisition(self.acquisition, rows, self._step_seed() % 2**31)
 
-    def _acquisition_function(
-        self, model: ModelListGP, x: Tensor, y: Tensor, reference: Tensor, unknown: list[Code]
-    ) -> AcquisitionFunction:
-        """The value of one more genotype, given the data and those whose outcome is still `unknown`."""
-        from botorch.acquisition.multi_objective import logei
-        from botorch.acquisition.multi_objective.monte_carlo import qExpectedHypervolumeImprovement
-        from botorch.sampling import SobolQMCNormalSampler
-        from botorch.utils.multi_objective.box_decompositions.non_dominated import FastNondominatedPartitioning
+        def value(x: Tensor) -> Tensor:
+            """Of codes `[n, 1, places]`; minus infinity for those that may not be asked for."""
+            codes, usable = self.encoding.canonical(x[:, 0])
+            places: dict[
+                Code, int
+            ] = {}  # equal codes are one genotype: another choice where a layer covers changes nothing
+            for place, code in enumerate(map(tuple, codes.tolist())):
+                if usable[place] and code not in seen:
+                    places.setdefault(code, place)
+            chosen = torch.tensor(list(places.values()), dtype=torch.long)
+            rows = self.encoding.rows(codes[chosen])
+            kept = self._within(rows)
+            values = torch.full((len(x),), -torch.inf, dtype=torch.float64)
+            if kept.any():
+                with torch.no_grad():
+                    values[chosen[kept]] = acquisition(surrogate.inputs(rows[kept])[:, None])
+            return values
 
-        # BoTorch would compile a C++ kernel here on first use: half a minute, a lock file that a killed process leaves
-        # behind for the next one to wait on, and other roundings with a compiler than without. This tells it not to
-        # try.
-        logei._load_attempted = True
+        codes = torch.tensor(starts, dtype=torch.float64).reshape(len(starts), 1, -1)
+        values = torch.cat([value(part) for part in codes.split(BATCH)]) if starts else torch.empty(0)
+        if not values.isfinite().any():
+            return None
+        order = values.argsort(descending=True, stable=True)
+        if self._few_left():
+            return tuple(map(int, codes[order[0], 0]))
+        order = order[: min(CLIMBS, int(values.isfinite().sum()))]
+        best, _ = optimize_acqf_discrete_local_search(
+            value,
+            [torch.tensor(choices, dtype=torch.float64) for choices in self.space.allowed],
+            q=1,
+            num_restarts=len(order),
+            batch_initial_conditions=codes[order],
+            X_avoid=torch.tensor(sorted(seen), dtype=torch.float64),
+            max_batch_size=BATCH,
+            return_acq_values=False,
+        )
+        return tuple(map(int, self.encoding.canonical(best)[0][0]))
 
-        sampler = SobolQMCNormalSampler(torch.Size([MC_SAMPLES]), seed=self._step_seed() % 2**31)
-        pending = self._features(unknown) if unknown else None
-        if self.acquisition == "qlognehvi":
-            return logei.qLogNoisyExpectedHypervolumeImprovement(
-                model, reference, X_baseline=x, sampler=sampler, prune_baseline=True, X_pending=pending
-            )
-        if pending is not None:
-            with torch.no_grad():
-                believed = model.posterior(pending).mean
-                model = model.condition_on_observations([pending] * 2, believed)
-            y = torch.cat([y, believed])
-        logs = self.acquisition == "qlogehvi"
-        kind = logei.qLogExpectedHypervolumeImprovement if logs else qExpectedHypervolumeImprovement
-        return kind(model, reference, FastNondominatedPartitioning(reference, y), sampler=sampler)
-
-
-def _surrogate_targets(points: Sequence[Sequence[float]]) -> Tensor:
-    """-(log distance, latency), shape (n, 2): BoTorch maximises."""
-    y = torch.tensor(points, dtype=torch.float64).reshape(-1, 2)
-    return -torch.stack([y[:, 0].log(), y[:, 1]], dim=1)
+    def _few_left(self) -> bool:
+        return self.space.size - len(self.seen()) <= EXHAUSTIVE
 
 
 @contextmanager
 def _reproducible(seed: int) -> Iterator[None]:
     """One thread and a fixed seed, both given back afterwards, so that what is asked depends on neither. Hushes
     BoTorch's notes that unscaled inputs (the features are 0 and 1 already) and plain EHVI (asked for by name) are
-    unusual.
+    unusual, and that a fit was not the smoothest.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            from botorch.exceptions.warnings import InputDataWarning, NumericsWarning
+            from botorch.exceptions.warnings import InputDataWarning, NumericsWarning, OptimizationWarning
 
-            warnings.simplefilter("ignore", InputDataWarning)
-            warnings.simplefilter("ignore", NumericsWarning)
+            for kind in (InputDataWarning, NumericsWarning, OptimizationWarning):
+                warnings.simplefilter("ignore", kind)
             torch.manual_seed(seed)
             yield
     finally:

@@ -4,21 +4,27 @@ programme says; then, to compare with, random search.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import EdgeDiTError
 from ..genotype import Genotype
+from ..run.lock import FolderLock
 from ..run.sections import SearchConfig
 from ..search_space import SearchSpace
 from .ask_tell import AskTellSearch, RandomSearch
 from .bayes import BayesSearch
+from .objectives import NonFiniteImages
 from .pareto import hypervolume, knee_point
 from .programme import Programme
 from .programme_search import ProgrammeSearch
 
+FAILURES = 5  # evaluations in a row that fail before the search takes the cause to be none of the genotypes'
 MERGES, FOUND, RANDOM = "merge.json", "state.json", "random.json"  # of the paper's first stage, the last one, random
 
 
@@ -36,8 +42,10 @@ class Campaign:
     the option of every layer. In mode "exact" it is asked for what the integer programme says.
 
     Args:
-        folder: of the files; what they hold is continued.
-        programme: of the space's replacements, for the modes that take it.
+        folder: of the files; what they hold is continued. It is locked: a second process that would work in it is
+            refused.
+        programme, caps: of the bank's blocks, and greatest values of their costs; mode "joint" refines what the
+            programme says within the caps.
     """
 
     def __init__(
@@ -47,16 +55,20 @@ class Campaign:
         options: SearchConfig,
         seed: int,
         programme: Programme | None = None,
+        caps: Mapping[str, float] | None = None,
     ) -> None:
         self.folder, self.space, self.options, self.seed = Path(folder), space, options, seed
-        self.programme = programme
+        self.programme, self.caps = programme, caps
+        FolderLock(self.folder).acquire()  # until the process ends
         self.done: dict[str, AskTellSearch] = {}  # by file: the searches that have spent their budget
         self.file, self.search = self._following()
         self._go_on()
 
     def _bayes(self, space: SearchSpace, evaluations: int, reference: Sequence[float] | None = None) -> BayesSearch:
         initial = min(self.options.initial, evaluations)
-        return BayesSearch(space, evaluations, self.seed, initial, reference, acquisition=self.options.acquisition)
+        knows = {"programme": self.programme, "caps": self.caps} if self.options.mode == "joint" else {}
+        acquisition = self.options.acquisition
+        return BayesSearch(space, evaluations, self.seed, initial, reference, acquisition, **knows)
 
     def _following(self) -> tuple[str, AskTellSearch | None]:
         """The search after those that are done, with its file."""
@@ -90,26 +102,87 @@ class Campaign:
     @property
     def evaluated(self) -> int:
         """Evaluations so far."""
-        told = {file: len(search.told) for file, search in {**self.done, self.file: self.search}.items() if search}
-        shared = min(self.found.num_initial, len(self.found.told)) if RANDOM in told else 0
-        return sum(told.values()) - shared
+        spent = {file: search.evaluated for file, search in {**self.done, self.file: self.search}.items() if search}
+        shared = min(self.found.num_initial, self.found.evaluated) if RANDOM in spent else 0
+        return sum(spent.values()) - shared
 
     def ask(self) -> Genotype | None:
         """The genotype to evaluate next; `None`: all searches have spent their budget."""
-        return None if self.search is None else (self.search.pending or self.search.ask(self.options.batch))[0]
+        while self.search is not None:
+            if asked := self.search.pending or self.search.ask(self.options.batch):
+                return asked[0]
+            self._go_on()  # nothing is left that may be asked for
+        return None
 
-    def tell(self, genotype: Genotype, objectives: Sequence[float], extra: Mapping[str, Any]) -> dict[str, float]:
+    def evaluate(
+        self,
+        genotype: Genotype,
+        judge: Callable[[Genotype], tuple[float, float | None]],
+        latency_ms: float,
+        extra: Mapping[str, Any],
+    ) -> dict[str, float]:
+        """Judge a genotype, record and save what came of it; returns figures for the telemetry.
+
+        A judgement that raises, takes longer than `search.timeout_minutes` or gives no finite distance is recorded as
+        failed, with the reason, and the search goes on.
+
+        Args:
+            judge: gives (distance, its standard error or `None`).
+
+        Raises:
+            EdgeDiTError: one that `judge` raised: what is wrong then is not the genotype. Or several evaluations in a
+                row have failed.
+        """
+        try:
+            with time_limit(self.options.timeout_minutes):
+                distance, noise = judge(genotype)
+            if not (math.isfinite(distance) and distance > 0):
+                raise FloatingPointError(f"the distance is {distance}")
+        except Exception as error:
+            if isinstance(error, EdgeDiTError) and not isinstance(error, NonFiniteImages):
+                raise
+            return self.fail(genotype, f"{type(error).__name__}: {error}")
+        return self.tell(genotype, (distance, latency_ms), extra, noise)
+
+    def tell(
+        self,
+        genotype: Genotype,
+        objectives: Sequence[float],
+        extra: Mapping[str, Any],
+        noise: float | None = None,
+    ) -> dict[str, float]:
         """Record and save an evaluation; returns figures for the telemetry."""
-        search = self.search
-        if search is None:
-            raise EdgeDiTError("All searches have spent their budget; there is nothing to tell.")
-        search.tell(genotype, objectives, extra)
-        search.save(self.folder / self.file)
-        self._go_on()
+        search = self._current()
+        search.tell(genotype, objectives, extra, noise)
+        self._save()
         figures = {"distance": objectives[0], "latency_ms": objectives[1]}
         if search.reference is not None:
             figures["hypervolume"] = hypervolume(search.points, search.reference)
         return figures
+
+    def fail(self, genotype: Genotype, reason: str) -> dict[str, float]:
+        """Record and save an evaluation that failed; returns figures for the telemetry."""
+        search = self._current()
+        search.fail(genotype, reason)
+        row = [point for point in search.failed if point["after"] == len(search.told)]
+        file = self.file
+        self._save()
+        if len(row) >= FAILURES:
+            raise EdgeDiTError(
+                f"{len(row)} evaluations in a row failed, the last one (genotype {genotype.hash}) by {reason[:500]}. "
+                f"The cause is hardly the genotypes': mend it, take the entries of `failed` out of "
+                f"{self.folder / file} and run the search again."
+            )
+        return {"failed": float(len(search.failed))}
+
+    def _current(self) -> AskTellSearch:
+        if self.search is None:
+            raise EdgeDiTError("All searches have spent their budget; there is nothing to tell.")
+        return self.search
+
+    def _save(self) -> None:
+        self._current().save(self.folder / self.file)
+        self._go_on()
 
     @property
     def found(self) -> AskTellSearch:
@@ -134,9 +207,38 @@ def knee_genotype(search: AskTellSearch) -> Genotype:
 
 def joined(space: SearchSpace, searches: list[AskTellSearch], seed: int) -> AskTellSearch:
     """Both stages' evaluations as one search over the joint space, for the front and the trace."""
-    told = {tuple(point["code"]): point for search in searches for point in search.told}
-    whole = RandomSearch(space, len(told), seed, searches[0].num_initial, searches[0].reference)
-    for code, point in told.items():
-        extra = {k: v for k, v in point.items() if k not in ("code", "distance", "latency_ms")}
-        whole.tell(space.from_code(code), (point["distance"], point["latency_ms"]), extra)
+    told: dict[tuple[int, ...], dict[str, Any]] = {}
+    failed: dict[tuple[int, ...], dict[str, Any]] = {}
+    for search in searches:
+        reached = [len(told)]
+        for point in search.told:
+            told[tuple(point["code"])] = point
+            reached.append(len(told))
+        for point in search.failed:
+            failed[tuple(point["code"])] = {**point, "after": reached[point["after"]]}
+    failed = {code: point for code, point in failed.items() if code not in told}
+    num_initial = min(searches[0].num_initial, len(told) + len(failed))
+    whole = RandomSearch(space, len(told) + len(failed), seed, num_initial, searches[0].reference)
+    for point in told.values():
+        whole.tell_again(point)
+    whole.failed = list(failed.values())
     return whole
+
+
+@contextmanager
+def time_limit(minutes: float | None) -> Iterator[None]:
+    """Raise `TimeoutError` in the body when it takes longer; `None`: it may take as long as it does. Main thread."""
+    if minutes is None:
+        yield
+        return
+
+    def expired(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it took longer than search.timeout_minutes = {minutes:g}")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

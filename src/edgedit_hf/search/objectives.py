@@ -38,6 +38,10 @@ class Score(NamedTuple):
     error: float = 0.0
 
 
+class NonFiniteImages(EdgeDiTError):
+    """A student's images are not finite: a search records it as failed and goes on."""
+
+
 class StudentQuality:
     """Fréchet distance between real features and those of images that a genotype's student generates.
 
@@ -85,6 +89,8 @@ class StudentQuality:
         device = next(self.pipeline.transformer.parameters()).device
         with self.autocast():
             images, _ = generate(with_transformer(self.pipeline, student.to(device)), **{**self.sampling, **sampling})
+        if bad := int((~torch.isfinite(images).flatten(1).all(dim=1)).sum()):
+            raise NonFiniteImages(f"{bad} of the student's {len(images)} images hold NaN or infinite values.")
         return self.extractor.features(images)
 
     def score(self, student: EdgeDiTTransformer2DModel, **sampling: Any) -> Score:

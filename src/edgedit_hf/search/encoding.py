@@ -1,0 +1,81 @@
+"""Codes as rows of numbers: what a surrogate of the search is fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..genotype import Genotype, LayerSpec
+from ..search_space import SearchSpace
+from .programme import Programme
+
+
+class Encoding:
+    """Codes as rows of numbers: the space's features, then, where there is a programme, its score and its costs.
+
+    All of that adds up over a code's entries, so a batch of codes is looked up in a table, without a genotype each.
+
+    Args:
+        space: whose codes.
+        programme: of the space's replacements.
+    """
+
+    def __init__(self, space: SearchSpace, programme: Programme | None = None) -> None:
+        names = ("score", *programme.cost_names) if programme else ()
+        whole = SearchSpace.from_dict({**space.to_dict(), "allowed": None})
+        blocks = {block.layer: block for block in programme.blocks} if programme else {}
+
+        def row(layer: LayerSpec) -> list[float]:
+            others = [whole.layer((i,), "original") for i in range(space.num_layers) if i not in layer.source]
+            layers = tuple(sorted([layer, *others], key=lambda each: each.source))
+            values = whole.features(Genotype(layers, space.hidden_size))  # those of layers as they are: all 0
+            if programme:
+                values += [blocks[layer].score, *(blocks[layer].costs[name] for name in programme.cost_names)]
+            return values
+
+        known = [layer for layer in space.replacements() if not programme or layer in blocks]
+        rows = {layer: torch.tensor(row(layer), dtype=torch.float64) for layer in known}
+        self.width = len(next(iter(rows.values())))
+        self.num_features = self.width - len(names)
+        self.kinds = whole.feature_kinds()  # of every feature
+        self.columns = {name: self.num_features + place for place, name in enumerate(names)}
+        choices = 1 + max(max(codes) for codes in space.allowed)
+        self._rows = torch.zeros(len(space.allowed), choices, self.width, dtype=torch.float64)
+        self._reach = torch.zeros(len(space.allowed), choices, dtype=torch.long)  # 0: is not allowed there
+        for place, codes in enumerate(space.allowed):
+            for choice in codes:
+                layers = space.layers_at(place, choice)
+                if all(layer in rows for layer in layers):  # else it is always covered, or the bank lacks it
+                    self._rows[place, choice] = sum(rows[layer] for layer in layers)
+                    self._reach[place, choice] = -(-sum(len(layer.source) for layer in layers) // space.stride)
+        self._fixed = torch.zeros(self.width, dtype=torch.float64)
+        if programme:
+            for name, value in programme.fixed.items():
+                self._fixed[self.columns[name]] = value
+
+    def canonical(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes `[n, places]` with 0 where an earlier entry covers one, and which of them are legal `[n]`."""
+        codes = codes.long().clone()
+        reached = torch.zeros(len(codes), dtype=torch.long)
+        legal = torch.ones(len(codes), dtype=torch.bool)
+        for place in range(codes.shape[1]):
+            starts = reached <= place
+            codes[:, place] = torch.where(starts, codes[:, place], 0)
+            reach = self._reach[place, codes[:, place]]
+            legal &= ~starts | (reach > 0)
+            reached = torch.where(starts, place + reach, reached)
+        return codes, legal
+
+    def rows(self, codes: Sequence[Sequence[int]] | Tensor) -> Tensor:
+        """The rows `[n, width]` of canonical codes `[n, places]`."""
+        codes = torch.as_tensor(codes, dtype=torch.long)
+        found = self._fixed.repeat(len(codes), 1)
+        reached = torch.zeros(len(codes), dtype=torch.long)
+        for place in range(codes.shape[1]):
+            starts = reached <= place
+            choice = codes[:, place]
+            found += self._rows[place, choice] * starts[:, None]
+            reached = torch.where(starts, place + self._reach[place, choice], reached)
+        return found
