@@ -226,10 +226,7 @@ class SearchConfig:
     initial: int = key(8, "of these, how many form the space-filling start", minimum=2, maximum=10**4)
     batch: int = key(4, "genotypes asked at a time", minimum=1, maximum=1000)
     max_latency_ratio: float | None = key(
-        None,
-        "ask for no genotype above this share of the teacher's table latency (mode joint); null: any",
-        above=0.0,
-        maximum=1.0,
+        None, "mode joint: no genotype above this share of the teacher's latency", above=0.0, maximum=1.0
     )
     max_parameters_ratio: float | None = key(
         None, "nor above this share of its parameters; null: any", above=0.0, maximum=1.0
