@@ -64,6 +64,7 @@ class BankIndex:
 class Scored:
     """What a choice among proxies goes by."""
 
+    source: list[int] = key(minimum=0, maximum=LAYERS, items=LAYERS, fewest=1)
     loss_after: float = key(minimum=0.0, maximum=FIGURE)
 
 
@@ -176,6 +177,7 @@ class Settings:
     programme: str | None = key(None)
     caps: dict[str, float] | None = key(None)
     plan: list[list[int]] | None = key(None, minimum=0, maximum=CODES - 1, items=10**6)
+    swaps: bool = key(False)
 
 
 @dataclass(kw_only=True)
@@ -276,6 +278,17 @@ class GivenChoice:
 
     genotype: list[dict[str, Any]] = key(items=LAYERS, fewest=1)
     reason: str = key()
+
+
+@dataclass(kw_only=True)
+class ExactChoice(GivenChoice):
+    """student/choice.json of a student that the integer programme chose, without a search."""
+
+    score: float = key(minimum=-FIGURE, maximum=FIGURE)
+    gap: float = key(minimum=0.0, maximum=FIGURE)
+    caps: dict[str, float] = key(above=0.0, maximum=FIGURE, items=100)
+    predicted_latency_ms: float = key(**MS)
+    teacher_latency_ms: float = key(**MS)
 
 
 @dataclass(kw_only=True)

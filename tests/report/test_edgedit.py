@@ -159,6 +159,30 @@ def test_stages_that_have_not_run_are_left_out(tmp_path, debug_run):
     assert "Teacher and students" not in html and "The proxy blocks" in html
 
 
+def test_a_student_that_no_search_chose_is_reported_as_such(tmp_path, debug_run):
+    folder = shutil.copytree(debug_run, tmp_path / "run")
+    shutil.rmtree(folder / "search")
+    path = folder / "student" / "choice.json"
+    choice = json.loads(path.read_text())
+    del choice["distance"]
+    choice |= {
+        "chosen_by": "programme",
+        "score": 0.0125,
+        "gap": 0.0,
+        "caps": {"latency_ms": 8.0},
+        "reason": "the least",
+    }
+    path.write_text(json.dumps(choice))
+    html, report = write_report(folder).read_text(), build_report(folder)
+    assert "search" not in report and report["choice"]["score"] == 0.0125
+    assert "No search chose this student: the least. Its summed loss is 0.0125." in html
+    assert f"the chosen student {choice['predicted_latency_ms']:.2f} ms" in html
+    assert "chosen by an integer programme" in write_card(folder / "student-tuned", report).read_text()
+    path.write_text(json.dumps({**choice, "score": None}))
+    with pytest.raises(EdgeDiTError, match="choice.json does not describe .*score is None"):
+        build_report(folder)
+
+
 @pytest.mark.parametrize(
     ("file", "stage"),
     [

@@ -25,7 +25,8 @@ def test_costs_are_those_of_whole_models(unsearched, precision):
             "bytes": pytest.approx(cost.bytes(precision or "int8"), abs=1),
         }
         proxies = [bank.key(layer) for layer in genotype.layers if bank.key(layer) in bank.entries]
-        assert solution.score == pytest.approx(math.fsum(bank.entries[key]["loss_after"] for key in proxies))
+        losses = [bank.entries[key]["loss_after"] * len(bank.entries[key]["source"]) for key in proxies]
+        assert solution.score == pytest.approx(math.fsum(losses))
     best, every = programme.best({"latency_ms": 8.0}), list(bank.space.all())
     assert best.score == min(
         programme.of(genotype).score for genotype in every if table.latency_ms(genotype) <= 8.0 * (1 + 1e-9)

@@ -1,5 +1,8 @@
 """The programme's plan as an ask/tell search."""
 
+import math
+
+import numpy as np
 import pytest
 
 from edgedit_hf.errors import EdgeDiTError
@@ -8,6 +11,7 @@ from edgedit_hf.search.ask_tell import RandomSearch, summary
 from edgedit_hf.search.blocks import programme_of
 from edgedit_hf.search.campaign import Campaign
 from edgedit_hf.search.latency_table import LatencyTable
+from edgedit_hf.search.pareto import hypervolume
 from edgedit_hf.search.programme_search import ProgrammeSearch
 
 
@@ -48,3 +52,29 @@ def test_a_plan_that_ends_and_a_programme_that_is_not_there(unsearched, tmp_path
     assert search.finished and search.reference == (1.1, 1.1)
     with pytest.raises(EdgeDiTError, match="search.mode is exact, but there is no programme"):
         Campaign(tmp_path, bank.space, SearchConfig(mode="exact"), 0)
+
+
+def test_scores_learned_from_swaps_find_the_front_that_losses_miss(unsearched):
+    """The distance is a product over layers of what the losses do not say."""
+    folder, bank = unsearched
+    table = LatencyTable.from_json(folder / "latency" / "table.json")
+    programme, space = programme_of(bank, table), bank.space
+    draw = np.random.default_rng(1)
+    worse = {block.layer: 1.0 + draw.uniform(0, 0.3) * (block.score > 0) for block in programme.blocks}
+
+    def objectives(genotype):
+        return math.prod(worse[layer] for layer in genotype.layers), table.latency_ms(genotype)
+
+    truth = [objectives(genotype) for genotype in space.all()]
+    corner = [1.1 * max(column) for column in zip(*truth)]
+    with pytest.raises(EdgeDiTError, match=r"takes 22 evaluations .* but search.evaluations is 22"):
+        ProgrammeSearch.of(programme, space, 22, 0, 2, swaps=True)
+    found = {}
+    for swaps in (True, False):
+        search = ProgrammeSearch.of(programme, space, 40, 0, 2, swaps=swaps)
+        while not search.finished:
+            for genotype in search.ask(3):
+                search.tell(genotype, objectives(genotype))
+        found[swaps] = hypervolume(search.points, corner) / hypervolume(truth, corner)
+        assert len({tuple(point["code"]) for point in search.told}) == 40
+    assert found[True] > 0.97 and found[True] > found[False]

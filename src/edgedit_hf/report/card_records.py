@@ -96,6 +96,7 @@ class CardReport:
     reference: Reference | None = key(None)
     latency: Timed | None = key(None)
     search: SearchFigures | None = key(None)
+    choice: dict[str, Any] | None = key(None)
     genotype: GenotypeFigures | None = key(None)
     bank: BankSummary | None = key(None)
     few_step: FewStepFigures | None = key(None)

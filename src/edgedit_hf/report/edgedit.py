@@ -24,6 +24,7 @@ from ..records import (
     Bench,
     Choice,
     Curve,
+    ExactChoice,
     FrontFigures,
     GivenChoice,
     Latency,
@@ -38,7 +39,7 @@ from ..records import (
 from ..run.config import RunConfig, refuse_renamed
 from ..run.results import check_sources, pipeline_weights_hash
 from ..run.stage import BANK, EDGEDIT, EVALUATE, RANK, SEARCH, STUDENT, Stage, maker_of
-from ..schema import read_record
+from ..schema import held_to, read_record
 from ..search.latency_table import LatencyTable
 from ..search_space import SearchSpace, default_attention_dim
 from .few_step import TUNED, draw_few_step_figures, few_step_facts, few_step_ratios, few_step_table, on_the_way
@@ -61,7 +62,7 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     Returns:
         `models` (a list; see the keys of evaluate/<name>.json), `versions`, `seed`, `seconds` per stage, `search`,
         `bank`, `genotype`, `ratios`, `reproduce`; and `reference`, `latency`, `exported`, `curves`, `few_step`,
-        `ranking` if the run has them (without a search no `search`).
+        `ranking` if the run has them (without a search no `search`, and `choice` where the integer programme chose).
 
     Raises:
         EdgeDiTError: a needed file is missing (the stage that writes it is named) or damaged.
@@ -70,8 +71,11 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     if not run_dir.is_dir():
         raise EdgeDiTError(f"{run_dir} is not a folder; give the output_dir of a run.")
     index = read_record(run_dir / "bank" / "index.json", BankFigures, BANK.made_by)
-    given = _given(run_dir)
-    choice = read_record(run_dir / "student" / "choice.json", GivenChoice if given else Choice, STUDENT.made_by)
+    choice = read_record(run_dir / "student" / "choice.json", GivenChoice, STUDENT.made_by)
+    exact = choice.get("chosen_by") == "programme"
+    given = exact or _given(run_dir)
+    if not given or exact:
+        held_to(choice, ExactChoice if exact else Choice, run_dir / "student" / "choice.json", STUDENT.made_by)
     stages = finished_stages(run_dir, (*EDGEDIT, RANK))
     models = _models(run_dir)
     check_judged(run_dir, models, EVALUATE.made_by)
@@ -93,6 +97,7 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
         "seed": seed,
         "seconds": {name: stage["seconds"] for name, stage in stages.items()},
         **({"search": search} if search else {}),
+        **({"choice": {key: value for key, value in choice.items() if key != "genotype"}} if exact else {}),
         "bank": _bank_summary(index),
         "genotype": _genotype(choice, SearchSpace.from_dict(index["space"])),
         "ratios": _ratios(models),
@@ -200,7 +205,8 @@ def _search(run_dir: Path, choice: Mapping[str, Any]) -> tuple[dict[str, Any], i
         "settings"
     ]  # merge.json: first of two stages
     found = {
-        "settings": {k: v for k, v in settings.items() if k not in ("kind", "space", "reference")},
+        "by": "integer programme" if state["settings"]["kind"] == "programme" else "Bayesian search",
+        "settings": {k: v for k, v in settings.items() if k not in ("kind", "space", "reference", "plan")},
         **{k: front[k] for k in ("front", "reference", "reference_rule", "evaluations", "hypervolume", "teacher")},
         "random_hypervolume": front.get("random_hypervolume"),
         "points": _points(run_dir, "merge.json", "state.json"),
@@ -504,6 +510,7 @@ def draw_pareto(path: str | os.PathLike, search: Mapping[str, Any]) -> None:
         whole,
         metric_label(search["metric"]) if "metric" in search else "Fréchet distance",
         {name: (distance, latency) for name, (distance, latency) in search.get("named", {}).items()},
+        search.get("by", "Bayesian search"),
     )
 
 
@@ -537,7 +544,7 @@ def _search_figures(folder: Path, search: Mapping[str, Any], space: SearchSpace)
         f"{fastest['latency_ms']:.3g} to {best['latency_ms']:.3g} ms; a column a teacher layer, a colour an option.",
         "Wide cells replace several teacher layers.",
     )
-    traces = {"Bayesian search": search["hypervolume"]}
+    traces = {search.get("by", "Bayesian search"): search["hypervolume"]}
     if search.get("random_hypervolume"):
         traces["random search"] = search["random_hypervolume"]
     plots.hypervolume_plot(folder / "hypervolume.png", traces, search["settings"]["num_initial"])

@@ -67,6 +67,7 @@ def pareto_plot(
     teacher: Sequence[float] | None = None,
     distance_label: str = "Fréchet distance",
     named: Mapping[str, tuple[float | None, float]] = MappingProxyType({}),
+    by: str = "Bayesian search",
 ) -> None:
     """What the search evaluated, its Pareto front, the choice, the teacher and students that have a name.
 
@@ -74,13 +75,14 @@ def pareto_plot(
         points, random_points: (distance, latency_ms) of every genotype evaluated by the search and by random search.
         chosen, teacher: (distance, latency_ms) of the student that is built and of the uncompressed model.
         named: (distance, latency_ms) by name; a distance that nobody evaluated is `None`: a line at the latency alone.
+        by: what chose the points.
     """
     figure, axes = _figure(7.2, 4.6)
     if len(random_points):
         distance, latency = np.asarray(random_points).T
         axes.scatter(latency, distance, marker="x", s=34, color=GREY, label="random search", zorder=2)
     distance, latency = np.asarray(points).T
-    axes.scatter(latency, distance, s=34, facecolor="white", edgecolor=BLUE, label="Bayesian search", zorder=3)
+    axes.scatter(latency, distance, s=34, facecolor="white", edgecolor=BLUE, label=by, zorder=3)
     front = np.asarray(points)[pareto_front(points)]
     axes.step(front[:, 1], front[:, 0], where="pre", color=BLUE, linewidth=1.2, zorder=2)
     axes.scatter(front[:, 1], front[:, 0], s=34, color=BLUE, label="Pareto front", zorder=4)

@@ -379,7 +379,7 @@ def unused(config: RunConfig) -> list[str]:
     return found
 
 
-STUDENT_BOUNDS = ("latency_ms", "latency_ratio", "parameters_ratio", "flops_ratio")
+STUDENT_BOUNDS = ("latency_ms", "latency_ratio", "parameters_ratio", "flops_ratio", "bytes_mb")
 
 
 def _changed(config: RunConfig, names: Sequence[str]) -> Iterator[tuple[str, Any]]:

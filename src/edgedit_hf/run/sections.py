@@ -221,6 +221,9 @@ class SearchConfig:
         "integer programme over the bank's losses and the latency table names)",
         ("joint", "two-stage", "exact"),
     )
+    scores: str = key(
+        "loss", "mode exact: a proxy's loss, or first swaps (each alone in the teacher)", ("loss", "swaps")
+    )
     acquisition: str = key("qlogehvi", "qlogehvi, qlognehvi or ehvi (the paper's)", ("qlogehvi", "qlognehvi", "ehvi"))
     evaluations: int = key(24, "genotypes to evaluate", minimum=2, maximum=10**4)
     initial: int = key(8, "of these, how many form the space-filling start", minimum=2, maximum=10**4)
@@ -265,10 +268,7 @@ class StudentConfig:
         0.75, "FLOPs at most this share of the teacher's; null: no bound", above=0.0, maximum=1.0
     )
     max_bytes_mb: float | None = key(
-        None,
-        "megabytes of the weights (10^6 bytes, scales not counted) at latency.precision; null: no bound",
-        above=0.0,
-        maximum=1e9,
+        None, "megabytes (10^6 bytes) of the weights at latency.precision; null: no bound", above=0.0, maximum=1e9
     )
 
 

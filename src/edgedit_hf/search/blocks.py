@@ -20,10 +20,12 @@ WEIGHTS = {"8da8w": "int8", "8da4w": "int4"}  # by precision of a runtime: what 
 
 
 def replacement_score(entry: Mapping[str, Any]) -> float:
-    """What a student loses by a proxy, from its entry in the bank's index: its held-out normalised loss. A layer of the
-    teacher loses nothing.
+    """What a student loses by a proxy, from its entry in the bank's index: its held-out normalised loss, once for every
+    teacher layer that it replaces. A layer of the teacher loses nothing.
+
+    Of the additive scores that a bank gives, docs/search.md compares them with real distances.
     """
-    return float(entry["loss_after"])
+    return float(entry["loss_after"]) * len(entry["source"])
 
 
 def weights_precision(table: LatencyTable) -> str:

@@ -78,7 +78,8 @@ class Campaign:
             if self.programme is None:
                 raise EdgeDiTError("search.mode is exact, but there is no programme of the bank and the latency table.")
             initial = min(self.options.initial, evaluations)
-            search = ProgrammeSearch.of(self.programme, self.space, evaluations, self.seed, initial)
+            swaps = self.options.scores == "swaps"
+            search = ProgrammeSearch.of(self.programme, self.space, evaluations, self.seed, initial, swaps=swaps)
             file = FOUND
         elif FOUND not in self.done and self.options.mode == "joint":
             file, search = FOUND, self._bayes(self.space, evaluations)
