@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from edgedit_hf import EdgeDiTTransformer2DModel, Genotype, SearchSpace
 from edgedit_hf.models.transformer_edgedit import PRESETS, EdgeDiTAttention, sincos_position_embedding
 from edgedit_hf.search_space import OPTIONS, model_cost
+from tests.helpers.kinds import CHANGES, MIXED, ORIGINAL, layer_of
 
 PUBLISHED = {  # parameters (M) and GFLOPs of the DiT and EdgeDiT papers
     "DiT-XL/2": ("675.13", "237.34"),
@@ -32,12 +33,18 @@ LAYERS |= {
     f"merged {option}": [SPACE.layer((2 * i, 2 * i + 1), option).to_dict() for i in range(2)] for option in OPTIONS
 }
 LAYERS["mixed"] = SPACE.from_code((4 * 1 + 2, 16 + 3)).to_layers()
+KINDS = {change: [layer_of((i,), change) for i in range(4)] for change in CHANGES} | {"every kind": MIXED}
 
 
 def inputs(batch: int = 3, height: int = 8, width: int = 8, channels: int = 1, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, channels, height, width, generator=generator)
     return x, torch.linspace(3, 950, batch), torch.arange(batch) % 10
+
+
+def layer(**changes) -> dict:
+    """A layer of DiT-debug/2 with these changes."""
+    return {"source": [0], **ORIGINAL, **changes}
 
 
 @torch.no_grad()
@@ -110,7 +117,20 @@ def hooked_macs(model: nn.Module, *arguments) -> int:
 )
 @pytest.mark.parametrize("name", LAYERS)
 def test_closed_form_costs_are_what_hooks_count(name, variant):
-    model = EdgeDiTTransformer2DModel.from_preset("DiT-debug/2", layers=LAYERS[name], **variant)
+    check_costs(EdgeDiTTransformer2DModel.from_preset("DiT-debug/2", layers=LAYERS[name], **variant))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_closed_form_costs_of_every_kind_of_layer_are_what_hooks_count(name):
+    model = EdgeDiTTransformer2DModel.from_preset("DiT-debug/2", layers=KINDS[name])
+    check_costs(model)
+    whole = model_cost(EdgeDiTTransformer2DModel.from_preset("DiT-debug/2").config)
+    assert model_cost(model.config).flops < whole.flops or "heads" in name
+    assert model_cost(model.config).weights < whole.weights or "heads" in name or name == "merged tokens"
+
+
+def check_costs(model: EdgeDiTTransformer2DModel) -> None:
+    """The closed form against hooks, a dispatch mode and torch's own counter, on a grid that is no square."""
     x, t, labels = inputs(1, 8, 16, model.config.in_channels)
     arguments = (x, t, labels if model.config.num_classes else None)
     cost = model_cost(model.config, 8, 16)
@@ -266,6 +286,16 @@ def test_patches_go_back_to_where_they_came_from(make_transformer):
         ({"sample_size": 9}, "sample_size 9 is not a multiple of patch_size 2"),
         ({"prediction_type": "x0"}, "prediction_type is 'x0'"),
         ({"num_attention_heads": 3}, "attention_dim 32 is not a multiple of num_heads 3"),
+        ({"layers": [{"source": [0]}]}, r"Layer 0 has the keys \['source'\]; it must have exactly"),
+        ({"layers": [layer(colour="red")]}, "'colour'.*may have .'modulation_rank', 'token_merge'."),
+        ({"layers": [layer(), layer(source="1")]}, "Layer 1: source is '1'; it must list teacher layers"),
+        ({"layers": [layer(num_heads=2.0)]}, "attention_dim 32 and num_heads 2.0 must be integers above 0"),
+        ({"layers": [layer(mlp_ratio="4")]}, "mlp_ratio is '4'; it must be a number above 0"),
+        ({"layers": [layer(mlp_ratio=0.01)]}, "mlp_ratio 0.01 of hidden_size 32 leaves no neuron"),
+        ({"layers": [layer(modulation_rank=33)]}, "modulation_rank is 33; .* from 0 .static. to the hidden_size 32"),
+        ({"layers": [layer(modulation_rank=True)]}, "modulation_rank is True"),
+        ({"layers": [layer(token_merge=3)]}, r"token_merge is 3; it must be one of \(1, 2\)"),
+        ({"layers": [layer(token_merge=2)], "sample_size": 10}, "token_merge 2 needs a token grid .* make 5 × 5"),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(config, said):
@@ -427,15 +457,16 @@ def test_a_network_with_adapters_is_not_saved_as_if_it_had_none(make_transformer
 # -------------------------------------------------------------------- what training and inference switch on
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(make_transformer):
+@pytest.mark.parametrize("layers", [LAYERS["mixed"], MIXED], ids=["mixed", "kinds"])
+def test_gradient_checkpointing_gives_the_same_gradients(make_transformer, layers):
     gradients = []
     for checkpointing in (False, True):
-        model = make_transformer(layers=LAYERS["mixed"]).train()
+        model = make_transformer(layers=layers).train()
         if checkpointing:
             model.enable_gradient_checkpointing()
         calls = []
         handle = model.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        model(*inputs()).sample.square().mean().backward()
+        model(*inputs(width=12)).sample.square().mean().backward()
         handle.remove()
         assert len(calls) == 1 + checkpointing  # once more on the way back
         gradients.append({name: p.grad for name, p in model.named_parameters()})
@@ -459,13 +490,14 @@ def test_attention_backends(make_transformer, backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["original", "mixed"])
+@pytest.mark.parametrize("name", ["original", "mixed", "every kind"])
 def test_compiles_without_a_graph_break(make_transformer, name):
-    model = make_transformer(layers=LAYERS[name])
+    layers = (LAYERS | KINDS)[name]
+    model = make_transformer(layers=layers)
     expected = output(model)
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(output(compiled), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
-    repeated = make_transformer(layers=LAYERS[name])
+    repeated = make_transformer(layers=layers)
     repeated.compile_repeated_blocks(fullgraph=True)
     torch.testing.assert_close(output(repeated), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
@@ -501,7 +533,7 @@ def test_layerwise_casting_stores_small_and_computes_large(make_transformer):
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
 def test_group_offloading(make_transformer, kind):
-    model = make_transformer(layers=LAYERS["mixed"])
+    model = make_transformer(layers=MIXED)
     expected = output(model)
     blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
     model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type=kind, **blocks)
@@ -523,13 +555,141 @@ def test_blocks_are_not_split_over_devices(make_transformer):
         assert not any(name.startswith(f"blocks.{index}.") for name in where)
 
 
+# -------------------------------------------------------------------- what a layer may have of its own
+
+
+def test_layers_without_the_new_keys_have_the_weights_that_they_always_had(make_transformer):
+    model = make_transformer(layers=[layer(source=[i]) for i in range(4)])
+    assert model.config.layers == make_transformer().config.layers
+    names = {name.split(".", 2)[2] for name in model.state_dict() if name.startswith("blocks.")}
+    assert names == {
+        f"{module}.{kind}"
+        for module in ("attn.to_qkv", "attn.to_out", "mlp.proj_in", "mlp.proj_out", "modulation")
+        for kind in ("weight", "bias")
+    }
+
+
+@torch.no_grad()
+def test_a_static_layer_is_one_whose_projection_is_zero(make_transformer):
+    static, whole = make_transformer(layers=[layer(modulation_rank=0)]), make_transformer(layers=[layer()], seed=1)
+    assert [name for name in static.state_dict() if "blocks.0.modulation" in name] == ["blocks.0.modulation.bias"]
+    whole.load_state_dict(static.state_dict(), strict=False)
+    whole.blocks[0].modulation.weight.zero_()
+    assert torch.equal(output(static), output(whole))
+    table = static.precompute_modulation(*inputs()[1:])
+    assert torch.equal(table[:, :, :6], static.blocks[0].modulation.bias.view(6, 32).expand(3, 3, 6, 32))
+
+
+@torch.no_grad()
+def test_a_layer_of_low_rank_is_one_whose_projection_is_the_product(make_transformer):
+    low, whole = make_transformer(layers=[layer(modulation_rank=4)]), make_transformer(layers=[layer()], seed=1)
+    names = [name.removeprefix("blocks.0.") for name in low.state_dict() if "blocks.0.modulation" in name]
+    assert names == ["modulation.down.weight", "modulation.up.weight", "modulation.up.bias"]
+    whole.load_state_dict({k: v for k, v in low.state_dict().items() if "modulation.down" not in k}, strict=False)
+    made, given = whole.blocks[0].modulation, low.blocks[0].modulation
+    made.weight.copy_(given.up.weight @ given.down.weight)
+    made.bias.copy_(given.up.bias)
+    torch.testing.assert_close(output(low), output(whole), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (4, 6), (2, 8)], ids=str)
+@torch.no_grad()
+def test_a_layer_on_merged_tokens_hands_back_what_it_adds(make_transformer, grid):
+    """Against torch's own pooling and interpolation of images."""
+    merging = make_transformer(layers=[layer(token_merge=2)]).blocks[0]
+    plain = make_transformer(layers=[layer()]).blocks[0]
+    assert merging.state_dict().keys() == plain.state_dict().keys()
+    tokens = torch.randn(3, grid[0] * grid[1], 32, generator=torch.Generator().manual_seed(1))
+    conditioning = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
+    means = F.avg_pool2d(tokens.mT.unflatten(2, grid), 2)
+    added = plain(means.flatten(2).mT, conditioning) - means.flatten(2).mT
+    added = F.interpolate(added.mT.reshape(means.shape), scale_factor=2, mode="nearest").flatten(2).mT
+    found = merging(tokens, conditioning, grid=grid)
+    torch.testing.assert_close(found, tokens + added, rtol=0, atol=1e-5)
+    if grid == (4, 4):
+        assert torch.equal(merging(tokens, conditioning), found)
+
+
+def test_grids_that_cannot_be_merged_are_refused(make_transformer):
+    model = make_transformer(layers=[layer(token_merge=2)])
+    with pytest.raises(ValueError, match=r"merges 2 × 2 tokens, but their grid is 4 × 5; both sides must be multiples"):
+        output(model, *inputs(width=10))
+    block, conditioning = model.blocks[0], torch.zeros(1, 32)
+    with pytest.raises(ValueError, match="got 24, which make no square; give their grid"):
+        block(torch.zeros(1, 24, 32), conditioning)
+    with pytest.raises(ValueError, match="their grid is 3 × 3"):
+        block(torch.zeros(1, 9, 32), conditioning)
+
+
+@torch.no_grad()
+def test_the_position_bias_of_merged_tokens_is_that_of_their_first_tokens(make_transformer):
+    model = make_transformer(position_bias=True, layers=[layer(token_merge=2)])
+    bias = model.blocks[0].attn.position_bias
+    assert bias.table.shape == (49, 2)
+    whole = make_transformer(position_bias=True, layers=[layer()]).blocks[0].attn.position_bias
+    whole.table.copy_(bias.table)
+    first = torch.tensor([0, 2, 8, 10])  # top left of every 2 × 2 of a 4 × 4 grid
+    assert torch.equal(bias(), whole()[:, :, first][..., first])
+    assert model_cost(model.config).weights == sum(p.numel() for p in model.parameters())
+
+
+def test_masked_input_cannot_be_merged(make_transformer):
+    layers = [layer(source=[0], token_merge=2), layer(source=[1], modulation_rank=0), layer(source=[2], token_merge=2)]
+    config = {"decoder_start": 1, "side_layers": 1, "position_bias": True, "learned_position": True}
+    visible = torch.tensor([[0, 2, 5], [1, 2, 3], [7, 8, 15]])
+    with pytest.raises(ValueError, match=r"Layer 0 merges 2 × 2 tokens, but a masked input .* teacher layer 1"):
+        make_transformer(layers=layers, **config)(*inputs(), visible=visible)
+    layers[0].pop("token_merge")  # behind the start of the decoder all tokens are there
+    model = make_transformer(layers=layers, **config)
+    model(*inputs(), visible=visible).sample.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_layer_starts_as_the_identity_learns_saves_and_loads(make_transformer, tmp_path, name):
+    fresh = EdgeDiTTransformer2DModel.from_preset("DiT-debug/2", layers=KINDS[name])
+    tokens, conditioning = fresh.embed(*inputs())
+    assert all(torch.equal(block(tokens, conditioning), tokens) for block in fresh.blocks)
+    model = make_transformer(layers=KINDS[name])
+    model(*inputs()).sample.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    again = EdgeDiTTransformer2DModel.from_pretrained(tmp_path)
+    assert again.config.layers == KINDS[name] and torch.equal(output(again), output(model))
+    wide = inputs(width=12)
+    step = model.precompute_modulation(*wide[1:])[range(3), range(3)]
+    expected = output(model, *wide)
+    with torch.no_grad():
+        torch.testing.assert_close(model(wide[0], None, modulation=step).sample, expected, rtol=0, atol=1e-4)
+
+
+def test_adapters_low_bit_storage_and_casting_work_with_every_kind_of_layer(make_transformer, tmp_path):
+    model = make_transformer(layers=MIXED)
+    expected = output(model)
+    model.add_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), "a")
+    assert (output(model) - expected).abs().max() > 0.01
+    model.disable_adapters()
+    assert torch.equal(output(model), expected)
+    model.unload_lora()
+    model.fuse_gelu()
+    torch.testing.assert_close(output(model), expected, rtol=0, atol=1e-5)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    x, t, y = inputs()
+    assert (output(half, x.bfloat16(), t, y).float() - expected).norm() < 0.05 * expected.norm()
+    model.fuse_gelu(False)  # which is not for weights that hooks cast
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert model.blocks[2].modulation.down.weight.dtype == torch.bfloat16
+    assert model.blocks[1].modulation.bias.dtype == torch.float32  # no layer of torch's own: it stays
+    torch.testing.assert_close(output(model), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
 # -------------------------------------------------------------------- modulations computed beforehand
 
 
-@pytest.mark.parametrize("name", ["original", "mixed"])
+@pytest.mark.parametrize("layers", [LAYERS["original"], LAYERS["mixed"], MIXED], ids=["original", "mixed", "kinds"])
 @torch.no_grad()
-def test_precomputed_modulations_give_the_same_output(make_transformer, name):
-    model = make_transformer(layers=LAYERS[name])
+def test_precomputed_modulations_give_the_same_output(make_transformer, layers):
+    model = make_transformer(layers=layers)
     timesteps, labels = torch.tensor([999.0, 500.0, 3.0]), torch.tensor([2, 7])
     table = model.precompute_modulation(timesteps, labels)
     assert table.shape == (3, 2, 6 * len(model.blocks) + 2, 32)
@@ -547,24 +707,27 @@ def test_precomputed_modulations_give_the_same_output(make_transformer, name):
     )
 
 
-def test_the_table_stays_below_the_weights_that_make_it(make_transformer):
-    model = make_transformer()
+@pytest.mark.parametrize("layers", [None, [*KINDS["rank 4"][:2], *KINDS["merged tokens"][2:]]], ids=["whole", "ranks"])
+def test_the_table_stays_below_the_weights_that_make_it(make_transformer, layers):
+    model = make_transformer(layers=layers)
     weights = sum(p.numel() for block in model.blocks for p in block.modulation.parameters())
-    for labels in (1, 3, 20):
+    for labels in (1, 3, 15):
         table = model.precompute_modulation(torch.arange(model.modulation_steps(labels)), torch.arange(labels) % 10)
         assert table[..., : 6 * len(model.blocks), :].numel() <= weights
     assert model.modulation_steps(1000) == 1
 
 
+@pytest.mark.parametrize("layers", [None, MIXED], ids=["whole", "kinds"])
 @torch.no_grad()
-def test_offloaded_modulations_are_read_from_their_file_and_come_back(make_transformer, tmp_path):
-    model = make_transformer()
+def test_offloaded_modulations_are_read_from_their_file_and_come_back(make_transformer, tmp_path, layers):
+    model = make_transformer(layers=layers)
     x, t, y = inputs()
     expected = output(model)
     table = model.precompute_modulation(t, y)
     held = sum(p.numel() for p in model.parameters())
     model.offload_modulation(tmp_path / "modulation.safetensors")
-    assert held - sum(p.numel() for p in model.parameters()) == 4 * 6 * 32 * 33
+    gone = 4 * 6 * 32 * 33 if layers is None else 6 * 32 * 33 + 6 * 32 + (7 * 32 * 4 + 6 * 32)
+    assert held - sum(p.numel() for p in model.parameters()) == gone
     assert torch.equal(model.precompute_modulation(t, y), table)
     rows = torch.arange(3)
     assert torch.allclose(model(x, None, modulation=table[rows, rows]).sample, expected, atol=1e-5)

@@ -298,7 +298,7 @@ class StaticModulation(nn.Module):
         self.bias = nn.Parameter(torch.zeros(6 * hidden_size))
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
-        return self.bias.expand(conditioning.shape[0], -1)
+        return self.bias.repeat(conditioning.shape[0], 1)  # an expansion would be a view of a weight
 
 
 class LowRankModulation(nn.Module):
@@ -425,11 +425,10 @@ class EdgeDiTBlock(nn.Module):
 
 def modulation_steps(config: Mapping[str, Any], num_labels: int) -> int:
     """As [`EdgeDiTTransformer2DModel.modulation_steps`], of a model with this config."""
-    width, weights = config["hidden_size"], 2 * config["hidden_size"] ** 2
-    for layer in config["layers"]:
-        rank = layer.get("modulation_rank")
-        weights += 6 * width * width if rank is None else 7 * width * rank
-    return max(1, weights // ((6 * len(config["layers"]) + 2) * width * num_labels))
+    width, layers = config["hidden_size"], config["layers"]
+    ranks = [layer.get("modulation_rank") for layer in layers]
+    weights = sum(6 * width * width if rank is None else 7 * width * rank for rank in ranks)
+    return max(1, weights // max(1, 6 * len(layers) * width * num_labels))
 
 
 class EdgeDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
