@@ -18,6 +18,7 @@ ACROSS = {
     "docs/test_pages.py": "the pages",
     "sweep/test_sweep.py": "bad values for every command, key and file",
     "commands/test_options.py": "options of every command that are out of range",
+    "export/test_kinds.py": "every kind of layer through every lowering",
     "export/test_relatives.py": "DiT's relatives through every lowering",
     "training/test_bad_input.py": "bad input of every recipe",
     "training/test_finished.py": "finished stages of a whole run that are not what they were",

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from kinds import MIXED
 
 from edgedit_hf import EdgeDiTTransformer2DModel, ElasticDiTTransformer2DModel
 from edgedit_hf.commands.cli import main
@@ -115,6 +116,17 @@ def test_info_counts_what_a_saved_model_holds(make_transformer, tmp_path, capsys
         assert found[name]["parameters"] == weights + model.pos_embed.numel()
         assert found[name].pop("name") == str(name)
     assert len({json.dumps(facts) for facts in found.values()}) == 1
+
+
+def test_info_says_what_is_special_about_layers(make_transformer, tmp_path, capsys):
+    make_transformer(layers=MIXED).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["modulation_rank"] == [None, 0, 4] and facts["token_merge"] == [1, 1, 2]
+    assert main(["info", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "  modulation  static in layers [1], rank 4 in layers [2]\n" in printed
+    assert "  tokens      merged 2 × 2 in layers [2]\n" in printed
 
 
 def test_info_of_an_elastic_net_has_a_line_a_subnet(tmp_path, capsys):

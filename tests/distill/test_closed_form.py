@@ -4,15 +4,20 @@ import copy
 
 import pytest
 import torch
+from kinds import CHANGES, layer_of
+from sklearn.datasets import load_digits
 
 from edgedit_hf import EdgeDiTTransformer2DModel, SearchSpace
+from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.distill.closed_form import (
     closed_form_block,
     combine_blocks,
+    join_heads,
     truncated_block,
 )
 from edgedit_hf.distill.feature_loss import feature_loss
 from edgedit_hf.distill.least_squares import refit_gated
+from edgedit_hf.distill.proxy_group import random_block
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.genotype import LayerSpec
 from edgedit_hf.models.transformer_edgedit import EdgeDiTBlock
@@ -202,6 +207,224 @@ def test_a_proxy_wider_than_its_teacher_is_refused(teacher, features):
         closed_form_block([teacher.blocks[0]], layers[0], conditioning, spec(0, width=64))
     with pytest.raises(EdgeDiTError, match="MLP 256 of 128"):
         closed_form_block([teacher.blocks[0]], layers[0], conditioning, spec(0, ratio=8.0))
+
+
+def test_a_proxy_is_made_from_a_teachers_whole_layer_of_its_rank_at_most(teacher, features):
+    layers, conditioning = features(0)
+    with pytest.raises(EdgeDiTError, match="modulation_rank 33 cannot be above the teacher's width 32"):
+        closed_form_block([teacher.blocks[0]], layers[0], conditioning, spec(0, rank=33))
+    for change, said in ({"rank": 0}, "StaticModulation"), ({"merge": 2}, "merges 2 × 2 tokens"):
+        made = truncated_block(teacher.blocks[0], spec(0, **change))
+        with pytest.raises(EdgeDiTError, match=said):
+            closed_form_block([made], layers[0], conditioning, spec(0))
+
+
+# -------------------------------------------------------------------- every kind of layer
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small teacher that has learned to denoise the digits, and `features(seed)` of it on them."""
+    images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
+    labels, scheduler = torch.tensor(load_digits().target), make_scheduler("epsilon")
+    torch.manual_seed(0)
+    model = EdgeDiTTransformer2DModel.from_preset("DiT-debug/2")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+
+    def batch(seed: int, count: int):
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randint(0, len(images), (count,), generator=generator)
+        t = torch.randint(0, 1000, (count,), generator=generator)
+        noise = torch.randn(count, 1, 8, 8, generator=generator)
+        return scheduler.add_noise(images[chosen], noise, t), t.float(), labels[chosen], noise
+
+    for step in range(300):
+        *given, noise = batch(step + 10, 64)
+        (model(*given).sample - noise).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().requires_grad_(False)
+
+    def features(seed: int):
+        tokens, conditioning = model.embed(*batch(seed, 256)[:3])
+        inputs, outputs = model.layer_features(tokens, conditioning)
+        return [*inputs, outputs[-1]], conditioning
+
+    return model, features
+
+
+@pytest.mark.parametrize("source", [(1,), (1, 2), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_kind_of_start_beats_copied_and_random_weights(trained, change, source):
+    model, features = trained
+    layer = LayerSpec.from_dict(layer_of(source, change))
+    layers, conditioning = features(0)
+    proxy = closed_form_block([model.blocks[i] for i in source], layers[source[0]], conditioning, layer)
+    fresh = model.new_block(layer.to_dict())
+    assert {k: v.shape for k, v in proxy.state_dict().items()} == {k: v.shape for k, v in fresh.state_dict().items()}
+    assert proxy.attn.heads == layer.num_heads and proxy.token_merge == layer.token_merge
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in proxy.state_dict().values())
+    unseen = features(1)
+    closed = loss_of(proxy, unseen, source[0], source[-1])
+    copied = min(loss_of(truncated_block(model.blocks[i], layer), unseen, source[0], source[-1]) for i in source)
+    chance = loss_of(random_block(fresh, 0, change), unseen, source[0], source[-1])
+    assert closed < 0.9 * copied and closed < 0.9 * chance
+
+
+@pytest.mark.parametrize(
+    "cost, groups",
+    [
+        ([[0, 9, 1, 9], [9, 0, 9, 1], [1, 9, 0, 9], [9, 1, 9, 0]], [(0, 2), (1, 3)]),
+        # The cheapest pair first would leave the dearest.
+        ([[0, 1, 2, 9], [1, 0, 9, 2], [2, 9, 0, 50], [9, 2, 50, 0]], [(0, 2), (1, 3)]),
+        ([[0, 9, 9], [9, 0, 1], [9, 1, 0]], [(0,), (1, 2)]),
+    ],
+)
+def test_heads_that_are_alike_are_joined(cost, groups):
+    assert join_heads(torch.tensor(cost, dtype=torch.float64), len(groups)) == groups
+
+
+def test_joined_groups_are_near_the_best_of_all_pairings():
+    def total(pairs, cost):
+        return sum(float(cost[i, j]) for i, j in pairs)
+
+    def pairings(left):
+        if not left:
+            yield []
+        for other in left[1:]:
+            for rest in pairings([i for i in left[1:] if i != other]):
+                yield [(left[0], other), *rest]
+
+    for seed in range(10):
+        cost = random(8, 8, seed=seed).abs()
+        cost = cost + cost.mT
+        every = sorted(total(pairs, cost) for pairs in pairings(list(range(8))))
+        groups = join_heads(cost, 4)
+        assert sorted(len(group) for group in groups) == [2] * 4
+        assert total(groups, cost) <= every[len(every) // 20]  # of 105
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def exact_loss(source, features, layer: LayerSpec) -> tuple[float, float]:
+    """Losses on unseen features of the closed form and of the truncated block of one changed layer."""
+    layers, conditioning = features(0, 128)
+    proxy, copied = closed_form_block([source], layers[1], conditioning, layer), truncated_block(source, layer)
+    layers, conditioning = features(1)
+    with torch.no_grad():
+        target = source(layers[1], conditioning)
+        return tuple(feature_loss(b(layers[1], conditioning), target, layers[1]).item() for b in (proxy, copied))
+
+
+def test_heads_that_attend_alike_become_one_without_loss(teacher, features):
+    source = copy.deepcopy(teacher.blocks[1])
+    source.attn.heads = 4
+    with torch.no_grad():  # heads 0 and 2 look at the same tokens, and 1 and 3
+        weight, bias = source.attn.to_qkv.weight.view(3, 4, 8, 32), source.attn.to_qkv.bias.view(3, 4, 8)
+        weight[:2, 2:], bias[:2, 2:] = weight[:2, :2].clone(), bias[:2, :2].clone()
+    closed, copied = exact_loss(source, features, spec(1, heads=2))
+    assert closed < 1e-5 < 1e-3 < copied
+
+
+def test_heads_of_low_rank_become_several_without_loss(teacher, features):
+    source = copy.deepcopy(teacher.blocks[1])
+    with torch.no_grad():  # queries and keys of rank 8 in heads of width 16, their directions mixed
+        weight, bias = source.attn.to_qkv.weight.view(3, 2, 16, 32), source.attn.to_qkv.bias.view(3, 2, 16)
+        mix = torch.linalg.qr(random(16, 16).float()).Q
+        weight[:2, :, 8:], bias[:2, :, 8:] = 0, 0
+        weight[:2], bias[:2] = mix @ weight[:2], bias[:2] @ mix.mT
+    closed, copied = exact_loss(source, features, spec(1, heads=4))
+    assert closed < 1e-5 < 1e-3 < copied
+
+
+def test_heads_without_an_output_are_the_ones_that_go(teacher, features):
+    source = copy.deepcopy(teacher.blocks[1])
+    source.attn.heads = 4
+    with torch.no_grad():
+        source.attn.to_out.weight.view(32, 4, 8)[:, :2] = 0
+    closed, copied = exact_loss(source, features, spec(1, width=16, heads=2))
+    assert closed < 1e-5 < 1e-3 < copied
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_modulation_of_low_rank_is_found_again(teacher, features, rank):
+    source = copy.deepcopy(teacher.blocks[1])
+    with torch.no_grad():
+        source.modulation.weight.copy_(0.05 * (random(192, 32)[:, :rank] @ random(rank, 32, seed=1)).float())
+    closed, _ = exact_loss(source, features, spec(1, rank=rank))
+    assert closed < 1e-5
+
+
+@torch.no_grad()
+def test_tokens_that_are_the_same_are_merged_without_loss(teacher):
+    """Four copies of a key weigh in a softmax as one does among groups of four."""
+    source, generator = teacher.blocks[1], torch.Generator().manual_seed(0)
+    few, conditioning = torch.randn(300, 4, 32, generator=generator), torch.randn(300, 32, generator=generator)
+    x = few.view(300, 2, 2, 32).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
+    proxy = closed_form_block([source], x[:250], conditioning[:250], spec(1, merge=2))
+    target = source(x[250:], conditioning[250:])
+    assert feature_loss(proxy(x[250:], conditioning[250:]), target, x[250:]) < 1e-5
+
+
+@pytest.mark.parametrize("change", ["fewer, wider heads", "more, narrower heads", "all at once"])
+def test_a_position_bias_follows_its_heads(change):
+    torch.manual_seed(0)
+    source = EdgeDiTBlock(32, 32, 2, 4.0, bias_grid=4)
+    with torch.no_grad():
+        source.attn.position_bias.table.normal_()
+        source.modulation.weight.normal_(std=0.1)
+        source.modulation.bias.normal_(std=0.3)
+    generator = torch.Generator().manual_seed(1)
+    x, conditioning = torch.randn(300, 16, 32, generator=generator), torch.randn(300, 32, generator=generator)
+    layer = LayerSpec.from_dict(layer_of((0,), change))
+    proxy, copied = closed_form_block([source], x[:250], conditioning[:250], layer), truncated_block(source, layer)
+    fresh = EdgeDiTBlock(32, *layer.shape, bias_grid=4)
+    with torch.no_grad():
+        target = source(x[250:], conditioning[250:])
+        losses = [feature_loss(b(x[250:], conditioning[250:]), target, x[250:]).item() for b in (proxy, copied)]
+    assert losses[0] < losses[1]
+    for made in (proxy, copied):
+        assert made.attn.position_bias.table.shape == fresh.attn.position_bias.table.shape
+        assert torch.equal(made.attn.position_bias.index, fresh.attn.position_bias.index)
+    if change == "more, narrower heads":
+        table = source.attn.position_bias.table
+        assert torch.equal(proxy.attn.position_bias.table, table[:, [0, 0, 1, 1]])
+        assert torch.equal(copied.attn.position_bias.table, table[:, [0, 0, 1, 1]])
+
+
+def test_truncation_of_every_kind(teacher):
+    source = teacher.blocks[1]
+    wide, narrow = truncated_block(source, spec(1, heads=1)), truncated_block(source, spec(1, heads=4))
+    for made in (wide, narrow):  # the same channels, in other heads
+        assert torch.equal(made.attn.to_qkv.weight, source.attn.to_qkv.weight)
+    one = truncated_block(source, spec(1, width=16, heads=1))
+    assert torch.equal(one.attn.to_qkv.weight.view(3, 16, 32), source.attn.to_qkv.weight.view(3, 2, 16, 32)[:, 0])
+    static, low = truncated_block(source, spec(1, rank=0)), truncated_block(source, spec(1, rank=3))
+    assert torch.equal(static.modulation.bias, source.modulation.bias)
+    assert torch.equal(low.modulation.up.bias, source.modulation.bias)
+    values = torch.linalg.svdvals(source.modulation.weight)
+    error = (source.modulation.weight - low.modulation.up.weight @ low.modulation.down.weight).square().sum()
+    assert error.item() == pytest.approx(values[3:].square().sum().item(), rel=1e-3)
+    assert truncated_block(source, spec(1, merge=2)).token_merge == 2
+
+
+@torch.no_grad()
+def test_static_blocks_are_combined_and_others_are_not(teacher, features):
+    layers, conditioning = features(1)
+    one, other = (truncated_block(teacher.blocks[i], spec(i, rank=0)) for i in (1, 2))
+    combined = combine_blocks(one, other)
+    assert torch.equal(combined.modulation.bias[:96], one.modulation.bias[:96])
+    assert torch.equal(combined.modulation.bias[96:], other.modulation.bias[96:])
+    low = truncated_block(teacher.blocks[1], spec(1, rank=2))
+    for pair in (
+        (one, teacher.blocks[1]),
+        (low, low),
+        (one, truncated_block(teacher.blocks[1], spec(1, rank=0, merge=2))),
+    ):
+        with pytest.raises(EdgeDiTError, match="cannot be combined; both modulations must be whole or static"):
+            combine_blocks(*pair)
 
 
 def test_truncation_keeps_the_first_channels_of_every_head_and_the_first_neurons(teacher):

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from kinds import MIXED
 
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.few_step.adapters import active_adapter, adapter_parameters, add_adapters, fuse_adapter
@@ -21,10 +22,12 @@ def randomise(tensors, seed: int) -> None:
             tensor.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
 
 
-@pytest.fixture(params=["edgedit", "elastic"])
+@pytest.fixture(params=["edgedit", "every kind of layer", "elastic"])
 def model(request, make_transformer):
     if request.param == "edgedit":
         return make_transformer(num_layers=2)
+    if request.param == "every kind of layer":
+        return make_transformer(layers=MIXED)
     net = ElasticDiTTransformer2DModel.from_preset("elastic-dit-debug").eval()
     randomise(net.parameters(), 0)
     return net

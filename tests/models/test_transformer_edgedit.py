@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from accelerate import infer_auto_device_map
 from diffusers import DiTTransformer2DModel, TorchAoConfig
 from diffusers.models.embeddings import Timesteps
+from kinds import CHANGES, MIXED, ORIGINAL, layer_of
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from edgedit_hf import EdgeDiTTransformer2DModel, Genotype, SearchSpace
 from edgedit_hf.models.transformer_edgedit import PRESETS, EdgeDiTAttention, sincos_position_embedding
 from edgedit_hf.search_space import OPTIONS, model_cost
-from tests.helpers.kinds import CHANGES, MIXED, ORIGINAL, layer_of
 
 PUBLISHED = {  # parameters (M) and GFLOPs of the DiT and EdgeDiT papers
     "DiT-XL/2": ("675.13", "237.34"),

@@ -63,7 +63,17 @@ def run(args: argparse.Namespace) -> None:
         return
     merged = f", merged {facts['merged']}" if facts["merged"] else ""
     print(f"  layers      {facts['layers']} of {facts['teacher_layers']} teacher layers{merged}")
+    ranks = {rank: _places(facts["modulation_rank"], rank) for rank in facts["modulation_rank"] if rank is not None}
+    if ranks:
+        said = (f"{f'rank {rank}' if rank else 'static'} in layers {places}" for rank, places in sorted(ranks.items()))
+        print(f"  modulation  {', '.join(said)}")
+    for merge in sorted({merge for merge in facts["token_merge"] if merge > 1}):
+        print(f"  tokens      merged {merge} × {merge} in layers {_places(facts['token_merge'], merge)}")
     print(f"  genotype    {facts['genotype']}")
+
+
+def _places(values: list, value: int) -> list[int]:
+    return [index for index, given in enumerate(values) if given == value]
 
 
 def _sizes(facts: Mapping[str, Any]) -> str:
@@ -84,10 +94,11 @@ def describe(name: str) -> dict[str, Any]:
     Returns:
         `parameters`, `macs` and `flops` of one forward of one image, `bytes` of the weights at each precision,
         `layers`, `input` (channels, height, width), `tokens`, `name`. Of an EdgeDiT, whose `parameters` include the
-        fixed position embedding, as published: `weights` (learned ones), `teacher_layers`, `merged`, `genotype` (its
-            hash). Of an elastic net, whose `macs` and `flops` are the full net's:
-        `text_tokens` an encoder, and `subnets` (`width`, `parameters`, `macs`, `flops`, `bytes` of each as a net of its
-        own). Of a pipeline that was distilled for few steps: `few_step` (`steps`, `guidance_scale`, `timesteps`).
+        fixed position embedding, as published: `weights` (learned ones), `teacher_layers`, `merged`,
+        `modulation_rank` and `token_merge` (of every layer), `genotype` (its hash). Of an elastic net, whose `macs` and
+        `flops` are the full net's: `text_tokens` an encoder, and `subnets` (`width`, `parameters`, `macs`, `flops`,
+        `bytes` of each as a net of its own). Of a pipeline that was distilled for few steps: `few_step` (`steps`,
+        `guidance_scale`, `timesteps`).
 
     Raises:
         EdgeDiTError: there is no such preset or model, or its config is not one of this package's.
@@ -140,6 +151,8 @@ def _edgedit_facts(config: dict[str, Any]) -> dict[str, Any]:
         "layers": len(genotype.layers),
         "teacher_layers": genotype.num_teacher_layers,
         "merged": [list(pair) for pair in genotype.merged],
+        "modulation_rank": [layer.modulation_rank for layer in genotype.layers],
+        "token_merge": [layer.token_merge for layer in genotype.layers],
         "genotype": genotype.hash,
     }
 

@@ -10,6 +10,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from ..errors import EdgeDiTError
+from ..models.transformer_edgedit import modulation_steps
 from .exported import ExportedComponent
 from .parts import MODULATED
 
@@ -105,7 +106,7 @@ class ExportedEdgeDiT(ExportedTransformer):
 
     def modulation_steps(self, num_labels: int) -> int:
         """Timesteps whose table of modulations is as large as the weights that make it, at least one."""
-        return max(1, self.config.hidden_size // num_labels)
+        return modulation_steps(self.config, num_labels)
 
     def _condition(self, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         inputs = {"timestep": timestep.float()}

@@ -384,9 +384,10 @@ class EdgeDiTBlock(nn.Module):
         batch, tokens, width = hidden_states.shape
         rows, columns = self._check_grid(tokens, grid)
         merge = self.token_merge
-        groups = (batch * (rows // merge), merge, columns // merge, merge, width)
-        update = update.reshape(groups[0], 1, groups[2], 1, width)
-        return (hidden_states.reshape(groups) + update).reshape(batch, tokens, width)
+        update = update.reshape(batch * (rows // merge) * (columns // merge), 1, width).expand(-1, merge, -1)
+        update = update.reshape(batch * (rows // merge), 1, columns * width)
+        full = hidden_states.reshape(batch * (rows // merge), merge, columns * width) + update
+        return full.reshape(batch, tokens, width)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ them, and what it takes literally costs copies. The rewriting, each step exact u
 - attention is matmul, softmax, matmul on `(B·h, N, N)`: no masks of a safe softmax, no expansions of a 4-D product;
 - layer norm takes its means as products with a constant row 1/D;
 - patches are a permutation and a product, not a convolution, whose layout XNNPACK would have to change twice;
+- tokens are merged by sums of slices, and handed back by concatenation;
 - tanh-GELU is `x · sigmoid(√(8/π) (x + 0.044715 x³))`: XNNPACK's own GELU is the other one (erf), and ExecuTorch 1.5
   lowers either to it without a word (up to 5e-4 off in every neuron).
 
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...models.transformer_edgedit import sincos_position_embedding
+from ...models.transformer_edgedit import LowRankModulation, StaticModulation, sincos_position_embedding
 from ..parts import ConditionerWrapper, ModulatedDenoiserWrapper
 from ..wrappers import refuse_adapters
 
@@ -173,10 +174,15 @@ class XnnpackAttention(nn.Module):
 
 
 class XnnpackBlock(nn.Module):
-    """One layer with adaLN-zero: tokens `(B, N, D)` and its modulation `(B, 6, D)` → `(B, N, D)`."""
+    """One layer with adaLN-zero: tokens `(B, N, D)` and its modulation `(B, 6, D)` → `(B, N, D)`.
 
-    def __init__(self, block: EdgeDiTBlock, name: str):
+    Args:
+        grid: rows and columns of the tokens.
+    """
+
+    def __init__(self, block: EdgeDiTBlock, name: str, grid: tuple[int, int]):
         super().__init__()
+        self.token_merge, self.grid = block.token_merge, grid
         width = block.mlp.proj_in.in_features
         self.norm1 = XnnpackLayerNorm(width, block.norm1.eps)
         self.attn = XnnpackAttention(block.attn, f"{name}.attn")
@@ -187,8 +193,27 @@ class XnnpackBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
             modulation[:, row : row + 1] for row in range(6)
         )  # each [B, 1, D]
-        hidden_states = hidden_states + gate_msa * self.attn(modulate(self.norm1(hidden_states), shift_msa, scale_msa))
-        return hidden_states + gate_mlp * self.mlp(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
+        full = hidden_states
+        if self.token_merge > 1:
+            hidden_states = self._merge(full)
+        update = gate_msa * self.attn(modulate(self.norm1(hidden_states), shift_msa, scale_msa))
+        hidden_states = hidden_states + update
+        mlp = gate_mlp * self.mlp(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
+        return hidden_states + mlp if self.token_merge == 1 else self._hand_back(full, update + mlp)
+
+    def _merge(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Means of 2 × 2 neighbours, `(B, N, D)` → `(B, N / 4, D)`."""
+        (rows, columns), width = self.grid, tokens.shape[-1]
+        pairs = tokens.reshape(-1, 2, columns * width)
+        pairs = (pairs[:, :1] + pairs[:, 1:]).reshape(-1, 2, width)
+        return ((pairs[:, :1] + pairs[:, 1:]) * 0.25).reshape(-1, rows * columns // 4, width)
+
+    def _hand_back(self, full: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        """Each token of `full` `(B, N, D)` with its group's row of `update` `(B, N / 4, D)` added."""
+        (rows, columns), width = self.grid, full.shape[-1]
+        update = update.reshape(-1, 1, width)
+        update = torch.cat([update, update], dim=1).reshape(-1, 1, columns * width)
+        return (full.reshape(-1, 2, columns * width) + update).reshape(-1, rows * columns, width)
 
 
 class XnnpackTimestepEmbedder(nn.Module):
@@ -212,6 +237,21 @@ class XnnpackTimestepEmbedder(nn.Module):
         return self.linear_2(self.act(self.linear_1(torch.cat([angles.cos(), angles.sin()], dim=-1))))
 
 
+class XnnpackModulation(nn.Module):
+    """adaLN of a layer, whatever its rank: `(B, D)` → `(B, 6D)`. A static one is a constant row for every image."""
+
+    def __init__(self, layer: nn.Module, name: str):
+        super().__init__()
+        static = isinstance(layer, StaticModulation)
+        self.register_buffer("row", layer.bias.detach()[None] if static else None, persistent=False)
+        self.layers = nn.Sequential()
+        if isinstance(layer, LowRankModulation):
+            self.layers = nn.Sequential(FormLinear(layer.down, f"{name}.down"), FormLinear(layer.up, f"{name}.up"))
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
+        return self.layers(conditioning) if self.row is None else torch.cat([self.row] * conditioning.shape[0])
+
+
 class XnnpackConditioner(nn.Module):
     """adaLN of a whole EdgeDiT: `(timestep (B,)[, class_labels (B,)])` → the modulations `(B, 6, D)` of every layer and
     `(B, 2, D)` of the output.
@@ -221,7 +261,7 @@ class XnnpackConditioner(nn.Module):
     """
 
     def __init__(
-        self, timestep_embedder: nn.Module, label_embedder: nn.Module | None, layers: Sequence[nn.Linear], joined: bool
+        self, timestep_embedder: nn.Module, label_embedder: nn.Module | None, layers: Sequence[nn.Module], joined: bool
     ):
         super().__init__()
         self.timestep_embedder, self.label_embedder = (
@@ -229,7 +269,12 @@ class XnnpackConditioner(nn.Module):
             label_embedder,
         )
         names = [*(f"blocks.{index}.modulation" for index in range(len(layers) - 1)), "modulation_out"]
-        self.layers = nn.ModuleList([FormLinear(layer, name) for layer, name in zip(layers, names)])
+        self.layers = nn.ModuleList(
+            [
+                FormLinear(layer, name) if isinstance(layer, nn.Linear) else XnnpackModulation(layer, name)
+                for layer, name in zip(layers, names)
+            ]
+        )
         self.joined = joined
 
     def forward(
@@ -274,7 +319,7 @@ class XnnpackEdgeDiT(nn.Module):
         decoder = None if config.decoder_start is None else model.decoder_pos_embed.detach()
         self.register_buffer("decoder_position", decoder, persistent=False)
         self.blocks = nn.ModuleList(
-            [XnnpackBlock(block, f"blocks.{index}") for index, block in enumerate(model.blocks)]
+            [XnnpackBlock(block, f"blocks.{index}", (rows, columns)) for index, block in enumerate(model.blocks)]
         )
         self.skips = nn.ModuleDict({end: FormLinear(layer, f"skips.{end}") for end, layer in model.skips.items()})
         self.norm_out = XnnpackLayerNorm(config.hidden_size, config.norm_eps)
