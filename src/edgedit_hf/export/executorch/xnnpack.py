@@ -249,10 +249,7 @@ class XnnpackModulation(nn.Module):
             self.layers = nn.Sequential(FormLinear(layer.down, f"{name}.down"), FormLinear(layer.up, f"{name}.up"))
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
-        if self.row is None:
-            return self.layers(conditioning)
-        # What follows from constants alone would be no part of the delegated network.
-        return conditioning[:, :1] * 0.0 + self.row
+        return self.layers(conditioning) if self.row is None else torch.cat([self.row] * conditioning.shape[0])
 
 
 class XnnpackConditioner(nn.Module):
