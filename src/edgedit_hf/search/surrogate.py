@@ -220,8 +220,8 @@ def features_kernel(encoding: Encoding) -> Kernel:
 
 
 def distance_kernel(encoding: Encoding) -> Kernel:
-    """Of the features and, where there is a programme, its score: of the kernels compared (docs/search.md), the one
-    that foretells best.
+    """Of the features and, where there is a programme, its score: of those compared (docs/search.md), among the
+    best at the sizes of a search.
     """
     kinds = [*encoding.kinds, 1 + max(encoding.kinds)] if "score" in encoding.columns else encoding.kinds
     return ScaleKernel(KindMatern(kinds), outputscale_prior=GammaPrior(2.0, 0.15))
