@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the teacher; default 8, with --choices the preset's")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="runtime-precision")
     parser.add_argument("--choices", action="store_true", help="what each choice of a menu saves a layer, instead")
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--max-seconds", type=float, default=200.0, help="of timed calls, a kind")
