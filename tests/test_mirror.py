@@ -16,6 +16,7 @@ ACROSS = {
     "test_quiet.py": "what commands, recipes and loading print",
     "docs/test_blocks.py": "every command and block of the pages",
     "docs/test_pages.py": "the pages",
+    "docs/test_rankings.py": "the tables of rank correlations on the page of the search",
     "sweep/test_sweep.py": "bad values for every command, key and file",
     "commands/test_options.py": "options of every command that are out of range",
     "export/test_kinds.py": "every kind of layer through every lowering",

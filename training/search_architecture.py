@@ -24,7 +24,7 @@ from edgedit_hf.distill.teacher import load_teacher
 from edgedit_hf.estimate import print_estimate
 from edgedit_hf.files import atomic_write_json
 from edgedit_hf.genotype import Genotype
-from edgedit_hf.metrics.reference import load_extractor, real_features
+from edgedit_hf.metrics.reference import load_extractor
 from edgedit_hf.preflight import preflight
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
@@ -34,7 +34,7 @@ from edgedit_hf.search.ask_tell import summary
 from edgedit_hf.search.blocks import programme_of
 from edgedit_hf.search.campaign import Campaign, most_evaluations
 from edgedit_hf.search.latency_table import LatencyTable
-from edgedit_hf.search.objectives import StudentQuality
+from edgedit_hf.search.objectives import search_objective
 from edgedit_hf.search_space import model_cost
 
 
@@ -48,30 +48,19 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     table = LatencyTable.from_json(config.folder("latency", "table.json"))
     table.check_config(teacher_config)
     images = load_run_images(config)
-    extractor = load_extractor(config, images, accelerator.device)
+    extractor = load_extractor(config, images, accelerator.device) if options.objective == "distance" else None
     state = RunState(
         config,
         SEARCH,
         most_evaluations(options),
-        inputs={"data": images.fingerprint, "extractor": extractor.hash},
+        inputs={"data": images.fingerprint, "extractor": extractor and extractor.hash},
         log_every=1,
         unit="genotype",
     )
     if state.finished:
         return
     table.check_run(config.latency)
-    quality = StudentQuality(
-        bank,
-        pipeline,
-        extractor,
-        real_features(extractor, images),
-        samples=options.samples,
-        steps=options.sampling_steps,
-        guidance_scale=options.guidance_scale,
-        seed=config.seed,
-        batch_size=min(options.samples, config.evaluate.batch_size),
-        autocast=accelerator.autocast,
-    )
+    quality = search_objective(config, bank, pipeline, images, extractor, accelerator)
 
     def judge(genotype: Genotype) -> tuple[float, float]:
         return quality.score(bank.assemble(genotype))

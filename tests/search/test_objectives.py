@@ -150,6 +150,10 @@ def test_a_loss_as_an_objective_is_above_zero_for_the_teacher_too(judged):
     original, reduced = (bank.space.from_code((code,)) for code in (0, 15))
     assert error(original) == denoising(original) > 0
     found = losses.scores(bank.assemble(reduced))
-    assert denoising(reduced) == found["denoising"][0].value
+    assert denoising(reduced) == pytest.approx(found["denoising"][0].value)
     assert error(reduced) == denoising(original) + found["output_error"][0].value > error(original)
     assert error.score(bank.assemble(reduced)).error == found["output_error"][0].error > 0
+    own, theirs = (losses(network)["denoising"] for network in (bank.teacher, bank.assemble(reduced)))
+    expected = float(((theirs - own).var(1) / 4).sum().sqrt() / 2)  # of the paired difference, a bucket a stratum
+    assert denoising.score(bank.assemble(reduced)).error == pytest.approx(expected)
+    assert denoising.score(bank.teacher).error == 0

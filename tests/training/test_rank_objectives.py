@@ -11,7 +11,6 @@ import pytest
 
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.report.edgedit import write_report
-from edgedit_hf.search.judging import spread
 
 OBJECTIVES = [
     *("proxy_loss", "distance", "denoising", "denoising 1", "denoising 2"),
@@ -101,12 +100,6 @@ def test_an_impossible_division_is_refused_before_anything_runs(tmp_path, fail):
     assert "rank.genotypes 5 leaves some of rank.groups 3 fewer than two; take at least 6" in message
 
 
-def test_what_is_noise_of_measuring_is_no_spread():
-    assert spread([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]) == 1.0
-    assert spread([[1.0, 0.5], [2.0, 0.5], [3.0, 0.5]]) == pytest.approx(0.75)
-    assert spread([[1.0, 5.0], [1.1, 5.0]]) == spread([[1.0, 0.0], [1.0, 0.0]]) == 0.0
-
-
 @pytest.mark.slow
 def test_the_report_shows_it_and_refuses_what_another_bank_gave(debug_run, study, tmp_path):
     folder, _ = study
@@ -121,3 +114,14 @@ def test_the_report_shows_it_and_refuses_what_another_bank_gave(debug_run, study
     (run / "bank" / "index.json").write_text(json.dumps(index))  # other bytes
     with pytest.raises(EdgeDiTError, match="was made from another"):
         write_report(run)
+
+
+@pytest.mark.slow
+def test_a_search_can_minimise_a_loss_without_any_images(recipes, start, tmp_path):
+    run = shutil.copytree(start, tmp_path / "run", ignore=shutil.ignore_patterns("extractor"))
+    recipes.run_here("search_architecture", run, "search.objective=output_error", "search.samples=20")
+    told = json.loads((run / "search" / "state.json").read_text())["told"]
+    stage = json.loads((run / "search" / "stage.json").read_text())
+    assert "extractor" not in stage["inputs"] and not (run / "extractor").exists()
+    original = next(point for point in told if set(point["code"]) == {0})
+    assert original["distance"] == min(point["distance"] for point in told) > 0  # the teacher's own

@@ -44,7 +44,7 @@ from ..search.latency_table import LatencyTable
 from ..search_space import SearchSpace, default_attention_dim
 from .few_step import TUNED, draw_few_step_figures, few_step_facts, few_step_ratios, few_step_table, on_the_way
 from .page import Figure, optional_record, render_html
-from .ranking import ranking_caption, ranking_rows
+from .ranking import NAMES, ranking_caption, ranking_rows
 from .tables import MODEL_LABELS, latency_label, metric_label
 
 FORMAT = 1
@@ -126,9 +126,12 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
             "values; make it anew."
         )
     report.update({key: value for key, value in optional.items() if value})
-    if search and "search" in stages and "reference" in report:
-        samples = (stages["search"]["config"].get("search") or {}).get("samples")
-        if samples is not None:
+    if search and "search" in stages:
+        asked = stages["search"]["config"].get("search") or {}
+        samples, objective = asked.get("samples"), asked.get("objective", "distance")
+        if objective != "distance":
+            report["search"]["metric"] = NAMES.get(objective, objective)
+        elif samples is not None and "reference" in report:
             report["search"]["metric"] = f"fid[{report['reference']['extractor']},n={samples}]"
     latency = report.get("latency", {})
     if report["ratios"] and latency.get("speedup"):

@@ -353,10 +353,9 @@ def ranking_plot(path: str | os.PathLike, ranking: Mapping[str, Any]) -> None:
     for axes, (name, label) in zip(figure.subplots(2, 3, sharey=True).flat, RANKED.items()):
         _style(axes)
         for row in rows:
-            value, error = row["quality"]["distance"]
             colour = colours[groups.index(row["group"]) % len(colours)]
-            x = row["objectives"][name]
-            axes.errorbar(x, value, error, color=colour, marker=marks[row["kind"]], markersize=5, linewidth=0.8)
+            x, y = row["objectives"][name], row["quality"]["distance"][0]
+            axes.scatter(x, y, s=28, color=colour, marker=marks[row["kind"]])
         figures = ranking["correlations"]["distance"][name]
         said = " · ".join(
             f"{words} {'–' if figures[key][0] is None else format(figures[key][0], '.2f')}"

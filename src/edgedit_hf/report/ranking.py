@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..markup import markdown
-from ..search.judging import spread
 from ..search.ranking import pairs_within
 
 COLUMNS = {
@@ -47,13 +47,13 @@ def ranking_caption(ranking: Mapping[str, Any], name: str) -> str:
     """What the figures of a table are, in plain text."""
     rows = ranking["genotypes"]
     pairs = pairs_within([row["group"] for row in rows])
+    error = statistics.median(row["quality"][name][1] for row in rows)
     return (
         f"Rank correlation with the {quality_label(ranking, name)} after {ranking['steps']} tuning steps, of "
         f"{len(rows)} genotypes, seed {ranking['seed']}; in brackets 95 % intervals of a bootstrap over genotypes. "
         f"Within groups: {pairs} pairs of similar latency. Lead: of ρ given latency over that of the distance as "
-        f"assembled ({ranking['search_samples']} images). "
-        f"{spread([row['quality'][name] for row in rows]):.0%} of the variance after the tuning is not noise of "
-        "measuring it."
+        f"assembled ({ranking['search_samples']} images). A tuned genotype's own standard error is {error:.2g} "
+        "(median); as all share images and noise, that of a difference is less."
     )
 
 

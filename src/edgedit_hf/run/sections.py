@@ -213,7 +213,7 @@ class LatencyConfig:
 
 @dataclass
 class SearchConfig:
-    """Two objectives, both minimised: Fréchet distance of the assembled, untuned student, and table latency."""
+    """Two objectives, both minimised: `objective` of the assembled, untuned student, and table latency."""
 
     mode: str = key(
         "joint",
@@ -223,6 +223,11 @@ class SearchConfig:
     )
     scores: str = key(
         "loss", "mode exact: a proxy's loss, or first swaps (each alone in the teacher)", ("loss", "swaps")
+    )
+    objective: str = key(
+        "distance",
+        "distance (Fréchet, of images), or, of held-out images, denoising loss or output_error (to the teacher's)",
+        ("distance", "denoising", "output_error"),
     )
     acquisition: str = key("qlogehvi", "qlogehvi, qlognehvi or ehvi (the paper's)", ("qlogehvi", "qlognehvi", "ehvi"))
     evaluations: int = key(24, "genotypes to evaluate", minimum=2, maximum=10**4)
@@ -403,14 +408,10 @@ class RankConfig(DenoiserConfig):
     steps: int = key(150, "optimiser steps of every tuning", minimum=1, maximum=STEPS)
     learning_rate: float = key(5e-4, "peak learning rate of AdamW", minimum=0.0, maximum=LARGEST)
     warmup_steps: int = key(10, "linear warm-up", minimum=0, maximum=STEPS)
-    output_kd: float = key(
-        0.0, "weight of the distance to the teacher's output, as tune.output_kd", minimum=0.0, maximum=LARGEST
-    )
+    output_kd: float = key(0.0, "as tune.output_kd", minimum=0.0, maximum=LARGEST)
     early: float = key(0.1, "share of the steps after which the objectives are measured again", above=0.0, maximum=1.0)
     samples: int = key(1000, "images a tuned genotype is judged by", minimum=16, maximum=IMAGES)
-    held_out: int = key(
-        128, "held-out images a bucket of timesteps, for denoising loss and output error", minimum=1, maximum=IMAGES
-    )
+    held_out: int = key(128, "held-out images a bucket of timesteps, for the losses", minimum=1, maximum=IMAGES)
     buckets: int = key(5, "buckets of timesteps", minimum=1, maximum=TIMESTEPS)
 
 

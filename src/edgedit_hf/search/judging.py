@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +90,3 @@ def quality_of(folder: Path) -> dict[str, list[float]]:
     """What a genotype became by its tuning: [value, standard error] of its distance and of its denoising loss."""
     judged = read_json(folder / TUNED, RANK.made_by)
     return {"distance": judged["distance"], "denoising": judged["denoising"][0]}
-
-
-def spread(values: Sequence[Sequence[float]]) -> float:
-    """Share of the variance of measured values that is not the noise of measuring them, in [0, 1]."""
-    mean = sum(value for value, _ in values) / len(values)
-    variance = sum((value - mean) ** 2 for value, _ in values) / max(len(values) - 1, 1)
-    noise = sum(error**2 for _, error in values) / len(values)
-    return max(0.0, 1.0 - noise / variance) if variance > 0 else 0.0

@@ -15,18 +15,22 @@ import torch
 from ..data.batches import batch_indices
 from ..data.datasets import ImageDataset
 from ..data.latents import encode
+from ..data.loading import load_run_images
 from ..diffusion import Diffusion, draws
 from ..distill.output_loss import output_loss
 from ..distill.proxy_bank import ProxyBank
 from ..errors import EdgeDiTError
 from ..genotype import Genotype
 from ..metrics.distances import frechet_distance, frechet_standard_error
+from ..metrics.reference import real_features
 from ..models.transformer_edgedit import EdgeDiTTransformer2DModel
 from ..pipelines.loading import with_transformer
 from ..pipelines.pipeline_edgedit import EdgeDiTPipeline
 from ..pipelines.sampling import generate
+from ..run.config import RunConfig
 
 HELD_OUT_STREAM = 5  # noise and timesteps that networks are judged on
+BUCKETS = 5  # of timesteps, where a search minimises a loss
 LOSSES = ("denoising", "output_error")
 """Of [`HeldOutLosses`]: mean squared distance of the output to what training asks for, and to the teacher's output."""
 
@@ -131,7 +135,7 @@ class HeldOutLosses:
         device: torch.device,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        self.samples, self.device, self.autocast = samples, device, autocast
+        self.device, self.autocast = device, autocast
         self.diffusion, self.channels = Diffusion.for_config(teacher.config), teacher.config.in_channels
         edges = torch.arange(1, buckets) / buckets
         self.edges = [float(t) for t in self.diffusion.timesteps(edges)]  # timesteps between the buckets
@@ -175,9 +179,7 @@ class HeldOutLosses:
         """Of each of [`LOSSES`] the mean over all timesteps, and that of every bucket, with standard errors."""
         found = {}
         for name, losses in self(network).items():
-            errors = losses.std(1) / self.samples**0.5 if self.samples > 1 else torch.zeros(len(losses))
-            overall = Score(float(losses.mean()), float(errors.square().sum().sqrt()) / len(losses))
-            found[name] = overall, [Score(float(m), float(e)) for m, e in zip(losses.mean(1), errors)]
+            found[name] = mean_of(losses), [mean_of(bucket[None]) for bucket in losses]
         return found
 
 
@@ -186,20 +188,60 @@ class StudentLoss:
 
     The output error counts from the teacher's own denoising loss on, so that it is above 0 for the teacher too: it is
     what the student's denoising loss would be if no network predicted better than the teacher, with far less noise.
+    As all networks see the same images and noise, standard errors are those of the distance to the teacher's loss.
     """
 
     def __init__(self, bank: ProxyBank, losses: HeldOutLosses, name: str) -> None:
         self.bank, self.losses, self.name = bank, losses, name
-        self.offset = losses.scores(bank.teacher)["denoising"][0].value if name == "output_error" else 0.0
+        self.teachers = losses(bank.teacher)["denoising"]
 
     def score(self, student: EdgeDiTTransformer2DModel) -> Score:
         """A network's loss, with its standard error."""
-        value, error = self.losses.scores(student)[self.name][0]
-        return Score(self.offset + value, error)
+        found = self.losses(student)[self.name]
+        above, error = mean_of(found - self.teachers if self.name == "denoising" else found)
+        return Score(float(self.teachers.mean()) + above, error)
 
     def __call__(self, genotype: Genotype) -> float:
         """The loss; deterministic for a bank, a seed and a thread count."""
         return self.score(self.bank.assemble(genotype)).value
+
+
+def mean_of(losses: torch.Tensor) -> Score:
+    """Mean of `(buckets, samples)`, with its standard error: samples are drawn within buckets."""
+    if losses.shape[1] == 1:
+        return Score(float(losses.mean()))
+    return Score(float(losses.mean()), float((losses.var(1) / losses.shape[1]).sum().sqrt()) / len(losses))
+
+
+def search_objective(
+    config: RunConfig,
+    bank: ProxyBank,
+    pipeline: EdgeDiTPipeline,
+    images: ImageDataset,
+    extractor: Any,
+    accelerator: Any,
+) -> StudentQuality | StudentLoss:
+    """What a run's search minimises beside latency, `search.objective`; `extractor`: needed for a distance alone."""
+    options = config.search
+    shared: dict[str, Any] = {
+        "seed": config.seed,
+        "batch_size": min(options.samples, config.evaluate.batch_size),
+        "autocast": accelerator.autocast,
+    }
+    if options.objective == "distance":
+        return StudentQuality(
+            bank,
+            pipeline,
+            extractor,
+            real_features(extractor, images),
+            samples=options.samples,
+            steps=options.sampling_steps,
+            guidance_scale=options.guidance_scale,
+            **shared,
+        )
+    sizes = {"samples": max(1, options.samples // BUCKETS), "buckets": BUCKETS, "device": accelerator.device}
+    losses = HeldOutLosses(bank.teacher, load_run_images(config, "validation"), pipeline.vae, **sizes, **shared)
+    return StudentLoss(bank, losses, options.objective)
 
 
 def summed_proxy_loss(bank: ProxyBank, genotype: Genotype) -> float:
