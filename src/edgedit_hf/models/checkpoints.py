@@ -251,12 +251,16 @@ def check_size(folder: Path, config: Mapping[str, Any], files: Sequence[Path]) -
     """Raise if a config of this package's describes a network that the weight files cannot hold, before one of that
     size is made.
 
-    A lower bound: the weights of every layer's modulation or attention alone, at one bit each.
+    A lower bound: the weights of every layer's modulation or attention alone (of an EdgeDiT's attention only where the
+    modulation is not whole), at one bit each.
     """
     try:
         if config["_class_name"] == EdgeDiTTransformer2DModel.__name__:
             layers = len(config["layers"]) if config.get("layers") else config["num_layers"]
-            weights = 6 * layers * config["hidden_size"] ** 2
+            width, weights = config["hidden_size"], 6 * layers * config["hidden_size"] ** 2
+            for layer in config.get("layers") or ():
+                if (rank := layer.get("modulation_rank")) is not None:
+                    weights += 7 * width * rank + 4 * width * layer["attention_dim"] - 6 * width * width
         elif config["_class_name"] == "ElasticDiTTransformer2DModel":
             layers = sum(config["num_layers"])
             weights = layers * (config["num_attention_heads"] * config["attention_head_dim"]) ** 2
