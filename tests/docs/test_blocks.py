@@ -157,10 +157,10 @@ def test_python_blocks(recipes, clone, tmp_path):
 
 
 def test_no_block_is_left_out(recipes):
-    """A block in another language, or indented, would not be run."""
+    """A block in another language, or indented, would not be run (those of YAML are read by test_pages)."""
     for page in pages(recipes):
         fences = re.findall(r"^\s*```(.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        assert fences[::2] == [name for name in fences[::2] if name in ("bash", "python", "text")], page
+        assert fences[::2] == [name for name in fences[::2] if name in ("bash", "python", "text", "yaml")], page
         assert set(fences[1::2]) <= {""} and len(fences) % 2 == 0, page
 
 
@@ -258,13 +258,22 @@ def test_pip_users_dry_run(recipes, pip_user):
 
 
 def test_select_another_point(recipes, clone, tmp_path):
-    command = shlex.split(find(recipes, "edgedit select"))
+    command = shlex.split(find(recipes, "edgedit select runs/edgedit --max-latency-ms 80"))
     shutil.copytree(clone / "runs" / "demo", tmp_path / "runs" / "edgedit")
     before = (tmp_path / "runs" / "edgedit" / "search" / "state.json").read_bytes()
     recipes.shell(command, tmp_path)
     assert (tmp_path / "runs" / "edgedit" / "student" / "choice.json").exists()
     assert (tmp_path / "runs" / "edgedit" / "search" / "state.json").read_bytes() == before
     assert "latency_ms" in failing(recipes, [*command[:-1], "1e-9"], tmp_path)
+
+
+def test_list_the_best_without_a_search(recipes, clone, tmp_path):
+    shutil.copytree(clone / "runs" / "demo", tmp_path / "runs" / "edgedit")
+    shutil.rmtree(tmp_path / "runs" / "edgedit" / "search")
+    best = recipes.shell(shlex.split(find(recipes, "edgedit select runs/edgedit --max-latency-ms 80 --k 10")), tmp_path)
+    assert len(best.strip().splitlines()) > 10
+    sweep = recipes.shell(shlex.split(find(recipes, "edgedit select runs/edgedit --front 16")), tmp_path)
+    assert len(sweep.strip().splitlines()) > 3
 
 
 def test_list_the_choices_of_a_bank(recipes, clone, tmp_path):

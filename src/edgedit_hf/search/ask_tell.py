@@ -262,7 +262,7 @@ class AskTellSearch(ABC):
             search = cls(space=SearchSpace.from_dict(settings.pop("space")), **settings)
             for point in state["told"]:
                 search.tell_again(point)
-            search.failed = [dict(point) for point in state.get("failed", [])]
+            search.failed = [dict(point) for point in state.get("failed") or []]
             search.reference = None if state["reference"] is None else _objectives(state["reference"])
             search._pending = [search.space.code(search.space.from_code(code)) for code in state["pending"]]
         except EdgeDiTError as error:

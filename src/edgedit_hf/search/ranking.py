@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from ..data.batches import stream_generator
 from ..errors import EdgeDiTError
 from ..genotype import Genotype
 from ..search_space import SearchSpace
@@ -52,6 +51,8 @@ def choose_genotypes(
     """
     if count < 2 * groups:
         raise EdgeDiTError(f"{count} genotypes leave groups of fewer than 2; {groups} groups need {2 * groups}.")
+    from ..data.batches import stream_generator  # which loads torch: the report needs none
+
     rng = stream_generator(seed, CHOICE_STREAM)
     pool = _pool(space, rng)
     loss, latency = (np.array([of(genotype) for genotype in pool]) for of in (loss_of, latency_of))
@@ -153,6 +154,8 @@ def rank_correlations(
     """
     y, z, group = (np.asarray(values, dtype=np.float64) for values in (quality, latency, groups))
     count = len(y)
+    from ..data.batches import stream_generator  # which loads torch: the report needs none
+
     redrawn = stream_generator(seed, BOOTSTRAP_STREAM).integers(count, size=(RESAMPLES, count))
     draws = np.concatenate([np.arange(count)[None], redrawn])
     found = {
