@@ -47,6 +47,8 @@ def test_the_forms_of_a_runtime_are_the_parts(model, size):
     assert held == trunk + 6 * 32 * 33 + 6 * 32 + (7 * 32 * 4 + 6 * 32)  # a whole, a static, one of rank 4
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_onnx_computes_every_kind_of_layer(model, make_transformer, tmp_path):
     conditioner, denoiser = edgedit_parts(model, (8, 8), 2, True)
     for part in (conditioner, denoiser):

@@ -230,6 +230,7 @@ def test_a_menu_is_searched_with_a_programme(acquisition):
     assert all(space.code(space.from_code(code)) == code for code in codes(search))
 
 
+@pytest.mark.slow
 def test_a_suggestion_is_quick_at_full_size():
     """Below 2 s on two cores (benchmarks/search.py); here of the processor's time, with room for a loaded machine."""
     space = SearchSpace(28, 128, 4)
