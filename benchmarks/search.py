@@ -40,9 +40,11 @@ from gpytorch.kernels import Kernel, MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.priors import GammaPrior, LogNormalPrior
 from scipy import stats
 
+from edgedit_hf.report.plots import hypervolume_plot
 from edgedit_hf.search.ask_tell import AskTellSearch, Code, RandomSearch, first_unseen, sobol
 from edgedit_hf.search.baselines import GreedySearch, NSGA2Search
 from edgedit_hf.search.bayes import BayesSearch
+from edgedit_hf.search.blocks import replacement_score
 from edgedit_hf.search.encoding import Encoding
 from edgedit_hf.search.pareto import hypervolume_trace
 from edgedit_hf.search.programme import Block, Programme
@@ -109,7 +111,14 @@ class PoolSearch(BayesSearch):
 def programme_of(table: Enumerated) -> Programme:
     """The integer programme of a table's bank and latencies."""
     space = table.space
-    blocks = [Block(x, table.loss(x), {"latency_ms": table.layer_ms(x)}) for x in space.replacements()]
+    blocks = [
+        Block(
+            layer,
+            replacement_score({"loss_after": table.loss(layer), "source": layer.source}),
+            {"latency_ms": table.layer_ms(layer)},
+        )
+        for layer in space.replacements()
+    ]
     return Programme(blocks, space.num_layers, space.hidden_size, {"latency_ms": table.trunk_ms})
 
 
@@ -197,23 +206,12 @@ def shortfalls(result: Mapping[str, Any]) -> str:
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Mean share of the true hypervolume against evaluations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    """Share of the true hypervolume against evaluations."""
+    traces = {}
     for name, found in result["searches"].items():
         longest = max(map(len, found["traces"]))
-        traces = np.array([trace + trace[-1:] * (longest - len(trace)) for trace in found["traces"]])
-        (line,) = axes.plot(np.arange(1, longest + 1), traces.mean(axis=0), label=name)
-        axes.fill_between(np.arange(1, longest + 1), traces.min(0), traces.max(0), alpha=0.15, color=line.get_color())
-    axes.axhline(ENOUGH, linestyle=":", color="grey")
-    axes.set(xlabel="genotypes evaluated", ylabel="share of the true front's hypervolume", ylim=(0.5, 1.01))
-    axes.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+        traces[name] = [trace + trace[-1:] * (longest - len(trace)) for trace in found["traces"]]
+    hypervolume_plot(path, traces, INITIAL, 1.0, "share of the true front's hypervolume")
 
 
 # -------------------------------------------------------------------- the models of the distance

@@ -108,6 +108,7 @@ def hypervolume_plot(
     traces: Mapping[str, Sequence[float] | Sequence[Sequence[float]]],
     num_initial: int = 0,
     whole: float | None = None,
+    label: str = "hypervolume (distance × ms)",
 ) -> None:
     """Hypervolume after each evaluation, a line a search; the initial points, which the searches share, are shaded.
 
@@ -115,15 +116,16 @@ def hypervolume_plot(
         traces: by name what one run reached, or a sequence a seed: then their mean, and from the least to the most as
             a band.
         whole: hypervolume of the true front, where that is known.
+        label: of the axis.
     """
     figure, axes = _figure(7.2, 4.2)
     looks = zip((BLUE, GREY, GREEN, ORANGE, PURPLE, RED, SKY), ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), "--"))
     means = {}
-    for (label, values), (colour, dash) in zip(traces.items(), looks):
+    for (name, values), (colour, dash) in zip(traces.items(), looks):
         seeds = np.atleast_2d(np.asarray(values, dtype=float))
-        mean = means[label] = seeds.mean(axis=0)
+        mean = means[name] = seeds.mean(axis=0)
         x = np.array([*range(1, len(mean) + 1), len(mean) + 0.5])  # half a step more shows where the last one led
-        axes.step(x, _held(mean), where="post", color=colour, linestyle=dash, linewidth=2, label=label)
+        axes.step(x, _held(mean), where="post", color=colour, linestyle=dash, linewidth=2, label=name)
         if len(seeds) > 1:
             band = _held(seeds.min(axis=0)), _held(seeds.max(axis=0))
             axes.fill_between(x, *band, step="post", color=colour, alpha=0.15, linewidth=0)
@@ -133,7 +135,7 @@ def hypervolume_plot(
         axes.axvspan(1, num_initial, color=GREY, alpha=0.15, linewidth=0, label="initial points")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("genotypes evaluated")
-    axes.set_ylabel("hypervolume (distance × ms)")
+    axes.set_ylabel(label)
     # The searches differ after the initial points, which rise from 0: show where they end, and as much again below.
     best = max(*(mean[-1] for mean in means.values()), whole or 0.0)
     shared = min(mean[min(num_initial, len(mean)) - 1] for mean in means.values()) if num_initial else 0.0
