@@ -96,7 +96,7 @@ class SearchSpace:
                 range(UNMERGED + 4) if can_merge(config, 2 * pair) else range(UNMERGED)
                 for pair in range(num_layers // 2)
             ] + [range(4)] * (num_layers % 2)
-        return cls(num_layers, *others, **sizes)
+        return cls(num_layers, *others, **sizes)  # type: ignore[arg-type]
 
     @staticmethod
     def from_dict(values: Mapping) -> SearchSpace:

@@ -290,7 +290,7 @@ def _check(config: RunConfig, source: str) -> None:
     bank = config.bank
     if bank.menu is not None and teacher.path is None:  # of a given teacher the search space says it
         try:
-            MenuSpace(teacher.num_layers, teacher.hidden_size, teacher.num_heads, menu=bank.menu)
+            MenuSpace(teacher.num_layers, teacher.hidden_size, teacher.num_heads, menu=bank.menu)  # type: ignore[arg-type]
         except EdgeDiTError as error:
             raise EdgeDiTError(f"{source}: section bank: {error}") from None
     elif teacher.path is None:

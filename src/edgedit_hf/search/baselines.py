@@ -86,10 +86,10 @@ class GreedySearch(ProgrammeSearch):
     kind = "greedy"
 
     @classmethod
-    def of(cls, programme: Programme, space: SearchSpace, num_evaluations: int, *others: Any) -> GreedySearch:
+    def of(cls, programme: Programme, space: SearchSpace, num_evaluations: int, *others: Any) -> GreedySearch:  # type: ignore[override]
         path = list(greedy_path(programme))
         places = np.linspace(0, len(path) - 1, min(num_evaluations, len(path))).round().astype(int)
-        return cls(space, num_evaluations, *others, plan=[space.code(path[place]) for place in places])
+        return cls(space, num_evaluations, *others, plan=[space.code(path[place]) for place in places])  # type: ignore[misc]
 
 
 def greedy_path(programme: Programme) -> Iterator[Genotype]:

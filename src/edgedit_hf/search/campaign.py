@@ -68,7 +68,7 @@ class Campaign:
         initial = min(self.options.initial, evaluations)
         knows = {"programme": self.programme, "caps": self.caps} if self.options.mode == "joint" else {}
         acquisition = self.options.acquisition
-        return BayesSearch(space, evaluations, self.seed, initial, reference, acquisition, **knows)
+        return BayesSearch(space, evaluations, self.seed, initial, reference, acquisition, **knows)  # type: ignore[arg-type]
 
     def _following(self) -> tuple[str, AskTellSearch | None]:
         """The search after those that are done, with its file."""

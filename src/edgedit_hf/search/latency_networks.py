@@ -82,7 +82,7 @@ def held_out(
     cheapest: dict[int, tuple[float, tuple[LayerSpec, ...]]] = {space.num_layers: (0.0, ())}
     for first in reversed(range(space.num_layers)):  # the cheapest way from here to the end
         ways = []
-        for layer, cost in starting[first]:
+        for layer, cost in starting[first]:  # type: ignore[assignment]
             if (after := cheapest.get(first + len(layer.source))) is not None:
                 ways.append((cost + after[0], (layer, *after[1])))
         cheapest[first] = min(ways, key=lambda way: way[0])
@@ -101,17 +101,17 @@ def held_out(
                 pool[shapes] = (cost, genotype)
 
     ends = [(teacher.layers, whole), (cheapest[0][1], cheapest[0][0])]
-    for layers, cost in ends:
+    for layers, cost in ends:  # type: ignore[assignment]
         add(layers, cost)
     for draw in range(DRAWS * count):
         lean = 24 * (draw / (DRAWS * count - 1) - 0.5)  # from dear layers to cheap ones
-        layers, cost, first = [], 0.0, 0
+        layers, cost, first = [], 0.0, 0  # type: ignore[assignment]
         while first < space.num_layers:
             share = {layer: own * space.num_layers / (whole * len(layer.source)) for layer, own in starting[first]}
             weights = [math.exp(-lean * share[layer]) for layer, _ in starting[first]]
             ((layer, own),) = generator.choices(starting[first], weights)
-            layers.append(layer)
-            cost, first = cost + own, first + len(layer.source)
+            layers.append(layer)  # type: ignore[attr-defined]
+            cost, first = cost + own, first + len(layer.source)  # type: ignore[assignment]
         add(tuple(layers), cost)
     chosen: list[tuple[float, Genotype]] = []
     left = list(pool.values())

@@ -136,8 +136,8 @@ class LatencyTable:
             pairs |= {
                 "latency.runtime": (self.runtime, options.runtime),
                 "latency.precision": (self.precision, options.precision),
-                "latency.batch_size": (self.batch, options.batch_size),
-                "latency.threads": (self.threads, options.threads),
+                "latency.batch_size": (self.batch, options.batch_size),  # type: ignore[dict-item]
+                "latency.threads": (self.threads, options.threads),  # type: ignore[dict-item]
             }
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -68,7 +68,7 @@ class ProgrammeSearch(AskTellSearch):
         else:
             found = itertools.islice(programme.plan(), num_evaluations)
             plan = [space.code(solution.genotype) for solution in found]
-        search = cls(space, num_evaluations, *others, plan=plan, swaps=swaps)
+        search = cls(space, num_evaluations, *others, plan=plan, swaps=swaps)  # type: ignore[misc]
         search.programme = programme
         return search
 
