@@ -77,17 +77,11 @@ class Enumerated:
 
     def loss(self, layer: LayerSpec) -> float:
         """Loss of a layer after distillation; 0 where it is the teacher's own."""
-        key = f"{'-'.join(f'{i:02d}' for i in layer.source)}/{self.space.option_of(layer)}"
-        return 0.0 if layer in self._teacher.layers else self.losses[key]
+        return 0.0 if self.space.is_teachers(layer) else self.losses[self.space.key(layer)]
 
     def summed_loss(self, genotype: Genotype) -> float:
         """Sum of the layers' losses."""
         return sum(map(self.loss, genotype.layers))
-
-    @cached_property
-    def _teacher(self) -> Genotype:
-        space = self.space
-        return Genotype.original(space.num_layers, space.hidden_size, space.num_heads, space.mlp_ratio)
 
     @cached_property
     def codes(self) -> list[Code]:

@@ -32,6 +32,7 @@ from edgedit_hf.distill.teacher import load_teacher
 from edgedit_hf.files import atomic_write_json, read_json
 from edgedit_hf.menu_space import MenuSpace
 from edgedit_hf.metrics.reference import load_extractor, real_features
+from edgedit_hf.report.bank import bank_choices
 from edgedit_hf.run.config import load_config
 from edgedit_hf.runtimes.timing import environment
 from edgedit_hf.search.bayes import BayesSearch
@@ -40,34 +41,28 @@ from edgedit_hf.search.latency_table import LatencyTable
 from edgedit_hf.search.objectives import StudentQuality
 from edgedit_hf.search.pareto import hypervolume
 from edgedit_hf.search.programme import Programme
-from edgedit_hf.search_space import layer_cost
 
 REQUIRED = 1.05
 ROOT = Path(__file__).resolve().parents[1]
 AGAIN = 1000  # added to the recipe's seed for the second judgement
 
 
-def choices(bank: ProxyBank, table: LatencyTable, tokens: int) -> list[dict[str, Any]]:
+def choices(bank: ProxyBank, table: LatencyTable) -> list[dict[str, Any]]:
     """A row a choice of the menu: what it loses and saves where it may stand, as means."""
-    space, places = bank.space, {}
-    for layer in space.proxies():
-        places.setdefault((len(layer.source), space.option_of(layer)), []).append(layer)
-    whole = space.option_shape("original")
-    rows = []
-    for (merge, option), layers in places.items():
-        shape = layers[0].shape
-        saved = merge * layer_cost(space.hidden_size, whole, tokens).weights
-        rows.append(
-            {
-                "merge": merge,
-                "option": option,
-                "places": len(layers),
-                "loss": statistics.mean(bank.entries[bank.key(layer)]["loss_after"] for layer in layers),
-                "saved_ms": merge * table.blocks[whole] - table.blocks[shape.timed],
-                "saved_weights": saved - layer_cost(space.hidden_size, shape, tokens).weights,
-            }
-        )
-    return rows
+    places: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for choice in bank_choices(bank.index, table)["choices"]:
+        places.setdefault((len(choice["source"]), choice["option"]), []).append(choice)
+    return [
+        {
+            "merge": merge,
+            "option": option,
+            "places": len(found),
+            "loss": statistics.mean(choice["loss_after"] for choice in found),
+            "saved_ms": found[0]["saved_ms"],
+            "saved_weights": found[0]["saved_parameters"],
+        }
+        for (merge, option), found in places.items()
+    ]
 
 
 def papers_part(space: MenuSpace, config: Mapping[str, Any]) -> MenuSpace:
@@ -153,7 +148,7 @@ def main() -> None:
         )
         return Judge(quality, config.folder("larger-space", f"distances-{arguments.samples}-{seed}.json"))
 
-    rows = choices(bank, table, (model_config["sample_size"] // model_config["patch_size"]) ** 2)
+    rows = choices(bank, table)
     print(f"{'layers':>6} {'choice':<22} {'places':>6} {'loss':>8} {'ms saved':>9} {'weights saved':>14}")
     for row in rows:
         print(

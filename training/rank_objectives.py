@@ -25,7 +25,7 @@ from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.distill.teacher import check_fits_data, load_teacher
 from edgedit_hf.estimate import print_estimate
 from edgedit_hf.files import atomic_write_json, atomic_write_text
-from edgedit_hf.metrics.reference import load_extractor, real_features
+from edgedit_hf.metrics.reference import load_extractor
 from edgedit_hf.preflight import preflight
 from edgedit_hf.report.plots import ranking_plot
 from edgedit_hf.report.ranking import ranking_table
@@ -35,7 +35,7 @@ from edgedit_hf.run.stage import RANK
 from edgedit_hf.run.state import STAGE_LABEL, RunState, on_main
 from edgedit_hf.search.judging import ASSEMBLED, TUNED, EarlyLook, NetworkJudge, objectives_of, quality_of
 from edgedit_hf.search.latency_table import LatencyTable
-from edgedit_hf.search.objectives import HeldOutLosses, StudentQuality, summed_proxy_loss
+from edgedit_hf.search.objectives import network_losses, student_quality, summed_proxy_loss
 from edgedit_hf.search.ranking import choose_genotypes, rank_correlations
 from edgedit_hf.search_space import model_cost
 
@@ -64,30 +64,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         return
     proxy_loss = partial(summed_proxy_loss, bank)
     chosen = choose_genotypes(bank.space, proxy_loss, table.latency_ms, options.genotypes, options.groups, config.seed)
-    batch = min(search.samples, config.evaluate.batch_size)
-    quality = StudentQuality(
-        bank,
-        pipeline,
-        extractor,
-        real_features(extractor, images),
-        samples=search.samples,
-        steps=search.sampling_steps,
-        guidance_scale=search.guidance_scale,
-        seed=config.seed,
-        batch_size=batch,
-        autocast=accelerator.autocast,
-    )
-    losses = HeldOutLosses(
-        teacher,
-        load_run_images(config, "validation"),
-        vae,
-        samples=options.held_out,
-        buckets=options.buckets,
-        seed=config.seed,
-        batch_size=batch,
-        device=device,
-        autocast=accelerator.autocast,
-    )
+    quality = student_quality(config, bank, pipeline, images, extractor, accelerator)
+    losses = network_losses(config, teacher, vae, options.held_out, options.buckets, accelerator)
     judge, early = NetworkJudge(quality, losses), max(1, round(options.early * options.steps))
     rows = []
     for number, (genotype, group, kind) in enumerate(chosen, 1):

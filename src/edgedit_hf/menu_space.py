@@ -243,7 +243,7 @@ class MenuSpace(SearchSpace):
 
     def proxies(self) -> list[LayerSpec]:
         """Every layer that a proxy bank must hold: the replacements but the teacher's own layers."""
-        return [layer for layer in self.replacements() if len(layer.source) > 1 or self.option_of(layer) != "original"]
+        return [layer for layer in self.replacements() if not self.is_teachers(layer)]
 
     # ---------------------------------------------------------------- codes
 

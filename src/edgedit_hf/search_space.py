@@ -90,13 +90,14 @@ class SearchSpace:
     @classmethod
     def for_config(cls, config: Mapping, **sizes) -> SearchSpace:
         """The space of the teacher with this model config (`EdgeDiTTransformer2DModel.config`, uncompressed)."""
-        num_layers, *others = teacher_sizes(config)
+        teacher = teacher_sizes(config)
+        num_layers = teacher[0]
         if "allowed" not in sizes:
             sizes["allowed"] = [
                 range(UNMERGED + 4) if can_merge(config, 2 * pair) else range(UNMERGED)
                 for pair in range(num_layers // 2)
             ] + [range(4)] * (num_layers % 2)
-        return cls(num_layers, *others, **sizes)  # type: ignore[arg-type]
+        return cls(*teacher, **sizes)
 
     @staticmethod
     def from_dict(values: Mapping) -> SearchSpace:
@@ -163,6 +164,10 @@ class SearchSpace:
             f"{', '.join(str(self.option_shape(o)) for o in OPTIONS)}: the genotype belongs to another teacher or "
             "another search space."
         )
+
+    def is_teachers(self, layer: LayerSpec) -> bool:
+        """Whether a layer of this space is one of the teacher's, which no proxy stands for."""
+        return len(layer.source) == 1 and self.option_of(layer) == "original"
 
     def proxies(self) -> list[LayerSpec]:
         """Every layer that a proxy bank must hold: three options a teacher layer, four a pair that may be merged."""

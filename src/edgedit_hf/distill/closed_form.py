@@ -345,8 +345,8 @@ def _change_heads(
             ).squeeze(1)
             # factor_query_key expects scores divided by the root of the joined width.
             query, key = query * size**0.5, key - key.mean(1, keepdim=True)
-            moment = (weighted_gram(t.flatten(0, 1), row_weight)[None] for t in (query, key))
-            p, r = (maps[0] for maps in factor_query_key(*moment, rank))  # type: ignore[call-arg]
+            of_query, of_key = (weighted_gram(t.flatten(0, 1), row_weight)[None] for t in (query, key))
+            p, r = (maps[0] for maps in factor_query_key(of_query, of_key, rank))
             averaged = (averaged - averaged.mean((0, 1))).flatten(0, 1)
             joined = out[chosen].flatten(0, 1)
             total = rank * group.slots

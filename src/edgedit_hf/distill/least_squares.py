@@ -37,6 +37,7 @@ def _add_ridge(gram: torch.Tensor, features: torch.Tensor, strength: float) -> t
 
 
 def with_ones(features: torch.Tensor) -> torch.Tensor:
+    """Features `(M, F)` with a column of ones, for a bias: `(M, F + 1)`."""
     return torch.cat([features, features.new_ones(len(features), 1)], dim=1)
 
 

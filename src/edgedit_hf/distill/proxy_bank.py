@@ -110,13 +110,9 @@ class ProxyBank:
         layers = (
             self.space.proxies()
             if genotype is None
-            else [layer for layer in genotype.layers if not self._is_teachers(layer)]
+            else [layer for layer in genotype.layers if not self.space.is_teachers(layer)]
         )
         return [key for key in map(self.key, layers) if key not in self.entries]
-
-    def _is_teachers(self, layer: LayerSpec) -> bool:
-        """Whether a layer is one of the teacher's, which no proxy stands for."""
-        return len(layer.source) == 1 and self.space.option_of(layer) == "original"
 
     # ---------------------------------------------------------------- writing
 
@@ -164,7 +160,7 @@ class ProxyBank:
         Raises:
             EdgeDiTError: the bank lacks the proxy, or its file is damaged.
         """
-        if self._is_teachers(layer):
+        if self.space.is_teachers(layer):
             return self.teacher.blocks[layer.source[0]].state_dict()
         key = self.key(layer)
         if key not in self.entries:
@@ -238,11 +234,11 @@ class ProxyBank:
         finally:
             torch.random.set_rng_state(state)
         if random_seed is None:
-            kept = [self.key(layer) for layer in genotype.layers if not self._is_teachers(layer)]
+            kept = [self.key(layer) for layer in genotype.layers if not self.space.is_teachers(layer)]
             self._fetch(str(self.entries[key].get("file")) for key in kept)
         trunk = {k: v for k, v in self.teacher.state_dict().items() if not k.startswith("blocks.")}
         student.load_state_dict(trunk, strict=False)
         for block, layer in zip(student.blocks, genotype.layers):
-            if self._is_teachers(layer) or random_seed is None:
+            if self.space.is_teachers(layer) or random_seed is None:
                 block.load_state_dict(self.load(layer))
         return student.to(self.teacher.dtype).eval()

@@ -432,7 +432,7 @@ def front_strips(
     looks = option_looks(sorted(used, key=option_order))
     looks = {option: look for option, look in looks.items() if option in used}
     numbers = {} if used <= set(OPTIONS) else {option: str(i) for i, option in enumerate(looks, start=1)}
-    count, decimals = len(rows), [_decimals(row[column] for row in rows) for column in (1, 2)]  # type: ignore[misc]
+    count, decimals = len(rows), [_decimals(column) for column in list(zip(*rows))[1:]]
     figure, axes = _figure(8.4, 1.3 + 0.3 * count + 0.22 * (len(looks) // 3))
     size = min(9.0, 240 / space.num_layers)
     for row, (genotype, distance, latency) in enumerate(rows):

@@ -288,9 +288,10 @@ def _check(config: RunConfig, source: str) -> None:
             f"{' and '.join(measured)}."
         )
     bank = config.bank
-    if bank.menu is not None and teacher.path is None:  # of a given teacher the search space says it
+    menu: Any = bank.menu
+    if menu is not None and teacher.path is None:  # of a given teacher the search space says it
         try:
-            MenuSpace(teacher.num_layers, teacher.hidden_size, teacher.num_heads, menu=bank.menu)  # type: ignore[arg-type]
+            MenuSpace(teacher.num_layers, teacher.hidden_size, teacher.num_heads, menu=menu)
         except EdgeDiTError as error:
             raise EdgeDiTError(f"{source}: section bank: {error}") from None
     elif teacher.path is None:

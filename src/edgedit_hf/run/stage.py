@@ -96,6 +96,8 @@ class Stage:
 
 IMAGES, EXTRACTOR = Input("data"), Input("extractor")
 THE_TEACHER = Input("teacher", "teacher")
+# of stages that judge a bank's students
+JUDGED = (Input("bank", "bank/index.json"), Input("latency", "latency/table.json"), THE_TEACHER, IMAGES, EXTRACTOR)
 OWN_OF_QUANTIZE = [
     f"quantize.{entry.name}"
     for entry in dataclasses.fields(QuantizeConfig)
@@ -136,13 +138,7 @@ SEARCH = Stage(
     "search",
     "search the front of quality against latency",
     sections=("seed", "search", "evaluate.extractor", "evaluate.extractor_steps"),
-    inputs=(
-        Input("bank", "bank/index.json"),
-        Input("latency", "latency/table.json"),
-        THE_TEACHER,
-        IMAGES,
-        EXTRACTOR,
-    ),
+    inputs=JUDGED,
     unless="student.genotype",
 )
 STUDENT = Stage(
@@ -232,13 +228,7 @@ RANK = Stage(
         *("seed", "data", "rank", "search.samples", "search.sampling_steps", "search.guidance_scale"),
         *("evaluate.extractor", "evaluate.extractor_steps"),
     ),
-    inputs=(
-        Input("bank", "bank/index.json"),
-        Input("latency", "latency/table.json"),
-        THE_TEACHER,
-        IMAGES,
-        EXTRACTOR,
-    ),
+    inputs=JUDGED,
 )
 
 # -------------------------------------------------------------------- of either family

@@ -4,14 +4,13 @@ and the greedy path by loss per millisecond.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import EdgeDiTError
 from ..genotype import Genotype
-from ..search_space import SearchSpace
 from .ask_tell import AskTellSearch, Code, first_unseen
 from .programme import Programme
 from .programme_search import ProgrammeSearch
@@ -85,18 +84,16 @@ class GreedySearch(ProgrammeSearch):
 
     kind = "greedy"
 
-    @classmethod
-    def of(cls, programme: Programme, space: SearchSpace, num_evaluations: int, *others: Any) -> GreedySearch:  # type: ignore[override]
+    @staticmethod
+    def _named(programme: Programme, count: int) -> Iterable[Genotype]:
         path = list(greedy_path(programme))
-        places = np.linspace(0, len(path) - 1, min(num_evaluations, len(path))).round().astype(int)
-        return cls(space, num_evaluations, *others, plan=[space.code(path[place]) for place in places])  # type: ignore[misc]
+        return (path[place] for place in np.linspace(0, len(path) - 1, min(count, len(path))).round().astype(int))
 
 
 def greedy_path(programme: Programme) -> Iterator[Genotype]:
     """The teacher, and what each step of [`GreedySearch`] makes of it."""
     blocks = {block.layer: block for block in programme.blocks}
-    teacher = [block for block in programme.blocks if block.score == 0 and len(block.layer.source) == 1]
-    layers = {block.layer for block in teacher}
+    layers = {block.layer for block in programme.blocks if block.score == 0 and len(block.layer.source) == 1}
     while True:
         yield Genotype(tuple(sorted(layers, key=lambda layer: layer.source)), programme.hidden_size)
         best = None

@@ -62,7 +62,7 @@ def blocks_of(
     precision, tokens = precision or weights_precision(table), (config["sample_size"] // config["patch_size"]) ** 2
     blocks = []
     for layer in space.replacements():
-        original = len(layer.source) == 1 and space.option_of(layer) == "original"
+        original = space.is_teachers(layer)
         if not original and (key := space.key(layer)) not in entries:
             continue  # of a bank of a few genotypes (`bank.only`)
         if not original:

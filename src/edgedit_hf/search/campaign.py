@@ -66,9 +66,9 @@ class Campaign:
 
     def _bayes(self, space: SearchSpace, evaluations: int, reference: Sequence[float] | None = None) -> BayesSearch:
         initial = min(self.options.initial, evaluations)
-        knows = {"programme": self.programme, "caps": self.caps} if self.options.mode == "joint" else {}
+        programme, caps = (self.programme, self.caps) if self.options.mode == "joint" else (None, None)
         acquisition = self.options.acquisition
-        return BayesSearch(space, evaluations, self.seed, initial, reference, acquisition, **knows)  # type: ignore[arg-type]
+        return BayesSearch(space, evaluations, self.seed, initial, reference, acquisition, programme, caps)
 
     def _following(self) -> tuple[str, AskTellSearch | None]:
         """The search after those that are done, with its file."""

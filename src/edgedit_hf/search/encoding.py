@@ -10,6 +10,7 @@ from torch import Tensor
 from ..genotype import Genotype, LayerSpec
 from ..search_space import SearchSpace
 from .programme import Programme
+from .programme_search import swap
 
 
 class Encoding:
@@ -25,12 +26,11 @@ class Encoding:
     def __init__(self, space: SearchSpace, programme: Programme | None = None) -> None:
         names = ("score", *programme.cost_names) if programme else ()
         whole = SearchSpace.from_dict({**space.to_dict(), "allowed": None})
+        teacher = Genotype.original(space.num_layers, space.hidden_size, space.num_heads, space.mlp_ratio)
         blocks = {block.layer: block for block in programme.blocks} if programme else {}
 
         def row(layer: LayerSpec) -> list[float]:
-            others = [whole.layer((i,), "original") for i in range(space.num_layers) if i not in layer.source]
-            layers = tuple(sorted([layer, *others], key=lambda each: each.source))
-            values = whole.features(Genotype(layers, space.hidden_size))  # those of layers as they are: all 0
+            values = whole.features(swap(teacher, layer))  # those of layers as they are: all 0
             if programme:
                 values += [blocks[layer].score, *(blocks[layer].costs[name] for name in programme.cost_names)]
             return values

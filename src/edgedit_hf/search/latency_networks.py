@@ -77,17 +77,17 @@ def held_out(
     tokens = (config["sample_size"] // config["patch_size"]) ** 2
     starting: dict[int, list[tuple[LayerSpec, float]]] = {}
     for layer in space.replacements():
-        cost = layer_cost(space.hidden_size, layer.shape.timed, tokens).flops
-        starting.setdefault(layer.source[0], []).append((layer, float(cost)))
+        flops = layer_cost(space.hidden_size, layer.shape.timed, tokens).flops
+        starting.setdefault(layer.source[0], []).append((layer, float(flops)))
     cheapest: dict[int, tuple[float, tuple[LayerSpec, ...]]] = {space.num_layers: (0.0, ())}
     for first in reversed(range(space.num_layers)):  # the cheapest way from here to the end
         ways = []
-        for layer, cost in starting[first]:  # type: ignore[assignment]
+        for layer, cost in starting[first]:
             if (after := cheapest.get(first + len(layer.source))) is not None:
                 ways.append((cost + after[0], (layer, *after[1])))
         cheapest[first] = min(ways, key=lambda way: way[0])
     teacher = Genotype.of(config)
-    whole = sum(layer_cost(space.hidden_size, layer.shape, tokens).flops for layer in teacher.layers)
+    whole = float(sum(layer_cost(space.hidden_size, layer.shape, tokens).flops for layer in teacher.layers))
     generator = random.Random(seed)
     pool: dict[tuple[Shape, ...], tuple[float, Genotype]] = {}
 
@@ -101,18 +101,19 @@ def held_out(
                 pool[shapes] = (cost, genotype)
 
     ends = [(teacher.layers, whole), (cheapest[0][1], cheapest[0][0])]
-    for layers, cost in ends:  # type: ignore[assignment]
+    for layers, cost in ends:
         add(layers, cost)
     for draw in range(DRAWS * count):
         lean = 24 * (draw / (DRAWS * count - 1) - 0.5)  # from dear layers to cheap ones
-        layers, cost, first = [], 0.0, 0  # type: ignore[assignment]
+        drawn: list[LayerSpec] = []
+        cost, first = 0.0, 0
         while first < space.num_layers:
             share = {layer: own * space.num_layers / (whole * len(layer.source)) for layer, own in starting[first]}
             weights = [math.exp(-lean * share[layer]) for layer, _ in starting[first]]
             ((layer, own),) = generator.choices(starting[first], weights)
-            layers.append(layer)  # type: ignore[attr-defined]
-            cost, first = cost + own, first + len(layer.source)  # type: ignore[assignment]
-        add(tuple(layers), cost)
+            drawn.append(layer)
+            cost, first = cost + own, first + len(layer.source)
+        add(tuple(drawn), cost)
     chosen: list[tuple[float, Genotype]] = []
     left = list(pool.values())
     for place in [*{0, count - 1}, *range(1, count - 1)]:  # the ends first

@@ -128,7 +128,7 @@ class LatencyTable:
                 runtime that is installed).
         """
         version = (self._data["environment"].get("versions") or {}).get(self.runtime, UNSAID)
-        pairs = {
+        pairs: dict[str, tuple[Any, Any]] = {
             "device": (self.device, device_name(cpu_model(), platform.machine())),
             f"version of {self.runtime}": (version, versions().get(self.runtime, "not installed")),
         }
@@ -136,8 +136,8 @@ class LatencyTable:
             pairs |= {
                 "latency.runtime": (self.runtime, options.runtime),
                 "latency.precision": (self.precision, options.precision),
-                "latency.batch_size": (self.batch, options.batch_size),  # type: ignore[dict-item]
-                "latency.threads": (self.threads, options.threads),  # type: ignore[dict-item]
+                "latency.batch_size": (self.batch, options.batch_size),
+                "latency.threads": (self.threads, options.threads),
             }
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -223,25 +223,49 @@ def search_objective(
 ) -> StudentQuality | StudentLoss:
     """What a run's search minimises beside latency, `search.objective`; `extractor`: needed for a distance alone."""
     options = config.search
-    shared: dict[str, Any] = {
+    if options.objective == "distance":
+        return student_quality(config, bank, pipeline, images, extractor, accelerator)
+    samples = max(1, options.samples // BUCKETS)
+    losses = network_losses(config, bank.teacher, pipeline.vae, samples, BUCKETS, accelerator)
+    return StudentLoss(bank, losses, options.objective)
+
+
+def student_quality(
+    config: RunConfig,
+    bank: ProxyBank,
+    pipeline: EdgeDiTPipeline,
+    images: ImageDataset,
+    extractor: Any,
+    accelerator: Any,
+) -> StudentQuality:
+    """The distance of a bank's students as a run's search judges it."""
+    return StudentQuality(
+        bank,
+        pipeline,
+        extractor,
+        real_features(extractor, images),
+        samples=config.search.samples,
+        steps=config.search.sampling_steps,
+        guidance_scale=config.search.guidance_scale,
+        **_how(config, accelerator),
+    )
+
+
+def network_losses(
+    config: RunConfig, teacher: EdgeDiTTransformer2DModel, vae: Any, samples: int, buckets: int, accelerator: Any
+) -> HeldOutLosses:
+    """The losses of networks on a run's held-out images; `samples`: of every bucket."""
+    sizes = {"samples": samples, "buckets": buckets, "device": accelerator.device}
+    return HeldOutLosses(teacher, load_run_images(config, "validation"), vae, **sizes, **_how(config, accelerator))
+
+
+def _how(config: RunConfig, accelerator: Any) -> dict[str, Any]:
+    """How a run's networks are judged, by whichever objective."""
+    return {
         "seed": config.seed,
-        "batch_size": min(options.samples, config.evaluate.batch_size),
+        "batch_size": min(config.search.samples, config.evaluate.batch_size),
         "autocast": accelerator.autocast,
     }
-    if options.objective == "distance":
-        return StudentQuality(
-            bank,
-            pipeline,
-            extractor,
-            real_features(extractor, images),
-            samples=options.samples,
-            steps=options.sampling_steps,
-            guidance_scale=options.guidance_scale,
-            **shared,
-        )
-    sizes = {"samples": max(1, options.samples // BUCKETS), "buckets": BUCKETS, "device": accelerator.device}
-    losses = HeldOutLosses(bank.teacher, load_run_images(config, "validation"), pipeline.vae, **sizes, **shared)
-    return StudentLoss(bank, losses, options.objective)
 
 
 def summed_proxy_loss(bank: ProxyBank, genotype: Genotype) -> float:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..errors import EdgeDiTError
@@ -49,9 +49,16 @@ class ProgrammeSearch(AskTellSearch):
 
     @classmethod
     def of(
-        cls, programme: Programme, space: SearchSpace, num_evaluations: int, *others: Any, swaps: bool = False
+        cls,
+        programme: Programme,
+        space: SearchSpace,
+        num_evaluations: int,
+        seed: int = 0,
+        num_initial: int = 8,
+        reference: Sequence[float] | None = None,
+        swaps: bool = False,
     ) -> ProgrammeSearch:
-        """The search of a programme over the replacements of a space. `others`: seed, num_initial, reference.
+        """The search of a programme over the replacements of a space.
 
         Raises:
             EdgeDiTError: there are more proxies to swap in than evaluations.
@@ -66,11 +73,15 @@ class ProgrammeSearch(AskTellSearch):
                     f"search.evaluations is {num_evaluations}; raise it, or set search.scores to loss."
                 )
         else:
-            found = itertools.islice(programme.plan(), num_evaluations)
-            plan = [space.code(solution.genotype) for solution in found]
-        search = cls(space, num_evaluations, *others, plan=plan, swaps=swaps)  # type: ignore[misc]
+            plan = list(map(space.code, cls._named(programme, num_evaluations)))
+        search = cls(space, num_evaluations, seed, num_initial, reference, plan, swaps)
         search.programme = programme
         return search
+
+    @staticmethod
+    def _named(programme: Programme, count: int) -> Iterable[Genotype]:
+        """The genotypes to evaluate, at most `count`."""
+        return (solution.genotype for solution in itertools.islice(programme.plan(), count))
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "plan": [list(code) for code in self.plan], "swaps": self.swaps}
