@@ -249,6 +249,8 @@ PLACES = [
     "guidance rows",
     "reference file",
     "labels count",
+    "noise generator",
+    "contract_version",
 ]
 
 

@@ -4,7 +4,8 @@ export.
 [`write_contract`] writes
 
 - `contract.json`: every file's tensors (names, shapes, layouts, types, meaning), the order of the calls, the scheduler
-  as coefficients ([`export.schedule`]), guidance, the scale of latents and images, the tokenizers, hashes and versions;
+  as coefficients ([`export.schedule`]), the noise of a seed, guidance, the scale of latents and images, the tokenizers,
+  hashes and versions;
 - `reference.safetensors`: what every file takes and returns in the first step, and the noise, latents and image of a
   whole loop;
 - `sample_min.py`: [`sample_min`], the loop with numpy and the runtime alone;
@@ -40,7 +41,7 @@ from .parts import MODULATED, Part, is_elastic
 from .schedule import check_timesteps, linear_schedule
 from .wrappers import plain_config
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2  # 2: `noise`, how a seed becomes noise
 CONTRACT, REFERENCE, SAMPLER, PORTING = "contract.json", "reference.safetensors", "sample_min.py", "PORTING.md"
 # What another machine's kernels may differ by from the reference: relative error of a forward, and the image's PSNR
 # after the loop.
@@ -96,6 +97,40 @@ _CALLS = {
     "decoder": "once an image, after the loop",
     "encoder": "never by the loop; it makes latents of an image",
 }
+# How a seed becomes noise, so that every port draws the same: the rules of `sample_min.standard_normal`. The example is
+# of the second block of a seed that does not fit into 32 bits.
+_EXAMPLE_SEED, _EXAMPLE_BLOCK = 2**33 + 7, 1
+
+
+def _noise() -> dict[str, Any]:
+    words = sample_min.philox(
+        [np.array([word], np.uint64) for word in (_EXAMPLE_BLOCK, 0, 0, 0)],
+        (_EXAMPLE_SEED & 0xFFFFFFFF, _EXAMPLE_SEED >> 32),
+    )
+    values = sample_min.standard_normal(_EXAMPLE_SEED, (4 * _EXAMPLE_BLOCK + 4,))
+    return {
+        "generator": "philox4x32-10",
+        "transform": "box-muller",
+        "seed": "0 … 2^63 - 1",
+        "key": "[seed mod 2^32, floor(seed / 2^32)]",
+        "counter": "[block mod 2^32, floor(block / 2^32), 0, 0], block = 0, 1, 2, …",
+        "rounds": 10,
+        "multipliers": [0xD2511F53, 0xCD9E8D57],
+        "key_increments": [0x9E3779B9, 0xBB67AE85],
+        "round": "p = a · multipliers[0], q = c · multipliers[1]; [a, b, c, d] becomes [high(q) xor b xor key[0], "
+        "low(q), high(p) xor d xor key[1], low(p)]; then key[i] = (key[i] + key_increments[i]) mod 2^32. [a, b, c, d] "
+        "starts as the counter and ends as the block's four words; high and low are the upper and lower 32 bits of 64",
+        "uniform": "u[i] = (word[i] + 0.5) / 2^32",
+        "formula": "r = sqrt(-2 · ln u[0]), s = sqrt(-2 · ln u[2]); the block's values are [r · cos(2π · u[1]), "
+        "r · sin(2π · u[1]), s · cos(2π · u[3]), s · sin(2π · u[3])], in float64, rounded to float32",
+        "order": "block n gives the values 4n … 4n + 3 of the array, row-major; the rest of the last block is not used",
+        "example": {
+            "seed": _EXAMPLE_SEED,
+            "block": _EXAMPLE_BLOCK,
+            "words": [int(word[0]) for word in words],
+            "values": [float(value) for value in values[4 * _EXAMPLE_BLOCK :]],
+        },
+    }
 
 
 @dataclass(frozen=True)
@@ -223,6 +258,7 @@ def _describe(
         "artefacts": {artefact.key: _entry(artefact, format) for artefact in artefacts},
         "order": [{"artefact": artefact.key, "called": _CALLS[artefact.key]} for artefact in artefacts],
         "latents": {"shape": shape, "layout": "NCHW", "dtype": "float32", **_to_decoder(pipeline)},
+        "noise": _noise(),
         "schedule": _schedule(pipeline, (height, width)),
         "guidance": {
             "rows": 2 if guided else 1,
@@ -252,8 +288,7 @@ def _describe(
             "image_psnr": IMAGE_PSNR_DB[precision],
         },
     }
-    noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    return contract, noise, windows
+    return contract, sample_min.standard_normal(seed, shape), windows
 
 
 def _entry(artefact: Artefact, format: str) -> dict[str, Any]:

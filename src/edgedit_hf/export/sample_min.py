@@ -8,9 +8,9 @@ it has to do it.
 It stands beside contract.json, whose numbers it uses, and imports nothing but the standard library, numpy and the
 runtime: onnxruntime, executorch (whose Python binding takes torch tensors only, so torch wraps and unwraps numpy arrays
 there and does nothing else) or, on a Mac and not run, coremltools. --prompt needs the package `tokenizers` besides. The
-noise of --seed is numpy's own; it is not that of the same seed in torch. --reference starts from the noise in
-reference.safetensors; --check compares the files' SHA-256 with contract.json's, repeats everything in that file and
-exits with 1 if an error is above contract.json's tolerance.
+noise of --seed is that of contract.json's `noise`, the same in every port of this loop; it is not that of the same seed
+in torch. --reference starts from the noise in reference.safetensors; --check compares the files' SHA-256 with
+contract.json's, repeats everything in that file and exits with 1 if an error is above contract.json's tolerance.
 
 Exit codes: 0 done, 1 the check failed, 2 bad input (one line on stderr), 130 and 143 interrupted, 70 a fault of this
 program (EDGEDIT_TRACEBACK=1 shows where).
@@ -62,6 +62,7 @@ TOKENIZER = {
 TOKENIZER |= {"pad_token_id": int, "vocabulary": int}
 # what this program reads of contract.json: (None, x) may be null, [x] is a list of x, "*" stands for every name
 CONTRACT = {
+    "contract_version": int,
     "format": str,
     "split": bool,
     "files": {"*": {"sha256": str}},
@@ -69,6 +70,7 @@ CONTRACT = {
         "*": {"file": str, "precision": str, "tolerance": float, "inputs": [TENSOR], "outputs": [{"name": str}]}
     },
     "latents": {"multiply": [float], "add": [float]},
+    "noise": {"generator": str, "transform": str},
     "schedule": {"init_noise_sigma": float, "steps": [{"timestep": float, "input_scale": float, "x": list, "m": list}]},
     "guidance": {"rows": int, "scale": float, "channels": (None, int)},
     "labels": (None, {"count": int, "null": (None, int)}),
@@ -109,7 +111,14 @@ def misfit(value, form, name="contract.json"):
 def read_contract(folder):
     """contract.json of an export, whose files lie in that folder."""
     contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
-    wrong = misfit(contract, CONTRACT)
+    version = contract.get("contract_version") if isinstance(contract, dict) else None
+    if type(version) is int and version not in (1, 2):
+        sys.exit(
+            f"contract.json has the version {version}, this program reads 1 and 2; use the sample_min.py that came "
+            "with the export."
+        )
+    # the first version has no `noise`
+    wrong = misfit(contract, {key: form for key, form in CONTRACT.items() if version != 1 or key != "noise"})
     tokenizers = (
         []
         if wrong or contract["text"] is None
@@ -179,6 +188,47 @@ def write_png(path, image):
         struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks
     )
     Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+# -------------------------------------------------------------------- noise
+
+
+def philox(counter, key):
+    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four 32-bit words, each a
+    uint64 array like those of the counter, from the counter's four words and the key's two.
+    """
+    (a, b, c, d), (key_0, key_1), low = counter, key, 0xFFFFFFFF
+    for _ in range(10):
+        first, second = a * 0xD2511F53, c * 0xCD9E8D57  # 64 bits: a high and a low word
+        a, b, c, d = second >> 32 ^ b ^ key_0, second & low, first >> 32 ^ d ^ key_1, first & low
+        key_0, key_1 = key_0 + 0x9E3779B9 & low, key_1 + 0xBB67AE85 & low
+    return a, b, c, d
+
+
+def standard_normal(seed, shape):
+    """float32 standard normal noise of a seed, 0 … 2^63 - 1, as contract.json's `noise` says: block n of four words
+    gives the values 4n … 4n + 3 of the array, row-major.
+    """
+    count = int(np.prod(shape))
+    block = np.arange(-(-count // 4), dtype=np.uint64)
+    zero = np.zeros_like(block)
+    words = philox((block & 0xFFFFFFFF, block >> 32, zero, zero), (seed & 0xFFFFFFFF, seed >> 32))
+    u = [(word.astype(np.float64) + 0.5) / 2**32 for word in words]  # never 0, never 1
+    values = []
+    for radius, turn in ((u[0], u[1]), (u[2], u[3])):  # Box and Muller
+        radius, angle = np.sqrt(-2 * np.log(radius)), 2 * np.pi * turn
+        values += [radius * np.cos(angle), radius * np.sin(angle)]
+    return np.stack(values, axis=1).ravel()[:count].astype(np.float32).reshape(shape)
+
+
+def start_noise(contract, seed, shape):
+    """The noise of a seed as the contract wants it; numpy's own for one of the first version."""
+    if contract["contract_version"] == 1:
+        return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    rule = contract["noise"]["generator"], contract["noise"]["transform"]
+    if rule != ("philox4x32-10", "box-muller"):
+        sys.exit(f"contract.json's noise is {' and '.join(rule)}, this program makes philox4x32-10 and box-muller.")
+    return standard_normal(seed, shape)
 
 
 # -------------------------------------------------------------------- the runtime
@@ -427,7 +477,7 @@ def main():
     """The command line."""
     parser = argparse.ArgumentParser(description="One image from this export, with numpy and its runtime alone.")
     noise = parser.add_mutually_exclusive_group()
-    noise.add_argument("--seed", type=natural, default=0, help="of numpy's generator")
+    noise.add_argument("--seed", type=natural, default=0, help="of the noise, as contract.json's `noise` says")
     noise.add_argument(
         "--reference", action="store_true", help="the stored noise, and the stored label or prompt if none is given"
     )
@@ -474,7 +524,7 @@ def main():
         ]
     start = reference["noise"]
     if not args.reference:
-        start = np.random.default_rng(args.seed).standard_normal(start.shape, dtype=np.float32)
+        start = start_noise(contract, args.seed, start.shape)
     write_png(args.output, sample(contract, artefacts, start, conditioning(contract, artefacts, label, windows)))
     print(args.output)
     return 0
