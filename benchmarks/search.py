@@ -1,6 +1,6 @@
 """Ours and other searches on a space of which every genotype was evaluated: hypervolume against evaluations.
 
-    python benchmarks/search.py [--table FILE] [--seeds 5] [--kernels] [--plot FILE] [--json] [--check]
+    python benchmarks/search.py [--table FILE] [--seeds 5] [--kernels | --scores] [--plot FILE] [--json] [--check]
 
 The table (benchmarks/enumerate_space.py) has the real distance and latency of every genotype, so a search costs nothing
 here but itself. Of each search, the hypervolume after 10, 20, 40 and 80 evaluations as a share of the true front's:
@@ -16,6 +16,9 @@ mean over the seeds, and half of the 95 % interval of that mean (Student's t); s
 
 --kernels compares the models of the distance instead: mean log predictive density of the standardised log distance of
 genotypes that they were not fitted to, and the rank correlation of what they foretell.
+--scores compares scores of a proxy for the programme: the rank correlation of their sums with the distance, over all
+genotypes, and the share of the true hypervolume that the programme's solutions reach with them (swaps: after the
+evaluations that it takes to learn them).
 --check fails unless ours reaches .97 of the true hypervolume with at most 5 % of the space evaluated, random search
 needs at least three times the evaluations of ours for that, and at none of the budgets is ours below k-best by more
 than its interval.
@@ -40,6 +43,7 @@ from gpytorch.kernels import Kernel, MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.priors import GammaPrior, LogNormalPrior
 from scipy import stats
 
+from edgedit_hf.genotype import LayerSpec
 from edgedit_hf.report.plots import hypervolume_plot
 from edgedit_hf.search.ask_tell import AskTellSearch, Code, RandomSearch, first_unseen, sobol
 from edgedit_hf.search.baselines import GreedySearch, NSGA2Search
@@ -48,8 +52,9 @@ from edgedit_hf.search.blocks import replacement_score
 from edgedit_hf.search.encoding import Encoding
 from edgedit_hf.search.pareto import hypervolume_trace
 from edgedit_hf.search.programme import Block, Programme
-from edgedit_hf.search.programme_search import ProgrammeSearch
+from edgedit_hf.search.programme_search import ProgrammeSearch, swap
 from edgedit_hf.search.surrogate import Surrogate, distance_kernel, features_kernel
+from edgedit_hf.search_space import layer_cost
 
 BUDGETS = (10, 20, 40, 80)
 ENOUGH, SHARE, RATIO = 0.97, 0.05, 3.0
@@ -63,7 +68,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="evaluations, with commas")
     parser.add_argument("--searches", help="some of them, with commas")
-    parser.add_argument("--kernels", action="store_true")
+    comparison = parser.add_mutually_exclusive_group()
+    comparison.add_argument("--kernels", action="store_true")
+    comparison.add_argument("--scores", action="store_true")
     parser.add_argument("--plot", type=Path, help="a PNG of hypervolume against evaluations")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
@@ -75,6 +82,9 @@ def main() -> None:
     if options.kernels:
         result: dict[str, Any] = {"kernels": compare_kernels(table, budgets, options.seeds)}
         print_kernels(result["kernels"], budgets)
+    elif options.scores:
+        result = {"scores": compare_scores(table, budgets)}
+        print_scores(result["scores"], budgets)
     else:
         result = compare_searches(table, budgets, options.seeds, options.searches)
         print_searches(result)
@@ -82,8 +92,8 @@ def main() -> None:
             plot(result, options.plot)
     if options.json:
         print(json.dumps(result))
-    if options.check and (said := None if options.kernels else shortfalls(result)):
-        fail(said)
+    if options.check and "searches" in result:
+        fail(shortfalls(result))
 
 
 # -------------------------------------------------------------------- the searches
@@ -108,14 +118,21 @@ class PoolSearch(BayesSearch):
         return True  # nothing but the pool is looked at
 
 
-def programme_of(table: Enumerated) -> Programme:
-    """The integer programme of a table's bank and latencies."""
+def shipped_score(table: Enumerated, layer: LayerSpec) -> float:
+    return replacement_score({"loss_after": table.loss(layer), "source": layer.source})
+
+
+def programme_of(table: Enumerated, score: Callable[[Enumerated, LayerSpec], float] = shipped_score) -> Programme:
+    """The integer programme of a table's bank and latencies, with a score of every layer."""
     space = table.space
     blocks = [
         Block(
             layer,
-            replacement_score({"loss_after": table.loss(layer), "source": layer.source}),
-            {"latency_ms": table.layer_ms(layer)},
+            score(table, layer),
+            {
+                "latency_ms": table.layer_ms(layer),
+                "parameters": float(layer_cost(space.hidden_size, layer.shape, 1).parameters),
+            },
         )
         for layer in space.replacements()
     ]
@@ -189,8 +206,8 @@ def print_searches(result: Mapping[str, Any]) -> None:
     print(f"The slowest suggestion of ours took {result['seconds_a_suggestion']:.2f} s.")
 
 
-def shortfalls(result: Mapping[str, Any]) -> str:
-    """What the comparison does not show; empty: it shows all."""
+def shortfalls(result: Mapping[str, Any]) -> list[str]:
+    """What the comparison does not show."""
     searches, allowed = result["searches"], SHARE * result["genotypes"]
     ours, random = usual(searches["ours"]["enough"]), usual(searches["random"]["enough"])
     said = []
@@ -202,7 +219,7 @@ def shortfalls(result: Mapping[str, Any]) -> str:
         middle, half = searches["ours"]["at"][budget]
         if middle + half < best - 1e-9:
             said.append(f"after {budget} evaluations ours has {middle:.4f} ± {half:.4f}, k-best {best:.4f}")
-    return "; ".join(said)
+    return said
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
@@ -212,6 +229,61 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         longest = max(map(len, found["traces"]))
         traces[name] = [trace + trace[-1:] * (longest - len(trace)) for trace in found["traces"]]
     hypervolume_plot(path, traces, INITIAL, 1.0, "share of the true front's hypervolume")
+
+
+# -------------------------------------------------------------------- the scores of a proxy
+
+
+def before(table: Enumerated, layer: LayerSpec) -> float:
+    """The loss of the closed-form start."""
+    space = table.space
+    return 0.0 if space.is_teachers(layer) else table.values["bank"][space.key(layer)][0]
+
+
+def swapped(table: Enumerated, layer: LayerSpec) -> float:
+    """The log of the distance with the layer alone in the teacher, relative to the teacher's own."""
+    whole = max(table.space.ends(), key=lambda genotype: len(genotype.layers))
+    own, other = (table.objectives[table.space.code(genotype)][0] for genotype in (whole, swap(whole, layer)))
+    return math.log(other / own)
+
+
+SCORES: dict[str, Callable[[Enumerated, LayerSpec], float]] = {
+    "loss after distillation": Enumerated.loss,
+    "-log(1 - loss)": lambda table, layer: -math.log1p(-table.loss(layer)),
+    "loss x layers (ships)": shipped_score,
+    "closed-form loss": before,
+    "closed-form loss x layers": lambda table, layer: before(table, layer) * len(layer.source),
+    "sqrt loss": lambda table, layer: math.sqrt(table.loss(layer)),
+    "swaps": swapped,
+}
+
+
+def compare_scores(table: Enumerated, budgets: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """By score: Spearman's correlation of its sums with the distance, and the share of the true hypervolume."""
+    space, most = table.space, min(max(budgets), table.space.size)
+    distances = [distance for distance, _ in table.points]
+    found = {}
+    for name, score in SCORES.items():
+        worth = {layer: score(table, layer) for layer in space.replacements()}
+        sums = [sum(worth[layer] for layer in space.from_code(code).layers) for code in table.codes]
+        programme = programme_of(table, shipped_score if name == "swaps" else score)
+        search = ProgrammeSearch.of(programme, space, most, 0, INITIAL, table.reference, swaps=name == "swaps")
+        while not search.finished:
+            for genotype in search.pending or search.ask(1):
+                search.tell(genotype, table.objectives[space.code(genotype)])
+        trace = hypervolume_trace(search.points, table.reference)
+        found[name] = {
+            "spearman": float(stats.spearmanr(sums, distances).statistic),
+            "at": {str(budget): trace[min(budget, len(trace)) - 1] / table.hypervolume for budget in budgets},
+        }
+    return found
+
+
+def print_scores(found: Mapping[str, Mapping[str, Any]], budgets: Sequence[int]) -> None:
+    print("rank correlation with the distance, and share of the true hypervolume after …")
+    print(f"{'':<28}{'Spearman':>10}" + "".join(f"{budget:>8}" for budget in budgets))
+    for name, row in found.items():
+        print(f"{name:<28}{row['spearman']:>10.3f}" + "".join(f"{share:>8.3f}" for share in row["at"].values()))
 
 
 # -------------------------------------------------------------------- the models of the distance

@@ -24,7 +24,7 @@ def table(tmp_path):
 
     for layer in SPACE.replacements():
         sources = "-".join(f"{i:02d}" for i in layer.source)
-        bank[f"{sources}/{SPACE.option_of(layer)}"] = [9.0, loss(layer)]
+        bank[f"{sources}/{SPACE.option_of(layer)}"] = [0.9, loss(layer) / 100]
     for code in SPACE.codes():
         lost = sum(map(loss, SPACE.from_code(code).layers))
         entries.append([list(code), 7.0 + lost**2 / 50 + 0.1 * (sum(code) % 3), 0.1])
@@ -56,3 +56,13 @@ def test_kernels(benchmark, table):
     for row in result["kernels"].values():
         density, rank = row["12"]
         assert -20 < density < 5 and -1 <= rank <= 1
+
+
+def test_scores(benchmark, table):
+    printed, result = benchmark("search.py", "--table", table, "--budgets", "12,40", "--scores")
+    assert len(result["scores"]) == 7 == len(printed) - 2
+    for row in result["scores"].values():
+        assert 0 <= row["at"]["12"] <= row["at"]["40"] <= 1 + 1e-9
+    # The distances of this table grow with the sum of the losses; its closed-form losses are all the same.
+    assert result["scores"]["loss after distillation"]["spearman"] > 0.99
+    assert result["scores"]["closed-form loss"]["spearman"] < 0.9
