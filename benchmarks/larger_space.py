@@ -168,9 +168,15 @@ def main() -> None:
         menus = search(spaces["menu"], programme, distance, table, arguments, seed, papers.reference)
         ratio = menus.hypervolume() / papers.hypervolume()
         fronts = {
-            name: [space.from_code(point["code"]) for point in found.front()]
+            name: [
+                space.from_code(point["code"])
+                for point in found.front()
+                if all(
+                    value < bound for value, bound in zip((point["distance"], point["latency_ms"]), papers.reference)
+                )
+            ]
             for name, found in (("paper", papers), ("menu", menus))
-        }
+        }  # beyond the reference point a point counts nothing
         new = sorted(
             {
                 f"{'merge' + str(len(layer.source)) + ' ' if len(layer.source) > 1 else ''}{space.option_of(layer)}"
