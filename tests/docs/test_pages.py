@@ -134,8 +134,15 @@ def test_the_menu_of_the_page_is_one_with_every_kind_of_choice():
     space = MenuSpace(28, 1152, 16, menu=menu)
     assert {key for entry in menu for key in entry} == set(MENU_KEYS)
     assert {choice.merge for choice in space.choices} == {1, 2, 3}
-    for name in re.findall(r"`((?:attn|heads|static|rank|tokens)[\w-]*)`", text_of("docs/bank.md")):
+    explained, measured = text_of("docs/bank.md").split("### What it buys")
+    for name in re.findall(r"`((?:attn|heads|static|rank|tokens)[\w-]*)`", explained):
         assert name in space.options, name
+    recipe = load_config(ROOT / "training/recipes/digits-menu.yaml")
+    choices = MenuSpace(6, 128, 4, menu=recipe.bank.menu).choices
+    rows = re.findall(r"^\| (\d) \| `([\w-]+)` \|", measured, flags=re.M)
+    assert {(int(merge), name) for merge, name in rows} == {(choice.merge, choice.option) for choice in choices} - {
+        (1, "original")
+    }
 
 
 def test_the_page_of_text_to_image_lists_its_stages():
