@@ -63,6 +63,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             ExportOptions(
                 format=kind,
                 dtype=dtype,
+                tolerance=None if dtype == "fp32" else config.export.tolerance,
                 threads=config.export.threads,
                 seed=config.seed,
                 bench_batches=(1, config.evaluate.latency_batch_size),

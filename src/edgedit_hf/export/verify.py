@@ -179,7 +179,8 @@ def check(found: Mapping, precision: str, tolerance: float | None = None, min_ps
         raise EdgeDiTError(
             f"The {precision} export differs from the model by a relative error of {found['relative_error']:.3g} at "
             f"timestep {found['worst_timestep']:g}; the tolerance is {tolerance:g}. Nothing was written. Raise the "
-            "tolerance only if the images still satisfy you, or export at a higher precision."
+            "tolerance (in a recipe export.tolerance) only if the images still satisfy you, or export at a higher "
+            "precision."
         )
     if found["psnr_db"] is not None and found["psnr_db"] < least:
         raise EdgeDiTError(

@@ -339,6 +339,13 @@ class ExportConfig:
         choices=FORMATS["executorch"].measured,
         items=10,
     )
+    tolerance: float | None = key(
+        None,
+        "largest relative error of a forward of an export below 32 bits, above which it is refused; null: its "
+        "precision's (0.05 in 8 bits, 0.3 in 4)",
+        above=0.0,
+        maximum=1.0,
+    )
     threads: int = key(2, "threads of the runtime when exports are timed", minimum=1, maximum=THREADS)
 
 
