@@ -27,8 +27,9 @@ from edgedit_hf.models.transformer_edgedit import EdgeDiTTransformer2DModel
 from edgedit_hf.runtimes.runners import SessionRunner, example_inputs
 from edgedit_hf.runtimes.sessions import open_session
 from edgedit_hf.runtimes.timing import environment, governors, load, measure, paired_ratio, paired_timings, pinned
-from edgedit_hf.search.latency_measurement import LEAST_MS, TableMeasurement, noisy
+from edgedit_hf.search.latency_measurement import TableMeasurement
 from edgedit_hf.search.latency_networks import HELD_OUT, Networks, timed_shapes
+from edgedit_hf.search.latency_plan import LEAST_MS, noisy
 from edgedit_hf.search_space import SearchSpace
 
 KINDS = ("onnxruntime-fp32", "onnxruntime-int8", "executorch-int4")  # int4 is 8da4w

@@ -39,6 +39,7 @@ ORDER = [
     "quantization",
     "export",
     "search",
+    "phone",
     "report",
     "publish",
     "estimate",
@@ -52,7 +53,7 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "botorc
 LIGHT_MODULES = (
     "errors entry markup files private schema records hub genotype search_space menu_space run/config run/sections "
     "run/comparison run/lock run/outputs run/results run/state folders publish export/formats models/presets quiet "
-    "registration commands optimum_register"
+    "registration commands optimum_register phone"
 ).split()
 SELF_CONTAINED = {"torch", "diffusers", "safetensors", "numpy", "PIL"} | sys.stdlib_module_names
 

@@ -92,7 +92,7 @@ def test_the_wheel_holds_code_recipes_and_templates(wheel, repository):
     for folder, target in mapped.items():
         for path in (repository / folder).rglob("*"):
             inside = folder == "src" and "optimum_register" in path.parts
-            if path.suffix not in (".py", ".yaml", ".jinja", ".typed", ".js", ".css") or inside:
+            if path.suffix not in (".py", ".yaml", ".jinja", ".typed", ".js", ".css", ".sh", ".swift", ".md") or inside:
                 continue
             name = (Path(target) / path.relative_to(repository / folder)).as_posix()
             assert name in names, f"{path} is not in the wheel as {name}"

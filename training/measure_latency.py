@@ -3,9 +3,9 @@ and precision that will ship.
 
     edgedit train latency --config training/recipes/digits.yaml
 
-Writes <output_dir>/latency/table.json, or copies what latency.table names. It states how well it predicts networks that
-it was not fitted to. It is an input of the search, told apart by its hash: measured once, never in passing. A killed
-stage finds its lowered networks again.
+Writes <output_dir>/latency/table.json, or copies what latency.table names (several devices: their tables together). It
+states how well it predicts networks that it was not fitted to. It is an input of the search, told apart by its hash:
+measured once, never in passing. A killed stage finds its lowered networks again.
 """
 
 if __name__ == "__main__":
@@ -20,15 +20,16 @@ from accelerate import Accelerator
 
 from edgedit_hf.distill.teacher import load_teacher, search_space_of
 from edgedit_hf.estimate import print_estimate
-from edgedit_hf.files import atomic_write_text, file_sha256
+from edgedit_hf.files import atomic_write_text
 from edgedit_hf.preflight import preflight
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.stage import LATENCY
 from edgedit_hf.run.state import RunState
 from edgedit_hf.runtimes.timing import governors, load, pinned
+from edgedit_hf.search.device_tables import files_hash, given_files, given_tables
 from edgedit_hf.search.latency_measurement import TableMeasurement
-from edgedit_hf.search.latency_table import given_table, table_file, trunk_of
+from edgedit_hf.search.latency_table import LatencyTable, trunk_of
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
@@ -37,13 +38,13 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     options = config.latency
     teacher = load_teacher(config).transformer.config
     space = search_space_of(config, teacher)
-    table = None if options.table is None else given_table(options.table, teacher, space)
-    given = None if options.table is None else table_file(options.table)
+    table = None if options.table is None else given_tables(options, teacher, space, check_run=False)
+    given = given_files(options.table)
     state = RunState(
         config,
         LATENCY,
         options.repeats,
-        inputs={"table": None if given is None else file_sha256(given)},
+        inputs={"table": files_hash(given)},
         also={"space": space.to_dict(), "trunk": trunk_of(teacher)},
         unit="round",
     )
@@ -51,7 +52,10 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         return
     if table is not None:
         table.check_run(options)
-        atomic_write_text(state.folder / "table.json", given.read_text(encoding="utf-8"))
+        if isinstance(table, LatencyTable):
+            atomic_write_text(state.folder / "table.json", given[0].read_text(encoding="utf-8"))
+        else:
+            table.to_json(state.folder / "table.json")
         state.finish()
         return
     measurement = TableMeasurement(

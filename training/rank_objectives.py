@@ -33,8 +33,8 @@ from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.stage import RANK
 from edgedit_hf.run.state import STAGE_LABEL, RunState, on_main
+from edgedit_hf.search.device_tables import load_table
 from edgedit_hf.search.judging import ASSEMBLED, TUNED, EarlyLook, NetworkJudge, objectives_of, quality_of
-from edgedit_hf.search.latency_table import LatencyTable
 from edgedit_hf.search.objectives import network_losses, student_quality, summed_proxy_loss
 from edgedit_hf.search.ranking import choose_genotypes, rank_correlations
 from edgedit_hf.search_space import model_cost
@@ -47,7 +47,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     teacher = pipeline.transformer
     check_fits_data(teacher.config, dataset)
     bank = ProxyBank(config.folder("bank"), teacher)
-    table = LatencyTable.from_json(config.folder("latency", "table.json"))
+    table = load_table(config.folder("latency", "table.json"))
     table.check_config(teacher.config)
     images = load_run_images(config)
     with accelerator.main_process_first():  # one process trains it

@@ -33,7 +33,7 @@ from edgedit_hf.run.state import RunState
 from edgedit_hf.search.ask_tell import summary
 from edgedit_hf.search.blocks import programme_of
 from edgedit_hf.search.campaign import Campaign, most_evaluations
-from edgedit_hf.search.latency_table import LatencyTable
+from edgedit_hf.search.device_tables import load_table
 from edgedit_hf.search.objectives import search_objective
 from edgedit_hf.search_space import model_cost
 
@@ -45,7 +45,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     pipeline = load_teacher(config).to(accelerator.device)
     teacher_config = dict(pipeline.transformer.config)
     bank = ProxyBank(config.folder("bank"), pipeline.transformer)
-    table = LatencyTable.from_json(config.folder("latency", "table.json"))
+    table = load_table(config.folder("latency", "table.json"))
     table.check_config(teacher_config)
     images = load_run_images(config)
     extractor = load_extractor(config, images, accelerator.device) if options.objective == "distance" else None

@@ -88,7 +88,12 @@ def look_at(folder: str | os.PathLike) -> Contents:
     if (folder / INDEX).is_file():
         return _pipeline(folder)
     if (folder / TABLE).is_file():
-        table = read_record(folder / TABLE, Table, LATENCY.made_by, "a latency table")
+        table = read_json(folder / TABLE, LATENCY.made_by)
+        if isinstance(table, dict) and "tables" in table:
+            raise EdgeDiTError(
+                f"{folder / TABLE} holds the tables of several devices; give the folder of one device's table."
+            )
+        held_to(table, Table, folder / TABLE, LATENCY.made_by, "a latency table")
         return Contents(folder, "latency", "edgedit", table, {})
     inside = sorted(path.parent.name for name in (INDEX, CONTRACT) for path in folder.glob(f"*/{name}"))
     hint = f" (its folders {', '.join(dict.fromkeys(inside))} do)" if inside else ""

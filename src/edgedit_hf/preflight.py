@@ -51,7 +51,8 @@ from .run.outputs import check_writable, class_name
 from .run.sections import OptimisationConfig
 from .run.stage import EDGEDIT, TEXT_TO_IMAGE, Stage
 from .schema import read_record
-from .search.latency_table import given_table, table_file
+from .search.device_tables import given_tables, table_names
+from .search.latency_table import table_file
 from .search_space import SearchSpace
 
 # Stages that need the extractor.
@@ -278,11 +279,11 @@ def _check_compression(
     wanted = wanted_proxies(space, only)
     if config.student.genotype is not None:
         _check_genotype(config, space, wanted)
-    if (table := config.latency.table) is not None and "latency" in stages:
-        if dry_run and hub.is_name(table) and not _is_here(table):
-            notes.append(f"Not checked: latency.table {table}, which is not on this machine yet.")
-        else:
-            given_table(table, work.model, space, config.latency, local_files_only=dry_run)
+    if (tables := table_names(config.latency.table)) and "latency" in stages:
+        absent = [name for name in tables if dry_run and hub.is_name(name) and not _is_here(name)]
+        notes += [f"Not checked: latency.table {name}, which is not on this machine yet." for name in absent]
+        if not absent:
+            given_tables(config.latency, work.model, space, local_files_only=dry_run)
     if "evaluate" in stages:
         _check_card(config)
 

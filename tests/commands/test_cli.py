@@ -12,7 +12,7 @@ HELP = """
 import resource, sys
 before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
 from edgedit_hf.commands.cli import main
-for command in ("", "info", "recipes copy", "init", "select", "convert", "train", "card"):
+for command in ("", "info", "recipes copy", "init", "select", "convert", "train", "phone pack", "card"):
     arguments = [*command.split(), "--help"]
     try:
         main(arguments)
@@ -27,7 +27,7 @@ assert spent < 0.5, f"help took {spent:.2f} s of CPU"
 
 def test_help_is_quick_and_imports_no_torch(run_python):
     printed = run_python(HELP)
-    for command in ("info", "convert", "init", "recipes", "train", "select", "report", "card"):
+    for command in ("info", "convert", "init", "recipes", "train", "select", "phone", "report", "card"):
         assert command in printed
 
 

@@ -58,6 +58,11 @@ def test_of_the_export(option, value, tmp_path, capsys):
             ["select", "RUN", *words.split()]
             for words in ("--max-bytes-mb nan", "--max-bytes-mb 0", "--max-flops-ratio 0", "--k 0", "--front 100000")
         ),
+        *(
+            ["phone", "pack", "RUN", "OUT", *words.split()]
+            for words in ("--batch 0", "--precision int4", "--precision x")
+        ),
+        *(["phone", "import", "CSV", "RUN", f"--device={name}"] for name in ("", "a\nb", "x" * 301, "a phone")),
         *(["info", name] for name in ("", "a/b/c/d", "x" * 5000, "/dev/null", "a\0b")),
         *(["report", name] for name in ("", "x" * 5000, "/dev/null")),
         *(["train", name] for name in ("", "no-such-stage", "/no/such.py", "x" * 5000)),

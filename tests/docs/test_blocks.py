@@ -15,9 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from phones import measure
 from PIL import Image
 from recipe_runs import BIN, DEBUG_COMMANDS
 from safetensors.torch import load_file
+
+from edgedit_hf.phone.bundle import Bundle
+from edgedit_hf.phone.results import append_rows
 
 RUN_BLOCKS = """
 import sys
@@ -281,6 +285,15 @@ def test_list_the_choices_of_a_bank(recipes, clone, tmp_path):
     (tmp_path / "runs" / "edgedit").symlink_to(clone / "runs" / "demo")
     said = recipes.shell(shlex.split(find(recipes, "edgedit bank")), tmp_path)
     assert "02-03/both" in said and "saved ms" in said
+
+
+def test_measure_on_a_phone(recipes, clone, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(clone / "runs" / "demo")
+    recipes.shell(shlex.split(find(recipes, "edgedit phone pack")), tmp_path)
+    append_rows(tmp_path / "galaxy" / "results.csv", measure(Bundle.read(tmp_path / "galaxy")))
+    assert "on Galaxy S25 Ultra" in recipes.shell(shlex.split(find(recipes, "edgedit phone import")), tmp_path)
+    assert (tmp_path / "galaxy" / "table.json").is_file()
 
 
 def failing(recipes, command: list[str], cwd: Path) -> str:

@@ -319,10 +319,10 @@ def test_every_number_has_both_ends_of_a_range():
         ("student: {max_flops_ratio: 0}", "student.max_flops_ratio is 0.0; it must be above 0.0"),
         ("tune: {output_kd: 1e39}", "tune.output_kd is 1e\\+39; it must be at most 1e\\+38"),
         ("sampling: {steps: 1001}", "sampling.steps is 1001; it must be at most 1000"),
-        (
-            "latency: {table: [a.json, b.json]}",
-            r"latency.table is \['a.json', 'b.json'\] \(list\); it must be str or null",
-        ),
+        ("latency: {table: []}", "latency.table has 0 entries; it must have at least 1"),
+        ("latency: {table: [a.json, 7]}", r"latency.table is \['a.json', 7\] \(list\); it must be list of str or str"),
+        ("latency: {table: a.json, weights: [1.0]}", "latency.weights holds 1 numbers, latency.table 0 tables"),
+        ("latency: {table: [a.json, b.json], weights: [1.0, 0.0]}", r"latency.weights\[1\] is 0.0; it must be above 0"),
         (f"seed: {2**63}", f"seed is {2**63}; it must be at most {2**63 - 1}"),
         ("output_dir: ''", "output_dir is ''; it must not be empty"),
         (

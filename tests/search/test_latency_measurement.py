@@ -1,7 +1,6 @@
-"""Measuring a latency table: its fit is exact on exact times, and it says how well it predicts."""
+"""Measuring a latency table: it comes out true on a machine that drifts or scatters, and says how well it predicts."""
 
 import itertools
-import re
 import shutil
 import statistics
 
@@ -16,7 +15,7 @@ from edgedit_hf.runtimes.runners import SessionRunner, example_inputs
 from edgedit_hf.runtimes.sessions import open_session
 from edgedit_hf.runtimes.timing import Measurement, measure, paired_medians
 from edgedit_hf.schema import check
-from edgedit_hf.search.latency_measurement import TableMeasurement, fit, judge
+from edgedit_hf.search.latency_measurement import TableMeasurement
 from edgedit_hf.search.latency_networks import fitted_networks, held_out, lower_network
 from edgedit_hf.search_space import OPTIONS, SearchSpace
 
@@ -29,71 +28,6 @@ def config(teacher_config):
 @pytest.fixture(scope="module")
 def space(teacher_space):
     return teacher_space
-
-
-def test_the_fit_recovers_exact_times():
-    large, small = Shape(128, 4, 4.0), Shape(64, 4, 2.0)
-    costs = {large: 2.0, small: 0.75}
-    times = {(shape,) * depth: 0.5 + depth * cost for shape, cost in costs.items() for depth in (2, 6)}
-    trunk, blocks, residual = fit(times)
-    assert trunk == pytest.approx(0.5) and blocks == pytest.approx(costs) and residual < 1e-9
-    with pytest.raises(EdgeDiTError, match="must be positive"):
-        fit({(large,) * 2: 3.0, (large,) * 6: 2.0})
-
-
-def test_the_design_tells_16_shapes_apart_under_noise():
-    """The fitted networks of a menu give trunk and layers back exactly, and to about the noise where there is some."""
-    shapes = [
-        Shape(64, heads, ratio, token_merge=merge) for heads in (1, 2, 4, 8) for ratio in (2.0, 4.0) for merge in (1, 2)
-    ]
-    costs = {shape: 5 + 10 * shape.mlp_ratio / shape.token_merge + shape.num_heads for shape in shapes}
-    networks = fitted_networks(shapes, 28)
-    assert len(networks) == len(shapes) + 1 + 4
-    times = {network: 7.0 + sum(costs[shape] for shape in network) for network in networks}
-    trunk, blocks, residual = fit(times)
-    assert trunk == pytest.approx(7.0) and blocks == pytest.approx(costs) and residual < 1e-9
-    noise = np.random.default_rng(0)
-    errors, whole = [], [tuple(noise.choice(16, 28)) for _ in range(16)]
-    for _ in range(20):
-        trunk, blocks, _ = fit({network: time * noise.normal(1, 0.02) for network, time in times.items()})
-        for network in whole:
-            true = 7.0 + sum(costs[shapes[index]] for index in network)
-            errors.append(abs(trunk + sum(blocks[shapes[index]] for index in network) - true) / true)
-    assert statistics.fmean(errors) < 0.02  # the design makes no more of the noise than there is
-
-
-def entries(predicted, measured) -> list[dict]:
-    return [
-        {"predicted_ms": p, "measured_ms": m, "relative_error": abs(p - m) / m}
-        for p, m in zip(predicted, measured, strict=True)
-    ]
-
-
-def test_the_judgement_by_hand():
-    found = judge(entries([22.0, 38.0, 80.0], [20.0, 40.0, 80.0]), 0, 20, batch=4)
-    assert found["mean"] == pytest.approx((0.1 + 0.05 + 0) / 3) and found["max"] == pytest.approx(0.1)
-    assert found["baseline"] == pytest.approx(((140 / 3 - 20) / 20 + (140 / 3 - 40) / 40 + (80 - 140 / 3) / 80) / 3)
-    assert found["ratio"] == pytest.approx(found["mean"] / found["baseline"])
-    assert found["kendall"] == found["spearman"] == pytest.approx(1) and found["passed"] and found["remarks"] == []
-    found = judge(entries([40.0, 20.0, 90.0, 5.0], [20.0, 40.0, 80.0, 10.0]), 3, 20, batch=4)
-    assert found["kendall"] == pytest.approx(4 / 6) and found["spearman"] == pytest.approx(0.8)
-    assert not found["passed"] and found["least_ms"] == 10
-    said = "; ".join(found["remarks"])
-    for words in (
-        "mean error is 53.1%, above 8%",
-        "above 0.25",
-        "Kendall's τ of predicted and measured is 0.67, below 0.9",
-        "3 of 20 networks scatter",
-        "takes 10.0 ms, below 20.*latency.batch_size 8 would",
-    ):
-        assert re.search(words, said), words
-
-
-def test_a_judgement_of_nothing_or_of_equal_networks():
-    found = judge([], 0, 5, batch=1)
-    assert found["mean"] is None and found["kendall"] is None and found["passed"] and found["remarks"] == []
-    found = judge(entries([30.0, 31.0], [30.0, 30.0]), 0, 5, batch=1)
-    assert found["ratio"] is None and found["kendall"] is None and found["max"] == pytest.approx(1 / 30)
 
 
 COSTS = (30.0, 23.7, 19.1, 14.9)  # of the four shapes
@@ -120,7 +54,7 @@ def on_machine(config, space, monkeypatch):
     def make(factors) -> TableMeasurement:
         measurement = TableMeasurement(config, space, batch=2, threads=1)
         machine = Machine(monkeypatch, factors)
-        cost = dict(zip(measurement.shapes, COSTS, strict=True))
+        cost = dict(zip(measurement.plan.shapes, COSTS, strict=True))
         calls = {
             key: machine.call(4.0 + sum(cost[shape] for shape in network))
             for key, network in measurement.networks.items()

@@ -101,6 +101,11 @@ def build_fixtures(root: Path) -> None:
     shutil.rmtree(root, ignore_errors=True)
     write_inputs(root)
 
+    from phones import measure
+
+    from edgedit_hf.phone.bundle import Bundle
+    from edgedit_hf.phone.results import append_rows
+
     def run(entry: str, *argv: str, limit: float = 400) -> None:
         _, ended, out, err, _ = run_limited([(entry, list(argv))], root, limit)
         if ended != "0":
@@ -108,6 +113,9 @@ def build_fixtures(root: Path) -> None:
 
     run("compress", "--config", "tiny.yaml")
     run("sensitivity", "--config", "tiny.yaml")
+    run("edgedit", "phone", "pack", "run", "run/phone/onnxruntime-fp32")
+    bundle = Bundle.read(root / "run" / "phone" / "onnxruntime-fp32")
+    append_rows(root / "run" / "phone" / "results.csv", measure(bundle))
     run("rank_objectives", "--config", "tiny.yaml")
     run("text_to_image", "--config", "tiny-t2i.yaml")
     run("quantize", "--config", "tiny-quantize.yaml")
@@ -195,6 +203,11 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "recipes copy": {"argv": ["out"], "writes": ["out/*"]},
     "bank": {"argv": ["run", "--table", "run/latency/table.json"], "writes": []},
     "select": {"argv": ["run", "--output", "out"], "writes": ["out/*"]},
+    "phone pack": {"argv": ["run", "out"], "writes": ["out/*"], "seconds": 120},
+    "phone import": {
+        "argv": ["run/phone/results.csv", "run", "--device", "a phone", "--output", "out.json"],
+        "writes": ["out.json"],
+    },
     "report": {"argv": ["run"], "writes": ["run/report*"]},
     "card": {"argv": ["run/student-tuned"], "writes": CARD[1:]},
     "push": {"argv": ["run/student-tuned", "me/student", "--license", "mit", "--dry-run"], "writes": []},
@@ -283,7 +296,8 @@ def option_cases() -> Iterator[dict]:
                     f"edgedit {name}: {action.option_strings[-1] if action.option_strings else action.dest} = "
                     f"{short(value)}"
                 )
-                yield case("options", label, ("edgedit", argv), copies=FAMILY["run"], writes=writes)
+                seconds = spec.get("seconds", 40)
+                yield case("options", label, ("edgedit", argv), copies=FAMILY["run"], writes=writes, seconds=seconds)
         for argv in ([], ["--no-such"], [*spec["argv"], "surplus"]):
             yield case(
                 "options",
@@ -591,6 +605,13 @@ def readers() -> list[Reader]:
             [("edgedit", ["bank", "run"]), ("edgedit", ["bank", "run", "--json"])],
             ["run"],
             ["run/bank/index.json", "run/latency/table.json"],
+        ),
+        Reader(
+            "edgedit phone import",
+            [("edgedit", ["phone", "import", "run/phone/results.csv", "run", "--device", "a", "--output", "out.json"])],
+            ["run"],
+            ["run/phone/results.csv", "run/phone/onnxruntime-fp32/bundle.json"],
+            ["out.json"],
         ),
         Reader(
             "edgedit info",

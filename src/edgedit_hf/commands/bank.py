@@ -16,7 +16,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--table",
         metavar="FILE",
-        help="latency table (table.json, or its name on the Hub) that has the times; default the run's own",
+        help="latency table (table.json, or its name on the Hub) that has the times; default the run's own, of several "
+        "devices the first one's",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -43,7 +44,7 @@ def describe(name: str, table: str | None = None) -> dict[str, Any]:
     from ..report.bank import bank_choices
     from ..run.stage import BANK, LATENCY
     from ..schema import held_to
-    from ..search.latency_table import LatencyTable
+    from ..search.device_tables import load_table
 
     folder = resolve(name, [BANK_INDEX])
     if not (folder / BANK_INDEX).is_file() and (folder / BANK.folder).is_dir():
@@ -54,5 +55,5 @@ def describe(name: str, table: str | None = None) -> dict[str, Any]:
     held_to(contents.config, BankFigures, folder / BANK_INDEX, BANK.made_by, "a proxy bank")
     if table is None and (file := folder.parent / LATENCY.folder / "table.json").is_file():
         table = str(file)
-    times = None if table is None else LatencyTable.from_json(table)
+    times = None if table is None else next(iter(load_table(table).devices.values()))
     return {"bank": str(folder), "table": table, **bank_choices(contents.config, times)}

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..entry import guard
-from . import bank, card, convert, info, init, pull, push, recipes, report, select, train
+from . import bank, card, convert, info, init, phone, pull, push, recipes, report, select, train
 
-COMMANDS = (info, convert, init, recipes, train, bank, select, report, card, push, pull)
+COMMANDS = (info, convert, init, recipes, train, bank, select, phone, report, card, push, pull)
 
 
 def build_parser() -> argparse.ArgumentParser:

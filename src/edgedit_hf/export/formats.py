@@ -233,7 +233,8 @@ FORMATS = {
         ),
     )
 }
-MEASURED = {target.runtime: target for target in FORMATS.values() if target.measured}  # by the runtime's name
+RUNTIMES = {target.runtime: target for target in FORMATS.values()}  # by the runtime's name
+MEASURED = {runtime: target for runtime, target in RUNTIMES.items() if target.measured}
 DTYPES = tuple(dict.fromkeys(dtype for target in FORMATS.values() for dtype in target.precisions))
 
 

@@ -38,10 +38,11 @@ from ..records import (
 )
 from ..run.config import RunConfig, refuse_renamed
 from ..run.results import check_sources, pipeline_weights_hash
-from ..run.stage import BANK, EDGEDIT, EVALUATE, RANK, SEARCH, STUDENT, Stage, maker_of
+from ..run.stage import BANK, EDGEDIT, EVALUATE, LATENCY, RANK, SEARCH, STUDENT, Stage, maker_of
 from ..schema import held_to, read_record
-from ..search.latency_table import LatencyTable
+from ..search.device_tables import load_table
 from ..search_space import SearchSpace, default_attention_dim
+from .devices import compare_devices, in_words, tables_of
 from .few_step import TUNED, draw_few_step_figures, few_step_facts, few_step_ratios, few_step_table, on_the_way
 from .page import Figure, optional_record, render_html
 from .ranking import NAMES, ranking_caption, ranking_rows
@@ -52,17 +53,19 @@ SAMPLE_PANELS = ("teacher", "student", "student-tuned", "onnx-int8")
 SAME, FEWER_SAID = "Same place, same seed and class.", " In brackets: denoising steps."
 
 
-def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
+def build_report(run_dir: str | os.PathLike, tables: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Everything that a run measured, as `report.json` holds it.
 
     Args:
         run_dir: a run folder whose search has finished and whose student is chosen, or given; evaluation and exports
             are taken if there.
+        tables: latency tables of other devices, to compare with.
 
     Returns:
         `models` (a list; see the keys of evaluate/<name>.json), `versions`, `seed`, `seconds` per stage, `search`,
         `bank`, `genotype`, `ratios`, `reproduce`; and `reference`, `latency`, `exported`, `curves`, `few_step`,
-        `ranking` if the run has them (without a search no `search`, and `choice` where the integer programme chose).
+        `ranking`, `devices` if the run has them (without a search no `search`, and `choice` where the integer programme
+        chose).
 
     Raises:
         EdgeDiTError: a needed file is missing (the stage that writes it is named) or damaged.
@@ -117,6 +120,7 @@ def build_report(run_dir: str | os.PathLike) -> dict[str, Any]:
         "curves": optional_record(run_dir / "evaluate" / "curves.json", dict[str, Curve]),
         "few_step": few_step_facts(run_dir, models),
         "ranking": optional_record(run_dir / "ranking" / "ranking.json", Ranking) if "ranking" in stages else None,
+        "devices": _devices(run_dir, tables),
     }
     if uneven := [
         name for name, curve in (optional["curves"] or {}).items() if len(curve["steps"]) != len(curve["values"])
@@ -234,7 +238,7 @@ def _named(run_dir: Path) -> dict[str, list[float | None]]:
     state = optional_record(run_dir / "search" / "state.json", SearchState)
     if state is None or not file.exists():
         return {}
-    table = LatencyTable.from_json(file)
+    table = load_table(file)
     evaluated = {tuple(point["code"]): point["distance"] for point in state["told"]}
     return {
         name: [evaluated.get(table.space.code(genotype)), table.latency_ms(genotype)]
@@ -327,14 +331,27 @@ def _latency(run_dir: Path) -> dict[str, Any]:
         for key in ("batch_size", "threads", "environment", "speedup", "multiplied")
         if key in measured
     }
-    table = optional_record(run_dir / "latency" / "table.json", Table)
-    if table:
+    table = optional_record(run_dir / "latency" / "table.json", dict[str, Any])
+    if table and "tables" not in table:  # those of several devices are compared, see `_devices`
+        held_to(table, Table, run_dir / "latency" / "table.json", LATENCY.made_by)
         kept["table"] = {
             key: table[key]
             for key in ("runtime", "precision", "batch", "threads", "hash", "prediction")
             if key in table
         }
     return kept
+
+
+def _devices(run_dir: Path, others: Sequence[str | Path]) -> dict[str, Any]:
+    """How the devices differ that the run's latency tables, and `others`, are of; nothing where it is one."""
+    tables = tables_of(run_dir, others)
+    if len(tables) < 2:
+        return {}
+    told: dict[tuple[int, ...], float] = {}
+    for name in ("merge.json", "state.json"):
+        state = optional_record(run_dir / "search" / name, SearchState)
+        told |= {tuple(point["code"]): point["distance"] for point in (state or {"told": []})["told"]}
+    return compare_devices(tables, list(told.items()))
 
 
 def _ratios(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -470,6 +487,8 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
             f"{statistics.mean(errors):.1%} apart, {max(errors):.1%} at most.",
             "Whole networks that the table was not fitted to. The closer to the line, the better; shaded: within 8 %.",
         )
+    if report.get("devices"):
+        figures += _device_figures(folder, report["devices"])
     if report.get("ranking"):
         plots.ranking_plot(folder / "ranking.png", report["ranking"])
         add(
@@ -562,6 +581,33 @@ def _search_figures(folder: Path, search: Mapping[str, Any], space: SearchSpace)
     return [pareto, strips, hypervolume]
 
 
+def _device_figures(folder: Path, devices: Mapping[str, Any]) -> list[Figure]:
+    """How the devices' tables predict, side by side, and what they say of one another."""
+    from . import plots
+
+    predicted = {
+        device["name"]: networks
+        for device in devices["devices"]
+        if (networks := (device["prediction"] or {}).get("networks"))
+    }
+    if not predicted:
+        return []
+    plots.devices_plot(folder / "devices.png", predicted)
+    errors = {
+        name: statistics.mean(abs(n["predicted_ms"] - n["measured_ms"]) / n["measured_ms"] for n in networks)
+        for name, networks in predicted.items()
+    }
+    return [
+        Figure(
+            "devices.png",
+            "Devices compared",
+            "Predicted against measured latency of whole networks, as shares of the slowest: "
+            f"{', '.join(f'{name} {error:.1%} apart on average' for name, error in errors.items())}.",
+            in_words(devices),
+        )
+    ]
+
+
 def _starts_in_words(bank: Mapping[str, Any]) -> str:
     """How the starts compare, e.g. "Median loss of narrow MLP: random 1.1, copied weights 0.29, …"."""
     from .plots import PROXY_STARTS, option_label
@@ -581,14 +627,17 @@ def _starts_in_words(bank: Mapping[str, Any]) -> str:
 # -------------------------------------------------------------------- pages
 
 
-def write_report(run_dir: str | os.PathLike) -> Path:
+def write_report(run_dir: str | os.PathLike, tables: Sequence[str | Path] = ()) -> Path:
     """Write `report.json`, the PNGs and `run.yaml` below `report/`, and the self-contained `report.html` of a run.
+
+    Args:
+        run_dir, tables: of [`build_report`].
 
     Returns:
         Path of the HTML file.
     """
     run_dir = Path(run_dir)
-    report = build_report(run_dir)
+    report = build_report(run_dir, tables)
     figures = draw_figures(run_dir, report)
     atomic_write_json(run_dir / "report.json", report)
     atomic_write_text(run_dir / "report" / "run.yaml", report["reproduce"]["yaml"])

@@ -174,6 +174,28 @@ def latency_plot(path: str | os.PathLike, networks: Sequence[Mapping[str, Any]])
     _save(figure, path)
 
 
+def devices_plot(path: str | os.PathLike, devices: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Whole networks of several devices as their tables predict them and as they were measured, each as a share of the
+    device's slowest network.
+
+    Args:
+        devices: by name, networks as [`latency_plot`] takes them.
+    """
+    figure, axes = _figure(5.6, 5.0)
+    axes.plot([0, 1.08], [0, 1.08], color=GREY, linewidth=1.2, label="predicted = measured")
+    for place, (name, networks) in enumerate(devices.items()):
+        predicted, measured = (np.array([n[f"{kind}_ms"] for n in networks]) for kind in ("predicted", "measured"))
+        most, look = measured.max(), {"color": PALETTE[1 + place % 7], "marker": "osD^v<>"[place % 7], "s": 34}
+        axes.scatter(measured / most, predicted / most, edgecolor="white", label=f"{name} ({most:.3g} ms)", **look)
+    axes.set_xlim(0, 1.08)
+    axes.set_ylim(0, 1.08)
+    axes.set_aspect("equal")
+    axes.set_xlabel("measured / slowest measured")
+    axes.set_ylabel("predicted / slowest measured")
+    _legend_below(axes, columns=2)
+    _save(figure, path)
+
+
 # -------------------------------------------------------------------- bank and genotype
 
 

@@ -280,6 +280,12 @@ def _check(config: RunConfig, source: str) -> None:
             f"than two; take at least {2 * config.rank.groups}, or fewer groups."
         )
     latency = config.latency
+    several = latency.table if isinstance(latency.table, list) else []
+    if latency.weights is not None and len(latency.weights) != len(several):
+        raise EdgeDiTError(
+            f"{source}: latency.weights holds {len(latency.weights)} numbers, latency.table {len(several)} tables; "
+            "give a weight for each of several tables, or null."
+        )
     measured = MEASURED[latency.runtime].measured
     if latency.precision not in measured:
         runtimes = " or ".join(name for name, target in MEASURED.items() if latency.precision in target.measured)
@@ -365,7 +371,7 @@ def unused(config: RunConfig) -> list[str]:
         ),
         (
             "latency.table",
-            tuple(f"latency.{name}" for name in ("batch_size", "runtime", "precision", "repeats"))
+            tuple(f"latency.{name}" for name in ("runtime", "precision", "repeats"))
             if config.latency.table is not None
             else (),
         ),

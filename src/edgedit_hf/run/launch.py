@@ -119,7 +119,6 @@ def check_run_folder(config: RunConfig) -> None:
         "data.source",
         "data.vae",
         "teacher.path",
-        "latency.table",
         "student.genotype",
         "text.encoder",
         "text.encoder_2",
@@ -129,7 +128,8 @@ def check_run_folder(config: RunConfig) -> None:
         "few_step.teacher",
         "few_step.teacher_lora",
     )
-    given = [operator.attrgetter(key)(config) for key in (*keys, "quantize.prompts")]
+    tables = config.latency.table if isinstance(config.latency.table, list) else [config.latency.table]
+    given = [*tables, *(operator.attrgetter(key)(config) for key in (*keys, "quantize.prompts"))]
     output, inputs = Path(os.path.realpath(config.output_dir)), []
     for path in (os.path.expanduser(path) for path in given if path and not is_name(path)):
         real = Path(os.path.realpath(path))

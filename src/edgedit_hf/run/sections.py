@@ -187,13 +187,14 @@ class BankConfig:
 class LatencyConfig:
     """The latency table: every distinct block shape, lowered and measured once in the runtime that will ship."""
 
-    table: str | None = key(
-        None, "a table.json of an earlier run to use instead of measuring; null measures with the keys below", path=True
+    table: list[str] | str | None = key(
+        None, "table.json of a run or a phone to use, or several devices'; null measures", path=True, items=16, fewest=1
+    )
+    weights: list[float] | None = key(
+        None, "of several tables' ratios to the teacher; null: their worst counts", above=0.0, maximum=1e6, items=16
     )
     accept_other: bool = key(
-        False,
-        "take a table though it was measured on another device (a phone), runtime version, thread count, precision or "
-        "batch than this recipe and machine have",
+        False, "take a table of another device, runtime version, threads, precision or batch (imported: of batch)"
     )
     batch_size: int = key(32, "images a forward", minimum=1, maximum=BATCH)
     threads: int = key(2, "threads of the runtime", minimum=1, maximum=THREADS)
@@ -204,10 +205,7 @@ class LatencyConfig:
         tuple(dict.fromkeys(dtype for target in MEASURED.values() for dtype in target.measured)),
     )
     repeats: int = key(
-        40,
-        "rounds in which every network is timed once; up to three times as many while they scatter",
-        minimum=3,
-        maximum=REPEATS,
+        40, "rounds of all networks; up to three times as many while they scatter", minimum=3, maximum=REPEATS
     )
 
 
@@ -258,11 +256,11 @@ class StudentConfig:
         path=True,
     )
     max_latency_ms: float | None = key(
-        None, "latency budget (table latency); null: see max_latency_ratio", above=0.0, maximum=1e9
+        None, "latency budget by the table (several: on each); null: see max_latency_ratio", above=0.0, maximum=1e9
     )
     max_latency_ratio: float | None = key(
         0.7,
-        "budget as a share of the teacher's table latency; null with max_latency_ms null: knee point",
+        "budget as a share of the teacher's (several: of worst ratio or mean); null, with max_latency_ms: knee point",
         above=0.0,
         maximum=1.0,
     )
@@ -340,11 +338,7 @@ class ExportConfig:
         items=10,
     )
     tolerance: float | None = key(
-        None,
-        "largest relative error of a forward of an export below 32 bits, above which it is refused; null: its "
-        "precision's (0.05 in 8 bits, 0.3 in 4)",
-        above=0.0,
-        maximum=1.0,
+        None, "greatest relative error of exports below 32 bits; null: 0.05 in 8 bits, 0.3 in 4", above=0.0, maximum=1.0
     )
     threads: int = key(2, "threads of the runtime when exports are timed", minimum=1, maximum=THREADS)
 

@@ -309,7 +309,7 @@ def fingerprint(programme: Programme | None) -> str | None:
     if programme is None:
         return None
     blocks = [[block.layer.to_dict(), block.score, dict(block.costs)] for block in programme.blocks]
-    return hash_json([blocks, programme.fixed])
+    return hash_json([blocks, programme.fixed, *([programme.worst] if programme.worst else [])])
 
 
 class RandomSearch(AskTellSearch):

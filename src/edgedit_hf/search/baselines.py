@@ -101,7 +101,8 @@ def greedy_path(programme: Programme) -> Iterator[Genotype]:
             replaced = {layer for layer in layers if set(layer.source) & set(block.layer.source)}
             if {index for layer in replaced for index in layer.source} != set(block.layer.source):
                 continue  # it would cut a merged layer
-            saved = sum(blocks[layer].costs["latency_ms"] for layer in replaced) - block.costs["latency_ms"]
+            before = sum(programme.added(blocks[layer], "latency_ms") for layer in replaced)
+            saved = before - programme.added(block, "latency_ms")
             lost = block.score - sum(blocks[layer].score for layer in replaced)
             if saved > 0 and (best is None or lost / saved < best[0]):
                 best = lost / saved, block.layer, replaced

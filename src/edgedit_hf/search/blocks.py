@@ -10,6 +10,7 @@ from ..records import Scored
 from ..run.stage import BANK
 from ..schema import held_to
 from ..search_space import BYTES, Cost, SearchSpace, layer_cost, trunk_cost
+from .device_tables import DeviceTables
 from .latency_table import LatencyTable
 from .programme import Block, Programme
 
@@ -28,15 +29,15 @@ def replacement_score(entry: Mapping[str, Any]) -> float:
     return float(entry["loss_after"]) * len(entry["source"])
 
 
-def weights_precision(table: LatencyTable) -> str:
-    """The precision, of [`BYTES`], that weights have in what a table was measured on."""
+def weights_precision(table: LatencyTable | DeviceTables) -> str:
+    """The precision, of [`BYTES`], that weights have in what a table was measured on; of several, the first one's."""
     return WEIGHTS.get(table.precision, table.precision)
 
 
-def costs_of(cost: Cost, latency_ms: float, precision: str) -> dict[str, float]:
+def costs_of(cost: Cost, times: Mapping[str, float], precision: str) -> dict[str, float]:
     """The costs of a part of a student by name; bytes are those of its weights at a precision."""
     return {
-        "latency_ms": latency_ms,
+        **times,
         "parameters": float(cost.parameters),
         "flops": float(cost.flops),
         "bytes": cost.weights * BYTES[precision],
@@ -46,7 +47,7 @@ def costs_of(cost: Cost, latency_ms: float, precision: str) -> dict[str, float]:
 def blocks_of(
     space: SearchSpace,
     entries: Mapping[str, Mapping[str, Any]],
-    table: LatencyTable,
+    table: LatencyTable | DeviceTables,
     config: Mapping[str, Any],
     precision: str | None = None,
 ) -> list[Block]:
@@ -68,13 +69,14 @@ def blocks_of(
         if not original:
             held_to(entries[key], Scored, f"The entry {key} of the bank's index", BANK.made_by, "a proxy")
         cost = layer_cost(space.hidden_size, layer.shape, tokens)
-        costs = costs_of(cost, table.blocks[layer.shape.timed], precision)
+        costs = costs_of(cost, table.layer_costs(layer.shape.timed), precision)
         blocks.append(Block(layer, 0.0 if original else replacement_score(entries[key]), costs))
     return blocks
 
 
-def programme_of(bank: ProxyBank, table: LatencyTable, precision: str | None = None) -> Programme:
-    """The integer programme of a bank's students with the costs latency_ms, parameters, flops and bytes.
+def programme_of(bank: ProxyBank, table: LatencyTable | DeviceTables, precision: str | None = None) -> Programme:
+    """The integer programme of a bank's students with the costs latency_ms, parameters, flops and bytes; with tables of
+    several devices also each one's, `latency_ms[DEVICE]`.
 
     Args:
         precision: of `bytes`; default that of the table.
@@ -82,5 +84,5 @@ def programme_of(bank: ProxyBank, table: LatencyTable, precision: str | None = N
     config, space = bank.teacher.config, bank.space
     blocks = blocks_of(space, bank.entries, table, config, precision)
     tokens = (config["sample_size"] // config["patch_size"]) ** 2
-    fixed = costs_of(trunk_cost(config, tokens), table.trunk_ms, precision or weights_precision(table))
-    return Programme(blocks, space.num_layers, space.hidden_size, fixed)
+    fixed = costs_of(trunk_cost(config, tokens), table.trunk_costs, precision or weights_precision(table))
+    return Programme(blocks, space.num_layers, space.hidden_size, fixed, table.worst)

@@ -16,7 +16,8 @@ from .programme_search import swap
 class Encoding:
     """Codes as rows of numbers: the space's features, then, where there is a programme, its score and its costs.
 
-    All of that adds up over a code's entries, so a batch of codes is looked up in a table, without a genotype each.
+    All of that adds up over a code's entries (`Programme.worst` is found at the end), so a batch of codes is looked up
+    in a table, without a genotype each.
 
     Args:
         space: whose codes.
@@ -24,7 +25,9 @@ class Encoding:
     """
 
     def __init__(self, space: SearchSpace, programme: Programme | None = None) -> None:
-        names = ("score", *programme.cost_names) if programme else ()
+        added = ("score", *programme.cost_names) if programme else ()
+        self._worst = programme.worst if programme else {}
+        names = (*added, *self._worst)
         whole = SearchSpace.from_dict({**space.to_dict(), "allowed": None})
         teacher = Genotype.original(space.num_layers, space.hidden_size, space.num_heads, space.mlp_ratio)
         blocks = {block.layer: block for block in programme.blocks} if programme else {}
@@ -33,6 +36,7 @@ class Encoding:
             values = whole.features(swap(teacher, layer))  # those of layers as they are: all 0
             if programme:
                 values += [blocks[layer].score, *(blocks[layer].costs[name] for name in programme.cost_names)]
+                values += [0.0] * len(self._worst)
             return values
 
         known = [layer for layer in space.replacements() if not programme or layer in blocks]
@@ -78,4 +82,7 @@ class Encoding:
             choice = codes[:, place]
             found += self._rows[place, choice] * starts[:, None]
             reached = torch.where(starts, place + self._reach[place, choice], reached)
+        for name, parts in self._worst.items():
+            each = [factor * found[:, self.columns[part]] for part, factor in parts.items()]
+            found[:, self.columns[name]] = torch.stack(each).amax(dim=0)
         return found

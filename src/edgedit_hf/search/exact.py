@@ -19,6 +19,7 @@ from ..run.results import check_sources
 from ..run.stage import BANK, EDGEDIT, LATENCY, SEARCH, TEACHER
 from ..schema import read_record
 from .blocks import programme_of, weights_precision
+from .device_tables import DeviceTables, load_table
 from .latency_table import LatencyTable
 from .pareto import knee_point
 from .programme import Programme, Solution, said
@@ -39,6 +40,22 @@ def accepted(record: Path) -> bool:
     return isinstance(options, Mapping) and options.get("accept_other") is True
 
 
+def device_facts(table: LatencyTable | DeviceTables, genotype: Genotype) -> dict[str, Any]:
+    """What `choice.json` says of a student on every device, where there are tables of several: predicted milliseconds,
+    and the teacher's.
+    """
+    if not isinstance(table, DeviceTables):
+        return {}
+    found = table.latencies_ms(genotype)
+    return {
+        "devices": {
+            name: {"predicted_latency_ms": ms, "teacher_latency_ms": table.teacher_ms[name]}
+            for name, ms in found.items()
+        },
+        "weights": table.weights,
+    }
+
+
 @dataclass(frozen=True)
 class ExactChoice:
     """The integer programme of a run, and what assembles its solutions."""
@@ -47,6 +64,7 @@ class ExactChoice:
     bank: ProxyBank
     programme: Programme
     precision: str
+    table: LatencyTable | DeviceTables
 
     @classmethod
     def of(
@@ -77,12 +95,12 @@ class ExactChoice:
         config = RunConfig(output_dir=str(run_dir))
         config.teacher.path = teacher
         check_sources(config, [BANK.folder, LATENCY.folder], EDGEDIT)
-        table = LatencyTable.from_json(run_dir / LATENCY.folder / "table.json")
+        table = load_table(run_dir / LATENCY.folder / "table.json")
         table.check_run(accept_other=accept_other or accepted(run_dir / LATENCY.folder / "run.json"))
         pipeline = load_teacher(config)
         bank = ProxyBank(run_dir / BANK.folder, pipeline.transformer)
         precision = precision or weights_precision(table)
-        return cls(pipeline, bank, programme_of(bank, table, precision), precision)
+        return cls(pipeline, bank, programme_of(bank, table, precision), precision, table)
 
     @property
     def whole(self) -> Solution:
@@ -97,12 +115,17 @@ class ExactChoice:
         max_flops_ratio: float | None = None,
         max_bytes_mb: float | None = None,
     ) -> dict[str, float]:
-        """Bounds as [`select`](selection.select) takes them, as caps of the programme."""
+        """Bounds as [`select`](selection.select) takes them, as caps of the programme. With tables of several devices
+        milliseconds are those of each device, a share is that of the objective.
+        """
         whole = self.whole.costs
-        if max_latency_ms is None and max_latency_ratio is not None:
-            max_latency_ms = max_latency_ratio * whole["latency_ms"]
+        latency: dict[str, float | None] = {}
+        if max_latency_ms is not None:
+            latency = dict.fromkeys(self.table.caps_ms, max_latency_ms)
+        elif max_latency_ratio is not None:
+            latency = {"latency_ms": max_latency_ratio * whole["latency_ms"]}
         caps = {
-            "latency_ms": max_latency_ms,
+            **latency,
             "parameters": None if max_parameters_ratio is None else max_parameters_ratio * whole["parameters"],
             "flops": None if max_flops_ratio is None else max_flops_ratio * whole["flops"],
             "bytes": None if max_bytes_mb is None else max_bytes_mb * 1e6,
@@ -130,6 +153,7 @@ class ExactChoice:
             "bytes_precision": self.precision,
             "predicted_latency_ms": solution.costs["latency_ms"],
             "teacher_latency_ms": self.whole.costs["latency_ms"],
+            **device_facts(self.table, solution.genotype),
         }
         return solution, facts
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EdgeDiTError
-from ..export.formats import MEASURED
+from ..export.formats import MEASURED, RUNTIMES
 from ..files import aside_of, explain_write_errors, hash_json, sweep, versions
 from ..genotype import Genotype, LayerSpec, Shape
 from ..search_space import SearchSpace, layer_cost
@@ -157,7 +157,7 @@ def lower_network(config: Mapping[str, Any], runtime: str, precision: str, batch
     """
     from ..export.lowering import lower_denoiser
 
-    target = MEASURED[runtime]
+    target = RUNTIMES[runtime]
     file = path.with_suffix(target.suffix)
     lower_denoiser(random_model(config), file, target.name, precision, None if target.dynamic else batch)
     return file

@@ -13,6 +13,7 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EdgeDiTError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 UNSAID = "not said"
+PROTOCOL = ("bundle", "backend", "cold_loads", "warmups", "rounds", "drift")  # what an imported table must say
 TRUNK_KEYS = ("sample_size", "patch_size", "in_channels", "hidden_size", "num_classes", "learn_sigma")
 
 
@@ -86,15 +88,37 @@ class LatencyTable:
                 f"this latency table belongs to a teacher of {self.space.num_layers} layers of width "
                 f"{self.space.hidden_size}; build a table for its teacher."
             )
-        return self.trunk_ms + sum(self._block(layer.shape.timed) for layer in genotype.layers)
+        return self.trunk_ms + sum(self.block(layer.shape.timed) for layer in genotype.layers)
 
-    def _block(self, shape: Shape) -> float:
+    def block(self, shape: Shape) -> float:
+        """Milliseconds of a layer of this shape; one that was not measured is an [`EdgeDiTError`]."""
         if shape not in self.blocks:
             raise EdgeDiTError(
                 f"The genotype has a layer of shape {shape} (attention_dim, num_heads, mlp_ratio); this table "
                 f"measured {', '.join(map(str, self.blocks))}. Build a table for its search space."
             )
         return self.blocks[shape]
+
+    # ---------------------------------------------------------------- as costs of a programme
+
+    caps_ms = ("latency_ms",)  # costs in milliseconds that a budget in milliseconds holds for
+    worst: Mapping[str, dict[str, float]] = MappingProxyType({})  # costs that are the greatest of others: none
+
+    @property
+    def devices(self) -> dict[str, LatencyTable]:
+        """The tables by device: this one."""
+        return {self.device: self}
+
+    def layer_costs(self, shape: Shape) -> dict[str, float]:
+        """What a layer of a shape adds to the costs."""
+        return {"latency_ms": self.block(shape)}
+
+    @property
+    def trunk_costs(self) -> dict[str, float]:
+        """What is spent besides the layers."""
+        return {"latency_ms": self.trunk_ms}
+
+    # ---------------------------------------------------------------- what is held against it
 
     def check_config(self, config: Mapping[str, Any], space: SearchSpace | None = None) -> None:
         """Raise an [`EdgeDiTError`] if the table was measured for another input, width or output than this model
@@ -107,7 +131,12 @@ class LatencyTable:
                 f"The latency table belongs to another teacher: {differences}. Build a table for this one."
             )
         for layer in () if space is None else space.replacements():
-            self._block(layer.shape.timed)
+            self.block(layer.shape.timed)
+
+    @property
+    def imported(self) -> bool:
+        """Whether it was made of what another device measured."""
+        return (self._data.get("protocol") or {}).get("imported") is True
 
     @property
     def remarks(self) -> list[str]:
@@ -125,8 +154,11 @@ class LatencyTable:
 
         Args:
             options: of the run's recipe; `None`: only this machine is compared (its processor, and the version of the
-                runtime that is installed).
+                runtime that is installed). Of an imported table the batch alone is: its user named the device.
         """
+        if self.imported:
+            theirs = {} if options is None else {"latency.batch_size": (self.batch, options.batch_size)}
+            return {name: pair for name, pair in theirs.items() if pair[0] != pair[1]}
         version = (self._data["environment"].get("versions") or {}).get(self.runtime, UNSAID)
         pairs: dict[str, tuple[Any, Any]] = {
             "device": (self.device, device_name(cpu_model(), platform.machine())),
@@ -147,7 +179,16 @@ class LatencyTable:
 
         Args:
             options: see [`~LatencyTable.differences`].
+
+        Raises:
+            EdgeDiTError: so is an imported table that does not say how it was measured.
         """
+        protocol = self._data.get("protocol") or {}
+        if self.imported and (lacking := [name for name in PROTOCOL if protocol.get(name) is None]):
+            raise EdgeDiTError(
+                f"The latency table of {self.device} was imported, but its protocol does not say {', '.join(lacking)}; "
+                "import the device's results again (edgedit phone import)."
+            )
         if accept_other or (options is not None and options.accept_other):
             return
         if differing := self.differences(options):
@@ -186,10 +227,16 @@ class LatencyTable:
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> LatencyTable:
         """Read a table by its path or name on the Hub; one whose values were changed by hand is refused."""
-        data = read_json(table_file(path), LATENCY.made_by)
-        stated = data.pop("hash", None) if isinstance(data, dict) else None
+        return cls.read(read_json(table_file(path), LATENCY.made_by), path)
+
+    @classmethod
+    def read(cls, data: Any, path: str | os.PathLike) -> LatencyTable:
+        """The table of a file's values, with their hash; `path`: what messages call them."""
+        stated = data.get("hash") if isinstance(data, dict) else None
         try:
-            table = cls(data)
+            table = cls(
+                {key: value for key, value in data.items() if key != "hash"} if isinstance(data, dict) else data
+            )
         except EdgeDiTError as error:
             raise EdgeDiTError(f"{path}: {error}") from None
         if stated != table.hash:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array, hstack, vstack
 
 from ..errors import EdgeDiTError
 from ..genotype import Genotype, LayerSpec
@@ -61,12 +61,19 @@ class Programme:
         blocks: every layer that a student may have, the teacher's own among them; all with the same costs.
         num_layers, hidden_size: the teacher's.
         fixed: what every student costs besides its layers, by the costs' names; default 0.
+        worst: costs that are the greatest of some of the others, each times a factor: name → other → factor. They may
+            have caps and be minimised as others.
 
     Where there are static layers (`modulation_rank` 0), a student keeps at least one layer that is conditioned.
     """
 
     def __init__(
-        self, blocks: Iterable[Block], num_layers: int, hidden_size: int, fixed: Mapping[str, float] | None = None
+        self,
+        blocks: Iterable[Block],
+        num_layers: int,
+        hidden_size: int,
+        fixed: Mapping[str, float] | None = None,
+        worst: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         self.blocks, self.num_layers, self.hidden_size = list(blocks), num_layers, hidden_size
         self._place = {block.layer: number for number, block in enumerate(self.blocks)}
@@ -86,6 +93,8 @@ class Programme:
         self.fixed = {name: float((fixed or {}).get(name, 0.0)) for name in self.cost_names}
         if unknown := sorted(set(fixed or {}) - set(self.cost_names)):
             raise EdgeDiTError(f"{unknown} are fixed costs, but the replacements' are {list(self.cost_names)}.")
+        self.worst = {name: dict(parts) for name, parts in (worst or {}).items()}
+        self.known_costs = (*self.cost_names, *self.worst)
         for block in self.blocks:
             values = {"score": block.score, **block.costs}
             if tuple(block.costs) != self.cost_names or not all(map(math.isfinite, values.values())):
@@ -147,10 +156,15 @@ class Programme:
     def least(self, cost: str, caps: Mapping[str, float] | None = None) -> Solution:
         """The genotype that costs the least of `cost` within the caps."""
         caps = self._checked(caps)
-        found = self._solve(self._costs[cost], caps, [])
+        found = self._least(cost, caps)
         if found is None:
             raise self._infeasible(caps)
         return found
+
+    def added(self, block: Block, cost: str) -> float:
+        """What a block adds to a cost; to a greatest one, on average over those that it is the greatest of."""
+        parts = self.worst.get(cost, {cost: 1.0})
+        return math.fsum(factor * block.costs[name] for name, factor in parts.items()) / len(parts)
 
     def front(self, points: int, cost: str = "latency_ms", caps: Mapping[str, float] | None = None) -> list[Solution]:
         """The best genotypes for `points` budgets of a cost, evenly from the least that is attainable to that of the
@@ -181,15 +195,35 @@ class Programme:
 
     def _ends(self, cost: str, caps: dict[str, float]) -> tuple[float, float]:
         """The least of a cost, and that of the best score."""
-        if cost not in self.cost_names:
-            raise EdgeDiTError(f"There is no cost {cost!r}; the replacements have {', '.join(self.cost_names)}.")
+        if cost not in self.known_costs:
+            raise EdgeDiTError(f"There is no cost {cost!r}; the replacements have {', '.join(self.known_costs)}.")
         return self.least(cost, caps).costs[cost], self.best(caps).costs[cost]
 
     # ---------------------------------------------------------------- solving
 
-    def _solve(self, objective: np.ndarray, caps: Mapping[str, float], cuts: Sequence[np.ndarray]) -> Solution | None:
-        """The optimum, of all that keep the caps and are none of the cuts' genotypes; `None`: there is none."""
+    def _least(self, cost: str, caps: Mapping[str, float]) -> Solution | None:
+        """The optimum of a cost within caps; `None`: there is none."""
+        if cost not in self.worst:
+            return self._solve(self._costs[cost], caps, [])
+        return self._solve(np.zeros(len(self.blocks)), caps, [], greatest=self.worst[cost])
+
+    def _solve(
+        self,
+        objective: np.ndarray,
+        caps: Mapping[str, float],
+        cuts: Sequence[np.ndarray],
+        greatest: Mapping[str, float] | None = None,
+    ) -> Solution | None:
+        """The optimum, of all that keep the caps and are none of the cuts' genotypes; `None`: there is none.
+
+        Args:
+            greatest: costs with factors: the objective is then the greatest of these, a variable of its own that is
+                above each.
+        """
         cuts = list(cuts)
+        if greatest:
+            unit = max(factor * float(np.abs(self._costs[name]).max()) for name, factor in greatest.items())
+            objective = np.append(objective, max(unit, np.finfo(float).tiny * OBJECTIVE))  # × the variable: the cost
         scale = OBJECTIVE / max(float(np.abs(objective).max()), np.finfo(float).tiny * OBJECTIVE)
         while True:
             rows = [*self._rows, *self._capped(caps)]
@@ -202,27 +236,48 @@ class Programme:
             lower, upper = (
                 np.concatenate([np.broadcast_to(row[side], row[0].shape[0]) for row in rows]) for side in (1, 2)
             )
+            constraints = [(matrix, lower, upper)]
+            if greatest:
+                constraints = self._above(matrix, lower, upper, greatest, float(objective[-1]))
+            whole = np.r_[np.ones(len(self.blocks)), np.zeros(len(objective) - len(self.blocks))]
             with without_native_lines(HIGHS, stream=1):
                 result = milp(
                     scale * objective,
-                    integrality=np.ones(len(self.blocks)),
-                    bounds=Bounds(0, 1),
-                    constraints=LinearConstraint(matrix, lower, upper),
+                    integrality=whole,
+                    bounds=Bounds(0, np.where(whole > 0, 1.0, np.inf)),
+                    constraints=[LinearConstraint(*each) for each in constraints],
                     options={"mip_rel_gap": 0.0, "time_limit": SECONDS},
                 )
             if result.status == 2:
                 return None
             if result.x is None:
                 raise EdgeDiTError(f"The integer programme was not solved within {SECONDS:.0f} s: {result.message}")
-            chosen = np.flatnonzero(result.x > 0.5)
+            chosen = np.flatnonzero(result.x[: len(self.blocks)] > 0.5)
             solution = self._solution(chosen, _gap(result))
             if all(solution.costs[name] <= cap * (1 + SLACK) for name, cap in caps.items()):
                 return solution
             cuts.append(chosen)  # kept the cap by the solver's tolerance alone
 
+    def _above(
+        self, matrix: csr_array, lower: np.ndarray, upper: np.ndarray, greatest: Mapping[str, float], unit: float
+    ) -> list[tuple[csr_array, np.ndarray, np.ndarray]]:
+        """Constraints with a variable more, in units of `unit`, which is at least each of these costs of the whole."""
+        rows = [np.append(-ROW * factor * self._costs[name] / unit, ROW) for name, factor in greatest.items()]
+        fixed = [ROW * factor * self.fixed[name] / unit for name, factor in greatest.items()]
+        empty = csr_array((matrix.shape[0], 1))
+        return [
+            (hstack([matrix, empty]), lower, upper),
+            (csr_array(np.array(rows)), np.array(fixed), np.full(len(fixed), np.inf)),
+        ]
+
     def _capped(self, caps: Mapping[str, float]) -> list[tuple[csr_array, float, float]]:
         rows = []
-        for name, cap in caps.items():
+        parts = [
+            (part, cap / factor)
+            for name, cap in caps.items()
+            for part, factor in self.worst.get(name, {name: 1.0}).items()
+        ]
+        for name, cap in parts:
             scale = ROW / max(float(np.abs(self._costs[name]).max()), np.finfo(float).tiny * ROW)
             room = scale * (cap * (1 + SLACK) - self.fixed[name])
             rows.append((csr_array(scale * self._costs[name][None]), -np.inf, room))
@@ -234,6 +289,8 @@ class Programme:
         costs = {
             name: math.fsum([self.fixed[name], *(block.costs[name] for block in blocks)]) for name in self.cost_names
         }
+        for name, parts in self.worst.items():
+            costs[name] = max(factor * costs[part] for part, factor in parts.items())
         return Solution(genotype, math.fsum(block.score for block in blocks), costs, gap)
 
     def _chosen(self, genotype: Genotype) -> np.ndarray | None:
@@ -246,9 +303,9 @@ class Programme:
 
     def _checked(self, caps: Mapping[str, float] | None) -> dict[str, float]:
         for name, cap in (caps or {}).items():
-            if name not in self.cost_names:
+            if name not in self.known_costs:
                 raise EdgeDiTError(
-                    f"There is a cap on {name}, but the replacements' costs are {', '.join(self.cost_names)}."
+                    f"There is a cap on {name}, but the replacements' costs are {', '.join(self.known_costs)}."
                 )
             if not (math.isfinite(cap) and cap > 0):
                 raise EdgeDiTError(f"The cap on {name} is {cap}; it must be a finite number above 0.")
@@ -269,7 +326,7 @@ class Programme:
         told = []
         for name in caps:
             others = {other: cap for other, cap in caps.items() if other != name}
-            found = self._solve(self._costs[name], others, [])
+            found = self._least(name, others)
             if found is not None:
                 told.append(f"with the other caps, the least {name} is {found.costs[name]:.6g}")
         return EdgeDiTError(

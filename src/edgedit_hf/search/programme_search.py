@@ -121,7 +121,9 @@ class ProgrammeSearch(AskTellSearch):
             sources = {index for block in blocks for index in block.layer.source}
             if len(sources) < self.space.num_layers:
                 return []  # the teacher's own evaluation failed
-            learned = Programme(blocks, self.space.num_layers, self.space.hidden_size, self.programme.fixed)
+            learned = Programme(
+                blocks, self.space.num_layers, self.space.hidden_size, self.programme.fixed, self.programme.worst
+            )
             found = itertools.islice(learned.plan(), self.num_evaluations)
             self._learned = [self.space.code(solution.genotype) for solution in found]
         return self._learned

@@ -20,8 +20,8 @@ from ..run.stage import EDGEDIT, SEARCH, STUDENT, TEACHER
 from ..schema import read_record
 from ..search_space import BYTES
 from .blocks import weights_precision
-from .exact import ExactChoice, accepted
-from .latency_table import LatencyTable
+from .device_tables import DeviceTables, load_table
+from .exact import ExactChoice, accepted, device_facts
 from .pareto import choose
 
 
@@ -44,7 +44,7 @@ def select(
 
     Args:
         run_dir: a run with a finished search; with `exact`, one with a bank and a latency table.
-        max_latency_ms: bound on the table latency, in ms.
+        max_latency_ms: bound on the table latency, in ms; with tables of several devices, on every device.
         max_latency_ratio, max_parameters_ratio, max_flops_ratio: bounds as shares of the teacher's.
         max_bytes_mb: bound on the bytes of the weights, in MB (10^6).
         bytes_precision: of these bytes, one of [`BYTES`]; default that of the latency table (of `exact`, its own).
@@ -72,12 +72,20 @@ def select(
     made_of = RunConfig(output_dir=str(run_dir))
     made_of.teacher.path = whole["path"]
     check_sources(made_of, [SEARCH.folder], EDGEDIT)
+    file = run_dir / "latency" / "table.json"
+    table = load_table(file) if file.is_file() else None
+    entries, max_slowest_ms = front["front"], None
     if max_latency_ms is None and max_latency_ratio is not None:
         max_latency_ms = max_latency_ratio * whole["latency_ms"]
-    entries = front["front"]
+    elif max_latency_ms is not None and isinstance(table, DeviceTables):
+        max_latency_ms, max_slowest_ms = None, max_latency_ms
+        entries = [
+            {**entry, "slowest_ms": max(table.latencies_ms(table.space.from_code(entry["code"])).values())}
+            for entry in entries
+        ]
     if max_bytes_mb is not None:
         if bytes_precision is None:
-            bytes_precision = weights_precision(LatencyTable.from_json(run_dir / "latency" / "table.json"))
+            bytes_precision = weights_precision(load_table(file) if table is None else table)
         entries = [
             {**entry, "bytes": entry["weights"] * BYTES[bytes_precision]} if "weights" in entry else entry
             for entry in entries
@@ -88,12 +96,12 @@ def select(
         max_parameters=None if max_parameters_ratio is None else max_parameters_ratio * whole["parameters"],
         max_flops=None if max_flops_ratio is None else max_flops_ratio * whole["flops"],
         max_bytes=None if max_bytes_mb is None else max_bytes_mb * 1e6,
+        max_slowest_ms=max_slowest_ms,
     )
     path = whole["path"] or run_dir / "teacher"
     _check_place(output, run_dir, path)
     teacher = load_pipeline(path, TEACHER.made_by)
-    if (file := run_dir / "latency" / "table.json").is_file():
-        table = LatencyTable.from_json(file)
+    if table is not None:
         table.check_config(teacher.transformer.config)
         table.check_run(accept_other=accept_other or accepted(run_dir / "latency" / "run.json"))
     bank = ProxyBank(run_dir / "bank", teacher.transformer)
@@ -103,7 +111,9 @@ def select(
         "teacher_latency_ms": whole["latency_ms"],
         "distance": entry["distance"],
     }
-    return write_student(teacher, bank, bank.space.from_code(entry["code"]), output, facts)
+    genotype = bank.space.from_code(entry["code"])
+    facts |= {} if table is None else device_facts(table, genotype)
+    return write_student(teacher, bank, genotype, output, facts)
 
 
 def _check_place(output: str | os.PathLike, run_dir: Path, teacher: str | os.PathLike) -> None:
