@@ -23,12 +23,14 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 install: $(INSTALLED)
 
-# The constraint file pins the tested set, torch included; nothing is resolved freely.
+# The constraint file pins the tested set, torch included; nothing is resolved freely. Where npm is, the runtime of web
+# pages is fetched as well (pinned too); without it the rest works.
 $(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(None if sys.version_info >= (3, 11) else \
 	"edgedit_hf needs Python 3.11 or newer; $(PYTHON) is " + v + ". Use: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[test]'
+	@if command -v npm >/dev/null; then $(BIN)/python -m edgedit_hf.export.web.runtime || true; fi
 	@touch $@
 
 demo: install

@@ -21,6 +21,11 @@ from stderr import beside_progress
 
 # Before anything imports huggingface_hub, and inherited by every child process.
 _HOME = tempfile.mkdtemp(prefix="edgedit-tests-")
+# Of the user's own cache only onnxruntime-web is taken, which `make install` has fetched.
+_CACHE = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+os.environ.setdefault(
+    "HF_ASSETS_CACHE", os.path.join(os.environ.get("HF_HOME", os.path.join(_CACHE, "huggingface")), "assets")
+)
 os.environ["HF_HOME"] = _HOME
 for _name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN"):
     os.environ.pop(_name, None)

@@ -144,6 +144,14 @@ def test_a_dry_run_fetches_nothing(tmp_path):
         assert f"Not checked: {name.replace('=', ' ')}, which is not on this machine yet." in notes
 
 
+def test_a_page_needs_its_runtime_before_the_first_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr("edgedit_hf.export.web.runtime._cached", lambda: tmp_path / "assets" / "files")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(EdgeDiTError, match="no npm here"):
+        preflight(config(tmp_path / "run", "export.web=[int8]"), EDGEDIT)
+    assert preflight(config(tmp_path / "run", "export.web=[int8]"), (TEACHER,)) == []
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_what_few_step_names_is_looked_at_before_the_first_stage(tmp_path, make_transformer, dry_run):
     """Of either family, in a run of either family: what could not be distilled, or teach, is refused by its configs."""

@@ -1,10 +1,11 @@
 """Stage 7: export the tuned student (with few_step.enabled: the few-step student) to ONNX and, where asked for,
-ExecuTorch, verified against eager PyTorch and timed.
+ExecuTorch and web pages, verified against eager PyTorch and timed.
 
     edgedit train export --config training/recipes/digits.yaml
 
-Writes <output_dir>/exported/onnx-fp32, onnx-int8, executorch-…: pipeline folders that DiffusionPipeline.from_pretrained
-loads, with the runtime underneath. `optimum-cli export edgedit` does the same for any pipeline.
+Writes <output_dir>/exported/onnx-fp32, onnx-int8, executorch-…, web-…: pipeline folders that
+DiffusionPipeline.from_pretrained loads, with the runtime underneath. `optimum-cli export edgedit` does the same for any
+pipeline.
 """
 
 if __name__ == "__main__":
@@ -36,9 +37,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     made_by = shipped(config)
     source = config.folder(made_by.folder)
     load_pipeline(source, made_by.made_by)  # fails now if it is no pipeline
-    exports = [("onnx", dtype) for dtype in config.export.dtypes] + [
-        ("executorch", dtype) for dtype in config.export.executorch
-    ]
+    asked = {"onnx": config.export.dtypes, "executorch": config.export.executorch, "web": config.export.web}
+    exports = [(kind, dtype) for kind, dtypes in asked.items() for dtype in dtypes]
     state = RunState(
         config,
         EXPORT,

@@ -33,6 +33,7 @@ from .elastic.cost import data_shapes, print_elastic_estimate
 from .elastic.cost import here as elastic_machine
 from .elastic.supernet import new_elastic
 from .errors import EdgeDiTError
+from .export.web.runtime import PACKAGE_BYTES
 from .few_step.cost import activation_bytes, few_step_estimate, net_to_distil, print_memory
 from .genotype import LayerSpec
 from .models.transformer_edgedit import EdgeDiTTransformer2DModel
@@ -414,9 +415,10 @@ class _Estimator:
 
     def stage_export(self) -> Estimate:
         options = self.config.export
-        count = len(options.dtypes) + len(options.executorch)
+        dtypes = [*options.dtypes, *options.executorch, *options.web]
+        count = len(dtypes)
         seconds = count * (6.0 + 200 * self.student.flops / self.host.fp32_flops + 16 * self.student.weights / 2e8)
-        disk = sum(BYTES[dtype] for dtype in (*options.dtypes, *options.executorch)) * self.student.weights
+        disk = sum(BYTES[dtype] for dtype in dtypes) * self.student.weights + len(options.web) * PACKAGE_BYTES
         return Estimate("export", seconds, PROCESS_BYTES + LIBRARIES + 20 * self.student.weights, disk)
 
     def stage_evaluate(self) -> Estimate:

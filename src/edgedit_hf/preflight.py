@@ -30,6 +30,7 @@ from .elastic.supernet import new_elastic
 from .errors import EdgeDiTError
 from .estimate import estimate, workload
 from .export.formats import FORMATS
+from .export.web.runtime import check_available
 from .few_step.checks import (
     check_class_guidance,
     check_class_teacher,
@@ -189,6 +190,8 @@ def check_tools(config: RunConfig, stages: Sequence[str]) -> None:
     missing = FORMATS["executorch"].missing
     if executorch and missing is not None:
         raise EdgeDiTError(f"{executorch[0]} needs {missing.name}, which is not installed: {missing.remedy}.")
+    if config.export.web and "export" in stages:
+        check_available()
     if "bank" in stages:
         new_optimizer(config.bank.optimizer, [torch.nn.Parameter(torch.zeros(1))], 1e-3)
     if config.evaluate.extractor == "inception" and JUDGING & set(stages):

@@ -534,7 +534,7 @@ class Contract(ContractFiles):
     """contract.json, as far as it says what the export is."""
 
     family: str = key(choices=("edgedit", "elastic"))
-    format: str = key(choices=("onnx", "executorch", "coreml"))
+    format: str = key(choices=("onnx", "executorch", "coreml", "web"))
     precision: str = key(length=(1, 40))
     subnet: str | None = key(None, length=(1, 100))
 

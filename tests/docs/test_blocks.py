@@ -3,13 +3,17 @@
 A new command without a way to run it here fails.
 """
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,8 @@ from PIL import Image
 from recipe_runs import BIN, DEBUG_COMMANDS
 from safetensors.torch import load_file
 
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.export.web.runtime import runtime_folder
 from edgedit_hf.phone.bundle import Bundle
 from edgedit_hf.phone.results import append_rows
 
@@ -213,6 +219,31 @@ def test_export_of_text_to_image(recipes, clone):
         "num_inference_steps=2).images[0].size)"
     )
     assert "OnnxTextEncoder (8, 8)" in recipes.shell([sys.executable, "-c", code], clone)
+
+
+@pytest.mark.slow
+@pytest.mark.export
+def test_export_of_a_page_and_its_server(recipes, clone):
+    try:
+        runtime_folder()
+    except EdgeDiTError as error:
+        pytest.skip(str(error))
+    recipes.shell(shlex.split(find(recipes, "--format web")), clone)
+    *command, port = shlex.split(find(recipes, "python -m http.server"))
+    assert port == "8000"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    with subprocess.Popen([sys.executable, *command[1:], port], cwd=clone, stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(100):
+                with contextlib.suppress(OSError):
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/contract.json") as answer:
+                        break
+                time.sleep(0.1)
+            assert answer.status == 200
+        finally:
+            server.terminate()
 
 
 def test_quantise(recipes, clone):

@@ -11,11 +11,12 @@ from edgedit_hf.run.config import load_config
 
 
 def test_the_table_is_whole():
-    assert list(FORMATS) == ["onnx", "executorch", "coreml"] and DTYPES == ("fp32", "fp16", "int8", "int4")
+    assert list(FORMATS) == ["onnx", "executorch", "coreml", "web"] and DTYPES == ("fp32", "fp16", "int8", "int4")
     assert {name: list(target.precisions) for name, target in FORMATS.items()} == {
         "onnx": ["fp32", "fp16", "int8", "int4"],
         "executorch": ["fp32", "int8", "int4"],
         "coreml": ["fp32", "fp16", "int8", "int4"],
+        "web": ["fp32", "fp16", "int8", "int4"],
     }
     for name, target in FORMATS.items():
         assert target.name == name and target.suffix.startswith(".") and set(target.measured) <= set(target.precisions)
@@ -23,7 +24,10 @@ def test_the_table_is_whole():
             gates = PRECISIONS[precision.name]  # whatever the format adds, the gates are those of the precision
             assert (precision.tolerance, precision.min_psnr_db) == (gates.tolerance, gates.min_psnr_db)
     assert [PRECISIONS[name].tolerance for name in ("fp32", "fp16", "int8", "int4")] == [1e-3, 1e-2, 5e-2, 3e-1]
-    assert len({target.suffix for target in FORMATS.values()}) == len(FORMATS)
+    own = [target for target in FORMATS.values() if target.lowered_as == target.name]
+    assert len({target.suffix for target in own}) == len(own)
+    page = FORMATS["web"]
+    assert (page.lowered_as, page.suffix, page.precisions) == ("onnx", ".onnx", FORMATS["onnx"].precisions)
 
 
 def test_the_help_says_what_the_table_says():
@@ -65,7 +69,7 @@ def test_defaults_of_a_format(name):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"format": "tflite"}, "--format is 'tflite'; the formats are onnx, executorch, coreml."),
+        ({"format": "tflite"}, "--format is 'tflite'; the formats are onnx, executorch, coreml, web."),
         ({"dtype": "int2"}, "--dtype is 'int2'; the format onnx exists as fp32, fp16, int8, int4."),
         ({"format": "executorch", "batch": "dynamic"}, "--batch is 'dynamic'; give a number of at least 1."),
         ({"batch": -1}, "--batch is -1; give 'dynamic' or a number of at least 1."),
@@ -85,11 +89,21 @@ def test_defaults_of_a_format(name):
         ),
         (
             {"format": "executorch", "dtype": "int8", "activations": "static"},
-            "activations is 'static', but the export is executorch int8; calibrated activations are for onnx int8.",
+            "activations is 'static', but the export is executorch int8; calibrated activations are for onnx and web "
+            "int8.",
         ),
         (
             {"format": "coreml", "dtype": "int4", "weights": "gptq"},
-            "weights is 'gptq', but the export is coreml int4; compensated rounding is for onnx and executorch int4.",
+            "weights is 'gptq', but the export is coreml int4; compensated rounding is for onnx, executorch and web "
+            "int4.",
+        ),
+        (
+            {"format": "web", "resolution": "dynamic"},
+            "The resolution is 'dynamic', but web files are made for one size; give HxW, or export to onnx.",
+        ),
+        (
+            {"runtime_url": "https://example.org/"},
+            "runtime-url is 'https://example.org/'; a page alone loads a runtime. Leave it out for onnx.",
         ),
         ({"weights": "best"}, "weights is 'best'; it may be nearest, gptq."),
     ],

@@ -373,9 +373,9 @@ def test_prompts_to_images_from_the_hub(format, split, kind, make_hub_server, ru
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"activations": "static"}, "the export is onnx fp32; calibrated activations are for onnx int8"),
+        ({"activations": "static"}, "the export is onnx fp32; calibrated activations are for onnx and web int8"),
         ({"dtype": "int8", "activations": "hourly"}, "activations is 'hourly'; it may be dynamic, static, by-timestep"),
-        ({"weights": "gptq", "dtype": "int8"}, "compensated rounding is for onnx and executorch int4"),
+        ({"weights": "gptq", "dtype": "int8"}, "compensated rounding is for onnx, executorch and web int4"),
         ({"format": "executorch", "opset": 18}, "operator sets belong to ONNX"),
         ({"format": "executorch", "resolution": "dynamic"}, "executorch files are made for one size"),
         ({"backend": "coreml"}, "backends belong to ExecuTorch. Leave it out for onnx"),

@@ -7,6 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from browser import CHROMIUM
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,11 +23,6 @@ from edgedit_hf.report.edgedit import build_report, paper_students, write_report
 from edgedit_hf.report.tables import comparison_table, metric_label, scaled
 from edgedit_hf.search.latency_table import LatencyTable
 from edgedit_hf.search_space import SearchSpace
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
-)
-
 
 METRIC = "fid[digits-cnn,n=64]"
 

@@ -76,7 +76,7 @@ def test_sections_and_folders(load):
     config = load("output_dir: runs/x")
     assert config.section("search", "export") == {
         "search": dataclasses.asdict(config.search),
-        "export": {"dtypes": ["fp32", "int8"], "executorch": [], "tolerance": None, "threads": 2},
+        "export": {"dtypes": ["fp32", "int8"], "executorch": [], "web": [], "tolerance": None, "threads": 2},
     }
     assert str(config.folder("evaluate", "grid.png")) == "runs/x/evaluate/grid.png"
 

@@ -234,6 +234,7 @@ EXPORTS = {  # forms of the export in which an option is tried
         ["run/student-tuned"],
         {"--batch", "--backend", "--resolution", "--opset"},
     ),
+    "web": ([*EXPORT, "--format", "web"], ["run/student-tuned"], {"--runtime-url", "--resolution", "--batch"}),
 }
 
 

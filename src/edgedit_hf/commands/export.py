@@ -1,5 +1,5 @@
-"""`optimum-cli export edgedit`: a verified and timed pipeline folder of ONNX, ExecuTorch or Core ML artefacts. Imports
-torch only when it runs.
+"""`optimum-cli export edgedit`: a verified and timed pipeline folder of ONNX, ExecuTorch or Core ML artefacts, or a web
+page around ONNX files. Imports torch only when it runs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--batch",
         help=f"rows of a forward: a number or, for {open_formats}, 'dynamic'; guidance makes it twice the images "
-        f"(default: dynamic for {open_formats}, else {FIXED_BATCH}, of a few-step pipeline 1)",
+        f"(default: dynamic for {open_formats}, else {FIXED_BATCH}, without guidance 1)",
     )
     parser.add_argument("--subnet", metavar="NAME", help="sub-network of an elastic supernet (default: the full net)")
     parser.add_argument(
@@ -74,6 +74,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=ExportOptions.backend,
         help="of executorch: xnnpack, or coreml or qnn where their SDKs are installed; files of those two are not run "
         f"(default {ExportOptions.backend})",
+    )
+    parser.add_argument(
+        "--runtime-url",
+        metavar="URL",
+        help="of web: address of a folder with onnxruntime-web's files, which the page asks beside its own (default: a "
+        "copy beside the page, fetched with npm)",
     )
     parser.add_argument(
         "--tolerance",
@@ -167,6 +173,7 @@ def run_export(args: Any) -> None:
         activations=args.activations,
         weights=args.weights,
         backend=args.backend,
+        runtime_url=args.runtime_url,
         prompts=read_prompts(args.prompts),
         num_images=args.images,
         seed=args.seed,
@@ -180,7 +187,9 @@ def run_export(args: Any) -> None:
 
     folder = export_pipeline(args.model, args.output, options)
     print(summary(read_json(folder / "verify.json", "the export"), read_json(folder / "bench.json", "the export")))
-    if options.not_run:
+    if options.format == "web":
+        print(f"Wrote {folder}; open it with: python -m http.server --directory {folder} 8000")
+    elif options.not_run:
         print(f"Wrote {folder}; PORTING.md in it says how to run it on a device.")
     else:
         print(f"Wrote {folder}; load it with: import edgedit_hf; DiffusionPipeline.from_pretrained({str(folder)!r})")
@@ -215,8 +224,8 @@ class EdgeDiTExportCommand(BaseOptimumCLICommand):
 
     COMMAND = CommandInfo(
         name="edgedit",
-        help="Export a diffusion transformer's pipeline to ONNX, ExecuTorch or Core ML, verified against the model and "
-        "timed.",
+        help="Export a diffusion transformer's pipeline to ONNX, ExecuTorch, Core ML or a web page, verified against "
+        "the model and timed.",
     )
 
     @staticmethod

@@ -48,7 +48,7 @@ CONTRACT, REFERENCE, SAMPLER, PORTING = "contract.json", "reference.safetensors"
 TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "int8": 5e-2, "int4": 1e-1}
 IMAGE_PSNR_DB = {"fp32": 40.0, "fp16": 30.0, "int8": 25.0, "int4": 20.0}
 LOOP_FACTOR = 3  # guidance amplifies the errors of forwards, and a loop adds them up
-RUNTIMES = {"onnx": "onnxruntime", "executorch": "executorch", "coreml": "coremltools"}
+RUNTIMES = {"onnx": "onnxruntime", "executorch": "executorch", "coreml": "coremltools", "web": "onnxruntime"}
 
 # Tensor → axes, meaning, values. An axis whose size a file leaves open is named in its shape.
 _TENSORS = {
@@ -166,6 +166,7 @@ class Artefact:
 
 
 Run = Callable[[Artefact, dict[str, np.ndarray]], Mapping[str, np.ndarray]]
+More = Callable[[Path, dict[str, Any]], Mapping[str, Any]]
 
 
 def write_contract(
@@ -180,6 +181,7 @@ def write_contract(
     label: int = 0,
     prompt: str = "a photo",
     run: Run | None = None,
+    more: More | None = None,
 ) -> dict[str, Any]:
     """Write the port contract into the folder of an export, last of all: it holds the other files' hashes.
 
@@ -187,11 +189,13 @@ def write_contract(
         folder: the export; tokenizers that are not in it are saved there, where the pipeline's own folder has them.
         pipeline: the eager pipeline that was exported.
         artefacts: its files, in the order of [`parts.pipeline_parts`].
-        format: `"onnx"`, `"executorch"` or `"coreml"`.
+        format: `"onnx"`, `"executorch"`, `"coreml"` or `"web"`.
         precision: of the export. split: whether conditioners are files of their own.
         seed: of the reference's noise. label: its class. prompt: its prompt.
         run: runs an artefact on the inputs of its contract (types, shapes, names) and returns its outputs by name.
             `None`: the eager parts are run instead, where no runtime is at hand (Core ML).
+        more: writes what the format has besides into the folder, given the contract so far, and returns further entries
+            of it; the files that its entry `web` names are hashed with the others.
 
     Returns:
         The contract.
@@ -219,6 +223,8 @@ def write_contract(
         "tensors": {name: list(value.shape) for name, value in tensors.items()},
     }
     atomic_write_text(folder / PORTING, _porting(contract))
+    if more is not None:
+        contract |= more(folder, contract)
     contract["files"] = _files(folder, contract)
     atomic_write_text(
         folder / CONTRACT, _one_line_lists(json.dumps(contract, indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
@@ -245,8 +251,7 @@ def _describe(
     config, elastic = plain_config(denoiser.part.module.model), is_elastic(pipeline)
     shape = [1, *denoiser.part.inputs["sample"].shape[1:]]
     _, channels, height, width = shape
-    conditional, scale = bool(elastic or config["num_classes"]), float(pipeline.config.default_guidance_scale)
-    guided = conditional and scale > 1
+    scale, guided = float(pipeline.config.default_guidance_scale), is_guided(pipeline)
     text, windows = _text(folder, pipeline, artefacts, prompt) if elastic else (None, None)
     contract = {
         "contract_version": CONTRACT_VERSION,
@@ -320,6 +325,12 @@ def _entry(artefact: Artefact, format: str) -> dict[str, Any]:
 
 def _shape(axes: Sequence[str], sizes: Sequence[int], open_sizes: Collection[str]) -> list[int | str]:
     return [axis if axis in open_sizes else int(size) for axis, size in zip(axes, sizes)]
+
+
+def is_guided(pipeline: Any) -> bool:
+    """Whether a pipeline samples with guidance by default: two rows of a forward an image."""
+    conditional = is_elastic(pipeline) or plain_config(pipeline.transformer)["num_classes"]
+    return bool(conditional) and pipeline.config.default_guidance_scale > 1
 
 
 def set_schedule(pipeline: Any, size: Sequence[int]) -> None:
@@ -537,6 +548,7 @@ def _files(folder: Path, contract: Mapping[str, Any]) -> dict[str, dict[str, Any
     for encoder in (contract["text"] or {"encoders": ()})["encoders"]:
         if encoder["tokenizer"] and encoder["tokenizer"]["file"]:
             paths.append(folder / encoder["tokenizer"]["file"])
+    paths += [folder / name for name in contract.get("web", {}).get("files", ())]
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in paths

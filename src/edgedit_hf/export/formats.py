@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from ..errors import EdgeDiTError
 from ..schema import check_option, key
@@ -94,6 +95,7 @@ class Format:
         precisions: what every `--dtype` is here.
         measured: the dtypes that a run exports and a latency table measures.
         dynamic: whether sizes may stay open.
+        lowered_as: the format whose lowering makes its files, and whose components load them; default: itself.
         package: what it needs beside this package's own requirements.
         backends: who may compute: name → why its files are not run here. not_run: the same of the whole format.
     """
@@ -105,9 +107,13 @@ class Format:
     precisions: Mapping[str, Precision]
     measured: tuple[str, ...] = ()
     dynamic: bool = False
+    lowered_as: str = ""
     package: Package | None = None
     backends: Mapping[str, str | None] = field(default_factory=dict)
     not_run: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lowered_as", self.lowered_as or self.name)
 
     @property
     def default_batch(self) -> str | int:
@@ -179,6 +185,12 @@ class Format:
 
 BACKEND = "xnnpack"
 COREMLTOOLS = Package("coremltools", "coremltools", "coreml")
+ONNX_PRECISIONS = {
+    "fp32": PRECISIONS["fp32"],
+    "fp16": PRECISIONS["fp16"],
+    "int8": replace(PRECISIONS["int8"], activations=ACTIVATIONS),
+    "int4": replace(PRECISIONS["int4"], weights=WEIGHTS),
+}
 FORMATS = {
     target.name: target
     for target in (
@@ -187,12 +199,7 @@ FORMATS = {
             "ONNX",
             "onnxruntime",
             ".onnx",
-            {
-                "fp32": PRECISIONS["fp32"],
-                "fp16": PRECISIONS["fp16"],
-                "int8": replace(PRECISIONS["int8"], activations=ACTIVATIONS),
-                "int4": replace(PRECISIONS["int4"], weights=WEIGHTS),
-            },
+            ONNX_PRECISIONS,
             measured=("fp32", "int8"),
             dynamic=True,
         ),
@@ -231,6 +238,8 @@ FORMATS = {
                 "programs, interpreted operator by operator in PyTorch with their declared types, for example inputs."
             ),
         ),
+        # The files are run here by ONNX Runtime itself; a browser runs the same code, built for WebAssembly.
+        Format("web", "a web page (onnxruntime-web)", "web", ".onnx", ONNX_PRECISIONS, lowered_as="onnx"),
     )
 }
 RUNTIMES = {target.runtime: target for target in FORMATS.values()}  # by the runtime's name
@@ -262,6 +271,19 @@ def dtype_words() -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
+def precisions_key(format: str, needs: str = "", default: Sequence[str] = ()) -> Any:
+    """The key of a recipe that lists the precisions of a format's exports.
+
+    Args:
+        needs: what its comment says of what the format needs. default: its default.
+    """
+    target = FORMATS[format]
+    dtypes = target.measured or tuple(target.precisions)
+    words = (dtype if (own := target.precisions[dtype].name) == dtype else f"{dtype} ({own})" for dtype in dtypes)
+    comment = f"precisions of the exports to {target.label}: {', '.join(words)}{needs}"
+    return key(lambda: list(default), comment, choices=dtypes, items=10)
+
+
 def gate_words(gate: str) -> str:
     """The default of a gate (`"tolerance"` or `"min_psnr_db"`) for every dtype, for the command's help."""
     first = {d: next(t.precisions[d] for t in FORMATS.values() if d in t.precisions) for d in DTYPES}
@@ -269,13 +291,18 @@ def gate_words(gate: str) -> str:
 
 
 def _where(variants: str, value: str) -> str:
-    """The formats and dtypes that have a variant: `"onnx and executorch int4"`."""
+    """The formats and dtypes that have a variant: `"onnx, executorch and web int4"`."""
     places: dict[str, list[str]] = {}
     for name, target in FORMATS.items():
         for dtype, precision in target.precisions.items():
             if value in getattr(precision, variants):
                 places.setdefault(dtype, []).append(name)
-    return ", ".join(f"{' and '.join(names)} {dtype}" for dtype, names in places.items())
+    return ", ".join(f"{_listed(names)} {dtype}" for dtype, names in places.items())
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`"a"`, `"a and b"`, `"a, b and c"`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 # -------------------------------------------------------------------- options
@@ -292,7 +319,7 @@ class ExportOptions:
         format: a key of [`FORMATS`].
         dtype: `"fp32"`, `"int8"` or `"int4"`, for ONNX and Core ML also `"fp16"`. Convolutions of a VAE stay at 16 bits
             or more, and text encoders have 8 bits in `"int4"`.
-        batch: `"dynamic"` (ONNX's default), or the rows of a forward (default 2, of a few-step pipeline 1); guidance
+        batch: `"dynamic"` (ONNX's default), or the rows of a forward (default 2, without guidance 1); guidance
             makes two an image.
         split_conditioner: write adaLN, a third of a DiT's weights, as an artefact of its own, which a schedule needs
             once.
@@ -309,6 +336,8 @@ class ExportOptions:
             quantised already keeps its own.
         backend: of ExecuTorch: `"xnnpack"`, or `"coreml"` or `"qnn"` where their SDKs are installed; the files of those
             two cannot be run here.
+        runtime_url: of a web page: the address of a folder with onnxruntime-web's files, the one origin that the page
+            may ask beside its own; default: a copy in the page's folder, fetched with npm.
         prompts: of text to image: what is sampled to calibrate and to verify.
         seed: seed of the comparison's images.
         threads: threads of the comparison and the timing.
@@ -335,6 +364,7 @@ class ExportOptions:
     activations: str = "dynamic"
     weights: str = "nearest"
     backend: str = BACKEND
+    runtime_url: str | None = None
     prompts: Sequence[str] | None = None
     seed: int = key(0, minimum=0, maximum=2**63 - 1)
     threads: int = key(2, minimum=1, maximum=1024)
@@ -384,7 +414,11 @@ class ExportOptions:
     def _check_together(self) -> None:
         """Raise unless the options exist and go together."""
         self.target.check_backend(self.backend, self.dtype)
-        if self.opset is not None and self.format != "onnx":
+        if self.runtime_url is not None and self.format != "web":
+            raise EdgeDiTError(
+                f"runtime-url is {self.runtime_url!r}; a page alone loads a runtime. Leave it out for {self.format}."
+            )
+        if self.opset is not None and self.target.lowered_as != "onnx":
             raise EdgeDiTError(f"opset is {self.opset}; operator sets belong to ONNX. Leave it out for {self.format}.")
         for name, known, words in (
             ("activations", ACTIVATIONS, "calibrated activations are"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..runtimes.sessions import open_session
 from ..runtimes.timing import environment
 from . import verify
 from .components import COMPONENTS
-from .contract import Artefact, write_contract
+from .contract import Artefact, More, write_contract
 from .exported import stem
 from .formats import ExportOptions
 from .lowering import LOWER, Lowering, example_rows, facts_of
@@ -25,6 +26,7 @@ from .mixed import Form, choose_8bit, nearest_form, xnnpack_weights
 from .onnx.lowbit import MIN_QUANTIZED_ELEMENTS
 from .parts import Part, is_elastic, text_lengths
 from .schedule import NotLinearError
+from .web import page
 from .wrappers import plain_config
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -153,7 +155,8 @@ class Job:
 
     def file(self, part: Part) -> str:
         """Where a part's artefact stands within the export."""
-        return f"{part.component}/{self.options.format}/{stem(part.name)}{self.options.target.suffix}"
+        target = self.options.target
+        return f"{part.component}/{target.lowered_as}/{stem(part.name)}{target.suffix}"
 
     def write(self, folder: Path, parts: Sequence[Part], lowering: Lowering) -> dict[str, dict]:
         """Lower every part. Returns what each lowering says, by the artefact's file."""
@@ -162,7 +165,7 @@ class Job:
         for part in parts:
             path = folder / self.file(part)
             path.parent.mkdir(parents=True, exist_ok=True)
-            lower = LOWER[self.options.format]
+            lower = LOWER[self.options.target.lowered_as]
             said[self.file(part)] = lower(
                 part, path, self.dtype_of(part), {**facts[part.component], "part": part.name}, lowering
             )
@@ -181,7 +184,7 @@ class Job:
                 if is_elastic(self.pipeline)
                 else "edgedit"
             )
-            cls = COMPONENTS[self.options.format, kind]
+            cls = COMPONENTS[self.options.target.lowered_as, kind]
             cls(**config).save_config(folder / component)
             loaded[component] = cls.from_pretrained(folder / component, num_threads=self.options.threads)
         return with_components(self.pipeline, **loaded)
@@ -197,7 +200,12 @@ class Job:
         """
         options = self.options
         said, verified, lowering = self.lower_until_good(folder, parts, lowering, eager)
-        facts = {**facts, **self.contract(folder, parts, said, lowering, options.threads)}
+        more = None
+        if options.format == "web":
+            title = Path(facts["source"] or "edgedit_hf").name
+            more = partial(page.write_page, title=title, runtime_url=options.runtime_url)
+            verified["run_in"] = page.RUN_IN
+        facts = {**facts, **self.contract(folder, parts, said, lowering, options.threads, more)}
         atomic_write_json(folder / "verify.json", {**verified, **facts})
         atomic_write_json(folder / "bench.json", {**self.cost(folder, parts, said, lowering), **facts})
         delegation = {file: entry["delegation"] for file, entry in said.items() if "delegation" in entry}
@@ -231,7 +239,7 @@ class Job:
         goal = least
         for _ in range(EIGHT_BIT_ATTEMPTS):
             if options.dtype == "int4":
-                form, smallest = FOUR_BITS[options.format]
+                form, smallest = FOUR_BITS[options.target.lowered_as]
                 kept = choose_8bit(
                     self.pipeline,
                     form(lowering.given),
@@ -291,10 +299,11 @@ class Job:
         said: Mapping[str, dict],
         lowering: Lowering,
         threads: int | None,
+        more: More | None = None,
     ) -> dict[str, str]:
         """Write the port contract, with the artefacts' own outputs as its reference (`threads` of their runtime) or,
-        where they cannot be run (`None`), the eager network's. Returns nothing, or why there is none: a scheduler that
-        adds noise is not numbers alone.
+        where they cannot be run (`None`), the eager network's; `more`: what the format writes besides. Returns nothing,
+        or why there is none: a scheduler that adds noise is not numbers alone.
         """
         options = self.options
         sessions: dict[str, Any] = {}
@@ -322,8 +331,11 @@ class Job:
                 seed=options.seed,
                 prompt=options.prompts[0] if options.prompts else verify.PROMPTS[0],
                 run=None if threads is None else run,
+                more=more,
             )
         except NotLinearError as error:
+            if options.format == "web":
+                raise
             return {"contract": f"none was written: {error}"}
         return {}
 

@@ -54,6 +54,12 @@ class Part:
     outputs: tuple[str, ...]
     dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
 
+    @property
+    def weights(self) -> int:
+        """Numbers in the module's parameters and buffers."""
+        tensors = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}
+        return sum(tensor.numel() for tensor in tensors.values())
+
     def run(self) -> dict[str, torch.Tensor]:
         """The module's outputs, by name, for the example inputs."""
         with torch.no_grad():

@@ -19,14 +19,16 @@ from ..files import atomic_folder, check_finite
 from ..pipelines.loading import load_pipeline, with_components
 from ..quantization.layers import dequantize_model, quantized_weights
 from ..run.outputs import check_output
+from ..search_space import BYTES
 from . import verify
-from .contract import set_schedule
+from .contract import is_guided, set_schedule
 from .formats import DYNAMIC_BATCH, ExportOptions
 from .job import Job
 from .lowering import Lowering
 from .mixed import quantized_linears
 from .onnx.lowbit import GROUP
 from .parts import is_elastic, latent_size, pipeline_parts, text_lengths
+from .web import page, runtime
 from .wrappers import check_model
 
 PROFILE_RUNS = 5
@@ -56,6 +58,8 @@ def export_pipeline(pipeline: Any, output: str | os.PathLike, options: ExportOpt
     source = str(pipeline) if isinstance(pipeline, (str, os.PathLike)) else None
     check_output(output, [source, *options.inputs], overwrite=options.overwrite)
     output = Path(output)
+    if options.format == "web":
+        runtime.check_available(options.runtime_url)
     if source is not None:
         pipeline = load_pipeline(
             pipeline,
@@ -70,8 +74,8 @@ def export_pipeline(pipeline: Any, output: str | os.PathLike, options: ExportOpt
     if hasattr(pipeline.transformer, "_orig_mod"):  # compiled: its weights would have other names
         pipeline = with_components(pipeline, transformer=pipeline.transformer._orig_mod)
     pipeline, subnet = _with_subnet(pipeline, options.subnet)
-    if options.batch is None and options.rows != DYNAMIC_BATCH and pipeline.config.few_step_timesteps is not None:
-        options = replace(options, batch=1)  # an image is one row: there is no guidance
+    if options.batch is None and options.rows != DYNAMIC_BATCH and not is_guided(pipeline):
+        options = replace(options, batch=1)  # an image is one row
     plain, packed = _plain(pipeline)
     check_finite(
         plain.transformer.state_dict(), "The pipeline's transformer", "nothing was written. Export a sound checkpoint."
@@ -94,6 +98,10 @@ def export_pipeline(pipeline: Any, output: str | os.PathLike, options: ExportOpt
         batch=job.rows,
         images=job.images,
     )
+    if options.format == "web":
+        # A split denoiser's module still holds what its conditioner's file does.
+        weighed = [] if options.split_conditioner else [(part, job.dtype_of(part)) for part in parts]
+        page.check_pipeline(plain, {job.file(p): (p.weights * BYTES[dtype], dtype) for p, dtype in weighed})
     lowering = Lowering(
         opset=options.opset,
         open_sizes=job.open_sizes,

@@ -236,7 +236,7 @@ def start_noise(contract, seed, shape):
 
 def open_file(path, kind, inputs, outputs):
     """A function from arrays to arrays, in the order of `inputs` and `outputs`."""
-    if kind == "onnx":
+    if kind in ("onnx", "web"):  # a page's files are ONNX
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

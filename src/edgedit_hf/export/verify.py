@@ -268,8 +268,7 @@ def benchmark(
     file = Path(files[precision])
     bytes_of = weight_bytes(file)
     total = sum(bytes_of.values())
-    tensors = {id(tensor): tensor for tensor in (*part.module.parameters(), *part.module.buffers())}
-    fp32 = 4 * sum(tensor.numel() for tensor in tensors.values())
+    fp32 = 4 * part.weights
     return {
         "precision": precision,
         "file_bytes": sum(p.stat().st_size for p in (file, file.with_name(file.name + ".data")) if p.exists()),

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ..errors import EdgeDiTError
+from ..export.web.page import space_metadata
 from ..files import atomic_folder, atomic_write_text
 from ..hub import SCHEME, is_name, parse_name
 from ..markup import MARKUP, one_line
@@ -231,6 +232,8 @@ def _metadata(
     more: dict[str, Any] = {}
     if subject.kind == "exported":
         tags.append(str(subject.index["format"]))
+        if subject.index["format"] == "web":  # as a Space too the folder is served as it is
+            more |= space_metadata(name.rpartition("/")[2])
     elif subject.kind != "student":
         tags.append(subject.kind)
     if base_model is not None and subject.kind in RELATIONS:

@@ -24,7 +24,13 @@ MODEL_LABELS = {
     "executorch-int8": "exported, ExecuTorch int8 (8da8w)",
     "executorch-int4": "exported, ExecuTorch int4 (8da4w)",
 }
-RUNTIME_LABELS = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "executorch": "ExecuTorch", "coreml": "Core ML"}
+RUNTIME_LABELS = {
+    "torch": "PyTorch",
+    "onnxruntime": "ONNX Runtime",
+    "executorch": "ExecuTorch",
+    "coreml": "Core ML",
+    "web": "browser",
+}
 
 
 def template(name: str) -> str:

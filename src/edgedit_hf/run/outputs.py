@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EdgeDiTError
-from ..files import aside_of, read_json
+from ..files import aside_of, file_sha256, read_json
 
 PIPELINES = ("EdgeDiTPipeline", "ElasticDiTPipeline")
 
@@ -75,17 +75,29 @@ def _foreign(folder: Path) -> str | None:
         ours = False
     if not ours:
         return "is not a pipeline folder"
+    listed = _listed(folder)
     for root, folders, files in os.walk(folder):
         for entry in sorted((*folders, *files)):
             path = Path(root, entry)
-            known = (
-                entry in WRITTEN | STAGE_FILES or entry in COMPONENTS
-                if Path(root) == folder
-                else entry in folders or entry.endswith(WRITTEN_SUFFIXES)
-            )
+            if (name := path.relative_to(folder).as_posix()) in listed:
+                known = path.is_file() and file_sha256(path) == listed[name]
+            elif Path(root) == folder:
+                known = entry in {*WRITTEN, *STAGE_FILES, *COMPONENTS, *(Path(name).parts[0] for name in listed)}
+            else:
+                known = entry in folders or entry.endswith(WRITTEN_SUFFIXES)
             if path.is_symlink() or not known:
                 return f"holds {path.relative_to(folder)}, which this package did not write"
     return None
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """The files of a web page, by which the user may have changed one: their SHA-256, as contract.json has it."""
+    try:
+        contract = read_json(folder / "contract.json", "the export")
+        web = contract["web"]
+        return {name: contract["files"][name]["sha256"] for name in web["files"]} | {"README.md": web["readme_sha256"]}
+    except (EdgeDiTError, LookupError, TypeError):
+        return {}  # no page, or a damaged one, whose files are anybody's
 
 
 def foreign_to_student(folder: Path) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..export.formats import FORMATS, MEASURED
+from ..export.formats import MEASURED, precisions_key
 from ..records import CODES, MenuChoice
 from ..schema import key
 
@@ -325,18 +325,9 @@ class EvaluateConfig:
 class ExportConfig:
     """Artefacts for the phone's runtime."""
 
-    dtypes: list[str] = key(
-        lambda: ["fp32", "int8"],
-        f"precisions of the ONNX exports: {', '.join(FORMATS['onnx'].measured)}",
-        choices=FORMATS["onnx"].measured,
-        items=10,
-    )
-    executorch: list[str] = key(
-        lambda: [],
-        "precisions of the ExecuTorch exports: fp32, int8 (8da8w), int4 (8da4w); needs edgedit_hf[executorch]",
-        choices=FORMATS["executorch"].measured,
-        items=10,
-    )
+    dtypes: list[str] = precisions_key("onnx", default=("fp32", "int8"))
+    executorch: list[str] = precisions_key("executorch", "; needs edgedit_hf[executorch]")
+    web: list[str] = precisions_key("web", "; needs npm")
     tolerance: float | None = key(
         None, "greatest relative error of exports below 32 bits; null: 0.05 in 8 bits, 0.3 in 4", above=0.0, maximum=1.0
     )
