@@ -453,6 +453,11 @@ def layer_cost(hidden_size: int, shape: Shape, tokens: int) -> Cost:
     return Cost(weights, weights, macs, 2 * macs + extras)
 
 
+def position_weights(config: Mapping) -> int:
+    """Learned weights that a head has for relative positions (MDT); 0 where it has none."""
+    return (2 * (config["sample_size"] // config["patch_size"]) - 1) ** 2 if config.get("position_bias") else 0
+
+
 def trunk_cost(config: Mapping, tokens: int) -> Cost:
     """Cost of everything outside the layers' options: embedders, final layer, and what MDT adds (long skips, position
     biases, side blocks; the latter are weights that sampling does not run)."""
@@ -472,11 +477,8 @@ def trunk_cost(config: Mapping, tokens: int) -> Cost:
         weights, fixed_positions = weights + tokens * d, 0
     if config.get("decoder_start") is not None:
         weights += tokens * d
-    side, bias = config.get("side_layers", 0), 0
-    if config.get("position_bias"):
-        grid = config["sample_size"] // patch
-        bias = (2 * grid - 1) ** 2
-        weights += bias * sum(layer["num_heads"] for layer in config["layers"])
+    side, bias = config.get("side_layers", 0), position_weights(config)
+    weights += bias * sum(layer["num_heads"] for layer in config["layers"])
     if side:
         heads = config["num_attention_heads"]
         weights += d + side * (layer_cost(d, Shape(d, heads, config["mlp_ratio"]), tokens).weights + bias * heads)

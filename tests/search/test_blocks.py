@@ -2,12 +2,15 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
+from edgedit_hf import EdgeDiTTransformer2DModel
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.menu_space import MenuSpace
 from edgedit_hf.search.blocks import blocks_of, programme_of
-from edgedit_hf.search.latency_table import LatencyTable
+from edgedit_hf.search.latency_table import LatencyTable, trunk_of
 from edgedit_hf.search_space import SearchSpace, model_cost
 
 
@@ -31,6 +34,32 @@ def test_costs_are_those_of_whole_models(unsearched, precision):
     assert best.score == min(
         programme.of(genotype).score for genotype in every if table.latency_ms(genotype) <= 8.0 * (1 + 1e-9)
     )
+
+
+def test_costs_of_a_teacher_whose_heads_have_positions_of_their_own(make_transformer):
+    """A merge saves a table of position biases, and a head its share of one."""
+    structure = {"position_bias": True, "long_skips": [[0, 2], [-1, 3]], "decoder_start": 2}
+    config = dict(make_transformer(num_layers=6, **structure).config)
+    menu = [{"num_heads": 1}, {"num_heads": 4, "mlp_ratio": 2}, {"token_merge": 2}, {"merge": 2, "num_heads": 1}]
+    space = MenuSpace.for_config(config, menu=menu)
+    entries = {space.key(layer): {"loss_after": 0.1, "source": list(layer.source)} for layer in space.proxies()}
+    shapes = {layer.shape for layer in space.replacements()}
+    table = LatencyTable(
+        {
+            **{"format": 1, "runtime": "onnxruntime", "precision": "fp32", "batch": 1, "threads": 1},
+            **{"space": space.to_dict(), "trunk": trunk_of(config), "trunk_ms": 0.5, "environment": {}},
+            "blocks": [{**shape._asdict(), "ms": 1.0} for shape in shapes],
+        }
+    )
+    programme = programme_of(
+        SimpleNamespace(teacher=SimpleNamespace(config=config), space=space, entries=entries), table
+    )
+    for genotype in list(space.all())[::7]:
+        student = {**config, "layers": genotype.to_layers()}
+        cost, costs = model_cost(student), programme.of(genotype).costs
+        assert (costs["parameters"], costs["flops"], costs["bytes"]) == (cost.parameters, cost.flops, 4 * cost.weights)
+    model = EdgeDiTTransformer2DModel(**{name: value for name, value in student.items() if name[0] != "_"})
+    assert sum(weight.numel() for weight in model.parameters()) == cost.weights and len(model.blocks) < 6
 
 
 def test_a_bank_of_a_few_genotypes_and_bad_ones(unsearched):

@@ -9,7 +9,7 @@ from ..errors import EdgeDiTError
 from ..records import Scored
 from ..run.stage import BANK
 from ..schema import held_to
-from ..search_space import BYTES, Cost, SearchSpace, layer_cost, trunk_cost
+from ..search_space import BYTES, Cost, SearchSpace, layer_cost, position_weights, trunk_cost
 from .device_tables import DeviceTables
 from .latency_table import LatencyTable
 from .programme import Block, Programme
@@ -61,14 +61,15 @@ def blocks_of(
         raise EdgeDiTError(f"The proxy bank holds 0 proxies, so there is nothing to choose among; run {BANK.made_by}.")
     table.check_config(config, space)
     precision, tokens = precision or weights_precision(table), (config["sample_size"] // config["patch_size"]) ** 2
-    blocks = []
+    blocks, head = [], position_weights(config)
     for layer in space.replacements():
         original = space.is_teachers(layer)
         if not original and (key := space.key(layer)) not in entries:
             continue  # of a bank of a few genotypes (`bank.only`)
         if not original:
             held_to(entries[key], Scored, f"The entry {key} of the bank's index", BANK.made_by, "a proxy")
-        cost = layer_cost(space.hidden_size, layer.shape, tokens)
+        positions = head * layer.num_heads
+        cost = layer_cost(space.hidden_size, layer.shape, tokens) + Cost(positions, positions, 0, 0)
         costs = costs_of(cost, table.layer_costs(layer.shape.timed), precision)
         blocks.append(Block(layer, 0.0 if original else replacement_score(entries[key]), costs))
     return blocks
@@ -84,5 +85,6 @@ def programme_of(bank: ProxyBank, table: LatencyTable | DeviceTables, precision:
     config, space = bank.teacher.config, bank.space
     blocks = blocks_of(space, bank.entries, table, config, precision)
     tokens = (config["sample_size"] // config["patch_size"]) ** 2
-    fixed = costs_of(trunk_cost(config, tokens), table.trunk_costs, precision or weights_precision(table))
+    trunk = trunk_cost({**config, "layers": []}, tokens)  # without the layers' position biases: those are the blocks'
+    fixed = costs_of(trunk, table.trunk_costs, precision or weights_precision(table))
     return Programme(blocks, space.num_layers, space.hidden_size, fixed, table.worst)
