@@ -7,7 +7,7 @@ import json
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .errors import EdgeDiTError
 from .files import parse_json
@@ -38,6 +38,20 @@ class Shape(NamedTuple):
         rank = "" if self.modulation_rank is None else f", modulation_rank {self.modulation_rank}"
         merge = "" if self.token_merge == 1 else f", token_merge {self.token_merge}"
         return f"({self.attention_dim}, {self.num_heads}, {self.mlp_ratio}{rank}{merge})"
+
+
+def a_whole_number(value: Any) -> int:
+    """A whole number that stands for itself; `TypeError` for any other value, `True` too."""
+    if isinstance(value, bool):
+        raise TypeError(f"{value} is not a whole number")
+    return operator.index(value)
+
+
+def a_number(value: Any) -> float:
+    """A number as a float; `TypeError` for any other value, a text and `True` too."""
+    if isinstance(value, (bool, str, bytes)):
+        raise TypeError(f"{shorten(value)} is not a number")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -119,11 +133,11 @@ class LayerSpec:
                 f"{list(OPTIONAL_KEYS)}."
             )
         try:
-            source = tuple(operator.index(i) for i in layer["source"])
-            attention_dim, num_heads = operator.index(layer["attention_dim"]), operator.index(layer["num_heads"])
-            mlp_ratio = float(layer["mlp_ratio"])
-            rank, merge = layer.get("modulation_rank"), operator.index(layer.get("token_merge", 1))
-            rank = None if rank is None else operator.index(rank)
+            source = tuple(a_whole_number(i) for i in layer["source"])
+            attention_dim, num_heads = a_whole_number(layer["attention_dim"]), a_whole_number(layer["num_heads"])
+            mlp_ratio = a_number(layer["mlp_ratio"])
+            rank, merge = layer.get("modulation_rank"), a_whole_number(layer.get("token_merge", 1))
+            rank = None if rank is None else a_whole_number(rank)
         except (TypeError, ValueError, OverflowError) as error:
             raise EdgeDiTError(
                 f"A layer of a genotype reads {shorten(dict(layer))}, which is not a layer: {str(error)[:200]}."

@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from .errors import EdgeDiTError
-from .genotype import Genotype, LayerSpec, Shape
+from .genotype import Genotype, LayerSpec, Shape, a_number, a_whole_number
 from .records import CHOICES, SPAN
 from .schema import shorten
 from .search_space import NO_STAGE, SearchSpace, can_merge, layer_cost, teacher_sizes
@@ -79,6 +79,11 @@ class MenuSpace(SearchSpace):
             )
         self.original = Shape(self.hidden_size, self.num_heads, self.mlp_ratio)
         self.choices = (Choice(1, self.original, "original"), *self._choices(menu))
+        if len(self.choices) == 1:
+            raise EdgeDiTError(
+                f"menu is {shorten(list(menu))}, which is the teacher's own layer alone; list a choice beside it, or "
+                "set it to null for the paper's options."
+            )
         full = [
             [index for index, choice in enumerate(self.choices) if self._fits(choice, at)]
             for at in range(self.num_layers)
@@ -133,7 +138,16 @@ class MenuSpace(SearchSpace):
             near = difflib.get_close_matches(str(strange)[:100], MENU_KEYS, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"a choice's keys are {', '.join(MENU_KEYS)}."
             raise EdgeDiTError(f"{name} is {shorten(entry)}; {hint}")
-        given = {key: value for key, value in entry.items() if value is not None}
+        given = {}
+        for key, value in entry.items():
+            if value is not None:
+                try:
+                    given[key] = a_number(value) if key == "mlp_ratio" else a_whole_number(value)
+                except (TypeError, ValueError, OverflowError):
+                    kind = "number" if key == "mlp_ratio" else "whole number"
+                    raise EdgeDiTError(
+                        f"{name}.{key} is {shorten(value)} ({type(value).__name__}); it must be a {kind} or null."
+                    ) from None
         merge = given.pop("merge", 1)
         if merge not in range(1, SPAN + 1) or merge > self.num_layers:
             raise EdgeDiTError(
@@ -142,8 +156,7 @@ class MenuSpace(SearchSpace):
             )
         try:
             shape = LayerSpec((0,), **{**self.original._asdict(), **given}).shape
-            shape = shape._replace(mlp_ratio=float(shape.mlp_ratio))
-        except (EdgeDiTError, TypeError) as error:
+        except EdgeDiTError as error:
             raise EdgeDiTError(f"{name} is {shorten(entry)}: {error}") from None
         for key, largest in (("attention_dim", self.hidden_size), ("mlp_ratio", self.mlp_ratio)):
             if getattr(shape, key) > largest:
