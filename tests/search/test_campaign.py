@@ -121,6 +121,21 @@ def test_a_campaign_goes_on_past_evaluations_that_fail(tmp_path, random):
         assert campaign.random.failed[:2] == found.failed[:2]
 
 
+def test_two_stages_end_with_the_cause_where_every_merge_fails(tmp_path):
+    options = SearchConfig(mode="two-stage", evaluations=4, initial=2)
+    campaign = Campaign(tmp_path, SPACE, options, seed=0)
+
+    def crashes(genotype):
+        raise ValueError("no GPU")
+
+    campaign.evaluate(campaign.ask(), crashes, 1.0, {})
+    said = "All 2 evaluations of the search failed, .*ValueError: no GPU. Mend the cause, delete the search's folder"
+    with pytest.raises(EdgeDiTError, match=said):
+        campaign.evaluate(campaign.ask(), crashes, 1.0, {})
+    with pytest.raises(EdgeDiTError, match=said):
+        Campaign(tmp_path, SPACE, options, seed=0)
+
+
 def test_what_is_no_fault_of_the_genotypes_ends_the_search(tmp_path):
     options = SearchConfig(evaluations=12, initial=4, random_baseline=False)
     campaign = Campaign(tmp_path, SPACE, options, seed=0)

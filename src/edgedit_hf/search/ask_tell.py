@@ -337,16 +337,21 @@ class RandomSearch(AskTellSearch):
         return first_unseen(itertools.chain(codes, self.space.codes()), self.seen(), count)
 
 
-def summary(search: AskTellSearch, random: AskTellSearch | None = None) -> dict[str, Any]:
-    """What `search/front.json` holds: the front, the reference point, the hypervolume after each evaluation (distance ×
-    ms).
-    """
+def check_told(search: AskTellSearch) -> None:
+    """Raise if a finished search has nothing to show, as all of its evaluations failed."""
     if search.finished and not search.told:
         raise EdgeDiTError(
             f"All {len(search.failed)} evaluations of the search failed, the last one of code "
             f"{search.failed[-1]['code']} by {search.failed[-1]['reason']}. Mend the cause, delete the search's folder "
             "and run it again."
         )
+
+
+def summary(search: AskTellSearch, random: AskTellSearch | None = None) -> dict[str, Any]:
+    """What `search/front.json` holds: the front, the reference point, the hypervolume after each evaluation (distance ×
+    ms).
+    """
+    check_told(search)
     if search.reference is None:
         raise EdgeDiTError(
             f"{len(search.told)} of {search.num_initial} initial points are told; finish the search first."

@@ -17,7 +17,7 @@ from ..genotype import Genotype
 from ..run.lock import FolderLock
 from ..run.sections import SearchConfig
 from ..search_space import SearchSpace
-from .ask_tell import AskTellSearch, RandomSearch
+from .ask_tell import AskTellSearch, RandomSearch, check_told
 from .bayes import BayesSearch
 from .objectives import NonFiniteImages
 from .pareto import hypervolume, knee_point
@@ -87,6 +87,7 @@ class Campaign:
             file, search = MERGES, self._bayes(self.space.stage("merge"), evaluations // 2)
         elif FOUND not in self.done:
             merges = self.done[MERGES]
+            check_told(merges)
             around = self.space.stage("options", knee_genotype(merges))
             file, search = FOUND, self._bayes(around, evaluations - len(merges.told), merges.reference)
         elif RANDOM not in self.done and self.options.random_baseline:
