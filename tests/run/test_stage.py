@@ -134,6 +134,16 @@ def test_a_teacher_that_is_brought_along_is_the_input(config, finish, tmp_path):
         state(config, BANK)
 
 
+def test_another_teacher_than_was_given_is_named_where_it_is(config, finish, tmp_path):
+    finish(BANK)
+    config.teacher.path = str(tmp_path / "given")
+    write(tmp_path / "given", "another")
+    bank = config.folder("bank")
+    said = rf"{bank} was made from another teacher than {tmp_path / 'given'}: give the one .*, or delete {bank} and run"
+    with pytest.raises(EdgeDiTError, match=said):
+        state(config, STUDENT)
+
+
 def test_what_was_made_of_something_older_is_named_from_wherever_it_is_read(config, finish):
     """The teacher is made anew: the bank, of which the student and all else is, is of the old one."""
     for stage in (TEACHER, BANK):

@@ -108,10 +108,15 @@ def pipeline_weights_hash(folder: str | os.PathLike) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def input_place(config: RunConfig, at: str) -> Path | str:
+    """Where an input of a run is: in its folder, or where its recipe says."""
+    maker = maker_of(at)
+    return maker.place(config) if at == maker.folder else config.folder(at)
+
+
 def input_hash(config: RunConfig, at: str) -> str | None:
     """The SHA-256 of a file of a run, or the hash of a pipeline's weights; `None`: it is not there."""
-    maker = maker_of(at)
-    path = maker.place(config) if at == maker.folder else config.folder(at)
+    path = input_place(config, at)
     if isinstance(path, Path) and path.suffix == ".json":
         return file_sha256(path) if path.is_file() else None
     return pipeline_weights_hash(path)
@@ -140,9 +145,15 @@ def check_sources(config: RunConfig, folders: Iterable[str], table: Sequence[Sta
             if at not in hashes:
                 hashes[at] = input_hash(config, at)
             if hashes[at] not in (None, made_from[name]):
+                place = input_place(config, at)
+                other = (
+                    f"another {place} than is there now:"
+                    if place == config.folder(at)
+                    else f"another {at} than {place}: give the one that it was made from, or"
+                )
                 raise EdgeDiTError(
-                    f"{config.folder(folder)} was made from another {config.folder(at)} than is there now: delete "
-                    f"{config.folder(folder)} and run {maker.made_by} again."
+                    f"{config.folder(folder)} was made from {other} delete {config.folder(folder)} and run "
+                    f"{maker.made_by} again."
                 )
             if (before := Path(at).parts[0]) not in left:
                 left.append(before)
