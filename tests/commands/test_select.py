@@ -20,6 +20,8 @@ def test_the_best_point_within_the_limit_is_assembled(debug_run, tmp_path, capsy
     fastest = min(entry["latency_ms"] for entry in front)
     assert main(["select", str(run), "--max-latency-ms", repr(fastest / 2)]) == 2
     assert "latency_ms" in capsys.readouterr().err
+    assert main(["select", str(run), "--teacher", "elsewhere"]) == 2
+    assert f"--teacher is elsewhere, but {run} has a search" in capsys.readouterr().err
     (run / "bank" / "index.json").write_text((run / "bank" / "index.json").read_text() + "\n")
     assert main(["select", str(run)]) == 2
     assert "search was made from another" in capsys.readouterr().err
@@ -43,6 +45,8 @@ def test_without_a_search_the_programme_chooses_and_lists(debug_run, tmp_path, c
     assert choice["genotype_hash"] == listed["rows"][0]["genotype_hash"] and choice["score"] == scores[0]
     assert main(["select", str(run), "--front", "6", "--json"]) == 0
     swept = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    assert main(["select", str(run), "--front", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 genotype, proved to be the best of its budget (gap 0)"
     assert swept[-1]["score"] == 0.0 and swept[-1]["latency_ms"] == max(row["latency_ms"] for row in swept)
     assert main(["select", str(run), "--max-latency-ms", "1e-6"]) == 2
     assert "but the least is" in capsys.readouterr().err

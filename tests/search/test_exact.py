@@ -56,6 +56,11 @@ def test_bounds_that_nothing_meets_write_nothing(unsearched):
 
 def test_what_is_missing_unfinished_or_foreign_is_named(unsearched, make_transformer):
     folder, _ = unsearched
+    for other in (folder / "nowhere", folder / "teacher", folder / "latency" / "table.json"):
+        with pytest.raises(
+            EdgeDiTError, match=f"{other} is not the folder of a run: it holds no teacher, bank or latency"
+        ):
+            ExactChoice.of(other)
     (folder / "latency" / "run.json").write_text("{}")
     with pytest.raises(EdgeDiTError, match=r"latency is unfinished; run stage latency"):
         ExactChoice.of(folder)

@@ -59,6 +59,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Choose, assemble, and say what was chosen; or list what could be."""
+    from ..errors import EdgeDiTError
     from ..schema import Rule, check_option
 
     check_option("max-latency-ms", args.max_latency_ms, Rule(above=0.0, maximum=1e9))
@@ -82,13 +83,20 @@ def run(args: argparse.Namespace) -> None:
     }
     lists = args.k is not None or args.front is not None
     exact = None
-    if args.exact or lists or not was_searched(args.run_dir):
+    chooses = args.exact or lists or not was_searched(args.run_dir)
+    if args.teacher is not None and not chooses:
+        raise EdgeDiTError(
+            f"--teacher is {args.teacher}, but {args.run_dir} has a search, which says what its teacher is; leave "
+            "--teacher out, or add --exact."
+        )
+    if chooses:
         exact = ExactChoice.of(args.run_dir, args.teacher, args.bytes_precision, args.accept_other)
     if exact is not None and lists:
         caps, programme = exact.caps(**bounds), exact.programme
         found = programme.front(args.front, caps=caps) if args.k is None else programme.k_best(args.k, caps)
         rows = exact.rows(found)
-        print("\n".join(table(rows, exact.precision)))
+        proved = "the next best" if args.front is None else "the best of its budget"
+        print("\n".join(table(rows, exact.precision, proved)))
         if args.json:
             print(json.dumps({"caps": caps, "bytes_precision": exact.precision, "rows": rows}))
         return
@@ -115,8 +123,8 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(choice))
 
 
-def table(rows: list[dict[str, Any]], precision: str) -> list[str]:
-    """Lines of a table of genotypes."""
+def table(rows: list[dict[str, Any]], precision: str, proved: str) -> list[str]:
+    """Lines of a table of genotypes; `proved`: what each of them is proved to be."""
     lines = [f"{'':>4}{'loss':>12}{'ms':>10}{'parameters':>14}{'MB ' + precision:>12}{'layers':>8}  genotype"]
     for number, row in enumerate(rows, 1):
         lines.append(
@@ -124,4 +132,6 @@ def table(rows: list[dict[str, Any]], precision: str) -> list[str]:
             f"{row['bytes'] / 1e6:>12.4g}{row['layers']:>8}  {row['genotype_hash']}"
         )
     worst = max(row["gap"] for row in rows)
-    return [*lines, f"{len(rows)} genotypes, each proved to be the next best (gap {worst:.2g})"]
+    count = "1 genotype," if len(rows) == 1 else f"{len(rows)} genotypes, each"
+    proof = "gap 0" if worst == 0 else f"but for at most {worst:.2g} of its loss"
+    return [*lines, f"{count} proved to be {proved} ({proof})"]

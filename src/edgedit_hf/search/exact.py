@@ -84,6 +84,11 @@ class ExactChoice:
             EdgeDiTError: one of the three is missing or unfinished, or they do not belong together.
         """
         run_dir = Path(run_dir)
+        if not any((run_dir / stage.folder).is_dir() for stage in (TEACHER, BANK, LATENCY)):
+            raise EdgeDiTError(
+                f"{run_dir} is not the folder of a run: it holds no {TEACHER.folder}, {BANK.folder} or "
+                f"{LATENCY.folder}; give the output_dir of a recipe that made them."
+            )
         for stage in (BANK, LATENCY):
             folder = run_dir / stage.folder
             if (folder / "run.json").is_file() and not (folder / "stage.json").is_file():
