@@ -138,7 +138,7 @@ class MenuSpace(SearchSpace):
             near = difflib.get_close_matches(str(strange)[:100], MENU_KEYS, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"a choice's keys are {', '.join(MENU_KEYS)}."
             raise EdgeDiTError(f"{name} is {shorten(entry)}; {hint}")
-        given = {}
+        given: dict[str, Any] = {}
         for key, value in entry.items():
             if value is not None:
                 try:
