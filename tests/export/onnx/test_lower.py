@@ -8,9 +8,11 @@ from argparse import ArgumentParser
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from onnx import helper, numpy_helper
 from peft import LoraConfig
 
 from edgedit_hf import EdgeDiTPipeline, OnnxEdgeDiTTransformer2DModel
@@ -21,7 +23,7 @@ from edgedit_hf.export import verify
 from edgedit_hf.export.formats import ExportOptions
 from edgedit_hf.export.lowering import lower_denoiser
 from edgedit_hf.export.onnx import lower as lowering
-from edgedit_hf.export.onnx.lowbit import MIN_QUANTIZED_ELEMENTS, gemm_to_matmul
+from edgedit_hf.export.onnx.lowbit import MIN_QUANTIZED_ELEMENTS, dynamic_int8, gemm_to_matmul
 from edgedit_hf.export.onnx.lower import initializer_bytes, lower_onnx, save_onnx
 from edgedit_hf.export.parts import edgedit_parts
 from edgedit_hf.export.pipeline import export_pipeline
@@ -211,11 +213,30 @@ def test_int8_shrinks_every_linear_layer(make_transformer, tmp_path):
     ]
     assert sorted(large) == [[1, 16, 128], [11, 128]] or sorted(large) == [[11, 128], [16, 128]]
     assert not [node.op_type for node in proto.graph.node if node.op_type == "Gemm"]
-    int8_elements = after["int8"]
+    int8_elements = after["uint8"]
     linear = [
         m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.numel() >= MIN_QUANTIZED_ELEMENTS
     ]
     assert int8_elements >= sum(m.weight.numel() for m in linear)
+
+
+def test_int8_does_not_saturate(tmp_path):
+    """Large weights of one sign on large inputs: where products are added up in 16 bits, half of the sum is lost."""
+    proto = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
+            "product",
+            [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [4, 128])],
+            [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [4, 64])],
+            [numpy_helper.from_array(np.ones((128, 64), np.float32), "w")],
+        ),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=9,
+    )
+    quantized = dynamic_int8(proto, external=False)
+    session = onnxruntime.InferenceSession(quantized.SerializeToString(), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": np.ones((4, 128), np.float32)})
+    np.testing.assert_allclose(y, 128.0, rtol=1e-3)
 
 
 def test_gemm_to_matmul_changes_no_number(pipeline, fp32, tmp_path):
@@ -250,7 +271,7 @@ def test_big_weights_stand_beside_the_file(pipeline, fp32, tmp_path, monkeypatch
     assert quantized.with_name("model.onnx.data").exists()
     monkeypatch.undo()
     lower_denoiser(pipeline.transformer, tmp_path / "i.onnx", dtype="int8")
-    assert initializer_bytes(quantized)["int8"] == initializer_bytes(tmp_path / "i.onnx")["int8"]
+    assert initializer_bytes(quantized)["uint8"] == initializer_bytes(tmp_path / "i.onnx")["uint8"]
 
 
 @pytest.mark.parametrize(
@@ -389,6 +410,7 @@ from pathlib import Path
 import torch
 import edgedit_hf
 from diffusers import DiffusionPipeline
+from onnx import helper, numpy_helper
 
 cache, expected = sys.argv[1], torch.load(sys.argv[2], weights_only=True)
 

@@ -138,9 +138,26 @@ def _rewrite(
 
 # -------------------------------------------------------------------- int8
 
+# Weights are symmetric, but stored about 128 without a sign: ONNX Runtime adds up pairs of products of unsigned with
+# signed bytes in 16 bits where an x86 processor lacks VNNI, and they saturate there.
+UNSIGNED_ZERO = 128
+
+
+def _without_sign(weight: np.ndarray) -> np.ndarray:
+    return (weight.astype(np.int16) + UNSIGNED_ZERO).astype(np.uint8)
+
+
+def _unsigned_weights(proto: onnx.ModelProto) -> None:
+    """Store the weights of all integer products without a sign; the products stay the same."""
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    names = {node.input[place] for node in proto.graph.node if node.op_type == "MatMulInteger" for place in (1, 3)}
+    for name in names:
+        signed = numpy_helper.to_array(tensors[name])
+        tensors[name].CopyFrom(numpy_helper.from_array(_without_sign(signed), name))
+
 
 def dynamic_int8(proto: onnx.ModelProto, external: bool) -> onnx.ModelProto:
-    """Dynamic int8: weights of all linear layers signed per output channel, activations unsigned per tensor at run
+    """Dynamic int8: weights of all linear layers symmetric per output channel, activations unsigned per tensor at run
     time.
 
     The adaLN layers and embedders act on `(B, D)` and lower to Gemm, which ONNX Runtime's dynamic quantiser skips; they
@@ -173,14 +190,15 @@ def dynamic_int8(proto: onnx.ModelProto, external: bool) -> onnx.ModelProto:
             quantized = onnx.load(str(path))
     finally:
         root.setLevel(level)
+    _unsigned_weights(quantized)
     del quantized.metadata_props[:]
     quantized.metadata_props.extend(proto.metadata_props)
     return quantized
 
 
 def static_int8(proto: onnx.ModelProto, scales: ActivationScales, module: nn.Module) -> int:
-    """Static int8 in place (QDQ): weights signed per output channel, activations unsigned with the calibrated scale of
-    their layer.
+    """Static int8 in place (QDQ): weights symmetric per output channel, activations unsigned with the calibrated scale
+    of their layer.
 
     With several buckets every layer holds a table of scales, and the bucket is looked up from the input `timestep` of
     the first row (a file without one gets it): one file serves the whole schedule. ONNX Runtime fuses each layer to one
@@ -210,8 +228,11 @@ def static_int8(proto: onnx.ModelProto, scales: ActivationScales, module: nn.Mod
         scale = scales.scale[layer].numpy().astype(np.float32)
         zero_point = scales.zero_point[layer].numpy().astype(np.uint8)
         tensors = [
-            numpy_helper.from_array(values, f"{prefix}.weight"),
+            numpy_helper.from_array(_without_sign(values), f"{prefix}.weight"),
             numpy_helper.from_array(weight_scale, f"{prefix}.weight_scale"),
+            numpy_helper.from_array(
+                np.full(weight_scale.shape, UNSIGNED_ZERO, np.uint8), f"{prefix}.weight_zero_point"
+            ),
             numpy_helper.from_array(scale if many else scale[0], f"{prefix}.scales" if many else f"{prefix}.scale"),
             numpy_helper.from_array(
                 zero_point if many else zero_point[0], f"{prefix}.zero_points" if many else f"{prefix}.zero_point"
@@ -235,7 +256,7 @@ def static_int8(proto: onnx.ModelProto, scales: ActivationScales, module: nn.Mod
             ),
             helper.make_node(
                 "DequantizeLinear",
-                [f"{prefix}.weight", f"{prefix}.weight_scale"],
+                [f"{prefix}.weight", f"{prefix}.weight_scale", f"{prefix}.weight_zero_point"],
                 [f"{prefix}.matrix"],
                 name=f"{prefix}.weights",
                 axis=1,
