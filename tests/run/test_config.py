@@ -92,6 +92,14 @@ def test_sections_and_folders(load):
         ("teacher: {xyzzy: 3}", "unknown key 'teacher.xyzzy'; the keys there are steps, batch_size"),
         ("3: x", "unknown key '3'"),
         ("teacher: 3", "teacher holds int; it must hold keys and values"),
+        (
+            "search: {mode: exact, max_latency_ratio: 0.6}",
+            "search.max_latency_ratio is 0.6, but search.mode is exact; only joint",
+        ),
+        (
+            "search: {mode: two-stage, max_parameters_ratio: 0.6}",
+            "search.max_parameters_ratio is 0.6, but search.mode is two-stage",
+        ),
         ("[teacher]", "the file holds list; it must hold keys and values"),
         ("teacher: {steps: many}", r"teacher.steps is 'many' \(str\); it must be int"),
         ("teacher: {steps: 1.5}", r"teacher.steps is 1.5 \(float\); it must be int"),

@@ -274,6 +274,12 @@ def _check(config: RunConfig, source: str) -> None:
         raise EdgeDiTError(
             f"{source}: search.initial {search.initial} exceeds search.evaluations {search.evaluations}."
         )
+    for name in ("max_latency_ratio", "max_parameters_ratio"):
+        if search.mode != "joint" and (cap := getattr(search, name)) is not None:
+            raise EdgeDiTError(
+                f"{source}: search.{name} is {cap}, but search.mode is {search.mode}; only joint keeps a search below "
+                f"it. Set it to null, and bound what is chosen with student.{name}."
+            )
     if config.rank.genotypes < 2 * config.rank.groups:
         raise EdgeDiTError(
             f"{source}: rank.genotypes {config.rank.genotypes} leaves some of rank.groups {config.rank.groups} fewer "
