@@ -478,7 +478,8 @@ def trunk_cost(config: Mapping, tokens: int) -> Cost:
     if config.get("decoder_start") is not None:
         weights += tokens * d
     side, bias = config.get("side_layers", 0), position_weights(config)
-    weights += bias * sum(layer["num_heads"] for layer in config["layers"])
+    if bias:
+        weights += bias * sum(layer["num_heads"] for layer in config["layers"])
     if side:
         heads = config["num_attention_heads"]
         weights += d + side * (layer_cost(d, Shape(d, heads, config["mlp_ratio"]), tokens).weights + bias * heads)
