@@ -794,7 +794,10 @@ def test_fused_gelu_gives_the_same_output_and_steps_aside_where_it_must(make_tra
     calls = []
     for block in model.blocks:
         block.mlp.act.register_forward_hook(lambda *_: calls.append(1))
-    assert (output(model, *arguments) - expected).norm() <= tolerance * expected.norm() and not calls
+    assert (output(model, *arguments) - expected).norm() <= tolerance * expected.norm()
+    # A processor without instructions for bfloat16 has no fused layers in it.
+    assert len(calls) == (0 if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported() else 4)
+    calls.clear()
     model(*arguments).sample.float().sum().backward()
     assert len(calls) == 4
     model.add_adapter(LoraConfig(r=2, target_modules=["proj_in"], init_lora_weights=False))

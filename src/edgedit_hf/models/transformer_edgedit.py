@@ -269,6 +269,16 @@ class EdgeDiTAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, bias)
 
 
+def fuses(dtype: torch.dtype) -> bool:
+    """Whether this processor has oneDNN's fused linear layers in a type: those of 16 bits need instructions that many
+    lack."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
+
+
 class EdgeDiTMLP(nn.Module):
     """Two linear layers with tanh-GELU between: D → mlp_dim → D."""
 
@@ -284,7 +294,7 @@ class EdgeDiTMLP(nn.Module):
         # over.
         plain = type(self.proj_in) is nn.Linear and type(self.proj_in.weight) is nn.Parameter
         plain = plain and hidden_states.device.type == "cpu" and not torch.is_grad_enabled()
-        if self.fused and plain and not torch.compiler.is_compiling():
+        if self.fused and plain and not torch.compiler.is_compiling() and fuses(hidden_states.dtype):
             weight, bias = self.proj_in.weight, self.proj_in.bias
             return self.proj_out(torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, "gelu", [], "tanh"))
         return self.proj_out(self.act(self.proj_in(hidden_states)))
