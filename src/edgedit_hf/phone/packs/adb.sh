@@ -44,6 +44,17 @@ row() {
     "$version" "$charge" "$warmth" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" >>"$part"
 }
 
+# Rows of a network's runs in a process, whose milliseconds stand a line each in $part.ms: the first are warm-ups.
+rows_of_runs() {
+  run=0
+  while read -r ms; do
+    if [ "$run" -lt "$warmups" ]; then row "$1" warm $((process * warmups + run)) "$ms"
+    else row "$1" timed $((process * runs + run - warmups)) "$ms"; fi
+    run=$((run + 1))
+  done <"$part.ms"
+  rm -f "$part.ms"
+}
+
 @RUN@
 
 phone get-state >/dev/null 2>&1 || fail "no phone answers; connect one, allow USB debugging, see \`adb devices\`"

@@ -16,12 +16,6 @@ measure() {
   [ -n "$load" ] && [ "$(wc -l <"$part.ms" | tr -d ' ')" -eq "$count" ] ||
     fail "$program gave $(wc -l <"$part.ms") times of $1 for $count runs (it needs ExecuTorch 1.3 or later, built with \
 EXECUTORCH_ENABLE_LOGGING=ON and EXECUTORCH_LOG_LEVEL=Info); see $log"
-  run=0
-  while read -r ms; do
-    if [ "$run" -lt "$warmups" ]; then row "$1" warm $((process * warmups + run)) "$ms"
-    else row "$1" timed $((process * runs + run - warmups)) "$ms"; fi
-    run=$((run + 1))
-  done <"$part.ms"
-  rm -f "$part.ms"
+  rows_of_runs "$1"
   row "$1" cold "$process" "$load"
 }

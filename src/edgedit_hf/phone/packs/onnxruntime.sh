@@ -11,12 +11,6 @@ measure() {
   phone shell cat "$on_phone/times.csv" | tr -d '\r' | awk -F, 'NF >= 5 { printf "%.6f\n", 1000 * $2 }' >"$part.ms"
   [ "$(wc -l <"$part.ms" | tr -d ' ')" -eq $((warmups + runs)) ] ||
     fail "$program gave $(wc -l <"$part.ms") times of $1 for $((warmups + runs)) runs; see $log"
-  run=0
-  while read -r ms; do
-    if [ "$run" -lt "$warmups" ]; then row "$1" warm $((process * warmups + run)) "$ms"
-    else row "$1" timed $((process * runs + run - warmups)) "$ms"; fi
-    run=$((run + 1))
-  done <"$part.ms"
-  rm -f "$part.ms"
+  rows_of_runs "$1"
   row "$1" cold "$process" "$(awk -v seconds="$load" 'BEGIN { printf "%.6f", 1000 * seconds }')"
 }
