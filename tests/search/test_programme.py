@@ -10,8 +10,9 @@ import pytest
 from edgedit_hf import Genotype, SearchSpace
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.genotype import LayerSpec
+from edgedit_hf.search import enumeration
 from edgedit_hf.search.pareto import pareto_front
-from edgedit_hf.search.programme import Block, Programme
+from edgedit_hf.search.programme import Block, Peak, Programme
 from edgedit_hf.search_space import layer_cost
 
 HIDDEN, FIXED = 64, {"latency_ms": 1.5, "parameters": 1000.0}
@@ -166,6 +167,82 @@ def test_more_than_there_are_excluded_ones_and_equal_scores():
         solver.k_best(0)
     alone = programme([block for block in blocks if block.layer.mlp_ratio == 1.0], 3)
     assert len(alone.k_best(3)) == len(alone.front(4)) == len(list(alone.plan())) == 1
+
+
+def test_hundreds_of_the_next_best_take_seconds(capfd):
+    blocks = instance(1, 28, choices=16)
+    solver = programme(blocks, 28)
+    low, high = solver.least("latency_ms").costs["latency_ms"], solver.best().costs["latency_ms"]
+    caps = {"latency_ms": (low + high) / 2, "parameters": 80e3}
+    before = time.perf_counter()
+    found = solver.k_best(300, caps)
+    assert time.perf_counter() - before < 20, "1 s is meant, on an idle core"
+    assert len({solution.genotype for solution in found}) == 300 and all(solution.gap == 0.0 for solution in found)
+    assert found[0] == solver.best(caps)
+    assert found[2] == solver.best(caps, exclude=[solution.genotype for solution in found[:2]])
+    assert all(solution.costs[name] <= cap for solution in found for name, cap in caps.items())
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_cost_that_is_a_sum_and_a_peak(seed):
+    """Memory: all weights, and what the layer that holds the most at once holds."""
+    num_layers, draw = 4 + seed % 2, np.random.default_rng(seed)
+    blocks = [
+        Block(b.layer, b.score, {"latency_ms": b.costs["latency_ms"], "size": s, "live": v})
+        for b in instance(seed, num_layers)
+        for s, v in [draw.integers(1, 30, 2).astype(float)]
+    ]
+    fixed, worst = {"latency_ms": 1.5, "size": 3.0, "live": 4.0}, {"ratio": {"latency_ms": 2.0, "size": 0.1}}
+    solver = Programme(blocks, num_layers, HIDDEN, fixed, worst, {"memory": Peak("size", "live")})
+    assert solver.known_costs == ("latency_ms", "size", "ratio", "memory")
+
+    def costs(way: tuple[Block, ...]) -> dict[str, float]:
+        found = {name: fixed[name] + sum(block.costs[name] for block in way) for name in ("latency_ms", "size")}
+        found["live"] = max(4.0, *(block.costs["live"] for block in way))
+        found["ratio"] = max(2.0 * found["latency_ms"], 0.1 * found["size"])
+        return {**found, "memory": found["size"] + found["live"]}
+
+    ways = [(way, costs(way)) for way in everything(blocks, num_layers)]
+    every = sorted(each["memory"] for _, each in ways)
+    middle = sorted(each["ratio"] for _, each in ways)[len(ways) // 2]
+    for share, more in itertools.product((0.0, 0.05, 0.4), ({}, {"ratio": middle})):
+        caps = {"memory": every[int(share * len(ways))], **more}
+        fitting = [(way, each) for way, each in ways if all(each[name] <= cap for name, cap in caps.items())]
+        scores = sorted(sum(block.score for block in way) for way, _ in fitting)
+        if not fitting:
+            with pytest.raises(EdgeDiTError, match="had alone; with the other caps, the least memory is"):
+                solver.best(caps)
+            continue
+        assert solver.best(caps).score == pytest.approx(scores[0], rel=1e-12)
+        found = solver.k_best(20, caps)
+        assert [solution.score for solution in found] == pytest.approx(scores[:20], rel=1e-12)
+        for solution in found:
+            way = next(each for way, each in ways if tuple(b.layer for b in way) == solution.genotype.layers)
+            assert solution.costs == pytest.approx(way, rel=1e-12)
+        for name in ("memory", "ratio"):
+            assert solver.least(name, caps).costs[name] == pytest.approx(min(each[name] for _, each in fitting))
+    least = solver.front(5, "memory")[0].costs["memory"]
+    assert least == every[0]
+    with pytest.raises(EdgeDiTError, match=f"No student has memory <= {least / 2:.6g}, but the least is {least:.6g}"):
+        solver.best({"memory": least / 2})
+    with pytest.raises(EdgeDiTError, match="cap on live, but .* costs are latency_ms, size, ratio, memory"):
+        solver.best({"live": 9.0})
+
+
+def test_what_would_take_too_much_memory_is_solved_one_by_one(monkeypatch):
+    blocks = instance(7, 4)
+    solver, ways = programme(blocks, 4), everything(blocks, 4)
+    caps = {"latency_ms": sorted(total(way, "latency_ms") for way in ways)[len(ways) // 3]}
+    truth, passes = ranked(ways, caps), solver.k_best(9, caps)
+    monkeypatch.setattr(enumeration, "OPEN", 5)
+    solved, solve = [], solver._solve
+    monkeypatch.setattr(solver, "_solve", lambda *args: solved.append(args) or solve(*args))
+    found = solver.k_best(9, caps)
+    assert solved
+    assert found == passes and [solution.genotype for solution in found] == [genotype for _, genotype in truth[:9]]
+    left = solver.best(caps, exclude=[genotype for _, genotype in truth[:8]])
+    assert left.genotype == truth[8][1]
 
 
 def test_caps_that_nothing_keeps_are_told_with_the_least_there_is():
