@@ -101,7 +101,7 @@ class Judge:
 def search(space, programme: Programme, judge: Judge, table: LatencyTable, arguments, seed: int, reference=None):
     """A finished search."""
     blocks = [block for block in programme.blocks if block.layer in set(space.replacements())]
-    part = Programme(blocks, programme.num_layers, programme.hidden_size, programme.fixed, programme.worst)
+    part = programme.with_blocks(blocks)
     found = BayesSearch(space, arguments.evaluations, seed, reference=reference, programme=part)
     while not found.finished:
         for genotype in found.pending or found.ask(1):

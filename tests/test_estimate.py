@@ -134,6 +134,8 @@ def test_times_scale_with_the_work(configured):
     assert ratio("student.max_flops_ratio=0.5", "teacher.steps=500", of="tune", to="teacher") == pytest.approx(
         1 / 2, rel=1e-4
     )
+    for bound in ("max_bytes_mb", "max_memory_mb"):  # no student is larger than what its weights may take
+        assert counted(configured(f"student.{bound}=0.02"))["student"].disk < counted(configured())["student"].disk
     # A bank's step costs a teacher forward and three forwards of every proxy.
     bank = (
         "bank.steps=1000",

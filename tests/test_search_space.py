@@ -7,11 +7,22 @@ import random
 from collections import Counter
 
 import pytest
+import torch
 
-from edgedit_hf import Genotype, SearchSpace
+from edgedit_hf import EdgeDiTTransformer2DModel, Genotype, SearchSpace
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.genotype import LayerSpec, Shape
-from edgedit_hf.search_space import BYTES, OPTIONS, Cost, default_attention_dim, layer_cost, model_cost
+from edgedit_hf.search_space import (
+    BYTES,
+    OPTIONS,
+    Cost,
+    default_attention_dim,
+    layer_cost,
+    live_values,
+    model_cost,
+    peak_live_values,
+    trunk_live_values,
+)
 
 PAIR_CHOICES = 4 * 4 + 4
 
@@ -255,6 +266,30 @@ def test_what_a_modulation_and_merged_tokens_save():
     assert low.weights - static.weights == low.macs - static.macs == 64 * 1152 + 6 * 1152 * 64
     merged, quarter = layer_cost(1152, shape._replace(token_merge=2), tokens), layer_cost(1152, shape, tokens // 4)
     assert merged == quarter and merged.weights == whole.weights
+
+
+@pytest.mark.parametrize("token_merge", [1, 2])
+@pytest.mark.parametrize(("attention_dim", "num_heads", "mlp_ratio"), [(8, 1, 4.0), (32, 2, 0.5), (16, 8, 1.0)])
+def test_live_values_are_those_that_hooks_see(make_transformer, attention_dim, num_heads, mlp_ratio, token_merge):
+    layer = LayerSpec((0,), attention_dim, num_heads, mlp_ratio, token_merge=token_merge)
+    config = make_transformer(num_layers=1).config
+    model = EdgeDiTTransformer2DModel.with_config(config, layers=Genotype((layer,), 32).to_layers())
+    block, sizes = model.blocks[0], {}
+    for name, module in block.named_modules():
+        module.register_forward_hook(lambda m, args, out, name=name: sizes.update({name: out.numel(), "": args}))
+    tokens = torch.randn(1, 16, 32)
+    block(tokens, torch.randn(1, 32))
+    inside = sizes["norm1"] // 32
+    attention = max(sizes["norm1"] + sizes["attn.to_qkv"], sizes["attn.to_qkv"] + num_heads * inside**2)
+    most = max(attention, sizes["norm2"] + sizes["mlp.proj_in"])
+    assert inside == 16 // token_merge**2 and live_values(config, layer) == tokens.numel() + most
+    small = LayerSpec((1,), 8, 1, 0.25, token_merge=2)
+    both = max(live_values(config, layer), live_values(config, small), trunk_live_values(config))
+    assert peak_live_values(config, Genotype((layer, small), 32)) == both
+    skipped = {**config, "long_skips": [[-1, 3], [0, 2]]}
+    over = [live_values(skipped, LayerSpec((index,), *layer.shape)) for index in range(4)]
+    assert [(value - over[3]) // tokens.numel() for value in over] == [0, 1, 1, 0]
+    assert trunk_live_values(skipped) == 2 * trunk_live_values(config) == 4 * tokens.numel()
 
 
 def test_larger_inputs_cost_more_and_bytes_follow_the_precision(make_transformer):

@@ -35,7 +35,7 @@ from edgedit_hf.search.blocks import programme_of
 from edgedit_hf.search.campaign import Campaign, most_evaluations
 from edgedit_hf.search.device_tables import load_table
 from edgedit_hf.search.objectives import search_objective
-from edgedit_hf.search_space import model_cost
+from edgedit_hf.search_space import model_cost, peak_live_values
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
@@ -74,6 +74,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     }
     shares = {"latency_ms": options.max_latency_ratio, "parameters": options.max_parameters_ratio}
     caps = {name: share * teacher[name] for name, share in shares.items() if share is not None}
+    if options.max_memory_mb is not None:
+        caps["memory"] = 1e6 * options.max_memory_mb
     programme = None if options.mode == "two-stage" else programme_of(bank, table)
     campaign = Campaign(state.folder, bank.space, options, config.seed, programme, caps)
     state.continue_at(campaign.evaluated)
@@ -83,6 +85,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             break  # the space holds fewer than the budget
         cost = model_cost({**teacher_config, "layers": genotype.to_layers()})
         costs = {"parameters": cost.parameters, "weights": cost.weights, "flops": cost.flops}
+        costs["live_values"] = peak_live_values(teacher_config, genotype)
         state.log(**campaign.evaluate(genotype, judge, table.latency_ms(genotype), costs))
     atomic_write_json(state.folder / "front.json", {**summary(campaign.found, campaign.random), "teacher": teacher})
     state.finish()

@@ -190,8 +190,9 @@ class _Estimator:
                 {**self.work.model, "layers": read_genotype(given.genotype, "student.genotype").to_layers()}
             )
         weights = round(self.teacher.weights * min(1.0, given.max_parameters_ratio or 1.0))
-        if given.max_bytes_mb is not None:
-            weights = min(weights, round(1e6 * given.max_bytes_mb / BYTES[self.config.latency.precision]))
+        for megabytes in (given.max_bytes_mb, given.max_memory_mb):
+            if megabytes is not None:
+                weights = min(weights, round(1e6 * megabytes / BYTES[self.config.latency.precision]))
         flops = round(self.teacher.flops * min(1.0, given.max_flops_ratio or 1.0))
         return Cost(weights, weights, flops // 2, flops)
 

@@ -190,6 +190,7 @@ class Point:
     parameters: float = key(1, minimum=1, maximum=FIGURE)
     weights: float = key(1, minimum=1, maximum=FIGURE)
     flops: float = key(1, minimum=1, maximum=FIGURE)
+    live_values: float = key(1, minimum=1, maximum=FIGURE)
     noise: float | None = key(None, minimum=0.0, maximum=FIGURE)
 
 

@@ -405,6 +405,7 @@ def can_merge(config: Mapping, first: int) -> bool:
 # -------------------------------------------------------------------- closed-form costs
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
+VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 4, "int4": 4}  # of what layers hand on, by weights' precision
 
 
 @dataclass(frozen=True)
@@ -496,6 +497,46 @@ def model_cost(config: Mapping, height: int | None = None, width: int | None = N
     for layer in Genotype.of(config).layers:
         total += layer_cost(config["hidden_size"], layer.shape, tokens)
     return total
+
+
+def activation_bytes(values: float, batch: int, precision: str) -> float:
+    """Bytes of so many values of every image of a batch, where the weights have a precision of [`BYTES`]."""
+    return float(values * batch * VALUE_BYTES[precision])
+
+
+def grid_tokens(config: Mapping) -> int:
+    """Tokens of an input of the config's `sample_size`."""
+    return (config["sample_size"] // config["patch_size"]) ** 2
+
+
+def live_values(config: Mapping, layer: LayerSpec) -> int:
+    """Values of one image that are alive at once somewhere in a layer, at least: its input, beside it the operands and
+    the result of the largest step (attention with all its scores, as exported graphs hold them), and what long skips
+    keep over it. Position biases are left out.
+    """
+    attention_dim, num_heads, mlp_ratio, _, merge = layer.shape
+    tokens, hidden_size = grid_tokens(config), config["hidden_size"]
+    inside, mlp_dim = tokens // (merge * merge), int(hidden_size * mlp_ratio)
+    steps = (
+        inside * (hidden_size + 3 * attention_dim),  # the norm's result, and query, key and value
+        inside * (3 * attention_dim + num_heads * inside),  # these, and the scores
+        inside * (hidden_size + mlp_dim),  # the MLP's input or output, and its neurons
+    )
+    first, last = layer.source[0], layer.source[-1]
+    kept = sum(start < first - 1 and end > last for start, end in config.get("long_skips") or [])
+    return tokens * hidden_size * (1 + kept) + max(steps)
+
+
+def trunk_live_values(config: Mapping) -> int:
+    """As [`live_values`], outside the layers: the last norm's operand and result, or two inputs of a long skip, side by
+    side, and a copy of both in one.
+    """
+    return grid_tokens(config) * config["hidden_size"] * (4 if config.get("long_skips") else 2)
+
+
+def peak_live_values(config: Mapping, genotype: Genotype) -> int:
+    """Values of one image that a student holds at once, at least: those of its layer that holds the most."""
+    return max(trunk_live_values(config), *(live_values(config, layer) for layer in genotype.layers))
 
 
 # -------------------------------------------------------------------- elastic text-to-image nets

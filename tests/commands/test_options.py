@@ -56,7 +56,7 @@ def test_of_the_export(option, value, tmp_path, capsys):
         ),
         *(
             ["select", "RUN", *words.split()]
-            for words in ("--max-bytes-mb nan", "--max-bytes-mb 0", "--max-flops-ratio 0", "--k 0", "--front 100000")
+            for words in ("--max-bytes-mb nan", "--max-memory-mb 0", "--max-flops-ratio 0", "--k 0", "--front 100000")
         ),
         *(
             ["phone", "pack", "RUN", "OUT", *words.split()]

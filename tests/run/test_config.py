@@ -100,6 +100,7 @@ def test_sections_and_folders(load):
             "search: {mode: two-stage, max_parameters_ratio: 0.6}",
             "search.max_parameters_ratio is 0.6, but search.mode is two-stage",
         ),
+        ("search: {mode: exact, max_memory_mb: 9}", "search.max_memory_mb is 9.0, but .* with student.max_memory_mb"),
         ("[teacher]", "the file holds list; it must hold keys and values"),
         ("teacher: {steps: many}", r"teacher.steps is 'many' \(str\); it must be int"),
         ("teacher: {steps: 1.5}", r"teacher.steps is 1.5 \(float\); it must be int"),

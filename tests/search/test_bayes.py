@@ -14,7 +14,7 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.menu_space import MenuSpace
 from edgedit_hf.search.bayes import ACQUISITIONS, BayesSearch, RandomSearch, summary
 from edgedit_hf.search.pareto import hypervolume
-from edgedit_hf.search.programme import Block, Programme
+from edgedit_hf.search.programme import Block, Peak, Programme
 from edgedit_hf.search_space import SearchSpace, layer_cost
 
 SPACE = SearchSpace(6, 128, 4)
@@ -197,6 +197,18 @@ def test_a_genotype_that_breaks_a_cap_is_never_asked_for():
     cap = sorted(evaluate(genotype)[1] for genotype in SPACE.all())[20] * (1 + 1e-6)
     within = [genotype for genotype in SPACE.all() if evaluate(genotype)[1] <= cap]
     search = BayesSearch(SPACE, 200, num_initial=8, programme=solver, caps={"latency_ms": cap})
+    run(search, batch=len(within))
+    assert search.finished and {SPACE.from_code(code) for code in codes(search)} == set(within)
+    sizes = {x: (10.0 * x.mlp_ratio, x.attention_dim / 8) for x in SPACE.replacements()}  # weights, activations
+    blocks = [Block(b.layer, b.score, {**b.costs, **dict(zip("wa", sizes[b.layer]))}) for b in solver.blocks]
+    solver = Programme(blocks, 6, 128, solver.fixed, peaks={"memory": Peak("w", "a")})
+    peaks = {
+        genotype: sum(sizes[x][0] for x in genotype.layers) + max(sizes[x][1] for x in genotype.layers)
+        for genotype in SPACE.all()
+    }
+    cap = sorted(peaks.values())[15]
+    search = BayesSearch(SPACE, 200, num_initial=8, programme=solver, caps={"memory": cap})
+    within = [genotype for genotype, memory in peaks.items() if memory <= cap]
     run(search, batch=len(within))
     assert search.finished and {SPACE.from_code(code) for code in codes(search)} == set(within)
     with pytest.raises(EdgeDiTError, match="caps on .'latency_ms'. but no programme"):

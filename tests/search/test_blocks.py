@@ -11,7 +11,7 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.menu_space import MenuSpace
 from edgedit_hf.search.blocks import blocks_of, programme_of
 from edgedit_hf.search.latency_table import LatencyTable, trunk_of
-from edgedit_hf.search_space import SearchSpace, model_cost
+from edgedit_hf.search_space import SearchSpace, model_cost, peak_live_values
 
 
 @pytest.mark.parametrize("precision", [None, "fp32", "int4"])
@@ -26,6 +26,8 @@ def test_costs_are_those_of_whole_models(unsearched, precision):
             "parameters": cost.parameters,
             "flops": cost.flops,
             "bytes": pytest.approx(cost.bytes(precision or "int8"), abs=1),
+            "activations": 4 * table.batch * peak_live_values(config, genotype),
+            "memory": solution.costs["bytes"] + solution.costs["activations"],
         }
         proxies = [bank.key(layer) for layer in genotype.layers if bank.key(layer) in bank.entries]
         losses = [bank.entries[key]["loss_after"] * len(bank.entries[key]["source"]) for key in proxies]

@@ -6,7 +6,7 @@ import torch
 
 from edgedit_hf.menu_space import MenuSpace
 from edgedit_hf.search.encoding import Encoding
-from edgedit_hf.search.programme import Block, Programme
+from edgedit_hf.search.programme import Block, Peak, Programme
 from edgedit_hf.search_space import SearchSpace
 
 MENU = [
@@ -23,11 +23,15 @@ SPACES = {
 }
 
 
+PEAKS = {"memory": Peak("bytes", "live")}
+
+
 def programme(space) -> Programme:
     rng = np.random.default_rng(0)
-    costs = [{"latency_ms": rng.uniform(1, 2), "bytes": rng.uniform(5, 9)} for _ in space.replacements()]
+    names = ("latency_ms", "bytes", "live")
+    costs = [dict(zip(names, (rng.uniform(1, 2), *rng.uniform(5, 9, 2).tolist()))) for _ in space.replacements()]
     blocks = [Block(layer, rng.uniform(), cost) for layer, cost in zip(space.replacements(), costs)]
-    return Programme(blocks, space.num_layers, space.hidden_size, {"latency_ms": 0.5})
+    return Programme(blocks, space.num_layers, space.hidden_size, {"latency_ms": 0.5, "live": 6.0}, None, PEAKS)
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -36,7 +40,10 @@ def test_rows_hold_what_genotypes_say(name):
     solver = programme(space)
     of = {block.layer: block for block in solver.blocks}
     encoding = Encoding(space, solver)
-    assert set(encoding.columns) == {"score", "latency_ms", "bytes"} and len(encoding.kinds) == encoding.num_features
+    assert (
+        set(encoding.columns) == {"score", "latency_ms", "bytes", "live", "memory"}
+        and len(encoding.kinds) == encoding.num_features
+    )
     codes = list(space.codes())[:: max(1, space.size // 200)]
     rows = encoding.rows(codes)
     for code, row in zip(codes, rows):
@@ -46,6 +53,8 @@ def test_rows_hold_what_genotypes_say(name):
         assert row[encoding.columns["score"]].item() == pytest.approx(sum(block.score for block in blocks))
         milliseconds = 0.5 + sum(block.costs["latency_ms"] for block in blocks)
         assert row[encoding.columns["latency_ms"]].item() == pytest.approx(milliseconds)
+        memory = sum(block.costs["bytes"] for block in blocks) + max(6.0, *(block.costs["live"] for block in blocks))
+        assert row[encoding.columns["memory"]].item() == pytest.approx(memory)
     assert Encoding(space).rows(codes).tolist() == rows[:, : encoding.num_features].tolist()
 
 

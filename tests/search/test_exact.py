@@ -16,6 +16,7 @@ def test_the_least_loss_within_the_bounds_is_assembled(unsearched):
     folder, bank = unsearched
     assert not was_searched(folder)
     exact = ExactChoice.of(folder)
+    memory = exact.whole.costs["memory"] / 1e6
     table, every = LatencyTable.from_json(folder / "latency" / "table.json"), list(bank.space.all())
     for bounds, fits in (
         ({"max_latency_ms": 7.0}, lambda s: s.costs["latency_ms"] <= 7.0 * (1 + 1e-9)),
@@ -25,9 +26,11 @@ def test_the_least_loss_within_the_bounds_is_assembled(unsearched):
             lambda s: s.costs["flops"] <= 0.5 * exact.whole.costs["flops"],
         ),
         ({"max_bytes_mb": 0.042}, lambda s: s.costs["bytes"] <= 0.042e6),
+        ({"max_memory_mb": 0.8 * memory}, lambda s: s.costs["memory"] <= 0.8e6 * memory),
     ):
         choice = select(folder, **bounds, exact=exact)
         assert choice["score"] == min(s.score for s in map(exact.programme.of, every) if fits(s))
+        assert choice["memory"] == exact.programme.of(bank.space.from_code(choice["code"])).costs["memory"]
         assert (choice["gap"], choice["chosen_by"], choice["bytes_precision"]) == (0.0, "programme", "int8")
         assert json.loads((folder / "student" / "choice.json").read_text()) == choice
         genotype = bank.space.from_code(choice["code"])

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from demo_stage import demo_run
+from unsearched import write_table
 
 from edgedit_hf import EdgeDiTPipeline, EdgeDiTTransformer2DModel, ProxyBank, SearchSpace
 from edgedit_hf.diffusion import make_scheduler
@@ -39,6 +40,8 @@ def run(make_transformer, tmp_path):
                 "code": code,
                 "parameters": cost.parameters,
                 "flops": cost.flops,
+                "weights": cost.weights,
+                "live_values": 10 * (10 - distance),
             }
         )
     cost = model_cost(teacher.config)
@@ -65,6 +68,22 @@ def test_the_lowest_distance_within_the_limits_is_assembled(run, limits, code):
     expected = bank.assemble(bank.space.from_code(code))
     for name, tensor in expected.state_dict().items():
         assert torch.equal(student.state_dict()[name], tensor), name
+
+
+def test_the_memory_of_points_is_bounded(run):
+    folder, pipeline, bank = run
+    table = write_table(folder, pipeline.transformer, bank.space)
+    points = json.loads((folder / "search" / "front.json").read_text())["front"]
+    for precision, size in (("fp32", 4), ("int8", 1), (None, 1)):
+        for point in points:
+            memory = size * point["weights"] + table.batch * 4 * point["live_values"]
+            choice = select(folder, max_memory_mb=(memory + 1) / 1e6, bytes_precision=precision)
+            assert choice["code"] == point["code"]
+    front = json.loads((folder / "search" / "front.json").read_text())
+    del front["front"][1]["live_values"]
+    (folder / "search" / "front.json").write_text(json.dumps(front))
+    with pytest.raises(EdgeDiTError, match="limit is set on .'memory'., which the front's entries do not hold"):
+        select(folder, max_memory_mb=1.0)
 
 
 def test_other_files_of_the_folder_stay(run):

@@ -35,9 +35,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--max-flops-ratio", type=float, metavar="R", help="FLOPs at most this share of the teacher's")
     parser.add_argument("--max-bytes-mb", type=float, metavar="MB", help="weights at most this large (10^6 bytes)")
     parser.add_argument(
+        "--max-memory-mb",
+        type=float,
+        metavar="MB",
+        help="weights, and what the largest layer holds at the latency table's batch, at most this large: a low "
+        "estimate of peak memory, without what the runtime's arena takes beyond",
+    )
+    parser.add_argument(
         "--bytes-precision",
         choices=tuple(BYTES),
-        help="of the weights that --max-bytes-mb is about; default the latency table's",
+        help="of the weights that --max-bytes-mb and --max-memory-mb are about; default the latency table's",
     )
     parser.add_argument(
         "--exact",
@@ -66,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
     check_option("max-parameters-ratio", args.max_parameters_ratio, Rule(above=0.0, maximum=1e6))
     check_option("max-flops-ratio", args.max_flops_ratio, Rule(above=0.0, maximum=1e6))
     check_option("max-bytes-mb", args.max_bytes_mb, Rule(above=0.0, maximum=1e9))
+    check_option("max-memory-mb", args.max_memory_mb, Rule(above=0.0, maximum=1e9))
     check_option("k", args.k, Rule(minimum=1, maximum=COUNT))
     check_option("front", args.front, Rule(minimum=1, maximum=COUNT))
     from diffusers.utils import logging as diffusers_logging
@@ -80,8 +88,14 @@ def run(args: argparse.Namespace) -> None:
         "max_parameters_ratio": args.max_parameters_ratio,
         "max_flops_ratio": args.max_flops_ratio,
         "max_bytes_mb": args.max_bytes_mb,
+        "max_memory_mb": args.max_memory_mb,
     }
     lists = args.k is not None or args.front is not None
+    if args.bytes_precision is not None and not lists and args.max_bytes_mb is None and args.max_memory_mb is None:
+        raise EdgeDiTError(
+            f"--bytes-precision is {args.bytes_precision}, but there is no bound that it is about; add --max-bytes-mb "
+            "or --max-memory-mb, or leave it out."
+        )
     exact = None
     chooses = args.exact or lists or not was_searched(args.run_dir)
     if args.teacher is not None and not chooses:
@@ -125,11 +139,13 @@ def run(args: argparse.Namespace) -> None:
 
 def table(rows: list[dict[str, Any]], precision: str, proved: str) -> list[str]:
     """Lines of a table of genotypes; `proved`: what each of them is proved to be."""
-    lines = [f"{'':>4}{'loss':>12}{'ms':>10}{'parameters':>14}{'MB ' + precision:>12}{'layers':>8}  genotype"]
+    lines = [
+        f"{'':>4}{'loss':>12}{'ms':>10}{'parameters':>14}{'MB ' + precision:>12}{'memory':>10}{'layers':>8}  genotype"
+    ]
     for number, row in enumerate(rows, 1):
         lines.append(
             f"{number:>4}{row['score']:>12.4g}{row['latency_ms']:>10.4g}{row['parameters']:>14,.0f}"
-            f"{row['bytes'] / 1e6:>12.4g}{row['layers']:>8}  {row['genotype_hash']}"
+            f"{row['bytes'] / 1e6:>12.4g}{row['memory'] / 1e6:>10.4g}{row['layers']:>8}  {row['genotype_hash']}"
         )
     worst = max(row["gap"] for row in rows)
     count = "1 genotype," if len(rows) == 1 else f"{len(rows)} genotypes, each"

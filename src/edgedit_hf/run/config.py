@@ -274,7 +274,7 @@ def _check(config: RunConfig, source: str) -> None:
         raise EdgeDiTError(
             f"{source}: search.initial {search.initial} exceeds search.evaluations {search.evaluations}."
         )
-    for name in ("max_latency_ratio", "max_parameters_ratio"):
+    for name in ("max_latency_ratio", "max_parameters_ratio", "max_memory_mb"):
         if search.mode != "joint" and (cap := getattr(search, name)) is not None:
             raise EdgeDiTError(
                 f"{source}: search.{name} is {cap}, but search.mode is {search.mode}; only joint keeps a search below "
@@ -392,7 +392,7 @@ def unused(config: RunConfig) -> list[str]:
     return found
 
 
-STUDENT_BOUNDS = ("latency_ms", "latency_ratio", "parameters_ratio", "flops_ratio", "bytes_mb")
+STUDENT_BOUNDS = ("latency_ms", "latency_ratio", "parameters_ratio", "flops_ratio", "bytes_mb", "memory_mb")
 
 
 def _changed(config: RunConfig, names: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -237,6 +237,9 @@ class SearchConfig:
     max_parameters_ratio: float | None = key(
         None, "nor above this share of its parameters; null: any", above=0.0, maximum=1.0
     )
+    max_memory_mb: float | None = key(
+        None, "nor above this estimate of peak memory (see student.max_memory_mb); null: any", above=0.0, maximum=1e9
+    )
     timeout_minutes: float | None = key(
         None, "a genotype that takes longer counts as failed; null: no limit", above=0.0, maximum=1e5
     )
@@ -272,6 +275,13 @@ class StudentConfig:
     )
     max_bytes_mb: float | None = key(
         None, "megabytes (10^6 bytes) of the weights at latency.precision; null: no bound", above=0.0, maximum=1e9
+    )
+    max_memory_mb: float | None = key(
+        None,
+        "megabytes of these and of what the largest layer holds at latency.batch_size: a low estimate of peak memory, "
+        "without the runtime's arena; null: no bound",
+        above=0.0,
+        maximum=1e9,
     )
 
 

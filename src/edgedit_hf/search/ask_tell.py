@@ -305,11 +305,15 @@ class AskTellSearch(ABC):
 
 
 def fingerprint(programme: Programme | None) -> str | None:
-    """Hash of a programme's replacements, scores and costs."""
+    """Hash of a programme's replacements, scores and costs; without peaks, which the layers' shapes say already."""
     if programme is None:
         return None
-    blocks = [[block.layer.to_dict(), block.score, dict(block.costs)] for block in programme.blocks]
-    return hash_json([blocks, programme.fixed, *([programme.worst] if programme.worst else [])])
+
+    def sums(costs: Mapping[str, float]) -> dict[str, float]:
+        return {name: cost for name, cost in costs.items() if name not in programme.largest}
+
+    blocks = [[block.layer.to_dict(), block.score, sums(block.costs)] for block in programme.blocks]
+    return hash_json([blocks, sums(programme.fixed), *([programme.worst] if programme.worst else [])])
 
 
 class RandomSearch(AskTellSearch):

@@ -9,14 +9,28 @@ from ..errors import EdgeDiTError
 from ..records import Scored
 from ..run.stage import BANK
 from ..schema import held_to
-from ..search_space import BYTES, Cost, SearchSpace, layer_cost, position_weights, trunk_cost
+from ..search_space import (
+    BYTES,
+    Cost,
+    SearchSpace,
+    activation_bytes,
+    grid_tokens,
+    layer_cost,
+    live_values,
+    position_weights,
+    trunk_cost,
+    trunk_live_values,
+)
 from .device_tables import DeviceTables
 from .latency_table import LatencyTable
-from .programme import Block, Programme
+from .programme import Block, Peak, Programme
 
 if TYPE_CHECKING:
     from ..distill.proxy_bank import ProxyBank
 
+# A lower estimate of peak memory, at the table's batch: all weights, and the layer that holds the most values at once.
+# What the runtime's arena takes beyond that is left out.
+MEMORY = {"memory": Peak("bytes", "activations")}
 WEIGHTS = {"8da8w": "int8", "8da4w": "int4"}  # by precision of a runtime: what its weights take
 
 
@@ -34,13 +48,16 @@ def weights_precision(table: LatencyTable | DeviceTables) -> str:
     return WEIGHTS.get(table.precision, table.precision)
 
 
-def costs_of(cost: Cost, times: Mapping[str, float], precision: str) -> dict[str, float]:
-    """The costs of a part of a student by name; bytes are those of its weights at a precision."""
+def costs_of(cost: Cost, times: Mapping[str, float], precision: str, live: int = 0, batch: int = 1) -> dict[str, float]:
+    """The costs of a part of a student by name; bytes are those of its weights at a precision, activations those of
+    `live` values of each image of a batch.
+    """
     return {
         **times,
         "parameters": float(cost.parameters),
         "flops": float(cost.flops),
         "bytes": cost.weights * BYTES[precision],
+        "activations": activation_bytes(live, batch, precision),
     }
 
 
@@ -60,7 +77,7 @@ def blocks_of(
     if not entries:
         raise EdgeDiTError(f"The proxy bank holds 0 proxies, so there is nothing to choose among; run {BANK.made_by}.")
     table.check_config(config, space)
-    precision, tokens = precision or weights_precision(table), (config["sample_size"] // config["patch_size"]) ** 2
+    precision, tokens = precision or weights_precision(table), grid_tokens(config)
     blocks, head = [], position_weights(config)
     for layer in space.replacements():
         original = space.is_teachers(layer)
@@ -70,21 +87,22 @@ def blocks_of(
             held_to(entries[key], Scored, f"The entry {key} of the bank's index", BANK.made_by, "a proxy")
         positions = head * layer.num_heads
         cost = layer_cost(space.hidden_size, layer.shape, tokens) + Cost(positions, positions, 0, 0)
-        costs = costs_of(cost, table.layer_costs(layer.shape.timed), precision)
+        times = table.layer_costs(layer.shape.timed)
+        costs = costs_of(cost, times, precision, live_values(config, layer), table.batch)
         blocks.append(Block(layer, 0.0 if original else replacement_score(entries[key]), costs))
     return blocks
 
 
 def programme_of(bank: ProxyBank, table: LatencyTable | DeviceTables, precision: str | None = None) -> Programme:
-    """The integer programme of a bank's students with the costs latency_ms, parameters, flops and bytes; with tables of
-    several devices also each one's, `latency_ms[DEVICE]`.
+    """The integer programme of a bank's students with the costs latency_ms, parameters, flops, bytes and memory (see
+    [`MEMORY`]); with tables of several devices also each one's, `latency_ms[DEVICE]`.
 
     Args:
         precision: of `bytes`; default that of the table.
     """
     config, space = bank.teacher.config, bank.space
     blocks = blocks_of(space, bank.entries, table, config, precision)
-    tokens = (config["sample_size"] // config["patch_size"]) ** 2
-    trunk = trunk_cost({**config, "layers": []}, tokens)  # without the layers' position biases: those are the blocks'
-    fixed = costs_of(trunk, table.trunk_costs, precision or weights_precision(table))
-    return Programme(blocks, space.num_layers, space.hidden_size, fixed, table.worst)
+    # Without the layers' position biases: those are the blocks'.
+    trunk, live = trunk_cost({**config, "layers": []}, grid_tokens(config)), trunk_live_values(config)
+    fixed = costs_of(trunk, table.trunk_costs, precision or weights_precision(table), live, table.batch)
+    return Programme(blocks, space.num_layers, space.hidden_size, fixed, table.worst, MEMORY)

@@ -16,8 +16,8 @@ from .programme_search import swap
 class Encoding:
     """Codes as rows of numbers: the space's features, then, where there is a programme, its score and its costs.
 
-    All of that adds up over a code's entries (`Programme.worst` is found at the end), so a batch of codes is looked up
-    in a table, without a genotype each.
+    All of that adds up over a code's entries, or is the greatest of them (`Programme.largest`; `worst` and `peaks` are
+    found at the end), so a batch of codes is looked up in a table, without a genotype each.
 
     Args:
         space: whose codes.
@@ -27,7 +27,8 @@ class Encoding:
     def __init__(self, space: SearchSpace, programme: Programme | None = None) -> None:
         added = ("score", *programme.cost_names) if programme else ()
         self._worst = programme.worst if programme else {}
-        names = (*added, *self._worst)
+        self._peaks = programme.peaks if programme else {}
+        names = (*added, *self._worst, *self._peaks)
         whole = SearchSpace.from_dict({**space.to_dict(), "allowed": None})
         teacher = Genotype.original(space.num_layers, space.hidden_size, space.num_heads, space.mlp_ratio)
         blocks = {block.layer: block for block in programme.blocks} if programme else {}
@@ -36,7 +37,7 @@ class Encoding:
             values = whole.features(swap(teacher, layer))  # those of layers as they are: all 0
             if programme:
                 values += [blocks[layer].score, *(blocks[layer].costs[name] for name in programme.cost_names)]
-                values += [0.0] * len(self._worst)
+                values += [0.0] * (len(self._worst) + len(self._peaks))
             return values
 
         known = [layer for layer in space.replacements() if not programme or layer in blocks]
@@ -45,6 +46,7 @@ class Encoding:
         self.num_features = self.width - len(names)
         self.kinds = whole.feature_kinds()  # of every feature
         self.columns = {name: self.num_features + place for place, name in enumerate(names)}
+        self._largest = [self.columns[name] for name in sorted(programme.largest)] if programme else []
         choices = 1 + max(max(codes) for codes in space.allowed)
         self._rows = torch.zeros(len(space.allowed), choices, self.width, dtype=torch.float64)
         self._reach = torch.zeros(len(space.allowed), choices, dtype=torch.long)  # 0: is not allowed there
@@ -52,7 +54,9 @@ class Encoding:
             for choice in codes:
                 layers = space.layers_at(place, choice)
                 if all(layer in rows for layer in layers):  # else it is always covered, or the bank lacks it
-                    self._rows[place, choice] = sum(rows[layer] for layer in layers)
+                    each = torch.stack([rows[layer] for layer in layers])
+                    self._rows[place, choice] = each.sum(dim=0)
+                    self._rows[place, choice, self._largest] = each[:, self._largest].amax(dim=0)
                     self._reach[place, choice] = -(-sum(len(layer.source) for layer in layers) // space.stride)
         self._fixed = torch.zeros(self.width, dtype=torch.float64)
         if programme:
@@ -80,9 +84,14 @@ class Encoding:
         for place in range(codes.shape[1]):
             starts = reached <= place
             choice = codes[:, place]
-            found += self._rows[place, choice] * starts[:, None]
+            row = self._rows[place, choice] * starts[:, None]
+            largest = torch.maximum(found[:, self._largest], row[:, self._largest])
+            found += row
+            found[:, self._largest] = largest
             reached = torch.where(starts, place + self._reach[place, choice], reached)
         for name, parts in self._worst.items():
             each = [factor * found[:, self.columns[part]] for part, factor in parts.items()]
             found[:, self.columns[name]] = torch.stack(each).amax(dim=0)
+        for name, peak in self._peaks.items():
+            found[:, self.columns[name]] = found[:, self.columns[peak.added]] + found[:, self.columns[peak.largest]]
         return found

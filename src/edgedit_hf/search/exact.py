@@ -77,7 +77,8 @@ class ExactChoice:
         """That of a run with a bank and a latency table; nothing else of it is read but the teacher.
 
         Args:
-            teacher: where the teacher is, if not in the run. precision: of the cap on bytes; default the table's.
+            teacher: where the teacher is, if not in the run.
+            precision: of the caps on bytes and memory; default the table's.
             accept_other: see [`select`](selection.select).
 
         Raises:
@@ -119,6 +120,7 @@ class ExactChoice:
         max_parameters_ratio: float | None = None,
         max_flops_ratio: float | None = None,
         max_bytes_mb: float | None = None,
+        max_memory_mb: float | None = None,
     ) -> dict[str, float]:
         """Bounds as [`select`](selection.select) takes them, as caps of the programme. With tables of several devices
         milliseconds are those of each device, a share is that of the objective.
@@ -134,6 +136,7 @@ class ExactChoice:
             "parameters": None if max_parameters_ratio is None else max_parameters_ratio * whole["parameters"],
             "flops": None if max_flops_ratio is None else max_flops_ratio * whole["flops"],
             "bytes": None if max_bytes_mb is None else max_bytes_mb * 1e6,
+            "memory": None if max_memory_mb is None else max_memory_mb * 1e6,
         }
         return {name: cap for name, cap in caps.items() if cap is not None}
 
@@ -156,6 +159,8 @@ class ExactChoice:
             "caps": caps,
             "bytes": solution.costs["bytes"],
             "bytes_precision": self.precision,
+            "memory": solution.costs["memory"],
+            "memory_batch": self.table.batch,
             "predicted_latency_ms": solution.costs["latency_ms"],
             "teacher_latency_ms": self.whole.costs["latency_ms"],
             **device_facts(self.table, solution.genotype),

@@ -90,15 +90,16 @@ def choose(
     max_parameters: float | None = None,
     max_flops: float | None = None,
     max_bytes: float | None = None,
+    max_memory: float | None = None,
     max_slowest_ms: float | None = None,
 ) -> tuple[Mapping, str]:
     """The entry of a front to build: within the limits the lowest distance; without limits the knee point.
 
     Args:
-        entries: the front; each holds `distance` and `latency_ms`, and `parameters`, `flops`, `bytes` or `slowest_ms`
-            (on the slowest of several devices) where limited.
-        max_latency_ms, max_parameters, max_flops, max_bytes, max_slowest_ms: limits that the choice must keep, in the
-            entries' units.
+        entries: the front; each holds `distance` and `latency_ms`, and `parameters`, `flops`, `bytes`, `memory` or
+            `slowest_ms` (on the slowest of several devices) where limited.
+        max_latency_ms, max_parameters, max_flops, max_bytes, max_memory, max_slowest_ms: limits that the choice must
+            keep, in the entries' units.
 
     Returns:
         The entry, and the reason for it in words.
@@ -110,7 +111,7 @@ def choose(
         raise EdgeDiTError("The front has 0 entries, so there is nothing to choose from; run the search first.")
     asked = {
         **{"latency_ms": max_latency_ms, "slowest_ms": max_slowest_ms},
-        **{"parameters": max_parameters, "flops": max_flops, "bytes": max_bytes},
+        **{"parameters": max_parameters, "flops": max_flops, "bytes": max_bytes, "memory": max_memory},
     }
     limits = {key: float(limit) for key, limit in asked.items() if limit is not None}
     for key, limit in limits.items():

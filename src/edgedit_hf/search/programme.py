@@ -126,6 +126,10 @@ class Programme:
         self._cover = cover  # [layers, replacements]
         self._conditioned = np.array([float(block.layer.modulation_rank != 0) for block in self.blocks])
 
+    def with_blocks(self, blocks: Iterable[Block]) -> Programme:
+        """The programme of these blocks, all else the same."""
+        return Programme(blocks, self.num_layers, self.hidden_size, self.fixed, self.worst, self.peaks)
+
     # ---------------------------------------------------------------- answers
 
     def best(self, caps: Mapping[str, float] | None = None, exclude: Iterable[Genotype] = ()) -> Solution:

@@ -121,9 +121,7 @@ class ProgrammeSearch(AskTellSearch):
             sources = {index for block in blocks for index in block.layer.source}
             if len(sources) < self.space.num_layers:
                 return []  # the teacher's own evaluation failed
-            learned = Programme(
-                blocks, self.space.num_layers, self.space.hidden_size, self.programme.fixed, self.programme.worst
-            )
+            learned = self.programme.with_blocks(blocks)
             found = itertools.islice(learned.plan(), self.num_evaluations)
             self._learned = [self.space.code(solution.genotype) for solution in found]
         return self._learned

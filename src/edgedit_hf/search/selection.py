@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..run.outputs import check_output, foreign_to_student
 from ..run.results import check_sources, replace_results
 from ..run.stage import EDGEDIT, SEARCH, STUDENT, TEACHER
 from ..schema import read_record
-from ..search_space import BYTES
+from ..search_space import BYTES, activation_bytes
 from .blocks import weights_precision
 from .device_tables import DeviceTables, load_table
 from .exact import ExactChoice, accepted, device_facts
@@ -33,6 +34,7 @@ def select(
     max_parameters_ratio: float | None = None,
     max_flops_ratio: float | None = None,
     max_bytes_mb: float | None = None,
+    max_memory_mb: float | None = None,
     bytes_precision: str | None = None,
     accept_other: bool = False,
     output: str | os.PathLike | None = None,
@@ -47,7 +49,10 @@ def select(
         max_latency_ms: bound on the table latency, in ms; with tables of several devices, on every device.
         max_latency_ratio, max_parameters_ratio, max_flops_ratio: bounds as shares of the teacher's.
         max_bytes_mb: bound on the bytes of the weights, in MB (10^6).
-        bytes_precision: of these bytes, one of [`BYTES`]; default that of the latency table (of `exact`, its own).
+        max_memory_mb: bound on a lower estimate of peak memory at the latency table's batch, in MB (10^6): the weights,
+            and what the layer that holds the most values at once holds; without what the runtime's arena takes beyond.
+        bytes_precision: of the weights that both are about, one of [`BYTES`]; default that of the latency table (of
+            `exact`, its own).
         accept_other: take the run's latency table though it is not of this machine; so does a run whose recipe had
             `latency.accept_other`.
         output: pipeline folder to write, with `choice.json`; default `run_dir/student`.
@@ -63,7 +68,7 @@ def select(
     run_dir = Path(run_dir)
     output = run_dir / "student" if output is None else output
     if exact is not None:
-        bounds = max_latency_ms, max_latency_ratio, max_parameters_ratio, max_flops_ratio, max_bytes_mb
+        bounds = max_latency_ms, max_latency_ratio, max_parameters_ratio, max_flops_ratio, max_bytes_mb, max_memory_mb
         solution, facts = exact.choose(exact.caps(*bounds))
         _check_place(output, run_dir, run_dir / TEACHER.folder)
         return write_student(exact.teacher, exact.bank, solution.genotype, output, facts)
@@ -83,19 +88,17 @@ def select(
             {**entry, "slowest_ms": max(table.latencies_ms(table.space.from_code(entry["code"])).values())}
             for entry in entries
         ]
-    if max_bytes_mb is not None:
-        if bytes_precision is None:
-            bytes_precision = weights_precision(load_table(file) if table is None else table)
-        entries = [
-            {**entry, "bytes": entry["weights"] * BYTES[bytes_precision]} if "weights" in entry else entry
-            for entry in entries
-        ]
+    if max_bytes_mb is not None or max_memory_mb is not None:
+        made_with = load_table(file) if table is None else table
+        sizes = partial(_sizes, precision=bytes_precision or weights_precision(made_with), batch=made_with.batch)
+        entries = [{**entry, **sizes(entry)} for entry in entries]
     entry, reason = choose(
         entries,
         max_latency_ms=max_latency_ms,
         max_parameters=None if max_parameters_ratio is None else max_parameters_ratio * whole["parameters"],
         max_flops=None if max_flops_ratio is None else max_flops_ratio * whole["flops"],
         max_bytes=None if max_bytes_mb is None else max_bytes_mb * 1e6,
+        max_memory=None if max_memory_mb is None else max_memory_mb * 1e6,
         max_slowest_ms=max_slowest_ms,
     )
     path = whole["path"] or run_dir / "teacher"
@@ -114,6 +117,16 @@ def select(
     genotype = bank.space.from_code(entry["code"])
     facts |= {} if table is None else device_facts(table, genotype)
     return write_student(teacher, bank, genotype, output, facts)
+
+
+def _sizes(entry: Mapping[str, Any], precision: str, batch: int) -> dict[str, float]:
+    """Bytes and memory of a point of the front, as far as it says what they take (those of older searches do not)."""
+    sizes = {}
+    if "weights" in entry:
+        sizes["bytes"] = entry["weights"] * BYTES[precision]
+        if "live_values" in entry:
+            sizes["memory"] = sizes["bytes"] + activation_bytes(entry["live_values"], batch, precision)
+    return sizes
 
 
 def _check_place(output: str | os.PathLike, run_dir: Path, teacher: str | os.PathLike) -> None:
