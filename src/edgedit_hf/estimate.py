@@ -45,7 +45,7 @@ from .run.sections import OptimisationConfig
 from .run.stage import EDGEDIT, ELASTIC, FEW_STEP, TUNE, given_source
 from .search.latency_measurement import OPEN_BYTES
 from .search.latency_networks import HELD_OUT, fitted_networks, timed_shapes
-from .search_space import BYTES, Cost, SearchSpace, elastic_cost, layer_cost, model_cost, trunk_cost
+from .search_space import BYTES, Cost, SearchSpace, elastic_cost, layer_cost, model_cost, position_weights, trunk_cost
 
 LIBRARIES = 0.15e9  # what botorch and ONNX Runtime add to a process
 HELD_OUT_SHARE = 0.65  # of the teacher's cost: a network that the latency table is judged by, on average
@@ -288,13 +288,13 @@ class _Estimator:
     def _group_seconds(self, layers: tuple[LayerSpec, ...]) -> tuple[float, float]:
         """Of a group: starts and held-out losses, and training."""
         options, machine = self.config.bank, self.machine
-        depths = [depth_of(unit) for unit in units_of(self.space, layers)]
+        depths, head = [depth_of(unit) for unit in units_of(self.space, layers)], position_weights(self.work.model)
 
         def prefix(depth: int, batch: int) -> float:
             return prefix_cost(self.space, depth, self.tokens, batch) / machine.flops
 
         def step(some: Iterable[LayerSpec]) -> float:
-            costs = [layer_cost(self.space.hidden_size, layer.shape, self.tokens) for layer in some]
+            costs = [layer_cost(self.space.hidden_size, layer.shape, self.tokens, head) for layer in some]
             if not costs:
                 return 0.0
             products = (1 + BACKWARD) * options.batch_size * sum(c.flops for c in costs) / machine.flops
@@ -341,9 +341,10 @@ class _Estimator:
         if options.table is not None:
             return Estimate("latency", 1.0, PROCESS_BYTES, 1e4)
         networks = fitted_networks(timed_shapes(space), space.num_layers)
-        trunk = trunk_cost(self.work.model, self.tokens)
+        trunk, head = trunk_cost(self.work.model, self.tokens), position_weights(self.work.model)
         costs = [
-            sum((layer_cost(space.hidden_size, shape, self.tokens) for shape in network), trunk) for network in networks
+            sum((layer_cost(space.hidden_size, shape, self.tokens, head) for shape in network), trunk)
+            for network in networks
         ]
         flops = sum(cost.flops for cost in costs) + HELD_OUT * HELD_OUT_SHARE * self.teacher.flops
         weights = sum(cost.weights for cost in costs) + HELD_OUT * HELD_OUT_SHARE * self.teacher.weights

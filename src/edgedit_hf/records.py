@@ -86,6 +86,7 @@ class BankFigures:
 
     teacher_hash: str = key()
     space: Space = key()
+    position_weights: int = key(0, minimum=0, maximum=COUNT)  # of a head
     entries: dict[str, ProxyFigures] = key(items=10**5)
 
 

@@ -435,9 +435,9 @@ class Cost:
         return int(self.weights * BYTES[precision])
 
 
-def layer_cost(hidden_size: int, shape: Shape, tokens: int) -> Cost:
-    """Cost of one layer of this shape on `tokens` tokens."""
-    attention_dim, _, mlp_ratio, rank, merge = shape
+def layer_cost(hidden_size: int, shape: Shape, tokens: int, head_weights: int = 0) -> Cost:
+    """Cost of one layer of this shape on `tokens` tokens; `head_weights`: of a head, see [`position_weights`]."""
+    attention_dim, num_heads, mlp_ratio, rank, merge = shape
     mlp_dim = int(hidden_size * mlp_ratio)
     tokens //= merge * merge
     # adaLN: the whole projection, or one of rank r (0: none); both have a bias
@@ -447,6 +447,7 @@ def layer_cost(hidden_size: int, shape: Shape, tokens: int) -> Cost:
         + attention_dim * hidden_size + hidden_size  # output projection
         + 2 * hidden_size * mlp_dim + mlp_dim + hidden_size  # MLP
         + projection + 6 * hidden_size  # adaLN
+        + num_heads * head_weights
     )  # fmt: skip
     macs = tokens * (4 * hidden_size * attention_dim + 2 * hidden_size * mlp_dim) + 2 * tokens * tokens * attention_dim
     macs += projection
@@ -460,8 +461,8 @@ def position_weights(config: Mapping) -> int:
 
 
 def trunk_cost(config: Mapping, tokens: int) -> Cost:
-    """Cost of everything outside the layers' options: embedders, final layer, and what MDT adds (long skips, position
-    biases, side blocks; the latter are weights that sampling does not run)."""
+    """Cost of everything outside the layers: embedders, final layer, and what MDT adds (long skips, side blocks; the
+    latter are weights that sampling does not run)."""
     d, patch, channels = config["hidden_size"], config["patch_size"], config["in_channels"]
     out = channels * (2 if config["learn_sigma"] else 1) * patch * patch
     frequencies = 256
@@ -478,12 +479,9 @@ def trunk_cost(config: Mapping, tokens: int) -> Cost:
         weights, fixed_positions = weights + tokens * d, 0
     if config.get("decoder_start") is not None:
         weights += tokens * d
-    side, bias = config.get("side_layers", 0), position_weights(config)
-    if bias:
-        weights += bias * sum(layer["num_heads"] for layer in config["layers"])
-    if side:
-        heads = config["num_attention_heads"]
-        weights += d + side * (layer_cost(d, Shape(d, heads, config["mlp_ratio"]), tokens).weights + bias * heads)
+    if side := config.get("side_layers", 0):
+        shape = Shape(d, config["num_attention_heads"], config["mlp_ratio"])
+        weights += d + side * layer_cost(d, shape, tokens, position_weights(config)).weights
     return Cost(weights + fixed_positions, weights, macs, 2 * macs + extras)
 
 
@@ -495,7 +493,7 @@ def model_cost(config: Mapping, height: int | None = None, width: int | None = N
     tokens = (height // config["patch_size"]) * (width // config["patch_size"])
     total = trunk_cost(config, tokens)
     for layer in Genotype.of(config).layers:
-        total += layer_cost(config["hidden_size"], layer.shape, tokens)
+        total += layer_cost(config["hidden_size"], layer.shape, tokens, position_weights(config))
     return total
 
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from edgedit_hf import Genotype, SearchSpace
+from edgedit_hf import Genotype, ProxyBank, SearchSpace
 from edgedit_hf.distill.memory_plan import (
     MemoryModel,
     contiguous_shares,
@@ -22,6 +22,8 @@ from edgedit_hf.distill.memory_plan import (
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.menu_space import MenuSpace
 from edgedit_hf.models.transformer_edgedit import PRESETS
+from edgedit_hf.report.bank import bank_choices
+from edgedit_hf.search.latency_plan import network_bytes
 
 SPACE = SearchSpace(7, 32, 2)
 XL_CONFIG = {
@@ -52,6 +54,28 @@ def test_a_pair_holds_ten_proxies_and_a_last_odd_layer_three():
     assert [len(pair) for pair in pairs] == [10, 10, 10, 3] and [depth_of(pair) for pair in pairs] == [2, 4, 6, 7]
     assert sorted(sum((list(pair) for pair in pairs), []), key=str) == sorted(SPACE.proxies(), key=str)
     assert len(units_of(XL, XL.proxies())) == 14 and len(XL.proxies()) == 140
+
+
+def test_weights_are_those_of_blocks_with_their_position_biases(make_transformer, tmp_path):
+    teacher = make_transformer(num_layers=3, position_bias=True, long_skips=[[0, 2]])
+    space = MenuSpace.for_config(teacher.config, menu=[{"num_heads": 1}, {"merge": 2, "mlp_ratio": 2}])
+    memory = MemoryModel(space, dict(teacher.config), 16, 4, 8)
+    bank = ProxyBank.create(tmp_path, teacher, space)
+    figures = {"loss_before": 1.0, "loss_after": 0.5}
+    entries = {
+        bank.key(layer): {"source": list(layer.source), "option": space.option_of(layer), **figures}
+        for layer in space.proxies()
+    }
+    own = sum(weight.numel() for weight in teacher.blocks[0].parameters())
+    choices = bank_choices({**bank.index, "entries": entries}, None)
+    assert choices["original"]["parameters"] == memory.weights([space.layer((0,), "original")]) == own
+    for layer, choice in zip(space.proxies(), choices["choices"]):
+        count = sum(weight.numel() for weight in bank.new_block(layer).parameters())
+        assert memory.weights([layer]) == choice["parameters"] == count, bank.key(layer)
+    assert memory.teacher(3) == sum(weight.numel() for weight in teacher.parameters())
+    assert network_bytes(teacher.config, [layer.shape for layer in [space.layer((0,), "original")] * 3], "int8") == (
+        memory.teacher(3)
+    )
 
 
 MENU = MenuSpace(5, 32, 2, menu=[{"mlp_ratio": 2}, {"modulation_rank": 0}, {"merge": 2}, {"merge": 3, "mlp_ratio": 1}])

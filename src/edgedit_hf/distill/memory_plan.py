@@ -20,8 +20,8 @@ from functools import partial
 from itertools import accumulate
 
 from ..errors import EdgeDiTError
-from ..genotype import Genotype, LayerSpec
-from ..search_space import SearchSpace, layer_cost, trunk_cost
+from ..genotype import Genotype, LayerSpec, Shape
+from ..search_space import SearchSpace, layer_cost, position_weights, trunk_cost
 
 TRAIN_FORWARDS = 3  # forward and backward cost about three forwards
 UPDATE_FLOPS = 200  # an AdamW update moves 28 bytes a weight and computes little; that many FLOPs take as long
@@ -157,11 +157,14 @@ class MemoryModel:
 
     def weights(self, layers: Iterable[LayerSpec]) -> int:
         """Learned weights of these layers."""
-        return sum(layer_cost(self.space.hidden_size, layer.shape, self.tokens).weights for layer in layers)
+        return sum(self._weights(layer.shape) for layer in layers)
+
+    def _weights(self, shape: Shape) -> int:
+        return layer_cost(self.space.hidden_size, shape, self.tokens, position_weights(self.model_config)).weights
 
     def teacher(self, depth: int) -> int:
         """Weights of the teacher's trunk and its first `depth` layers."""
-        layer = layer_cost(self.space.hidden_size, self.space.option_shape("original"), self.tokens).weights
+        layer = self._weights(self.space.option_shape("original"))
         return trunk_cost(self.model_config, self.tokens).weights + depth * layer
 
     def predict(self, layers: Sequence[LayerSpec], depth: int) -> int:
@@ -176,7 +179,7 @@ class MemoryModel:
         both = [layer for layer in layers if combined(self.space, layer)]
         single = [layer for layer in layers if not combined(self.space, layer)]
         merged = max([2, *(len(layer.source) for layer in layers)])  # teacher layers whose neurons a fit pools
-        original = layer_cost(width, self.space.option_shape("original"), tokens).weights
+        original = self._weights(self.space.option_shape("original"))
         feature = 4 * tokens * width  # one tensor of one image: the residual stream stays in fp32
         held = self.process_bytes + self.teacher_bytes * self.teacher(depth) + (depth + 1) * self.batch_size * feature
         neurons = int(width * self.space.mlp_ratio) * merged // 2

@@ -34,7 +34,7 @@ from ..models.transformer_edgedit import EdgeDiTBlock, EdgeDiTTransformer2DModel
 from ..records import BANK_FORMAT, BankIndex
 from ..run.stage import BANK
 from ..schema import held_to, shorten
-from ..search_space import SearchSpace
+from ..search_space import SearchSpace, position_weights
 
 
 class ProxyBank:
@@ -79,12 +79,14 @@ class ProxyBank:
     def create(cls, folder: str | os.PathLike, teacher: EdgeDiTTransformer2DModel, space: SearchSpace) -> ProxyBank:
         """An empty bank. [`~ProxyBank.write_proxy`] and [`~ProxyBank.write_index`] fill it."""
         check_weights(teacher, "The teacher of the bank")
-        index = {
+        index: dict[str, Any] = {
             "format": BANK_FORMAT,
             "teacher_hash": weights_hash(teacher.state_dict()),
             "space": space.to_dict(),
             "entries": {},
         }
+        if head := position_weights(teacher.config):
+            index["position_weights"] = head
         atomic_write_json(Path(folder, "index.json"), index)
         return cls(folder, teacher)
 

@@ -40,7 +40,8 @@ def bank_choices(index: Mapping[str, Any], table: LatencyTable | None) -> dict[s
         )
 
     def figures(layer: LayerSpec) -> dict[str, Any]:
-        weights = layer_cost(space.hidden_size, layer.shape, tokens=4).weights  # those do not depend on the tokens
+        # Weights do not depend on the tokens.
+        weights = layer_cost(space.hidden_size, layer.shape, 4, index.get("position_weights", 0)).weights
         ms = None if table is None else table.blocks.get(layer.shape.timed)
         return {"ms": ms, "parameters": weights, "bytes": 4 * weights}
 

@@ -78,15 +78,14 @@ def blocks_of(
         raise EdgeDiTError(f"The proxy bank holds 0 proxies, so there is nothing to choose among; run {BANK.made_by}.")
     table.check_config(config, space)
     precision, tokens = precision or weights_precision(table), grid_tokens(config)
-    blocks, head = [], position_weights(config)
+    blocks = []
     for layer in space.replacements():
         original = space.is_teachers(layer)
         if not original and (key := space.key(layer)) not in entries:
             continue  # of a bank of a few genotypes (`bank.only`)
         if not original:
             held_to(entries[key], Scored, f"The entry {key} of the bank's index", BANK.made_by, "a proxy")
-        positions = head * layer.num_heads
-        cost = layer_cost(space.hidden_size, layer.shape, tokens) + Cost(positions, positions, 0, 0)
+        cost = layer_cost(space.hidden_size, layer.shape, tokens, position_weights(config))
         times = table.layer_costs(layer.shape.timed)
         costs = costs_of(cost, times, precision, live_values(config, layer), table.batch)
         blocks.append(Block(layer, 0.0 if original else replacement_score(entries[key]), costs))
@@ -102,7 +101,6 @@ def programme_of(bank: ProxyBank, table: LatencyTable | DeviceTables, precision:
     """
     config, space = bank.teacher.config, bank.space
     blocks = blocks_of(space, bank.entries, table, config, precision)
-    # Without the layers' position biases: those are the blocks'.
-    trunk, live = trunk_cost({**config, "layers": []}, grid_tokens(config)), trunk_live_values(config)
+    trunk, live = trunk_cost(config, grid_tokens(config)), trunk_live_values(config)
     fixed = costs_of(trunk, table.trunk_costs, precision or weights_precision(table), live, table.batch)
     return Programme(blocks, space.num_layers, space.hidden_size, fixed, table.worst, MEMORY)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import EdgeDiTError
 from ..genotype import Genotype, Shape
-from ..search_space import BYTES, SearchSpace, layer_cost, trunk_cost
+from ..search_space import BYTES, SearchSpace, grid_tokens, layer_cost, position_weights, trunk_cost
 from .latency_networks import fitted_networks, held_out, timed_shapes
 from .latency_table import FORMAT, LatencyTable, trunk_of
 
@@ -148,9 +148,9 @@ class TablePlan:
 
 def network_bytes(config: Mapping[str, Any], shapes: Sequence[Shape], precision: str) -> float:
     """Bytes of a network's weights."""
-    tokens = (config["sample_size"] // config["patch_size"]) ** 2
+    tokens, head = grid_tokens(config), position_weights(config)
     weights = trunk_cost(config, tokens).weights
-    weights += sum(layer_cost(config["hidden_size"], shape, tokens).weights for shape in shapes)
+    weights += sum(layer_cost(config["hidden_size"], shape, tokens, head).weights for shape in shapes)
     return BYTES[precision] * weights
 
 
