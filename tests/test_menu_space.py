@@ -225,11 +225,21 @@ def test_long_skips_and_decoders_keep_their_places(make_transformer):
     config = make_transformer(num_layers=5).config
     free = MenuSpace.for_config(config, menu=MENU)
     assert free.to_dict() == space(5).to_dict() and set(free.all()) == brute_force(5)
-    bound = MenuSpace.for_config({**config, "long_skips": [[1, 4]], "decoder_start": 3}, menu=MENU)
+    bound = MenuSpace.for_config({**config, "long_skips": [[1, 4]], "decoder_start": 3}, menu=MENU[:-2])
     joints = (1, 2, 3)  # a skip starts after 1 and ends before 4, the decoder starts before 3
     assert set(bound.all()) == brute_force(5, joints) and bound.size < free.size
     with pytest.raises(EdgeDiTError, match=r"'original' in the place of the teacher layers \[1, 2\]"):
         bound.code(free.from_code((0, 5, 0, 0, 0)))
+
+
+def test_a_choice_that_fits_nowhere_is_refused(make_transformer):
+    with pytest.raises(EdgeDiTError, match=r"'static' \(merge 2\) fit nowhere .* is never static"):
+        MenuSpace(2, 32, 2, menu=[{"mlp_ratio": 2}, {"merge": 2, "modulation_rank": 0}])
+    config = {**make_transformer(num_layers=4).config, "long_skips": [[0, 3], [1, 2]]}
+    with pytest.raises(EdgeDiTError, match="'mlp2' .merge 2., 'original' .merge 3. fit nowhere .* end of a long skip"):
+        MenuSpace.for_config(config, menu=[{"merge": 2, "mlp_ratio": 2}, {"num_heads": 4}, {"merge": 3}])
+    kept = MenuSpace(2, 32, 2, menu=[{"mlp_ratio": 2}, {"merge": 2}], allowed=[[0, 1], [0, 1]])
+    assert SearchSpace.from_dict(kept.to_dict()).allowed == kept.allowed  # what a stage leaves out is meant
 
 
 def test_merged_tokens_need_an_even_grid(make_transformer):

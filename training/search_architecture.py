@@ -32,7 +32,7 @@ from edgedit_hf.run.stage import SEARCH
 from edgedit_hf.run.state import RunState
 from edgedit_hf.search.ask_tell import summary
 from edgedit_hf.search.blocks import programme_of
-from edgedit_hf.search.campaign import Campaign, most_evaluations
+from edgedit_hf.search.campaign import Campaign, check_possible, most_evaluations
 from edgedit_hf.search.device_tables import load_table
 from edgedit_hf.search.objectives import search_objective
 from edgedit_hf.search_space import model_cost, peak_live_values
@@ -47,6 +47,19 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     bank = ProxyBank(config.folder("bank"), pipeline.transformer)
     table = load_table(config.folder("latency", "table.json"))
     table.check_config(teacher_config)
+    cost = model_cost(teacher_config)
+    teacher = {
+        "path": config.teacher.path,
+        "latency_ms": table.latency_ms(Genotype.of(teacher_config)),
+        "parameters": cost.parameters,
+        "flops": cost.flops,
+    }
+    shares = {"latency_ms": options.max_latency_ratio, "parameters": options.max_parameters_ratio}
+    caps = {name: share * teacher[name] for name, share in shares.items() if share is not None}
+    if options.max_memory_mb is not None:
+        caps["memory"] = 1e6 * options.max_memory_mb
+    programme = None if options.mode == "two-stage" else programme_of(bank, table)
+    check_possible(options, bank.space, programme, caps)
     images = load_run_images(config)
     extractor = load_extractor(config, images, accelerator.device) if options.objective == "distance" else None
     state = RunState(
@@ -65,18 +78,6 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     def judge(genotype: Genotype) -> tuple[float, float]:
         return quality.score(bank.assemble(genotype))
 
-    cost = model_cost(teacher_config)
-    teacher = {
-        "path": config.teacher.path,
-        "latency_ms": table.latency_ms(Genotype.of(teacher_config)),
-        "parameters": cost.parameters,
-        "flops": cost.flops,
-    }
-    shares = {"latency_ms": options.max_latency_ratio, "parameters": options.max_parameters_ratio}
-    caps = {name: share * teacher[name] for name, share in shares.items() if share is not None}
-    if options.max_memory_mb is not None:
-        caps["memory"] = 1e6 * options.max_memory_mb
-    programme = None if options.mode == "two-stage" else programme_of(bank, table)
     campaign = Campaign(state.folder, bank.space, options, config.seed, programme, caps)
     state.continue_at(campaign.evaluated)
     for _ in state.steps():

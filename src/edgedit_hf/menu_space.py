@@ -88,7 +88,9 @@ class MenuSpace(SearchSpace):
             [index for index, choice in enumerate(self.choices) if self._fits(choice, at)]
             for at in range(self.num_layers)
         ]
-        allowed = full if allowed is None else allowed
+        if allowed is None:
+            why = "the layer that starts at teacher layer 0 is never static, so that one stays conditioned"
+            allowed = self._all_placed(full, why)
         if len(allowed) != len(full) or any(not set(a) or not set(a) <= set(f) for a, f in zip(allowed, full)):
             raise EdgeDiTError(
                 f"allowed must hold {len(full)} non-empty lists of indices of the menu's {len(self.choices)} choices "
@@ -173,6 +175,16 @@ class MenuSpace(SearchSpace):
             )
         return Choice(merge, shape, option_name(shape, self.original))
 
+    def _all_placed(self, allowed: list[list[int]], why: str) -> list[list[int]]:
+        """`allowed`, if every choice may start somewhere."""
+        if unplaced := sorted({*range(len(self.choices))}.difference(*allowed)):
+            names = ", ".join(f"{self.choices[i].option!r} (merge {self.choices[i].merge})" for i in unplaced)
+            raise EdgeDiTError(
+                f"Of the menu's choices {names} fit nowhere in this teacher of {self.num_layers} layers: {why}. Leave "
+                "them out."
+            )
+        return allowed
+
     def _fits(self, choice: Choice, at: int) -> bool:
         return at + choice.merge <= self.num_layers and not (at == 0 and choice.shape.modulation_rank == 0)
 
@@ -199,7 +211,8 @@ class MenuSpace(SearchSpace):
             ]
             for at, indices in enumerate(space.allowed)
         ]
-        return cls(*teacher_sizes(config), **sizes, allowed=allowed)
+        why = "no merge may reach over the start or the end of a long skip, or the decoder's start"
+        return cls(*teacher_sizes(config), **sizes, allowed=space._all_placed(allowed, why))
 
     # ---------------------------------------------------------------- shapes
 

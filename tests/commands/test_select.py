@@ -43,6 +43,12 @@ def test_without_a_search_the_programme_chooses_and_lists(debug_run, tmp_path, c
     assert "by the integer programme" in capsys.readouterr().out
     choice = json.loads((run / "student" / "choice.json").read_text())
     assert choice["genotype_hash"] == listed["rows"][0]["genotype_hash"] and choice["score"] == scores[0]
+    assert main(["select", str(run), "--bytes-precision", "int8"]) == 2
+    assert "there is no bound that it is about; add --max-bytes-mb or --max-memory-mb" in capsys.readouterr().err
+    memory = choice["memory"] / 1e6
+    assert main(["select", str(run), *bounds, "--max-memory-mb", repr(0.99 * memory), "--k", "2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    assert all(row["memory"] <= 0.99e6 * memory for row in rows) and rows[0]["score"] >= choice["score"]
     assert main(["select", str(run), "--front", "6", "--json"]) == 0
     swept = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
     assert main(["select", str(run), "--front", "1"]) == 0

@@ -199,6 +199,11 @@ def test_a_genotype_that_breaks_a_cap_is_never_asked_for():
     search = BayesSearch(SPACE, 200, num_initial=8, programme=solver, caps={"latency_ms": cap})
     run(search, batch=len(within))
     assert search.finished and {SPACE.from_code(code) for code in codes(search)} == set(within)
+    begun = BayesSearch(SPACE, 12, num_initial=8, programme=solver, caps={"latency_ms": cap})
+    run(begun)
+    random = RandomSearch.sharing_initial(begun)
+    run(random)
+    assert len(random.told) == 12 and {SPACE.from_code(code) for code in codes(random)} <= set(within)
     sizes = {x: (10.0 * x.mlp_ratio, x.attention_dim / 8) for x in SPACE.replacements()}  # weights, activations
     blocks = [Block(b.layer, b.score, {**b.costs, **dict(zip("wa", sizes[b.layer]))}) for b in solver.blocks]
     solver = Programme(blocks, 6, 128, solver.fixed, peaks={"memory": Peak("w", "a")})

@@ -8,10 +8,11 @@ import time
 
 import pytest
 
+from edgedit_hf import Genotype
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.run.sections import SearchConfig
 from edgedit_hf.search.ask_tell import summary
-from edgedit_hf.search.campaign import Campaign, most_evaluations
+from edgedit_hf.search.campaign import Campaign, check_possible, most_evaluations
 from edgedit_hf.search.objectives import NonFiniteImages
 from edgedit_hf.search.pareto import pareto_front
 from edgedit_hf.search.programme import Block, Programme
@@ -44,6 +45,20 @@ def programme() -> Programme:
         weights = layer_cost(32, layer.shape, 16).weights
         blocks.append(Block(layer, (1 - layer.source[0] / 8) / weights, {"latency_ms": weights / 1e4}))
     return Programme(blocks, 4, 32)
+
+
+def test_what_cannot_begin_is_refused_at_once():
+    few = SearchConfig(mode="exact", scores="swaps", evaluations=9)
+    own = Genotype.original(4, 32, 2, 4.0).layers
+    solver = programme().with_blocks(
+        Block(b.layer, 0.0 if b.layer in own else b.score, {**b.costs, "parameters": 1.0}) for b in programme().blocks
+    )
+    with pytest.raises(EdgeDiTError, match="swaps, which takes 22 evaluations .* search.evaluations is 9; raise it"):
+        check_possible(few, SPACE, solver, {})
+    with pytest.raises(EdgeDiTError, match="No student has latency_ms <= 0.01, but the least is"):
+        check_possible(SearchConfig(evaluations=9), SPACE, programme(), {"latency_ms": 0.01})
+    check_possible(SearchConfig(mode="two-stage"), SPACE, None, {})
+    check_possible(few, SPACE, None, {})
 
 
 @pytest.mark.parametrize("mode", ["joint", "two-stage", "exact"])

@@ -184,6 +184,14 @@ class AskTellSearch(ABC):
         yield from sobol(self.space, 64 * self.num_initial, self.seed)
         yield from self.space.codes()
 
+    def keeps_caps(self, code: Code) -> bool:
+        """Whether a genotype may be asked for at all."""
+        return True
+
+    def all_codes(self) -> Iterator[Code]:
+        """Every code that may be asked for, in an order that is always the same."""
+        return self.space.codes()
+
     # ---------------------------------------------------------------- results
 
     @property
@@ -320,6 +328,7 @@ class RandomSearch(AskTellSearch):
     """Unseen genotypes, each decoded from a uniform point of [0, 1]^L: what Bayesian optimisation is compared with."""
 
     kind = "random"
+    compared: AskTellSearch | None = None  # whose caps it keeps
 
     @classmethod
     def sharing_initial(cls, search: AskTellSearch) -> RandomSearch:
@@ -333,12 +342,19 @@ class RandomSearch(AskTellSearch):
         failed = search.failed_initial()
         random.told = [dict(point) for point in search.told[: search.num_initial - failed]]
         random.failed = [dict(point) for point in search.failed[:failed]]
+        random.compared = search
         return random
+
+    def resume(self, path: str | os.PathLike) -> AskTellSearch:
+        stored = super().resume(path)
+        assert isinstance(stored, RandomSearch)
+        stored.compared = self.compared
+        return stored
 
     def propose(self, count: int) -> list[Code]:
         draws = np.random.default_rng(self.seed).random((64 * self.num_evaluations, self.space.dimension))
-        codes = (self.space.code(self.space.decode(x)) for x in draws)
-        return first_unseen(itertools.chain(codes, self.space.codes()), self.seen(), count)
+        like, codes = self.compared or self, (self.space.code(self.space.decode(x)) for x in draws)
+        return first_unseen(itertools.chain(filter(like.keeps_caps, codes), like.all_codes()), self.seen(), count)
 
 
 def check_told(search: AskTellSearch) -> None:

@@ -101,12 +101,13 @@ class BayesSearch(AskTellSearch):
         planned = max(1, self.num_initial - 2 - self.num_initial // 4)  # the rest are Sobol points
         spread = sobol(self.space, 64 * self.num_initial, self.seed)
         first = itertools.islice(self._planned_codes(), planned)
-        last = self._planned_codes() if self.programme else self.space.codes()
-        stream = itertools.chain(ends, first, spread, last)
-        return (code for code in stream if self._keeps_caps([code])[0]) if self.caps else stream
+        return filter(self.keeps_caps, itertools.chain(ends, first, spread, self.all_codes()))
 
-    def _keeps_caps(self, codes: Sequence[Code]) -> list[bool]:
-        return self._within(self.encoding.rows(codes)).tolist()
+    def keeps_caps(self, code: Code) -> bool:
+        return not self.caps or bool(self._within(self.encoding.rows([code])))
+
+    def all_codes(self) -> Iterator[Code]:
+        return self._planned_codes() if self.programme else self.space.codes()
 
     def _within(self, rows: Tensor) -> Tensor:
         """Which rows keep the caps."""

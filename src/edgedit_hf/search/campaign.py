@@ -22,7 +22,7 @@ from .bayes import BayesSearch
 from .objectives import NonFiniteImages
 from .pareto import hypervolume, knee_point
 from .programme import Programme
-from .programme_search import ProgrammeSearch
+from .programme_search import ProgrammeSearch, swaps_plan
 
 FAILURES = 5  # evaluations in a row that fail before the search takes the cause to be none of the genotypes'
 MERGES, FOUND, RANDOM = "merge.json", "state.json", "random.json"  # of the paper's first stage, the last one, random
@@ -33,6 +33,18 @@ def most_evaluations(options: SearchConfig) -> int:
     first = options.evaluations // 2 if options.mode == "two-stage" else options.evaluations
     random = options.evaluations - min(options.initial, first) if options.random_baseline else 0
     return options.evaluations + random
+
+
+def check_possible(
+    options: SearchConfig, space: SearchSpace, programme: Programme | None, caps: Mapping[str, float]
+) -> None:
+    """Raise, before anything is written, if a [`Campaign`] could not begin: no genotype keeps the caps, or there are
+    fewer evaluations than scores need.
+    """
+    if programme is not None and caps:
+        programme.best(caps)
+    if programme is not None and options.mode == "exact" and options.scores == "swaps":
+        swaps_plan(programme, space, options.evaluations)
 
 
 class Campaign:

@@ -64,14 +64,7 @@ class ProgrammeSearch(AskTellSearch):
             EdgeDiTError: there are more proxies to swap in than evaluations.
         """
         if swaps:
-            whole, fastest = original(programme), programme.least("latency_ms").genotype
-            genotypes = [whole, fastest, *(swap(whole, block.layer) for block in programme.blocks)]
-            plan = list(dict.fromkeys(map(space.code, genotypes)))
-            if num_evaluations <= len(plan):
-                raise EdgeDiTError(
-                    f"search.scores is swaps, which takes {len(plan)} evaluations before the first choice, but "
-                    f"search.evaluations is {num_evaluations}; raise it, or set search.scores to loss."
-                )
+            plan = swaps_plan(programme, space, num_evaluations)
         else:
             plan = list(map(space.code, cls._named(programme, num_evaluations)))
         search = cls(space, num_evaluations, seed, num_initial, reference, plan, swaps)
@@ -125,6 +118,23 @@ class ProgrammeSearch(AskTellSearch):
             found = itertools.islice(learned.plan(), self.num_evaluations)
             self._learned = [self.space.code(solution.genotype) for solution in found]
         return self._learned
+
+
+def swaps_plan(programme: Programme, space: SearchSpace, num_evaluations: int) -> list[Code]:
+    """Codes of the teacher, the fastest student, and the teacher with each proxy alone in it.
+
+    Raises:
+        EdgeDiTError: they are no fewer than the evaluations.
+    """
+    whole, fastest = original(programme), programme.least("latency_ms").genotype
+    genotypes = [whole, fastest, *(swap(whole, block.layer) for block in programme.blocks)]
+    plan = list(dict.fromkeys(map(space.code, genotypes)))
+    if num_evaluations <= len(plan):
+        raise EdgeDiTError(
+            f"search.scores is swaps, which takes {len(plan)} evaluations before the first choice, but "
+            f"search.evaluations is {num_evaluations}; raise it, or set search.scores to loss."
+        )
+    return plan
 
 
 def original(programme: Programme) -> Genotype:
