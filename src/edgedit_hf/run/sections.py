@@ -278,8 +278,7 @@ class StudentConfig:
     )
     max_memory_mb: float | None = key(
         None,
-        "megabytes of these and of what the largest layer holds at latency.batch_size: a low estimate of peak memory, "
-        "without the runtime's arena; null: no bound",
+        "megabytes of these and of what the largest layer holds at latency.batch_size, a low estimate; null: no bound",
         above=0.0,
         maximum=1e9,
     )
