@@ -179,7 +179,9 @@ class Networks:
     ):
         self.config, self.shapes, self.runtime, self.precision, self.batch = config, shapes, runtime, precision, batch
         rows = None if MEASURED[runtime].dynamic else batch
-        of = {**config, "layers": None}, [list(shape) for shape in shapes], runtime, precision, rows, versions()
+        # diffusers notes there which values are defaults, in an order that differs from process to process.
+        values = {key: value for key, value in config.items() if not key.startswith("_")}
+        of = {**values, "layers": None}, [list(shape) for shape in shapes], runtime, precision, rows, versions()
         self.folder = folder / hash_json(json.loads(json.dumps(of, default=str)))
         if folder.is_dir():
             for other in folder.iterdir():
