@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from phone_servers import free_port
 from phones import measure
 from PIL import Image
 from recipe_runs import BIN, DEBUG_COMMANDS
@@ -231,9 +232,7 @@ def test_export_of_a_page_and_its_server(recipes, clone):
     recipes.shell(shlex.split(find(recipes, "--format web")), clone)
     *command, port = shlex.split(find(recipes, "python -m http.server"))
     assert port == "8000"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     with subprocess.Popen([sys.executable, *command[1:], port], cwd=clone, stderr=subprocess.DEVNULL) as server:
         try:
             for _ in range(100):
@@ -325,6 +324,24 @@ def test_measure_on_a_phone(recipes, clone, tmp_path):
     append_rows(tmp_path / "galaxy" / "results.csv", measure(Bundle.read(tmp_path / "galaxy")))
     assert "on Galaxy S25 Ultra" in recipes.shell(shlex.split(find(recipes, "edgedit phone import")), tmp_path)
     assert (tmp_path / "galaxy" / "table.json").is_file()
+
+
+def test_serve_a_page_that_measures(recipes, clone):
+    try:
+        runtime_folder()
+    except EdgeDiTError as error:
+        pytest.skip(str(error))
+    command = shlex.split(find(recipes, "edgedit phone serve runs/demo --precision int8"))
+    command = [str(BIN / command[0]), *command[1:], "--port", str(free_port())]
+    options = {"cwd": clone, "env": recipes.environment(), "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **options) as server:
+        try:
+            address = next(line.split()[1] for line in server.stdout if line.startswith("Open "))
+            with urllib.request.urlopen(f"{address}plan.json") as answer:
+                assert json.load(answer)["precision"] == "int8"
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 130
 
 
 def failing(recipes, command: list[str], cwd: Path) -> str:

@@ -1,11 +1,14 @@
 """Fixtures of several test files here: a real bundle of a small teacher."""
 
+import json
 import shutil
 
 import pytest
 from unsearched import write_unsearched
 
-from edgedit_hf.phone.bundle import Subject, make_bundle
+from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.export.web.runtime import runtime_folder
+from edgedit_hf.phone.bundle import BUNDLE, Bundle, Subject, make_bundle
 from edgedit_hf.search_space import SearchSpace
 
 
@@ -20,6 +23,31 @@ def subject(make_transformer):
 def bundle(subject, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle")
     return make_bundle(folder, subject, runtime="onnxruntime", precision="fp32", batch=2)
+
+
+@pytest.fixture(scope="package")
+def web_bundle(subject, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("web-bundle")
+    return make_bundle(folder, subject, runtime="web", precision="fp32", batch=2)
+
+
+@pytest.fixture
+def small_bundle(web_bundle, tmp_path):
+    """A copy of it with three networks, which are measured fast."""
+    folder = shutil.copytree(web_bundle.folder, tmp_path / "small")
+    networks = [entry for entry in web_bundle.data["networks"] if entry["name"] in ("fitted-00", "student", "teacher")]
+    small = Bundle(folder, {**web_bundle.data, "networks": networks})
+    (folder / BUNDLE).write_text(json.dumps({**small.data, "hash": small.hash}))
+    return Bundle.read(folder)
+
+
+@pytest.fixture(scope="session")
+def runtime():
+    """The folder of onnxruntime-web; where it cannot be had, its tests are skipped with the reason."""
+    try:
+        return runtime_folder()
+    except EdgeDiTError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

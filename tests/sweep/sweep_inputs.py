@@ -204,6 +204,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "bank": {"argv": ["run", "--table", "run/latency/table.json"], "writes": []},
     "select": {"argv": ["run", "--output", "out"], "writes": ["out/*"]},
     "phone pack": {"argv": ["run", "out"], "writes": ["out/*"], "seconds": 120},
+    "phone serve": {"argv": ["run", "--keyfile", "key.pem"], "writes": ["run/phone/*"], "seconds": 120},
     "phone import": {
         "argv": ["run/phone/results.csv", "run", "--device", "a phone", "--output", "out.json"],
         "writes": ["out.json"],
@@ -613,6 +614,12 @@ def readers() -> list[Reader]:
             ["run"],
             ["run/phone/results.csv", "run/phone/onnxruntime-fp32/bundle.json"],
             ["out.json"],
+        ),
+        Reader(
+            "edgedit phone serve",  # a key without its certificate: it ends before it serves
+            [("edgedit", ["phone", "serve", "run", "--keyfile", "key.pem"])],
+            ["run"],
+            ["run/bank/index.json", "run/student/choice.json", *of("run/teacher", models[:2])],
         ),
         Reader(
             "edgedit info",

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..errors import EdgeDiTError
 from ..export.formats import FORMATS, RUNTIMES
-from ..files import atomic_write_json, file_sha256, hash_json, read_json, versions
+from ..files import atomic_folder, atomic_write_json, file_sha256, hash_json, read_json, versions
 from ..folders import look_at
 from ..genotype import Genotype, LayerSpec, Shape
 from ..records import BankFigures, GivenChoice, Space, Trunk
@@ -259,13 +259,7 @@ def make_bundle(
         EdgeDiTError: there is no such kind, or the disk has no room.
     """
     check_kind(runtime, precision)
-    plan = TablePlan(subject.config, subject.space)
-    whole = Genotype.of(subject.config)
-    known = {genotype.hash for genotype in plan.check}
-    named = {whole.hash: TEACHERS}
-    if subject.student is not None and subject.student.hash != whole.hash:
-        named[subject.student.hash] = STUDENTS
-    plan.check += [g for g in (whole, subject.student) if g is not None and g.hash in set(named) - known]
+    plan, names = _planned(subject)
     need, free = 1.1 * bundle_bytes(plan, runtime, precision), shutil.disk_usage(folder).free
     if need > free:
         raise EdgeDiTError(
@@ -274,10 +268,9 @@ def make_bundle(
         )
     lower = _lowering(plan, runtime, precision, batch, folder / NETWORKS)
     entries = []
-    judged = (named.get(genotype.hash, f"judged-{place:02}") for place, genotype in enumerate(plan.check))
     fitted = (f"fitted-{place:02}" for place in range(len(plan.fitted)))
     specs = [(True, name, _spec(shapes)) for name, shapes in zip(fitted, plan.fitted)]
-    specs += [(False, name, list(genotype.layers)) for name, genotype in zip(judged, plan.check)]
+    specs += [(False, name, list(genotype.layers)) for name, genotype in zip(names, plan.check)]
     for place, (first, name, layers) in enumerate(specs, 1):
         tell(f"network {place} of {len(specs)}: {name}")
         files = lower(name, tuple(layer.shape.timed for layer in layers))
@@ -310,6 +303,46 @@ def make_bundle(
     }
     bundle = Bundle(folder, data)
     atomic_write_json(folder / BUNDLE, {**data, "hash": bundle.hash})
+    return bundle
+
+
+def _planned(subject: Subject) -> tuple[TablePlan, list[str]]:
+    """The networks of a subject's bundle, and the names of those that judge the table."""
+    plan = TablePlan(subject.config, subject.space)
+    whole = Genotype.of(subject.config)
+    known = {genotype.hash for genotype in plan.check}
+    named = {whole.hash: TEACHERS}
+    if subject.student is not None and subject.student.hash != whole.hash:
+        named[subject.student.hash] = STUDENTS
+    plan.check += [g for g in (whole, subject.student) if g is not None and g.hash in set(named) - known]
+    return plan, [named.get(genotype.hash, f"judged-{place:02}") for place, genotype in enumerate(plan.check)]
+
+
+def bundle_in_run(
+    run_dir: str | os.PathLike,
+    subject: Subject,
+    *,
+    runtime: str,
+    precision: str,
+    batch: int,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Bundle:
+    """The bundle of a run's subject, below the run: the one that is there, checked, or made now.
+
+    What it is made of stands in its folder's name, so that results of an earlier student or version keep their bundle.
+
+    Args:
+        subject, runtime, precision, batch, tell: of [`make_bundle`].
+    """
+    check_kind(runtime, precision)
+    student = subject.student and subject.student.to_layers()
+    made_of = [subject.space.to_dict(), trunk_of(subject.config), student, batch, versions()]
+    place = Path(run_dir, "phone", f"{runtime}-{precision}-{hash_json(made_of)[:8]}")
+    if not (place / BUNDLE).is_file():
+        with atomic_folder(place) as folder:
+            make_bundle(folder, subject, runtime=runtime, precision=precision, batch=batch, tell=tell)
+    bundle = Bundle.read(place)
+    bundle.check_files()
     return bundle
 
 

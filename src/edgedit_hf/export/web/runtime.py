@@ -101,8 +101,8 @@ def _npm() -> str:
     npm = shutil.which("npm")
     if npm is None:
         raise EdgeDiTError(
-            f"The format web puts {PACKAGE} {VERSION} beside its page, but it is not in the cache, and there is no npm "
-            "here to fetch it. Install Node.js with npm, or give --runtime-url, the address of a copy (such as "
+            f"A page runs networks with {PACKAGE} {VERSION}, but it is not in the cache, and there is no npm here to "
+            "fetch it. Install Node.js with npm; for an export, --runtime-url can name the address of a copy (such as "
             f"https://cdn.jsdelivr.net/npm/{PACKAGE}@{VERSION}/dist/)."
         )
     return npm
@@ -120,7 +120,7 @@ def _download(npm: str, folder: Path) -> Path:
     if len(archives) != 1:
         raise EdgeDiTError(
             f"npm could not fetch {PACKAGE}@{VERSION} ({said[-1] if said else 'it wrote no archive'}). Try again "
-            "with a network, or give --runtime-url, the address of a copy."
+            "with a network; for an export, --runtime-url can name the address of a copy."
         )
     found = "sha512-" + base64.b64encode(hashlib.sha512(archives[0].read_bytes()).digest()).decode()
     if found != INTEGRITY:

@@ -53,12 +53,24 @@ export function threads() {
   return crossOriginIsolated ? Math.max(1, Math.min(MOST_THREADS, navigator.hardwareConcurrency ?? 1)) : 1;
 }
 
+/** Bytes that open sessions may take together: the runtime's memory, or a quarter of the device's. */
+export function roomFor(limit) {
+  return Math.min(limit, ((navigator.deviceMemory ?? UNKNOWN_MEMORY) * 2 ** 30) / 4);
+}
+
+/** Which backends are tried, in order: the chosen one, or all that are here. Files in 8 bits are made for the integer
+ *  instructions of a processor, which WebAssembly has. */
+export function inOrder(backends, precision, chosen = "auto") {
+  const here = backends.filter(({ here }) => here);
+  if (chosen !== "auto") return here.filter(({ name }) => name === chosen);
+  const first = precision === "int8" ? "wasm" : here[0]?.name;
+  return [...here.filter(({ name }) => name === first), ...here.filter(({ name }) => name !== first)];
+}
+
 /** Whether sessions are closed after use, so that only one is open at a time: all of them together would take more than
  *  the runtime's memory, or more than a quarter of the device's. peaks: bytes of every session. */
 export function oneAfterAnother(peaks, limit) {
-  const device = (navigator.deviceMemory ?? UNKNOWN_MEMORY) * 2 ** 30;
-  const sum = Object.values(peaks).reduce((total, bytes) => total + bytes, 0);
-  return sum > Math.min(limit, device / 4);
+  return Object.values(peaks).reduce((total, bytes) => total + bytes, 0) > roomFor(limit);
 }
 
 /** The runtime for a backend, from the folder at `base`. */
@@ -102,20 +114,29 @@ export class Sessions {
     if (this.open[key]) return this.open[key];
     if (this.single) await this.close();
     const start = performance.now();
+    await this.create(key, await this.load(key));
+    this.loadMs[key] = performance.now() - start;
+    return this.open[key];
+  }
+
+  /** A key's files, fetched. */
+  async load(key) {
     const { file, parts } = this.files[key];
     const folder = file.slice(0, file.lastIndexOf("/") + 1);
-    let model;
-    const externalData = [];
+    const loaded = { model: null, externalData: [] };
     for (const [name, wanted] of Object.entries(parts)) {
       const data = await fetchBytes(name, wanted, (done) => this.progress(name, done, wanted));
-      if (name === file) model = data;
-      else externalData.push({ path: name.slice(folder.length), data });
+      if (name === file) loaded.model = data;
+      else loaded.externalData.push({ path: name.slice(folder.length), data });
     }
+    return loaded;
+  }
+
+  /** Open the session of a key with its files. */
+  async create(key, { model, externalData }) {
     const provider = this.backend.name === "webnn"
       ? { name: "webnn", deviceType: this.backend.deviceType } : this.backend.name;
     this.open[key] = await this.ort.InferenceSession.create(model, { executionProviders: [provider], externalData });
-    this.loadMs[key] = performance.now() - start;
-    return this.open[key];
   }
 
   /** The outputs, {name: {data, dims}}, for inputs {name: {data, dims, type}}. */

@@ -2,7 +2,7 @@
 // of sample_min.py, which stands beside this file and draws the same picture for the same seed.
 
 import { standardNormal } from "./philox.js";
-import { Sessions, findBackends, loadRuntime, oneAfterAnother } from "./runtime.js";
+import { Sessions, findBackends, inOrder, loadRuntime, oneAfterAnother } from "./runtime.js";
 import { loadTokenizer } from "./tokenizer.js";
 
 const SEEDS = 2n ** 63n;
@@ -244,15 +244,6 @@ function filesOf(contract) {
   return found;
 }
 
-/** Which backends are tried, in order: the chosen one, or all that are here. Files in 8 bits are made for the integer
- *  instructions of a processor, which WebAssembly has. */
-function candidates(chosen) {
-  const here = page.backends.filter(({ here }) => here);
-  if (chosen !== "auto") return here.filter(({ name }) => name === chosen);
-  const first = page.contract.precision === "int8" ? "wasm" : here[0]?.name;
-  return [...here.filter(({ name }) => name === first), ...here.filter(({ name }) => name !== first)];
-}
-
 /** Open the denoiser in a backend; what fails is said, and the next one is tried. */
 async function openBackend() {
   const chosen = byId("backend").value;
@@ -261,7 +252,7 @@ async function openBackend() {
   const { runtime, memory } = page.contract.web;
   const failed = [];
   page.sessions = null;
-  for (const backend of candidates(chosen)) {
+  for (const backend of inOrder(page.backends, page.contract.precision, chosen)) {
     try {
       const ort = await loadRuntime(runtime.url, backend.name);
       const single = oneAfterAnother(memory.peak_bytes, memory.limit_bytes);
