@@ -57,8 +57,9 @@ def test_a_pair_holds_ten_proxies_and_a_last_odd_layer_three():
 
 
 def test_weights_are_those_of_blocks_with_their_position_biases(make_transformer, tmp_path):
-    teacher = make_transformer(num_layers=3, position_bias=True, long_skips=[[0, 2]])
+    teacher = make_transformer(num_layers=5, position_bias=True, long_skips=[[0, 4]])
     space = MenuSpace.for_config(teacher.config, menu=[{"num_heads": 1}, {"merge": 2, "mlp_ratio": 2}])
+    assert any(len(layer.source) == 2 for layer in space.proxies())
     memory = MemoryModel(space, dict(teacher.config), 16, 4, 8)
     bank = ProxyBank.create(tmp_path, teacher, space)
     figures = {"loss_before": 1.0, "loss_after": 0.5}
@@ -72,9 +73,9 @@ def test_weights_are_those_of_blocks_with_their_position_biases(make_transformer
     for layer, choice in zip(space.proxies(), choices["choices"]):
         count = sum(weight.numel() for weight in bank.new_block(layer).parameters())
         assert memory.weights([layer]) == choice["parameters"] == count, bank.key(layer)
-    assert memory.teacher(3) == sum(weight.numel() for weight in teacher.parameters())
-    assert network_bytes(teacher.config, [layer.shape for layer in [space.layer((0,), "original")] * 3], "int8") == (
-        memory.teacher(3)
+    assert memory.teacher(5) == sum(weight.numel() for weight in teacher.parameters())
+    assert network_bytes(teacher.config, [layer.shape for layer in [space.layer((0,), "original")] * 5], "int8") == (
+        memory.teacher(5)
     )
 
 
