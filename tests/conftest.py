@@ -73,6 +73,18 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
+def web_runtime() -> Path:
+    """The folder of onnxruntime-web; where it cannot be had, its tests are skipped with the reason."""
+    from edgedit_hf.errors import EdgeDiTError
+    from edgedit_hf.export.web.runtime import runtime_folder
+
+    try:
+        return runtime_folder()
+    except EdgeDiTError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def recipes() -> Recipes:
     """Starts recipes of this checkout as processes, at debug scale."""
     return Recipes()

@@ -39,6 +39,7 @@ from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.optimisation import learning_rate_at, set_learning_rate
 from edgedit_hf.run.stage import BANK
 from edgedit_hf.run.state import RunState
+from edgedit_hf.search_space import grid_tokens
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
@@ -57,7 +58,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     memory = MemoryModel(
         space,
         dict(teacher.config),
-        tokens=(teacher.config.sample_size // teacher.config.patch_size) ** 2,
+        tokens=grid_tokens(teacher.config),
         batch_size=options.batch_size,
         calibration_samples=options.calibration_samples,
         teacher_bytes=2 if precision == "bf16" else 4,

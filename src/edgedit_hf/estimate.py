@@ -45,7 +45,17 @@ from .run.sections import OptimisationConfig
 from .run.stage import EDGEDIT, ELASTIC, FEW_STEP, TUNE, given_source
 from .search.latency_measurement import OPEN_BYTES
 from .search.latency_networks import HELD_OUT, fitted_networks, timed_shapes
-from .search_space import BYTES, Cost, SearchSpace, elastic_cost, layer_cost, model_cost, position_weights, trunk_cost
+from .search_space import (
+    BYTES,
+    Cost,
+    SearchSpace,
+    elastic_cost,
+    grid_tokens,
+    layer_cost,
+    model_cost,
+    position_weights,
+    trunk_cost,
+)
 
 LIBRARIES = 0.15e9  # what botorch and ONNX Runtime add to a process
 HELD_OUT_SHARE = 0.65  # of the teacher's cost: a network that the latency table is judged by, on average
@@ -175,7 +185,7 @@ class _Estimator:
         self.config, self.work, self.machine = config, work, machine
         self.host = machine.host or machine
         self.space = search_space_of(config, work.model)
-        self.tokens = (work.model["sample_size"] // work.model["patch_size"]) ** 2
+        self.tokens = grid_tokens(work.model)
         self.teacher = model_cost(work.model)
         self.student = self._student()
         self.base = 1e9 if machine.gpu else PROCESS_BYTES + LIBRARIES  # of a GPU: what CUDA and cuBLAS take

@@ -8,15 +8,13 @@ import threading
 import time
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import Browser, needs_browser
 from phone_servers import free_port
 from phones import LAYER_MS, measure, said_by
 from unsearched import write_unsearched
 
 from edgedit_hf import Genotype
 from edgedit_hf.commands.cli import main
-from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.export.web.runtime import runtime_folder
 from edgedit_hf.phone.bundle import Bundle
 from edgedit_hf.phone.results import append_rows
 from edgedit_hf.search.device_tables import DeviceTables
@@ -85,19 +83,11 @@ def address(run, port: int) -> str:
     raise AssertionError("the server did not answer in time")
 
 
-@pytest.fixture
-def needs_runtime():
-    try:
-        runtime_folder()
-    except EdgeDiTError as error:
-        pytest.skip(str(error))
-
-
 def served(run, port, *more) -> list[str]:
     return ["phone", "serve", str(run), "--batch", "16", "--port", str(port), *more]
 
 
-def test_serve_until_a_device_is_through(run, needs_runtime, tmp_path, capsys):
+def test_serve_until_a_device_is_through(run, web_runtime, tmp_path, capsys):
     """A device of known times posts them: its table has them."""
     port = free_port()
 
@@ -127,8 +117,8 @@ def test_serve_until_a_device_is_through(run, needs_runtime, tmp_path, capsys):
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
-def test_serve_a_browser_that_measures(run, needs_runtime, tmp_path, capsys):
+@needs_browser
+def test_serve_a_browser_that_measures(run, web_runtime, tmp_path, capsys):
     """From a run to a latency table in a real browser; the phone of the test before has its results still."""
     port = free_port()
 

@@ -25,8 +25,6 @@ from PIL import Image
 from recipe_runs import BIN, DEBUG_COMMANDS
 from safetensors.torch import load_file
 
-from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.export.web.runtime import runtime_folder
 from edgedit_hf.phone.bundle import Bundle
 from edgedit_hf.phone.results import append_rows
 
@@ -224,11 +222,7 @@ def test_export_of_text_to_image(recipes, clone):
 
 @pytest.mark.slow
 @pytest.mark.export
-def test_export_of_a_page_and_its_server(recipes, clone):
-    try:
-        runtime_folder()
-    except EdgeDiTError as error:
-        pytest.skip(str(error))
+def test_export_of_a_page_and_its_server(recipes, clone, web_runtime):
     recipes.shell(shlex.split(find(recipes, "--format web")), clone)
     *command, port = shlex.split(find(recipes, "python -m http.server"))
     assert port == "8000"
@@ -326,11 +320,7 @@ def test_measure_on_a_phone(recipes, clone, tmp_path):
     assert (tmp_path / "galaxy" / "table.json").is_file()
 
 
-def test_serve_a_page_that_measures(recipes, clone):
-    try:
-        runtime_folder()
-    except EdgeDiTError as error:
-        pytest.skip(str(error))
+def test_serve_a_page_that_measures(recipes, clone, web_runtime):
     command = shlex.split(find(recipes, "edgedit phone serve runs/demo --precision int8"))
     command = [str(BIN / command[0]), *command[1:], "--port", str(free_port())]
     options = {"cwd": clone, "env": recipes.environment(), "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}

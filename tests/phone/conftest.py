@@ -6,8 +6,6 @@ import shutil
 import pytest
 from unsearched import write_unsearched
 
-from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.export.web.runtime import runtime_folder
 from edgedit_hf.phone.bundle import BUNDLE, Bundle, Subject, make_bundle
 from edgedit_hf.search_space import SearchSpace
 
@@ -39,15 +37,6 @@ def small_bundle(web_bundle, tmp_path):
     small = Bundle(folder, {**web_bundle.data, "networks": networks})
     (folder / BUNDLE).write_text(json.dumps({**small.data, "hash": small.hash}))
     return Bundle.read(folder)
-
-
-@pytest.fixture(scope="session")
-def runtime():
-    """The folder of onnxruntime-web; where it cannot be had, its tests are skipped with the reason."""
-    try:
-        return runtime_folder()
-    except EdgeDiTError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -401,7 +401,7 @@ def send(url, name, values):
         return answer.status, json.loads(answer.read())
 
 
-def test_killed_and_started_again(small_bundle, tmp_path, runtime):
+def test_killed_and_started_again(small_bundle, tmp_path, web_runtime):
     """After SIGKILL all that was acknowledged is there, and the address stays; one server at a time; Ctrl-C."""
     phone, port, folder = said_by(small_bundle), free_port(), tmp_path / "results"
     with process_of(small_bundle, folder, port) as (process, url):

@@ -5,16 +5,13 @@ import signal
 import time
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import Browser, needs_browser
 from phone_servers import free_port, process_of, server_of
 
 from edgedit_hf.phone.devices import Course
 from edgedit_hf.phone.results import read_rows, summarise
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine"),
-]
+pytestmark = [pytest.mark.browser, needs_browser]
 
 
 def state(page) -> str:
@@ -52,14 +49,14 @@ def whole(folder, bundle):
 
 
 @contextlib.contextmanager
-def at(bundle, tmp_path, runtime):
+def at(bundle, tmp_path, web_runtime):
     """A server, and the address of its page."""
-    with server_of(bundle, tmp_path, runtime) as server:
+    with server_of(bundle, tmp_path, web_runtime) as server:
         yield server, f"http://127.0.0.1:{server.server_port}/{server.token.decode()}/"
 
 
-def test_a_phone_measures_with_a_finger(small_bundle, tmp_path, runtime):
-    with at(small_bundle, tmp_path, runtime) as (server, url), Browser() as page:
+def test_a_phone_measures_with_a_finger(small_bundle, tmp_path, web_runtime):
+    with at(small_bundle, tmp_path, web_runtime) as (server, url), Browser() as page:
         page.phone()
         ready(page, url)
         assert page.run("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
@@ -93,8 +90,8 @@ def test_a_phone_measures_with_a_finger(small_bundle, tmp_path, runtime):
         assert whole(tmp_path / "results", small_bundle) == rows
 
 
-def test_a_closed_page_goes_on_when_it_is_opened_again(small_bundle, tmp_path, runtime):
-    with at(small_bundle, tmp_path, runtime) as (server, url), Browser() as page:
+def test_a_closed_page_goes_on_when_it_is_opened_again(small_bundle, tmp_path, web_runtime):
+    with at(small_bundle, tmp_path, web_runtime) as (server, url), Browser() as page:
         ready(page, url)
         page.run("document.getElementById('measure').click()")
         begun(page, 20)
@@ -108,8 +105,8 @@ def test_a_closed_page_goes_on_when_it_is_opened_again(small_bundle, tmp_path, r
         assert before.items() <= {row.place: row.ms for row in rows}.items()
 
 
-def test_a_cut_network_and_what_was_measured_meanwhile(small_bundle, tmp_path, runtime):
-    with at(small_bundle, tmp_path, runtime) as (server, url), Browser() as page:
+def test_a_cut_network_and_what_was_measured_meanwhile(small_bundle, tmp_path, web_runtime):
+    with at(small_bundle, tmp_path, web_runtime) as (server, url), Browser() as page:
         ready(page, url)
         page.run("document.getElementById('measure').click()")
         begun(page, 10)
@@ -128,7 +125,7 @@ def test_a_cut_network_and_what_was_measured_meanwhile(small_bundle, tmp_path, r
         assert text(page, "connection") == "" and page.run("Object.keys(localStorage)") == ["edgedit client"]
 
 
-def test_a_killed_server_that_starts_again(small_bundle, tmp_path, runtime):
+def test_a_killed_server_that_starts_again(small_bundle, tmp_path, web_runtime):
     folder, port = tmp_path / "results", free_port()
     with Browser() as page:
         with process_of(small_bundle, folder, port) as (process, url):
@@ -146,8 +143,8 @@ def test_a_killed_server_that_starts_again(small_bundle, tmp_path, runtime):
         assert before and before.items() <= rows.items()
 
 
-def test_little_memory_a_paused_page_and_a_lost_folder(small_bundle, tmp_path, runtime):
-    with at(small_bundle, tmp_path, runtime) as (server, url), Browser() as page:
+def test_little_memory_a_paused_page_and_a_lost_folder(small_bundle, tmp_path, web_runtime):
+    with at(small_bundle, tmp_path, web_runtime) as (server, url), Browser() as page:
         source = "Object.defineProperty(navigator, 'deviceMemory', {value: 0.25})"  # 64 MiB: a network at a time
         page.command("Page.addScriptToEvaluateOnNewDocument", source=source)
         ready(page, url)
@@ -167,8 +164,8 @@ def test_little_memory_a_paused_page_and_a_lost_folder(small_bundle, tmp_path, r
         whole(tmp_path / "results", small_bundle)
 
 
-def test_what_the_page_says_when_it_cannot_go_on(small_bundle, tmp_path, runtime):
-    with at(small_bundle, tmp_path, runtime) as (server, url), Browser() as page:
+def test_what_the_page_says_when_it_cannot_go_on(small_bundle, tmp_path, web_runtime):
+    with at(small_bundle, tmp_path, web_runtime) as (server, url), Browser() as page:
         ready(page, url)
         page.run("document.getElementById('measure').click()")
         begun(page, 5)

@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from browser import CHROMIUM
+from browser import CHROMIUM, needs_browser
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -241,7 +241,7 @@ def test_words_for_metrics_and_counts():
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
+@needs_browser
 def test_page_opens_in_a_browser(page, tmp_path):
     flags = (
         "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "

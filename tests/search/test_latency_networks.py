@@ -53,9 +53,6 @@ def test_joined_parts_are_the_model_as_it_ships(teacher_config, teacher_space, t
     assert np.linalg.norm(found - shipped) <= 1e-5 * np.linalg.norm(shipped)
 
 
-MENU = [{"mlp_ratio": 2.0}, {"merge": 2}, {"merge": 3, "mlp_ratio": 2.0}, {"token_merge": 2}, {"modulation_rank": 0}]
-
-
 def test_what_is_kept_is_found_by_a_config_in_another_order(teacher_config, teacher_space, tmp_path):
     """diffusers notes in a config which values were defaults, in an order that differs from process to process."""
     shapes = timed_shapes(teacher_space)
@@ -66,6 +63,9 @@ def test_what_is_kept_is_found_by_a_config_in_another_order(teacher_config, teac
     ]
     assert folders[0] == folders[1] and folders[0].is_dir()
     assert Networks({**teacher_config, "patch_size": 4}, shapes, "executorch", "fp32", 2, tmp_path).folder != folders[0]
+
+
+MENU = [{"mlp_ratio": 2.0}, {"merge": 2}, {"merge": 3, "mlp_ratio": 2.0}, {"token_merge": 2}, {"modulation_rank": 0}]
 
 
 @pytest.mark.parametrize("menu", [None, MENU], ids=["paper", "menu"])

@@ -11,9 +11,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("phone", help="measure on a phone: networks out, a latency table back")
     steps = parser.add_subparsers(title="steps", metavar="STEP", required=True)
     pack = steps.add_parser("pack", help="write the networks of a latency table with the scripts that time them")
-    pack.add_argument(
-        "run_dir", metavar="RUN", type=Path, help="the run's folder (output_dir of its recipe); with a bank"
-    )
+    _add_subject(pack)
     pack.add_argument("output", metavar="OUT", help="folder to write; it must not be there yet")
     pack.add_argument(
         "--runtime",
@@ -26,16 +24,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="P",
         help="fp32, int8, int4 (executorch: 8da4w) or fp16 (coreml); default fp32, coreml fp16",
     )
-    pack.add_argument("--batch", type=int, default=1, metavar="N", help="images a forward; default 1")
-    pack.add_argument("--teacher", metavar="PATH", help="folder of the teacher's pipeline, of a run that was given one")
     pack.set_defaults(run=run_pack)
     web = steps.add_parser("serve", help="serve a page that times them in the browser that opens it")
-    web.add_argument(
-        "run_dir", metavar="RUN", type=Path, help="the run's folder (output_dir of its recipe); with a bank"
-    )
+    _add_subject(web)
     web.add_argument("--precision", default="fp32", choices=("fp32", "int8"), help="default fp32")
-    web.add_argument("--batch", type=int, default=1, metavar="N", help="images a forward; default 1")
-    web.add_argument("--teacher", metavar="PATH", help="folder of the teacher's pipeline, of a run that was given one")
     web.add_argument(
         "--host",
         default="127.0.0.1",
@@ -65,6 +57,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     load.add_argument("--device", required=True, metavar="NAME", help='what it is, such as "Galaxy S25 Ultra"')
     load.add_argument("--output", metavar="FILE", type=Path, help="table to write; default table.json beside RESULTS")
     load.set_defaults(run=run_import)
+
+
+def _add_subject(parser: argparse.ArgumentParser) -> None:
+    """Of what networks are made."""
+    parser.add_argument(
+        "run_dir", metavar="RUN", type=Path, help="the run's folder (output_dir of its recipe); with a bank"
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images a forward; default 1")
+    parser.add_argument(
+        "--teacher", metavar="PATH", help="folder of the teacher's pipeline, of a run that was given one"
+    )
 
 
 def run_pack(args: argparse.Namespace) -> None:
@@ -112,7 +115,7 @@ def run_serve(args: argparse.Namespace) -> None:
             raise EdgeDiTError(f"--output is {args.output}, but no --device says whose table it is; give its name.")
         _check_table_place(args.output)
     subject = subject_of(args.run_dir, args.teacher)
-    tls_of(args.certfile, args.keyfile)
+    tls = tls_of(args.certfile, args.keyfile)
     check_available()
     check_writable(args.run_dir, args.run_dir)
     bundle = bundle_in_run(args.run_dir, subject, runtime="web", precision=args.precision, batch=args.batch, tell=print)
@@ -131,8 +134,7 @@ def run_serve(args: argparse.Namespace) -> None:
         Path(args.run_dir, "phone", "results", bundle.hash),
         host=args.host,
         port=args.port,
-        certfile=args.certfile,
-        keyfile=args.keyfile,
+        tls=tls,
         once=device is not None,
         whole=whole,
     )

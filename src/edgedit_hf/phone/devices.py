@@ -250,7 +250,7 @@ class Devices:
             if device.tab != post.tab:
                 raise Refusal("Another page of this browser goes on with the measurement.", 409)
             self._wait(len(rows))
-            before = dict(device.runs)
+            before = device.runs
             new = self._add(device, rows)
             try:
                 if new:

@@ -42,7 +42,6 @@ from ..schema import shorten
 from .bundle import Bundle
 from .devices import Course, Device, Devices, Refusal
 
-PORT = 8765
 TOKEN, TOKEN_FORM = "token", r"[A-Za-z0-9_-]{32}"
 LARGEST_POST = 2**16  # bytes
 SILENCE = 60  # seconds after which a connection that says nothing is closed
@@ -452,10 +451,9 @@ def serve(
     bundle: Bundle,
     folder: Path,
     *,
+    port: int,
     host: str = "127.0.0.1",
-    port: int = PORT,
-    certfile: Path | None = None,
-    keyfile: Path | None = None,
+    tls: ssl.SSLContext | None = None,
     once: bool = False,
     whole: Callable[[Device, Bars], None] = lambda device, bars: None,
 ) -> Device:
@@ -463,14 +461,13 @@ def serve(
 
     Args:
         folder: of the results; what is there goes on.
-        host, port: where it listens. certfile, keyfile: for https.
+        port, host: where it listens. tls: makes it https, see [`tls_of`].
         once: end when a device is through, and give it back.
         whole: called when a device is through.
 
     Raises:
         EdgeDiTError: the port cannot be had, a file is damaged, or the runtime cannot be fetched.
     """
-    tls = tls_of(certfile, keyfile)
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     done = threading.Event()

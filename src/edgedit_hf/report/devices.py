@@ -17,7 +17,7 @@ from ..genotype import Genotype
 from ..search.device_tables import DeviceTables, load_table
 from ..search.latency_table import LatencyTable
 from ..search.pareto import hypervolume, pareto_front
-from ..search_space import SearchSpace, layer_cost
+from ..search_space import SearchSpace, grid_tokens, layer_cost
 
 SAMPLED = 256  # genotypes of the space that devices are compared by
 FLOPS = "FLOPs"
@@ -61,7 +61,7 @@ def compare_devices(
     """
     first = next(iter(tables.values()))
     space = first.space
-    tokens = (first.trunk["sample_size"] // first.trunk["patch_size"]) ** 2
+    tokens = grid_tokens(first.trunk)
     whole = Genotype.original(space.num_layers, space.hidden_size, space.num_heads, space.mlp_ratio)
     sampled = sample(space, SAMPLED)
     found: dict[str, Any] = {

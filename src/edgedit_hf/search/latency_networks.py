@@ -19,7 +19,7 @@ from ..errors import EdgeDiTError
 from ..export.formats import MEASURED, RUNTIMES
 from ..files import aside_of, explain_write_errors, hash_json, sweep, versions
 from ..genotype import Genotype, LayerSpec, Shape
-from ..search_space import SearchSpace, layer_cost
+from ..search_space import SearchSpace, grid_tokens, layer_cost
 
 if TYPE_CHECKING:
     import onnx
@@ -74,7 +74,7 @@ def held_out(
         fitted: the networks that a table is fitted to.
         count: genotypes at most.
     """
-    tokens = (config["sample_size"] // config["patch_size"]) ** 2
+    tokens = grid_tokens(config)
     starting: dict[int, list[tuple[LayerSpec, float]]] = {}
     for layer in space.replacements():
         flops = layer_cost(space.hidden_size, layer.shape.timed, tokens).flops

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from browser import CHROMIUM, Browser, BrowserError, served
+from browser import Browser, BrowserError, needs_browser, served
 from PIL import Image
 from text_pipelines import elastic, tiny_vae
 
@@ -26,25 +26,15 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export.formats import ExportOptions
 from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.export.web import page as web_page
-from edgedit_hf.export.web.runtime import FILES, runtime_folder
+from edgedit_hf.export.web.runtime import FILES
 from edgedit_hf.metrics.distances import psnr
 from edgedit_hf.publish.contents import checked
 from edgedit_hf.report.card import card_files
 
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
 LEAST_DB = {"fp32": 40.0, "fp16": 40.0, "int8": 25.0, "int4": 25.0}  # least PSNR (dB) of the page's picture
 ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 NAMES = {str(index): f"<i onclick=x>{index}</i> &amp;" for index in range(10)}
 OPTIONS = ExportOptions(format="web", num_images=2, bench_repeats=2, threads=1)
-
-
-@pytest.fixture(scope="session")
-def runtime():
-    """The runtime's files; where they cannot be had, their tests are skipped with the reason."""
-    try:
-        return runtime_folder()
-    except EdgeDiTError as error:
-        pytest.skip(str(error))
 
 
 def edgedit(make_transformer, vae=None, steps=4, **config):
@@ -112,7 +102,7 @@ def of_origin(page, *urls):
 
 
 @pytest.fixture(scope="module")
-def exported(make_transformer, runtime, made_once):
+def exported(make_transformer, web_runtime, made_once):
     """A web export of a random class-conditional net in fp32."""
     return made_once(
         "web-fp32", lambda folder: export_pipeline(edgedit(make_transformer), folder, replace(OPTIONS, overwrite=True))
@@ -203,7 +193,7 @@ def test_a_page_is_replaced_only_as_it_was_written(exported, make_transformer, t
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_sizes_before_and_after_lowering(
-    make_transformer, runtime, tmp_path, monkeypatch
+    make_transformer, web_runtime, tmp_path, monkeypatch
 ):
     """DiT-XL/2 takes 3 × 2.7 GB in fp32; in int8 it would fit."""
     with torch.device("meta"):
@@ -225,7 +215,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_sizes_before_and_after_lo
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_page_could_not_sample_is_refused_before_it_is_lowered(make_transformer, runtime, tmp_path):
+def test_what_a_page_could_not_sample_is_refused_before_it_is_lowered(make_transformer, web_runtime, tmp_path):
     from diffusers import DDPMScheduler
 
     noisy = EdgeDiTPipeline(make_transformer(), DDPMScheduler(), default_steps=4)
@@ -245,7 +235,7 @@ def test_what_a_page_could_not_sample_is_refused_before_it_is_lowered(make_trans
 @pytest.mark.export
 @needs_browser
 @pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
-def test_every_precision(make_transformer, runtime, tmp_path, dtype):
+def test_every_precision(make_transformer, web_runtime, tmp_path, dtype):
     pipeline = edgedit(make_transformer, tiny_vae(), in_channels=4, learn_sigma=True, num_classes=3)
     # Random weights round worse than trained ones; here the page is compared with Python on the same files.
     options = replace(OPTIONS, dtype=dtype, split_conditioner=dtype == "fp16", tolerance=1.0, min_psnr_db=0.0)
@@ -261,7 +251,7 @@ def test_every_precision(make_transformer, runtime, tmp_path, dtype):
 @pytest.mark.export
 @needs_browser
 @pytest.mark.parametrize("split", [False, True])
-def test_text_to_image_on_a_phone(runtime, tmp_path, split):
+def test_text_to_image_on_a_phone(web_runtime, tmp_path, split):
     folder = export_pipeline(
         elastic(vae=tiny_vae(), channels=4), tmp_path / "out", replace(OPTIONS, split_conditioner=split)
     )
@@ -346,8 +336,8 @@ def test_webgpu_on_a_processor_that_plays_a_graphics_one(exported, tmp_path):
 @pytest.mark.slow
 @pytest.mark.export
 @needs_browser
-def test_a_runtime_from_elsewhere_is_the_one_other_origin(make_transformer, runtime, tmp_path):
-    with served(runtime, {"Access-Control-Allow-Origin": "*"}) as elsewhere:
+def test_a_runtime_from_elsewhere_is_the_one_other_origin(make_transformer, web_runtime, tmp_path):
+    with served(web_runtime, {"Access-Control-Allow-Origin": "*"}) as elsewhere:
         options = replace(OPTIONS, runtime_url=elsewhere)
         folder = export_pipeline(edgedit(make_transformer), tmp_path / "out", options)
         with served(folder) as url, Browser() as page:
