@@ -3,6 +3,7 @@
 # make demo-few-step   installs, then compresses one and distils it to four steps: runs/demo-few-step/report.html
 # make demo-t2i-few-step   continues (or makes) runs/demo-t2i: every width in four steps, in that run's report
 # make check   installs, then looks at the code and the docs: ruff, its formatter, mypy, mkdocs
+# make results   installs, then puts what benchmarks/results/ holds into the tables of README and docs
 # make test   installs, then runs the quick tests
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ export TOKENIZERS_PARALLELISM := false
 
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: install demo demo-t2i demo-few-step demo-t2i-few-step check test test-slow clean
+.PHONY: install demo demo-t2i demo-few-step demo-t2i-few-step check results test test-slow clean
 
 install: $(INSTALLED)
 
@@ -50,6 +51,9 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+results: install
+	$(BIN)/python benchmarks/results.py
 
 test: install
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder

@@ -16,7 +16,6 @@ ACROSS = {
     "test_quiet.py": "what commands, recipes and loading print",
     "docs/test_blocks.py": "every command and block of the pages",
     "docs/test_pages.py": "the pages",
-    "docs/test_rankings.py": "the tables of rank correlations on the page of the search",
     "sweep/test_sweep.py": "bad values for every command, key and file",
     "commands/test_options.py": "options of every command that are out of range",
     "export/web/test_philox.py": "the noise that the page draws",

@@ -90,6 +90,7 @@ def test_make_targets(recipes):
         find(recipes, "make demo-few-step"),
         find(recipes, "make demo-t2i-few-step"),
         find(recipes, "make check"),
+        find(recipes, "make results"),
         find(recipes, "make test"),
         find(recipes, "make test-slow PART=kills"),
     ):
@@ -309,6 +310,28 @@ def test_list_the_choices_of_a_bank(recipes, clone, tmp_path):
     (tmp_path / "runs" / "edgedit").symlink_to(clone / "runs" / "demo")
     said = recipes.shell(shlex.split(find(recipes, "edgedit bank")), tmp_path)
     assert "02-03/both" in said and "saved ms" in said
+
+
+def test_record_what_was_measured(recipes, clone):
+    """In a checkout of its own, whose pages then have the new tables."""
+    for folder in ("benchmarks", "docs"):
+        shutil.copytree(recipes.root / folder, clone / folder)
+    shutil.copy(recipes.root / "README.md", clone)
+    for name in ("demo", "programme"):
+        (clone / "benchmarks" / "results" / f"{name}.json").unlink(missing_ok=True)
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e@example.com"]
+    recipes.shell(["git", "init", "--quiet"], clone)
+    recipes.shell([*git, "add", "README.md"], clone)
+    recipes.shell([*git, "commit", "--quiet", "-m", "One"], clone)
+    recipes.shell(shlex.split(find(recipes, "python benchmarks/record.py programme")), clone)
+    recipes.shell(shlex.split(find(recipes, "python benchmarks/record.py demo --of")), clone)
+    recipes.shell([sys.executable, "benchmarks/results.py"], clone)
+    report = json.loads((clone / "runs" / "demo" / "report.json").read_text())
+    text = (clone / "docs" / "results.md").read_text(encoding="utf-8")
+    assert f"| {report['models'][0]['parameters'] / 1e6:.2f} M |" in text
+    assert all(f"| {model['name']} |" in text for model in report["models"])
+    assert "best under two caps" in text
+    assert text.count("\n### ") == len(list((clone / "benchmarks" / "results").iterdir()))
 
 
 def test_measure_on_a_phone(recipes, clone, tmp_path):

@@ -1,0 +1,57 @@
+"""Tables of records: figures as readers expect them, and a table for what every kind of record holds."""
+
+import importlib
+
+import pytest
+
+
+@pytest.fixture
+def tables(repository, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    return importlib.import_module("tables")
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        *((0.0, "0"), (5.0, "5.00"), (0.5, "0.500"), (0.01234, "0.0123"), (0.00001234, "1.23e-05"), (None, "")),
+        *((12.345, "12.3"), (100.2, "100"), (999.6, "1,000"), (1234.5, "1,234"), (-0.25, "-0.250")),
+    ],
+)
+def test_numbers(tables, value, text):
+    assert tables.number(value) == text
+
+
+def test_a_table(tables):
+    made = tables.table(["", "b"], [["x", "1"], ["", "2"]])
+    assert made.splitlines() == ["| | b |", "| --- | --- |", "| x | 1 |", "| | 2 |"]
+
+
+def test_every_kind_is_a_script_or_of_a_run(repository, tables):
+    scripts = {path.stem for path in (repository / "benchmarks").glob("*.py")}
+    assert set(tables.TABLES) <= scripts | {"run", "ranking"}
+
+
+def test_a_run(tables):
+    """Columns that no model has are left out; an extractor's distance is no FID."""
+    model = {
+        "name": "teacher",
+        "parameters": 1868036,
+        "flops": 40067328,
+        "bytes": {"fp32": 7463952, "int8": 1865988},
+        "latency_ms": {"onnxruntime-fp32": 8.776},
+        "metrics": {"fid[digits-cnn,n=2000]": 5.5835, "recall": 0.59666},
+        "steps": 10,
+        "guidance_scale": 1.5,
+        "class_agreement": 0.9985,
+    }
+    exported = {**model, "name": "onnx-int8", "bytes": {"int8": 1360164}, "latency_ms": {"onnxruntime-int8": 3.558}}
+    losses = {"mlp": {"random": 1.2, "closed_form": 0.0014645, "after": 0.0010771}}
+    searched = {"hypervolume": [1.0, 2.0, 3.0, 4.0], "random_hypervolume": [1.0, 1.5, 2.0, 2.5]}
+    made = tables.run({"models": [model, exported], "bank": {"median_losses": losses}, "search": searched})
+    header, _, teacher, other = made["models"].splitlines()
+    assert "Fréchet distance (digits-cnn, n=2,000)" in header and "FID" not in header and "precision" not in header
+    assert teacher.startswith("| teacher | 1.87 M | 40.1 | 7.46 MB | 8.78 | | 10, 1.5 | 5.58 | 0.597 | 99.9 % |")
+    assert other.startswith("| onnx-int8 | 1.87 M | 40.1 | 1.36 MB | | 3.56 |")
+    assert "| mlp | 1.20 | 0.00146 | 0.00108 |" in made["proxies"]
+    assert made["search"].splitlines()[-1] == "| 4 | 4.000 | 2.500 |"
