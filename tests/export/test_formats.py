@@ -83,6 +83,11 @@ def test_defaults_of_a_format(name):
         ({"threads": True}, "--threads is True; give a whole number from 1 to 1024."),
         ({"backend": "qnn"}, "backend is 'qnn'; backends belong to ExecuTorch. Leave it out for onnx."),
         (
+            {"one_file": True},
+            "one-file is asked, but the export is onnx; one file with all methods is written by executorch for "
+            "xnnpack. Leave it out.",
+        ),
+        (
             {"format": "executorch", "backend": "coreml", "dtype": "int4"},
             "precision is 'int4'; through ExecuTorch's coreml delegate only fp32 is exported (it computes in 16 bits "
             "there). For small Core ML weights use the format coreml.",

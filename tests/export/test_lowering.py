@@ -12,9 +12,12 @@ from edgedit_hf import EdgeDiTPipeline, OnnxEdgeDiTTransformer2DModel
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export.formats import ExportOptions
-from edgedit_hf.export.lowering import denoiser_file, lower_denoiser
+from edgedit_hf.export.lowering import Lowering, denoiser_file, lower_denoiser, lower_one_file
+from edgedit_hf.export.parts import edgedit_parts
 from edgedit_hf.export.pipeline import export_pipeline
+from edgedit_hf.export.verify import relative_error
 from edgedit_hf.genotype import Genotype
+from edgedit_hf.runtimes.sessions import open_session
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +113,31 @@ def test_nothing_of_the_model_changes(model, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert {type(block.attn.processor).__name__ for block in model.blocks} == {"EdgeDiTAttnProcessor"}
     assert np.isfinite(np.array([value.abs().sum().item() for value in before.values()])).all()
+
+
+# -------------------------------------------------------------------- one file of several networks
+
+
+def test_methods_of_one_file_share_their_tensors(model, tmp_path):
+    """A network for one row and for two: its packed weights are in the file once."""
+    program = pytest.importorskip("executorch.exir._serialize._program")
+    parts = {name: edgedit_parts(model, (8, 8), rows, split=True)[0] for name, rows in (("one", 1), ("two", 2))}
+
+    def stored(path):
+        file = program.deserialize_pte_binary(path.read_bytes())
+        planned = {plan.name: sum(plan.non_const_buffer_sizes) for plan in file.program.execution_plan}
+        return planned, sorted(map(bytes, file.named_data.buffers))
+
+    asked = {name: (part, "int4", {"part": name}) for name, part in parts.items()}
+    said = lower_one_file(asked, tmp_path / "both.pte", Lowering())
+    lower_one_file({"one": asked["one"]}, tmp_path / "single.pte", Lowering())
+    (planned, weights), (_, alone) = stored(tmp_path / "both.pte"), stored(tmp_path / "single.pte")
+    assert {name: entry["planned_bytes"] for name, entry in said.items()} == {name: planned[name] for name in parts}
+    assert planned["two"] > planned["one"] > 0
+    assert weights == alone and sum(map(len, weights)) > 0.5 * 8 * 32 * 32  # the modulations
+    for name, part in parts.items():
+        session = open_session(tmp_path / "both.pte", 1, method=name)
+        assert session.metadata == {"part": name, "scheme": "8da4w"} and session.input_names == tuple(part.inputs)
+        assert relative_error(torch.from_numpy(session.run(part.inputs)[0]), part.run()["modulation"]) < 0.3
+    with pytest.raises(EdgeDiTError, match="both.pte has no method 'forward'; its methods are one, two"):
+        open_session(tmp_path / "both.pte", 1)

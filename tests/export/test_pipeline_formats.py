@@ -4,6 +4,7 @@ back as a pipeline.
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 
 import numpy as np
 import onnx
@@ -11,13 +12,16 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from onnx import numpy_helper
+from safetensors.numpy import load_file
 from text_pipelines import elastic, tiny_vae
 from torch import nn
 
 from edgedit_hf import EdgeDiTPipeline, ElasticDiTPipeline, ElasticDiTTransformer2DModel
 from edgedit_hf.diffusion import make_scheduler
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.export import job
 from edgedit_hf.export.formats import ExportOptions
+from edgedit_hf.export.lowering import Lowering
 from edgedit_hf.export.mixed import choose_8bit, nearest_form, quantized_linears, xnnpack_weights
 from edgedit_hf.export.onnx.lowbit import half_precision
 from edgedit_hf.export.onnx.lower import initializer_bytes, lower_onnx
@@ -425,3 +429,87 @@ def test_a_full_disk_leaves_nothing(pipeline, run_python, tmp_path):
     said = run_python(FULL_DISK, tmp_path / "model", tmp_path / "out").strip().splitlines()[-1]
     assert "File too large); choose a folder" in said
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# -------------------------------------------------------------------- one file
+
+
+def check_one_file(folder, methods):
+    """pipeline.pte gives, method by method, what the single files give for the reference's inputs, and the contract has
+    its size, hash and planned buffers.
+    """
+    program = pytest.importorskip("executorch.exir._serialize._program")
+    contract = json.loads((folder / "contract.json").read_text())
+    reference, one = load_file(folder / "reference.safetensors"), contract["one_file"]
+    assert list(one["methods"]) == list(contract["artefacts"]) == methods
+    sizes = {}
+    for key, entry in contract["artefacts"].items():
+        inputs = {tensor["name"]: reference[f"{key}.inputs.{tensor['name']}"] for tensor in entry["inputs"]}
+        alone, session = open_session(folder / entry["file"], 1), open_session(folder / one["file"], 1, method=key)
+        assert session.metadata == alone.metadata and session.inputs == alone.inputs
+        for tensor, found, expected in zip(entry["outputs"], session.run(inputs), alone.run(inputs), strict=True):
+            assert np.array_equal(found, expected)
+            assert np.array_equal(found, reference[f"{key}.outputs.{tensor['name']}"])
+        content = (folder / entry["file"]).read_bytes()
+        (plan,) = [p for p in program.deserialize_pte_binary(content).program.execution_plan if p.name == "forward"]
+        sizes[key] = len(content), sum(plan.non_const_buffer_sizes)
+    content = (folder / "pipeline.pte").read_bytes()
+    plans = {plan.name: plan for plan in program.deserialize_pte_binary(content).program.execution_plan}
+    assert {name for name in plans if not name.startswith("edgedit_")} == set(methods)
+    for key in methods:
+        assert one["methods"][key]["planned_bytes"] == sum(plans[key].non_const_buffer_sizes)
+        entry = contract["memory"]["artefacts"][key]
+        assert (entry["file_bytes"], entry["planned_bytes"]) == sizes[key]
+    assert one["bytes"] == len(content) and one["saved_bytes"] == sum(size for size, _ in sizes.values()) - len(content)
+    assert contract["files"]["pipeline.pte"] == {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+    orders = contract["memory"]["orders"]
+    kept = {key: entry["kept_bytes"] for key, entry in contract["memory"]["artefacts"].items() if key != "encoder"}
+    assert orders["all_at_once"]["peak_bytes"] == sum(sum(sizes[key]) for key in kept) + max(kept.values())
+    assert orders["one_after_another"]["peak_bytes"] == max(sum(sizes[key]) + kept[key] for key in kept)
+    planned = {key: one["methods"][key]["planned_bytes"] for key in kept}
+    assert orders["one_file"]["peak_bytes"] == len(content) + sum(planned.values()) + max(kept.values())
+    assert orders["one_file_in_turn"]["peak_bytes"] == max(len(content) + planned[key] + kept[key] for key in kept)
+    text = (folder / "PORTING.md").read_text().replace(",", "")
+    for name, words in (("one_file", "every method loaded"), ("one_file_in_turn", "one method after another")):
+        assert f"| `pipeline.pte` {words} | {orders[name]['peak_bytes']} |" in text
+    for key in methods:
+        assert f"| `{key}` | " in text.split("## One file with all methods")[1]
+    assert json.loads((folder / "verify.json").read_text())["one_file"] == {"file": "pipeline.pte", "equal": True}
+    return contract
+
+
+def test_a_method_of_other_numbers_is_refused(make_transformer, tmp_path):
+    pytest.importorskip("executorch")
+    mine, other = (smooth(make_transformer(num_layers=1), seed=seed) for seed in (0, 1))
+    pipeline = EdgeDiTPipeline(mine, make_scheduler("epsilon"), default_steps=2)
+    one = job.Job(pipeline, ExportOptions(format="executorch", batch=1, threads=1, one_file=True), None, (8, 8))
+    mine, other = (edgedit_parts(model, (8, 8), 1, split=True)[:1] for model in (mine, other))
+    one.write(tmp_path, mine, Lowering())
+    with pytest.raises(EdgeDiTError, match="conditioner of pipeline.pte gives other numbers than transformer/ex"):
+        one.write_one_file(tmp_path, other, Lowering())
+
+
+@pytest.mark.slow
+@pytest.mark.export
+def test_one_file_has_all_methods(make_transformer, tmp_path):
+    pytest.importorskip("executorch")
+    model = smooth(make_transformer(num_layers=1, in_channels=4))
+    pipeline = EdgeDiTPipeline(model, make_scheduler("epsilon"), tiny_vae(), default_steps=2)
+    options = {"threads": 1, "bench_repeats": 2, "num_images": 1, "split_conditioner": True, "one_file": True}
+    folder = export_pipeline(pipeline, tmp_path / "out", ExportOptions(format="executorch", **options))
+    check_one_file(folder, ["conditioner", "denoiser", "decoder", "encoder"])
+    loaded = DiffusionPipeline.from_pretrained(folder)  # from the single files
+    assert torch.allclose(images_of(loaded, [3]), images_of(pipeline, [3]), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.export
+def test_one_file_of_text_to_image(tmp_path):
+    """Quantised, with a text encoder and a VAE."""
+    pytest.importorskip("executorch")
+    pipeline = elastic(second=False, vae=tiny_vae(), channels=4)
+    options = {"threads": 1, "bench_repeats": 2, "num_images": 2, "one_file": True}
+    folder = export_pipeline(
+        pipeline, tmp_path / "out", ExportOptions(format="executorch", dtype="int8", min_psnr_db=15, **options)
+    )
+    check_one_file(folder, ["text_encoder", "denoiser", "decoder", "encoder"])

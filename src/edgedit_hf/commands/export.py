@@ -76,6 +76,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         f"(default {ExportOptions.backend})",
     )
     parser.add_argument(
+        "--one-file",
+        action="store_true",
+        help="of executorch: write all networks as methods of one more file too, pipeline.pte",
+    )
+    parser.add_argument(
         "--runtime-url",
         metavar="URL",
         help="of web: address of a folder with onnxruntime-web's files, which the page asks beside its own (default: a "
@@ -164,6 +169,7 @@ def run_export(args: Any) -> None:
         format=args.format,
         dtype=args.dtype,
         batch=args.batch,
+        one_file=args.one_file,
         split_conditioner=args.split_conditioner,
         subnet=args.subnet,
         resolution=parse_resolution(args.resolution),

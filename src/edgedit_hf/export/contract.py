@@ -37,6 +37,7 @@ from ..files import atomic_write_text, explain_write_errors, file_sha256, versio
 from ..genotype import Genotype
 from ..markup import MARKUP
 from . import sample_min
+from .memory import artefact_bytes, kept_bytes, memory_plan
 from .parts import MODULATED, Part, is_elastic
 from .schedule import check_timesteps, linear_schedule
 from .wrappers import plain_config
@@ -146,6 +147,7 @@ class Artefact:
             part's examples.
         extra_inputs: examples of inputs that the file has behind the part's, such as the `timestep` by which static
             int8 finds its scales.
+        planned_bytes: of the buffers that the file plans for a run; `None`: its format does not say.
     """
 
     part: Part
@@ -153,6 +155,7 @@ class Artefact:
     precision: str
     open_sizes: Collection[str] = ()
     extra_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    planned_bytes: int | None = None
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -161,8 +164,8 @@ class Artefact:
 
     @property
     def key(self) -> str:
-        """Its name in the contract: the part's name, a text encoder's component."""
-        return self.part.component if self.part.name == "text_encoder" else self.part.name
+        """Its name in the contract."""
+        return self.part.key
 
 
 Run = Callable[[Artefact, dict[str, np.ndarray]], Mapping[str, np.ndarray]]
@@ -182,6 +185,7 @@ def write_contract(
     prompt: str = "a photo",
     run: Run | None = None,
     more: More | None = None,
+    one_file: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the port contract into the folder of an export, last of all: it holds the other files' hashes.
 
@@ -196,6 +200,8 @@ def write_contract(
             `None`: the eager parts are run instead, where no runtime is at hand (Core ML).
         more: writes what the format has besides into the folder, given the contract so far, and returns further entries
             of it; the files that its entry `web` names are hashed with the others.
+        one_file: of an ExecuTorch export with one file of all methods: file, bytes, saved_bytes and, of every
+            artefact's method, its planned_bytes.
 
     Returns:
         The contract.
@@ -222,6 +228,10 @@ def write_contract(
         "made_by": _maker(format, run),
         "tensors": {name: list(value.shape) for name, value in tensors.items()},
     }
+    sizes = {artefact.key: artefact_bytes(folder / artefact.file) for artefact in artefacts}
+    planned = {artefact.key: artefact.planned_bytes for artefact in artefacts}
+    contract["one_file"] = one_file
+    contract["memory"] = memory_plan(sizes, planned, kept_bytes(contract, tensors), one_file)
     atomic_write_text(folder / PORTING, _porting(contract))
     if more is not None:
         contract |= more(folder, contract)
@@ -549,6 +559,8 @@ def _files(folder: Path, contract: Mapping[str, Any]) -> dict[str, dict[str, Any
         if encoder["tokenizer"] and encoder["tokenizer"]["file"]:
             paths.append(folder / encoder["tokenizer"]["file"])
     paths += [folder / name for name in contract.get("web", {}).get("files", ())]
+    if contract["one_file"] is not None:
+        paths.append(folder / contract["one_file"]["file"])
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in paths

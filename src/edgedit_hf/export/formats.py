@@ -321,6 +321,7 @@ class ExportOptions:
             or more, and text encoders have 8 bits in `"int4"`.
         batch: `"dynamic"` (ONNX's default), or the rows of a forward (default 2, without guidance 1); guidance
             makes two an image.
+        one_file: of ExecuTorch: write all networks as methods of one more file too, `pipeline.pte`.
         split_conditioner: write adaLN, a third of a DiT's weights, as an artefact of its own, which a schedule needs
             once.
         subnet: of an elastic supernet: which one (default: the active one, the full net).
@@ -355,6 +356,7 @@ class ExportOptions:
     format: str = "onnx"
     dtype: str = "fp32"
     batch: str | int | None = key(None, minimum=1, maximum=1024)
+    one_file: bool = False
     split_conditioner: bool = False
     subnet: str | None = None
     resolution: Resolution = key(None, minimum=8, maximum=4096)
@@ -417,6 +419,12 @@ class ExportOptions:
         if self.runtime_url is not None and self.format != "web":
             raise EdgeDiTError(
                 f"runtime-url is {self.runtime_url!r}; a page alone loads a runtime. Leave it out for {self.format}."
+            )
+        if self.one_file and (self.format != "executorch" or self.not_run):
+            raise EdgeDiTError(
+                f"one-file is asked, but the export is {self.format}"
+                f"{f' for {self.backend}' if self.target.backends else ''}; one file with all methods is written by "
+                f"executorch for {BACKEND}. Leave it out."
             )
         if self.opset is not None and self.target.lowered_as != "onnx":
             raise EdgeDiTError(f"opset is {self.opset}; operator sets belong to ONNX. Leave it out for {self.format}.")

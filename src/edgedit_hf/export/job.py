@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from ..errors import EdgeDiTError
 from ..files import atomic_write_json, weights_hash
 from ..genotype import Genotype
 from ..pipelines.loading import with_components
@@ -21,7 +23,7 @@ from .components import COMPONENTS
 from .contract import Artefact, More, write_contract
 from .exported import stem
 from .formats import ExportOptions
-from .lowering import LOWER, Lowering, example_rows, facts_of
+from .lowering import LOWER, Lowering, example_rows, facts_of, lower_one_file
 from .mixed import Form, choose_8bit, nearest_form, xnnpack_weights
 from .onnx.lowbit import MIN_QUANTIZED_ELEMENTS
 from .parts import Part, is_elastic, text_lengths
@@ -29,6 +31,7 @@ from .schedule import NotLinearError
 from .web import page
 from .wrappers import plain_config
 
+PIPELINE_FILE = "pipeline.pte"  # all networks of an ExecuTorch export as methods of one file
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 EIGHT_BIT_ATTEMPTS = 3
 # What the runtime makes of a layer in 4 bits, given the low-bit weights to use as they are, and the least weights of a
@@ -200,12 +203,15 @@ class Job:
         """
         options = self.options
         said, verified, lowering = self.lower_until_good(folder, parts, lowering, eager)
-        more = None
+        one_file, more = None, None
+        if options.one_file:
+            one_file = self.write_one_file(folder, parts, lowering)
+            verified["one_file"] = {"file": PIPELINE_FILE, "equal": True}  # or it would have been refused
         if options.format == "web":
             title = Path(facts["source"] or "edgedit_hf").name
             more = partial(page.write_page, title=title, runtime_url=options.runtime_url)
             verified["run_in"] = page.RUN_IN
-        facts = {**facts, **self.contract(folder, parts, said, lowering, options.threads, more)}
+        facts = {**facts, **self.contract(folder, parts, said, lowering, options.threads, more, one_file)}
         atomic_write_json(folder / "verify.json", {**verified, **facts})
         atomic_write_json(folder / "bench.json", {**self.cost(folder, parts, said, lowering), **facts})
         delegation = {file: entry["delegation"] for file, entry in said.items() if "delegation" in entry}
@@ -232,7 +238,7 @@ class Job:
         is in `folder` then.
 
         Returns:
-            what the lowerings say, what verify.json holds, and the lowering that was good.
+            what the lowerings say, what verify.json holds, and the lowering that was used.
         """
         options, precision = self.options, self.options.precision
         least = precision.min_psnr_db if options.min_psnr_db is None else options.min_psnr_db
@@ -250,7 +256,8 @@ class Job:
                 )
                 lowering = replace(lowering, keep_8bit=tuple(kept))
             given = {name: weight for name, weight in lowering.given.items() if name not in lowering.keep_8bit}
-            said = self.write(folder, parts, replace(lowering, given=given))
+            used = replace(lowering, given=given)
+            said = self.write(folder, parts, used)
             exported = self.load(folder)
             found = verify.compare(eager, exported, options.seed, options.num_images, options.prompts)
             if options.dtype != "int4" or not found["finite"] or found["psnr_db"] is None or found["psnr_db"] >= least:
@@ -270,7 +277,38 @@ class Job:
             error = verify.compare_part(part, outputs)
             checked[file] = verify.check_part(part, self.precision_of(part, said), error)
         exported.save_pretrained(folder)
-        return said, {**found, "parts": checked}, lowering
+        return said, {**found, "parts": checked}, used
+
+    def write_one_file(self, folder: Path, parts: Sequence[Part], lowering: Lowering) -> dict[str, Any]:
+        """Write all parts as methods of one file, and hold each to its own file's numbers.
+
+        Returns:
+            What contract.json says of it: file, bytes, saved_bytes (by which it is smaller than the single files
+            together), methods (by the artefacts' names: planned_bytes).
+
+        Raises:
+            EdgeDiTError: a method gives other numbers than its part's file.
+        """
+        path, facts = folder / PIPELINE_FILE, {part.component: self.facts(part.component) for part in parts}
+        asked = {part.key: (part, self.dtype_of(part), {**facts[part.component], "part": part.name}) for part in parts}
+        said = lower_one_file(asked, path, lowering)
+        for part in parts:
+            file = self.file(part)
+            alone = open_session(folder / file, self.options.threads).run(part.inputs)
+            together = open_session(path, self.options.threads, method=part.key).run(part.inputs)
+            if not all(map(np.array_equal, alone, together)):
+                worst = max(float(np.abs(one - other).max()) for one, other in zip(alone, together, strict=True))
+                raise EdgeDiTError(
+                    f"The method {part.key} of {PIPELINE_FILE} gives other numbers than {file}: they differ by up to "
+                    f"{worst:.3g}. Nothing was written; export without --one-file."
+                )
+        size = path.stat().st_size
+        return {
+            "file": PIPELINE_FILE,
+            "bytes": size,
+            "saved_bytes": sum((folder / self.file(part)).stat().st_size for part in parts) - size,
+            "methods": {key: {"planned_bytes": entry["planned_bytes"]} for key, entry in said.items()},
+        }
 
     def precision_of(self, part: Part, said: Mapping[str, dict]) -> str:
         """The precision that a part's lowering says it has, as its runtime calls it."""
@@ -300,6 +338,7 @@ class Job:
         lowering: Lowering,
         threads: int | None,
         more: More | None = None,
+        one_file: Mapping[str, Any] | None = None,
     ) -> dict[str, str]:
         """Write the port contract, with the artefacts' own outputs as its reference (`threads` of their runtime) or,
         where they cannot be run (`None`), the eager network's; `more`: what the format writes besides. Returns nothing,
@@ -318,7 +357,14 @@ class Job:
             entry = said[self.file(part)]
             precision = "fp32" if entry.get("scheme") == "fp32" else entry.get("precision", self.dtype_of(part))
             artefacts.append(
-                Artefact(part, self.file(part), precision, lowering.open_sizes, extra_inputs(part, lowering))
+                Artefact(
+                    part,
+                    self.file(part),
+                    precision,
+                    lowering.open_sizes,
+                    extra_inputs(part, lowering),
+                    entry.get("planned_bytes"),
+                )
             )
         try:
             write_contract(
@@ -332,6 +378,7 @@ class Job:
                 prompt=options.prompts[0] if options.prompts else verify.PROMPTS[0],
                 run=None if threads is None else run,
                 more=more,
+                one_file=one_file,
             )
         except NotLinearError as error:
             if options.format == "web":

@@ -16,6 +16,7 @@ from torch import nn
 from ..files import read_json, versions, weights_hash
 from ..genotype import Genotype
 from ..quantization.weights import AffineWeight
+from ..runtimes.sessions import METHODS
 from .formats import BACKEND, DYNAMIC_BATCH, format_of
 from .parts import Part, edgedit_parts
 from .wrappers import check_model, plain_config
@@ -69,26 +70,19 @@ def _lower_onnx(part: Part, path: Path, precision: str, facts: Mapping[str, str]
     )
 
 
+def _executorch_weights(part: Part, lowering: Lowering) -> dict[str, Any]:
+    """What ExecuTorch's lowering of a part is told of its weights."""
+    if part.component != "transformer":
+        return {"backend": lowering.backend}
+    given = {name: weight for name, weight in lowering.given.items() if isinstance(weight, AffineWeight)}
+    return {"backend": lowering.backend, "keep_8bit": lowering.keep_8bit, "affine": given}
+
+
 def _lower_executorch(part: Part, path: Path, precision: str, facts: Mapping[str, str], lowering: Lowering) -> dict:
     from .executorch.lower import lower_executorch
 
-    in_transformer = part.component == "transformer"
-    given = (
-        {name: weight for name, weight in lowering.given.items() if isinstance(weight, AffineWeight)}
-        if in_transformer
-        else None
-    )
-    kept = lowering.keep_8bit if in_transformer else ()
-    return lower_executorch(
-        part,
-        path,
-        precision,
-        facts,
-        keep_8bit=kept,
-        affine=given,
-        backend=lowering.backend,
-        profile_runs=lowering.profile_runs,
-    )
+    options = _executorch_weights(part, lowering)
+    return lower_executorch(part, path, precision, facts, profile_runs=lowering.profile_runs, **options)
 
 
 def _lower_coreml(part: Part, path: Path, precision: str, facts: Mapping[str, str], lowering: Lowering) -> dict:
@@ -105,6 +99,33 @@ LOWER: dict[str, Callable[[Part, Path, str, Mapping[str, str], Lowering], dict]]
     "executorch": _lower_executorch,
     "coreml": _lower_coreml,
 }
+
+
+def lower_one_file(
+    asked: Mapping[str, tuple[Part, str, Mapping[str, str]]], path: Path, lowering: Lowering
+) -> dict[str, dict[str, Any]]:
+    """Write one ExecuTorch file whose methods are what the files of single parts have as `forward`; equal tensors are
+    in it once.
+
+    Args:
+        asked: method → its part, precision, and what the file says about it.
+        path: the `.pte` file.
+
+    Returns:
+        Of every method what [`~edgedit_hf.export.executorch.lower.lower_methods`] says.
+
+    Raises:
+        EdgeDiTError: ExecuTorch cannot lower them together.
+    """
+    from .executorch.lower import described, explain_refusals, lower_methods, quantized_form
+
+    methods, said = {}, {}
+    for name, (part, precision, facts) in asked.items():
+        form, scheme, _ = quantized_form(part, precision, **_executorch_weights(part, lowering))
+        methods[name] = form, tuple(part.inputs.values())
+        said[name] = described(part, scheme, facts)
+    with explain_refusals("all networks of the pipeline in one file"):
+        return lower_methods(methods, path, {METHODS: json.dumps(said)}, lowering.backend)
 
 
 def facts_of(

@@ -55,6 +55,11 @@ class Part:
     dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
 
     @property
+    def key(self) -> str:
+        """Its name in the contract: the part's name, a text encoder's component."""
+        return self.component if self.name == "text_encoder" else self.name
+
+    @property
     def weights(self) -> int:
         """Numbers in the module's parameters and buffers."""
         tensors = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}

@@ -214,6 +214,8 @@ def _numpy_type(kind: str) -> np.dtype:
 
 CONSTANT_PREFIX = "edgedit_"  # of the constant methods by which a .pte file describes itself
 INPUT_NAMES = "inputs"  # the constant method, behind the prefix, that names the inputs: a JSON list in their order
+METHODS = "methods"  # of a file of several networks instead: JSON, method → what a file of that network alone says
+FORWARD = "forward"  # the method of a file of one network
 # Types by their numbers in .pte files (executorch/runtime/core/portable_type/scalar_type.h).
 _SCALAR_TYPES = {
     0: "uint8",
@@ -265,20 +267,30 @@ class ExecutorchSession(Session):
     Args:
         threads: threads of every run (`None`: the pool as it is). The pool is one for the process: when another session
             asks for another number, this one loads its network again from `path` at its next run, so do not alternate.
+        method: of a file of several networks: which one.
+
+    Raises:
+        EdgeDiTError: see [`Session`]; or the file has no such method.
     """
 
     runtime = "executorch"
 
-    def __init__(self, path: str | os.PathLike, threads: int | None = None):
+    def __init__(self, path: str | os.PathLike, threads: int | None = None, method: str = FORWARD):
         super().__init__(path, threads)
         if threads is not None:
             set_executorch_threads(threads)
+        self.method = method
         self._method: Any = None
         with _EXECUTORCH:
             self._program = self._load(self._open)
             said = self._load(lambda: _constants(self._program))
-            tensors = self._load(lambda: _input_tensors(self._program.metadata("forward")))
+            if method not in self._program.method_names:
+                known = sorted(name for name in self._program.method_names if not name.startswith(CONSTANT_PREFIX))
+                raise EdgeDiTError(f"{self.path} has no method {method!r}; its methods are {', '.join(known)}.")
+            tensors = self._load(lambda: _input_tensors(self._program.metadata(method)))
             _sessions.add(self)
+        if METHODS in said:
+            said = json.loads(said[METHODS])[method]
         names = json.loads(said.pop(INPUT_NAMES, "[]")) or [""] * len(tensors)
         self.metadata = said
         self.inputs = tuple(Input(name, shape, dtype) for name, (shape, dtype) in zip(names, tensors, strict=True))
@@ -312,7 +324,7 @@ class ExecutorchSession(Session):
             if self._method is None:
                 if self._program is None:
                     self._program = self._load(self._open)
-                self._method = self._load(lambda: self._program.load_method("forward"))
+                self._method = self._load(lambda: self._program.load_method(self.method))
             found = self._method.execute([torch.from_numpy(value) for value in values])
         return [value.numpy() for value in found]
 
@@ -352,7 +364,7 @@ def open_session(path: str | os.PathLike, threads: int | None = None, **options:
     Args:
         path: the file, `.onnx` or `.pte`.
         threads: threads of a run (`None`: the runtime's choice).
-        options: of the runtime; ONNX Runtime has `provider`.
+        options: of the runtime; ONNX Runtime has `provider`, ExecuTorch `method`.
 
     Raises:
         EdgeDiTError: no runtime runs such a file, it is not installed, or it refuses the file.

@@ -20,7 +20,7 @@ def test_xnnpack_takes_the_network_and_the_constants_stay(tmp_path):
     form = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
     x = torch.randn(3, 8)
     with quiet():
-        edge = edge_program("xnnpack", form, [x], {"edgedit_word": "text"})
+        edge = edge_program("xnnpack", {"forward": (form, [x])}, {"edgedit_word": "text"})
         calls = [str(node.target) for node in edge.exported_program().graph.nodes if node.op == "call_function"]
         lowered = edge.to_executorch()
     assert len(calls) == 2 and "executorch_call_delegate" in calls[0]  # one delegate, and its output taken out

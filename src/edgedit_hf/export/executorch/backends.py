@@ -15,24 +15,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...runtimes.sessions import FORWARD
+
 QNN_CHIPSET = "SM8650"  # Snapdragon 8 Gen 3
 
 
-def edge_program(backend: str, form: nn.Module, inputs: Sequence[torch.Tensor], constants: Mapping[str, Any]) -> Any:
-    """Trace a module and give the backend what it takes: ExecuTorch's `EdgeProgramManager`.
+Methods = Mapping[str, tuple[nn.Module, Sequence[torch.Tensor]]]
+
+
+def edge_program(backend: str, methods: Methods, constants: Mapping[str, Any]) -> Any:
+    """Trace modules and give the backend what it takes: ExecuTorch's `EdgeProgramManager`.
 
     Args:
         backend: see [`~edgedit_hf.export.formats.FORMATS`].
-        form: module with positional tensor inputs, in eval mode. inputs: examples; their shapes become the program's.
+        methods: name → a module with positional tensor inputs, in eval mode, and examples of them, whose shapes become
+            the method's. For QNN [`FORWARD`] alone.
         constants: constant methods of the program, by name.
     """
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    inputs = tuple(inputs)
     if backend == "qnn":
-        return _qnn_program(form, inputs, constants)
+        form, inputs = methods[FORWARD]
+        return _qnn_program(form, tuple(inputs), constants)
     with torch.no_grad():
-        program = torch.export.export(form, inputs, strict=False)
+        program = {
+            name: torch.export.export(form, tuple(inputs), strict=False) for name, (form, inputs) in methods.items()
+        }
     if backend == "coreml":
         with (
             contextlib.redirect_stderr(io.StringIO()),

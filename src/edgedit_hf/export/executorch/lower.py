@@ -9,10 +9,11 @@ is not offered: it lowers without an error and returns NaN. The files describe t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ...files import aside_of, explain_write_errors
 from ...quantization.packing import unpack
 from ...quantization.weights import AffineWeight
 from ...runtimes.profile import executorch_profile
-from ...runtimes.sessions import CONSTANT_PREFIX, INPUT_NAMES
+from ...runtimes.sessions import CONSTANT_PREFIX, FORWARD, INPUT_NAMES
 from ..formats import FORMATS
 from ..parts import (
     ConditionerWrapper,
@@ -36,7 +37,7 @@ from ..parts import (
     TextConditionerWrapper,
 )
 from ..wrappers import DenoiserWrapper, quiet
-from .backends import edge_program
+from .backends import Methods, edge_program
 from .xnnpack import FormLinear, edgedit_form
 from .xnnpack_elastic import elastic_form
 from .xnnpack_encoders import encoder_form
@@ -76,7 +77,7 @@ def lower_executorch(
 
     Returns:
         backend, scheme, not_run (a sentence, where the file cannot run here), what [`quantize_linears`] returns, bytes,
-        delegation ([`lower`], [`~edgedit_hf.runtimes.profile.executorch_profile`]).
+        planned_bytes and delegation ([`lower_methods`], [`~edgedit_hf.runtimes.profile.executorch_profile`]).
 
     Raises:
         EdgeDiTError: ExecuTorch or a backend's SDK is not installed, the part cannot be lowered, or given weights have
@@ -86,33 +87,56 @@ def lower_executorch(
     _check_precision(precision)
     FORMAT.check_backend(backend, precision)
     not_run = FORMAT.backends[backend]
+    form, scheme, layers = quantized_form(part, precision, keep_8bit, affine, backend)
     inputs = tuple(part.inputs.values())
-    form = form_of(part) if backend == "xnnpack" else part.module
-    scheme = "fp32" if part.component == "vae" else SCHEMES[precision]  # its convolutions have no dynamic quantisation
-    layers = quantize_linears(form, scheme, keep_8bit, affine or {})
-    facts = {**(facts or {}), "scheme": scheme, INPUT_NAMES: json.dumps(list(part.inputs))}
-    try:
-        delegation = lower(form, inputs, path, facts, backend)
-    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise EdgeDiTError(
-            f"ExecuTorch cannot lower the {part.name} of the {part.component} ({type(part.module).__name__}): {reason}"
-        ) from error
+    facts = described(part, scheme, facts or {})
+    with explain_refusals(f"the {part.name} of the {part.component} ({type(part.module).__name__})"):
+        said = lower(form, inputs, path, facts, backend)
     if profile_runs and not_run is None:
-        delegation |= executorch_profile(path, part.inputs, profile_runs)
+        said["delegation"] |= executorch_profile(path, part.inputs, profile_runs)
     return {
         "backend": backend,
         "scheme": scheme,
         "not_run": not_run,
         **layers,
         "bytes": Path(path).stat().st_size,
-        "delegation": delegation,
+        **said,
     }
+
+
+def described(part: Part, scheme: str, facts: Mapping[str, str]) -> dict[str, str]:
+    """What a file, or a method of one, says of itself."""
+    return {**facts, "scheme": scheme, INPUT_NAMES: json.dumps(list(part.inputs))}
 
 
 def _check_precision(precision: str) -> None:
     if precision not in SCHEMES:
         raise EdgeDiTError(f"precision is {precision!r}; ExecuTorch exports exist as {', '.join(SCHEMES)}.")
+
+
+@contextlib.contextmanager
+def explain_refusals(what: str) -> Iterator[None]:
+    """What ExecuTorch raises where it cannot lower something, as an [`EdgeDiTError`] that names it."""
+    try:
+        yield
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise EdgeDiTError(f"ExecuTorch cannot lower {what}: {reason}") from error
+
+
+def quantized_form(
+    part: Part,
+    precision: str,
+    keep_8bit: Collection[str] = (),
+    affine: Mapping[str, AffineWeight] | None = None,
+    backend: str = "xnnpack",
+) -> tuple[nn.Module, str, dict[str, Any]]:
+    """What is lowered of a part: its module in the backend's form with quantised weights, its scheme, and what
+    [`quantize_linears`] returns. See [`lower_executorch`] for the arguments.
+    """
+    form = form_of(part) if backend == "xnnpack" else part.module
+    scheme = "fp32" if part.component == "vae" else SCHEMES[precision]  # its convolutions have no dynamic quantisation
+    return form, scheme, quantize_linears(form, scheme, keep_8bit, affine or {})
 
 
 def form_of(part: Part) -> nn.Module:
@@ -255,24 +279,38 @@ def lower(
     path: str | os.PathLike,
     facts: Mapping[str, str],
     backend: str = "xnnpack",
-) -> dict:
-    """Trace a module, give the backend all it takes, write the rest as ExecuTorch's portable operators.
+) -> dict[str, Any]:
+    """Write a file of one module; see [`lower_methods`], whose entry of the method `forward` it returns.
 
     Args:
         form: module with positional tensor inputs, in eval mode.
         inputs: example inputs; their shapes become the file's.
+        path: the `.pte` file. facts: text that it returns from its methods `edgedit_<key>`.
+    """
+    return lower_methods({FORWARD: (form, inputs)}, path, facts, backend)[FORWARD]
+
+
+def lower_methods(
+    methods: Methods, path: str | os.PathLike, facts: Mapping[str, str], backend: str = "xnnpack"
+) -> dict[str, dict[str, Any]]:
+    """Trace modules, give the backend all it takes, write the rest as ExecuTorch's portable operators: one file, in
+    which methods share the tensors that are equal.
+
+    Args:
+        methods: see [`edge_program`].
         path: the `.pte` file; written aside and renamed.
         facts: text that the file returns from its methods `edgedit_<key>`.
 
     Returns:
-        subgraphs (pieces that the backend runs), delegated (operators in them), portable (operator → number outside
-        them).
+        Of every method planned_bytes (of the buffers that the file plans for a run: inputs, outputs and what is between
+        the pieces; XNNPACK's own workspace is not in it) and delegation: subgraphs (pieces that the backend runs),
+        delegated (operators in them), portable (operator → number outside them).
     """
     with quiet():
         from executorch.devtools.backend_debug import get_delegation_info
 
-        edge = edge_program(backend, form, inputs, {f"{CONSTANT_PREFIX}{key}": value for key, value in facts.items()})
-        info = get_delegation_info(edge.exported_program().graph_module)
+        edge = edge_program(backend, methods, {f"{CONSTANT_PREFIX}{key}": value for key, value in facts.items()})
+        infos = {name: get_delegation_info(edge.exported_program(name).graph_module) for name in methods}
         lowered = edge.to_executorch()
     path = Path(path)
     aside = aside_of(path)
@@ -284,6 +322,11 @@ def lower(
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
+    planned = {plan.name: sum(plan.non_const_buffer_sizes) for plan in lowered.executorch_program.execution_plan}
+    return {name: {"planned_bytes": planned[name], "delegation": _delegation(info)} for name, info in infos.items()}
+
+
+def _delegation(info: Any) -> dict[str, Any]:
     portable = {
         name: count.non_delegated
         for name, count in info.delegation_by_operator.items()

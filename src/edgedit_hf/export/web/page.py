@@ -17,6 +17,7 @@ from typing import Any
 from ...errors import EdgeDiTError
 from ...files import atomic_write_text, file_sha256
 from ...markup import MARKUP
+from ..memory import artefact_bytes
 from . import runtime
 from .tokenizers import check_tokenizer
 
@@ -127,11 +128,8 @@ def write_page(
     """
     sizes = {}
     for key, entry in contract["artefacts"].items():
-        path = folder / entry["file"]
-        beside = path.with_name(f"{path.name}.data")
-        size = path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
         if key != "encoder":  # which the page never opens
-            sizes[key] = size, entry["precision"]
+            sizes[key] = artefact_bytes(folder / entry["file"]), entry["precision"]
     check_memory({contract["artefacts"][key]["file"]: given for key, given in sizes.items()})
     peaks = {key: peak_bytes(*given) for key, given in sizes.items()}
     if runtime_url is None:
