@@ -19,6 +19,7 @@ ACROSS = {
     "sweep/test_sweep.py": "bad values for every command, key and file",
     "commands/test_options.py": "options of every command that are out of range",
     "export/web/test_philox.py": "the noise that the page draws",
+    "export/test_arm64.py": "an export's files on the instruction set of phones",
     "export/test_kinds.py": "every kind of layer through every lowering",
     "export/test_relatives.py": "DiT's relatives through every lowering",
     "training/test_bad_input.py": "bad input of every recipe",

@@ -508,7 +508,7 @@ def test_one_file_of_text_to_image(tmp_path):
     """Quantised, with a text encoder and a VAE."""
     pytest.importorskip("executorch")
     pipeline = elastic(second=False, vae=tiny_vae(), channels=4)
-    options = {"threads": 1, "bench_repeats": 2, "num_images": 2, "one_file": True}
+    options = {"threads": 1, "bench_repeats": 2, "num_images": 2, "one_file": True, "prompts": ["a 3", "a"]}
     folder = export_pipeline(
         pipeline, tmp_path / "out", ExportOptions(format="executorch", dtype="int8", min_psnr_db=15, **options)
     )
