@@ -22,6 +22,7 @@ import base64
 import contextlib
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -74,14 +75,14 @@ def measured_in_browser(run: Path, arguments: argparse.Namespace, output: Path) 
         try:
             for said in server.stdout:
                 print(said, end="", file=sys.stderr, flush=True)
-                if (address := said.strip()).startswith("http://"):
+                if address := re.search(r"http://\S+", said):
                     break
             else:
                 fail([f"edgedit phone serve {run} gave no address"])
             with Browser(timeout=60) as page:
-                page.open(address)
+                page.open(address.group())
                 page.wait("document.body.dataset.state === 'ready'")
-                page.run("document.getElementById('start').click()")
+                page.run("document.getElementById('measure').click()")
                 for said in server.stdout:  # until it has all and ends
                     print(said, end="", file=sys.stderr, flush=True)
         finally:
