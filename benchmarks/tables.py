@@ -426,10 +426,41 @@ def int8(result: Result) -> dict[str, str]:
     return {"": table([*header, "error of the output"], rows)}
 
 
+def browser_loop(result: Result) -> dict[str, str]:
+    """The first table against the second measurement; the devices; the pages."""
+    second, pairs = result["second"], result["devices"]["space"]["pairs"]
+    predicted = [
+        ["networks that the table was not fitted to, as measured with it", percent(result["first"]["mean"])],
+        [f"the same and the student, {second['networks']}, measured after the search", percent(second["mean_error"])],
+        ["Kendall's τ of the latter", number(second["kendall"], 2)],
+        ["the student, predicted", f"{number(second['student_predicted_ms'])} ms"],
+        ["the student, measured", f"{number(second['student_measured_ms'])} ms"],
+        ["the teacher, measured", f"{number(second['teacher_measured_ms'])} ms"],
+        ["times as fast as the teacher, measured", number(second["speedup"])],
+    ]
+    own = result["devices"]["devices"][0]["name"]
+    taus = {name: pair["kendall"] for pair in pairs for name in pair["pair"] if own in pair["pair"]}
+    devices = [
+        [device["name"], f"{number(device['teacher_ms'])} ms", number(result["speedups"][device["name"]])]
+        + ["" if device["name"] == own else number(taus[device["name"]], 2)]
+        for device in result["devices"]["devices"]
+    ]
+    pages = [
+        [name, *page["times"].values(), "equal" if page["db"] is None else f"{page['db']:.1f} dB"]
+        for name, page in result["pages"].items()
+    ]
+    header = ["", *next(iter(result["pages"].values()))["times"], "picture against Python's"]
+    return {
+        "predictions": table([f"{own}, {result['batch']} images a forward", ""], predicted),
+        "devices": table(["", "teacher", "the student's speed-up", "τ of the space with the browser's"], devices),
+        "pages": table(header, pages),
+    }
+
+
 TABLES: dict[str, Callable[[Result], dict[str, str]]] = {
     made.__name__: made
     for made in (
         *(run, ranking, programme, search, larger_space, latency_table, closed_form, distill_cost),
-        *(feature_distillation, few_step, attention, quantization, export, sampling, forward, int8),
+        *(feature_distillation, few_step, attention, quantization, export, sampling, forward, int8, browser_loop),
     )
 }

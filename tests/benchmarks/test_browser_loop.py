@@ -8,6 +8,7 @@ from edgedit_hf.search.latency_table import LatencyTable
 
 
 @pytest.mark.slow
+@pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
 def test_from_a_bank_to_a_page(benchmark, debug_run, recipes, tmp_path):
     work = tmp_path / "work"
@@ -22,7 +23,7 @@ def test_from_a_bank_to_a_page(benchmark, debug_run, recipes, tmp_path):
     assert found["student_measured_ms"] in measured.values() and found["networks"] >= 8
     assert found["speedup"] == found["teacher_measured_ms"] / found["student_measured_ms"]
     assert {name for name in result["speedups"]} == {"Chromium, WebAssembly", "onnxruntime", "executorch"}
-    assert all(said["db"] >= 40 for said in result["pages"].values())
+    assert all(said["db"] is None or said["db"] >= 40 for said in result["pages"].values())
 
     files = {file: file.stat().st_mtime_ns for file in work.glob("*.json")}
     again = benchmark("browser_loop.py", *arguments, threads=None)[1]  # everything is there

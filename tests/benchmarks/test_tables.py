@@ -55,3 +55,30 @@ def test_a_run(tables):
     assert other.startswith("| onnx-int8 | 1.87 M | 40.1 | 1.36 MB | | 3.56 |")
     assert "| mlp | 1.20 | 0.00146 | 0.00108 |" in made["proxies"]
     assert made["search"].splitlines()[-1] == "| 4 | 4.000 | 2.500 |"
+
+
+def test_a_browser_in_the_loop(tables):
+    """The student's time as predicted and as measured; a picture that is Python's to the byte has no dB."""
+    second = {"networks": 17, "mean_error": 0.05, "kendall": 0.95, "student_predicted_ms": 44.0}
+    second |= {"student_measured_ms": 40.0, "teacher_measured_ms": 80.0, "speedup": 2.0}
+    pairs = [{"pair": ["browser", "executorch"], "kendall": 0.9}, {"pair": ["executorch", "FLOPs"], "kendall": 0.5}]
+    devices = [{"name": "browser", "teacher_ms": 78.0}, {"name": "executorch", "teacher_ms": 26.0}]
+    made = tables.browser_loop(
+        {
+            "batch": 48,
+            "first": {"mean": 0.018},
+            "second": second,
+            "devices": {"space": {"pairs": pairs}, "devices": devices},
+            "speedups": {"browser": 1.9, "executorch": 1.6},
+            "pages": {
+                "teacher": {"times": {"a step": "9 ms"}, "db": None},
+                "student": {"times": {"a step": "5 ms"}, "db": 51.2},
+            },
+        }
+    )
+    assert "| the student, predicted | 44.0 ms |" in made["predictions"] and "| 2.00 |" in made["predictions"]
+    assert made["devices"].splitlines()[2:] == [
+        "| browser | 78.0 ms | 1.90 | |",
+        "| executorch | 26.0 ms | 1.60 | 0.90 |",
+    ]
+    assert made["pages"].splitlines()[2:] == ["| teacher | 9 ms | equal |", "| student | 5 ms | 51.2 dB |"]
