@@ -250,11 +250,12 @@ def test_every_precision(make_transformer, web_runtime, tmp_path, dtype):
 @pytest.mark.slow
 @pytest.mark.export
 @needs_browser
-@pytest.mark.parametrize("split", [False, True])
-def test_text_to_image_on_a_phone(web_runtime, tmp_path, split):
-    folder = export_pipeline(
-        elastic(vae=tiny_vae(), channels=4), tmp_path / "out", replace(OPTIONS, split_conditioner=split)
-    )
+@pytest.mark.parametrize("dtype, split", [("fp32", False), ("fp32", True), ("int8", False)])
+def test_text_to_image_on_a_phone(web_runtime, tmp_path, dtype, split):
+    options = replace(OPTIONS, dtype=dtype, split_conditioner=split)
+    if dtype != "fp32":  # random weights round worse than trained ones
+        options = replace(options, tolerance=1.0, min_psnr_db=0.0)
+    folder = export_pipeline(elastic(vae=tiny_vae(), channels=4), tmp_path / "out", options)
     for prompt in ("a red 3", "two 7s <b>"):
         expected = from_python(folder, tmp_path, "--seed", "11", "--prompt", prompt)
         with served(folder) as url, Browser() as page:
@@ -268,13 +269,13 @@ def test_text_to_image_on_a_phone(web_runtime, tmp_path, split):
                 )
                 >= 44
             )
-            assert decibels(draw(page, 11, prompt=prompt, tap=True), expected) >= LEAST_DB["fp32"]
+            assert decibels(draw(page, 11, prompt=prompt, tap=True), expected) >= LEAST_DB[dtype]
             assert text(page, "caption") == f"{prompt} (seed 11)" and not page.run("!!document.querySelector('b')")
             assert page.run("document.documentElement.scrollWidth") == 390
             of_origin(page, url)
             with pytest.raises(BrowserError, match="35 tokens; this export takes 16 at most"):
                 draw(page, 11, prompt="a long prompt of many letters")
-            page.screenshot(tmp_path / f"phone-{split}.png")
+            page.screenshot(tmp_path / f"phone-{dtype}-{split}.png")
 
 
 @pytest.mark.slow
