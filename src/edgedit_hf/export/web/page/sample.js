@@ -226,7 +226,8 @@ function describe(contract) {
   fact(facts, "Precision", contract.precision);
   fact(facts, "Files", inMB(bytes));
   const names = contract.labels?.names ?? {};
-  for (let i = 0; i < (contract.labels?.count ?? 0); i++) option(byId("label"), i, names[i] ? `${i}: ${names[i]}` : i);
+  const named = (i) => (names[i] && names[i] !== String(i) ? `${i}: ${names[i]}` : i);
+  for (let i = 0; i < (contract.labels?.count ?? 0); i++) option(byId("label"), i, named(i));
   byId("label-row").hidden = !contract.labels;
   byId("prompt-row").hidden = !contract.text;
   byId("prompt").value = contract.reference.prompt ?? "";
