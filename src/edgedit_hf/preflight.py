@@ -41,7 +41,8 @@ from .few_step.checks import (
 )
 from .few_step.schedule import few_step_timesteps
 from .files import atomic_write_json, hash_json, read_json
-from .metrics.extractors import InceptionExtractor, check_classifiable
+from .metrics.extractors import check_classifiable
+from .metrics.networks import InceptionExtractor
 from .models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from .pipelines.loading import KINDS, TEXT_TO_IMAGE_VAES, VAES, encoder_folder, load_scheduler
 from .publish.run import check_push

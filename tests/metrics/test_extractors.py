@@ -1,6 +1,5 @@
 """The feature extractor, the independent classifier, and what they refuse."""
 
-import hashlib
 import json
 
 import numpy as np
@@ -12,13 +11,11 @@ from edgedit_hf.data.images import load_images, stratified_split
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.metrics import (
     FeatureExtractor,
-    InceptionExtractor,
     class_agreement,
     frechet_distance,
     train_classifier,
     train_independent_classifier,
 )
-from edgedit_hf.metrics.extractors import INCEPTION_FILE
 
 
 @pytest.fixture(scope="module")
@@ -150,17 +147,6 @@ def test_independent_classifier(digits):
         class_agreement(classifier, images[:2], labels[:3])
     with pytest.raises(EdgeDiTError, match=r"but the extractor takes \('n', 1, 8, 8\)"):
         classifier.predict(torch.zeros(1, 3, 8, 8))
-
-
-def test_inception_without_its_weights(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(EdgeDiTError, match=f"{INCEPTION_FILE} do not exist. Download https://"):
-        InceptionExtractor()
-    wrong = tmp_path / "hub" / "checkpoints" / INCEPTION_FILE
-    wrong.parent.mkdir(parents=True)
-    wrong.write_bytes(b"something else")
-    with pytest.raises(EdgeDiTError, match=f"SHA-256 {hashlib.sha256(b'something else').hexdigest()[:16]}…"):
-        InceptionExtractor()
 
 
 @pytest.mark.slow

@@ -7,20 +7,23 @@ import importlib
 _EXPORTS = {
     "distances": (
         "RunningMoments",
+        "adm_precision_recall",
         "frechet_distance",
         "frechet_distance_from_moments",
         "frechet_standard_error",
         "inception_score",
+        "kernel_distance",
         "precision_recall",
         "psnr",
     ),
     "extractors": (
+        "Extractor",
         "FeatureExtractor",
-        "InceptionExtractor",
         "class_agreement",
         "train_classifier",
         "train_independent_classifier",
     ),
+    "networks": ("InceptionExtractor", "ModuleExtractor", "TransformersExtractor", "open_extractor"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 

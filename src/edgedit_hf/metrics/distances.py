@@ -1,5 +1,8 @@
 """How far generated images are from real ones: pure functions of features, in float64.
 
+What ADM's evaluator (guided-diffusion, evaluations/evaluator.py) computes is here with its arithmetic: FID and sFID are
+[`frechet_distance`] of its two kinds of features, then [`inception_score`] and [`adm_precision_recall`].
+
 N: samples, D: feature width. Every function takes NumPy arrays or torch tensors and raises [`EdgeDiTError`] on values
 that are not finite, on shapes that do not fit and on too few samples. What the features are is the caller's business:
 "FID" without more means ADM's Inception features, everything else is a "Fréchet distance (extractor)".
@@ -99,6 +102,26 @@ class RunningMoments:
         assert self._scatter is not None
         return self._scatter / (self.count - 1)
 
+    def notes(self, what: str) -> list[str]:
+        """What makes a distance of these moments worth less, in words: too few samples, features that do not vary.
+
+        Args:
+            what: whose moments they are, such as "the samples".
+        """
+        covariance, said = self.covariance, []
+        assert self.mean is not None
+        if self.count <= (width := len(self.mean)):
+            said.append(
+                f"{what}: {self.count} images are too few for {width} features, the covariance is singular and a "
+                f"Fréchet distance biased upwards; take more than {width}, or an extractor with fewer features."
+            )
+        # Equal values may have a mean that is off by its rounding, and so a variance of almost nothing.
+        still = np.flatnonzero(np.sqrt(covariance.diagonal()) <= 1e-9 * np.abs(self.mean))
+        if len(still):
+            named = ", ".join(map(str, still[:3])) + (", …" if len(still) > 3 else "")
+            said.append(f"{what}: {len(still)} of {width} features (number {named}) have no variance.")
+        return said
+
     def state_dict(self) -> dict:
         """`{"count", "mean", "scatter"}`, to be gathered from ranks or stored."""
         return {"count": self.count, "mean": self.mean, "scatter": self._scatter}
@@ -169,21 +192,25 @@ def frechet_standard_error(features, reference, resamples: int = 20, seed: int =
 
     The rows of `features` are drawn anew with replacement, `resamples` times; the reference, which all distances that
     are compared share, stays. A redrawn set's distance is biased upwards further than the set's own, so only the
-    spread of the redrawn distances is given; with fewer samples than features it errs on the high side.
+    spread of the redrawn distances is given; with fewer samples than features it errs on the high side. Memory: three
+    times the features in float64.
 
     Args:
-        features: `[N, D]`. reference: `[M, D]`. N, M ≥ 2.
+        features: `[N, D]`. reference: `[M, D]`, or its mean `[D]` and covariance `[D, D]`. N, M ≥ 2.
         resamples: ≥ 2; 20 give the standard error to about 16 %.
         seed: of the draws.
     """
     if resamples < 2:
         raise EdgeDiTError(f"resamples is {resamples}; a spread needs at least 2.")
     x = _features(features, "features", at_least=2)
-    moments = RunningMoments().update(_features(reference, "reference", at_least=2))
-    _check_width(x, moments.mean, ("features", "reference"))
+    if not isinstance(reference, tuple):
+        moments = RunningMoments().update(_features(reference, "reference", at_least=2))
+        reference = moments.mean, moments.covariance
+    reference_mean, covariance = reference
+    _check_width(x, reference_mean, ("features", "reference"))
     # Tr (AB)^½ is the sum of the roots of the eigenvalues of Gᵀ A G, that is of the covariance of x G (B = G Gᵀ).
-    x = x - moments.mean
-    squares, y = (x**2).sum(axis=1), x @ _factor(moments.covariance)
+    x = x - reference_mean
+    squares, y = (x**2).sum(axis=1), x @ _factor(covariance)
     rng, distances = np.random.default_rng(seed), []
     for _ in range(resamples):
         rows = rng.integers(len(x), size=len(x))
@@ -249,27 +276,116 @@ def precision_recall(real, fake, k: int = 3, chunk: int = 2048) -> tuple[float, 
     return precision, recall
 
 
+def _adm_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Squared distances `[len(a), len(b)]` float32 as ADM rounds them: in half precision, unless one overflows."""
+    half_a, half_b = a.half(), b.half()
+    norm_a, norm_b = ((half * half).float().sum(1).half() for half in (half_a, half_b))
+    product = (half_a.float() @ half_b.float().T).half()  # accumulated in float32, as GPUs do
+    found = norm_a[:, None] - 2 * product + norm_b[None, :]
+    if not torch.isfinite(found).all():
+        found = (a**2).sum(1)[:, None] - 2 * (a @ b.T) + (b**2).sum(1)[None, :]
+    return found.clamp(min=0).float()
+
+
+def _adm_radii(points: torch.Tensor, k: int, batch: int) -> torch.Tensor:
+    """Squared distance to the k-th nearest neighbour, `[N]`; a point counts as its own nearest."""
+    radii = [
+        torch.cat([_adm_distances(rows, columns) for columns in points.split(batch)], dim=1).kthvalue(k + 1).values
+        for rows in points.split(batch)
+    ]
+    return torch.cat(radii)
+
+
+def adm_precision_recall(real, fake, k: int = 3, batch: int = 10_000) -> tuple[float, float]:
+    """Precision and recall as ADM's evaluator computes them: what published figures of diffusion models are.
+
+    The definition is that of [`precision_recall`], but distances are rounded to half precision (float32 in a block
+    where one overflows), so that points near a ball's surface may change sides: figures move by up to about .005, and
+    with the order of `real` and `fake`, whose roles in the rounding differ.
+
+    Args:
+        real, fake: features `[N, D]` and `[M, D]`, N, M > k. ADM takes the 10,000 images of its reference file and all
+            samples.
+        k: neighbours.
+        batch: rows and columns of a block (memory: batch · max(N, M) · 6 bytes).
+
+    Returns:
+        (precision, recall), both in [0, 1].
+    """
+    if k < 1 or batch < 1:
+        raise EdgeDiTError(f"k is {k} and batch is {batch}; both must be at least 1.")
+    real, fake = _features(real, "real", at_least=k + 1), _features(fake, "fake", at_least=k + 1)
+    _check_width(real, fake, ("real", "fake"))
+    ours, theirs = (torch.from_numpy(points).float() for points in (fake, real))
+    radii, their_radii = _adm_radii(ours, k, batch), _adm_radii(theirs, k, batch)
+    inside, covered = torch.zeros(len(ours), dtype=torch.bool), torch.zeros(len(theirs), dtype=torch.bool)
+    for row in range(0, len(theirs), batch):
+        for column in range(0, len(ours), batch):
+            rows, columns = slice(row, row + batch), slice(column, column + batch)
+            distances = _adm_distances(theirs[rows], ours[columns])
+            covered[rows] |= (distances <= radii[columns]).any(1)
+            inside[columns] |= (distances <= their_radii[rows, None]).any(0)
+    return float(inside.double().mean()), float(covered.double().mean())
+
+
+# ------------------------------------------------------------------ kernel distance
+
+
+def kernel_distance(
+    features, reference, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Kernel distance (KID in Inception's features): the unbiased squared maximum mean discrepancy with the kernel
+    (x·y / D + 1)³ (Bińkowski et al. 2018), over random subsets of both sets.
+
+    torchmetrics' arithmetic, in float64; the subsets are drawn by `seed`, where its class takes the global generator.
+
+    Args:
+        features: `[N, D]`. reference: `[M, D]`. N, M ≥ subset_size ≥ 2.
+        subsets: ≥ 1.
+
+    Returns:
+        (mean, standard deviation) over the subsets.
+    """
+    from torchmetrics.image.kid import poly_mmd
+
+    if subsets < 1 or subset_size < 2:
+        raise EdgeDiTError(
+            f"subsets is {subsets} and subset_size is {subset_size}; they must be at least 1 and at least 2."
+        )
+    x = _features(features, "features", at_least=subset_size)
+    y = _features(reference, "reference", at_least=subset_size)
+    _check_width(x, y, ("features", "reference"))
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(subsets):
+        parts = [torch.from_numpy(z[rng.choice(len(z), subset_size, replace=False)]) for z in (y, x)]
+        found.append(float(poly_mmd(*parts)))
+    return float(np.mean(found)), float(np.std(found))
+
+
 # ------------------------------------------------------------------ inception score, PSNR
 
 
-def inception_score(logits, splits: int = 10) -> tuple[float, float]:
-    """Inception score exp(E KL(p(y|x) ‖ p(y))) of a classifier's answers (Salimans et al. 2016).
+def inception_score(logits, split_size: int = 5000) -> tuple[float, float]:
+    """Inception score exp(E KL(p(y|x) ‖ p(y))) of a classifier's answers (Salimans et al. 2016), as ADM computes it.
+
+    torchmetrics' is another: it shuffles by the global generator and cuts into 10 parts, whatever their size.
 
     Args:
         logits: `[N, classes]` logits or log-probabilities (the same to a softmax). ADM leaves out the last layer's
             bias.
-        splits: consecutive parts of the samples that the score is computed on; N ≥ splits.
+        split_size: samples of the consecutive parts that the score is computed on; the last may be smaller.
 
     Returns:
-        (mean, standard deviation) over the splits.
+        (mean, standard deviation) over the parts.
     """
-    if splits < 1:
-        raise EdgeDiTError(f"splits is {splits}; it must be at least 1.")
-    logits = _features(logits, "logits", at_least=splits)
+    if split_size < 1:
+        raise EdgeDiTError(f"split_size is {split_size}; it must be at least 1.")
+    logits = _features(logits, "logits", at_least=1)
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     scores = []
-    for part in np.array_split(log_p, splits):
+    for start in range(0, len(log_p), split_size):
+        part = log_p[start : start + split_size]
         p = np.exp(part)
         marginal = np.log(np.clip(p.mean(axis=0), np.finfo(np.float64).tiny, None))
         scores.append(np.exp((p * (part - marginal)).sum(axis=1).mean()))

@@ -1,4 +1,5 @@
-"""What images are compared in: a small classifier's features, ADM's Inception, and a classifier independent of both.
+"""What images are compared in: the protocol of all extractors, a small classifier's features, and a classifier that is
+independent of them. Networks of others stand in [`metrics.networks`].
 
 Shapes: n images `[n, C, H, W]` in [-1, 1], 64 features. The classifier is trained on the run's own data, so a distance
 in its features compares the models of one run: a "Fréchet distance (digits-cnn)", never an FID.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..data.batches import batch_indices
-from ..data.datasets import ImageDataset, to_bytes
+from ..data.datasets import ImageDataset
 from ..data.images import stratified_split
 from ..errors import EdgeDiTError
-from ..files import atomic_folder, atomic_write_json, file_sha256, weights_hash
-from ..records import Extractor
+from ..files import atomic_folder, atomic_write_json, weights_hash
+from ..records import Extractor as ExtractorRecord
 from ..schema import read_record
 
 WIDTH = 64  # features
@@ -31,11 +32,31 @@ MIN_SIDE = 8  # pixels
 HELD_OUT = 0.1  # share of the images that the accuracy is measured on when no validation set is given
 SVC_SIDE = 16  # the independent classifier sees at most 16x16 pixels …
 SVC_IMAGES = 5000  # … of at most so many images: its training time grows with their square
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the name ends with the start of its SHA-256
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
 
-def _check_images(images: torch.Tensor, shape: tuple[int, ...]) -> None:
+class Extractor(Protocol):
+    """What every extractor has.
+
+    Beside it an extractor may have `head(features)`, logits `[n, classes]` of features, which the inception score
+    takes; and `features_and_spatial(images)`, which gives the features that sFID is computed in too.
+
+    Attributes:
+        name: what a metric calls it.
+        hash: 16 hex digits of the SHA-256 over all that decides about the features.
+        width: features of an image.
+    """
+
+    name: str
+    hash: str
+    width: int
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Features `[n, width]` float32, on the CPU, of images `[n, C, H, W]` in [-1, 1]."""
+        ...
+
+
+def check_images(images: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless these are images of this shape (C, H, W), all finite."""
     if images.ndim != 4 or tuple(images.shape[1:]) != tuple(shape):
         raise EdgeDiTError(f"The images have shape {tuple(images.shape)}, but the extractor takes {('n', *shape)}.")
     if not torch.isfinite(images).all():
@@ -79,6 +100,7 @@ class FeatureExtractor:
     """
 
     made_from: dict[str, Any] | None = None
+    width = WIDTH
 
     def __init__(self, model: nn.Module, name: str, accuracy: float, shape: tuple[int, int, int]) -> None:
         self._model = model.eval().requires_grad_(False)
@@ -90,13 +112,17 @@ class FeatureExtractor:
     @torch.inference_mode()
     def features(self, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
         """Features `[n, 64]` float32 of images `[n, C, H, W]` in [-1, 1]; NaN or another shape is an error."""
-        _check_images(images, self.shape)
+        check_images(images, self.shape)
         return torch.cat([self._model.body(part.float()) for part in images.split(batch_size)])
 
     @torch.inference_mode()
+    def head(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits `[n, classes]` float32, of the classes (or rotations) it was trained on, of features."""
+        return self._model.head(features)
+
     def logits(self, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
-        """Logits `[n, classes]` float32 of the classes (or rotations) it was trained on."""
-        return self._model.head(self.features(images, batch_size))
+        """Logits `[n, classes]` float32 of images, see [`~FeatureExtractor.head`]."""
+        return self.head(self.features(images, batch_size))
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `model.safetensors` and `extractor.json`, replacing the folder in one step."""
@@ -110,7 +136,7 @@ class FeatureExtractor:
     def load(cls, folder: str | os.PathLike) -> FeatureExtractor:
         """Read what [`~FeatureExtractor.save`] wrote; a damaged file raises [`EdgeDiTError`]."""
         folder = Path(folder)
-        about = read_record(folder / "extractor.json", Extractor, "FeatureExtractor.save", "a feature extractor")
+        about = read_record(folder / "extractor.json", ExtractorRecord, "FeatureExtractor.save", "a feature extractor")
         try:
             channels, height, width = about["shape"]
             with torch.device("meta"):  # nothing of a size that the weights do not have
@@ -229,55 +255,6 @@ def train_classifier(
     return extractor
 
 
-# ------------------------------------------------------------------ Inception
-
-
-class InceptionExtractor:
-    """ADM's Inception-v3 (2048 pooled features) as torch-fidelity ports it: what an "FID" without more is computed in.
-
-    It needs torch-fidelity with torchvision, and the weights in torch's hub folder. It downloads nothing.
-    """
-
-    name = "inception"
-
-    def __init__(self, device: str | torch.device = "cpu") -> None:
-        path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
-        if not path.is_file():
-            raise EdgeDiTError(
-                f"The Inception weights {path} do not exist. Download {INCEPTION_URL} to that place, or use a "
-                "classifier trained on the data (train_classifier)."
-            )
-        self.hash = file_sha256(path)[:16]
-        if not self.hash.startswith(path.stem.rpartition("-")[2]):
-            raise EdgeDiTError(
-                f"{path} has the SHA-256 {self.hash}…, which is not the one its name gives; download it anew."
-            )
-        try:
-            from torchmetrics.image.fid import NoTrainInceptionV3
-
-            # antialias=False resizes as the TensorFlow graph did, which published figures rest on.
-            model = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
-        except ImportError as error:
-            raise EdgeDiTError(f"Inception needs torch-fidelity and torchvision ({error}); install both.") from error
-        self._model = model.to(device)
-        self._device = device
-
-    @torch.inference_mode()
-    def features(self, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
-        """Features `[n, 2048]` float32 of images `[n, 1 or 3, H, W]` in [-1, 1], which are rounded to bytes first."""
-        _check_images(images, (images.shape[1], *images.shape[-2:]))
-        parts = []
-        for part in images.split(batch_size):
-            pixels = to_bytes(part).expand(-1, 3, -1, -1)
-            parts.append(self._model(pixels.to(self._device)).float().cpu())
-        return torch.cat(parts)
-
-    @torch.inference_mode()
-    def logits(self, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
-        """Logits `[n, 1008]` without the last layer's bias, as ADM's inception score uses them."""
-        return self.features(images, batch_size) @ self._model.fc.weight.float().cpu().T
-
-
 # ------------------------------------------------------------------ the independent classifier
 
 
@@ -300,7 +277,7 @@ class IndependentClassifier:
         self.accuracy = class_agreement(self, batch["images"], batch["labels"])
 
     def _pixels(self, images: torch.Tensor) -> np.ndarray:
-        _check_images(images, self.shape)
+        check_images(images, self.shape)
         size = [min(side, SVC_SIDE) for side in images.shape[-2:]]
         return F.interpolate(images.float(), size=size, mode="area").flatten(1).numpy()
 

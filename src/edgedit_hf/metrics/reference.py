@@ -5,6 +5,7 @@ once a run (<output_dir>/extractor).
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,11 +17,12 @@ from ..run.comparison import first_difference
 from ..run.config import RunConfig
 from .distances import frechet_distance
 from .extractors import (
+    Extractor,
     FeatureExtractor,
-    InceptionExtractor,
     train_classifier,
     train_independent_classifier,
 )
+from .networks import InceptionExtractor
 
 REAL_IMAGES = 50_000  # more add nothing to the distance's precision at the sample counts used
 CHUNK = 1000
@@ -64,6 +66,22 @@ def real_features(extractor, images: ImageDataset) -> torch.Tensor:
     count = min(len(images), REAL_IMAGES)
     pieces = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     return torch.cat([extractor.features(images.batch(piece)["images"]) for piece in pieces])
+
+
+def judged_by(extractor: Extractor, images: ImageDataset, count: int) -> dict[str, Any]:
+    """The parts of a [`stamp.Stamp`] that a run's stages share: extractor, reference, number of images, no rounding.
+
+    Args:
+        count: generated images.
+    """
+    return {
+        "extractor": extractor.name,
+        "extractor_hash": extractor.hash,
+        "reference": images.fingerprint,
+        "reference_count": min(len(images), REAL_IMAGES),
+        "count": count,
+        "rounding": "bytes" if extractor.name == "inception" else "none",
+    }
 
 
 def describe_reference(
