@@ -19,6 +19,7 @@ ORDER = [
     "files",
     "private",
     "schema",
+    "stamp",
     "records",
     "hub",
     "genotype",
@@ -51,9 +52,9 @@ ORDER = [
 PLACE = {name: place for place, names in enumerate(ORDER) for name in ((names,) if isinstance(names, str) else names)}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "botorch", "gpytorch", "onnx", "onnxruntime"}
 LIGHT_MODULES = (
-    "errors entry markup files private schema records hub genotype search_space menu_space run/config run/sections "
-    "run/comparison run/lock run/outputs run/results run/state folders publish export/formats models/presets quiet "
-    "registration commands optimum_register phone"
+    "errors entry markup files private schema stamp records hub genotype search_space menu_space run/config "
+    "run/sections run/comparison run/lock run/outputs run/results run/state folders publish export/formats "
+    "models/presets quiet registration commands optimum_register phone"
 ).split()
 SELF_CONTAINED = {"torch", "diffusers", "safetensors", "numpy", "PIL"} | sys.stdlib_module_names
 

@@ -24,10 +24,10 @@ from edgedit_hf.estimate import print_estimate
 from edgedit_hf.files import atomic_write_json
 from edgedit_hf.metrics.distances import frechet_distance
 from edgedit_hf.metrics.prompt_following import agreements, judged_captions
-from edgedit_hf.metrics.reference import describe_reference, load_extractor, real_features
+from edgedit_hf.metrics.reference import describe_reference, judged_by, load_extractor, real_features
 from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.pipelines.pipeline_elastic_dit import ElasticDiTPipeline
-from edgedit_hf.pipelines.sampling import generate_from_captions, sampling_of
+from edgedit_hf.pipelines.sampling import generate_from_captions, sampling_of, sampling_stamp
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import ElasticStage, Latencies
 from edgedit_hf.run.config import RunConfig
@@ -130,6 +130,10 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "metrics": {metric: distance, "validation_loss": trained.get("validation", {}).get(name)},
             "num_samples": options.samples,
             **sampling,
+            "stamp": {
+                **judged_by(extractor, images, options.samples),
+                **sampling_stamp(pipeline, seed=config.seed, **sampling),
+            },
         }
         if classifier is not None:
             result |= agreements(made, sets, classifier)

@@ -31,9 +31,9 @@ from edgedit_hf.hub import absolute
 from edgedit_hf.metrics.distances import frechet_distance, precision_recall
 from edgedit_hf.metrics.extractors import train_independent_classifier
 from edgedit_hf.metrics.prompt_following import agreements
-from edgedit_hf.metrics.reference import load_extractor, real_features
+from edgedit_hf.metrics.reference import judged_by, load_extractor, real_features
 from edgedit_hf.pipelines.loading import load_pipeline, source_path
-from edgedit_hf.pipelines.sampling import generate_from_captions
+from edgedit_hf.pipelines.sampling import generate_from_captions, sampling_stamp
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import Captions, Seconds, WidthSolvers
 from edgedit_hf.report.few_step import FEWER, GIVEN, MANY
@@ -184,6 +184,15 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "guidance_scale": row.sampled.guidance_scale,
             "forwards_per_image": row.sampled.forwards,
             "seconds_per_image": {row.sampled.runtime: seconds[row.name]} if row.name in seconds else {},
+            "stamp": {
+                **judged_by(extractor, images, options.samples),
+                **sampling_stamp(
+                    row.sampled.pipeline,
+                    seed=config.seed,
+                    steps=row.sampled.steps,
+                    guidance_scale=row.sampled.guidance_scale,
+                ),
+            },
         }
         if classifier is not None:
             result |= agreements(made, sets, classifier)

@@ -36,9 +36,9 @@ from edgedit_hf.genotype import Genotype
 from edgedit_hf.hub import absolute
 from edgedit_hf.metrics.distances import frechet_distance, precision_recall, psnr
 from edgedit_hf.metrics.extractors import class_agreement
-from edgedit_hf.metrics.reference import describe_reference, load_extractor, real_features
+from edgedit_hf.metrics.reference import describe_reference, judged_by, load_extractor, real_features
 from edgedit_hf.pipelines.loading import load_pipeline
-from edgedit_hf.pipelines.sampling import generate, sampling_of
+from edgedit_hf.pipelines.sampling import generate, sampling_of, sampling_stamp
 from edgedit_hf.preflight import preflight
 from edgedit_hf.records import Latencies, Solvers
 from edgedit_hf.report.few_step import FEWER, GIVEN, TUNED
@@ -219,6 +219,12 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "forwards_per_image": row.forwards,
             "seconds_per_image": {row.runtime: seconds[name]} if name in seconds else {},
             "grid": f"evaluate/{file(name, '.png').name}",
+        }
+        sampled = {"seed": config.seed, "steps": row.steps, "guidance_scale": row.guidance_scale}
+        mixed = "no" if options.exports else accelerator.mixed_precision
+        result["stamp"] = {
+            **judged_by(extractor, images, options.samples),
+            **sampling_stamp(pipeline, **sampled, precision=mixed),
         }
         if name != made_of:
             result["solver"] = solver

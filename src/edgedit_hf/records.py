@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .schema import key
+from .stamp import Stamp
 
 # Bounds of networks: nothing that is built from a file may be larger, whatever the file says.
 WIDTH, LAYERS, HEADS, SIDE = 2**16, 1000, 2**12, 2**16
@@ -429,6 +430,7 @@ class Model:
     path: str | None = key(None, path=True)
     folder: str | None = key(None, path=True)
     weights: str | None = key(None)
+    stamp: Stamp | None = key(None)  # earlier versions wrote none
 
 
 @dataclass(kw_only=True)

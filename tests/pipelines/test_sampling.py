@@ -1,13 +1,20 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from flow_pipelines import elastic, randomise
+from flow_pipelines import autoencoder, elastic, randomise
 
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.diffusion import draws, make_few_step_scheduler, make_scheduler, own_generators
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.pipelines.loading import with_components
-from edgedit_hf.pipelines.sampling import EVALUATION_STREAM, generate, generate_from_captions, sampling_of
+from edgedit_hf.pipelines.sampling import (
+    EVALUATION_STREAM,
+    generate,
+    generate_from_captions,
+    generate_rows,
+    sampling_of,
+    sampling_stamp,
+)
 from edgedit_hf.quantization.calibration import record
 
 
@@ -137,3 +144,30 @@ def test_a_deterministic_sampler_gives_what_it_gives_without_generators(pipeline
         class_labels=labels.tolist(), latents=noise, num_inference_steps=3, guidance_scale=1.5, output_type="pt"
     ).images
     assert torch.equal(images, plain * 2 - 1)
+
+
+def test_images_of_captions_can_be_made_in_pieces(noisy):
+    text, captions = noisy["text"][0], [f"number {i}" for i in range(5)]
+    asked = {"seed": 3, **sampling_of(text, 9, 2.0)}
+    whole = generate_from_captions(text, captions, **asked)
+    part = generate_rows(text, range(2, 5), prompts=captions[2:], batch_size=2, **asked)
+    torch.testing.assert_close(part, whole[2:], rtol=1e-3, atol=1e-3)
+
+
+def test_a_sampler_is_stamped(pipeline, make_transformer):
+    stamp = sampling_stamp(pipeline, seed=5, steps=2, guidance_scale=1.5, precision="bf16")
+    assert stamp == {
+        **{"seed": 5, "scheduler": "FlowMatchEulerDiscreteScheduler", "steps": 2, "guidance_scale": 1.5},
+        **{"dtype": "bf16", "vae": None, "vae_hash": None},
+    }
+    assert sampling_stamp(pipeline, seed=5, steps=2, guidance_scale=1.5)["dtype"] == "float32"
+    nets = [autoencoder(), autoencoder()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    hashes = [
+        sampling_stamp(
+            EdgeDiTPipeline(make_transformer(in_channels=4), make_scheduler("epsilon"), vae=vae),
+            **{"seed": 0, "steps": 1, "guidance_scale": None},
+        )["vae_hash"]
+        for vae in (*nets, autoencoder())
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]

@@ -7,6 +7,25 @@ import pytest
 
 from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.genotype import Genotype
+from edgedit_hf.schema import check
+from edgedit_hf.stamp import Stamp, check_comparable
+
+
+def test_every_result_is_stamped_with_what_it_was_measured_with(debug_run):
+    stamps = {}
+    for path in (debug_run / "evaluate").glob("*.json"):
+        found = json.loads(path.read_text())
+        if "metrics" in found:
+            stamps[found["name"]] = found["stamp"]
+    reference = json.loads((debug_run / "evaluate" / "reference.json").read_text())
+    extractor = json.loads((debug_run / "extractor" / "extractor.json").read_text())
+    assert {"teacher", "student-tuned", "onnx-int8"} <= set(stamps)
+    for name, stamp in stamps.items():
+        check(stamp, Stamp)
+        assert stamp["extractor_hash"] == extractor["hash"] and stamp["reference"] == reference["data"]
+        assert (stamp["scheduler"], stamp["rounding"], stamp["vae"]) == ("DDIMScheduler", "none", None)
+        assert stamp["dtype"] == ("int8" if name.endswith("int8") else "fp32" if name.startswith("onnx") else "float32")
+    check_comparable(stamps)
 
 
 def test_what_the_run_exported_is_what_is_timed(debug_run):

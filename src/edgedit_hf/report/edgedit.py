@@ -42,6 +42,7 @@ from ..run.stage import BANK, EDGEDIT, EVALUATE, LATENCY, RANK, SEARCH, STUDENT,
 from ..schema import held_to, read_record
 from ..search.device_tables import load_table
 from ..search_space import SearchSpace, default_attention_dim
+from ..stamp import check_comparable
 from .devices import compare_devices, in_words, tables_of
 from .few_step import TUNED, draw_few_step_figures, few_step_facts, few_step_ratios, few_step_table, on_the_way
 from .page import Figure, optional_record, render_html
@@ -362,6 +363,7 @@ def _ratios(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     student, teacher = by_name.get("student-tuned", by_name.get("student")), by_name.get("teacher")
     if student is None or teacher is None:
         return {}
+    check_comparable({name: model.get("stamp") for name, model in by_name.items()})
     ratios: dict[str, Any] = {
         "student": student["name"],
         "parameters": student["parameters"] / teacher["parameters"],

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..stamp import PROTOCOL, protocol
+
 # What readers call the models of a run, by their name in report.json, in the order in which they are compared.
 MODEL_LABELS = {
     "teacher": "teacher",
@@ -43,10 +45,12 @@ def metric_label(key: str) -> str:
 
     "FID" is kept for Inception's features, as readers take it to mean those.
     """
-    match = re.fullmatch(r"fid\[(.+),n=(\d+)\]", key)
+    match = re.fullmatch(r"(s?)fid\[(.+),n=(\d+)\]", key)
     if match is None:
         return key
-    extractor, count = match[1], f"n={int(match[2]):,}"
+    extractor, count = match[2], f"n={int(match[3]):,}"
+    if match[1]:
+        return f"sFID ({count})"
     return f"FID ({count})" if extractor.startswith("inception") else f"Fréchet distance ({extractor}, {count})"
 
 
@@ -74,6 +78,9 @@ def comparison_table(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], li
     """Header and rows of the table that sets the models of a report side by side; columns nobody has a value for are
     left out, and how models were sampled if they all were alike.
 
+    Figures of quality that were not measured alike ([`stamp.PROTOCOL`]) stand in columns of their own, which say what
+    differs.
+
     Args:
         models: `report["models"]`.
     """
@@ -87,21 +94,54 @@ def comparison_table(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], li
 
     sampled = (("steps", lambda m: str(m["steps"])), ("guidance", guidance_in_words))
     latencies = sorted({key for m in models for key in m["latency_ms"]}, key=place)
-    distances = sorted({key for m in models for key in m["metrics"] if key.startswith("fid[")})
+    judges = list(dict.fromkeys(protocol(m.get("stamp")) for m in models))
+    apart = differing(judges)
+    distances = [
+        (key, judge, judged)
+        for key in sorted({key for m in models for key in m["metrics"] if key.startswith("fid[")})
+        for judge, judged in zip(judges, apart)
+    ]
     columns = [
         ("model", lambda m: MODEL_LABELS.get(m["name"], m["name"])),
         ("parameters", lambda m: scaled(m["parameters"])),
         ("GFLOPs", lambda m: f"{m['flops'] / 1e9:.3g}"),
         *[(f"{latency_label(k)} (ms)", lambda m, k=k: _number(m["latency_ms"].get(k), ".2f")) for k in latencies],
         *[(name, said) for name, said in sampled if len({said(m) for m in models}) > 1],
-        *[(metric_label(k), lambda m, k=k: _number(m["metrics"].get(k), ".3g")) for k in distances],
-        ("precision", lambda m: _number(m.get("precision"), ".3f")),
-        ("recall", lambda m: _number(m.get("recall"), ".3f")),
+        *[
+            (
+                metric_label(k) + said,
+                lambda m, k=k, j=j: _number(m["metrics"].get(k) if judged_by(m, j) else None, ".3g"),
+            )
+            for k, j, said in distances
+        ],
+        *[
+            (name + said, lambda m, name=name, j=j: _number(m.get(name) if judged_by(m, j) else None, ".3f"))
+            for name in ("precision", "recall")
+            for j, said in zip(judges, apart)
+        ],
         ("class agreement", lambda m: _number(m.get("class_agreement"), ".1%")),
     ]
     cells = [[value(m) for _, value in columns] for m in models]
     kept = [i for i in range(len(columns)) if any(row[i] != "–" for row in cells)]
     return [columns[i][0] for i in kept], [[row[i] for i in kept] for row in cells]
+
+
+def judged_by(model: Mapping[str, Any], judge: tuple[Any, ...] | None) -> bool:
+    """Whether a model's figures of quality were measured by this protocol."""
+    return protocol(model.get("stamp")) == judge
+
+
+def differing(judges: Sequence[tuple[Any, ...] | None]) -> list[str]:
+    """Words for each of several protocols that tell it from the others, to stand behind a column's name; nothing where
+    there is one.
+    """
+    known = [judge for judge in judges if judge is not None]
+    parts = [place for place in range(len(PROTOCOL)) if len({judge[place] for judge in known}) > 1]
+    words = []
+    for judge in judges:
+        said = [f"{PROTOCOL[place].replace('_', ' ')} {str(judge[place])[:12]}" for place in parts] if judge else []
+        words.append(f", {'; '.join(said) or 'stamped' if judge else 'without a stamp'}" if len(judges) > 1 else "")
+    return words
 
 
 def _number(value: float | None, form: str) -> str:
