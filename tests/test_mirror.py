@@ -14,6 +14,7 @@ ACROSS = {
     "test_packaging.py": "what is installed",
     "test_hub_server.py": "the Hub that other tests push to and pull from",
     "test_quiet.py": "what commands, recipes and loading print",
+    "metrics/test_evaluate_modules.py": "the folders that `evaluate` loads",
     "docs/test_blocks.py": "every command and block of the pages",
     "docs/test_pages.py": "the pages",
     "sweep/test_sweep.py": "bad values for every command, key and file",
@@ -45,7 +46,10 @@ ELSEWHERE = {
     "export/executorch/xnnpack_elastic": "export/executorch/test_xnnpack.py",
     "export/executorch/xnnpack_encoders": "export/executorch/test_xnnpack.py",
     "export/onnx/lowbit": "export/onnx/test_lower.py",
-    "metrics/evaluate_frechet_distance/evaluate_frechet_distance": "metrics/test_distances.py",
+    "metrics/evaluate_frechet_distance/evaluate_frechet_distance": "metrics/test_evaluate_modules.py",
+    "metrics/evaluate_frechet_distance/app": "metrics/test_evaluate_modules.py",
+    "metrics/evaluate_precision_recall/evaluate_precision_recall": "metrics/test_evaluate_modules.py",
+    "metrics/evaluate_precision_recall/app": "metrics/test_evaluate_modules.py",
     "models/stored_weights": "models/test_checkpoints_foreign.py",
     "optimum_register/register_edgedit": "test_imports.py",
     "quantization/inputs": "training/test_quantize.py",
@@ -61,7 +65,6 @@ ELSEWHERE = {
     "report/card_pictures": "report/test_card_kinds.py",
     "report/card_records": "report/test_card_kinds.py",
     "report/subject": "report/test_card_kinds.py",
-    "report/tables": "report/test_card.py",
     "report/page": "report/test_edgedit.py",
     "training/evaluate_few_step": "training/test_text_to_image.py",
     "training/evaluate_elastic": "training/test_text_to_image.py",
@@ -72,6 +75,7 @@ ELSEWHERE = {
     "training/select_student": "training/test_stale_results.py",
     "training/train_teacher": "training/test_stale_results.py",
     "benchmarks/diffusers_dit": "benchmarks/test_forward.py",
+    "benchmarks/adm_evaluator": "metrics/test_distances_adm.py",
 }
 
 

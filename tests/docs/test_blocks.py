@@ -240,6 +240,12 @@ def test_export_of_a_page_and_its_server(recipes, clone, web_runtime):
             server.terminate()
 
 
+def test_a_score(recipes, clone):
+    printed = recipes.shell(shlex.split(find(recipes, "edgedit train score")), clone)
+    assert "Fréchet distance (digits-cnn, n=500)" in printed
+    assert (clone / "scores" / "student" / "result.json").is_file()
+
+
 def test_quantise(recipes, clone):
     recipes.shell(shlex.split(find(recipes, "train quantize")), clone)
     assert (clone / "runs" / "debug-quantize" / "quantized" / "quantization.json").is_file()

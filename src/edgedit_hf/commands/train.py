@@ -20,9 +20,11 @@ from ..entry import LAUNCHED
 from ..errors import EdgeDiTError
 from ..run.stage import DRIVERS, STAGES
 
+SCORE = "score"  # no stage of a run: it judges what it is given
 SCRIPTS = {
     **{name: script for name, (script, _) in DRIVERS.items()},
     **{stage.name: stage.script for stage in STAGES},
+    SCORE: "score.py",
 }
 PATIENCE_S = 3600  # that processes have to end their step and save after Ctrl-C, before they are killed
 
@@ -34,7 +36,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="run a stage, or all of them, from a recipe",
         description="Run a stage from a recipe: on the CPU in one process where there is no GPU, else as\n"
         "accelerate is configured.",
-        epilog="\n".join(["stages:", *(f"  {stage.name:<17} {stage.label}" for stage in STAGES)]),
+        epilog="\n".join(
+            [
+                "stages:",
+                *(f"  {stage.name:<17} {stage.label}" for stage in STAGES),
+                f"  {SCORE:<17} images of any pipeline or folder, see `edgedit train {SCORE} --help`",
+            ]
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

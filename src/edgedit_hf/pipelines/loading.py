@@ -163,16 +163,16 @@ def load_pipeline(
     made_by: str | None = None,
     *,
     trust_remote_code: bool = False,
-    kind: str | Sequence[str] = "EdgeDiTPipeline",
+    kind: str | Sequence[str] | None = "EdgeDiTPipeline",
 ) -> Any:
-    """A pipeline of this package in float32 by its folder or name on the Hub, see [`hub`]; whatever is wrong with it is
-    one [`EdgeDiTError`].
+    """A pipeline in float32 by its folder or name on the Hub, see [`hub`]; whatever is wrong with it is one
+    [`EdgeDiTError`].
 
     Args:
         path: a folder (always so if a `Path`) or a name.
         made_by: the stage that writes it, named if nothing is there.
         trust_remote_code: whether code in the pipeline's repository may run.
-        kind: class that it must be of, or several.
+        kind: class that it must be of, or several; `None`: any of diffusers.
     """
     from diffusers import DiffusionPipeline
 
@@ -200,11 +200,12 @@ def load_pipeline(
         said = " ".join(str(error).split())
         raise EdgeDiTError(f"The pipeline {source} cannot be loaded: {said}") from error
     # By name: a class that came as code with the pipeline is another object.
-    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
-    if type(pipeline).__name__ not in kinds:
+    kinds = (kind,) if isinstance(kind, str) else tuple(kind or ())
+    if kinds and type(pipeline).__name__ not in kinds:
         remedy = f"; convert it first: edgedit convert {source} OUT" if type(pipeline).__name__ == "DiTPipeline" else ""
         raise EdgeDiTError(f"{source} holds a {type(pipeline).__name__}; an {' or '.join(kinds)} is needed{remedy}.")
-    check_usable(pipeline, source)
+    if type(pipeline).__name__ in KINDS:
+        check_usable(pipeline, source)
     if hub.is_name(path):  # no place in this machine's cache is saved
         pipeline.register_to_config(_name_or_path=source)
         for name, component in pipeline.components.items():

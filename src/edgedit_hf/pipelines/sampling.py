@@ -219,7 +219,13 @@ def generate_rows(
             call["batch_size"] = len(part)
         if guidance_scale is not None:
             call["guidance_scale"] = guidance_scale
-        with quiet_call(pipeline):
-            made = pipeline(**call, num_inference_steps=steps).images  # [n, H, W, C] in [0, 1]
+        try:
+            with quiet_call(pipeline):
+                made = pipeline(**call, num_inference_steps=steps).images  # [n, H, W, C] in [0, 1]
+        except EdgeDiTError:
+            raise
+        except Exception as error:  # every pipeline has its own
+            said = " ".join(f"{type(error).__name__} {error}".split())[:300]
+            raise EdgeDiTError(f"The {kind} makes no images with {steps} steps and these inputs: {said}") from error
         images.append(torch.from_numpy(made).permute(0, 3, 1, 2).float() * 2 - 1)
     return torch.cat(images)

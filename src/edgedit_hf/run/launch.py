@@ -84,6 +84,11 @@ def recipe_main(
             on_main(lambda: check(config, processes=accelerator.num_processes), accelerator)
         run(config, accelerator)
 
+    run_script(work)
+
+
+def run_script(work: Callable[[], None]) -> None:
+    """Do the work of a script that accelerate may have launched, and end as [`entry`] says."""
     again = "Interrupted. Run the same command to continue."
     code = entry.guard(work, "error", interrupted=again, pipe_closed=entry.BROKEN_PIPE, at_end=close_progress)
     release_locks()
@@ -143,8 +148,13 @@ def check_run_folder(config: RunConfig) -> None:
 
 
 def make_accelerator(config: RunConfig) -> Any:
+    """The Accelerator of a recipe's process, see [`accelerator_of`]."""
+    return accelerator_of(config.threads)
+
+
+def accelerator_of(threads: int) -> Any:
     """The Accelerator of this process (mixed precision as launched), with PyTorch's threads shared between the
-    processes of a machine.
+    processes of a machine (0: as PyTorch chooses).
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -152,7 +162,7 @@ def make_accelerator(config: RunConfig) -> Any:
     # The other ranks wait while the main one searches or evaluates, which may take longer than the default half hour.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
-    if config.threads:
+    if threads:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(max(1, config.threads // local))
+        torch.set_num_threads(max(1, threads // local))
     return accelerator

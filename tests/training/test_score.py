@@ -1,0 +1,261 @@
+"""Scores of every kind of model: against figures computed here, on one process and two, left alone and killed."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import vision
+from flow_pipelines import autoencoder
+from PIL import Image
+from text_pipelines import elastic
+
+from edgedit_hf import EdgeDiTPipeline
+from edgedit_hf.data.datasets import to_bytes
+from edgedit_hf.data.images import load_images
+from edgedit_hf.diffusion import make_scheduler
+from edgedit_hf.metrics import frechet_distance, frechet_standard_error, open_extractor, train_classifier
+from edgedit_hf.pipelines.sampling import generate
+from edgedit_hf.schema import check
+from edgedit_hf.stamp import Stamp
+
+BIN = Path(sys.executable).parent
+SAMPLES, CHUNK = 22, 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, make_transformer):
+    """A class-conditional pipeline of 8 × 8 pixels."""
+    folder = tmp_path_factory.mktemp("model")
+    own = {"default_steps": 2, "default_guidance_scale": 1.5}
+    pipeline = EdgeDiTPipeline(make_transformer(num_layers=1), make_scheduler("epsilon"), **own)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier") / "extractor"
+    train_classifier(load_images(), steps=3).save(folder)
+    return folder
+
+
+@pytest.fixture
+def command(repository, extractor):
+    """`command(model, output, "--npz", …)`: the arguments of a small score."""
+
+    def arguments(model, output: Path, *more, reference="digits", samples: int = SAMPLES) -> list[str]:
+        script = str(repository / "training" / "score.py")
+        fixed = ("--extractor", extractor, "--output", output, "--samples", samples, "--chunk", CHUNK, "--threads", 1)
+        return [script, str(model), *map(str, ("--reference", reference, *fixed, *more))]
+
+    return arguments
+
+
+@pytest.fixture
+def score(command, capsys, monkeypatch):
+    """`score(…)`, as `command`: scores in this process and returns the result, and what was printed."""
+
+    def run(*arguments, **options) -> tuple[dict, str]:
+        capsys.readouterr()
+        argv = command(*arguments, **options)
+        monkeypatch.setattr(sys, "argv", argv)
+        runpy.run_path(argv[0], run_name="__main__")
+        return json.loads((Path(arguments[1]) / "result.json").read_text()), capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(score, capsys):
+    """The one line that a score ends with, and exit code 2."""
+
+    def run(*arguments, **options) -> str:
+        with pytest.raises(SystemExit) as ended:
+            score(*arguments, **options)
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert ended.value.code == 2 and len(errors) == 1, errors
+        return errors[0]
+
+    return run
+
+
+def test_a_pipeline(score, refused, model, extractor, tmp_path):
+    result, printed = score(model, tmp_path / "out", "--npz", "--seed", 3)
+    judge = open_extractor(str(extractor))
+    images, labels = generate(EdgeDiTPipeline.from_pretrained(model), SAMPLES, seed=3, steps=2, guidance_scale=1.5)
+    assert labels.tolist() == [number % 10 for number in range(SAMPLES)]
+    pixels = to_bytes(images)
+    ours = judge.features(pixels.float() / 127.5 - 1)
+    real = load_images(validation_fraction=0.0)
+    theirs = judge.features(((real.batch(range(len(real)))["images"] + 1) * 127.5).round() / 127.5 - 1)
+    key = f"fid[digits-cnn,n={SAMPLES}]"
+    assert result["metrics"][key] == pytest.approx(frechet_distance(ours, theirs), rel=1e-4)
+    assert result["standard_errors"][key] == pytest.approx(frechet_standard_error(ours, theirs, seed=3), rel=1e-3)
+    stamp = result["stamp"]
+    check(stamp, Stamp)
+    assert stamp["extractor_hash"] == judge.hash and stamp["reference_count"] == len(real) == 1797
+    assert [stamp[k] for k in ("count", "seed", "steps", "scheduler", "dtype", "rounding", "vae")] == [
+        *(SAMPLES, 3, 2, "DDIMScheduler", "float32", "bytes", None),
+    ]
+    with np.load(tmp_path / "out" / "samples.npz") as file:
+        assert np.array_equal(file["arr_0"], pixels.repeat(1, 3, 1, 1).permute(0, 2, 3, 1).numpy())
+    assert f"Fréchet distance (digits-cnn, n={SAMPLES}): " in printed and " ± " in printed
+    assert any(f"{SAMPLES} images are too few for 64 features" in note for note in result["notes"])
+    lines = [json.loads(line) for line in (tmp_path / "out" / "telemetry.jsonl").read_text().splitlines()]
+    assert lines[-1]["images"] == SAMPLES + 1797 and not (tmp_path / "out" / "chunks").exists()
+    # What is done is shown again; another request is refused, and a folder of somebody else is left alone.
+    assert score(model, tmp_path / "out", "--npz", "--seed", 3) == (result, printed)
+    assert "was made with seed = 3, but now seed = 4 is asked for" in refused(
+        model, tmp_path / "out", "--npz", "--seed", 4
+    )
+    assert "holds metadata.json" not in refused(model, extractor) and not (extractor / "chunks").exists()
+
+
+def test_images_of_a_folder_and_of_an_npz(score, refused, model, tmp_path):
+    made, _ = score(model, tmp_path / "made", "--npz")
+    (tmp_path / "images").mkdir()
+    with np.load(tmp_path / "made" / "samples.npz") as file:
+        for number, pixels in enumerate(file["arr_0"]):
+            Image.fromarray(pixels[:, :, 0]).save(tmp_path / "images" / f"{number:05d}.png")
+    folder, _ = score(tmp_path / "images", tmp_path / "of-folder")
+    assert folder["metrics"] == pytest.approx(made["metrics"], rel=1e-9)
+    assert set(made["stamp"]) - set(folder["stamp"]) == {
+        *("seed", "scheduler", "steps", "guidance_scale", "dtype", "vae", "vae_hash"),
+    }
+    assert "has 22 images, but --samples is 30" in refused(tmp_path / "images", tmp_path / "more", samples=30)
+    (tmp_path / "images" / "00007.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
+    assert "00007.png is corrupt or truncated" in refused(tmp_path / "images", tmp_path / "damaged")
+    said = refused(model, tmp_path / "few", samples=1)
+    assert "--samples is 1; a covariance needs at least 2 images" in said
+
+
+def test_statistics_of_another_extractor_are_refused(refused, model, tmp_path):
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    said = refused(model, tmp_path / "out", reference=tmp_path / "adm.npz")
+    assert "adm.npz has statistics of ADM's Inception and no images, but the extractor is digits-cnn" in said
+
+
+def test_text_to_image_with_clip_and_judges(score, refused, tmp_path):
+    elastic(first=True, second=True).save_pretrained(tmp_path / "t2i")
+    clip = vision.clip(tmp_path / "clip")
+    (tmp_path / "prompts.txt").write_text("a seven\na thin one\n")
+    asked = ("--prompts", tmp_path / "prompts.txt", "--clip", clip, "--handover", "hpsv3", "--handover", "dpg")
+    result, printed = score(tmp_path / "t2i", tmp_path / "out", *asked, samples=4)
+    assert 0 <= result["metrics"]["clip_score"] <= 100 and "clip score: " in printed
+    assert result["stamp"]["steps"] == 3 and result["clip"]["name"] == "clip"
+    listed = json.loads((tmp_path / "out" / "hpsv3" / "hpsv3.json").read_text())
+    assert [row["prompt"] for row in listed] == ["a seven", "a seven", "a thin one", "a thin one"]
+    assert all((tmp_path / "out" / "hpsv3" / row["path"]).is_file() for row in listed)
+    assert len(list((tmp_path / "out" / "dpg" / "images").iterdir())) == 2
+    assert "give a file of them (--prompts)" in refused(tmp_path / "t2i", tmp_path / "without", samples=4)
+    assert "has no 'tag'" in refused(
+        tmp_path / "t2i", tmp_path / "geneval", *asked[:2], "--handover", "geneval", samples=4
+    )
+
+
+def test_pipelines_of_diffusers(score, refused, tmp_path):
+    import diffusers
+
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "in_channels": 4, "patch_size": 2}
+    for classes in (10, 1000):  # diffusers' pipeline takes the number 1000 for no class, whatever the net has
+        net = diffusers.DiTTransformer2DModel(**sizes, out_channels=8, sample_size=4, num_embeds_ada_norm=classes)
+        vae = autoencoder(shift_factor=None)
+        diffusers.DiTPipeline(net, vae, diffusers.DDIMScheduler()).save_pretrained(tmp_path / f"dit-{classes}")
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    for number in range(6):
+        Image.effect_noise((8, 8), 40 + number).convert("RGB").save(reference / f"{number}.png")
+    judge = vision.dinov2(tmp_path / "dinov2")
+    asked = ("--extractor", judge, "--steps", 2, "--batch-size", 3)
+    said = refused(tmp_path / "dit-10", tmp_path / "failing", *asked, reference=reference, samples=9)
+    assert "The DiTPipeline makes no images with 2 steps and these inputs: IndexError" in said
+    result, _ = score(tmp_path / "dit-1000", tmp_path / "out", *asked, reference=reference, samples=9)
+    assert result["stamp"]["vae"] == "AutoencoderKL" and len(result["stamp"]["vae_hash"]) == 16
+    assert (result["stamp"]["extractor"], result["stamp"]["guidance_scale"]) == ("dinov2", 4.0)
+    again, _ = score(tmp_path / "dit-1000", tmp_path / "two", *asked[:-1], 5, "--npz", reference=reference, samples=9)
+    assert again["metrics"] == pytest.approx(result["metrics"], rel=1e-3)  # whatever the batch is
+    assert "takes no prompts; leave --prompts out" in refused(
+        tmp_path / "dit-1000", tmp_path / "p", "--prompts", judge / "config.json", reference=reference, samples=9
+    )
+
+
+@pytest.mark.slow
+def test_exports(score, debug_run, tmp_path):
+    asked = ("--extractor", debug_run / "extractor", "--steps", 2)
+    eager, _ = score(debug_run / "student-tuned", tmp_path / "eager", *asked)
+    onnx, _ = score(debug_run / "exported" / "onnx-fp32", tmp_path / "onnx", *asked)
+    assert onnx["metrics"] == pytest.approx(eager["metrics"], rel=1e-2, abs=1e-2)
+    assert (eager["stamp"]["dtype"], onnx["stamp"]["dtype"]) == ("float32", "fp32")
+
+
+# -------------------------------------------------------------------- processes
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+
+
+def finished(command: list[str]) -> None:
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+
+
+def same(one: Path, two: Path) -> None:
+    a, b = (json.loads((folder / "result.json").read_text()) for folder in (one, two))
+    for key in ("metrics", "standard_errors"):
+        assert a[key] == pytest.approx(b[key], rel=1e-9, abs=1e-9)
+    assert a["stamp"] == b["stamp"] and len(a["metrics"]) >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.parametrize("kind", ["torchrun", "edgedit"])
+def test_two_ranks_give_the_figures_of_one(command, model, tmp_path, kind):
+    finished([sys.executable, *command(model, tmp_path / "one", "--npz", samples=60)])
+    script, *arguments = command(model, tmp_path / "two", "--npz", samples=60)
+    launcher = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", script]
+    if kind == "edgedit":
+        launcher = [str(BIN / "edgedit"), "train", "score", "--num_processes", "2"]
+    finished([*launcher, *arguments])
+    same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.kills
+def test_a_score_killed_twice_gives_the_figures_of_one_left_alone(command, model, tmp_path):
+    asked = {"samples": 60}
+    finished([sys.executable, *command(model, tmp_path / "whole", **asked)])
+    again, seen = [sys.executable, *command(model, tmp_path / "killed", **asked)], []
+    for least in (40, 229):  # of 225 chunks of the reference and 8 of the samples
+        with subprocess.Popen(again, env=environment(), stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and len(list((tmp_path / "killed").glob("chunks/*.safetensors"))) < least:
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+        seen.append(len(list((tmp_path / "killed").glob("chunks/*.safetensors"))))
+        assert not (tmp_path / "killed" / "result.json").exists()
+    assert 0 < seen[0] < seen[1] < 233
+    finished(again)
+    same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.kills
+def test_ctrl_c_ends_in_one_line_and_the_rerun_continues(command, model, tmp_path):
+    again = [sys.executable, *command(model, tmp_path / "out", samples=60)]
+    with subprocess.Popen(again, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and len(list((tmp_path / "out").glob("chunks/*.safetensors"))) < 20:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Interrupted. Run the same command to continue." in err
+    assert "Traceback" not in err and len(list((tmp_path / "out").glob("chunks/*.safetensors"))) >= 20
+    finished(again)
