@@ -1,4 +1,4 @@
-"""The arithmetic of ADM's evaluator (guided-diffusion, evaluations/evaluator.py), restated from its formulas in NumPy
+"""The arithmetic of ADM's evaluator (of openai/guided-diffusion), restated from its formulas in NumPy
 and SciPy, and that of torchmetrics' classes: what ours is held against, in the benchmark and in the tests.
 """
 

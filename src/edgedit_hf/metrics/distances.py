@@ -1,6 +1,6 @@
 """How far generated images are from real ones: pure functions of features, in float64.
 
-What ADM's evaluator (guided-diffusion, evaluations/evaluator.py) computes is here with its arithmetic: FID and sFID are
+What ADM's evaluator (of openai/guided-diffusion) computes is here with its arithmetic: FID and sFID are
 [`frechet_distance`] of its two kinds of features, then [`inception_score`] and [`adm_precision_recall`].
 
 N: samples, D: feature width. Every function takes NumPy arrays or torch tensors and raises [`EdgeDiTError`] on values

@@ -1,7 +1,7 @@
 """Images and prompts as judges want them that live in environments of their own: GenEval, DPG-Bench, HPSv3.
 
 - `geneval`: `00000/metadata.jsonl` (the prompt's own line) and `00000/samples/0000.png` …, for its
-  `evaluation/evaluate_images.py FOLDER`.
+  `evaluate_images.py FOLDER`.
 - `dpg`: `images/<id>.png`, an image or up to four in a square of two by two, for DPG-Bench's
   `compute_dpg_bench.py --image-root-path FOLDER/images`.
 - `hpsv3`: `images/<id>-0.png` … and `hpsv3.json`, a list of `{"id", "prompt", "path"}`, whose prompts and paths
@@ -44,7 +44,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     Raises:
         EdgeDiTError: the file cannot be read, or a line is none of these; the message has its number.
     """
-    path, found = Path(path), []
+    path = Path(path)
+    found: list[Prompt] = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -102,7 +102,7 @@ class Generated:
 
     def stamp(self, precision: str) -> dict[str, Any]:
         """Its parts of a [`stamp.Stamp`]."""
-        sampled = {"seed": self.seed, "steps": self.steps, "guidance_scale": self.guidance_scale}
+        sampled: dict[str, Any] = {"seed": self.seed, "steps": self.steps, "guidance_scale": self.guidance_scale}
         return sampling_stamp(self.pipeline, **sampled, precision=precision)
 
 
