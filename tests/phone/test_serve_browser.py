@@ -1,6 +1,7 @@
 """The measuring page in a headless browser: a whole measurement, and what may happen to it on the way."""
 
 import contextlib
+import re
 import signal
 import time
 
@@ -79,6 +80,10 @@ def test_a_phone_measures_with_a_finger(small_bundle, tmp_path, web_runtime):
         summary = summarise(rows, small_bundle.hash, list(small_bundle.networks))
         median = float(page.run("document.querySelector('#rows tr:last-child').cells[1].textContent").replace(",", ""))
         assert median == pytest.approx(summary.networks[shown[-1]].median_ms, rel=0.01, abs=0.006)
+        heads = page.run("[...document.querySelectorAll('#result thead th')].map(c => c.textContent)")
+        assert heads == ["network", "median (ms)", "p90 (ms)", "IQR (ms)", "load (ms)"]
+        shown = page.run("[...document.querySelectorAll('#rows td:not(:first-child)')].map(c => c.textContent)")
+        assert len(shown) == 4 * len(small_bundle.networks) and all(re.fullmatch(r"[\d,]+\.\d\d", one) for one in shown)
         assert page.run("document.documentElement.scrollWidth") == 390
         assert all(name.startswith((url, "data:", "about:", "blob:")) for name in page.requests), page.requests
         assert page.blocked == [] and not [line for line in page.console if line.startswith("error")]

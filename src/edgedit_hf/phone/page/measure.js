@@ -322,7 +322,7 @@ function fact(list, name, value, id = "") {
   }
 }
 
-const inMs = (ms) => ms.toLocaleString("en", { maximumFractionDigits: ms < 10 ? 2 : ms < 100 ? 1 : 0 });
+const inMs = (ms) => ms.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
 
 function report({ drift, throttled, networks }) {
   const change = `${Math.abs(100 * drift).toFixed(1)} % ${drift < 0 ? "faster" : "slower"}`;
