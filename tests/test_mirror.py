@@ -65,7 +65,6 @@ ELSEWHERE = {
     "report/card_pictures": "report/test_card_kinds.py",
     "report/card_records": "report/test_card_kinds.py",
     "report/subject": "report/test_card_kinds.py",
-    "report/page": "report/test_edgedit.py",
     "training/evaluate_few_step": "training/test_text_to_image.py",
     "training/evaluate_elastic": "training/test_text_to_image.py",
     "training/export_student": "training/test_stale_results.py",

@@ -28,6 +28,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-extensions --mute-audio"
 ).split()
+KEYS = {"Tab": 9, "Enter": 13, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 # The browser reads commands from descriptor 3 and writes to 4: where the pipes are when it takes this process's place.
 START = (
     "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
@@ -184,13 +185,33 @@ class Browser:
 
     def tap(self, selector: str) -> None:
         """Touch the middle of an element with a finger."""
-        where = (
-            f"(e => {{ e.scrollIntoView({{block: 'center'}}); const r = e.getBoundingClientRect(); "
-            f"return [r.x + r.width / 2, r.y + r.height / 2] }})(document.querySelector({json.dumps(selector)}))"
-        )
-        x, y = self.run(where)
-        self.command("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        left, top, width, height = self.place(selector)
+        points = [{"x": left + width / 2, "y": top + height / 2}]
+        self.command("Input.dispatchTouchEvent", type="touchStart", touchPoints=points)
         self.command("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def mouse(self, *events: tuple[str, float, float]) -> None:
+        """Mouse events of the left button at places of the window: ("Pressed", x, y), ("Moved", …), ("Released", …)."""
+        held = False
+        for kind, x, y in events:
+            held = kind == "Pressed" or held and kind == "Moved"
+            about = {"x": x, "y": y, "button": "left" if held or kind == "Released" else "none", "buttons": int(held)}
+            self.command("Input.dispatchMouseEvent", type=f"mouse{kind}", clickCount=int(kind != "Moved"), **about)
+
+    def place(self, selector: str) -> list[float]:
+        """Left, top, width and height of an element, which is scrolled into the window."""
+        return self.run(
+            f"(e => {{ e.scrollIntoView({{block: 'center'}}); const r = e.getBoundingClientRect(); "
+            f"return [r.x, r.y, r.width, r.height] }})(document.querySelector({json.dumps(selector)}))"
+        )
+
+    def press(self, *names: str) -> None:
+        """Keys, one after the other, by the names that a page knows them by: "ArrowLeft", "Enter", …"""
+        for name in names:
+            key = {"key": name, "code": name, "windowsVirtualKeyCode": KEYS[name]}
+            text = {"text": "\r"} if name == "Enter" else {}
+            self.command("Input.dispatchKeyEvent", type="keyDown", **key, **text)
+            self.command("Input.dispatchKeyEvent", type="keyUp", **key)
 
     def screenshot(self, path: Path) -> Path:
         """The visible part of the page as PNG."""

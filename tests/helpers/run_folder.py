@@ -5,9 +5,11 @@ up.
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from edgedit_hf.distill.proxy_bank import ProxyBank
 from edgedit_hf.files import atomic_write_json
+from edgedit_hf.genotype import Genotype
 from edgedit_hf.report.plots import save_montage
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.stage import EDGEDIT, EVALUATE, EXPORT, TUNE
@@ -95,10 +97,13 @@ def write_evaluation(folder: Path, transformer, choice, rng) -> None:
     ]
     for name, stage, config, distance, latency in models:
         cost = model_cost(config)
-        save_montage(folder / "evaluate" / f"{name}.png", rng.random((32, 8, 8, 1)), columns=4)
+        images = rng.integers(0, 256, (32, 1, 8, 8), dtype=np.uint8)
+        save_montage(folder / "evaluate" / f"{name}.png", images.transpose(0, 2, 3, 1), columns=4)
+        save_file({"images": images}, folder / "evaluate" / f"{name}.safetensors")
         result = {
             "name": name,
             "stage": stage,
+            "genotype_hash": Genotype.of(config).hash,
             "parameters": cost.parameters,
             "flops": cost.flops,
             "bytes": {"fp32": cost.bytes("fp32")},

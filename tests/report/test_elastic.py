@@ -46,7 +46,7 @@ def test_the_report_has_a_line_a_width(whole):
     page = (whole / "report.html").read_text()
     assert (
         all(word in page for word in ("tiny", "never seen", "edgedit train text-to-image"))
-        and page.count("data:image/png") == 3
+        and page.count('src="data:image/png') == 3
     )
 
 

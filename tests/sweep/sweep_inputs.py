@@ -585,6 +585,7 @@ def readers() -> list[Reader]:
         "run/*/run.json",
         "run/sensitivity/*.json",
         "run/evaluate/*.png",
+        "run/evaluate/*.safetensors",
     ]
     found = [
         Reader("edgedit report", [("edgedit", ["report", "run"])], ["run"], measured, report),

@@ -6,7 +6,6 @@ out; a file without which there is no report is an error that names the stage to
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import statistics
@@ -16,7 +15,7 @@ from typing import Any
 
 from ..errors import EdgeDiTError
 from ..files import atomic_write_json, atomic_write_text
-from ..genotype import Genotype, LayerSpec
+from ..genotype import Genotype
 from ..hub import SCHEME
 from ..records import (
     Asked,
@@ -40,14 +39,16 @@ from ..run.config import RunConfig, refuse_renamed
 from ..run.results import check_sources, pipeline_weights_hash
 from ..run.stage import BANK, EDGEDIT, EVALUATE, LATENCY, RANK, SEARCH, STUDENT, Stage, maker_of
 from ..schema import held_to, read_record
-from ..search.device_tables import load_table
-from ..search_space import SearchSpace, default_attention_dim
+from ..search_space import SearchSpace
 from ..stamp import check_comparable
 from .devices import compare_devices, in_words, tables_of
 from .few_step import TUNED, draw_few_step_figures, few_step_facts, few_step_ratios, few_step_table, on_the_way
+from .front import front_data, named_students, overlaid
 from .page import Figure, optional_record, render_html
 from .ranking import NAMES, ranking_caption, ranking_rows
+from .samples import class_samples, compared
 from .tables import MODEL_LABELS, latency_label, metric_label
+from .telemetry import telemetry
 
 FORMAT = 1
 SAMPLE_PANELS = ("teacher", "student", "student-tuned", "onnx-int8")
@@ -218,7 +219,7 @@ def _search(run_dir: Path, choice: Mapping[str, Any]) -> tuple[dict[str, Any], i
         **{k: front[k] for k in ("front", "reference", "reference_rule", "evaluations", "hypervolume", "teacher")},
         "random_hypervolume": front.get("random_hypervolume"),
         "points": _points(run_dir, "merge.json", "state.json"),
-        "named": _named(run_dir),
+        "named": named_students(run_dir),
         "random_points": _points(run_dir, "random.json"),
         "chosen": choice,
     }
@@ -229,45 +230,6 @@ def _points(run_dir: Path, *names: str) -> list[list[float]]:
     """[distance, latency_ms] of everything that the named searches evaluated."""
     states = [state for name in names if (state := optional_record(run_dir / "search" / name, SearchState))]
     return [[point["distance"], point["latency_ms"]] for state in states for point in state["told"]]
-
-
-def _named(run_dir: Path) -> dict[str, list[float | None]]:
-    """[distance, latency_ms] of the paper's students, as far as the search's space has them; a distance that the search
-    did not evaluate is `None`.
-    """
-    file = run_dir / "latency" / "table.json"
-    state = optional_record(run_dir / "search" / "state.json", SearchState)
-    if state is None or not file.exists():
-        return {}
-    table = load_table(file)
-    evaluated = {tuple(point["code"]): point["distance"] for point in state["told"]}
-    return {
-        name: [evaluated.get(table.space.code(genotype)), table.latency_ms(genotype)]
-        for name, genotype in paper_students(table.space).items()
-    }
-
-
-def paper_students(space: SearchSpace) -> dict[str, Genotype]:
-    """EdgeDiT-1 (MLPs of half the size) and EdgeDiT-6 (attention of 4/9 of the width), both with three of fourteen
-    pairs merged, or what they are of another teacher: as great a share of its pairs, around its middle. Those that a
-    space does not have are left out.
-    """
-    pairs = space.num_layers // 2
-    count = max(1, round(pairs * 3 / 14))
-    first = pairs // 2 - pairs // (count + 1) * (count - 1) // 2
-    merged = {2 * (first + place * (pairs // (count + 1))) for place in range(count)} if pairs else set()
-    narrow = default_attention_dim(space.hidden_size, space.num_heads)
-    found = {}
-    for name, attention_dim, mlp_ratio in (
-        ("EdgeDiT-1", space.hidden_size, space.mlp_ratio / 2),
-        ("EdgeDiT-6", narrow, space.mlp_ratio),
-    ):
-        sources = [(i, i + 1) if i in merged else (i,) for i in range(space.num_layers) if i - 1 not in merged]
-        layers = tuple(LayerSpec(source, attention_dim, space.num_heads, mlp_ratio) for source in sources)
-        with contextlib.suppress(EdgeDiTError):
-            space.code(genotype := Genotype(layers, space.hidden_size))
-            found[name if space.num_layers == 28 else f"like {name}"] = genotype
-    return found
 
 
 def _models(run_dir: Path) -> list[dict[str, Any]]:
@@ -434,9 +396,6 @@ def reproduce(run_dir: Path, seed: int, stages: Mapping[str, Mapping[str, Any]],
 
 def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
     """Write the PNGs below `run_dir/report` and describe them."""
-    import numpy as np
-    from PIL import Image
-
     from . import plots
 
     folder, search, genotype = run_dir / "report", report.get("search"), report["genotype"]
@@ -446,22 +405,7 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
     def add(name: str, title: str, alt: str, caption: str) -> None:
         figures.append(Figure(f"{name}.png", title, alt, caption))
 
-    panels, few = {}, any(model["stage"] == "few-step" for model in report["models"])
-    wanted = (*on_the_way(report["models"])[:-1], "onnx-int8") if few else SAMPLE_PANELS
-    for model in report["models"]:
-        grid = (run_dir / str(model.get("grid"))).resolve()
-        label = MODEL_LABELS.get(model["name"], model["name"]) + (f" ({model['steps']})" if few else "")
-        if model["name"] in wanted and grid.is_relative_to(run_dir.resolve()) and grid.is_file():
-            try:
-                panels[label] = np.asarray(Image.open(grid).convert("RGB"))
-            except Exception as error:  # decoders raise nearly anything on damaged bytes
-                raise EdgeDiTError(
-                    f"The image {grid} cannot be read ({error}); {EVALUATE.made_by} writes it, run that stage again."
-                ) from error
-    if panels:
-        plots.sample_grid(folder / "samples.png", panels)
-        names = ", ".join(panels)
-        add("samples", "Samples", f"Grids of generated images: {names}.", SAME + FEWER_SAID * few)
+    figures += draw_samples(run_dir, report, folder / "samples.png")
     if report.get("few_step"):
         figures += draw_few_step_figures(run_dir, report["few_step"])
 
@@ -520,6 +464,32 @@ def draw_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figure]:
     return figures
 
 
+def draw_samples(run_dir: Path, report: Mapping[str, Any], path: Path) -> list[Figure]:
+    """Write the picture of the same samples of several models, as far as the run has them."""
+    import numpy as np
+    from PIL import Image
+
+    from . import plots
+
+    panels, few = {}, any(model["stage"] == "few-step" for model in report["models"])
+    wanted = (*on_the_way(report["models"])[:-1], "onnx-int8") if few else SAMPLE_PANELS
+    for model in report["models"]:
+        grid = (run_dir / str(model.get("grid"))).resolve()
+        label = MODEL_LABELS.get(model["name"], model["name"]) + (f" ({model['steps']})" if few else "")
+        if model["name"] in wanted and grid.is_relative_to(run_dir.resolve()) and grid.is_file():
+            try:
+                panels[label] = np.asarray(Image.open(grid).convert("RGB"))
+            except Exception as error:  # decoders raise nearly anything on damaged bytes
+                raise EdgeDiTError(
+                    f"The image {grid} cannot be read ({error}); {EVALUATE.made_by} writes it, run that stage again."
+                ) from error
+    if not panels:
+        return []
+    plots.sample_grid(path, panels)
+    alt = f"Grids of generated images: {', '.join(panels)}."
+    return [Figure(path.name, "Samples", alt, SAME + FEWER_SAID * few)]
+
+
 def draw_pareto(path: str | os.PathLike, search: Mapping[str, Any]) -> None:
     """Write the picture of a search's front (`search`: of a report)."""
     from . import plots
@@ -550,15 +520,6 @@ def _search_figures(folder: Path, search: Mapping[str, Any], space: SearchSpace)
     """The front, what its students are, and what the search gained."""
     from . import plots
 
-    chosen = search["chosen"]
-    draw_pareto(folder / "pareto.png", search)
-    pareto = Figure(
-        "pareto.png",
-        "Quality against latency",
-        f"Scatter plot of {len(search['points'])} searched genotypes, their Pareto front of {len(search['front'])} "
-        f"points, the teacher{''.join(f', {name}' for name in search.get('named', {}))} and the chosen student.",
-        f"Every point is a student assembled from the bank, not yet tuned. Chosen: {chosen['reason']}.",
-    )
     draw_front(folder / "front.png", search, space)
     fastest, *_, best = sorted(search["front"], key=lambda point: point["latency_ms"]) * 2
     strips = Figure(
@@ -580,7 +541,19 @@ def _search_figures(folder: Path, search: Mapping[str, Any], space: SearchSpace)
         f"Area below the reference point (distance {search['reference'][0]:.3g}, {search['reference'][1]:.3g} ms) that "
         f"the front dominates; in the end: {ends}.",
     )
-    return [pareto, strips, hypervolume]
+    return [pareto_figure(search, folder / "pareto.png"), strips, hypervolume]
+
+
+def pareto_figure(search: Mapping[str, Any], path: Path) -> Figure:
+    """[`draw_pareto`], described."""
+    draw_pareto(path, search)
+    return Figure(
+        path.name,
+        "Quality against latency",
+        f"Scatter plot of {len(search['points'])} searched genotypes, their Pareto front of {len(search['front'])} "
+        f"points, the teacher{''.join(f', {name}' for name in search.get('named', {}))} and the chosen student.",
+        f"Every point is a student assembled from the bank, not yet tuned. Chosen: {search['chosen']['reason']}.",
+    )
 
 
 def _device_figures(folder: Path, devices: Mapping[str, Any]) -> list[Figure]:
@@ -649,6 +622,11 @@ def write_report(run_dir: str | os.PathLike, tables: Sequence[str | Path] = ()) 
             *("report.html.jinja", report, figures, headlines(report), run_dir / "report"),
             few_step_table(report["models"]),
             ranking_rows(report["ranking"], "distance") if "ranking" in report else ([], []),
+            {
+                "compare": compared(class_samples(run_dir, report)),
+                "fronts": overlaid({"": front_data(run_dir, report)}),
+                "telemetry": telemetry(run_dir, (*EDGEDIT, RANK)),
+            },
         ),
     )
     return run_dir / "report.html"

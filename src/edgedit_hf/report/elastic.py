@@ -20,7 +20,9 @@ from ..schema import convert, read_lines, read_record
 from .edgedit import FORMAT, check_judged, finished_stages, reproduce
 from .few_step import draw_few_step_figures, few_step_facts, few_step_widths, few_step_widths_table
 from .page import Figure, optional_record, render_html
+from .samples import caption_samples, compared
 from .tables import metric_label
+from .telemetry import telemetry
 
 JUDGED_BY = EVALUATE_ELASTIC.made_by
 
@@ -119,12 +121,38 @@ def draw_elastic_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figur
     """Write the PNGs below `run_dir/report` and describe them."""
     from . import plots
 
-    folder, captions = (
-        run_dir / "report",
-        read_record(run_dir / "evaluate" / "captions.json", Captions, JUDGED_BY),
-    )
+    folder, captions = run_dir / "report", _captions(run_dir)
+    images = _judged_images(run_dir, report, captions)
+    figures = draw_caption_grids(report, captions, images, folder)
+    if few := report.get("few_step"):
+        figures += _few_step_figures(run_dir, few, captions, images)
+    curves = training_curves(run_dir, report)
+    if curves:
+        plots.curve_plot(folder / "curves.png", curves, ylabel="flow loss", xlabel="steps of the supernet")
+        ends = ", ".join(f"{name} {values[-1]:.3g}" for name, (_, values) in curves.items())
+        drawn = " and ".join(f"{name} {count:,} times" for name, count in report["sampled"].items())
+        text = f"Every step trained the full net and a drawn sub-network: {drawn} of {report['elastic_steps']:,} steps."
+        figures.append(
+            Figure("curves.png", "Training", f"Flow loss of every width against steps; in the end: {ends}.", text)
+        )
+    return figures
+
+
+def draw_samples(run_dir: Path, report: Mapping[str, Any], path: Path) -> list[Figure]:
+    """Write the picture of what every width makes of the same captions, and the one beside it of those that training
+    never saw; the first is described.
+    """
+    captions = _captions(run_dir)
+    return draw_caption_grids(report, captions, _judged_images(run_dir, report, captions), path.parent, path.stem)[:1]
+
+
+def draw_caption_grids(
+    report: Mapping[str, Any], captions: Mapping[str, Any], images: Mapping[str, Any], folder: Path
+) -> list[Figure]:
+    """Write the pictures of what every width makes of the same captions, and of those that training never saw."""
+    from . import plots
+
     names = [model["name"] for model in report["models"]]
-    images = {name: _images(run_dir / "evaluate" / f"{name}.safetensors", captions) for name in names}
     rows = ", ".join(names)
     wanted = [
         (
@@ -152,18 +180,16 @@ def draw_elastic_figures(run_dir: Path, report: Mapping[str, Any]) -> list[Figur
                 text,
             )
         )
-    if few := report.get("few_step"):
-        figures += _few_step_figures(run_dir, few, captions, images)
-    curves = training_curves(run_dir, report)
-    if curves:
-        plots.curve_plot(folder / "curves.png", curves, ylabel="flow loss", xlabel="steps of the supernet")
-        ends = ", ".join(f"{name} {values[-1]:.3g}" for name, (_, values) in curves.items())
-        drawn = " and ".join(f"{name} {count:,} times" for name, count in report["sampled"].items())
-        text = f"Every step trained the full net and a drawn sub-network: {drawn} of {report['elastic_steps']:,} steps."
-        figures.append(
-            Figure("curves.png", "Training", f"Flow loss of every width against steps; in the end: {ends}.", text)
-        )
     return figures
+
+
+def _captions(run_dir: Path) -> dict[str, Any]:
+    return read_record(run_dir / "evaluate" / "captions.json", Captions, JUDGED_BY)
+
+
+def _judged_images(run_dir: Path, report: Mapping[str, Any], captions: Mapping[str, Any]) -> dict[str, Any]:
+    names = [model["name"] for model in report["models"]]
+    return {name: _images(run_dir / "evaluate" / f"{name}.safetensors", captions) for name in names}
 
 
 def _few_step_figures(run_dir: Path, few: Mapping[str, Any], captions: Any, images: Mapping[str, Any]) -> list[Figure]:
@@ -270,6 +296,12 @@ def write_elastic_report(run_dir: str | os.PathLike) -> Path:
     atomic_write_json(run_dir / "report.json", report)
     atomic_write_text(run_dir / "report" / "run.yaml", report["reproduce"]["yaml"])
     few_steps = few_step_widths_table(report.get("few_step", {}).get("widths", []))
-    page = render_html("report-elastic.html.jinja", report, figures, headlines(report), run_dir / "report", few_steps)
+    data = {
+        "compare": compared(caption_samples(run_dir, report)),
+        "telemetry": telemetry(run_dir, TEXT_TO_IMAGE),
+    }
+    page = render_html(
+        *("report-elastic.html.jinja", report, figures, headlines(report), run_dir / "report", few_steps), data=data
+    )
     atomic_write_text(run_dir / "report.html", page)
     return run_dir / "report.html"

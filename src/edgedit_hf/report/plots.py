@@ -153,11 +153,11 @@ def latency_plot(path: str | os.PathLike, networks: Sequence[Mapping[str, Any]])
     """
     predicted, measured = (np.array([n[f"{kind}_ms"] for n in networks], float) for kind in ("predicted", "measured"))
     figure, axes = _figure(5.6, 5.0)
-    low, high = (f(np.concatenate([predicted, measured])) for f in (np.min, np.max))
+    half = np.array([(n.get("iqr_ms") or 0.0) / 2 for n in networks])
+    low, high = (f(np.concatenate([predicted, measured - half, measured + half])) for f in (np.min, np.max))
     ends = np.array([max(0.0, low - 0.08 * (high - low)), high + 0.08 * (high - low)])
     axes.fill_between(ends, 0.92 * ends, 1.08 * ends, color=GREY, alpha=0.15, linewidth=0, label="within 8 %")
     axes.plot(ends, ends, color=GREY, linewidth=1.2, label="predicted = measured")
-    half = np.array([(n.get("iqr_ms") or 0.0) / 2 for n in networks])
     bars = {"xerr": half, "ecolor": SKY, "elinewidth": 2} if half.any() else {}
     label = "network (bar: IQR of its rounds)" if half.any() else "network"
     axes.errorbar(measured, predicted, fmt="o", color=BLUE, markersize=6, markeredgecolor="white", label=label, **bars)

@@ -40,6 +40,11 @@ def template(name: str) -> str:
     return (importlib.resources.files("edgedit_hf.hub_cards") / name).read_text(encoding="utf-8")
 
 
+def chosen_model(models: Sequence[Mapping[str, Any]]) -> str:
+    """The name of the model that a run is about."""
+    return "few-step" if any(model["name"] == "few-step" for model in models) else "student-tuned"
+
+
 def metric_label(key: str) -> str:
     """Words for a metric's key: `fid[digits-cnn,n=2000]` → "Fréchet distance (digits-cnn, n=2,000)".
 
