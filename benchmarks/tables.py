@@ -63,32 +63,41 @@ def keys_of(rows: Iterable[Result], name: str) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row.get(name, {})))
 
 
+def columns(models: Sequence[Result], shown: Mapping[str, Callable[[Result], str]]) -> str:
+    """A row a model; columns in which no model has anything are left out."""
+    cells = {label: [cell(model) for model in models] for label, cell in shown.items()}
+    cells = {label: values for label, values in cells.items() if any(values)}
+    rows = [[model["name"], *(values[place] for values in cells.values())] for place, model in enumerate(models)]
+    return table(["", *cells], rows)
+
+
 # -------------------------------------------------------------------- runs
 
 
 def run(result: Result) -> dict[str, str]:
-    """A run's models; its bank's losses; its search."""
+    """A run's models, and their latencies; its bank's losses; its search."""
     models = result["models"]
-    latencies = [key for key in keys_of(models, "latency_ms")]
     metrics = [key for key in keys_of(models, "metrics") if key not in ("precision", "recall")]
-    shown = {
+    sizes: dict[str, Callable[[Result], str]] = {
         "parameters": lambda model: f"{model['parameters'] / 1e6:.2f} M",
         "MFLOPs": lambda model: number(model["flops"] / 1e6),
         "stored": lambda model: megabytes(next(iter(model["bytes"].values()))),
-        **{
-            f"{latency_label(key)}, ms": lambda model, key=key: number(model["latency_ms"].get(key))
-            for key in latencies
-        },
-        "steps, guidance": lambda model: f"{model['steps']}, {model['guidance_scale']:g}",
-        **{metric_label(key): lambda model, key=key: number(model["metrics"].get(key)) for key in metrics},
-        "precision": lambda model: number(model["metrics"].get("precision")),
-        "recall": lambda model: number(model["metrics"].get("recall")),
-        "shows the class asked for": lambda model: percent(model.get("class_agreement")),
+        "steps, guidance": lambda model: f"{model['steps']}, {model['guidance_scale']:g}" if "steps" in model else "",
     }
-    columns = {label: [cell(model) for model in models] for label, cell in shown.items()}
-    columns = {label: cells for label, cells in columns.items() if any(cells)}
-    rows = [[model["name"], *(cells[place] for cells in columns.values())] for place, model in enumerate(models)]
-    found = {"models": table(["", *columns], rows)}
+    quality: dict[str, Callable[[Result], str]] = {
+        metric_label(key): lambda model, key=key: number(model["metrics"].get(key)) for key in metrics
+    }
+    quality["precision"] = lambda model: number(model["metrics"].get("precision"))
+    quality["recall"] = lambda model: number(model["metrics"].get("recall"))
+    quality["shows the class asked for"] = lambda model: percent(model.get("class_agreement"))
+    times: dict[str, Callable[[Result], str]] = {
+        f"{latency_label(key)}, ms": lambda model, key=key: number(model["latency_ms"].get(key))
+        for key in keys_of(models, "latency_ms")
+    }
+    found = {
+        "models": columns(models, sizes | quality),
+        f"latency of {result['latency'].get('batch_size', '?')} images a forward": columns(models, times),
+    }
     losses = (result.get("bank") or {}).get("median_losses")
     if losses:
         names = {"random": "random", "copied": "copied", "closed_form": "closed form"}

@@ -17,6 +17,7 @@ ACROSS = {
     "metrics/test_evaluate_modules.py": "the folders that `evaluate` loads",
     "docs/test_blocks.py": "every command and block of the pages",
     "docs/test_pages.py": "the pages",
+    "examples/test_examples.py": "every example",
     "sweep/test_sweep.py": "bad values for every command, key and file",
     "commands/test_options.py": "options of every command that are out of range",
     "export/web/test_philox.py": "the noise that the page draws",

@@ -48,11 +48,16 @@ def test_a_run(tables):
     exported = {**model, "name": "onnx-int8", "bytes": {"int8": 1360164}, "latency_ms": {"onnxruntime-int8": 3.558}}
     losses = {"mlp": {"random": 1.2, "closed_form": 0.0014645, "after": 0.0010771}}
     searched = {"hypervolume": [1.0, 2.0, 3.0, 4.0], "random_hypervolume": [1.0, 1.5, 2.0, 2.5]}
-    made = tables.run({"models": [model, exported], "bank": {"median_losses": losses}, "search": searched})
+    facts = {"bank": {"median_losses": losses}, "search": searched, "latency": {"batch_size": 32}}
+    made = tables.run({"models": [model, exported], **facts})
     header, _, teacher, other = made["models"].splitlines()
     assert "Fréchet distance (digits-cnn, n=2,000)" in header and "FID" not in header and "precision" not in header
-    assert teacher.startswith("| teacher | 1.87 M | 40.1 | 7.46 MB | 8.78 | | 10, 1.5 | 5.58 | 0.597 | 99.9 % |")
-    assert other.startswith("| onnx-int8 | 1.87 M | 40.1 | 1.36 MB | | 3.56 |")
+    assert teacher == "| teacher | 1.87 M | 40.1 | 7.46 MB | 10, 1.5 | 5.58 | 0.597 | 99.9 % |"
+    assert other.startswith("| onnx-int8 | 1.87 M | 40.1 | 1.36 MB | 10, 1.5 |")
+    assert made["latency of 32 images a forward"].splitlines() == [
+        *("| | ONNX Runtime fp32, ms | ONNX Runtime int8, ms |", "| --- | --- | --- |"),
+        *("| teacher | 8.78 | |", "| onnx-int8 | | 3.56 |"),
+    ]
     assert "| mlp | 1.20 | 0.00146 | 0.00108 |" in made["proxies"]
     assert made["search"].splitlines()[-1] == "| 4 | 4.000 | 2.500 |"
 

@@ -23,10 +23,12 @@ from phone_servers import free_port
 from phones import measure
 from PIL import Image
 from recipe_runs import BIN, DEBUG_COMMANDS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from edgedit_hf.commands import cli
 from edgedit_hf.phone.bundle import Bundle
 from edgedit_hf.phone.results import append_rows
+from edgedit_hf.run.stage import TEXT_TO_IMAGE
 
 RUN_BLOCKS = """
 import sys
@@ -64,7 +66,8 @@ def clone(recipes, debug_run, debug_t2i_run, tmp_path_factory):
 
 def test_the_shared_runs_are_those_of_the_pages(recipes):
     assert find(recipes, "train compress --config training/recipes/debug.yaml") == DEBUG_COMMANDS["debug"]
-    assert find(recipes, "text-to-image --config training/recipes/debug-t2i.yaml") == DEBUG_COMMANDS["debug-t2i"]
+    command = find(recipes, "edgedit train text-to-image --config training/recipes/debug-t2i.yaml")
+    assert command == DEBUG_COMMANDS["debug-t2i"]
 
 
 def find(recipes, part: str) -> str:
@@ -115,6 +118,13 @@ def test_dry_run_prints_a_line_a_stage(recipes, clone):
         line.split()[0] for line in printed.splitlines()[1:10]
     ] == "teacher bank latency search student tune export evaluate all".split()
     assert not (clone / "runs" / "demo" / "digits").exists()
+    (shown,) = [block for block in blocks(recipes.root / "docs" / "tutorial.md", "text") if "evaluate" in block]
+    assert [line.split()[0] for line in shown.splitlines()] == [line.split()[0] for line in printed.splitlines()[:10]]
+
+
+def test_dry_run_of_text_to_image(recipes, clone):
+    printed = recipes.shell(shlex.split(find(recipes, "debug-t2i.yaml --dry-run")), clone)
+    assert {stage.name for stage in TEXT_TO_IMAGE[:3]} <= {line.split()[0] for line in printed.splitlines() if line}
 
 
 def test_the_memory_of_few_steps(recipes, clone):
@@ -251,13 +261,22 @@ def test_quantise(recipes, clone):
     assert (clone / "runs" / "debug-quantize" / "quantized" / "quantization.json").is_file()
 
 
-def test_convert_an_original_checkpoint(recipes, tmp_path):
-    oracle = load_file(recipes.root / "tests" / "models" / "oracles" / "dit.safetensors")
-    weights = {key.removeprefix("weights."): value for key, value in oracle.items() if key.startswith("weights.")}
-    command = shlex.split(find(recipes, "edgedit convert"))
-    torch.save(weights, tmp_path / command[2])
-    printed = recipes.shell([*command, "--heads", "4"], tmp_path)  # a small one: its width is not one of the paper's
-    assert "2 layers of width 48" in printed and (tmp_path / command[3] / "model_index.json").is_file()
+def test_convert_original_checkpoints(recipes, tmp_path, monkeypatch, capsys):
+    """Small ones, whose width is not one of the papers'; in this process, which spares the imports."""
+    monkeypatch.chdir(tmp_path)
+    for oracle, text in {
+        "dit": find(recipes, "edgedit convert DiT-XL-2-256x256.pt teacher"),
+        "sit": find(recipes, "edgedit convert SiT-S-2.pt teacher-sit --family sit"),
+        "mdtv2": find(recipes, "edgedit convert mdt_v2.safetensors teacher-mdt"),
+    }.items():
+        stored = load_file(recipes.root / "tests" / "models" / "oracles" / f"{oracle}.safetensors")
+        weights = {key.removeprefix("weights."): value for key, value in stored.items() if key.startswith("weights.")}
+        command = shlex.split(text)
+        save = save_file if command[2].endswith(".safetensors") else torch.save
+        save(weights, tmp_path / command[2])
+        assert cli.main([*command[1:], "--heads", "4"]) == 0
+        assert "layers of width 48" in capsys.readouterr().out
+        assert (tmp_path / command[3] / "model_index.json").is_file()
 
 
 @pytest.mark.slow
@@ -283,7 +302,9 @@ def pip_user(recipes, tmp_path_factory):
             Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(
                 folder / "my_images" / label / f"{i}.png"
             )
-    recipes.shell(shlex.split(find(recipes, "edgedit recipes copy")), folder)
+    recipes.shell(shlex.split(find(recipes, "edgedit recipes copy recipes")), folder)
+    recipes.shell(shlex.split(find(recipes, "edgedit recipes copy training")), folder)
+    assert (folder / "training" / "recipes" / "digits.yaml").is_file()
     recipes.shell(["sh", "-c", find(recipes, "edgedit init")], folder)
     return folder
 
@@ -314,8 +335,21 @@ def test_list_the_best_without_a_search(recipes, clone, tmp_path):
 def test_list_the_choices_of_a_bank(recipes, clone, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "edgedit").symlink_to(clone / "runs" / "demo")
-    said = recipes.shell(shlex.split(find(recipes, "edgedit bank")), tmp_path)
+    said = recipes.shell(shlex.split(find(recipes, "edgedit bank runs/edgedit")), tmp_path)
     assert "02-03/both" in said and "saved ms" in said
+
+
+def test_the_tutorial_goes_on_in_the_runs_own_folder(recipes, clone, tmp_path, monkeypatch, capsys):
+    """The same as above of `runs/demo`, in this process, which spares the imports."""
+    shutil.copytree(clone / "runs" / "demo", tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    for command, said in {
+        find(recipes, "edgedit bank runs/demo"): "02-03/both",
+        find(recipes, "edgedit select runs/demo --max-latency-ms 80"): "latency_ms <= 80",
+    }.items():
+        assert cli.main(shlex.split(command)[1:]) == 0
+        assert said in capsys.readouterr().out
+    assert "latency_ms <= 80" in (tmp_path / "runs" / "demo" / "student" / "choice.json").read_text()
 
 
 def test_record_what_was_measured(recipes, clone):
@@ -333,11 +367,24 @@ def test_record_what_was_measured(recipes, clone):
     recipes.shell(shlex.split(find(recipes, "python benchmarks/record.py demo --of")), clone)
     recipes.shell([sys.executable, "benchmarks/results.py"], clone)
     report = json.loads((clone / "runs" / "demo" / "report.json").read_text())
-    text = (clone / "docs" / "results.md").read_text(encoding="utf-8")
-    assert f"| {report['models'][0]['parameters'] / 1e6:.2f} M |" in text
-    assert all(f"| {model['name']} |" in text for model in report["models"])
-    assert "best under two caps" in text
-    assert text.count("\n### ") == len(list((clone / "benchmarks" / "results").iterdir()))
+    for page in ("README.md", "docs/results.md"):
+        text = (clone / page).read_text(encoding="utf-8")
+        assert f"| {report['models'][0]['parameters'] / 1e6:.2f} M |" in text
+        assert all(f"| {model['name']} |" in text for model in report["models"])
+    assert "best under two caps" in text and text.count("### ") == len(list((clone / "benchmarks/results").iterdir()))
+
+
+def test_examples_are_the_examples_tests(recipes):
+    """tests/examples/test_examples.py runs them."""
+    for command in (
+        find(recipes, "python examples/own_data.py"),
+        find(recipes, "python examples/lora.py"),
+        find(recipes, "python examples/few_steps.py"),
+        find(recipes, "python examples/numpy_and_runtime.py"),
+        find(recipes, "python examples/own_teacher.py"),
+        find(recipes, "python examples/evaluate_other.py"),
+    ):
+        assert (recipes.root / command.split()[1]).is_file()
 
 
 def test_measure_on_a_phone(recipes, clone, tmp_path):

@@ -5,6 +5,7 @@ runs, test_blocks.py's.
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,15 @@ def test_the_readme_is_a_first_screen():
 def test_pictures_are_small():
     pictures = sorted(DOCS.glob("images/*"))
     assert pictures and all(path.stat().st_size < 200_000 for path in pictures)
+
+
+def test_the_diagrams_are_those_of_their_script(tmp_path):
+    script = runpy.run_path(str(DOCS / "diagrams.py"))
+    script["main"](tmp_path)
+    drawn = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+    assert drawn == {path.name: path.read_text(encoding="utf-8") for path in DOCS.glob("images/how-*.svg")}
+    page = text_of("docs/how-it-works.md")
+    assert len(drawn) == 10 and all(f"(images/{name})" in page for name in drawn)
 
 
 def test_the_navigation_has_every_page():
