@@ -1,5 +1,5 @@
 """The whole loop from one YAML: teacher → proxy bank → latency table → search → student → fine-tuning → (few steps)
-→ export → evaluation → report.
+→ (about four bits) → export → evaluation → report.
 
     edgedit train compress --config training/recipes/digits.yaml [--override key=value] [--dry-run]
 

@@ -40,13 +40,15 @@ from edgedit_hf.metrics.reference import describe_reference, judged_by, load_ext
 from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.pipelines.sampling import generate, sampling_of, sampling_stamp
 from edgedit_hf.preflight import preflight
+from edgedit_hf.quantization.inputs import transformer_bytes
+from edgedit_hf.quantization.layers import quantized_weights
 from edgedit_hf.records import Latencies, Solvers
 from edgedit_hf.report.few_step import FEWER, GIVEN, TUNED
 from edgedit_hf.report.plots import save_montage
 from edgedit_hf.run.config import RunConfig
 from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.results import pipeline_weights_hash
-from edgedit_hf.run.stage import EVALUATE, FEW_STEP, TEACHER, TUNE, given_source, maker_of, shipped
+from edgedit_hf.run.stage import EVALUATE, FEW_STEP, SELF_DISTIL, TEACHER, TUNE, given_source, maker_of, shipped
 from edgedit_hf.run.state import RunState
 from edgedit_hf.schema import read_record
 from edgedit_hf.search_space import BYTES, Cost, model_cost
@@ -54,11 +56,13 @@ from edgedit_hf.search_space import BYTES, Cost, model_cost
 CHUNK = 2000  # images that are held as floats at a time: 1.6 GB of 256 × 256 pixels
 
 
-def bytes_by_precision(transformer, cost: Cost) -> dict[str, int]:
-    """Bytes of the weights at each precision; of an export what its file holds."""
-    if isinstance(transformer, torch.nn.Module):
-        return {name: cost.bytes(name) for name in BYTES}
-    return {transformer.config.precision: sum(weight_bytes(transformer.path).values())}
+def bytes_by_precision(transformer, cost: Cost, folder: Path | str) -> dict[str, int]:
+    """Bytes of the weights at each precision; of an export, or a network that is quantised, what its files hold."""
+    if not isinstance(transformer, torch.nn.Module):
+        return {transformer.config.precision: sum(weight_bytes(transformer.path).values())}
+    if quantized_weights(transformer):
+        return {"quantized": transformer_bytes(Path(folder))}
+    return {name: cost.bytes(name) for name in BYTES}
 
 
 def asked_for(config: RunConfig) -> list[str]:
@@ -66,7 +70,7 @@ def asked_for(config: RunConfig) -> list[str]:
     tune, export = config.tune, config.export
     left_out = set() if tune.teacher_more_steps else {"teacher-more-steps"}
     left_out |= set() if tune.random_proxies else {"student-random-proxies"}
-    left_out |= set() if FEW_STEP.needed(config) else {FEW_STEP.folder}
+    left_out |= {stage.folder for stage in (FEW_STEP, SELF_DISTIL) if not stage.needed(config)}
     exports = {f"exported/onnx-{dtype}" for dtype in export.dtypes}
     exports |= {f"exported/executorch-{dtype}" for dtype in export.executorch}
     names = [name for name, at in EVALUATE.inputs if at and name not in left_out]
@@ -181,7 +185,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     if not (state.folder / "latency.json").exists():
         judged_weights = {name: state.inputs[name] for name in ("teacher", TUNED)}
         measured = measure_latencies(pipelines, config)
-        measured |= {**seconds_an_image(rows, measured, config), "weights": judged_weights}
+        timed = {name: row for name, row in rows.items() if name != SELF_DISTIL.folder}  # it unpacks as it goes
+        measured |= {**seconds_an_image(timed, measured, config), "weights": judged_weights}
         atomic_write_json(state.folder / "latency.json", measured)
     latency = read_record(state.folder / "latency.json", Latencies, "this stage")
     names = list(rows)
@@ -198,7 +203,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         model = pipeline.transformer.config
         cost = model_cost(model)
         genotype = Genotype.of(model)
-        runtimes, seconds = latency["latency_ms"].get(genotype.hash, {}), latency.get("seconds_per_image", {})
+        runtimes = {} if stage == SELF_DISTIL.folder else latency["latency_ms"].get(genotype.hash, {})
+        seconds = latency.get("seconds_per_image", {})
         result = {
             "name": name.removeprefix("exported/"),
             "stage": stage,
@@ -208,7 +214,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "genotype_hash": genotype.hash,
             "parameters": cost.parameters,
             "flops": cost.flops,
-            "bytes": bytes_by_precision(pipeline.transformer, cost),
+            "bytes": bytes_by_precision(pipeline.transformer, cost, folders[made_of]),
             "latency_ms": runtimes if stage != "exported" else {k: v for k, v in runtimes.items() if k == row.runtime},
             "metrics": {metric: distance, "precision": precision, "recall": recall},
             "precision": precision,
@@ -231,7 +237,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         if agreement is not None:
             result["class_agreement"] = agreement
         save_file({"images": bytes_of}, file(name, ".safetensors"))
-        if stage == "exported":
+        if stage == "exported" or stage == SELF_DISTIL.folder and config.quantize.path is None:
             # Against the same images from PyTorch in fp32: what lowering and quantising changed. None: not one 8-bit
             # value.
             eager = load_file(file(shipped(config).folder, ".safetensors"))["images"]

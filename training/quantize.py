@@ -70,9 +70,12 @@ from edgedit_hf.schema import read_record
 RECORD, SAMPLES = "quantization.json", "samples.safetensors"
 
 
-def quantize_layers(config: RunConfig, accelerator: Accelerator) -> None:
+def quantize(config: RunConfig, accelerator: Accelerator) -> None:
     """Steps 1 to 3, on the main process."""
     options = config.quantize
+    check_batch(options, accelerator.num_processes)  # of step 4: nothing is written for a batch that cannot be divided
+    if not accelerator.is_main_process:
+        return
     pipeline = load_source(config)
     model, widths, prompts = (
         pipeline.transformer.eval().requires_grad_(False),
@@ -223,10 +226,7 @@ def self_distil(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 def run(config: RunConfig, accelerator: Accelerator) -> None:
-    options = config.quantize
-    check_batch(options, accelerator.num_processes)
-    if accelerator.is_main_process:
-        quantize_layers(config, accelerator)
+    quantize(config, accelerator)
     accelerator.wait_for_everyone()
     self_distil(config, accelerator)
 

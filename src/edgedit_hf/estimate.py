@@ -39,10 +39,11 @@ from .genotype import LayerSpec
 from .models.transformer_edgedit import EdgeDiTTransformer2DModel
 from .models.transformer_elastic_dit import ElasticDiTTransformer2DModel
 from .pipelines.loading import meta_vae
+from .quantization.inputs import count_forms, images_through
 from .run.config import RunConfig
 from .run.cost import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, print_table
 from .run.sections import OptimisationConfig
-from .run.stage import EDGEDIT, ELASTIC, FEW_STEP, TUNE, given_source
+from .run.stage import EDGEDIT, ELASTIC, FEW_STEP, SELF_DISTIL, TUNE, given_source
 from .search.latency_measurement import OPEN_BYTES
 from .search.latency_networks import HELD_OUT, fitted_networks, timed_shapes
 from .search_space import (
@@ -408,22 +409,53 @@ class _Estimator:
         disk = 4.0 * sum(cost.weights for cost in runs)
         return Estimate("tune", sum(seconds) + more, self.base + held, disk, self.device, self.machine.processes)
 
+    def student_model(self) -> EdgeDiTTransformer2DModel:
+        """The given genotype's network on the meta device, or, where that is searched for, the teacher's, which is
+        larger.
+        """
+        given = self.config.student.genotype
+        layers = {} if given is None else {"layers": read_genotype(given, "student.genotype").to_layers()}
+        with torch.device("meta"):
+            return EdgeDiTTransformer2DModel.with_config(self.work.model, **layers)
+
     def stage_few_step(self) -> Estimate:
         """Of the net that few_step.path names, or else of the student that does not exist yet: the given genotype's,
         or, where that is searched for, the teacher's, which is larger.
         """
-        options, given = self.config.few_step, self.config.student.genotype
-        if options.path is not None:
-            model = net_to_distil(self.config)
-        else:
-            layers = {} if given is None else {"layers": read_genotype(given, "student.genotype").to_layers()}
-            with torch.device("meta"):
-                model = EdgeDiTTransformer2DModel.with_config(self.work.model, **layers)
+        options = self.config.few_step
+        model = self.student_model() if options.path is None else net_to_distil(self.config)
         flops = self.student.flops if options.path is None else model_cost(model.config).flops
         asked = options.knowledge_guidance
         guided = (self.config.sampling.guidance_scale if asked is None else asked) > 1
         activations = activation_bytes(model, options)
         return few_step_estimate(self.config, self.machine, model, flops, guided, activations)
+
+    def stage_quantize(self) -> Estimate:
+        """Its first part, of the student's cost whatever quantize.path names."""
+        rows = self._quantized_images()
+        seconds = (rows["calibrate, judge"] + rows["errors of layers"]) * self.student.flops / self.machine.flops
+        return self._quantizing("quantize", seconds, 2)
+
+    def stage_self_distil(self) -> Estimate:
+        """Its loop, which only the main process's networks are counted of."""
+        seconds = self._quantized_images()["self-distillation"] * self.student.flops / self.machine.flops
+        return self._quantizing("self-distil", seconds / self.machine.processes, 3, self.machine.processes)
+
+    def _quantized_images(self) -> dict[str, int]:
+        options, sampling, few = self.config.quantize, self.config.sampling, FEW_STEP.needed(self.config)
+        steps, guidance = (self.config.few_step.sampling_steps, 1.0) if few else (sampling.steps, sampling.guidance_scale)
+        steps = options.sampling_steps or steps
+        guidance = guidance if options.guidance_scale is None else options.guidance_scale
+        guided = 2 if guidance > 1 and self.work.model["num_classes"] else 1
+        return images_through(options, count_forms(self.student_model(), options), 1, steps, guided)
+
+    def _quantizing(self, stage: str, seconds: float, networks: int, processes: int = 1) -> Estimate:
+        """Of a stage that holds so many networks, and activations."""
+        options = self.config.quantize
+        batch = options.sampling_batch_size if networks == 2 else options.batch_size // options.gradient_accumulation
+        held = self.base + 4 * networks * self.student.weights + self.activations(-(-batch // processes))
+        disk = options.budget_bits / 8 * self.student.weights
+        return Estimate(stage, seconds, held, disk, self.device, processes)
 
     def stage_export(self) -> Estimate:
         options = self.config.export
@@ -456,6 +488,12 @@ class _Estimator:
             if given_source(self.config) is not None:  # with many steps too
                 seconds += self.sampling(self.student, *asked)
                 students += 1
+        if SELF_DISTIL.needed(self.config):  # quantised, it samples as what it was made of
+            few = FEW_STEP.needed(self.config)
+            seconds += self.sampling(
+                self.student, options.samples, *((self.config.few_step.sampling_steps, 1.0) if few else asked[1:])
+            )
+            students += 1
         models = teachers + students + exports
         networks = 1 if self.machine.gpu else models + runtimes
         held = self.judging(options.batch_size, networks, min(options.samples, CHUNK))

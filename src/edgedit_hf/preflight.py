@@ -77,14 +77,14 @@ def preflight(config: RunConfig, stages: Sequence[Stage], processes: int = 1, dr
     Raises:
         EdgeDiTError: the first thing that cannot work.
     """
-    left = []
+    left, alone = [], len({stage.script for stage in stages}) == 1
     for stage in stages:
-        asked = stage.needed(config) or len(stages) == 1  # one that is run on its own needs no key to ask for it
+        asked = stage.needed(config) or alone  # what is run on its own needs no key to ask for it
         if asked and not config.folder(stage.folder, "stage.json").exists():
             check_writable(config.folder(stage.folder))
             left.append(stage.name)
     notes: list[str] = []
-    if len(stages) > 1:
+    if not alone:
         (partial(_noted, notes) if dry_run else _raised)(check_push, config)
     check_batches(config, left, processes)
     check_sampling(config, left)
@@ -93,6 +93,8 @@ def preflight(config: RunConfig, stages: Sequence[Stage], processes: int = 1, dr
     captioned = _captioned(config, [stage.name for stage in stages])
     if "few-step" in left:
         _check_few_step(config, captioned, notes, dry_run)
+    if config.quantize.enabled and not alone:
+        _check_quantize(config, bool(captioned), notes, dry_run)
     if "teacher" in left:
         _check_compression(config, left, processes, notes, dry_run)
         check(check_space, config.output_dir, _bytes_to_write(config, left, processes), "The run")
@@ -404,6 +406,21 @@ def _check_few_step(config: RunConfig, captioned: bool | None, notes: list[str],
     elif values:
         theirs = read_json(teacher / "transformer" / "config.json", "save_pretrained")
         check_class_teacher(options.teacher, theirs, values)
+
+
+def _check_quantize(config: RunConfig, captioned: bool, notes: list[str], dry_run: bool) -> None:
+    """Of a whole run."""
+    if captioned:
+        raise EdgeDiTError(
+            "quantize.enabled is true, but a run of text to image has no such stage; set it to false, and quantise "
+            "what the run makes with edgedit train quantize."
+        )
+    if config.quantize.subnet is not None:
+        raise EdgeDiTError(
+            f"quantize.subnet is {config.quantize.subnet!r}, but the network of a run of classes has no sub-networks; "
+            "set it to null."
+        )
+    _check_given("quantize.path", config.quantize.path, ("EdgeDiTPipeline",), notes, dry_run)
 
 
 # -------------------------------------------------------------------- images

@@ -18,6 +18,8 @@ from ..errors import EdgeDiTError
 from ..models.stored_weights import check_weights
 from ..pipelines.loading import KINDS, load_pipeline, source_path
 from ..run.config import RunConfig
+from ..run.sections import QuantizeConfig
+from ..run.stage import FEW_STEP
 from .allocation import candidate_specs
 from .calibration import CHECK_STREAM, output_error, record, replay
 from .layers import quantizable_layers, quantized_weights
@@ -30,8 +32,9 @@ def load_source(config: RunConfig) -> Any:
         EdgeDiTError: there is none, it is quantised already, or it has no such sub-network.
     """
     options = config.quantize
-    path = source_path(config, "quantize.path", "quantise")
-    pipeline = load_pipeline(path, kind=KINDS)
+    few = options.path is None and FEW_STEP.needed(config)  # the run ships it
+    path = config.folder(FEW_STEP.folder) if few else source_path(config, "quantize.path", "quantise")
+    pipeline = load_pipeline(path, FEW_STEP.made_by if few else None, kind=KINDS)
     packed = quantized_weights(pipeline.transformer)
     if packed:
         raise EdgeDiTError(
@@ -140,6 +143,30 @@ class Judge:
         }
 
 
+def count_forms(model: nn.Module, options: QuantizeConfig) -> int:
+    """Forms that are tried, over all layers of a network; its weights may be on the meta device."""
+    return sum(
+        spec is not None
+        for layer in quantizable_layers(model).values()
+        for spec in candidate_specs(layer.weight.shape, options.scheme, options.rows_per_palette)
+    )
+
+
+def images_through(options: QuantizeConfig, forms: int, widths: int, steps: int, guided: int) -> dict[str, int]:
+    """How often an image goes through the network, by part of the work.
+
+    Args:
+        forms: of [`count_forms`]. widths: sub-networks. steps: of sampling. guided: 2 with guidance, else 1.
+    """
+    # Two recordings are replayed about three times: moments twice, judging before and after.
+    sampled = (5 * widths * options.calibration_images + bool(options.steps) * options.samples) * steps * guided
+    return {
+        "calibrate, judge": sampled,
+        "errors of layers": forms * widths * options.sensitivity_images * min(options.timesteps, steps) * guided,
+        "self-distillation": 4 * options.steps * options.batch_size,
+    }
+
+
 def print_quantization_estimate(config: RunConfig) -> None:
     """Print what a run will take on this machine: forwards, counted, times the seconds of one, measured."""
     options, pipeline = config.quantize, load_source(config)
@@ -156,18 +183,8 @@ def print_quantization_estimate(config: RunConfig) -> None:
         options.sampling_steps or pipeline.config.default_steps,
         len(call.inputs["hidden_states"]) // min(images, 8),
     )
-    forms = sum(
-        spec is not None
-        for layer in layers.values()
-        for spec in candidate_specs(layer.weight.shape, options.scheme, options.rows_per_palette)
-    )
-    # Two recordings are replayed about three times: moments twice, judging before and after.
-    sampled = (5 * len(widths) * options.calibration_images + bool(options.steps) * options.samples) * steps * guided
-    rows = {
-        "calibrate, judge": sampled,
-        "errors of layers": forms * len(widths) * options.sensitivity_images * min(options.timesteps, steps) * guided,
-        "self-distillation": 4 * options.steps * options.batch_size,
-    }
+    forms = count_forms(model, options)
+    rows = images_through(options, forms, len(widths), steps, guided)
     weights, total = (
         sum(layer.weight.numel() for layer in layers.values()),
         sum(parameter.numel() for parameter in model.parameters()),

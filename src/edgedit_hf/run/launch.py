@@ -99,21 +99,28 @@ def run_script(work: Callable[[], None]) -> None:
 
 
 def stage_runs(stages: Iterable[Stage], folder: Path) -> dict[Stage, Callable[[RunConfig, Any], None]]:
-    """What the scripts of stages, which lie in one folder, do: their `run`."""
-    found = {}
+    """What the scripts of stages, which lie in one folder, do: their `run`, of one that is several stages each its own
+    function.
+    """
+    found, modules = {}, {}
     for stage in stages:
-        path = folder / stage.script
-        if not path.is_file():
-            raise EdgeDiTError(
-                f"{path}, the script of stage {stage.name}, is not there; `edgedit recipes copy DIR` gives them all."
-            )
-        about = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-        assert about is not None and about.loader is not None, "a .py file has a loader"
-        module = importlib.util.module_from_spec(about)
-        sys.modules[about.name] = module
-        about.loader.exec_module(module)
-        found[stage] = module.run
+        if stage.script not in modules:
+            modules[stage.script] = _module(folder / stage.script, stage)
+        found[stage] = getattr(modules[stage.script], stage.does)
     return found
+
+
+def _module(path: Path, stage: Stage) -> Any:
+    if not path.is_file():
+        raise EdgeDiTError(
+            f"{path}, the script of stage {stage.name}, is not there; `edgedit recipes copy DIR` gives them all."
+        )
+    about = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert about is not None and about.loader is not None, "a .py file has a loader"
+    module = importlib.util.module_from_spec(about)
+    sys.modules[about.name] = module
+    about.loader.exec_module(module)
+    return module
 
 
 def check_run_folder(config: RunConfig) -> None:

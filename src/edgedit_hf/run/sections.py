@@ -536,9 +536,10 @@ class QuantizeConfig(OptimisationConfig):
     pipeline, no data.
     """
 
+    enabled: bool = key(False, "whether a whole run of classes (edgedit train compress) quantises what it ships too")
     path: str | None = key(
         None,
-        "the pipeline to quantise (folder or Hub id); null: the run's student-tuned, or else its elastic",
+        "the pipeline to quantise (folder or Hub id); null: few-step where that is enabled, student-tuned, or elastic",
         path=True,
     )
     subnet: str | None = key(
@@ -585,10 +586,7 @@ class QuantizeConfig(OptimisationConfig):
     )
     sampling_batch_size: int = key(64, "images a sampling batch", minimum=1, maximum=BATCH)
     dropout: float = key(
-        0.3,
-        "share of labels or texts dropped in self-distillation, for classifier-free guidance",
-        minimum=0.0,
-        maximum=1.0,
+        0.3, "share of labels or texts dropped in self-distillation, for guidance", minimum=0.0, maximum=1.0
     )
     steps: int = key(1000, "steps of self-distillation; 0: none", minimum=0, maximum=STEPS)
     batch_size: int = key(64, "noisy samples a step, over all processes and accumulation", minimum=1, maximum=BATCH)

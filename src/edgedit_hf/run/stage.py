@@ -45,6 +45,7 @@ class Stage:
         more: further folders that it writes as its own, each on its own.
         brought: the key that names results of this kind, which are then used in the place of its own.
         unless: the key that makes it needless. only: the key that asks for it.
+        does: the function of the script that is this stage, where the script is more than one.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Stage:
     brought: str = ""
     unless: str = ""
     only: str = ""
+    does: str = "run"
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -104,7 +106,8 @@ OWN_OF_QUANTIZE = [
     if entry.name not in {"dropout", *(inherited.name for inherited in dataclasses.fields(OptimisationConfig))}
 ]  # what its first part depends on: the keys of the loop may change without making that anew
 
-# -------------------------------------------------------------------- class-conditional
+# -------------------------------------------------------------------- class-conditional (the three from FEW_STEP on: of
+# either family)
 
 TEACHER = Stage(
     "teacher",
@@ -172,6 +175,26 @@ FEW_STEP = Stage(
     inputs=(Input("pipeline"), IMAGES, EXTRACTOR, Input("knowledge"), Input("text")),
     only="few_step.enabled",
 )
+QUANTIZE = Stage(
+    "quantize",
+    "quantize.py",
+    "quantized-untuned",
+    "give every layer of a pipeline a low-bit form",
+    sections=("seed", *OWN_OF_QUANTIZE),
+    inputs=(Input("pipeline"), Input("prompts")),
+    only="quantize.enabled",
+    does="quantize",
+)
+SELF_DISTIL = Stage(
+    "self-distil",
+    "quantize.py",
+    "quantized",
+    "tune what is not quantised to the unquantised network's output",
+    sections=("seed", "quantize"),
+    inputs=(Input("untuned", "quantized-untuned/stage.json"),),
+    only="quantize.enabled",
+    does="self_distil",
+)
 EXPORT = Stage(
     "export",
     "export_student.py",
@@ -199,6 +222,7 @@ EVALUATE = Stage(
                 "student-random-proxies",
                 "student-tuned",
                 "few-step",
+                "quantized",
                 "exported/onnx-fp32",
                 "exported/onnx-int8",
                 "exported/executorch-fp32",
@@ -229,25 +253,6 @@ RANK = Stage(
         *("evaluate.extractor", "evaluate.extractor_steps"),
     ),
     inputs=JUDGED,
-)
-
-# -------------------------------------------------------------------- of either family
-
-QUANTIZE = Stage(
-    "quantize",
-    "quantize.py",
-    "quantized-untuned",
-    "give every layer of a pipeline a low-bit form",
-    sections=("seed", *OWN_OF_QUANTIZE),
-    inputs=(Input("pipeline"), Input("prompts")),
-)
-SELF_DISTIL = Stage(
-    "self-distil",
-    "quantize.py",
-    "quantized",
-    "tune what is not quantised to the unquantised network's output",
-    sections=("seed", "quantize"),
-    inputs=(Input("untuned", "quantized-untuned/stage.json"),),
 )
 
 # -------------------------------------------------------------------- text to image
@@ -293,9 +298,9 @@ EVALUATE_FEW_STEP = Stage(
     only="few_step.enabled",
 )
 
-EDGEDIT = (TEACHER, BANK, LATENCY, SEARCH, STUDENT, TUNE, FEW_STEP, EXPORT, EVALUATE)
+EDGEDIT = (TEACHER, BANK, LATENCY, SEARCH, STUDENT, TUNE, FEW_STEP, QUANTIZE, SELF_DISTIL, EXPORT, EVALUATE)
 TEXT_TO_IMAGE = (TEXT, ELASTIC, EVALUATE_ELASTIC, FEW_STEP, EVALUATE_FEW_STEP)
-OPTIONAL = (QUANTIZE, SELF_DISTIL, SENSITIVITY, RANK)
+OPTIONAL = (SENSITIVITY, RANK)
 """Stages that no driver runs: each is started on its own."""
 
 STAGES = tuple(dict.fromkeys(EDGEDIT + TEXT_TO_IMAGE + OPTIONAL))
