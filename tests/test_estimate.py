@@ -83,7 +83,7 @@ def test_few_steps_cost_what_the_named_student_does(configured, tmp_path):
     (tmp_path / "student.json").write_text(space.from_code((17, 4)).to_json())
     given = f"student.genotype={tmp_path / 'student.json'}"
     rows = counted(configured("few_step.enabled=true", given))
-    assert list(rows) == [stage.name for stage in EDGEDIT]
+    assert list(rows) == [stage.name for stage in EDGEDIT if stage.only != "quantize.enabled"]
     assert rows["few-step"].disk == pytest.approx(rows["student"].disk, rel=0.05)
     fewer = counted(configured("few_step.enabled=true", given, "few_step.steps=10"))
     assert 0 < fewer["few-step"].seconds < rows["few-step"].seconds
@@ -95,6 +95,23 @@ def test_few_steps_cost_what_the_named_student_does(configured, tmp_path):
     assert other.memory > rows["few-step"].memory and other.seconds > rows["few-step"].seconds
     plain = counted(configured(given))
     assert "few-step" not in plain and plain["evaluate"].seconds < rows["evaluate"].seconds
+
+
+def test_a_quantised_student_costs_what_its_bits_and_its_steps_say(configured):
+    asked = ("few_step.enabled=true", "quantize.enabled=true")
+    rows = counted(configured(*asked))
+    assert list(rows) == [stage.name for stage in EDGEDIT]
+    for name in ("quantize", "self-distil"):
+        assert rows[name].disk == pytest.approx(4.3 / 32 * rows["student"].disk)
+    fewer = counted(configured(*asked, "quantize.steps=100"))
+    assert fewer["self-distil"].seconds == pytest.approx(rows["self-distil"].seconds / 10)
+    # The same images take 20 guided steps of the tuned student in the place of four of the few-step one.
+    many = counted(configured("quantize.enabled=true", "sampling={steps: 20, guidance_scale: 1.5}", "quantize.timesteps=4"))
+    few = counted(configured(*asked, "quantize.timesteps=4"))
+    images = 5 * 64 + 1024
+    tried = few["quantize"].seconds - 4 * images * (per := few["self-distil"].seconds / (4 * 1000 * 64))
+    assert many["quantize"].seconds == pytest.approx(40 * images * per + 2 * tried)
+    assert rows["evaluate"].seconds > counted(configured("few_step.enabled=true"))["evaluate"].seconds
 
 
 def test_text_to_image_has_a_table_of_few_steps_where_it_is_asked_for(tmp_path, repository, capsys):

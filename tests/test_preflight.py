@@ -97,6 +97,9 @@ def test_what_is_not_here_is_noted(tmp_path):
         (["few_step.enabled=true", "few_step.subnet=tiny"], "few_step.subnet is 'tiny'.* has no sub-networks"),
         (["few_step.enabled=true", "few_step.schedule=alternate"], "the critic would never learn"),
         (["few_step.enabled=true", "few_step.teacher_lora=."], "few_step.teacher_lora is ., but few_step.teacher is"),
+        (["quantize.enabled=true", "quantize.batch_size=31"], "quantize.batch_size 31 is not a multiple"),
+        (["quantize.enabled=true", "quantize.subnet=tiny"], "quantize.subnet is 'tiny'.* has no sub-networks"),
+        (["quantize.enabled=true", "quantize.path=/no/such"], "quantize.path is /no/such, but there is no such folder"),
         (["data.source=/no/such/folder"], "/no/such/folder"),
         (
             ["latency.table=/no/such.json"],
@@ -123,6 +126,7 @@ def test_settings_that_a_later_stage_would_refuse(tmp_path, overrides, said, dry
         (["data.vae=./nowhere"], "data.vae is ./nowhere"),
         (["knowledge.teacher=me/nowhere"], "knowledge.teacher is me/nowhere: it is neither a local path nor a Hub id"),
         (["data.vae=hf://me/nowhere/vae"], "data.vae is hf://me/nowhere/vae: it is neither a local path nor a Hub id"),
+        (["quantize.enabled=true"], "quantize.enabled is true, but a run of text to image has no such stage"),
         (["few_step.enabled=true", "few_step.batch_size=31"], "few_step.batch_size 31"),
         (["few_step.enabled=true", "few_step.teacher=./nowhere"], "few_step.teacher is ./nowhere, but there is no"),
         (["few_step.enabled=true", "few_step.path=./nowhere"], "few_step.path is ./nowhere, but there is no"),

@@ -2,6 +2,7 @@
 it.
 """
 
+import ast
 import copy
 import dataclasses
 import json
@@ -219,6 +220,11 @@ def test_names_folders_and_scripts():
         assert len(set(folders)) == len(folders)
     scripts = {path.name for path in TRAINING.glob("*.py")} - {"__init__.py"}
     assert {stage.script for stage in STAGES} | {script for script, _ in DRIVERS.values()} == scripts
+    for stage in STAGES:
+        tree = ast.parse((TRAINING / stage.script).read_text())
+        assert stage.does in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    ways = [(stage.script, stage.does) for stage in STAGES]
+    assert len(set(ways)) == len(ways)
 
 
 @pytest.mark.parametrize("table", [EDGEDIT, TEXT_TO_IMAGE], ids=["edgedit", "text to image"])
@@ -242,10 +248,10 @@ def test_sections_are_those_of_a_recipe():
 def test_what_a_recipe_makes_needless():
     config = RunConfig()
     assert [stage.name for stage in STAGES if not stage.needed(config)] == [
-        "few-step",
+        *("few-step", "quantize", "self-distil"),
         "evaluate-few-step",
     ]
-    config.few_step.enabled = True
+    config.few_step.enabled = config.quantize.enabled = True
     assert all(stage.needed(config) for stage in STAGES)
     config.student.genotype = "EdgeDiT-1"
     assert [stage.name for stage in STAGES if not stage.needed(config)] == ["latency", "search"]

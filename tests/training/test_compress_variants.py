@@ -3,12 +3,16 @@ two stages.
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
+
+from edgedit_hf.quantization.inputs import transformer_bytes
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +85,27 @@ def test_learned_variance_two_stage_search_accumulation_and_checkpointing(recipe
     assert "student-random-proxies" in stages
     merges = json.loads((tmp_path / "search" / "merge.json").read_text())["told"]
     assert all(code in (0, 16) for point in merges for code in point["code"][:1])
+
+
+@pytest.mark.slow
+def test_a_run_that_quantises_its_few_step_student(recipes, debug_run, fail, tmp_path):
+    run = shutil.copytree(debug_run, tmp_path / "run")
+    for folder in ("exported", "evaluate"):
+        shutil.rmtree(run / folder)
+    asked = ("few_step.enabled=true", "quantize.enabled=true", "export.dtypes=[int8]")
+    recipes.run("compress", run, *asked)
+    models = {model["name"]: model for model in json.loads((run / "report.json").read_text())["models"]}
+    few, ours = models["few-step"], models["quantized"]
+    assert ours["stage"] == "quantized" and ours["latency_ms"] == {} and "seconds_per_image" in ours
+    for key in ("steps", "guidance_scale", "num_samples", "genotype_hash", "parameters"):
+        assert ours[key] == few[key], key
+    assert ours["bytes"] == {"quantized": transformer_bytes(run / "quantized")}
+    assert ours["bytes"]["quantized"] < 0.5 * few["bytes"]["fp32"]
+    images = {name: load_file(run / "evaluate" / f"{name}.safetensors")["images"] for name in ("few-step", "quantized")}
+    error = (images["few-step"].double() - images["quantized"].double()).square().mean()
+    assert error > 0 and ours["psnr_db"] == pytest.approx(float(10 * torch.log10(255**2 / error)), rel=1e-6)
+    made = (run / "quantized" / "stage.json").stat().st_mtime_ns
+    recipes.run("compress", run, *asked)  # finished: nothing is made anew
+    assert (run / "quantized" / "stage.json").stat().st_mtime_ns == made
+    message = fail("quantize", run, "few_step.enabled=false")
+    assert "quantized-untuned was made with inputs.pipeline = " in message  # of the tuned student it would be another
