@@ -3,10 +3,10 @@
     python benchmarks/evidence.py RUN [RUN …] [--config FILE] [--override KEY=VALUE …]
         [--ablations starts,merges,terms,objectives] [--picture FILE.png] [--json] [--check]
 
-Every RUN is a finished run of compress.py with tune.random_proxies, few_step.enabled and quantize.enabled, of one recipe
-and a seed of its own. The claims are read from what its evaluation judged alike: ratios of Fréchet distances in the
-run's extractor, with 95 % intervals of a bootstrap over images (every model's image i has the same noise and class, and
-is redrawn with the others'); over several runs, the mean.
+Every RUN is a finished run of compress.py with tune.random_proxies, few_step.enabled and quantize.enabled, of one
+recipe and a seed of its own. The claims are read from what its evaluation judged alike: ratios of Fréchet distances in
+the run's extractor, with 95 % intervals of a bootstrap over images (every model's image i has the same noise and class,
+and is redrawn with the others'); over several runs, the mean.
 
 Ablations, each made in RUN/evidence and judged as the evaluation judges (samples, noise, steps, extractor):
   starts      the student's proxies distilled from copied and from random weights for as many steps as from closed form:
@@ -24,6 +24,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -172,9 +173,7 @@ class Run:
         """Distance and recall of a pipeline, sampled as the evaluation samples it."""
         options = self.config.evaluate
         asked = sampling_of(pipeline, self.config.sampling.steps, self.config.sampling.guidance_scale)
-        images, _ = generate(
-            pipeline, options.samples, seed=self.config.seed, batch_size=options.batch_size, **asked
-        )
+        images, _ = generate(pipeline, options.samples, seed=self.config.seed, batch_size=options.batch_size, **asked)
         features = self.extractor.features(images)
         return {
             "distance": frechet_distance(features, self.real),
@@ -285,7 +284,9 @@ def terms(run: Run) -> dict[str, Any]:
         distill_few_step.run(config, make_accelerator(config))
         found[term] = run.sampled(load_pipeline(config.folder(FEW_FOLDER)))
     few, many = run.judged(f"{STUDENT}-few-steps")["distance"], run.judged(STUDENT)["distance"]
-    return {name: {**figures, "won_back": (few - figures["distance"]) / (few - many)} for name, figures in found.items()}
+    return {
+        name: {**figures, "won_back": (few - figures["distance"]) / (few - many)} for name, figures in found.items()
+    }
 
 
 def objectives(run: Run) -> dict[str, Any]:
@@ -328,9 +329,7 @@ def print_claims(results: list[dict[str, Any]]) -> list[str]:
     for claim in CLAIMS:
         found = [result["claims"][claim.name] for result in results]
         value = mean(one["value"] for one in found)
-        cells = "".join(
-            f"{'{:.3f} [{:.3f}, {:.3f}]'.format(one['value'], *one['interval']):>22}" for one in found
-        )
+        cells = "".join(f"{'{:.3f} [{:.3f}, {:.3f}]'.format(one['value'], *one['interval']):>22}" for one in found)
         bar, kept = f"{'≤' if claim.most else '≥'} {claim.bar:g}", claim.kept(value)
         print(f"{claim.name:<48}{claim.paper:<48}{bar:>8}{cells}{value:>8.3f}  {'kept' if kept else 'NOT KEPT'}")
         missed += [] if kept else [f"{claim.name} is {value:.3f}; {bar} wanted"]
@@ -382,7 +381,7 @@ def main() -> None:
     for folder in arguments.runs:
         run = Run(folder, arguments)
         claims = run.claims()
-        ablations = {name: run.kept(name, lambda make=ABLATIONS[name]: make(run)) for name in asked}
+        ablations = {name: run.kept(name, partial(ABLATIONS[name], run)) for name in asked}
         results.append({"run": folder.name, "seed": run.seed, **claims, "ablations": ablations})
         if arguments.picture is not None and len(results) == 1:
             picture(run, arguments.picture)

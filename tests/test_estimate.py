@@ -106,7 +106,9 @@ def test_a_quantised_student_costs_what_its_bits_and_its_steps_say(configured):
     fewer = counted(configured(*asked, "quantize.steps=100"))
     assert fewer["self-distil"].seconds == pytest.approx(rows["self-distil"].seconds / 10)
     # The same images take 20 guided steps of the tuned student in the place of four of the few-step one.
-    many = counted(configured("quantize.enabled=true", "sampling={steps: 20, guidance_scale: 1.5}", "quantize.timesteps=4"))
+    many = counted(
+        configured("quantize.enabled=true", "sampling={steps: 20, guidance_scale: 1.5}", "quantize.timesteps=4")
+    )
     few = counted(configured(*asked, "quantize.timesteps=4"))
     images = 5 * 64 + 1024
     tried = few["quantize"].seconds - 4 * images * (per := few["self-distil"].seconds / (4 * 1000 * 64))

@@ -99,7 +99,6 @@ def test_what_is_not_here_is_noted(tmp_path):
         (["few_step.enabled=true", "few_step.teacher_lora=."], "few_step.teacher_lora is ., but few_step.teacher is"),
         (["quantize.enabled=true", "quantize.batch_size=31"], "quantize.batch_size 31 is not a multiple"),
         (["quantize.enabled=true", "quantize.subnet=tiny"], "quantize.subnet is 'tiny'.* has no sub-networks"),
-        (["quantize.enabled=true", "quantize.path=/no/such"], "quantize.path is /no/such, but there is no such folder"),
         (["data.source=/no/such/folder"], "/no/such/folder"),
         (
             ["latency.table=/no/such.json"],
@@ -111,6 +110,13 @@ def test_settings_that_a_later_stage_would_refuse(tmp_path, overrides, said, dry
     with pytest.raises(EdgeDiTError, match=said):
         preflight(config(tmp_path / "run", *overrides), EDGEDIT, processes=2, dry_run=dry_run)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_to_quantise_that_is_not_here(tmp_path):
+    asked = config(tmp_path / "run", "quantize.enabled=true", "quantize.path=/no/such")
+    with pytest.raises(EdgeDiTError, match="quantize.path is /no/such, but there is no such folder"):
+        preflight(asked, EDGEDIT)
+    assert preflight(asked, EDGEDIT, dry_run=True) == ["Not checked: quantize.path /no/such, which is not here."]
 
 
 @pytest.mark.parametrize(

@@ -443,7 +443,9 @@ class _Estimator:
 
     def _quantized_images(self) -> dict[str, int]:
         options, sampling, few = self.config.quantize, self.config.sampling, FEW_STEP.needed(self.config)
-        steps, guidance = (self.config.few_step.sampling_steps, 1.0) if few else (sampling.steps, sampling.guidance_scale)
+        steps, guidance = (
+            (self.config.few_step.sampling_steps, 1.0) if few else (sampling.steps, sampling.guidance_scale)
+        )
         steps = options.sampling_steps or steps
         guidance = guidance if options.guidance_scale is None else options.guidance_scale
         guided = 2 if guidance > 1 and self.work.model["num_classes"] else 1
