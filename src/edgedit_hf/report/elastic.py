@@ -143,7 +143,7 @@ def draw_samples(run_dir: Path, report: Mapping[str, Any], path: Path) -> list[F
     never saw; the first is described.
     """
     captions = _captions(run_dir)
-    return draw_caption_grids(report, captions, _judged_images(run_dir, report, captions), path.parent, path.stem)[:1]
+    return draw_caption_grids(report, captions, _judged_images(run_dir, report, captions), path.parent)[:1]
 
 
 def draw_caption_grids(

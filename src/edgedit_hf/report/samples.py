@@ -59,7 +59,8 @@ def compared(models: Sequence[Samples]) -> dict[str, Any] | None:
     keys = [model.key for model in models]
     kept = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
     models = [model for model in models if model.key in kept]
-    groups, found = [], []
+    groups: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for number, key in enumerate(kept):
         those = [model for model in models if model.key == key]
         height, width = those[0].images.shape[1:3]
