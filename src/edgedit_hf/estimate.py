@@ -373,11 +373,12 @@ class _Estimator:
         smallest = model_cost({**self.work.model, "layers": self.space.ends()[1].to_layers()})
         flops = (self.teacher.flops + smallest.flops) // 2  # of a genotype, on average
         mean = Cost(self.teacher.parameters, self.teacher.weights, flops // 2, flops)
-        sampled = options.sampling_steps, options.guidance_scale
-        one = (
-            self.sampling(mean, options.samples, *(sampled if options.objective == "distance" else (1, 1.0)))
-            + 4 * self.teacher.weights / 5e8
-        )
+        judged = (
+            options.samples * mean.flops / self.machine.flops
+        )  # of a loss: a forward an image, which is not decoded
+        if options.objective == "distance":
+            judged = self.sampling(mean, options.samples, options.sampling_steps, options.guidance_scale)
+        one = judged + 4 * self.teacher.weights / 5e8
         batch = min(options.samples, self.config.evaluate.batch_size)
         return Estimate(
             "search",

@@ -16,8 +16,8 @@ from edgedit_hf.run.stage import EDGEDIT
 
 SETS = {"fashion": ("L", 28, 10), "emoji": ("RGBA", 160, 8)}
 """What stands for the images of a recipe: their mode, side and number of classes."""
-# A core of a laptop, with one thread: what the recipes say they take about two hours of.
-CORE = Machine("core", 1, 25e9, 25e9, 25e9, 5e9)
+CORES = Machine("two cores", 1, 45e9, 45e9, 50e9, 5e9)  # of which the recipes say that two hours are enough
+DECODE_FLOPS = 8.8e9  # of TAESD, an image of 128 × 128; the tests' autoencoder is smaller
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +51,14 @@ def images(tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", SETS)
-def test_a_recipe_is_sound_and_takes_two_hours_of_a_core(repository, images, tmp_path, recipe):
+def test_a_recipe_is_sound_and_takes_two_hours_of_two_cores(repository, images, tmp_path, recipe):
     path = repository / "training" / "recipes" / f"{recipe}.yaml"
     config = load_config(path, [f"output_dir={tmp_path / 'run'}", *images(recipe)])
     assert preflight(config, EDGEDIT, dry_run=True) == []
-    rows = estimate(config, CORE)
+    rows = estimate(config, CORES)
     assert [row.stage for row in rows] == [stage.name for stage in EDGEDIT]  # few steps and four bits among them
-    assert sum(row.seconds for row in rows) < 2.2 * 3600
+    decoded = 13 * config.evaluate.samples * (recipe == "emoji")
+    assert sum(row.seconds for row in rows) + decoded * DECODE_FLOPS / CORES.conv_flops < 2 * 3600
     assert config.tune.steps * 4 == config.teacher.steps and config.tune.batch_size == config.teacher.batch_size
     assert config.tune.random_proxies and config.tune.teacher_more_steps and config.evaluate.exports
     assert any(choice.merge == 3 for choice in config.bank.menu)
@@ -78,7 +79,8 @@ def test_the_whole_loop_at_its_smallest(recipes, images, tmp_path, recipe):
     report = json.loads((tmp_path / "report.json").read_text())
     assert {model["name"] for model in report["models"]} == {
         *("teacher", "teacher-more-steps", "student", "student-random-proxies", "student-tuned"),
-        *("student-tuned-few-steps", "few-step", "quantized", "onnx-fp32", "onnx-int8"),
+        *("student-tuned-few-steps", "few-step", "quantized", "onnx-int8"),
+        *(["onnx-fp32"] if recipe == "fashion" else []),
     }
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "quantized")
     pipeline.set_progress_bar_config(disable=True)
