@@ -42,7 +42,12 @@ from edgedit_hf.distill.teacher import load_teacher
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import atomic_write_json, atomic_write_text, read_json
 from edgedit_hf.genotype import Genotype
-from edgedit_hf.metrics.distances import frechet_distance, precision_recall
+from edgedit_hf.metrics.distances import (
+    RunningMoments,
+    frechet_distance,
+    frechet_distance_from_moments,
+    precision_recall,
+)
 from edgedit_hf.metrics.reference import load_extractor, real_features
 from edgedit_hf.pipelines.loading import load_pipeline, with_transformer
 from edgedit_hf.pipelines.sampling import generate, sampling_of
@@ -143,6 +148,9 @@ class Run:
         wrong = {n: m["metrics"] for n, m in self.models.items() if self.metric not in m["metrics"]}
         if wrong:
             raise EdgeDiTError(f"{folder} was judged by {next(iter(wrong.values()))}, not by {self.metric}.")
+        judges = {(m["stamp"]["extractor_hash"], m["stamp"]["reference"]) for m in self.models.values()}
+        if judges != {(self.extractor.hash, self.images.fingerprint)}:
+            raise EdgeDiTError(f"The models of {folder} were not all judged by its extractor and images: {judges}.")
         self.teacher = load_teacher(self.config)
         networks = ("student", STUDENT, FEW_FOLDER, "quantized")
         self.made_of = {name: pipeline_weights_hash(self.folder / name) for name in networks} | {"metric": self.metric}
@@ -202,8 +210,14 @@ class Run:
             draws = stream_generator(self.seed, BOOTSTRAP_STREAM).integers(
                 self.config.evaluate.samples, size=(RESAMPLES, self.config.evaluate.samples)
             )
+            real = RunningMoments().update(self.real)
+
+            def distance(values: torch.Tensor) -> float:
+                drawn = RunningMoments().update(values)
+                return frechet_distance_from_moments(drawn.mean, drawn.covariance, real.mean, real.covariance)
+
             again = [
-                {name: frechet_distance(values[rows], self.real) for name, values in features.items()}
+                {name: distance(values[rows]) for name, values in features.items()}
                 for rows in map(torch.from_numpy, draws)
             ]
             return [np.percentile([claim(d) for d in again], [2.5, 97.5]).tolist() for claim in CLAIMS]
