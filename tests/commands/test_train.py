@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edgedit_hf.commands.train import SCRIPTS, find_script, split_options
+from edgedit_hf.commands.train import SCORE, SCRIPTS, find_script, split_options
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.run.stage import STAGES
 
@@ -123,4 +123,5 @@ def test_a_signal_at_any_moment_of_the_start(tmp_path, processes):
 def test_the_help_says_what_every_stage_does(run_python):
     code = "from edgedit_hf.commands.cli import main; import sys; sys.argv = ['edgedit', 'train', '--help']; main()"
     lines = run_python(code).splitlines()
-    assert [line.split() for line in lines[-len(STAGES) :]] == [[s.name, *s.label.split()] for s in STAGES]
+    assert [line.split() for line in lines[-len(STAGES) - 1 : -1]] == [[s.name, *s.label.split()] for s in STAGES]
+    assert lines[-1].split()[0] == SCORE
