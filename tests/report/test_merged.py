@@ -44,14 +44,14 @@ def test_results_of_one_protocol_share_a_table_and_others_do_not(runs):
     assert [together["rows"][i][agreement] for i in (0, 5)] == ["97.0%", "50.0%"]
     assert [row[0] for row in apart["rows"]][0] == "other: teacher" and len(apart["rows"]) == 5
     changed = {key for key, value in one.protocol.items() if other.protocol[key] != value}
-    assert changed == {"their weights"}
+    assert changed == {"weights of the features"}
 
 
 @pytest.mark.parametrize(
     ("file", "values", "key"),
     [
         ("evaluate/reference.json", {"data": "e" * 64}, "real images"),
-        ("evaluate/reference.json", {"count": 65}, "how many"),
+        ("evaluate/reference.json", {"count": 65}, "images compared"),
         ("evaluate/reference.json", {"extractor": "another"}, "features"),
         ("evaluate/latency.json", {"threads": 7}, "threads"),
         ("evaluate/latency.json", {"batch_size": 7}, "images a forward"),
@@ -106,7 +106,7 @@ def data_of(html: str) -> dict:
 def test_the_page_says_what_differs_and_what_is_missing(page_file):
     html = page_file.read_text()
     assert "Not evaluated, and so in no table: unjudged; run the stage evaluate of it." in html
-    assert re.search(r"<th scope=\"row\">their weights</th><td>a{16}</td><td>b{16}</td>", html)
+    assert re.search(r"<th scope=\"row\">weights of the features</th><td>a{16}</td><td>b{16}</td>", html)
     assert ">one: teacher<" in html and ">other: student, tuned<" in html
     assert len(re.findall('<img alt="[^"]{20,}" src="data:image/png', html)) == 7  # samples of three, searches of four
     data = data_of(html)

@@ -129,6 +129,7 @@ def test_a_reader_at_a_desk(report):
         page.wait(f"document.querySelector('#compare-sides').lastChild.textContent === {json.dumps(FILE)}")
         page.wait(f"document.querySelector('#compare-slider').ariaValueText.includes({json.dumps(FILE)})")
         assert (shown(page, 0) == judged["teacher"][11, 0]).all() and (shown(page, 1) == judged[FILE][11, 0]).all()
+        assert page.run("document.querySelector('#compare-says').textContent") == "class: a dog"
         page.run("document.querySelector('#compare-slider').focus()")
         page.press(*["ArrowRight"] * 5)
         clip = "document.querySelectorAll('#compare-stage canvas')[1].style.clipPath"

@@ -156,9 +156,9 @@ def protocol(name: str, folder: Path, report: Mapping[str, Any]) -> dict[str, st
     return {
         "task": "text to image" if is_text_to_image(folder) else "classes",
         "features": str(reference.get("extractor", unknown)),
-        "their weights": str(reference.get("extractor_hash", unknown)),
+        "weights of the features": str(reference.get("extractor_hash", unknown)),
         "real images": str(reference.get("data", unknown))[:16],
-        "how many": str(reference.get("count", unknown)),
+        "images compared": str(reference.get("count", unknown)),
         "generated images": ", ".join(f"{count:,}" for count in counts),
         "steps": str(sampling.get("steps", unknown)),
         "guidance": str(sampling.get("guidance_scale", unknown)),

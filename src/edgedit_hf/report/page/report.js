@@ -119,6 +119,7 @@ function comparison({ groups, models }) {
     });
     stage.classList.toggle("pixels", Math.max(width, height) <= 64);
     stage.dataset.place = place;
+    byId("compare-says").textContent = `${group.kind}: ${group.words[place]}`;
     byId("compare-sides").replaceChildren(...pair.map(({ name }) => make("span", {}, name)));
     divide();
   }
@@ -252,13 +253,15 @@ function front(box, { y: yLabel, series }) {
   points.sort((a, b) => a.x - b.x || a.y - b.y);
   const title = (point) => [point.one.run, point.name || KINDS[point.kind]].filter(Boolean).join(": ");
   const words = (point) => layersOf(point).map(([option, names]) => `${point.one.options[option].label}: ${names}`).join("; ");
+  // Of the paper's students that were not evaluated; runs with one latency table have the same ones.
+  const lines = [...new Map(series.flatMap((one) => one.lines).map((line) => [line.join(), line])).values()];
   const svg = shape("svg", { role: "listbox", "aria-label":
     `${points.length} genotypes by predicted latency and ${yLabel}; arrow keys go from one to the next.` });
   const facts = make("div", { className: "facts" });
   const kinds = Object.keys(KINDS).filter((kind) => points.some((point) => point.kind === kind));
   const legend = make("ul", { className: "legend" }, ...kinds.map((kind) => make("li", {}, key(kind, 0), KINDS[kind])));
   if (series.length > 1) legend.append(...series.map(({ run }, number) => make("li", {}, key("front", number), run)));
-  for (const [name, latency] of series.flatMap(({ lines }) => lines)) {
+  for (const [name, latency] of lines) {
     legend.append(make("li", {}, `${name}: ${inDigits(latency)} ms (dashed; not evaluated)`));
   }
   box.append(make("div", { className: "plot" }, svg), legend, facts);
@@ -294,16 +297,15 @@ function front(box, { y: yLabel, series }) {
 
   function draw() {
     const held = svg.contains(document.activeElement);
-    const lines = series.flatMap((one) => one.lines);
     const xs = [...points.map(({ x }) => x), ...lines.map(([, latency]) => latency)];
     const at = axes(svg, 360, xs, points.map(({ y }) => y), "predicted latency (ms)", yLabel);
+    for (const [name, latency] of lines) {
+      const x = at.x(latency);
+      svg.append(shape("path", { class: "dashed", d: `M${x} ${at.top}V${at.bottom}` }),
+        shape("text", { transform: `translate(${x - 5} ${at.top + 4}) rotate(-90)`, "text-anchor": "end" }, name));
+    }
     series.forEach((one, number) => {
       const group = shape("g", { class: `series-${number % 8}` });
-      for (const [name, latency] of one.lines) {
-        const x = at.x(latency);
-        group.append(shape("path", { class: "dashed", d: `M${x} ${at.top}V${at.bottom}` }),
-          shape("text", { transform: `translate(${x - 5} ${at.top + 4}) rotate(-90)`, "text-anchor": "end" }, name));
-      }
       const steps = one.front.map(([x, y], place) => (place ? `H${at.x(x)}V${at.y(y)}` : `M${at.x(x)} ${at.y(y)}`));
       group.append(shape("path", { class: "line front-line", d: steps.join("") }));
       svg.append(group);
