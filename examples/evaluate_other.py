@@ -1,21 +1,25 @@
-"""Somebody else's pipeline: how far its pictures are from real ones, beside how far real ones are from each other.
+"""Somebody else's pipeline: how far its pictures are from real ones, beside how far some real ones are from all.
 
-    python examples/evaluate_other.py [--pipeline PATH_OR_ID] [--samples 256]
+    python examples/evaluate_other.py [--pipeline PATH_OR_ID] [--samples 200] [--output runs/example-score]
 
-Any pipeline of diffusers that draws grey pictures of 8 x 8 without being told what (its call takes batch_size); without
-one a small untrained DDPM stands for it. Distances are in the features of a classifier of digits: compare them with
-nothing that was measured with another one, with other pictures, or with another number of them.
+Any pipeline of diffusers that draws grey pictures of 8 x 8; without one a small untrained DDPM stands for it. Distances
+are in the features of a classifier of digits that is trained first: compare them with nothing that was measured with
+another extractor, against other pictures, or with another number of them. It is `edgedit train score` from Python.
 """
 
 import argparse
+import json
+from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from edgedit_hf.data.datasets import to_bytes
 from edgedit_hf.data.digits import load_digit_images
-from edgedit_hf.metrics.distances import frechet_distance, precision_recall
 from edgedit_hf.metrics.extractors import train_classifier
+from edgedit_hf.run.launch import accelerator_of
+from edgedit_hf.training import score
 
 
 def untrained_ddpm() -> DDPMPipeline:
@@ -25,33 +29,25 @@ def untrained_ddpm() -> DDPMPipeline:
     return DDPMPipeline(unet, DDPMScheduler())
 
 
-def main(name: str | None, samples: int) -> None:
-    pipeline = untrained_ddpm() if name is None else DiffusionPipeline.from_pretrained(name)
-    pipeline.set_progress_bar_config(disable=True)
-    drawn = pipeline(
-        batch_size=samples, num_inference_steps=10, generator=torch.Generator().manual_seed(0), output_type="np"
-    ).images
-    theirs = torch.from_numpy(np.asarray(drawn)).permute(0, 3, 1, 2).float() * 2 - 1  # [n, 1, 8, 8] in [-1, 1]
-
-    digits = load_digit_images(resolution=None, channels=1, labelled=True)
-    order = np.random.default_rng(0).permutation(len(digits))
-    held_out, others = order[:samples], order[samples:]
-    extractor = train_classifier(digits.subset(others), steps=150)  # never sees the held-out pictures
-    real = extractor.features(digits.batch(others)["images"])
-
-    print(f"{samples} pictures in the features of {extractor.name}, accuracy {extractor.accuracy:.1%}")
-    print(f"{'':<24}{'Fréchet distance':>18}{'precision':>11}{'recall':>8}")
-    distances = {}
-    for label, images in {"real, held out": digits.batch(held_out)["images"], "the pipeline": theirs}.items():
-        features = extractor.features(images)
-        distances[label] = frechet_distance(features, real)
-        precision, recall = precision_recall(real, features)
-        print(f"{label:<24}{distances[label]:>18.2f}{precision:>11.3f}{recall:>8.3f}")
-    assert distances["real, held out"] < distances["the pipeline"], "nothing is nearer to real pictures than others"
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", dest="name", metavar="PATH_OR_ID")
-    parser.add_argument("--samples", type=int, default=256)
-    main(**vars(parser.parse_args()))
+    parser.add_argument("--pipeline", metavar="PATH_OR_ID")
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--output", type=Path, default=Path("runs/example-score"))
+    pipeline, samples, output = vars(parser.parse_args()).values()
+    if pipeline is None:
+        pipeline = output / "theirs"
+        untrained_ddpm().save_pretrained(pipeline)
+    digits = load_digit_images(resolution=None, channels=1, labelled=True)
+    train_classifier(digits, steps=150).save(output / "extractor")
+    some = digits.batch(np.random.default_rng(0).permutation(len(digits))[:samples])["images"]
+    np.savez(output / "real.npz", arr_0=to_bytes(some).permute(0, 2, 3, 1).numpy())  # the layout of ADM's evaluator
+
+    distances = {}
+    for name, model, steps in ("real", output / "real.npz", []), ("drawn", pipeline, ["--steps", "10"]):
+        print(f"{name}:")
+        options = f"--reference digits --extractor {output}/extractor --samples {samples} --output {output}/{name}"
+        score.run(score.parse([str(model), *options.split(), *steps]), accelerator_of(0))
+        metrics = json.loads((output / name / "result.json").read_text())["metrics"]
+        distances[name] = next(value for key, value in metrics.items() if key.startswith("fid["))
+    assert distances["real"] < distances["drawn"], "nothing is nearer to real pictures than others of them"

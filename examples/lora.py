@@ -15,19 +15,19 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch.nn.functional import mse_loss
 
-import edgedit_hf  # noqa: F401  lets diffusers find the classes
+from edgedit_hf.diffusion import Diffusion  # importing edgedit_hf lets diffusers find the classes
 
 
 def loss_at(pipeline, generator: torch.Generator, batch: int = 32) -> torch.Tensor:
-    """The loss of a DiT, error of the predicted noise, on the new picture alone."""
-    net, scheduler = pipeline.transformer, pipeline.scheduler
+    """The loss that the network was trained with, on the new picture alone."""
+    net, diffusion = pipeline.transformer, Diffusion(pipeline.transformer.config.prediction_type)
     channels, side = net.config.in_channels, net.config.sample_size
     target = torch.ones(batch, channels, side, side)
     target[..., : side // 2] = -1.0
     noise = torch.randn(target.shape, generator=generator)
-    t = torch.randint(0, scheduler.config.num_train_timesteps, (batch,), generator=generator)
-    prediction = net(scheduler.add_noise(target, noise, t), t, torch.zeros(batch, dtype=torch.long)).sample
-    return mse_loss(prediction[:, :channels], noise)
+    t = diffusion.timesteps(torch.rand(batch, generator=generator))
+    prediction = net(diffusion.noisy(target, noise, t), t, torch.zeros(batch, dtype=torch.long)).sample
+    return mse_loss(prediction, diffusion.target(target, noise))
 
 
 def held_out(pipeline) -> float:

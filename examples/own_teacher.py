@@ -34,9 +34,11 @@ if __name__ == "__main__":
     teacher, output = vars(parser.parse_args()).values()
     if teacher is None:
         teacher = output / "theirs"
-        DiTTransformer2DModel(**SIZES, in_channels=1, out_channels=1, sample_size=8).save_pretrained(teacher)
-    # numerics="diffusers": compute what diffusers' class computes; without it, what DiT's authors' code computes.
-    converted = load_original_pipeline(teacher, numerics="diffusers")
+        theirs = DiTTransformer2DModel(**SIZES, in_channels=1, out_channels=1, sample_size=8)
+        for block in theirs.transformer_blocks:  # every layer has a copy of the embedders, equal ones after training
+            block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
+        theirs.save_pretrained(teacher)
+    converted = load_original_pipeline(teacher, numerics="diffusers")  # else: what DiT's own code computes
     theirs = DiTTransformer2DModel.from_pretrained(teacher).eval()
     x, t, label = torch.randn(2, 1, 8, 8), torch.tensor([10, 900]), torch.tensor([3, 7])
     with torch.no_grad():
@@ -44,17 +46,15 @@ if __name__ == "__main__":
         torch.testing.assert_close(converted.transformer(x, t, label).sample, expected, rtol=1e-3, atol=1e-4)
     converted.save_pretrained(output / "converted")
 
-    # The smallest student of the paper's space; `edgedit train search` finds better ones.
-    smallest, _ = edgedit_hf.SearchSpace.for_config(converted.transformer.config).ends()
+    _, smallest = edgedit_hf.SearchSpace.for_config(converted.transformer.config).ends()  # a search finds better ones
     (output / "genotype.json").write_text(smallest.to_json())
     (output / "run.yaml").write_text(RECIPE.format(output=output))
-    config = load_config(output / "run.yaml")
     for stage in (distill_proxies, select_student):  # edgedit train bank, edgedit train student
-        stage.run(config, make_accelerator(config))
+        stage.run(config := load_config(output / "run.yaml"), make_accelerator(config))
 
     entries = json.loads((output / "bank" / "index.json").read_text())["entries"].values()
     random, after = ([entry["losses"][key] for entry in entries] for key in ("random", "after"))
-    print(f"{len(after)} proxies; losses add up to {sum(random):.2f} at random, to {sum(after):.2f} distilled")
     assert all(a < b for a, b in zip(after, random))
-    student = edgedit_hf.EdgeDiTPipeline.from_pretrained(output / "student").transformer
-    assert student.num_parameters() < converted.transformer.num_parameters()
+    print(f"{len(after)} proxies; losses add up to {sum(random):.2f} at random, to {sum(after):.2f} distilled")
+    student = edgedit_hf.EdgeDiTPipeline.from_pretrained(output / "student")
+    assert student.transformer.num_parameters() < converted.transformer.num_parameters()
