@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("examples")
 
 
+@pytest.mark.slow
 def test_your_own_data(example, folder):
     assert "of the teacher's weights" in example("own_data", folder)
     assert (folder / "runs" / "example" / "report.html").is_file()
@@ -41,16 +42,19 @@ def test_your_own_teacher(example, folder):
     assert "20 proxies" in example("own_teacher", folder)
 
 
+@pytest.mark.slow
 def test_lora_on_a_compressed_network(example, folder):
     assert "parameters" in example("lora", folder)
     with pytest.raises(AssertionError):  # not trained, it has learned nothing
         example("lora", folder, "--steps", "0")
 
 
+@pytest.mark.slow
 def test_few_steps(example, folder):
     assert "distilled" in example("few_steps", folder)
 
 
+@pytest.mark.slow
 def test_numpy_and_the_runtime_alone(folder):
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "numpy_and_runtime.py"], cwd=folder, capture_output=True, text=True
