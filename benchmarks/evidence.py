@@ -53,6 +53,7 @@ from edgedit_hf.pipelines.loading import load_pipeline, with_transformer
 from edgedit_hf.pipelines.sampling import generate, sampling_of
 from edgedit_hf.records import Model
 from edgedit_hf.report.plots import montage, sample_grid
+from edgedit_hf.report.tables import MODEL_LABELS
 from edgedit_hf.run.config import RunConfig, load_config
 from edgedit_hf.run.launch import make_accelerator
 from edgedit_hf.run.results import pipeline_weights_hash
@@ -331,19 +332,19 @@ def picture(run: Run, file: Path) -> None:
     for name in (*names, "quantized", "onnx-int8"):
         classes = run.teacher.transformer.config["num_classes"] or 8
         images = run.bytes_of(name)[: 4 * classes].permute(0, 2, 3, 1).numpy()
-        panels[name] = montage(images, classes)
+        panels[MODEL_LABELS.get(name, name)] = montage(images, classes)
     sample_grid(file, panels)
 
 
 def print_claims(results: list[dict[str, Any]]) -> list[str]:
     """The table of claims; returns those that are not kept."""
-    seeds = "".join(f"{'seed ' + str(result['seed']):>22}" for result in results)
+    seeds = "".join(f"{'seed ' + str(result['seed']):>26}" for result in results)
     print(f"{'claim':<48}{'paper':<48}{'bar':>8}{seeds}{'mean':>8}")
     missed = []
     for claim in CLAIMS:
         found = [result["claims"][claim.name] for result in results]
         value = mean(one["value"] for one in found)
-        cells = "".join(f"{'{:.3f} [{:.3f}, {:.3f}]'.format(one['value'], *one['interval']):>22}" for one in found)
+        cells = "".join(f"{'{:.3f} [{:.3f}, {:.3f}]'.format(one['value'], *one['interval']):>26}" for one in found)
         bar, kept = f"{'≤' if claim.most else '≥'} {claim.bar:g}", claim.kept(value)
         print(f"{claim.name:<48}{claim.paper:<48}{bar:>8}{cells}{value:>8.3f}  {'kept' if kept else 'NOT KEPT'}")
         missed += [] if kept else [f"{claim.name} is {value:.3f}; {bar} wanted"]
