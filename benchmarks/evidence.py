@@ -23,7 +23,7 @@ Interrupted, run it again: what is finished is not made anew.
 import argparse
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -86,13 +86,16 @@ class Claim(NamedTuple):
     most: bool
     gap: str = ""
 
-    def __call__(self, distances: dict[str, float]) -> float:
+    def __call__(self, distances: dict[str, float]) -> float | None:
         of, to = distances[self.of], distances[self.to]
-        return (to - of) / (to - distances[self.gap]) if self.gap else of / to
+        if not self.gap:
+            return of / to
+        gap = to - distances[self.gap]
+        return (to - of) / gap if gap > 0 else None  # few steps that cost nothing leave nothing to win back
 
-    def kept(self, value: float) -> bool:
+    def kept(self, value: float | None) -> bool:
         """Whether a value is on the right side of the bar."""
-        return value <= self.bar if self.most else value >= self.bar
+        return value is not None and (value <= self.bar if self.most else value >= self.bar)
 
 
 CLAIMS = (
@@ -205,7 +208,7 @@ class Run:
     def claims(self) -> dict[str, Any]:
         """Every claim's value, with its interval, and the run's costs against the teacher's."""
 
-        def make() -> dict[str, list[list[float]]]:
+        def make() -> list[list[float]]:
             names = list(dict.fromkeys(n for c in CLAIMS for n in (c.of, c.to, c.gap) if n))
             features = {name: self.extractor.features(self.bytes_of(name).float() / 127.5 - 1) for name in names}
             draws = stream_generator(self.seed, BOOTSTRAP_STREAM).integers(
@@ -221,7 +224,8 @@ class Run:
                 {name: distance(values[rows]) for name, values in features.items()}
                 for rows in map(torch.from_numpy, draws)
             ]
-            return [np.percentile([claim(d) for d in again], [2.5, 97.5]).tolist() for claim in CLAIMS]
+            found = [[value for d in again if (value := claim(d)) is not None] for claim in CLAIMS]
+            return [np.percentile(values, [2.5, 97.5]).tolist() if values else [] for values in found]
 
         distances = {name: model["metrics"][self.metric] for name, model in self.models.items()}
         intervals = self.kept("intervals", make)
@@ -299,9 +303,9 @@ def terms(run: Run) -> dict[str, Any]:
         distill_few_step.run(config, make_accelerator(config))
         found[term] = run.sampled(load_pipeline(config.folder(FEW_FOLDER)))
     few, many = run.judged(f"{STUDENT}-few-steps")["distance"], run.judged(STUDENT)["distance"]
-    return {
-        name: {**figures, "won_back": (few - figures["distance"]) / (few - many)} for name, figures in found.items()
-    }
+    for figures in found.values():
+        figures["won_back"] = (few - figures["distance"]) / (few - many) if few > many else None
+    return found
 
 
 def objectives(run: Run) -> dict[str, Any]:
@@ -343,11 +347,12 @@ def print_claims(results: list[dict[str, Any]]) -> list[str]:
     missed = []
     for claim in CLAIMS:
         found = [result["claims"][claim.name] for result in results]
-        value = mean(one["value"] for one in found)
-        cells = "".join(f"{'{:.3f} [{:.3f}, {:.3f}]'.format(one['value'], *one['interval']):>26}" for one in found)
+        known = [one["value"] for one in found if one["value"] is not None]
+        value = mean(known) if known else None
+        cells = "".join(f"{_figure(one['value'], one['interval']):>26}" for one in found)
         bar, kept = f"{'≤' if claim.most else '≥'} {claim.bar:g}", claim.kept(value)
-        print(f"{claim.name:<48}{claim.paper:<48}{bar:>8}{cells}{value:>8.3f}  {'kept' if kept else 'NOT KEPT'}")
-        missed += [] if kept else [f"{claim.name} is {value:.3f}; {bar} wanted"]
+        print(f"{claim.name:<48}{claim.paper:<48}{bar:>8}{cells}{_figure(value):>8}  {'kept' if kept else 'NOT KEPT'}")
+        missed += [] if kept else [f"{claim.name} is {_figure(value)}; {bar} wanted"]
     for name, paper in PAPERS_COSTS.items():
         costs = [result["costs"][name] for result in results]
         told = [", ".join(f"{v:.2f} {k}" for k, v in c.items()) if isinstance(c, dict) else f"{c:.2f}" for c in costs]
@@ -361,6 +366,11 @@ def print_ablation(name: str, results: list[dict[str, Any]]) -> None:
     for result in results:
         for variant, figures in result["ablations"][name].items():
             print(f"  seed {result['seed']}  {variant:<14}{_words(figures)}")
+
+
+def _figure(value: float | None, interval: Sequence[float] = ()) -> str:
+    told = "–" if value is None else f"{value:.3f}"
+    return f"{told} [{', '.join(f'{end:.3f}' for end in interval)}]" if interval else told
 
 
 def _words(value: Any) -> str:

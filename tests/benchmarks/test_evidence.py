@@ -45,18 +45,19 @@ def test_claims_and_ablations_of_a_run(benchmark, recipes, recipe, tmp_path, mon
     expected = {
         "student / teacher trained on for as many steps": many / distances["teacher-more-steps"],
         "random / distilled proxies, tuned alike": distances["student-random-proxies"] / many,
-        "what four steps cost, won back": (few - ours) / (few - many),
+        "what four steps cost, won back": (few - ours) / (few - many) if few > many else None,
         "about four bits / fp32": distances["quantized"] / ours,
         "int8 export / fp32": distances["onnx-int8"] / ours,
     }
-    kept = {
-        name: value <= 1.05 if "/" in name and "random" not in name else value >= (1.1 if "random" in name else 0.8)
-        for name, value in expected.items()
-    }
+    bars = {"random / distilled proxies, tuned alike": (1.1, 1e9), "what four steps cost, won back": (0.8, 1e9)}
+    kept = {}
     for name, value in expected.items():
-        assert found["claims"][name]["value"] == pytest.approx(value), name
-        low, high = found["claims"][name]["interval"]
-        assert low < high and (name.startswith("what") or low < value * 1.2 and high > value / 1.2), name
+        low, high = bars.get(name, (0.0, 1.05))
+        kept[name] = value is not None and low <= value <= high
+        assert found["claims"][name]["value"] == (None if value is None else pytest.approx(value)), name
+        if not name.startswith("what"):  # of whose gap little is left on these nets
+            low, high = found["claims"][name]["interval"]
+            assert low < high and low < 1.2 * value and high > value / 1.2, name
         (row,) = [line for line in table if line.startswith(name)]
         assert row.endswith("NOT KEPT") != kept[name]
     assert len(result["missed"]) == list(kept.values()).count(False)
@@ -82,7 +83,8 @@ def test_claims_and_ablations_of_a_run(benchmark, recipes, recipe, tmp_path, mon
     assert (terms["both"]["distance"], terms["both"]["recall"]) == (ours, recalls["few-step"])
     assert len({round(one["distance"], 6) for one in terms.values()}) == 3
     for one in terms.values():
-        assert one["won_back"] == pytest.approx((few - one["distance"]) / (few - many))
+        share = pytest.approx((few - one["distance"]) / (few - many)) if few > many else None
+        assert one["won_back"] == share
 
     ranking = json.loads((run / "ranking" / "ranking.json").read_text())
     assert found["ablations"]["objectives"]["distance"] == ranking["correlations"]["distance"]["distance"]
