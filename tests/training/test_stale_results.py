@@ -186,9 +186,13 @@ def test_no_stage_reads_a_key_that_it_does_not_declare(recipes, tmp_path, keys_r
     diffusers_logging.disable_progress_bar()
     by_input = {"data": "data", "teacher": "teacher.path", "text": "text"}  # the hash says more than the keys
     # Images do not depend on their batch but for rounding; of the teacher a table needs sizes alone, which it records;
-    # an export asks whether the student's teacher is still the one that it was made from.
-    batch = {"evaluate.batch_size"}
-    free = {"search": batch, "rank": batch, "latency": {"teacher.path"}, "export": {"teacher.path"}}
+    # an export asks whether the student's teacher is still the one that it was made from, a search whether its table is
+    # of what is asked for.
+    batch, asked = (
+        {"evaluate.batch_size"},
+        {f"latency.{key}" for key in ("batch_size", "precision", "runtime", "threads")},
+    )
+    free = {"search": batch | asked, "rank": batch, "latency": {"teacher.path"}, "export": {"teacher.path"}}
     for stage, run in stage_runs(stages, training).items():
         keys_read.clear()
         run(config, accelerator)
