@@ -422,7 +422,8 @@ def main() -> None:
             "extractor": run.extractor.name,
             "samples": run.config.evaluate.samples,
             "sampling": run.config.section("sampling")["sampling"],
-            "bars": {claim.name: [claim.bar, "most" if claim.most else "least"] for claim in CLAIMS},
+            "claims": {claim.name: {key: getattr(claim, key) for key in ("paper", "bar", "most")} for claim in CLAIMS},
+            "papers_costs": PAPERS_COSTS,
             "environment": environment(run.config.threads),
         }
         print(json.dumps({**about, "runs": results, "missed": missed}))

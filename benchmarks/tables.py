@@ -9,8 +9,8 @@ from typing import Any
 
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.markup import code, fenced, markdown
-from edgedit_hf.report.ranking import ranking_table
-from edgedit_hf.report.tables import latency_label, metric_label
+from edgedit_hf.report.ranking import NAMES, correlation, ranking_table
+from edgedit_hf.report.tables import MODEL_LABELS, latency_label, metric_label
 
 Result = Mapping[str, Any]
 
@@ -299,6 +299,78 @@ def few_step(result: Result) -> dict[str, str]:
     return {"": table(header, rows)}
 
 
+MERGED = {"with": "merges of two and of three", "without": "merges of two"}
+TERMS = {"both": "both", "knowledge": "knowledge alone", "matching": "matching alone"}
+
+
+def evidence(result: Result) -> dict[str, str]:
+    """Claims and costs beside the papers', every model's distance, and the ablations, a column or a row a seed."""
+    runs = result["runs"]
+    seeds = [f"seed {run['seed']}" for run in runs]
+
+    def claimed(found: Result) -> str:
+        interval = " – ".join(f"{end:.2f}" for end in found["interval"])
+        return "" if found["value"] is None else f"{found['value']:.3f}" + (f" ({interval})" if interval else "")
+
+    claims = []
+    for name, claim in result["claims"].items():
+        found = [run["claims"][name] for run in runs]
+        known = [one["value"] for one in found if one["value"] is not None]
+        bar = f"{'≤' if claim['most'] else '≥'} {claim['bar']:g}"
+        claims.append([name, claim["paper"], bar, *map(claimed, found), f"{mean(known):.3f}" if known else ""])
+    costs = []
+    for name, paper in result["papers_costs"].items():
+        found = [run["costs"][name] for run in runs]
+        parts = found[0] if isinstance(found[0], dict) else {"": None}
+        for part in parts:
+            label = f"{name}, {latency_label(part)}" if part else name
+            costs.append([label, paper, *(f"{one[part] if part else one:.2f}" for one in found)])
+    names = list(dict.fromkeys(name for run in runs for name in run["distances"]))
+    distances = [
+        [MODEL_LABELS.get(name, name), *(number(run["distances"].get(name)) for run in runs)] for name in names
+    ]
+    metric = metric_label(f"fid[{result['extractor']},n={result['samples']}]")
+    found = {
+        "claims": table(["ratio of Fréchet distances", "the papers'", "at", *seeds, "mean"], claims),
+        "costs": table(["student to teacher", "the papers'", *seeds], costs),
+        "distances": table([metric, *seeds], distances),
+    }
+    made = {run["seed"]: run["ablations"] for run in runs}
+    ablations: dict[str, tuple[list[str], Callable[[Result], Iterable[list[str]]]]] = {
+        "starts": (["start", "held-out loss", "distilled", "distance, untuned"], _starts),
+        "merges": (["latency at most", "", "loss", "latency", "distance, untuned"], _merges),
+        "terms": (["terms of few-step distillation", "distance", "recall", "won back"], _terms),
+        "objectives": (["objective", "ρ with the distance after tuning", "given latency"], _objectives),
+    }
+    for name, (header, rows) in ablations.items():
+        if all(name in ablation for ablation in made.values()):
+            lines = [[str(seed), *row] for seed, ablation in made.items() for row in rows(ablation[name])]
+            found[name] = table(["seed", *header], lines)
+    return found
+
+
+def _starts(found: Result) -> Iterable[list[str]]:
+    for start, row in found.items():
+        yield [start.replace("_", " "), *(number(row[key]) for key in ("before", "after", "distance"))]
+
+
+def _merges(found: Result) -> Iterable[list[str]]:
+    for budget, both in found.items():
+        for kind, row in both.items():
+            figures = [number(row["score"]), f"{row['latency_ratio']:.2f}", number(row["distance"])]
+            yield [f"{float(budget):g} of the teacher's", MERGED[kind], *figures]
+
+
+def _terms(found: Result) -> Iterable[list[str]]:
+    for term, row in found.items():
+        yield [TERMS[term], number(row["distance"]), number(row["recall"]), percent(row["won_back"], 0)]
+
+
+def _objectives(found: Result) -> Iterable[list[str]]:
+    for objective, row in found.items():
+        yield [NAMES[objective], *(correlation(row[key]) for key in ("spearman", "partial"))]
+
+
 # -------------------------------------------------------------------- networks, formats, runtimes
 
 
@@ -471,5 +543,6 @@ TABLES: dict[str, Callable[[Result], dict[str, str]]] = {
     for made in (
         *(run, ranking, programme, search, larger_space, latency_table, closed_form, distill_cost),
         *(feature_distillation, few_step, attention, quantization, export, sampling, forward, int8, browser_loop),
+        evidence,
     )
 }

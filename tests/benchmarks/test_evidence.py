@@ -1,5 +1,6 @@
 """The claims and ablations of a run beyond its own figures, on the debug run: read from what was judged, made once."""
 
+import importlib
 import json
 import shutil
 
@@ -28,7 +29,7 @@ def recipe(repository, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_claims_and_ablations_of_a_run(benchmark, recipes, recipe, tmp_path, monkeypatch):
+def test_claims_and_ablations_of_a_run(benchmark, repository, recipes, recipe, tmp_path, monkeypatch):
     run = tmp_path / "run"
     recipes.run("compress", run, *ASKED, config=str(recipe))
     overrides = [part for value in ("threads=1", *ASKED) for part in ("--override", value)]
@@ -89,6 +90,11 @@ def test_claims_and_ablations_of_a_run(benchmark, recipes, recipe, tmp_path, mon
     ranking = json.loads((run / "ranking" / "ranking.json").read_text())
     assert found["ablations"]["objectives"]["distance"] == ranking["correlations"]["distance"]["distance"]
     assert (tmp_path / "samples.png").stat().st_size > 10_000
+
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    made = importlib.import_module("tables").evidence(result)
+    assert list(made) == ["claims", "costs", "distances", "starts", "merges", "terms", "objectives"]
+    assert len(made["distances"].splitlines()) == 2 + len(distances)
 
     made = {path: path.stat().st_mtime_ns for path in (run / "evidence").glob("*.json")}
     assert {path.stem for path in made} >= {"starts", "merges", "terms", "objectives", "intervals"}

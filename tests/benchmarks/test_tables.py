@@ -62,6 +62,40 @@ def test_a_run(tables):
     assert made["search"].splitlines()[-1] == "| 4 | 4.000 | 2.500 |"
 
 
+def test_evidence(tables):
+    """A column a seed, the mean only of values there are; ablations that not every run has are left out."""
+
+    def of_seed(seed, value, distance, **ablations):
+        return {
+            "seed": seed,
+            "distances": {"teacher": 3.5, "quantized": distance},
+            "claims": {"won back": {"value": value, "interval": [0.8, 1.1] if value else []}},
+            "costs": {"flops": 0.61, "latency": {"onnxruntime-fp32": 0.684}},
+            "ablations": {"starts": {"closed_form": {"before": 0.02, "after": 0.01, "distance": 4.125}}, **ablations},
+        }
+
+    objectives = {"proxy_loss": {"spearman": [0.5, -0.25, 1.0], "partial": [None, None, None]}}
+    runs = [of_seed(0, 0.9, 3.625, objectives=objectives), of_seed(1, None, None)]
+    about = {
+        "extractor": "fashion_mnist-cnn",
+        "samples": 2000,
+        "claims": {"won back": {"paper": "DPG .97", "bar": 0.8, "most": False}},
+        "papers_costs": {"flops": ".61, .72", "latency": ".60 (iPhone)"},
+    }
+    made = tables.evidence({**about, "runs": runs})
+    assert list(made) == ["claims", "costs", "distances", "starts"]
+    assert made["claims"].splitlines()[2:] == ["| won back | DPG .97 | ≥ 0.8 | 0.900 (0.80 – 1.10) | | 0.900 |"]
+    assert made["costs"].splitlines()[2:] == [
+        *("| flops | .61, .72 | 0.61 | 0.61 |", "| latency, ONNX Runtime fp32 | .60 (iPhone) | 0.68 | 0.68 |")
+    ]
+    header, _, teacher, quantized = made["distances"].splitlines()
+    assert "Fréchet distance (fashion_mnist-cnn, n=2,000)" in header
+    assert (teacher, quantized) == ("| teacher | 3.50 | 3.50 |", "| student, quantized | 3.62 | |")
+    assert made["starts"].splitlines()[2] == "| 0 | closed form | 0.0200 | 0.0100 | 4.12 |"
+    both = tables.evidence({**about, "runs": [runs[0]]})["objectives"]
+    assert both.splitlines()[2] == "| 0 | summed proxy loss | 0.50 [−0.25, 1.00] | – |"
+
+
 def test_a_browser_in_the_loop(tables):
     """The student's time as predicted and as measured; a picture that is Python's to the byte has no dB."""
     second = {"networks": 17, "mean_error": 0.05, "kendall": 0.95, "student_predicted_ms": 44.0}

@@ -39,7 +39,7 @@ def ranking_table(ranking: Mapping[str, Any]) -> str:
 def ranking_rows(ranking: Mapping[str, Any], name: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table for one quality after the tuning, in plain text."""
     found = ranking["correlations"][name].items()
-    rows = [[objective_label(ranking, one), *(_cell(figures[key]) for key in COLUMNS)] for one, figures in found]
+    rows = [[objective_label(ranking, one), *(correlation(figures[key]) for key in COLUMNS)] for one, figures in found]
     return ["objective", *COLUMNS.values()], rows
 
 
@@ -76,7 +76,8 @@ def objective_label(ranking: Mapping[str, Any], objective: str) -> str:
     return NAMES[name]
 
 
-def _cell(figure: Sequence[float | None]) -> str:
+def correlation(figure: Sequence[float | None]) -> str:
+    """A correlation `(value, low, high)` with its interval, in plain text; a dash where it is not defined."""
     value, low, high = figure
     if value is None or low is None or high is None:
         return "–"

@@ -20,6 +20,7 @@ MODEL_LABELS = {
     "few-step-source": "source of the few-step student",
     "few-step-source-few-steps": "source of the few-step student, with few steps",
     "few-step": "few-step student",
+    "quantized": "student, quantized",
     "onnx-fp32": "exported, fp32",
     "onnx-int8": "exported, int8",
     "executorch-fp32": "exported, ExecuTorch fp32",
