@@ -118,6 +118,7 @@ def test_serve_until_a_device_is_through(run, web_runtime, tmp_path, capsys):
 
 @pytest.mark.browser
 @needs_browser
+@pytest.mark.slow
 def test_serve_a_browser_that_measures(run, web_runtime, tmp_path, capsys):
     """From a run to a latency table in a real browser; the phone of the test before has its results still."""
     port = free_port()

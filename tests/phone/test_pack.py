@@ -16,6 +16,7 @@ from edgedit_hf.phone.pack import readme, script_of, write_pack
 from edgedit_hf.phone.results import COLUMNS, read_rows
 from edgedit_hf.phone.table import import_table
 
+SLOW = (pytest.mark.slow, pytest.mark.export)
 BINARIES = {"onnxruntime": "onnxruntime_perf_test", "executorch": "executor_runner"}
 
 
@@ -67,7 +68,9 @@ def measure(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("runtime", "platform"), [("onnxruntime", ""), ("executorch", "android"), ("executorch", "posix")]
+    ("runtime", "platform"),
+    [pytest.param("onnxruntime", "", marks=SLOW), pytest.param("executorch", "android", marks=SLOW)]
+    + [("executorch", "posix")],
 )
 def test_a_pack_measures_what_the_binary_says(runtime, platform, pack, measure):
     bundle = pack(runtime)
@@ -87,6 +90,8 @@ def test_a_pack_measures_what_the_binary_says(runtime, platform, pack, measure):
     assert teacher["cold_ms"] == pytest.approx(3 * teacher["median_ms"], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_rounds_take_out_a_slow_down(pack, measure):
     """Every process is slower than the one before: the table's ratios hold, and the drift is said."""
     bundle = pack("onnxruntime")
@@ -98,7 +103,7 @@ def test_rounds_take_out_a_slow_down(pack, measure):
     assert table.to_dict()["protocol"]["throttled"] is True
 
 
-@pytest.mark.parametrize("runtime", BINARIES)
+@pytest.mark.parametrize("runtime", [pytest.param("executorch", marks=SLOW), "onnxruntime"])
 def test_a_measurement_that_breaks_goes_on(runtime, pack, measure):
     bundle = pack(runtime)
     count = len(bundle.networks)

@@ -95,6 +95,7 @@ def test_a_phone_measures_with_a_finger(small_bundle, tmp_path, web_runtime):
         assert whole(tmp_path / "results", small_bundle) == rows
 
 
+@pytest.mark.slow
 def test_a_closed_page_goes_on_when_it_is_opened_again(small_bundle, tmp_path, web_runtime):
     with at(small_bundle, tmp_path, web_runtime) as (server, url), Browser() as page:
         ready(page, url)
@@ -110,6 +111,7 @@ def test_a_closed_page_goes_on_when_it_is_opened_again(small_bundle, tmp_path, w
         assert before.items() <= {row.place: row.ms for row in rows}.items()
 
 
+@pytest.mark.slow
 def test_a_cut_network_and_what_was_measured_meanwhile(small_bundle, tmp_path, web_runtime):
     with at(small_bundle, tmp_path, web_runtime) as (server, url), Browser() as page:
         ready(page, url)
@@ -130,6 +132,7 @@ def test_a_cut_network_and_what_was_measured_meanwhile(small_bundle, tmp_path, w
         assert text(page, "connection") == "" and page.run("Object.keys(localStorage)") == ["edgedit client"]
 
 
+@pytest.mark.slow
 def test_a_killed_server_that_starts_again(small_bundle, tmp_path, web_runtime):
     folder, port = tmp_path / "results", free_port()
     with Browser() as page:
@@ -148,6 +151,7 @@ def test_a_killed_server_that_starts_again(small_bundle, tmp_path, web_runtime):
         assert before and before.items() <= rows.items()
 
 
+@pytest.mark.slow
 def test_little_memory_a_paused_page_and_a_lost_folder(small_bundle, tmp_path, web_runtime):
     with at(small_bundle, tmp_path, web_runtime) as (server, url), Browser() as page:
         source = "Object.defineProperty(navigator, 'deviceMemory', {value: 0.25})"  # 64 MiB: a network at a time
