@@ -598,7 +598,7 @@ class FewStepConfig(OptimisationConfig):
     distribution matching and the knowledge of its own many-step sampling. Of either family.
     """
 
-    enabled: bool = key(False, "whether a whole run (edgedit train compress) goes through it after the tuning")
+    enabled: bool = key(False, "whether a whole run of either family goes through it, after the tuning or the supernet")
     path: str | None = key(
         None,
         "the many-step pipeline to distil (folder or Hub id); null: the run's student-tuned, or else its elastic",
