@@ -350,11 +350,11 @@ def test_the_tutorial_goes_on_in_the_runs_own_folder(recipes, clone, tmp_path, m
     monkeypatch.chdir(tmp_path)
     for command, said in {
         find(recipes, "edgedit bank runs/demo"): "02-03/both",
-        find(recipes, "edgedit select runs/demo --max-latency-ms 80"): "latency_ms <= 80",
+        find(recipes, "edgedit select runs/demo --max-latency-ms 8"): "latency_ms <= 8",
     }.items():
         assert cli.main(shlex.split(command)[1:]) == 0
         assert said in capsys.readouterr().out
-    assert "latency_ms <= 80" in (tmp_path / "runs" / "demo" / "student" / "choice.json").read_text()
+    assert "latency_ms <= 8" in (tmp_path / "runs" / "demo" / "student" / "choice.json").read_text()
 
 
 def test_record_what_was_measured(recipes, clone):
