@@ -1,6 +1,7 @@
 """ADM's files: what is read of them, what is refused, and that NumPy reads what is written."""
 
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -68,6 +69,48 @@ def test_other_files_are_refused(adm, tmp_path):
     for name in ("cut.npz", "pickled.npz", "nothing.npz"):
         with pytest.raises(EdgeDiTError, match=f"{name} cannot be read as ADM's .npz"):
             read_npz(tmp_path / name)
+
+
+def with_header(text: str) -> bytes:
+    """An array of NumPy's that declares this and has no data."""
+    return b"\x93NUMPY\x01\x00" + (len(text) + 1).to_bytes(2, "little") + text.encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("member", "content"),
+    [
+        ("mu.npy", with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,)}")),
+        ("mu.npy", with_header(f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({10**30},)}}")),
+        ("mu.npy", with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (5,")),
+        ("mu", b"no array"),
+    ],
+)
+def test_what_numpy_would_fail_at_in_its_own_ways_is_refused(tmp_path, member, content):
+    with zipfile.ZipFile(tmp_path / "made.npz", "w") as file:
+        file.writestr(member, content)
+    with pytest.raises(EdgeDiTError, match=r"made.npz(: 'mu' is no array of NumPy's| cannot be read as ADM's .npz)"):
+        read_npz(tmp_path / "made.npz")
+
+
+@pytest.mark.parametrize("damage", ["plain", "deflated", "encrypted", "unknown compression"])
+def test_archives_that_zipfile_fails_at_are_refused(tmp_path, damage):
+    path = tmp_path / "made.npz"
+    if damage == "plain":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+    else:
+        np.savez_compressed(path, mu=np.random.default_rng(0).normal(size=500))
+        content = bytearray(path.read_bytes())
+        entry = content.rfind(b"PK\x01\x02")
+        if damage == "deflated":
+            content[200:260] = b"\xff" * 60
+        elif damage == "encrypted":
+            content[6], content[entry + 8] = content[6] | 1, content[entry + 8] | 1
+        else:
+            content[8], content[entry + 10] = 99, 99
+        path.write_bytes(content)
+    with pytest.raises(EdgeDiTError, match=r"made.npz cannot be read as ADM's .npz"):
+        read_npz(path)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

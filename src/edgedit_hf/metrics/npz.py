@@ -42,10 +42,12 @@ def read_npz(path: str | Path) -> AdmFile:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0") if name in file.files}
-    except (OSError, ValueError, AttributeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile, zlib and numpy each have their own; one for sizes that no memory holds
         raise EdgeDiTError(
             f"{path} cannot be read as ADM's .npz ({' '.join(str(error).split())[:200]}); get it again."
         ) from error
+    if foreign := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise EdgeDiTError(f"{path}: {foreign[0]!r} is no array of NumPy's; get it again.")
     found = AdmFile(
         _gaussian(path, arrays, "mu", "sigma"),
         _gaussian(path, arrays, "mu_s", "sigma_s"),
