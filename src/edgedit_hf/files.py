@@ -318,6 +318,28 @@ def read_json(path: str | os.PathLike, made_by: str, *, nan: bool = False) -> An
         raise EdgeDiTError(f"{path} is not JSON ({error}); it is damaged or foreign. {made_by} writes it.") from None
 
 
+def read_prompt_lines(path: str | os.PathLike, what: str) -> list[tuple[int, str]]:
+    """Number and text of the lines of a text file that are not empty, without space around them.
+
+    Lines end at line breaks alone: a prompt may hold others of the characters that `str.splitlines` cuts at. What marks
+    the byte order at the file's start is no part of the first.
+
+    Args:
+        what: words for the file in messages, such as "--prompts".
+
+    Raises:
+        EdgeDiTError: it cannot be read, or has no such line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise EdgeDiTError(f"{what} {path} cannot be read ({error}); give a text file with a prompt a line.") from None
+    found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise EdgeDiTError(f"{path} has no prompt; write one a line.")
+    return found
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a new empty folder beside `path`; if the block succeeds its content is synced and takes the place of

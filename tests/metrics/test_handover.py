@@ -47,6 +47,15 @@ def test_prompt_files_of_every_kind(prompts):
     assert [p.line for p in prompts(GENEVAL)] == GENEVAL
 
 
+def test_prompts_are_cut_at_line_breaks_alone(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "one\u2028two\x85"}, ensure_ascii=False) + "\r\n", encoding="utf-8-sig")
+    assert [p.text for p in read_prompts(path)] == ["one\u2028two"]
+    path = tmp_path / "prompts.txt"
+    path.write_text("a\x0bb\u2029c\nd\n", encoding="utf-8-sig")
+    assert [p.text for p in read_prompts(path)] == ["a\x0bb\u2029c", "d"]
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -55,6 +64,7 @@ def test_prompt_files_of_every_kind(prompts):
         ([{"prompt": 5}], "line 1 has no prompt"),
         ([{"prompt": "  "}], "line 1 has no prompt"),
         ([{"prompt": "a", "id": "../../x"}], r"line 1 has the id '../../x', which no file can be called after"),
+        ([{"prompt": "a", "id": "猫" * 90}], "which no file can be called after; use .*, 200 bytes at most"),
         ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": "1"}], "has the id '1' twice"),
         ([""], "has no prompt; write one a line"),
     ],

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentParser
-from pathlib import Path
 from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -14,7 +13,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from ..entry import guard
 from ..errors import EdgeDiTError
 from ..export.formats import FIXED_BATCH, FORMATS, ExportOptions, Resolution, dtype_words, gate_words
-from ..files import read_json
+from ..files import read_json, read_prompt_lines
 from ..run.outputs import check_output
 
 
@@ -147,16 +146,7 @@ def read_prompts(path: str | None) -> list[str] | None:
     """
     if path is None:
         return None
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EdgeDiTError(
-            f"--prompts {path} cannot be read ({error}); give a text file with a prompt a line."
-        ) from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise EdgeDiTError(f"--prompts {path} holds no prompt; give a text file with a prompt a line.")
-    return prompts
+    return [line for _, line in read_prompt_lines(path, "--prompts")]
 
 
 def run_export(args: Any) -> None:

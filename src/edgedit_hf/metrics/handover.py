@@ -22,11 +22,12 @@ import torch
 from PIL import Image
 
 from ..errors import EdgeDiTError
-from ..files import atomic_folder, parse_json
+from ..files import atomic_folder, parse_json, read_prompt_lines
 
 LAYOUTS = ("geneval", "dpg", "hpsv3")
 GRID = 4  # images of a prompt that DPG-Bench looks at
-ID = re.compile(r"[\w][\w.-]{0,199}")
+ID = re.compile(r"[\w][\w.-]*")
+ID_BYTES = 200  # file names have 255 at most, and more is put behind it
 
 
 class Prompt(NamedTuple):
@@ -46,14 +47,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """
     path = Path(path)
     found: list[Prompt] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EdgeDiTError(f"The prompts {path} cannot be read ({error}); give a text or .jsonl file.") from error
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        line: dict[str, Any] = {"prompt": text.strip()}
+    for number, text in read_prompt_lines(path, "The prompts"):
+        line: dict[str, Any] = {"prompt": text}
         if path.suffix == ".jsonl":
             try:
                 line = parse_json(text)
@@ -65,14 +60,12 @@ def read_prompts(path: str | Path) -> list[Prompt]:
                 f"{path}, line {number} has no prompt: expected an object with 'prompt', a text that is not empty."
             )
         name = str(line.get("id", f"{len(found):05d}"))
-        if not ID.fullmatch(name):
+        if not ID.fullmatch(name) or len(name.encode()) > ID_BYTES:
             raise EdgeDiTError(
                 f"{path}, line {number} has the id {name[:80]!r}, which no file can be called after; use letters, "
-                "digits, '-', '_' and '.'."
+                f"digits, '-', '_' and '.', {ID_BYTES} bytes at most."
             )
         found.append(Prompt(name, prompt.strip(), line))
-    if not found:
-        raise EdgeDiTError(f"The file {path} has no prompt; write one a line.")
     names = [prompt.id for prompt in found]
     if twice := next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None:
         raise EdgeDiTError(f"{path} has the id {twice!r} twice; every prompt needs its own.")

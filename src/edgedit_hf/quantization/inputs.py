@@ -15,6 +15,7 @@ from torch import nn
 from ..data.loading import load_run_captions
 from ..data.text_table import TextTable, text_table
 from ..errors import EdgeDiTError
+from ..files import read_prompt_lines
 from ..models.stored_weights import check_weights
 from ..pipelines.loading import KINDS, load_pipeline, source_path
 from ..run.config import RunConfig
@@ -65,16 +66,7 @@ def load_prompts(config: RunConfig, pipeline: Any) -> list[str] | None:
     path = config.quantize.prompts
     if path is None:
         return list(dict.fromkeys(load_run_captions(config).captions))
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EdgeDiTError(
-            f"quantize.prompts {path} cannot be read ({error}); give a text file with a prompt a line."
-        ) from error
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
-        raise EdgeDiTError(f"quantize.prompts {path} has no prompt; write one a line.")
-    return prompts
+    return list(dict.fromkeys(line for _, line in read_prompt_lines(path, "quantize.prompts")))
 
 
 def load_texts(config: RunConfig, pipeline: Any, prompts: Sequence[str] | None, accelerator: Any) -> TextTable | None:
