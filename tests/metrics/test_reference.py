@@ -1,10 +1,13 @@
 """What models are judged by: an extractor trained once a run, features of all real images, counted accuracies."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from edgedit_hf.data.batches import batch_indices
 from edgedit_hf.data.loading import load_run_images
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.metrics import reference
@@ -46,7 +49,8 @@ def test_features_of_the_real_images_come_in_pieces(config, monkeypatch):
     monkeypatch.setattr(reference, "CHUNK", 50)
     torch.testing.assert_close(real_features(extractor, images), whole, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(reference, "REAL_IMAGES", 120)
-    torch.testing.assert_close(real_features(extractor, images), whole[:120], rtol=1e-4, atol=1e-5)
+    drawn = np.sort(batch_indices(len(images), 120, 0, 0))
+    torch.testing.assert_close(real_features(extractor, images), whole[drawn], rtol=1e-4, atol=1e-5)
 
 
 def test_the_reference_says_what_was_counted(config):
@@ -62,3 +66,11 @@ def test_the_reference_says_what_was_counted(config):
     assert written["real_floor"] == pytest.approx(frechet_distance(extractor.features(batch["images"]), real), rel=1e-4)
     assert written["data"] == images.fingerprint and written["extractor_hash"] == extractor.hash
     assert written["count"] == config.evaluate.samples
+
+
+def test_the_reference_of_an_extractor_that_was_trained_elsewhere(config):
+    images = load_run_images(config, "validation")
+    judge = SimpleNamespace(name="inception", hash="0" * 16, features=lambda pixels: pixels.flatten(1)[:, :8])
+    describe_reference(config, images, judge, real_features(judge, images), images)
+    written = json.loads((config.folder("evaluate", "reference.json")).read_text())
+    assert written["extractor_accuracy"] is None and written["extractor"] == "inception"

@@ -15,9 +15,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..errors import EdgeDiTError
-from .sources import (
-    ArrayRows,
-)
+from .batches import batch_indices
+from .sources import ArrayRows
 
 IN_MEMORY_BYTES = 256 * 1024**2  # sets below this size are decoded once and kept, as bytes (latents: as float32)
 
@@ -151,6 +150,12 @@ class ImageDataset(MapDataset):
         if self.__dict__.get("_memory") is not None:
             part._memory = self._memory[indices]  # decoded already
         return part
+
+    def at_most(self, count: int) -> ImageDataset:
+        """The set itself, or so many of its images, drawn without replacement, in their order: the first ones of a
+        folder are of its first classes. The same ones every time.
+        """
+        return self if len(self) <= count else self.subset(np.sort(batch_indices(len(self), count, 0, 0)))
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """`{"images": [n, C, H, W] float32 in [-1, 1], "labels": [n] int64}` of the images at these positions."""

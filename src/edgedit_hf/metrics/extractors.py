@@ -38,7 +38,8 @@ class Extractor(Protocol):
     """What every extractor has.
 
     Beside it an extractor may have `head(features)`, logits `[n, classes]` of features, which the inception score
-    takes; and `features_and_spatial(images)`, which gives the features that sFID is computed in too.
+    takes; `features_and_spatial(images)`, which gives the features that sFID is computed in too; and `accuracy` on
+    held-out real images.
 
     Attributes:
         name: what a metric calls it.

@@ -62,9 +62,9 @@ def load_extractor(config: RunConfig, images: ImageDataset, device: torch.device
 
 
 def real_features(extractor, images: ImageDataset) -> torch.Tensor:
-    """Features `[N, D]` of the first images, decoded some at a time."""
-    count = min(len(images), REAL_IMAGES)
-    pieces = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    """Features `[N, D]` of the images, of many so many of all kinds, decoded some at a time."""
+    images = images.at_most(REAL_IMAGES)
+    pieces = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
     return torch.cat([extractor.features(images.batch(piece)["images"]) for piece in pieces])
 
 
@@ -99,7 +99,7 @@ def describe_reference(
             "extractor": extractor.name,
             "extractor_hash": extractor.hash,
             "data": images.fingerprint,
-            "extractor_accuracy": extractor.accuracy,
+            "extractor_accuracy": getattr(extractor, "accuracy", None),
             "classifier": None if classifier is None else f"{classifier.name} on pixels",
             "classifier_accuracy": None if classifier is None else classifier.accuracy,
             "real_floor": frechet_distance(others, real),
