@@ -54,6 +54,22 @@ def clip(folder: Path) -> Path:
     return with_processor(folder)
 
 
+def siglip(folder: Path) -> Path:
+    """Its tokenizer gives no mask, as published ones do not."""
+    from transformers import SiglipConfig, SiglipModel
+
+    torch.manual_seed(4)  # cosines above zero
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    text = {**sizes, "vocab_size": VOCABULARY, "max_position_embeddings": 16, "projection_size": 16}
+    tokens = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    SiglipModel(SiglipConfig(text_config={**text, **tokens}, vision_config=vision)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    about = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**about, "model_input_names": ["input_ids"]}))
+    return with_processor(folder)
+
+
 def with_processor(folder: Path, **changed) -> Path:
     (folder / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **changed}))
     return folder

@@ -61,6 +61,21 @@ def test_torchmetrics_gives_the_same_where_it_is_given_embeddings(folder, images
     torch.testing.assert_close(ClipScorer(folder).scores(images, PROMPTS), scores.clamp(min=0), rtol=1e-4, atol=1e-4)
 
 
+def test_siglip_sees_prompts_filled_up_whatever_stands_beside_them(images, tmp_path):
+    from transformers import AutoTokenizer, SiglipModel
+
+    scorer, model = ClipScorer(vision.siglip(tmp_path)), SiglipModel.from_pretrained(tmp_path).eval()
+    whole = {"padding": "max_length", "truncation": True, "max_length": 16}
+    tokens = AutoTokenizer.from_pretrained(tmp_path)(PROMPTS, **whole, return_tensors="pt")
+    with torch.no_grad():
+        given = model(input_ids=tokens["input_ids"], pixel_values=Preprocessing(tmp_path)(images))
+    cosines = ((given.logits_per_image - model.logit_bias) / model.logit_scale.exp()).diagonal()
+    wanted = 100 * cosines.detach()
+    assert wanted.min() > 0
+    torch.testing.assert_close(scorer.scores(images, PROMPTS), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scorer.scores(images, PROMPTS, batch_size=1), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_what_does_not_fit_is_refused(folder, images, tmp_path):
     with pytest.raises(EdgeDiTError, match="There are 3 images and 2 prompts"):
         ClipScorer(folder).scores(images, PROMPTS[:2])

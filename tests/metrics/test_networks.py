@@ -122,7 +122,8 @@ def test_what_is_no_vision_model_is_refused(dinov2, tmp_path):
     save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(EdgeDiTError, match="lack 1 that its config asks for, such as 'layernorm.weight'"):
         TransformersExtractor(damaged)
-    for changed in ({"crop_pct": 0.875}, {"rescale_factor": 1}, {"resample": 5}, {"size": {}}):
+    others = ({"do_flip_channel_order": True}, {"do_rescale": False}, {"include_top": True}, {"do_pad": True})
+    for changed in ({"crop_pct": 0.875}, {"rescale_factor": 1}, {"resample": 5}, {"size": {}}, *others):
         vision.with_processor(shutil.copytree(dinov2, tmp_path / "other", dirs_exist_ok=True), **changed)
         with pytest.raises(EdgeDiTError, match="describes no image processor that is known here"):
             TransformersExtractor(tmp_path / "other")

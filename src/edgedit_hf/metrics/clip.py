@@ -18,7 +18,7 @@ class ClipScorer:
 
     The cosine is computed here: torchmetrics 1.9 takes what `get_image_features` returned before transformers 5, and a
     processor whose image part needs torchvision. Images are prepared as [`Preprocessing`] says; prompts longer than
-    the text model takes are cut off at its end.
+    the text model takes are cut off at its end, and those of SigLIP, which sees no mask, filled up to it.
 
     Args:
         path: folder or name on the Hub of a CLIP (or another model with `get_image_features` and `get_text_features`)
@@ -43,6 +43,7 @@ class ClipScorer:
             said = " ".join(str(error).split())[:300]
             raise EdgeDiTError(f"The tokenizer of {path} cannot be loaded: {said}") from error
         self._length = model.config.text_config.max_position_embeddings
+        self._whole = model.config.model_type.startswith("siglip")  # its embedding is of the last token, padded or not
         self.name, self.hash = Path(str(path).rstrip("/")).name, weights_hash(model.state_dict())
         self._model, self._device = model.to(device), device
 
@@ -55,11 +56,13 @@ class ClipScorer:
         found = []
         for start in range(0, len(images), batch_size):
             part, texts = images[start : start + batch_size], list(prompts[start : start + batch_size])
+            padding = "max_length" if self._whole else True
             tokens = self._tokenizer(
-                texts, padding=True, truncation=True, max_length=self._length, return_tensors="pt"
+                texts, padding=padding, truncation=True, max_length=self._length, return_tensors="pt"
             ).to(self._device)
+            mask = None if self._whole else tokens["attention_mask"]
             pixels = self._preprocessing(part.float().to(self._device))
             shown = self._model.get_image_features(pixel_values=pixels).pooler_output
-            said = self._model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output
+            said = self._model.get_text_features(tokens["input_ids"], mask).pooler_output
             found.append(100 * torch.cosine_similarity(shown, said).clamp(min=0).float().cpu())
         return torch.cat(found)

@@ -24,6 +24,8 @@ from .extractors import Extractor, FeatureExtractor, check_images
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the name ends with the start of its SHA-256
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 SPATIAL_CHANNELS = 7  # of 192, which makes 7 · 17 · 17 = 2023 features, about as many as pooled ones
+DONE = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+OTHER = ("crop_pct", "keep_aspect_ratio", "rescale_offset", "include_top")  # what image processors do besides
 RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # of Pillow, as image processors name them
 
 
@@ -181,8 +183,11 @@ class Preprocessing(nn.Module):
 
     @staticmethod
     def _settings(values: dict[str, Any]) -> dict[str, Any]:
-        if values.get("crop_pct") or not 0.0039 < float(values.get("rescale_factor", 1 / 255)) < 0.00393:
-            raise ValueError("crop_pct and another rescale_factor than 1/255")
+        more = [name for name, on in values.items() if on and (name in OTHER or name[:3] == "do_" and name not in DONE)]
+        if more or not values.get("do_rescale", True):
+            raise ValueError(f"{', '.join(more) or 'no rescaling'}")
+        if not 0.0039 < float(values.get("rescale_factor", 1 / 255)) < 0.00393:
+            raise ValueError("another rescale_factor than 1/255")
         found: dict[str, Any] = {"resize": None, "crop": None, "mode": RESAMPLING[int(values.get("resample", 3))]}
         if values.get("do_resize", True):
             size = values["size"]
