@@ -407,7 +407,7 @@ class ElasticEvaluation(StageRecord):
 class Model:
     """evaluate/<name>.json."""
 
-    name: str = key()
+    name: str = key(file=True)
     stage: str = key()
     parameters: float = key(minimum=1, maximum=FIGURE)
     flops: float = key(minimum=1, maximum=FIGURE)

@@ -10,7 +10,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from edgedit_hf.errors import EdgeDiTError
+from edgedit_hf.records import Model
 from edgedit_hf.report.samples import PIXELS, SAMPLES, SIDE, Samples, caption_samples, class_samples, compared
+from edgedit_hf.schema import check
 
 
 def tiles(found: dict, model: int) -> list[np.ndarray]:
@@ -86,14 +88,30 @@ def test_classes_have_their_names(tmp_path):
     assert (second.images == images[:30].transpose(0, 2, 3, 1)).all() and second.name == "student, before tuning"
     (tmp_path / "evaluate" / "stage.json").write_text('{"seed": 1}')
     assert class_samples(tmp_path, report)[0].key != first.key  # other noise
-    report["models"].append({"name": "../evaluate/teacher", "folder": None})
-    assert len(class_samples(tmp_path, report)) == 2
+
+
+def test_a_model_is_called_what_a_file_can_be():
+    for name in ("../evaluate/teacher", "/tmp/teacher", "..", ""):
+        with pytest.raises(EdgeDiTError, match="name is"):
+            check({"name": name}, Model)
+
+
+@pytest.mark.parametrize(
+    ("images", "what"),
+    [
+        (np.zeros((4, 2, 8, 8), np.uint8), r"U8 of shape \[4, 2, 8, 8\]"),
+        (np.zeros((4, 1, 8, 8), np.float32), r"F32 of shape \[4, 1, 8, 8\]"),
+        (np.zeros((0, 1, 8, 8), np.uint8), r"U8 of shape \[0, 1, 8, 8\]"),
+        (np.array(7, np.uint8), r"U8 of shape \[\]"),
+    ],
+)
+def test_images_of_another_form_name_their_stage(tmp_path, images, what):
+    with pytest.raises(EdgeDiTError, match=f"{what}; expected .*stage evaluate"):
+        class_samples(tmp_path, run_of(tmp_path, teacher=images))
 
 
 def test_damaged_images_name_their_stage(tmp_path):
-    report = run_of(tmp_path, teacher=np.zeros((4, 2, 8, 8), np.uint8))
-    with pytest.raises(EdgeDiTError, match=r"uint8 of shape \(4, 2, 8, 8\); expected .*stage evaluate"):
-        class_samples(tmp_path, report)
+    report = run_of(tmp_path, teacher=np.zeros((4, 1, 8, 8), np.uint8))
     (tmp_path / "evaluate" / "teacher.safetensors").write_bytes(b"nothing")
     with pytest.raises(EdgeDiTError, match="teacher.safetensors cannot be read .* stage evaluate"):
         class_samples(tmp_path, report)

@@ -119,15 +119,15 @@ def first_images(path: Path, key: str, made_by: str) -> Any:
     try:
         with safe_open(path, framework="numpy") as file:
             kept = file.get_slice(key)
-            images = kept[: min(SAMPLES, *kept.get_shape()[:1])]
+            kind, shape = kept.get_dtype(), kept.get_shape()
+            if kind == "U8" and len(shape) == 4 and shape[1] in (1, 3) and 0 not in shape:
+                return kept[: min(SAMPLES, shape[0])].transpose(0, 2, 3, 1)
     except (OSError, SafetensorError) as error:
         raise EdgeDiTError(f"{path} cannot be read ({error}); {made_by} writes it, run that stage again.") from None
-    if images.ndim != 4 or images.dtype != "uint8" or images.shape[1] not in (1, 3) or not images.size:
-        raise EdgeDiTError(
-            f"The images of {path} are {images.dtype} of shape {images.shape}; expected uint8 of shape (n, 1 or 3, "
-            f"height, width). {made_by} writes it, run that stage again."
-        )
-    return images.transpose(0, 2, 3, 1)
+    raise EdgeDiTError(
+        f"The images of {path} are {kind} of shape {shape}; expected U8 (bytes) of shape [n, 1 or 3, height, width]. "
+        f"{made_by} writes it, run that stage again."
+    )
 
 
 # -------------------------------------------------------------------- classes
@@ -142,7 +142,7 @@ def class_samples(run_dir: Path, report: Mapping[str, Any]) -> list[Samples]:
     found = []
     for model in report["models"]:
         path = run_dir / EVALUATE.folder / f"{model['name']}.safetensors"
-        if Path(model["name"]).name != model["name"] or not path.is_file():
+        if not path.is_file():
             continue
         images = first_images(path, "images", EVALUATE.made_by)
         names = [labels[index % len(labels)] for index in range(len(images))] if labels else ["image"] * len(images)

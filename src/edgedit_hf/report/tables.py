@@ -57,7 +57,7 @@ def metric_label(key: str) -> str:
     extractor, count = match[2], f"n={int(match[3]):,}"
     if match[1]:
         return f"sFID ({count})"
-    return f"FID ({count})" if extractor.startswith("inception") else f"Fréchet distance ({extractor}, {count})"
+    return f"FID ({count})" if extractor == "inception" else f"Fréchet distance ({extractor}, {count})"
 
 
 def latency_label(key: str) -> str:
