@@ -94,6 +94,7 @@ def test_frechet_distance_without_full_rank():
     [
         (np.ones((1, 4)), np.ones((5, 4)), r"first set has shape \(1, 4\).*at least 2 samples"),
         (np.ones((5, 4)), np.ones((5, 3)), "width 4 but the second set of width 3"),
+        ([[1.0, 2.0], [3.0]], np.ones((5, 4)), "first set is no array of numbers"),
         (np.ones((5, 4)), np.full((5, 4), np.nan), "second set holds 20 NaN or infinite values out of 20"),
         (np.ones((5, 4)), np.ones(5), r"second set has shape \(5,\); expected 2 dimensions"),
         (np.ones((5, 0)), np.ones((5, 0)), "D ≥ 1"),

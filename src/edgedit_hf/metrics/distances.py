@@ -23,7 +23,10 @@ def _array(values, name: str, ndim: int) -> np.ndarray:
     """`values` as float64, checked to have `ndim` dimensions and only finite entries."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().to(torch.float64).numpy()
-    array = np.asarray(values, dtype=np.float64)
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:  # rows of several lengths, things that are no numbers
+        raise EdgeDiTError(f"{name} is no array of numbers ({error}).") from None
     if array.ndim != ndim:
         raise EdgeDiTError(f"{name} has shape {array.shape}; expected {ndim} dimensions.")
     bad = array.size - int(np.isfinite(array).sum())
