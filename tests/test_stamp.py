@@ -13,6 +13,7 @@ STAMP = {
     "reference_count": 1438,
     "count": 2000,
     "rounding": "none",
+    "prompts": None,
     "seed": 0,
     "scheduler": "DDIMScheduler",
     "steps": 20,

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -30,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from edgedit_hf.entry import tell
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.files import atomic_write_json, read_json, sweep, versions
+from edgedit_hf.files import atomic_write_json, hash_json, read_json, sweep, versions
 from edgedit_hf.metrics.clip import ClipScorer
 from edgedit_hf.metrics.handover import LAYOUTS, check_layout, read_prompts, write_handover
 from edgedit_hf.metrics.networks import open_extractor
@@ -52,6 +53,7 @@ from edgedit_hf.run.comparison import first_difference
 from edgedit_hf.run.launch import accelerator_of, run_script
 from edgedit_hf.run.lock import FolderLock
 from edgedit_hf.run.state import on_main
+from edgedit_hf.schema import Rule, check_option
 
 LEAST = 2  # images: a covariance of fewer does not exist
 
@@ -100,6 +102,9 @@ def open_source(args: argparse.Namespace, prompts: list[str] | None, accelerator
         made = Generated(args.model, prompts, **sampled, batch_size=args.batch_size, subnet=args.subnet)
         made.to(accelerator.device)
         return made
+    of_pipelines = {"--steps": args.steps, "--guidance": args.guidance, "--subnet": args.subnet}
+    if idle := [option for option, value in of_pipelines.items() if value is not None]:
+        raise EdgeDiTError(f"{args.model} holds images that are there already; leave {', '.join(idle)} out.")
     if Path(args.model).suffix == ".npz":
         images = read_npz(args.model).images
         if images is None:
@@ -115,14 +120,14 @@ def take(folder: Path, asked: dict[str, Any]) -> None:
     """The folder for this process, if it is new, or was made with the same request."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "request.json"
-    if not path.exists() and (foreign := sorted(entry.name for entry in folder.iterdir())):
+    # What a kill in the first moment leaves is the lock, and what was written aside.
+    foreign = sorted(name for name in os.listdir(folder) if name != FolderLock.NAME and not name.startswith("."))
+    if not path.exists() and foreign:
         raise EdgeDiTError(
             f"{folder} holds {foreign[0]}, but no request.json of a score; it is left as it is. Give another --output."
         )
     FolderLock(folder).acquire()
     sweep(folder)
-    (folder / "chunks").mkdir(exist_ok=True)
-    sweep(folder / "chunks")
     if not path.exists():
         atomic_write_json(path, asked)
     elif (difference := first_difference(read_json(path, "training/score.py"), asked)) is not None:
@@ -131,11 +136,14 @@ def take(folder: Path, asked: dict[str, Any]) -> None:
             f"{folder} was made with {name} = {before!r}, but now {name} = {now!r} is asked for. Use the old value, "
             f"another --output, or delete {folder} to make it anew."
         )
+    (folder / "chunks").mkdir(exist_ok=True)
+    sweep(folder / "chunks")
 
 
 def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if args.samples < LEAST:
         raise EdgeDiTError(f"--samples is {args.samples}; a covariance needs at least {LEAST} images.")
+    check_option("guidance", args.guidance, Rule(minimum=0.0, maximum=1e30))
     listed = None if args.prompts is None else read_prompts(args.prompts)
     prompts = None if listed is None else [prompt.text for prompt in listed]
     for layout in args.handover:
@@ -150,10 +158,12 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     stamp = {
         **{"extractor": extractor.name, "extractor_hash": extractor.hash, "count": args.samples, "rounding": "bytes"},
         **{"reference": reference.sha256, "reference_count": reference.count},
+        "prompts": None if prompts is None else hash_json(prompts),
         **source.stamp(accelerator.mixed_precision),
     }
-    asked = {"model": source.fingerprint, "chunk": args.chunk, "batch_size": args.batch_size, "images": keep, **stamp}
-    asked |= {"prompts": prompts, "subnet": args.subnet, "clip": None if clip is None else clip.hash, "seed": args.seed}
+    asked = {"model": source.fingerprint, "chunk": args.chunk, "batch_size": args.batch_size, "seed": args.seed}
+    asked |= {"npz": args.npz, "handover": sorted(set(args.handover)), "subnet": args.subnet, **stamp}
+    asked["clip"] = None if clip is None else clip.hash
     on_main(lambda: take(args.output, json.loads(json.dumps(asked))), accelerator)
     if (args.output / "result.json").exists():
         on_main(lambda: show(args.output), accelerator)
@@ -229,7 +239,8 @@ def publish(
         write_npz(args.output / "samples.npz", chunks.count, (part.numpy() for part in chunks.read("images")))
     for layout in args.handover:
         write_handover(args.output / layout, layout, listed, chunks.count, chunks.image)
-    result = {"model": args.model, "reference": args.reference, **found, "stamp": stamp, "versions": versions()}
+    result = {"model": args.model, "subnet": args.subnet, "reference": args.reference, **found}
+    result |= {"stamp": stamp, "versions": versions()}
     if clip is not None:
         result["clip"] = {"name": clip.name, "hash": clip.hash}
     atomic_write_json(args.output / "result.json", result)

@@ -11,7 +11,7 @@ from typing import Any
 from .errors import EdgeDiTError
 from .schema import key
 
-PROTOCOL = ("extractor", "extractor_hash", "reference", "reference_count", "count", "rounding")
+PROTOCOL = ("extractor", "extractor_hash", "reference", "reference_count", "count", "rounding", "prompts")
 """The parts of a stamp that belong to the judge: figures that differ in one measure different things. The others, such
 as seed and steps, are the model's or its run's.
 """
@@ -26,6 +26,7 @@ class Stamp:
             `.npz` file, or over all images as they are stored.
         reference_count: its images; null: statistics that do not say.
         count: generated images. rounding: whether they were rounded to bytes first.
+        prompts: hash of what they were asked to show, where prompts were given; null: none, or the data's own.
         seed, scheduler, steps, guidance_scale, dtype: how they were made; null: it is not known.
         vae, vae_hash: class and weights of what decoded them; null: nothing did.
     """
@@ -36,6 +37,7 @@ class Stamp:
     reference_count: int | None = key(None, minimum=1, maximum=10**12)
     count: int = key(minimum=1, maximum=10**12)
     rounding: str = key(choices=("bytes", "none"))
+    prompts: str | None = key(None)
     seed: int | None = key(None, minimum=0, maximum=2**64)
     scheduler: str | None = key(None)
     steps: int | None = key(None, minimum=1, maximum=10**12)
@@ -69,5 +71,5 @@ def check_comparable(stamps: Mapping[str, Mapping[str, Any] | None]) -> None:
             if part in PROTOCOL:
                 raise EdgeDiTError(
                     f"{first} and {name} were not judged alike: {part} is {one!r} of {first} and {two!r} of {name}. "
-                    "Evaluate both with the same extractor, reference, number of images and rounding."
+                    "Evaluate both with the same extractor, reference, number of images, rounding and prompts."
                 )

@@ -1,5 +1,7 @@
 """Scoring: chunks on the disk, references of every kind, and figures against the functions they come from."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,9 @@ from edgedit_hf.metrics import (
     inception_score,
     kernel_distance,
     precision_recall,
+    scoring,
 )
-from edgedit_hf.metrics.scoring import Chunks, Reference, describe, figures, is_pipeline, open_reference
+from edgedit_hf.metrics.scoring import Chunks, Reference, clip_scores, describe, figures, is_pipeline, open_reference
 
 
 class Extractor:
@@ -77,6 +80,17 @@ def test_what_is_stored_is_of_bytes():
     assert found["spatial"].shape == (4, 4) and describe(images, Extractor(), keep=False).keys() == {"features"}
 
 
+def test_images_with_nan_are_refused_and_do_not_become_black():
+    images = torch.zeros(4, 1, 3, 4)
+    images[2, 0, 1, 1] = torch.nan
+    for look in (
+        lambda: describe(images, Extractor(), keep=False),
+        lambda: clip_scores(SimpleNamespace(scores=None), images, ["a"], range(4)),
+    ):
+        with pytest.raises(EdgeDiTError, match="1 of 4 images hold NaN or infinite values"):
+            look()
+
+
 def test_figures_are_those_of_the_functions(tmp_path, pair):
     ours, real = pair
     samples, reference = stored(tmp_path, "samples", ours, clip=ours[:, 0].abs()), stored(tmp_path, "real", real, 11)
@@ -92,6 +106,7 @@ def test_figures_are_those_of_the_functions(tmp_path, pair):
         wanted |= dict(zip((f"{prefix}precision", f"{prefix}recall"), function(real, ours)))
     assert found["metrics"] == pytest.approx(wanted, rel=1e-9)
     errors = found["standard_errors"]
+    assert set(errors) == set(wanted) - {"kernel_distance", "inception_score"}
     assert errors[key] == pytest.approx(frechet_standard_error(ours, real, seed=5), rel=1e-9)
     precision, recall = wanted["precision"], wanted["recall"]
     assert errors["precision"] == pytest.approx((precision * (1 - precision) / 45) ** 0.5)
@@ -142,6 +157,17 @@ def test_a_reference_of_images(folder):
     Image.new("RGB", (8, 8), "red").save(folder / "5.png")
     assert open_reference(str(folder), Extractor()).sha256 != found.sha256
     assert open_reference(str(folder), Extractor(), resolution=4).images.shape == (3, 4, 4)
+
+
+def test_a_large_reference_is_not_of_its_first_classes_alone(tmp_path, monkeypatch):
+    for number in range(20):
+        (tmp_path / str(number // 10)).mkdir(exist_ok=True)
+        Image.new("L", (8, 8), number).save(tmp_path / str(number // 10) / f"{number:02d}.png")
+    monkeypatch.setattr(scoring, "REFERENCE_IMAGES", 10)
+    found = open_reference(str(tmp_path), Extractor())
+    kept = ((found.images.batch(range(10))["images"][:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+    assert found.count == len(set(kept)) == 10 and kept == sorted(kept) and 2 <= sum(one < 10 for one in kept) <= 8
+    assert open_reference(str(tmp_path), Extractor()).sha256 == found.sha256
 
 
 def test_a_corrupt_image_is_named(folder):

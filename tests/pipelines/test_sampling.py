@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -9,6 +11,7 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.pipelines.loading import with_components
 from edgedit_hf.pipelines.sampling import (
     EVALUATION_STREAM,
+    denoiser_of,
     generate,
     generate_from_captions,
     generate_rows,
@@ -16,6 +19,11 @@ from edgedit_hf.pipelines.sampling import (
     sampling_stamp,
 )
 from edgedit_hf.quantization.calibration import record
+
+
+def test_a_pipeline_without_one_denoiser_is_refused():
+    with pytest.raises(EdgeDiTError, match="SimpleNamespace has neither a transformer nor a unet, but prior, decoder"):
+        denoiser_of(SimpleNamespace(components={"prior": None, "decoder": None}))
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 """Results of a stage: replaced whole, and what was read of an earlier version."""
 
+import json
+
 import pytest
 import torch
 from demo_stage import demo_run
 from safetensors.torch import save_file
 
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.run.results import replace_results
+from edgedit_hf.run.results import pipeline_weights_hash, replace_results
 from edgedit_hf.run.state import RunState
 
 
@@ -20,6 +22,24 @@ def finished_with_results(folder, config=None) -> RunState:
             save_file({"weight": torch.ones(3)}, aside / "model" / "weights.safetensors")
         run.finish()
     return run
+
+
+def test_what_describes_a_pipeline_counts_where_it_is_asked_for(tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "transformer").mkdir()
+    save_file({"weight": torch.ones(3)}, tmp_path / "transformer" / "weights.safetensors")
+    index = {
+        "_class_name": "DiTPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "default_steps": 4}))
+    weights, seen = pipeline_weights_hash(tmp_path), [pipeline_weights_hash(tmp_path, described=True)]
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"timestep_spacing": "trailing"}')
+    seen.append(pipeline_weights_hash(tmp_path, described=True))
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "default_steps": 5}))
+    seen.append(pipeline_weights_hash(tmp_path, described=True))
+    assert pipeline_weights_hash(tmp_path) == weights and len({*seen, weights}) == 4
 
 
 def test_results_are_replaced_whole_and_stay_a_stages(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,8 @@ def refused(score, capsys):
 
 
 def test_a_pipeline(score, refused, model, extractor, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".request.json.tmp-0-1-2").write_text("{")  # of one that was killed in its first moment
     result, printed = score(model, tmp_path / "out", "--npz", "--seed", 3)
     judge = open_extractor(str(extractor))
     images, labels = generate(EdgeDiTPipeline.from_pretrained(model), SAMPLES, seed=3, steps=2, guidance_scale=1.5)
@@ -116,6 +119,13 @@ def test_a_pipeline(score, refused, model, extractor, tmp_path):
     assert "was made with seed = 3, but now seed = 4 is asked for" in refused(
         model, tmp_path / "out", "--npz", "--seed", 4
     )
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "scheduler" / "scheduler_config.json").read_text())
+    (other / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, "timestep_spacing": "leading"}))
+    assert "was made with model = " in refused(other, tmp_path / "out", "--npz", "--seed", 3)
+    assert "was made with npz = True, but now npz = False" in refused(model, tmp_path / "out", "--seed", 3)
+    assert "has no sub-networks; leave --subnet out" in refused(model, tmp_path / "subnet", "--subnet", "tiny")
+    assert "--guidance is nan" in refused(model, tmp_path / "guided", "--guidance", "nan")
     assert "holds metadata.json" not in refused(model, extractor) and not (extractor / "chunks").exists()
 
 
@@ -127,6 +137,8 @@ def test_images_of_a_folder_and_of_an_npz(score, refused, model, tmp_path):
             Image.fromarray(pixels[:, :, 0]).save(tmp_path / "images" / f"{number:05d}.png")
     folder, _ = score(tmp_path / "images", tmp_path / "of-folder")
     assert folder["metrics"] == pytest.approx(made["metrics"], rel=1e-9)
+    said = refused(tmp_path / "images", tmp_path / "steps", "--steps", 3, "--subnet", "tiny")
+    assert "holds images that are there already; leave --steps, --subnet out" in said
     assert set(made["stamp"]) - set(folder["stamp"]) == {
         *("seed", "scheduler", "steps", "guidance_scale", "dtype", "vae", "vae_hash"),
     }
@@ -150,6 +162,10 @@ def test_text_to_image_with_clip_and_judges(score, refused, tmp_path):
     asked = ("--prompts", tmp_path / "prompts.txt", "--clip", clip, "--handover", "hpsv3", "--handover", "dpg")
     result, printed = score(tmp_path / "t2i", tmp_path / "out", *asked, samples=4)
     assert 0 <= result["metrics"]["clip_score"] <= 100 and "clip score: " in printed
+    assert len(result["stamp"]["prompts"]) == 16 and result["subnet"] is None
+    assert "was made with handover = ['dpg', 'hpsv3'], but now handover = ['hpsv3']" in refused(
+        tmp_path / "t2i", tmp_path / "out", *asked[:-2], samples=4
+    )
     assert result["stamp"]["steps"] == 3 and result["clip"]["name"] == "clip"
     listed = json.loads((tmp_path / "out" / "hpsv3" / "hpsv3.json").read_text())
     assert [row["prompt"] for row in listed] == ["a seven", "a seven", "a thin one", "a thin one"]

@@ -37,6 +37,7 @@ from .distances import (
     precision_recall,
 )
 from .extractors import Extractor
+from .extractors import check_images as check_finite
 from .npz import Gaussian, read_npz
 
 NEIGHBOURS = 3
@@ -73,14 +74,14 @@ class Generated:
         own = call_defaults(self.pipeline)
         self.steps = own["steps"] if steps is None else steps
         self.guidance_scale = own["guidance_scale"] if guidance_scale is None else guidance_scale
-        takes_prompts = own["conditioned_by"] == "prompt"
+        kind, takes_prompts = type(self.pipeline).__name__, own["conditioned_by"] == "prompt"
+        if subnet is not None and kind != "ElasticDiTPipeline":
+            raise EdgeDiTError(f"{path} is a {kind}, which has no sub-networks; leave --subnet out.")
         if takes_prompts and not prompts:
             raise EdgeDiTError(f"{path} makes images of prompts; give a file of them (--prompts).")
         if prompts and not takes_prompts:
-            raise EdgeDiTError(
-                f"{path} is a {type(self.pipeline).__name__}, which takes no prompts; leave --prompts out."
-            )
-        self.fingerprint = str(pipeline_weights_hash(path))
+            raise EdgeDiTError(f"{path} is a {kind}, which takes no prompts; leave --prompts out.")
+        self.fingerprint = str(pipeline_weights_hash(path, described=True))
 
     def to(self, device: torch.device) -> None:
         """Run it there, if it runs in PyTorch."""
@@ -175,7 +176,7 @@ def open_reference(source: str, extractor: Extractor, resolution: int | None = N
     """
     if Path(source).suffix != ".npz":
         images = open_images(source, resolution)
-        kept = images if len(images) <= REFERENCE_IMAGES else images.subset(range(REFERENCE_IMAGES))
+        kept = images.at_most(REFERENCE_IMAGES)
         return Reference(kept.fingerprint, kept)
     file, sha256 = read_npz(source), file_sha256(source)
     if extractor.name == "inception" and file.pooled is not None:
@@ -258,12 +259,18 @@ class Chunks:
         return moments
 
 
+def _as_in_a_file(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images `[n, C, H, W]` in [-1, 1] as bytes, and in [-1, 1] again. NaN, which would become black, is an error."""
+    check_finite(images, tuple(images.shape[1:]))
+    pixels = to_bytes(images)
+    return pixels, pixels.float() / 127.5 - 1
+
+
 def describe(images: torch.Tensor, extractor: Extractor, keep: bool) -> dict[str, torch.Tensor]:
     """What is stored of images `[n, C, H, W]` in [-1, 1]: features of what is left when they are rounded to bytes, as a
     file would hold them, and the bytes themselves if they are to be kept.
     """
-    pixels = to_bytes(images)
-    rounded = pixels.float() / 127.5 - 1
+    pixels, rounded = _as_in_a_file(images)
     if hasattr(extractor, "features_and_spatial"):
         pooled, spatial = extractor.features_and_spatial(rounded)
         found = {"features": pooled, "spatial": spatial}
@@ -321,9 +328,7 @@ def figures(
     if reference_chunks is not None:
         real = reference_chunks.whole("features")
         least = min(len(real), len(features))
-        metrics["kernel_distance"], errors["kernel_distance"] = kernel_distance(
-            features, real, subset_size=min(SUBSET, least), seed=seed
-        )
+        metrics["kernel_distance"], _ = kernel_distance(features, real, subset_size=min(SUBSET, least), seed=seed)
         if least > NEIGHBOURS:
             pairs = {"": precision_recall(real, features), "adm_": adm_precision_recall(real, features)}
             for prefix, (precision, recall) in pairs.items():
@@ -341,5 +346,4 @@ def figures(
 
 def clip_scores(scorer: ClipScorer, images: torch.Tensor, prompts: Sequence[str], rows: range) -> torch.Tensor:
     """CLIPScore `[n]` of images as they are when rounded to bytes, each with its prompt."""
-    rounded = to_bytes(images).float() / 127.5 - 1
-    return scorer.scores(rounded, [prompts[row % len(prompts)] for row in rows])
+    return scorer.scores(_as_in_a_file(images)[1], [prompts[row % len(prompts)] for row in rows])

@@ -75,7 +75,13 @@ def sampling_stamp(
 def denoiser_of(pipeline: Any) -> Any:
     """A pipeline's denoiser: its transformer or U-Net."""
     components = pipeline.components
-    return components.get("transformer") or components["unet"]
+    found = components.get("transformer") or components.get("unet")
+    if found is None:
+        raise EdgeDiTError(
+            f"The {type(pipeline).__name__} has neither a transformer nor a unet, but {', '.join(components)}; give a "
+            "pipeline of one denoiser."
+        )
+    return found
 
 
 def component_hash(component: Any) -> str:

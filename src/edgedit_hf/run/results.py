@@ -68,12 +68,15 @@ NO_WEIGHTS = (
 )  # suffixes beside weights in a component's folder
 
 
-def pipeline_weights_hash(folder: str | os.PathLike) -> str | None:
+def pipeline_weights_hash(folder: str | os.PathLike, *, described: bool = False) -> str | None:
     """First 16 hex digits of the SHA-256 over the weight files of a pipeline folder's components; `None` where there is
     no such folder. Of a name on the Hub: of those files that are loaded, as they were last fetched.
 
     Equal weights in equal files give equal hashes wherever the folder lies. Large files whose hash a stage has recorded
     are not read again.
+
+    Args:
+        described: also over what decides beside the weights: configs, tokenizers, the index.
     """
     of_hub = is_name(folder)
     if of_hub:
@@ -96,7 +99,7 @@ def pipeline_weights_hash(folder: str | os.PathLike) -> str | None:
     ):
         there = [path.relative_to(folder / name).as_posix() for path in (folder / name).rglob("*") if path.is_file()]
         paths = [folder / name / file for file in (loaded_files(there) if of_hub else there)]
-        for path in sorted(path for path in paths if path.suffix not in NO_WEIGHTS):
+        for path in sorted(path for path in paths if described or path.suffix not in NO_WEIGHTS):
             about, entry = path.stat(), known.get(path, {})
             recorded = about.st_size > HASHED_ALWAYS and (about.st_size, about.st_mtime_ns) == (
                 entry.get("size"),
@@ -105,6 +108,8 @@ def pipeline_weights_hash(folder: str | os.PathLike) -> str | None:
             digest.update(
                 f"{path.relative_to(folder).as_posix()} {entry['sha256'] if recorded else file_sha256(path)}\n".encode()
             )
+    if described:
+        digest.update(file_sha256(folder / "model_index.json").encode())
     return digest.hexdigest()[:16]
 
 
