@@ -35,7 +35,7 @@ from edgedit_hf.run.launch import recipe_main
 from edgedit_hf.run.stage import ELASTIC, EVALUATE_ELASTIC
 from edgedit_hf.run.state import RunState
 from edgedit_hf.runtimes.runners import TorchRunner
-from edgedit_hf.runtimes.timing import environment, measure
+from edgedit_hf.runtimes.timing import MEASURING_S, environment, measure
 from edgedit_hf.schema import read_record
 from edgedit_hf.search_space import BYTES, elastic_cost
 
@@ -56,7 +56,7 @@ def measure_latencies(pipeline: ElasticDiTPipeline, config: RunConfig) -> dict:
         "masks": masks,
     }
     runners = {name: TorchRunner(model.extract_subnet(name).eval(), inputs, threads) for name in model.subnet_names}
-    timings = measure(runners, repeats=options.latency_repeats)
+    timings = measure(runners, repeats=options.latency_repeats, max_seconds=MEASURING_S, progress="Timing forwards")
     return {
         "latency_ms": {name: {"torch-fp32": timing.median_ms} for name, timing in timings.items()},
         "batch_size": count,

@@ -43,11 +43,9 @@ from edgedit_hf.run.results import pipeline_weights_hash
 from edgedit_hf.run.stage import EVALUATE_ELASTIC, EVALUATE_FEW_STEP, FEW_STEP, given_source
 from edgedit_hf.run.state import RunState
 from edgedit_hf.runtimes.runners import TorchRunner
-from edgedit_hf.runtimes.timing import measure
+from edgedit_hf.runtimes.timing import MEASURING_S, measure
 from edgedit_hf.schema import read_record
 from edgedit_hf.search_space import BYTES, elastic_cost
-
-MEASURING_S = 20.0  # calls are timed for so long at most, all together
 
 
 class Width(NamedTuple):
@@ -78,7 +76,8 @@ def measure_seconds(rows: list[Width], captions: list[str], config: RunConfig) -
     prompts = [captions[index % len(captions)] for index in range(config.evaluate.latency_batch_size)]
     threads = torch.get_num_threads()
     runners = {row.name: TorchRunner(partial(row.images, prompts, config), {}, threads) for row in rows}
-    timings = measure(runners, repeats=config.evaluate.latency_repeats, max_seconds=MEASURING_S)
+    repeats = config.evaluate.latency_repeats
+    timings = measure(runners, repeats=repeats, max_seconds=MEASURING_S, progress="Timing whole calls")
     return {name: timing.median_ms / 1e3 / len(prompts) for name, timing in timings.items()}
 
 

@@ -33,6 +33,7 @@ from .elastic.cost import data_shapes, print_elastic_estimate
 from .elastic.cost import here as elastic_machine
 from .elastic.supernet import new_elastic
 from .errors import EdgeDiTError
+from .export.latencies import LONGEST_CALL_S
 from .export.web.runtime import PACKAGE_BYTES
 from .few_step.cost import activation_bytes, few_step_estimate, net_to_distil, print_memory
 from .genotype import LayerSpec
@@ -44,6 +45,7 @@ from .run.config import RunConfig
 from .run.cost import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, print_table
 from .run.sections import OptimisationConfig
 from .run.stage import EDGEDIT, ELASTIC, FEW_STEP, SELF_DISTIL, TUNE, given_source
+from .runtimes.timing import MEASURING_S, MIN_ROUNDS
 from .search.latency_measurement import OPEN_BYTES
 from .search.latency_networks import HELD_OUT, fitted_networks, timed_shapes
 from .search_space import (
@@ -234,6 +236,11 @@ class _Estimator:
         """Seconds of one process, the VAE included."""
         doubled = 2 if guidance > 1 and self.work.model["num_classes"] else 1
         return images * (steps * doubled * cost.flops + self.work.decode_flops) / self.machine.flops
+
+    def timing(self, calls: float) -> float:
+        """Seconds of timing models in turns whose calls take so long together: each runs untimed before it is timed."""
+        rounds = min(self.config.evaluate.latency_repeats, max(MIN_ROUNDS, MEASURING_S / max(calls, 1e-6)))
+        return 2 * rounds * calls
 
     def judging(self, batch: int, networks: int, images: int) -> float:
         """Bytes that sampling needs on its device; on the CPU the images that are floats lie there too, twice while
@@ -475,17 +482,14 @@ class _Estimator:
         teachers, students = 1 + tune.teacher_more_steps, 2 + tune.random_proxies
         seconds = 10 + teachers * self.sampling(self.teacher, *asked) + students * self.sampling(self.student, *asked)
         seconds += exports * self.sampling(self.student, *asked) * self.machine.flops / self.host.fp32_flops
-        runtimes = 3 + len(self.config.export.executorch)
-        seconds += (
-            runtimes
-            * options.latency_repeats
-            * options.latency_batch_size
-            * (self.teacher.flops + self.student.flops)
-            / self.host.fp32_flops
-        )
+        runtimes, batch = 3 + len(self.config.export.executorch), options.latency_batch_size
+        seconds += self.timing(runtimes * batch * (self.teacher.flops + self.student.flops) / self.host.fp32_flops)
+        calls = [self.sampling(cost, batch, *asked[1:]) for cost in (self.teacher, self.student)]
+        calls += calls[1:] * exports
         if FEW_STEP.needed(self.config):  # the student, and the tuned one by every standard solver and the best again
             few, guidance = self.config.few_step.sampling_steps, asked[2]
             seconds += self.sampling(self.student, options.samples, few, 1.0)
+            calls += [self.sampling(self.student, batch, few, scale) for scale in (1.0, guidance)]
             seconds += (SOLVERS + 1) * self.sampling(self.student, options.samples, few, guidance)
             students += 2
             if given_source(self.config) is not None:  # with many steps too
@@ -497,6 +501,7 @@ class _Estimator:
                 self.student, options.samples, *((self.config.few_step.sampling_steps, 1.0) if few else asked[1:])
             )
             students += 1
+        seconds += self.timing(sum(call for call in calls if call <= LONGEST_CALL_S))
         models = teachers + students + exports
         networks = 1 if self.machine.gpu else models + runtimes
         held = self.judging(options.batch_size, networks, min(options.samples, CHUNK))

@@ -40,3 +40,13 @@ def test_calls_are_timed_once_a_kind_and_long_ones_multiplied(rows, config, monk
     assert found["multiplied"] == ["a", "like a"]
     assert found["seconds_per_image"]["a"] == pytest.approx(16 * 0.010 / 2)
     assert found["seconds_per_image"]["fewer"] != pytest.approx(2 * 0.010 / 2, rel=1e-9)
+
+
+def test_calls_that_take_long_together_are_timed_in_five_rounds(rows, config, monkeypatch):
+    monkeypatch.setattr(latencies, "MEASURING_S", 1e-6)
+    config.evaluate.latency_repeats = 30
+    forwards = []
+    row = rows["fewer"]
+    row.pipeline.transformer.register_forward_hook(lambda *_: forwards.append(1))
+    seconds_an_image({"fewer": row}, {"latency_ms": {}}, config)
+    assert len(forwards) == row.forwards * (1 + 5 * 2)  # a warm-up, and rounds of an untimed and a timed call

@@ -14,7 +14,7 @@ from ..pipelines.sampling import quiet_call
 from ..run.config import RunConfig
 from ..runtimes.runners import SessionRunner, TorchRunner, example_inputs
 from ..runtimes.sessions import open_session
-from ..runtimes.timing import environment, measure, paired_ratio
+from ..runtimes.timing import MEASURING_S, environment, measure, paired_ratio
 from .formats import FORMATS
 from .lowering import denoiser_file
 from .wrappers import DenoiserWrapper
@@ -74,7 +74,7 @@ def measure_latencies(pipelines: dict, config: RunConfig) -> dict:
                 if not file.is_relative_to(folder):
                     shipped[f"{name} {runtime}"] = f"exported/{kind}-{dtype}"
                 runners[name, runtime] = SessionRunner(open_session(file, threads), inputs)
-        timings = measure(runners, repeats=options.latency_repeats)
+        timings = measure(runners, repeats=options.latency_repeats, max_seconds=MEASURING_S, progress="Timing forwards")
     measured: dict[str, dict[str, float]] = {hashes[name]: {} for name in hashes}
     for (name, runtime), timing in timings.items():
         measured[hashes[name]][runtime] = timing.median_ms
@@ -122,7 +122,11 @@ def seconds_an_image(rows: Mapping[str, Sampled], latency: Mapping[str, Any], co
         if not row.eager:
             row.pipeline.transformer.set_threads(threads)
         runners[tuple(names)] = TorchRunner(call_of(row, batch), {}, threads)
-    for names, timing in (measure(runners, repeats=config.evaluate.latency_repeats) if runners else {}).items():
+    timings = {}
+    if runners:
+        repeats = config.evaluate.latency_repeats
+        timings = measure(runners, warmup=1, repeats=repeats, max_seconds=MEASURING_S, progress="Timing whole calls")
+    for names, timing in timings.items():
         seconds |= dict.fromkeys(names, timing.median_ms / 1e3 / batch)
         if not rows[names[0]].eager:
             rows[names[0]].pipeline.transformer.set_threads(None)

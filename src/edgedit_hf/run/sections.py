@@ -327,7 +327,9 @@ class EvaluateConfig:
     exports: bool = key(True, "judge the exported networks too; their runtimes use the CPU alone")
     grid: int = key(8, "rows of the sample grids", minimum=1, maximum=1000)
     latency_batch_size: int = key(32, "images a forward when whole models are timed", minimum=1, maximum=BATCH)
-    latency_repeats: int = key(30, "measurements a model; the median counts", minimum=3, maximum=REPEATS)
+    latency_repeats: int = key(
+        30, "measurements a model, 5 at least once all took 20 s; the median counts", minimum=3, maximum=REPEATS
+    )
 
 
 @dataclass

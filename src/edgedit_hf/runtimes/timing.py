@@ -20,10 +20,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from ..errors import EdgeDiTError
 from ..files import versions
 
 MIN_ROUNDS = 5  # fewer rounds give no median worth stating
+MEASURING_S = (
+    20.0  # what the timed calls of a run's models take together at most, where more than those rounds are asked
+)
 NOISY = 0.03  # greatest noise of a median that is taken as it is
 
 
@@ -125,6 +130,7 @@ def measure(
     repeats: int = 20,
     min_seconds: float = 0.0,
     max_seconds: float = math.inf,
+    progress: str = "",
 ) -> dict[Any, Timing]:
     """A whole [`Measurement`].
 
@@ -133,6 +139,7 @@ def measure(
         repeats: timed rounds, at least 2.
         min_seconds: go on with rounds until the timed calls of all callables together took this long.
         max_seconds: stop early once it is [`~Measurement.long_enough`].
+        progress: what a bar of the rounds is called; default: no bar.
 
     Raises:
         EdgeDiTError: nothing to measure, or fewer than 2 repeats.
@@ -141,11 +148,13 @@ def measure(
         raise EdgeDiTError(
             f"measure() got {len(callables)} callables and repeats={repeats}; it needs at least 1 and 2."
         )
-    measurement = Measurement(callables, warmup)
-    while measurement.rounds < repeats or measurement.seconds < min_seconds:
-        if measurement.long_enough(max_seconds):
-            break
-        measurement.round()
+    with tqdm(desc=progress, total=repeats, unit="round", leave=False, disable=None if progress else True) as bar:
+        measurement = Measurement(callables, warmup)
+        while measurement.rounds < repeats or measurement.seconds < min_seconds:
+            if measurement.long_enough(max_seconds):
+                break
+            measurement.round()
+            bar.update()
     return measurement.timings()
 
 
