@@ -336,7 +336,7 @@ def read_prompt_lines(path: str | os.PathLike, what: str) -> list[tuple[int, str
         raise EdgeDiTError(f"{what} {path} cannot be read ({error}); give a text file with a prompt a line.") from None
     found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise EdgeDiTError(f"{path} has no prompt; write one a line.")
+        raise EdgeDiTError(f"{what} {path} has no prompt; write one a line.")
     return found
 
 

@@ -47,7 +47,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """
     path = Path(path)
     found: list[Prompt] = []
-    for number, text in read_prompt_lines(path, "The prompts"):
+    for number, text in read_prompt_lines(path, "The file"):
         line: dict[str, Any] = {"prompt": text}
         if path.suffix == ".jsonl":
             try:
