@@ -77,7 +77,7 @@ def test_bad_prompt_files_are_refused(prompts, lines, message):
 def test_a_prompt_file_that_is_no_text(tmp_path):
     (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe\xfa")
     for name in ("prompts.txt", "nothing.txt"):
-        with pytest.raises(EdgeDiTError, match=rf"The prompts .*{name} cannot be read"):
+        with pytest.raises(EdgeDiTError, match=rf"The file .*{name} cannot be read"):
             read_prompts(tmp_path / name)
 
 
