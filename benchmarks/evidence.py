@@ -98,6 +98,13 @@ class Claim(NamedTuple):
         return value is not None and (value <= self.bar if self.most else value >= self.bar)
 
 
+WON_BACK = Claim(
+    "what four steps cost, won back",
+    *(FEW_FOLDER, f"{STUDENT}-few-steps"),
+    "DPG .97, GenEval .99 of 28 steps",
+    *(0.8, False),
+    STUDENT,
+)
 CLAIMS = (
     Claim(
         "student / teacher trained on for as many steps",
@@ -106,13 +113,7 @@ CLAIMS = (
         *(1.05, True),
     ),
     Claim("random / distilled proxies, tuned alike", "student-random-proxies", STUDENT, "clearly worse", 1.1, False),
-    Claim(
-        "what four steps cost, won back",
-        *(FEW_FOLDER, f"{STUDENT}-few-steps"),
-        "DPG .97, GenEval .99 of 28 steps",
-        *(0.8, False),
-        STUDENT,
-    ),
+    WON_BACK,
     Claim("about four bits / fp32", "quantized", FEW_FOLDER, "no figure", 1.05, True),
     Claim("int8 export / fp32", "onnx-int8", FEW_FOLDER, "no figure", 1.05, True),
 )
@@ -302,9 +303,9 @@ def terms(run: Run) -> dict[str, Any]:
         config = run.beside(f"terms-{term}", f"few_step.path={run.folder / STUDENT}", *open_ended, *TERMS[term])
         distill_few_step.run(config, make_accelerator(config))
         found[term] = run.sampled(load_pipeline(config.folder(FEW_FOLDER)))
-    few, many = run.judged(f"{STUDENT}-few-steps")["distance"], run.judged(STUDENT)["distance"]
+    ends = {name: run.judged(name)["distance"] for name in (WON_BACK.to, WON_BACK.gap)}
     for figures in found.values():
-        figures["won_back"] = (few - figures["distance"]) / (few - many) if few > many else None
+        figures["won_back"] = WON_BACK({**ends, WON_BACK.of: figures["distance"]})
     return found
 
 

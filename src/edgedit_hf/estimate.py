@@ -33,7 +33,6 @@ from .elastic.cost import data_shapes, print_elastic_estimate
 from .elastic.cost import here as elastic_machine
 from .elastic.supernet import new_elastic
 from .errors import EdgeDiTError
-from .export.latencies import LONGEST_CALL_S
 from .export.web.runtime import PACKAGE_BYTES
 from .few_step.cost import activation_bytes, few_step_estimate, net_to_distil, print_memory
 from .genotype import LayerSpec
@@ -45,7 +44,7 @@ from .run.config import RunConfig
 from .run.cost import BACKWARD, IMAGENET, UPDATE_BYTES, Estimate, Machine, gpus, median_seconds, print_table
 from .run.sections import OptimisationConfig
 from .run.stage import EDGEDIT, ELASTIC, FEW_STEP, SELF_DISTIL, TUNE, given_source
-from .runtimes.timing import MEASURING_S, MIN_ROUNDS
+from .runtimes.timing import LONGEST_CALL_S, MEASURING_S, MIN_ROUNDS
 from .search.latency_measurement import OPEN_BYTES
 from .search.latency_networks import HELD_OUT, fitted_networks, timed_shapes
 from .search_space import (

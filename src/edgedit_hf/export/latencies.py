@@ -14,12 +14,10 @@ from ..pipelines.sampling import quiet_call
 from ..run.config import RunConfig
 from ..runtimes.runners import SessionRunner, TorchRunner, example_inputs
 from ..runtimes.sessions import open_session
-from ..runtimes.timing import MEASURING_S, environment, measure, paired_ratio
+from ..runtimes.timing import LONGEST_CALL_S, MEASURING_S, environment, measure, paired_ratio
 from .formats import FORMATS
 from .lowering import denoiser_file
 from .wrappers import DenoiserWrapper
-
-LONGEST_CALL_S = 5.0  # a call that would take longer is not made: its forwards are timed, and multiplied
 
 
 class Sampled(NamedTuple):

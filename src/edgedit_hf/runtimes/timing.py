@@ -26,9 +26,8 @@ from ..errors import EdgeDiTError
 from ..files import versions
 
 MIN_ROUNDS = 5  # fewer rounds give no median worth stating
-MEASURING_S = (
-    20.0  # what the timed calls of a run's models take together at most, where more than those rounds are asked
-)
+MEASURING_S = 20.0  # timed calls of a run's models together take this long at most, once there are so many rounds
+LONGEST_CALL_S = 5.0  # a call that would take longer is not made: its forwards are timed, and multiplied
 NOISY = 0.03  # greatest noise of a median that is taken as it is
 
 
