@@ -118,7 +118,8 @@ CLAIMS = (
     Claim("int8 export / fp32", "onnx-int8", FEW_FOLDER, "no figure", 1.05, True),
 )
 """Papers: EdgeDiT-1 and -6 (arXiv:2603.28405) for the first two, SnapGen++ (arXiv:2601.08303) for the next two."""
-PAPERS_COSTS = {"parameters": ".70, .79", "flops": ".61, .72", "latency": ".60, .61 (iPhone); .67, .69 (S25 Ultra)"}
+PAPERS_COSTS = {"parameters": ".70, .79", "flops": ".61, .72"}
+PAPERS_LATENCY = ".60, .61 (iPhone); .67, .69 (S25 Ultra)"
 
 
 class Run:
@@ -236,8 +237,8 @@ class Run:
             "distances": distances,
             "claims": {c.name: {"value": c(distances), "interval": i} for c, i in zip(CLAIMS, intervals)},
             "costs": {
-                **{key: student[key] / teacher[key] for key in ("parameters", "flops")},
-                "latency": {key: student["latency_ms"][key] / teacher["latency_ms"][key] for key in sorted(common)},
+                **{key: student[key] / teacher[key] for key in PAPERS_COSTS},
+                **{key: student["latency_ms"][key] / teacher["latency_ms"][key] for key in sorted(common)},
             },
         }
 
@@ -341,24 +342,29 @@ def picture(run: Run, file: Path) -> None:
     sample_grid(file, panels)
 
 
-def print_claims(results: list[dict[str, Any]]) -> list[str]:
-    """The table of claims; returns those that are not kept."""
+def summary(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of every claim its terms, the mean over the runs that have a value, and whether that is kept."""
+    found = {}
+    for claim in CLAIMS:
+        known = [value for result in results if (value := result["claims"][claim.name]["value"]) is not None]
+        value = mean(known) if known else None
+        bar = f"{'≤' if claim.most else '≥'} {claim.bar:g}"
+        found[claim.name] = {"paper": claim.paper, "bar": bar, "mean": value, "kept": claim.kept(value)}
+    return found
+
+
+def print_claims(claims: dict[str, dict[str, Any]], results: list[dict[str, Any]]) -> None:
+    """The tables of claims and of costs."""
     seeds = "".join(f"{'seed ' + str(result['seed']):>26}" for result in results)
     print(f"{'claim':<48}{'paper':<48}{'bar':>8}{seeds}{'mean':>8}")
-    missed = []
-    for claim in CLAIMS:
-        found = [result["claims"][claim.name] for result in results]
-        known = [one["value"] for one in found if one["value"] is not None]
-        value = mean(known) if known else None
+    for name, claim in claims.items():
+        found = [result["claims"][name] for result in results]
         cells = "".join(f"{_figure(one['value'], one['interval']):>26}" for one in found)
-        bar, kept = f"{'≤' if claim.most else '≥'} {claim.bar:g}", claim.kept(value)
-        print(f"{claim.name:<48}{claim.paper:<48}{bar:>8}{cells}{_figure(value):>8}  {'kept' if kept else 'NOT KEPT'}")
-        missed += [] if kept else [f"{claim.name} is {_figure(value)}; {bar} wanted"]
-    for name, paper in PAPERS_COSTS.items():
-        costs = [result["costs"][name] for result in results]
-        told = [", ".join(f"{v:.2f} {k}" for k, v in c.items()) if isinstance(c, dict) else f"{c:.2f}" for c in costs]
-        print(f"{'student / teacher, ' + name:<48}{paper:<48}{'':>8}  {'; '.join(told)}")
-    return missed
+        told = f"{_figure(claim['mean']):>8}  {'kept' if claim['kept'] else 'NOT KEPT'}"
+        print(f"{name:<48}{claim['paper']:<48}{claim['bar']:>8}{cells}{told}")
+    for name in results[0]["costs"]:
+        told = "".join(f"{result['costs'][name]:>26.2f}" for result in results)
+        print(f"{'student / teacher, ' + name:<48}{PAPERS_COSTS.get(name, PAPERS_LATENCY):<48}{'':>8}{told}")
 
 
 def print_ablation(name: str, results: list[dict[str, Any]]) -> None:
@@ -406,25 +412,27 @@ def main() -> None:
     results = []
     for folder in arguments.runs:
         run = Run(folder, arguments)
-        claims = run.claims()
+        figures = run.claims()
         ablations = {name: run.kept(name, partial(ABLATIONS[name], run)) for name in asked}
-        results.append({"run": folder.name, "seed": run.seed, **claims, "ablations": ablations})
+        results.append({"run": folder.name, "seed": run.seed, **figures, "ablations": ablations})
         if arguments.picture is not None and len(results) == 1:
             picture(run, arguments.picture)
     print(
         f"Fréchet distance ({run.extractor.name}, n={run.config.evaluate.samples}), {run.config.sampling.steps} steps, "
         f"guidance {run.config.sampling.guidance_scale:g}; in brackets 95 % of {RESAMPLES} bootstraps over images"
     )
-    missed = print_claims(results)
+    claims = summary(results)
+    print_claims(claims, results)
     for name in asked:
         print_ablation(name, results)
+    missed = [f"{n} is {_figure(c['mean'])}; {c['bar']} wanted" for n, c in claims.items() if not c["kept"]]
     if arguments.json:
         about = {
             "extractor": run.extractor.name,
             "samples": run.config.evaluate.samples,
             "sampling": run.config.section("sampling")["sampling"],
-            "claims": {claim.name: {key: getattr(claim, key) for key in ("paper", "bar", "most")} for claim in CLAIMS},
-            "papers_costs": PAPERS_COSTS,
+            "claims": claims,
+            "papers_costs": {name: PAPERS_COSTS.get(name, PAPERS_LATENCY) for name in results[0]["costs"]},
             "environment": environment(run.config.threads),
         }
         print(json.dumps({**about, "runs": results, "missed": missed}))

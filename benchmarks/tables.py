@@ -314,17 +314,12 @@ def evidence(result: Result) -> dict[str, str]:
 
     claims = []
     for name, claim in result["claims"].items():
-        found = [run["claims"][name] for run in runs]
-        known = [one["value"] for one in found if one["value"] is not None]
-        bar = f"{'≤' if claim['most'] else '≥'} {claim['bar']:g}"
-        claims.append([name, claim["paper"], bar, *map(claimed, found), f"{mean(known):.3f}" if known else ""])
+        cells = [claimed(run["claims"][name]) for run in runs]
+        claims.append([name, claim["paper"], claim["bar"], *cells, claimed({"value": claim["mean"], "interval": []})])
     costs = []
     for name, paper in result["papers_costs"].items():
-        found = [run["costs"][name] for run in runs]
-        parts = found[0] if isinstance(found[0], dict) else {"": None}
-        for part in parts:
-            label = f"{name}, {latency_label(part)}" if part else name
-            costs.append([label, paper, *(f"{one[part] if part else one:.2f}" for one in found)])
+        label = name if name in ("parameters", "flops") else f"latency, {latency_label(name)}"
+        costs.append([label, paper, *(f"{run['costs'][name]:.2f}" for run in runs)])
     names = list(dict.fromkeys(name for run in runs for name in run["distances"]))
     distances = [
         [MODEL_LABELS.get(name, name), *(number(run["distances"].get(name)) for run in runs)] for name in names
