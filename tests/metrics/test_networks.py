@@ -102,6 +102,23 @@ def test_the_hash_is_of_weights_and_preparation(dinov2, tmp_path):
     assert TransformersExtractor(changed).hash != hashed
 
 
+def test_the_hash_is_of_what_the_config_says_too(dinov2, tmp_path):
+    """Not of where it came from and what wrote it."""
+    found = {}
+    changes = {"same": {"_name_or_path": "elsewhere", "transformers_version": "4.0"}, "other": {"hidden_act": "relu"}}
+    for name, change in changes.items():
+        folder = shutil.copytree(dinov2, tmp_path / name)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        found[name] = TransformersExtractor(folder)
+    assert found["same"].hash == TransformersExtractor(dinov2).hash != found["other"].hash
+
+
+def test_a_folder_named_inception_is_not_taken_for_adms(dinov2, tmp_path):
+    folder = shutil.copytree(dinov2, tmp_path / "inception")
+    assert open_extractor(str(folder)).name == "inception-transformers"
+
+
 def test_a_hub_name_is_found_in_the_cache(dinov2, make_hub_cache, run_python):
     cache = make_hub_cache(dinov2, "facebook/dinov2-small")
     code = """

@@ -271,8 +271,8 @@ class TransformersExtractor(ModuleExtractor):
     FD-DINOv2 with the small network.
 
     The last layer's first token (of ViT, DINOv2 the class token), the mean over the map of a convolutional network, or
-    the projected embedding of CLIP and its like. Images are prepared as [`Preprocessing`] says. The hash is of weights
-    and preparation.
+    the projected embedding of CLIP and its like. Images are prepared as [`Preprocessing`] says. The hash is of weights,
+    preparation, and what the config has beside transformers' defaults.
 
     Args:
         path: folder or name on the Hub, see [`hub`].
@@ -292,7 +292,11 @@ class TransformersExtractor(ModuleExtractor):
                 f"{path} is a {type(model).__name__}, which gives no features of images ({said})."
             ) from error
         name = Path(str(path).rstrip("/")).name.partition("@")[0]
-        super().__init__(module, name, width, device, preprocessing.settings)
+        name += "-transformers" if name == InceptionExtractor.name else ""  # a metric of that name is ADM's
+        decisive = json.loads(model.config.to_json_string(use_diff=True))
+        for where_from in ("_name_or_path", "transformers_version", "architectures", "dtype"):
+            decisive.pop(where_from, None)
+        super().__init__(module, name, width, device, {**preprocessing.settings, "config": decisive})
 
 
 def open_extractor(name: str, device: str | torch.device = "cpu") -> Extractor:
