@@ -120,7 +120,10 @@ def both_families(script: str) -> pytest.MarkDecorator:
     """The test for each of the two families, with the script that names the classes of that one."""
     return pytest.mark.parametrize(
         "saved, script",
-        [(family, script.replace("EdgeDiT", family)) for family in ("EdgeDiT", "ElasticDiT")],
+        [
+            ("EdgeDiT", script),
+            pytest.param("ElasticDiT", script.replace("EdgeDiT", "ElasticDiT"), marks=pytest.mark.slow),
+        ],
         indirect=["saved"],
     )
 

@@ -33,21 +33,19 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
     runs = stage_runs((stage for stage in EDGEDIT if stage.needed(config)), Path(__file__).parent)
     stages = list(runs)
     on_gpus = accelerator.num_processes if accelerator.device.type == "cuda" else 0
-    started, expected, correction = (
-        time.monotonic(),
-        {row.stage: row.seconds for row in estimate(config, on_gpus=on_gpus)},
-        1.0,
-    )
+    started, taken, planned = time.monotonic(), 0.0, 0.0
+    expected = {row.stage: row.seconds for row in estimate(config, on_gpus=on_gpus)}
     for number, stage in enumerate(stages, 1):
+        # What the machine took is a better guide than the estimate before the start, of what was not begun before it.
+        correction = taken / planned if planned > 10 else 1.0
         left = correction * sum(expected[later.name] for later in stages[number - 1 :])
         STAGE_LABEL.set(f"[{number}/{len(stages)}, about {left / 60:.0f} min left in all] ")
-        stage_started = time.monotonic()
+        whole, stage_started = not (config.folder(stage.folder) / "run.json").exists(), time.monotonic()
         runs[stage](config, accelerator)
         accelerator.wait_for_everyone()
-        if (
-            took := time.monotonic() - stage_started
-        ) > 10:  # what the machine does is a better guide than the estimate before the start
-            correction = took / max(1.0, expected[stage.name])
+        if whole:
+            taken += time.monotonic() - stage_started
+            planned += expected[stage.name]
     if accelerator.is_main_process:
         report = write_report(config.output_dir)
         write_run_card(config, shipped(config))

@@ -13,6 +13,7 @@ def promised(table: list[str], result: dict, steps: int) -> None:
     assert f"ratio {result['time_ratio']:.3f}" in table[-1]
 
 
+@pytest.mark.slow
 def test_two_steps(benchmark, repository):
     recipe = ("--config", repository / "training" / "recipes" / "debug-t2i.yaml", "--override", "text.steps=1")
     small = ("--steps", 2, "--batch-size", 2, "--validation-samples", 4, "--forward-batch", 2, "--repeats", 2)

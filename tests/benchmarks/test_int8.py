@@ -3,6 +3,7 @@
 import pytest
 
 
+@pytest.mark.slow
 def test_the_smallest_network(benchmark):
     table, result = benchmark("int8.py", "--preset", "DiT-digits/2", "--batches", 2, "--repeats", 2)
     (row,) = result["rows"]

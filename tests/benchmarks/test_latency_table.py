@@ -3,6 +3,7 @@
 import pytest
 
 
+@pytest.mark.slow
 def test_the_smallest_table(benchmark):
     arguments = ("--preset", "DiT-debug/2", "--layers", 4, "--kinds", "onnxruntime-fp32", "--repeats", 5)
     table, result = benchmark("latency_table.py", *arguments, "--max-seconds", 1)

@@ -87,6 +87,8 @@ def served(run, port, *more) -> list[str]:
     return ["phone", "serve", str(run), "--batch", "16", "--port", str(port), *more]
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_serve_until_a_device_is_through(run, web_runtime, tmp_path, capsys):
     """A device of known times posts them: its table has them."""
     port = free_port()

@@ -1,11 +1,11 @@
 """Every command and Python block of the README, of CONTRIBUTING and of docs/ runs, at debug scale.
 
-A new command without a way to run it here fails.
+A new command without a way to run it here fails. Most run in this process, which spares the imports; the shared runs
+are made as a user types it.
 """
 
 import contextlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -25,7 +25,6 @@ from PIL import Image
 from recipe_runs import BIN, DEBUG_COMMANDS
 from safetensors.torch import load_file, save_file
 
-from edgedit_hf.commands import cli
 from edgedit_hf.phone.bundle import Bundle
 from edgedit_hf.phone.results import append_rows
 from edgedit_hf.run.stage import EDGEDIT
@@ -113,7 +112,7 @@ def test_make_targets(recipes):
 
 
 def test_dry_run_prints_a_line_a_stage(recipes, clone):
-    printed = recipes.shell(shlex.split(find(recipes, "digits.yaml --dry-run")), clone)
+    printed = recipes.here(shlex.split(find(recipes, "digits.yaml --dry-run")), clone)
     assert [
         line.split()[0] for line in printed.splitlines()[1:10]
     ] == "teacher bank latency search student tune export evaluate all".split()
@@ -123,7 +122,7 @@ def test_dry_run_prints_a_line_a_stage(recipes, clone):
 
 
 def test_dry_run_of_text_to_image(recipes, clone):
-    printed = recipes.shell(shlex.split(find(recipes, "debug-t2i.yaml --dry-run")), clone)
+    printed = recipes.here(shlex.split(find(recipes, "debug-t2i.yaml --dry-run")), clone)
     first = [line.split()[0] for line in printed.splitlines() if line]
     assert first[:3] == [
         "stage",
@@ -134,15 +133,15 @@ def test_dry_run_of_text_to_image(recipes, clone):
 
 def test_the_memory_of_few_steps(recipes, clone):
     command = shlex.split(find(recipes, "edgedit train few-step --config training/recipes/digits.yaml --report-memory"))
-    printed = recipes.shell(command, clone)
+    printed = recipes.here(command, clone)
     assert "nets of their own, float32" in printed and "of it is needed" in printed
 
 
 def test_the_card_and_what_would_be_pushed(recipes, clone):
     card = clone / "runs" / "demo" / "student-tuned" / "README.md"
-    recipes.shell(shlex.split(find(recipes, "edgedit card")), clone)
+    recipes.here(shlex.split(find(recipes, "edgedit card")), clone)
     assert "me/edgedit-digits" in card.read_text(encoding="utf-8")
-    listed = recipes.shell(shlex.split(find(recipes, "edgedit push")), clone)
+    listed = recipes.here(shlex.split(find(recipes, "edgedit push")), clone)
     assert f"{len(card.read_bytes()):,}  README.md" in listed and "transformer/diffusion_pytorch_model" in listed
 
 
@@ -256,19 +255,18 @@ def test_export_of_a_page_and_its_server(recipes, clone, web_runtime):
 
 
 def test_a_score(recipes, clone):
-    printed = recipes.shell(shlex.split(find(recipes, "edgedit train score")), clone)
+    printed = recipes.here(shlex.split(find(recipes, "edgedit train score")), clone)
     assert "Fréchet distance (digits-cnn, n=500)" in printed
     assert (clone / "scores" / "student" / "result.json").is_file()
 
 
 def test_quantise(recipes, clone):
-    recipes.shell(shlex.split(find(recipes, "train quantize")), clone)
+    recipes.here(shlex.split(find(recipes, "train quantize")), clone)
     assert (clone / "runs" / "debug-quantize" / "quantized" / "quantization.json").is_file()
 
 
-def test_convert_original_checkpoints(recipes, tmp_path, monkeypatch, capsys):
-    """Small ones, whose width is not one of the papers'; in this process, which spares the imports."""
-    monkeypatch.chdir(tmp_path)
+def test_convert_original_checkpoints(recipes, tmp_path):
+    """Small ones, whose width is not one of the papers'."""
     for oracle, text in {
         "dit": find(recipes, "edgedit convert DiT-XL-2-256x256.pt teacher"),
         "sit": find(recipes, "edgedit convert SiT-S-2.pt teacher-sit --family sit"),
@@ -279,8 +277,7 @@ def test_convert_original_checkpoints(recipes, tmp_path, monkeypatch, capsys):
         command = shlex.split(text)
         save = save_file if command[2].endswith(".safetensors") else torch.save
         save(weights, tmp_path / command[2])
-        assert cli.main([*command[1:], "--heads", "4"]) == 0
-        assert "layers of width 48" in capsys.readouterr().out
+        assert "layers of width 48" in recipes.here([*command, "--heads", "4"], tmp_path)
         assert (tmp_path / command[3] / "model_index.json").is_file()
 
 
@@ -315,45 +312,44 @@ def pip_user(recipes, tmp_path_factory):
 
 
 def test_pip_users_dry_run(recipes, pip_user):
-    assert "evaluate" in recipes.shell(shlex.split(find(recipes, "compress --config run.yaml --dry-run")), pip_user)
+    assert "evaluate" in recipes.here(shlex.split(find(recipes, "compress --config run.yaml --dry-run")), pip_user)
 
 
-def test_select_another_point(recipes, clone, tmp_path):
+def test_select_another_point(recipes, clone, tmp_path, capsys):
     command = shlex.split(find(recipes, "edgedit select runs/edgedit --max-latency-ms 80"))
     shutil.copytree(clone / "runs" / "demo", tmp_path / "runs" / "edgedit")
     before = (tmp_path / "runs" / "edgedit" / "search" / "state.json").read_bytes()
-    recipes.shell(command, tmp_path)
+    recipes.here(command, tmp_path)
     assert (tmp_path / "runs" / "edgedit" / "student" / "choice.json").exists()
     assert (tmp_path / "runs" / "edgedit" / "search" / "state.json").read_bytes() == before
-    assert "latency_ms" in failing(recipes, [*command[:-1], "1e-9"], tmp_path)
+    recipes.here([*command[:-1], "1e-9"], tmp_path, expect=2)
+    assert "latency_ms" in capsys.readouterr().err
 
 
 def test_list_the_best_without_a_search(recipes, clone, tmp_path):
     shutil.copytree(clone / "runs" / "demo", tmp_path / "runs" / "edgedit")
     shutil.rmtree(tmp_path / "runs" / "edgedit" / "search")
-    best = recipes.shell(shlex.split(find(recipes, "edgedit select runs/edgedit --max-latency-ms 80 --k 10")), tmp_path)
+    best = recipes.here(shlex.split(find(recipes, "edgedit select runs/edgedit --max-latency-ms 80 --k 10")), tmp_path)
     assert len(best.strip().splitlines()) > 10
-    sweep = recipes.shell(shlex.split(find(recipes, "edgedit select runs/edgedit --front 16")), tmp_path)
+    sweep = recipes.here(shlex.split(find(recipes, "edgedit select runs/edgedit --front 16")), tmp_path)
     assert len(sweep.strip().splitlines()) > 3
 
 
 def test_list_the_choices_of_a_bank(recipes, clone, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "edgedit").symlink_to(clone / "runs" / "demo")
-    said = recipes.shell(shlex.split(find(recipes, "edgedit bank runs/edgedit")), tmp_path)
+    said = recipes.here(shlex.split(find(recipes, "edgedit bank runs/edgedit")), tmp_path)
     assert "02-03/both" in said and "saved ms" in said
 
 
-def test_the_tutorial_goes_on_in_the_runs_own_folder(recipes, clone, tmp_path, monkeypatch, capsys):
-    """The same as above of `runs/demo`, in this process, which spares the imports."""
+def test_the_tutorial_goes_on_in_the_runs_own_folder(recipes, clone, tmp_path):
+    """The same as above of `runs/demo`."""
     shutil.copytree(clone / "runs" / "demo", tmp_path / "runs" / "demo")
-    monkeypatch.chdir(tmp_path)
     for command, said in {
         find(recipes, "edgedit bank runs/demo"): "02-03/both",
         find(recipes, "edgedit select runs/demo --max-latency-ms 8"): "latency_ms <= 8",
     }.items():
-        assert cli.main(shlex.split(command)[1:]) == 0
-        assert said in capsys.readouterr().out
+        assert said in recipes.here(shlex.split(command), tmp_path)
     assert "latency_ms <= 8" in (tmp_path / "runs" / "demo" / "student" / "choice.json").read_text()
 
 
@@ -392,15 +388,19 @@ def test_examples_are_the_examples_tests(recipes):
         assert (recipes.root / command.split()[1]).is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_measure_on_a_phone(recipes, clone, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(clone / "runs" / "demo")
-    recipes.shell(shlex.split(find(recipes, "edgedit phone pack")), tmp_path)
+    recipes.here(shlex.split(find(recipes, "edgedit phone pack")), tmp_path)
     append_rows(tmp_path / "galaxy" / "results.csv", measure(Bundle.read(tmp_path / "galaxy")))
-    assert "on Galaxy S25 Ultra" in recipes.shell(shlex.split(find(recipes, "edgedit phone import")), tmp_path)
+    assert "on Galaxy S25 Ultra" in recipes.here(shlex.split(find(recipes, "edgedit phone import")), tmp_path)
     assert (tmp_path / "galaxy" / "table.json").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_serve_a_page_that_measures(recipes, clone, web_runtime):
     command = shlex.split(find(recipes, "edgedit phone serve runs/demo --precision int8"))
     command = [str(BIN / command[0]), *command[1:], "--port", str(free_port())]
@@ -413,13 +413,6 @@ def test_serve_a_page_that_measures(recipes, clone, web_runtime):
         finally:
             server.send_signal(signal.SIGINT)
         assert server.wait(60) == 130
-
-
-def failing(recipes, command: list[str], cwd: Path) -> str:
-    environment = {**recipes.environment(), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    return done.stderr
 
 
 @pytest.mark.slow
@@ -443,7 +436,7 @@ def test_two_process_commands_run(recipes, clone):
 
 
 def test_what_is_counted(recipes):
-    counted = json.loads(recipes.shell(shlex.split(find(recipes, "edgedit info")), recipes.root))
+    counted = json.loads(recipes.here(shlex.split(find(recipes, "edgedit info")), recipes.root))
     row = re.search(r"^\| DiT-XL/2 \| ([\d.]+) M \| ([\d.]+) \|$", page_text(recipes, "teacher"), flags=re.MULTILINE)
     assert [f"{counted['parameters'] / 1e6:.2f}", f"{counted['flops'] / 1e9:.2f}"] == list(row.groups())
 
@@ -455,7 +448,7 @@ def test_the_report_again(recipes, clone):
 
     before = metrics()
     (clone / "runs" / "demo" / "report.html").unlink()
-    recipes.shell(shlex.split(find(recipes, "edgedit report")), clone)
+    recipes.here(shlex.split(find(recipes, "edgedit report")), clone)
     assert metrics() == before and (clone / "runs" / "demo" / "report.html").is_file()
 
 

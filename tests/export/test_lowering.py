@@ -118,6 +118,8 @@ def test_nothing_of_the_model_changes(model, tmp_path):
 # -------------------------------------------------------------------- one file of several networks
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_methods_of_one_file_share_their_tensors(model, tmp_path):
     """A network for one row and for two: its packed weights are in the file once."""
     program = pytest.importorskip("executorch.exir._serialize._program")

@@ -221,6 +221,8 @@ def test_a_split_export_computes_modulations_once(pipeline, tmp_path):
     assert (folder / "contract.json").is_file() and (folder / "sample_min.py").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_an_open_resolution(pipeline, tmp_path):
     folder = export_pipeline(
         pipeline, tmp_path / "out", ExportOptions(resolution="dynamic", threads=1, bench_batches=(2,), bench_repeats=2)
@@ -424,6 +426,8 @@ except EdgeDiTError as error:
 """
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_a_full_disk_leaves_nothing(pipeline, run_python, tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
     said = run_python(FULL_DISK, tmp_path / "model", tmp_path / "out").strip().splitlines()[-1]
@@ -478,6 +482,8 @@ def check_one_file(folder, methods):
     return contract
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_a_method_of_other_numbers_is_refused(make_transformer, tmp_path):
     pytest.importorskip("executorch")
     mine, other = (smooth(make_transformer(num_layers=1), seed=seed) for seed in (0, 1))

@@ -1,5 +1,7 @@
 """Running recipes as a user does: as processes."""
 
+import contextlib
+import io
 import os
 import random
 import runpy
@@ -11,6 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from edgedit_hf.commands import cli
+from edgedit_hf.commands.train import find_script, split_options
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = ROOT / "training"
@@ -90,6 +95,29 @@ class Recipes:
         if stderr is not None:
             stderr.write_text(done.stderr)
         return done.stdout
+
+    def here(self, command: list[str], cwd: Path, expect: int = 0) -> str:
+        """[`shell`] of an `edgedit …` in this process, which spares the imports. A stage starts without accelerate's
+        launcher and its options, which have tests of their own.
+        """
+        from accelerate.commands.launch import launch_command_parser
+
+        program, *arguments = command
+        assert program == "edgedit", f"{shlex.join(command)} is no command of edgedit"
+        said, code = io.StringIO(), 0
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+            patch.chdir(cwd)
+            try:
+                if arguments[0] == "train":
+                    script = str(find_script(arguments[1]))
+                    patch.setattr(sys, "argv", [script, *split_options(launch_command_parser(), arguments[2:])[1]])
+                    runpy.run_path(script, run_name="__main__")
+                else:
+                    code = cli.main(arguments)
+            except SystemExit as ended:
+                code = ended.code
+        assert (code or 0) == expect, f"{shlex.join(command)} ended with {code}:\n{said.getvalue()[-2000:]}"
+        return said.getvalue()
 
     def run_here(self, name: str, output: Path, *overrides: str, config: str = "debug.yaml") -> None:
         """Run in this process, which spares the imports; bad input ends with `SystemExit`."""

@@ -141,6 +141,8 @@ def test_what_goes_wrong_is_said(pack, measure, tmp_path):
     assert "is no file of this script" in measure(bundle).stderr
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_what_a_pack_holds(subject, tmp_path):
     bundle = write_pack(tmp_path / "out", subject, runtime="onnxruntime", precision="int8", batch=1)
     assert (bundle.runtime, bundle.precision, bundle.batch) == ("onnxruntime", "int8", 1)

@@ -274,6 +274,7 @@ def test_a_quantised_layer_can_be_pickled_copied_and_saved_whole(name, spec):
     assert torch.equal(layer(inputs), expected)
 
 
+@pytest.mark.slow
 def test_a_quantised_net_goes_to_a_spawned_process(make_transformer):
     model = make_transformer()
     quantize_model(model, {name: SPECS[index % len(SPECS)] for index, name in enumerate(quantizable_layers(model))})

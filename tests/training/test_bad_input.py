@@ -15,8 +15,8 @@ from PIL import Image
 def finished(recipes, tmp_path_factory):
     """A run with a teacher and a bank."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    recipes.run("train_teacher", folder)
-    recipes.run("distill_proxies", folder)
+    recipes.run_here("train_teacher", folder)
+    recipes.run_here("distill_proxies", folder)
     return folder
 
 
@@ -62,9 +62,8 @@ def test_truncated_safetensors(fail, finished, tmp_path):
     assert str(run / "teacher") in fail("distill_proxies", run)
 
 
-def test_truncated_proxy(fail, finished, recipes, tmp_path):
-    run = copy(finished, tmp_path, "teacher", "bank")
-    recipes.run("measure_latency", run)
+def test_truncated_proxy(fail, debug_run, tmp_path):
+    run = copy(debug_run, tmp_path, "teacher", "bank", "latency")
     for proxy in (run / "bank").glob("*.safetensors"):
         proxy.write_bytes(proxy.read_bytes()[:1000])
     assert "bank" in fail("search_architecture", run)

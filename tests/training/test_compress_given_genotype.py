@@ -2,6 +2,8 @@
 network, here distilled to two steps; and what the report says of such a run.
 """
 
+import contextlib
+import io
 import json
 
 import pytest
@@ -25,8 +27,9 @@ def finished(recipes, tmp_path_factory):
         "few_step.enabled=true",
         "few_step.steps=4",
     )
-    done = recipes.run("compress", folder / "run", *recipes.tiny, *overrides)
-    return folder / "run", genotype, done.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        recipes.run_here("compress", folder / "run", *recipes.tiny, *overrides)
+    return folder / "run", genotype, said.getvalue()
 
 
 def test_the_student_is_the_given_network(finished):

@@ -52,13 +52,13 @@ def bank_of(recipes, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def teacher_run(recipes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bank") / "run"
-    recipes.run("train_teacher", folder, *SMALL)
+    recipes.run_here("train_teacher", folder, *SMALL)
     return folder
 
 
 @pytest.fixture(scope="module")
 def whole(recipes, teacher_run):
-    """The bank of one process without a budget."""
+    """The bank of one process without a budget, which holds nothing else."""
     recipes.run("distill_proxies", teacher_run, *SMALL)
     return teacher_run / "bank"
 
@@ -222,6 +222,7 @@ def test_the_parts_that_the_both_of_a_student_needs_are_the_only_extra(bank_of, 
 # -------------------------------------------------------------------- precision
 
 
+@pytest.mark.slow
 def test_a_bf16_teacher_gives_fp32_proxies_and_the_losses_of_an_fp32_teacher(recipes, teacher_run, whole, tmp_path):
     shutil.copytree(teacher_run / "teacher", tmp_path / "teacher")
     launcher = [

@@ -24,7 +24,6 @@ STAGES = {
     for stage in EDGEDIT
     if stage not in (LATENCY, QUANTIZE, SELF_DISTIL)  # test_quantize has kills of its own
 }
-FAST = ("train_teacher",)  # the bank has kills of its own in test_distill_proxies
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +45,9 @@ def whole_run(recipes, tmp_path_factory):
     return upto
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in FAST else (pytest.mark.slow, pytest.mark.kills)) for n in STAGES],
-)
+@pytest.mark.slow
+@pytest.mark.kills
+@pytest.mark.parametrize("name", STAGES)
 def test_killed_and_rerun_equals_uninterrupted(recipes, whole_run, result_files, tmp_path, name):
     whole, seconds = whole_run(name)
     stage, needs, suffixes = STAGES[name]

@@ -1,6 +1,8 @@
-"""The sensitivity study as a process: its table, and that a killed one continues to the same figures."""
+"""The sensitivity study on a debug teacher: its table, and that a killed one continues to the same figures."""
 
+import contextlib
 import csv
+import io
 import json
 import shutil
 
@@ -12,12 +14,14 @@ CHANGES = ["MLP ratio 1", "MLP ratio 2", "MLP ratio 3", "attention 16", "merge 2
 @pytest.fixture(scope="module")
 def study(recipes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study") / "run"
-    recipes.run("train_teacher", folder)
-    return folder, recipes.run("sensitivity", folder)
+    recipes.run_here("train_teacher", folder)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        recipes.run_here("sensitivity", folder)
+    return folder, said.getvalue()
 
 
-def test_table_and_plot(recipes, study):
-    folder, done = study
+def test_table_and_plot(recipes, study, capsys):
+    folder, printed = study
     table = json.loads((folder / "sensitivity" / "table.json").read_text())
     rows = {}
     for row in table["rows"]:
@@ -52,12 +56,12 @@ def test_table_and_plot(recipes, study):
         lines = list(csv.DictReader(file))
     assert len(lines) == len(table["rows"]) and float(lines[0]["model_after"]) == table["rows"][0]["model_after"]
     text = (folder / "sensitivity" / "table.md").read_text()
-    assert text in done.stdout and text.count("\n|") == 2 + len(CHANGES)
+    assert text in printed and text.count("\n|") == 2 + len(CHANGES)
     assert (folder / "sensitivity" / "plot.png").stat().st_size > 10_000
     stage = json.loads((folder / "sensitivity" / "stage.json").read_text())
     assert stage["changes"] == 6 and stage["places"] == 21 and list(stage["model_error_everywhere"]) == CHANGES
-    again = recipes.run("sensitivity", folder)  # finished: nothing is done again
-    assert text not in again.stdout
+    recipes.run_here("sensitivity", folder)  # finished: nothing is done again
+    assert text not in capsys.readouterr().out
 
 
 @pytest.mark.slow

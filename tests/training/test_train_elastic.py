@@ -81,6 +81,8 @@ def test_losses_of_every_width_are_on_record(whole):
         assert any(kind in line for line in lines), kind
 
 
+@pytest.mark.slow
+@pytest.mark.kills
 def test_killed_and_rerun_equals_uninterrupted(recipes, start, whole, tmp_path):
     killed = start(tmp_path / "run")
     seconds = read_json(whole / "elastic" / "stage.json", "")["seconds"]

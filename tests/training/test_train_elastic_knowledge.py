@@ -54,6 +54,7 @@ def telemetry(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "elastic" / "telemetry.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_distances_to_the_teacher_fall(whole):
     lines = telemetry(whole)
     assert (

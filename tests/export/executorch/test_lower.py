@@ -186,6 +186,8 @@ def test_images_of_the_loaded_pipelines(pipeline, fp32, int4):
     assert index["transformer"] == ["edgedit_hf", "ExecutorchEdgeDiTTransformer2DModel"]
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_reports(pipeline, fp32, int4):
     genotype = Genotype.of(pipeline.transformer.config)
     for path, precision, scheme, batch in ((fp32, "fp32", "fp32", 2), (int4, "int4", "8da4w", 1)):

@@ -183,6 +183,8 @@ def test_fitted_grids_are_better_than_the_largest_value():
 # -------------------------------------------------------------------- files
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_xnnpack_runs_a_split_denoiser_whole(lowered):
     part, path, said = lowered
     session = open_session(path)
