@@ -500,7 +500,8 @@ class _Estimator:
                 self.student, options.samples, *((self.config.few_step.sampling_steps, 1.0) if few else asked[1:])
             )
             students += 1
-        seconds += self.timing(sum(call for call in calls if call <= LONGEST_CALL_S))
+        decoding = self.work.decode_flops / self.machine.flops if max(calls) > LONGEST_CALL_S else 0.0  # one image's
+        seconds += self.timing(sum(call for call in calls if call <= LONGEST_CALL_S) + decoding)
         models = teachers + students + exports
         networks = 1 if self.machine.gpu else models + runtimes
         held = self.judging(options.batch_size, networks, min(options.samples, CHUNK))

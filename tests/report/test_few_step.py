@@ -125,11 +125,16 @@ def test_widths_of_text_to_image():
     many = model("tiny", "subnet", 20, 2.5, 5.0, class_agreement=1.0, **shares)
     ours = model("tiny", "few-step", 4, 1.0, 5.5, class_agreement=0.94, **shares)
     assert prompt_agreement(many) == pytest.approx(0.8)
-    row = {"name": "tiny", "many": many, "few": {**ours, "solver": "Euler"}, "few_step": ours}
+    few = model(
+        "tiny", "few-step", 4, 2.5, 6.5, class_agreement=0.94, **shares, seconds_per_image={"torch-fp32": 0.006}
+    )
+    row = {"name": "tiny", "many": many, "few": {**few, "solver": "Euler"}, "few_step": ours}
     fall = 1 - prompt_agreement(ours) / prompt_agreement(many)
     header, rows = few_step_widths_table([{**row, "relative_fall": {"few": fall, "few_step": fall}}])
     assert [r[0] for r in rows] == ["tiny, many steps", "tiny, Euler", "tiny, few-step"]
-    assert [r[header.index("ms an image")] for r in rows] == ["≈ 20", "4", "4"]
+    assert [r[header.index("ms an image")] for r in rows] == ["≈ 22", "6", "4"]  # 2 ms beside 4 or 8 forwards of ½ ms
+    unclear = few_step_widths_table([{**row, "few": {**row["few"], "seconds_per_image": {"torch-fp32": 0.004}}}])[1]
+    assert unclear[0][header.index("ms an image")] == "–"
     assert rows[2][-1] == "2.5%" and rows[0][-1] == "–" and len(rows[0]) == len(header)
     assert few_step_widths_table([]) == ([], [])
 

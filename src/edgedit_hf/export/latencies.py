@@ -19,6 +19,8 @@ from .formats import FORMATS
 from .lowering import denoiser_file
 from .wrappers import DenoiserWrapper
 
+DECODING = ()  # the names under which decoding is timed: no model's own
+
 
 class Sampled(NamedTuple):
     """A pipeline, and how it samples."""
@@ -101,7 +103,8 @@ def seconds_an_image(rows: Mapping[str, Sampled], latency: Mapping[str, Any], co
 
     Returns:
         `seconds_per_image`, by name, and `multiplied`: names of those whose call would take longer than
-        [`LONGEST_CALL_S`], of which the forwards alone were timed and multiplied.
+        [`LONGEST_CALL_S`]. Theirs are so many forwards as were timed, and the decoding of one image, timed in the same
+        turns.
     """
     threads, batch = config.latency.threads, config.evaluate.latency_batch_size
     kinds: dict[tuple, list[str]] = {}
@@ -109,12 +112,15 @@ def seconds_an_image(rows: Mapping[str, Sampled], latency: Mapping[str, Any], co
         kind = Genotype.of(row.pipeline.transformer.config).hash, row.runtime, row.steps, row.forwards
         kinds.setdefault(kind, []).append(name)
     seconds: dict[str, float] = {}
-    runners, multiplied = {}, []
+    runners: dict[tuple[str, ...], TorchRunner] = {}
+    multiplied: list[str] = []
     for (genotype, runtime, _, forwards), names in kinds.items():
         of_forward = latency["latency_ms"].get(genotype, {}).get(runtime)
         if of_forward is not None and forwards * of_forward / 1e3 > LONGEST_CALL_S:
             seconds |= dict.fromkeys(names, forwards * of_forward / 1e3 / batch)
             multiplied += names
+            if rows[names[0]].pipeline.vae is not None:  # of a run's models it is one
+                runners[DECODING] = TorchRunner(decoding_of(rows[names[0]]), {}, threads)
             continue
         row = rows[names[0]]
         if not row.eager:
@@ -124,6 +130,8 @@ def seconds_an_image(rows: Mapping[str, Sampled], latency: Mapping[str, Any], co
     if runners:
         repeats = config.evaluate.latency_repeats
         timings = measure(runners, warmup=1, repeats=repeats, max_seconds=MEASURING_S, progress="Timing whole calls")
+    if (decoding := timings.pop(DECODING, None)) is not None:
+        seconds |= {name: seconds[name] + decoding.median_ms / 1e3 for name in multiplied}
     for names, timing in timings.items():
         seconds |= dict.fromkeys(names, timing.median_ms / 1e3 / batch)
         if not rows[names[0]].eager:
@@ -131,11 +139,21 @@ def seconds_an_image(rows: Mapping[str, Sampled], latency: Mapping[str, Any], co
     return {"seconds_per_image": seconds, "multiplied": multiplied}
 
 
+def _noise(row: Sampled, batch: int) -> torch.Tensor:
+    config = row.pipeline.transformer.config
+    size = config["sample_size"]
+    return torch.randn(batch, config["in_channels"], size, size, generator=torch.Generator().manual_seed(0))
+
+
+def decoding_of(row: Sampled) -> Any:
+    """What its pipeline does last, for one image."""
+    latents = _noise(row, 1)
+    return lambda: row.pipeline.decode(latents)
+
+
 def call_of(row: Sampled, batch: int) -> Any:
     """A call of a class-conditional pipeline for a batch of images."""
-    config = row.pipeline.transformer.config
-    size, classes = config["sample_size"], config["num_classes"]
-    latents = torch.randn(batch, config["in_channels"], size, size, generator=torch.Generator().manual_seed(0))
+    latents, classes = _noise(row, batch), row.pipeline.transformer.config["num_classes"]
     asked = {"class_labels": torch.arange(batch) % classes} if classes else {"batch_size": batch}
     asked |= {"num_inference_steps": row.steps, "guidance_scale": row.guidance_scale, "output_type": "pt"}
 

@@ -247,6 +247,23 @@ def prompt_agreement(model: Mapping[str, Any]) -> float:
     return sum(shares) / len(shares)
 
 
+def _forwards(model: Mapping[str, Any]) -> int:
+    return model.get("forwards_per_image") or model["steps"] * (2 if model["guidance_scale"] > 1 else 1)
+
+
+def _seconds_of_many(width: Mapping[str, Any]) -> float | None:
+    """Seconds an image of a width in many steps, from two calls in few: what is in them beside the forwards, such as
+    the decoder, is not multiplied. `None` where they do not tell how long a forward takes.
+    """
+    few, ours = (
+        next(iter((width[key].get("seconds_per_image") or {"": None}).values())) for key in ("few", "few_step")
+    )
+    more = _forwards(width["few"]) - _forwards(width["few_step"])
+    if few is None or ours is None or few <= ours or more <= 0:
+        return None
+    return few + (_forwards(width["many"]) - _forwards(width["few"])) * (few - ours) / more
+
+
 def few_step_widths_table(widths: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: three ways of every width."""
     if not widths:
@@ -263,15 +280,14 @@ def few_step_widths_table(widths: Sequence[Mapping[str, Any]]) -> tuple[list[str
             model = width[key]
             guided = model["guidance_scale"] > 1
             seconds, about = next(iter((model.get("seconds_per_image") or {"": None}).values())), ""
-            if key == "many" and width["few"].get("seconds_per_image"):  # the same net with the same guidance
-                (few,) = width["few"]["seconds_per_image"].values()
-                seconds, about = few * model["steps"] / width["few"]["steps"], "≈ "
+            if key == "many":
+                seconds, about = _seconds_of_many(width), "≈ "
             said = {"many": "many steps", "few": model.get("solver"), "few_step": "few-step"}[key]
             row = [
                 f"{width['name']}, {said}",
                 str(model["steps"]),
                 f"{model['guidance_scale']:g}" if guided else "none",
-                str(model.get("forwards_per_image") or model["steps"] * (2 if guided else 1)),
+                str(_forwards(model)),
                 "–" if seconds is None else f"{about}{1e3 * seconds:.3g}",
                 "–" if model["metrics"].get(distance) is None else f"{model['metrics'][distance]:.3g}",
             ]

@@ -27,7 +27,9 @@ from ..files import versions
 
 MIN_ROUNDS = 5  # fewer rounds give no median worth stating
 MEASURING_S = 20.0  # timed calls of a run's models together take this long at most, once there are so many rounds
-LONGEST_CALL_S = 5.0  # a call that would take longer is not made: its forwards are timed, and multiplied
+LONGEST_CALL_S = (
+    5.0  # a call that would take longer is not made: its forwards are timed and multiplied, and decoding added
+)
 NOISY = 0.03  # greatest noise of a median that is taken as it is
 
 
