@@ -1,7 +1,7 @@
 """The papers' claims on finished runs beyond digits, and the ablations that a run does not hold.
 
     python benchmarks/evidence.py RUN [RUN …] [--config FILE] [--override KEY=VALUE …]
-        [--ablations starts,merges,terms,objectives] [--picture FILE.png] [--json] [--check]
+        [--ablations starts,merges,terms,objectives] [--picture FILE] [--json] [--check]
 
 Every RUN is a finished run of compress.py with tune.random_proxies, few_step.enabled and quantize.enabled, of one
 recipe and a seed of its own. The claims are read from what its evaluation judged alike: ratios of Fréchet distances in
@@ -27,12 +27,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers_dit import fail
 from few_step import TERMS
+from PIL import Image
 from safetensors.torch import load_file
 
 from edgedit_hf.data.batches import stream_generator
@@ -333,14 +335,16 @@ ABLATIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
 
 
 def picture(run: Run, file: Path) -> None:
-    """The same noise and class of every model, a panel each, four images a class."""
+    """The same noise and class of every model, a panel each, three images a class, in the format of the file's name."""
     names = ("teacher", "teacher-more-steps", STUDENT, "student-random-proxies", f"{STUDENT}-few-steps", FEW_FOLDER)
     panels = {}
     for name in (*names, "quantized", "onnx-int8"):
         classes = run.teacher.transformer.config["num_classes"] or 8
-        images = run.bytes_of(name)[: 4 * classes].permute(0, 2, 3, 1).numpy()
+        images = run.bytes_of(name)[: 3 * classes].permute(0, 2, 3, 1).numpy()
         panels[MODEL_LABELS.get(name, name)] = montage(images, classes)
-    sample_grid(file, panels)
+    with TemporaryDirectory() as folder:
+        sample_grid(drawn := Path(folder, "samples.png"), panels)
+        Image.open(drawn).convert("RGB").save(file)
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -402,7 +406,9 @@ def main() -> None:
         "--override", action="append", default=[], metavar="KEY=VALUE", help="as given when they were made"
     )
     parser.add_argument("--ablations", default=",".join(ABLATIONS), help=f"of {', '.join(ABLATIONS)}; '' for none")
-    parser.add_argument("--picture", type=Path, help="write samples of the first run's models side by side (PNG)")
+    parser.add_argument(
+        "--picture", type=Path, help="write samples of the first run's models side by side (a name such as FILE.webp)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument("--check", action="store_true", help="exit with 1 unless every claim is kept")
     arguments = parser.parse_args()

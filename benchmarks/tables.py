@@ -309,7 +309,7 @@ def evidence(result: Result) -> dict[str, str]:
     seeds = [f"seed {run['seed']}" for run in runs]
 
     def claimed(found: Result) -> str:
-        interval = " – ".join(f"{end:.2f}" for end in found["interval"])
+        interval = " – ".join(f"{end:.3f}" for end in found["interval"])
         return "" if found["value"] is None else f"{found['value']:.3f}" + (f" ({interval})" if interval else "")
 
     claims = []
@@ -318,15 +318,15 @@ def evidence(result: Result) -> dict[str, str]:
         claims.append([name, claim["paper"], claim["bar"], *cells, claimed({"value": claim["mean"], "interval": []})])
     costs = []
     for name, paper in result["papers_costs"].items():
-        label = name if name in ("parameters", "flops") else f"latency, {latency_label(name)}"
+        label = {"parameters": name, "flops": "FLOPs"}.get(name) or f"latency, {latency_label(name)}"
         costs.append([label, paper, *(f"{run['costs'][name]:.2f}" for run in runs)])
-    names = list(dict.fromkeys(name for run in runs for name in run["distances"]))
+    names = sorted({name for run in runs for name in run["distances"]}, key=_order)
     distances = [
         [MODEL_LABELS.get(name, name), *(number(run["distances"].get(name)) for run in runs)] for name in names
     ]
     metric = metric_label(f"fid[{result['extractor']},n={result['samples']}]")
     found = {
-        "claims": table(["ratio of Fréchet distances", "the papers'", "at", *seeds, "mean"], claims),
+        "claims": table(["ratio of Fréchet distances", "the papers'", "asked for", *seeds, "mean"], claims),
         "costs": table(["student to teacher", "the papers'", *seeds], costs),
         "distances": table([metric, *seeds], distances),
     }
@@ -342,6 +342,12 @@ def evidence(result: Result) -> dict[str, str]:
             lines = [[str(seed), *row] for seed, ablation in made.items() for row in rows(ablation[name])]
             found[name] = table(["seed", *header], lines)
     return found
+
+
+def _order(name: str) -> tuple[int, str]:
+    """From the teacher to what ships."""
+    known = list(MODEL_LABELS)
+    return known.index(name) if name in known else len(known), name
 
 
 def _starts(found: Result) -> Iterable[list[str]]:

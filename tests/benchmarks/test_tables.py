@@ -84,9 +84,9 @@ def test_evidence(tables):
     }
     made = tables.evidence({**about, "runs": runs})
     assert list(made) == ["claims", "costs", "distances", "starts"]
-    assert made["claims"].splitlines()[2:] == ["| won back | DPG .97 | ≥ 0.8 | 0.900 (0.80 – 1.10) | | 0.900 |"]
+    assert made["claims"].splitlines()[2:] == ["| won back | DPG .97 | ≥ 0.8 | 0.900 (0.800 – 1.100) | | 0.900 |"]
     assert made["costs"].splitlines()[2:] == [
-        *("| flops | .61, .72 | 0.61 | 0.61 |", "| latency, ONNX Runtime fp32 | .60 (iPhone) | 0.68 | 0.68 |")
+        *("| FLOPs | .61, .72 | 0.61 | 0.61 |", "| latency, ONNX Runtime fp32 | .60 (iPhone) | 0.68 | 0.68 |")
     ]
     header, _, teacher, quantized = made["distances"].splitlines()
     assert "Fréchet distance (fashion_mnist-cnn, n=2,000)" in header
