@@ -388,6 +388,16 @@ def test_examples_are_the_examples_tests(recipes):
         assert (recipes.root / command.split()[1]).is_file()
 
 
+def test_beyond_digits_has_tests_of_its_own(recipes):
+    """tests/training/test_compress_beyond_digits.py runs the recipes, tests/benchmarks/test_evidence.py the claims."""
+    garments = find(recipes, "edgedit train compress --config training/recipes/fashion.yaml")
+    again = find(recipes, "--override output_dir=runs/fashion-1")
+    claims = find(recipes, "python benchmarks/evidence.py")
+    head = (recipes.root / "training" / "recipes" / "fashion.yaml").read_text()
+    for command in (garments, again, claims.removesuffix(" --check")):
+        assert f"\n#   {command}" in head
+
+
 @pytest.mark.slow
 @pytest.mark.export
 def test_measure_on_a_phone(recipes, clone, tmp_path):
