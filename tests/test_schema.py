@@ -356,8 +356,10 @@ def changed(value, path, new):
     return copy
 
 
+@pytest.mark.parametrize("most", [12, pytest.param(10**6, marks=pytest.mark.slow, id="everywhere")])
 @pytest.mark.parametrize("name", NAMES)
-def test_damage_is_one_error_or_none(world, name):
+def test_damage_is_one_error_or_none(world, name, most):
+    """At so many spots of the file, spread over it."""
     file = world[name]
     good = file.path.read_text()
     file.read()
@@ -370,7 +372,7 @@ def test_damage_is_one_error_or_none(world, name):
             key=str,
         )
         spots = [path for path in spots if path]
-        spots = spots[:: -(-len(spots) // 12)]
+        spots = spots[:: -(-len(spots) // most)]
         for path in spots:
             for new in (FOREIGN, None, "x", True, -1, 0, HUGE, 10**400, 1e300, [], {}, [HUGE], "../x", "y" * 10_000):
                 cases.append((json.dumps(changed(values, path, new)), (path, new)))

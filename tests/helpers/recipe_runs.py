@@ -98,32 +98,37 @@ class Recipes:
 
     def here(self, command: list[str], cwd: Path, expect: int = 0) -> str:
         """[`shell`] of an `edgedit …` in this process, which spares the imports. A stage starts without accelerate's
-        launcher and its options, which have tests of their own.
+        launcher and its options, which have tests of their own. What it says on stderr stays there.
         """
         from accelerate.commands.launch import launch_command_parser
 
         program, *arguments = command
         assert program == "edgedit", f"{shlex.join(command)} is no command of edgedit"
-        said, code = io.StringIO(), 0
+        said, errors, code = io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
             patch.chdir(cwd)
             try:
-                if arguments[0] == "train":
-                    script = str(find_script(arguments[1]))
-                    patch.setattr(sys, "argv", [script, *split_options(launch_command_parser(), arguments[2:])[1]])
-                    runpy.run_path(script, run_name="__main__")
-                else:
-                    code = cli.main(arguments)
+                with contextlib.redirect_stderr(errors):
+                    if arguments[0] == "train":
+                        rest = split_options(launch_command_parser(), arguments[2:])[1]
+                        _run_script([str(find_script(arguments[1])), *rest])
+                    else:
+                        code = cli.main(arguments)
             except SystemExit as ended:
                 code = ended.code
-        assert (code or 0) == expect, f"{shlex.join(command)} ended with {code}:\n{said.getvalue()[-2000:]}"
+        sys.stderr.write(errors.getvalue())
+        assert (code or 0) == expect and "Traceback" not in errors.getvalue(), (
+            f"{shlex.join(command)} ended with {code}:\n{said.getvalue()[-2000:]}\n{errors.getvalue()[-3000:]}"
+        )
         return said.getvalue()
 
     def run_here(self, name: str, output: Path, *overrides: str, config: str = "debug.yaml") -> None:
         """Run in this process, which spares the imports; bad input ends with `SystemExit`."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", self.arguments(name, output, *overrides, config=config))
-            runpy.run_path(str(TRAINING / f"{name}.py"), run_name="__main__")
+        _run_script(self.arguments(name, output, *overrides, config=config))
+
+    def printed_here(self, name: str, output: Path, *overrides: str) -> str:
+        """What [`run_here`] prints, of a run that ends well."""
+        return self.here(["edgedit", "train", *self.arguments(name, output, *overrides)], ROOT)
 
     def start(self, name: str, output: Path, *overrides: str, config: str = "debug.yaml") -> subprocess.Popen:
         command = [sys.executable, *self.arguments(name, output, *overrides, config=config)]
@@ -161,6 +166,12 @@ class Recipes:
             process.communicate()
         self.run(name, output, *overrides, config=config)
         return delays
+
+
+def _run_script(argv: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 def with_suppressed_kill(process: subprocess.Popen) -> None:

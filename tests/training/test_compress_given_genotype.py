@@ -2,8 +2,6 @@
 network, here distilled to two steps; and what the report says of such a run.
 """
 
-import contextlib
-import io
 import json
 
 import pytest
@@ -27,9 +25,7 @@ def finished(recipes, tmp_path_factory):
         "few_step.enabled=true",
         "few_step.steps=4",
     )
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        recipes.run_here("compress", folder / "run", *recipes.tiny, *overrides)
-    return folder / "run", genotype, said.getvalue()
+    return folder / "run", genotype, recipes.printed_here("compress", folder / "run", *recipes.tiny, *overrides)
 
 
 def test_the_student_is_the_given_network(finished):

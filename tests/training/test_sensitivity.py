@@ -1,8 +1,6 @@
 """The sensitivity study on a debug teacher: its table, and that a killed one continues to the same figures."""
 
-import contextlib
 import csv
-import io
 import json
 import shutil
 
@@ -15,12 +13,10 @@ CHANGES = ["MLP ratio 1", "MLP ratio 2", "MLP ratio 3", "attention 16", "merge 2
 def study(recipes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study") / "run"
     recipes.run_here("train_teacher", folder)
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        recipes.run_here("sensitivity", folder)
-    return folder, said.getvalue()
+    return folder, recipes.printed_here("sensitivity", folder)
 
 
-def test_table_and_plot(recipes, study, capsys):
+def test_table_and_plot(recipes, study):
     folder, printed = study
     table = json.loads((folder / "sensitivity" / "table.json").read_text())
     rows = {}
@@ -60,8 +56,7 @@ def test_table_and_plot(recipes, study, capsys):
     assert (folder / "sensitivity" / "plot.png").stat().st_size > 10_000
     stage = json.loads((folder / "sensitivity" / "stage.json").read_text())
     assert stage["changes"] == 6 and stage["places"] == 21 and list(stage["model_error_everywhere"]) == CHANGES
-    recipes.run_here("sensitivity", folder)  # finished: nothing is done again
-    assert text not in capsys.readouterr().out
+    assert text not in recipes.printed_here("sensitivity", folder)  # finished: nothing is done again
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ TINY = (
 @pytest.fixture(scope="module")
 def trained(recipes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
-    recipes.run_here("train_text_encoders", folder, *TINY)
+    recipes.printed_here("train_text_encoders", folder, *TINY)
     return folder
 
 
