@@ -27,14 +27,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers_dit import fail
 from few_step import TERMS
-from PIL import Image
 from safetensors.torch import load_file
 
 from edgedit_hf.data.batches import stream_generator
@@ -335,16 +333,14 @@ ABLATIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
 
 
 def picture(run: Run, file: Path) -> None:
-    """The same noise and class of every model, a panel each, three images a class, in the format of the file's name."""
+    """The same noise and class of every model, a panel each, three images a class."""
     names = ("teacher", "teacher-more-steps", STUDENT, "student-random-proxies", f"{STUDENT}-few-steps", FEW_FOLDER)
     panels = {}
     for name in (*names, "quantized", "onnx-int8"):
         classes = run.teacher.transformer.config["num_classes"] or 8
         images = run.bytes_of(name)[: 3 * classes].permute(0, 2, 3, 1).numpy()
         panels[MODEL_LABELS.get(name, name)] = montage(images, classes)
-    with TemporaryDirectory() as folder:
-        sample_grid(drawn := Path(folder, "samples.png"), panels)
-        Image.open(drawn).convert("RGB").save(file)
+    sample_grid(file, panels)
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -358,7 +354,9 @@ def summary(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def print_claims(claims: dict[str, dict[str, Any]], results: list[dict[str, Any]]) -> None:
+def print_claims(
+    claims: dict[str, dict[str, Any]], papers_costs: dict[str, str], results: list[dict[str, Any]]
+) -> None:
     """The tables of claims and of costs."""
     seeds = "".join(f"{'seed ' + str(result['seed']):>26}" for result in results)
     print(f"{'claim':<48}{'paper':<48}{'bar':>8}{seeds}{'mean':>8}")
@@ -367,9 +365,9 @@ def print_claims(claims: dict[str, dict[str, Any]], results: list[dict[str, Any]
         cells = "".join(f"{_figure(one['value'], one['interval']):>26}" for one in found)
         told = f"{_figure(claim['mean']):>8}  {'kept' if claim['kept'] else 'NOT KEPT'}"
         print(f"{name:<48}{claim['paper']:<48}{claim['bar']:>8}{cells}{told}")
-    for name in results[0]["costs"]:
+    for name, paper in papers_costs.items():
         told = "".join(f"{result['costs'][name]:>26.2f}" for result in results)
-        print(f"{'student / teacher, ' + name:<48}{PAPERS_COSTS.get(name, PAPERS_LATENCY):<48}{'':>8}{told}")
+        print(f"{'student / teacher, ' + name:<48}{paper:<48}{'':>8}{told}")
 
 
 def print_ablation(name: str, results: list[dict[str, Any]]) -> None:
@@ -429,7 +427,8 @@ def main() -> None:
         f"guidance {run.config.sampling.guidance_scale:g}; in brackets 95 % of {RESAMPLES} bootstraps over images"
     )
     claims = summary(results)
-    print_claims(claims, results)
+    papers_costs = {name: PAPERS_COSTS.get(name, PAPERS_LATENCY) for name in results[0]["costs"]}
+    print_claims(claims, papers_costs, results)
     for name in asked:
         print_ablation(name, results)
     missed = [f"{n} is {_figure(c['mean'])}; {c['bar']} wanted" for n, c in claims.items() if not c["kept"]]
@@ -439,7 +438,7 @@ def main() -> None:
             "samples": run.config.evaluate.samples,
             "sampling": run.config.section("sampling")["sampling"],
             "claims": claims,
-            "papers_costs": {name: PAPERS_COSTS.get(name, PAPERS_LATENCY) for name in results[0]["costs"]},
+            "papers_costs": papers_costs,
             "environment": environment(run.config.threads),
         }
         print(json.dumps({**about, "runs": results, "missed": missed}))

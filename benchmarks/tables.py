@@ -10,7 +10,7 @@ from typing import Any
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.markup import code, fenced, markdown
 from edgedit_hf.report.ranking import NAMES, correlation, ranking_table
-from edgedit_hf.report.tables import MODEL_LABELS, latency_label, metric_label
+from edgedit_hf.report.tables import MODEL_LABELS, latency_label, metric_label, model_place
 
 Result = Mapping[str, Any]
 
@@ -320,7 +320,7 @@ def evidence(result: Result) -> dict[str, str]:
     for name, paper in result["papers_costs"].items():
         label = {"parameters": name, "flops": "FLOPs"}.get(name) or f"latency, {latency_label(name)}"
         costs.append([label, paper, *(f"{run['costs'][name]:.2f}" for run in runs)])
-    names = sorted({name for run in runs for name in run["distances"]}, key=_order)
+    names = sorted(dict.fromkeys(name for run in runs for name in run["distances"]), key=model_place)
     distances = [
         [MODEL_LABELS.get(name, name), *(number(run["distances"].get(name)) for run in runs)] for name in names
     ]
@@ -342,12 +342,6 @@ def evidence(result: Result) -> dict[str, str]:
             lines = [[str(seed), *row] for seed, ablation in made.items() for row in rows(ablation[name])]
             found[name] = table(["seed", *header], lines)
     return found
-
-
-def _order(name: str) -> tuple[int, str]:
-    """From the teacher to what ships."""
-    known = list(MODEL_LABELS)
-    return known.index(name) if name in known else len(known), name
 
 
 def _starts(found: Result) -> Iterable[list[str]]:

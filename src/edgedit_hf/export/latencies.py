@@ -119,13 +119,13 @@ def seconds_an_image(rows: Mapping[str, Sampled], latency: Mapping[str, Any], co
         if of_forward is not None and forwards * of_forward / 1e3 > LONGEST_CALL_S:
             seconds |= dict.fromkeys(names, forwards * of_forward / 1e3 / batch)
             multiplied += names
-            if rows[names[0]].pipeline.vae is not None:  # of a run's models it is one
-                runners[DECODING] = TorchRunner(decoding_of(rows[names[0]]), {}, threads)
             continue
         row = rows[names[0]]
         if not row.eager:
             row.pipeline.transformer.set_threads(threads)
         runners[tuple(names)] = TorchRunner(call_of(row, batch), {}, threads)
+    if multiplied and rows[multiplied[0]].pipeline.vae is not None:  # which all models of a run share
+        runners[DECODING] = TorchRunner(decoding_of(rows[multiplied[0]]), {}, threads)
     timings = {}
     if runners:
         repeats = config.evaluate.latency_repeats

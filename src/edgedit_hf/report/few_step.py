@@ -102,11 +102,16 @@ def few_step_table(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
     return header, [_row(model, distance) for model in rows]
 
 
+def _seconds(model: Mapping[str, Any]) -> tuple[str, float | None]:
+    """In which runtime an image was timed, and how long it took; "" and `None` where it was not."""
+    return next(iter((model.get("seconds_per_image") or {"": None}).items()))
+
+
 def _row(model: Mapping[str, Any], distance: str) -> list[str]:
     label = MODEL_LABELS.get(model["name"], model["name"])
     if model.get("solver") is not None:
         label = f"the same net, {model['solver']}"
-    (runtime, seconds), *_ = (model.get("seconds_per_image") or {"": None}).items()
+    runtime, seconds = _seconds(model)
     stored = model.get("bytes") or {}
     weights = stored.get("fp32") or next(iter(stored.values()), None)
     return [
@@ -255,9 +260,7 @@ def _seconds_of_many(width: Mapping[str, Any]) -> float | None:
     """Seconds an image of a width in many steps, from two calls in few: what is in them beside the forwards, such as
     the decoder, is not multiplied. `None` where they do not tell how long a forward takes.
     """
-    few, ours = (
-        next(iter((width[key].get("seconds_per_image") or {"": None}).values())) for key in ("few", "few_step")
-    )
+    few, ours = (_seconds(width[key])[1] for key in ("few", "few_step"))
     more = _forwards(width["few"]) - _forwards(width["few_step"])
     if few is None or ours is None or few <= ours or more <= 0:
         return None
@@ -279,9 +282,7 @@ def few_step_widths_table(widths: Sequence[Mapping[str, Any]]) -> tuple[list[str
         for key in ("many", "few", "few_step"):
             model = width[key]
             guided = model["guidance_scale"] > 1
-            seconds, about = next(iter((model.get("seconds_per_image") or {"": None}).values())), ""
-            if key == "many":
-                seconds, about = _seconds_of_many(width), "≈ "
+            seconds, about = (_seconds_of_many(width), "≈ ") if key == "many" else (_seconds(model)[1], "")
             said = {"many": "many steps", "few": model.get("solver"), "few_step": "few-step"}[key]
             row = [
                 f"{width['name']}, {said}",

@@ -676,7 +676,9 @@ def _patch(colour: str, hatch: str, label: str) -> Patch:
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:
-    _replace(path, lambda aside: figure.savefig(aside, format="png", bbox_inches="tight", pad_inches=0.1))
+    """In the format that the name ends with."""
+    kind = Path(path).suffix.removeprefix(".") or "png"
+    _replace(path, lambda aside: figure.savefig(aside, format=kind, bbox_inches="tight", pad_inches=0.1))
 
 
 def _replace(path: str | os.PathLike, write: Any) -> None:

@@ -66,6 +66,12 @@ def latency_label(key: str) -> str:
     return f"{RUNTIME_LABELS.get(runtime, runtime)} {precision}"
 
 
+def model_place(name: str) -> int:
+    """Where a model stands on the way from the teacher to what ships; others come last."""
+    known = list(MODEL_LABELS)
+    return known.index(name) if name in known else len(known)
+
+
 def scaled(value: float) -> str:
     """A count in three digits with k, M or G: 1812345 → "1.81 M"."""
     for factor, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
@@ -90,8 +96,7 @@ def comparison_table(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], li
     Args:
         models: `report["models"]`.
     """
-    order = list(MODEL_LABELS)
-    models = sorted(models, key=lambda m: order.index(m["name"]) if m["name"] in order else len(order))
+    models = sorted(models, key=lambda m: model_place(m["name"]))
     runtimes = list(RUNTIME_LABELS)
 
     def place(name: str) -> tuple[int, str]:
