@@ -9,43 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-
-# accelerate offers FSDP on accelerators alone; PyTorch has it on the CPU too.
-SHARDED = """
-import os
-from accelerate import FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
-from edgedit_hf.run import launch
-from edgedit_hf.run.state import RunState
-
-def make_accelerator(config, make=launch.make_accelerator):
-    accelerator = make(config)
-    wrapped = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["ElasticDiTBlock"]}
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False, **wrapped)
-    AcceleratorState._shared_state["fsdp_plugin"] = plugin
-    for state in (AcceleratorState, PartialState):
-        state._shared_state["distributed_type"] = DistributedType.FSDP
-    assert accelerator.is_fsdp2
-    return accelerator
-
-launch.make_accelerator = make_accelerator
-if os.environ.get("DIE_AT"):
-    def checkpoint(self, whole=RunState.checkpoint):
-        whole(self)
-        if self.step == int(os.environ["DIE_AT"]):
-            os._exit(9)
-    RunState.checkpoint = checkpoint
-from edgedit_hf.training import train_elastic
-launch.recipe_main(train_elastic.run, "", dry_run=print)
-"""
+from sharded import sharded
 
 
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_sharded_training_equals_one_process_and_continues(repository, tmp_path):
     training = repository / "training"
-    (tmp_path / "sharded.py").write_text(SHARDED)
     python, torchrun = (
         [sys.executable],
         [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"],
@@ -70,12 +40,12 @@ def test_sharded_training_equals_one_process_and_continues(repository, tmp_path)
     run([*python, training / "train_text_encoders.py"], one)
     shutil.copytree(one / "text", two / "text")
     run([*python, training / "train_elastic.py"], one)
-    sharded = [*torchrun, tmp_path / "sharded.py"]
-    run(sharded, two, killed=True, DIE_AT="2")
+    stage = [*torchrun, sharded("train_elastic", tmp_path)]
+    run(stage, two, killed=True, DIE_AT="2")
     assert sorted(path.name for path in (two / "elastic" / "checkpoints" / "step-000000002").glob("*.safetensors")), (
         "no sharded checkpoint"
     )
-    run(sharded, two)
+    run(stage, two)
     a, b = (
         load_file(folder / "elastic" / "transformer" / "diffusion_pytorch_model.safetensors") for folder in (one, two)
     )

@@ -6,6 +6,8 @@ import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 
+from edgedit_hf import load_original
+
 ORACLES = Path(__file__).parents[1] / "models" / "oracles"
 HEADS = 4  # of the oracles
 
@@ -15,6 +17,19 @@ def oracle(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
     tensors = load_file(ORACLES / f"{name}.safetensors")
     weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
     return weights, {key: value for key, value in tensors.items() if not key.startswith("weights.")}
+
+
+def relative(name: str, folder: Path) -> tuple[torch.nn.Module, dict[str, torch.Tensor], torch.Tensor]:
+    """A network of the original's weights, inputs of it, and the prediction that the original's output amounts to
+    (SiT's time runs the other way, and so does its velocity).
+    """
+    weights, calls = oracle(name)
+    torch.save(weights, folder / f"{name}.pt")
+    x, t, y, expected = (calls[f"call0.{key}"] for key in ("x", "t", "y", "out"))
+    if name == "sit":
+        t, expected = 1000 * (1 - t), -expected
+    model = load_original(folder / f"{name}.pt", num_attention_heads=HEADS)
+    return model, {"sample": x, "timestep": t.float(), "class_labels": y}, expected
 
 
 def random_diffusers_model(seed: int = 0, copies_equal: bool = True, **config) -> DiTTransformer2DModel:

@@ -141,6 +141,20 @@ class Recipes:
             start_new_session=True,
         )
 
+    def interrupted(self, name: str, output: Path, marker: Path, *overrides: str, config: str = "debug.yaml") -> bool:
+        """Run and press Ctrl-C as soon as `marker` is there, which ends it with 130 and one line that says how to go
+        on. False: it had finished before the signal came.
+        """
+        process = self.start(name, output, *overrides, config=config)
+        deadline = time.monotonic() + 120
+        while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode in (0, 130) and "Traceback" not in said, said
+        assert process.returncode == 0 or "Run the same command to continue" in said, said
+        return process.returncode == 130
+
     def run_with_kills(
         self,
         name: str,

@@ -4,24 +4,11 @@ import json
 
 import pytest
 import torch
-from demo_stage import demo_run
+from demo_stage import demo_run, finished_with_results
 from safetensors.torch import save_file
 
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.run.results import pipeline_weights_hash, replace_results
-from edgedit_hf.run.state import RunState
-
-
-def finished_with_results(folder, config=None) -> RunState:
-    run = demo_run(folder, "demo", config or {}, 1)
-    if not run.finished:
-        for _ in run.steps():
-            pass
-        with run.publish() as aside:
-            (aside / "model").mkdir()
-            save_file({"weight": torch.ones(3)}, aside / "model" / "weights.safetensors")
-        run.finish()
-    return run
 
 
 def test_what_describes_a_pipeline_counts_where_it_is_asked_for(tmp_path):

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from demo_stage import demo_run
+from demo_stage import demo_run, finished_with_results
 from safetensors.torch import save_file
 from small_disks import fill
 from small_nets import optimised, train_step
@@ -217,18 +217,6 @@ def test_keys_that_no_result_depends_on_may_change(uninterrupted, tmp_path, key,
 
 
 # -------------------------------------------------------------------- what is finished
-
-
-def finished_with_results(folder, config=None) -> RunState:
-    run = demo_run(folder, "demo", config or {}, 1)
-    if not run.finished:
-        for _ in run.steps():
-            pass
-        with run.publish() as aside:
-            (aside / "model").mkdir()
-            save_file({"weight": torch.ones(3)}, aside / "model" / "weights.safetensors")
-        run.finish()
-    return run
 
 
 @pytest.mark.parametrize("damage", ["deleted", "halved", "changed"])

@@ -4,10 +4,8 @@ import json
 import math
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from flow_pipelines import elastic, randomise
 from safetensors.torch import load_file
+from sharded import sharded
 
 from edgedit_hf import EdgeDiTPipeline, quantize_model
 from edgedit_hf.data.loading import load_run_images
@@ -321,16 +320,7 @@ def test_killed_and_rerun_equals_uninterrupted(recipes, sources, request, tmp_pa
 @pytest.mark.kills
 def test_ctrl_c_saves_and_the_rerun_continues(recipes, sources, whole, tmp_path):
     path = f"few_step.path={sources / 'edgedit'}"
-    process = recipes.start(RECIPE, tmp_path, path)
-    telemetry, deadline = tmp_path / "few-step" / "telemetry.jsonl", time.monotonic() + 120
-    while not telemetry.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    if process.returncode != 0:  # else it had finished before the signal came
-        assert (
-            process.returncode == 130 and "Run the same command to continue" in output and "Traceback" not in output
-        ), output
+    recipes.interrupted(RECIPE, tmp_path, tmp_path / "few-step" / "telemetry.jsonl", path)
     recipes.run(RECIPE, tmp_path, path)
     assert_equal(whole, tmp_path)
 
@@ -360,45 +350,13 @@ def test_two_ranks_equal_one(distil, request, sources, name, tmp_path):
     assert facts(two)["best"]["distance"] == pytest.approx(facts(one)["best"]["distance"], rel=1e-2)
 
 
-SHARDED = """
-import os
-from accelerate import FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
-from edgedit_hf.run import launch
-from edgedit_hf.run.state import RunState
-
-def make_accelerator(config, make=launch.make_accelerator):  # accelerate offers FSDP on accelerators alone
-    accelerator = make(config)
-    blocks = ["ElasticDiTBlock", "EdgeDiTBlock"]
-    wrapped = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": blocks[:1]}
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False, **wrapped)
-    AcceleratorState._shared_state["fsdp_plugin"] = plugin
-    for state in (AcceleratorState, PartialState):
-        state._shared_state["distributed_type"] = DistributedType.FSDP
-    assert accelerator.is_fsdp2
-    return accelerator
-
-launch.make_accelerator = make_accelerator
-if os.environ.get("DIE_AT"):
-    def checkpoint(self, whole=RunState.checkpoint):
-        whole(self)
-        if self.step == int(os.environ["DIE_AT"]):
-            os._exit(9)
-    RunState.checkpoint = checkpoint
-from edgedit_hf.training import distill_few_step
-launch.recipe_main(distill_few_step.run, "", dry_run=print)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("backbone", ["adapters", "full"])
 def test_sharded_training_equals_one_process_and_continues(distil, recipes, sources, tmp_path, backbone):
     options = (f"few_step.backbone={backbone}", "few_step.steps=4", "few_step.evaluate_every=4")
     one = distil("text", *options)
-    two, script = tmp_path / "two", tmp_path / "sharded.py"
-    script.write_text(SHARDED)
+    two, script = tmp_path / "two", sharded(RECIPE, tmp_path)
     pieces = "few_step.gradient_accumulation=2"
     arguments = recipes.arguments(RECIPE, two, f"few_step.path={sources / 'text'}", *options, pieces)[1:]
     for die_at in ("2", ""):

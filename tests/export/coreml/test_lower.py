@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from oracles import relative
 from torch import nn
 
-from edgedit_hf import load_original
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.export.coreml.lower import METADATA_PREFIX, load_program, lower_coreml, native_inputs
 from edgedit_hf.export.coreml.mil import run_package
@@ -36,7 +35,6 @@ def read_metadata(path: Path) -> dict[str, str]:
     }
 
 
-ORACLES = Path(__file__).parents[2] / "models" / "oracles"
 # Runs and groups that divide the sizes of the debug net, and some whose last one is shorter.
 SPECS = [
     {"scheme": "palette", "bits": 4, "rows_per_palette": 16},
@@ -392,17 +390,9 @@ def test_an_elastic_net_keeps_its_palettes(tmp_path):
 @pytest.mark.export
 @pytest.mark.parametrize("name", ["sit", "mdtv2"])
 def test_relatives_compute_what_the_original_computed(name, tmp_path):
-    tensors = load_file(ORACLES / f"{name}.safetensors")
-    torch.save(
-        {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}, tmp_path / f"{name}.pt"
-    )
-    model = load_original(tmp_path / f"{name}.pt", num_attention_heads=4)
-    x, t, y, expected = (tensors[f"call0.{key}"] for key in ("x", "t", "y", "out"))
-    if name == "sit":
-        t, expected = 1000 * (1 - t), -expected
-    (part,) = edgedit_parts(model, tuple(x.shape[2:]), len(x), split=False)
+    model, inputs, expected = relative(name, tmp_path)
+    sample = inputs["sample"]
+    (part,) = edgedit_parts(model, tuple(sample.shape[2:]), len(sample), split=False)
     lower_coreml(part, tmp_path / "model.mlpackage", "fp32", {})
-    found = run_package(tmp_path / "model.mlpackage", {"sample": x, "timestep": t.float(), "class_labels": y})[
-        "prediction"
-    ]
+    found = run_package(tmp_path / "model.mlpackage", inputs)["prediction"]
     assert (found - expected).norm() <= 1e-4 * expected.norm()
