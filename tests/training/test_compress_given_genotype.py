@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from edgedit_hf import EdgeDiTPipeline, SearchSpace
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(recipes, tmp_path_factory):
@@ -89,7 +91,6 @@ def test_the_extractor_is_nobodys_and_stays(finished):
     assert (run / "extractor" / "extractor.json").is_file() and not (run / "evaluate" / "extractor").exists()
 
 
-@pytest.mark.slow
 def test_exports_are_left_out_of_the_evaluation_where_asked(recipes, finished, tmp_path):
     run, _, _ = finished
     for name in ("teacher", "student", "student-tuned", "exported"):

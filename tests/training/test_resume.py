@@ -104,6 +104,8 @@ def test_a_killed_latency_stage_finds_its_networks_again(recipes, tmp_path):
     assert table["protocol"]["rounds"] >= 200 and len(table["prediction"]["networks"]) == 14
 
 
+@pytest.mark.slow
+@pytest.mark.kills
 def test_ctrl_c_saves_and_the_rerun_continues(recipes, whole_run, result_files, tmp_path):
     whole, _ = whole_run("train_teacher")
     folder = tmp_path / "run"

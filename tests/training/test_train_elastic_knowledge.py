@@ -126,6 +126,8 @@ def test_a_teacher_that_cannot_teach_is_one_line(fail, encoders, tmp_path):
         assert "A 4bit teacher needs a CUDA GPU" in line
 
 
+@pytest.mark.slow
+@pytest.mark.kills
 def test_a_changed_teacher_is_not_continued_with(recipes, fail, encoders, teacher, whole, tmp_path):
     shutil.copytree(whole / "elastic", tmp_path / "run" / "elastic")
     torch.manual_seed(3)
