@@ -378,7 +378,7 @@ def test_damage_is_one_error_or_none(world, name, most):
                 cases.append((json.dumps(changed(values, path, new)), (path, new)))
         for text, what in cases:
             file.path.write_text(text, encoding="utf-8")
-            started = time.monotonic()
+            started = time.process_time()
             try:
                 file.read()
                 taken += 1
@@ -390,7 +390,7 @@ def test_damage_is_one_error_or_none(world, name, most):
             except EdgeDiTError as error:
                 refused += 1
                 assert len(str(error)) < 2500, (what, len(str(error)))
-            assert time.monotonic() - started < 3, what
+            assert time.process_time() - started < 3, what
         file.path.write_bytes(b"\xff\xfe\x00")
         with pytest.raises(EdgeDiTError):
             file.read()
