@@ -351,14 +351,17 @@ def _starts(found: Result) -> Iterable[list[str]]:
 
 def _merges(found: Result) -> Iterable[list[str]]:
     for budget, both in found.items():
-        for kind, row in both.items():
+        same = len({row["hash"] for row in both.values()}) < len(both)
+        for kind, row in list(both.items())[: 1 if same else None]:
+            label = "merges of two, with or without those of three" if same else MERGED[kind]
             figures = [number(row["score"]), f"{row['latency_ratio']:.2f}", number(row["distance"])]
-            yield [f"{float(budget):g} of the teacher's", MERGED[kind], *figures]
+            yield [f"{float(budget):g} of the teacher's", label, *figures]
 
 
 def _terms(found: Result) -> Iterable[list[str]]:
     for term, row in found.items():
-        yield [TERMS[term], number(row["distance"]), number(row["recall"]), percent(row["won_back"], 0)]
+        won_back = percent(row["won_back"], 0) if row["won_back"] > 0 else "nothing"
+        yield [TERMS[term], number(row["distance"]), number(row["recall"]), won_back]
 
 
 def _objectives(found: Result) -> Iterable[list[str]]:

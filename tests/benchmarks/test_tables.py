@@ -74,8 +74,22 @@ def test_evidence(tables):
             "ablations": {"starts": {"closed_form": {"before": 0.02, "after": 0.01, "distance": 4.125}}, **ablations},
         }
 
-    objectives = {"proxy_loss": {"spearman": [0.5, -0.25, 1.0], "partial": [None, None, None]}}
-    runs = [of_seed(0, 0.9, 3.625, objectives=objectives), of_seed(1, None, None)]
+    def student(name, distance):
+        return {"score": 0.5, "latency_ratio": 0.334, "distance": distance, "hash": name}
+
+    of_one = {
+        "objectives": {"proxy_loss": {"spearman": [0.5, -0.25, 1.0], "partial": [None, None, None]}},
+        "merges": {
+            "0.55": {"with": student("a", 5.0), "without": student("a", 5.0)},
+            "0.34": {"with": student("b", 6.0), "without": student("c", 6.0)},
+            "0.27": {"with": student("d", 7.0)},
+        },
+        "terms": {
+            "both": {"distance": 4.0, "recall": 0.75, "won_back": 0.951},
+            "matching": {"distance": 99.0, "recall": 0.0, "won_back": -9.5},
+        },
+    }
+    runs = [of_seed(0, 0.9, 3.625, **of_one), of_seed(1, None, None)]
     about = {
         "extractor": "fashion_mnist-cnn",
         "samples": 2000,
@@ -92,8 +106,15 @@ def test_evidence(tables):
     assert "Fréchet distance (fashion_mnist-cnn, n=2,000)" in header
     assert (teacher, quantized) == ("| teacher | 3.50 | 3.50 |", "| student, quantized | 3.62 | |")
     assert made["starts"].splitlines()[2] == "| 0 | closed form | 0.0200 | 0.0100 | 4.12 |"
-    both = tables.evidence({**about, "runs": [runs[0]]})["objectives"]
-    assert both.splitlines()[2] == "| 0 | summed proxy loss | 0.50 [−0.25, 1.00] | – |"
+    one = {name: table.splitlines()[2:] for name, table in tables.evidence({**about, "runs": [runs[0]]}).items()}
+    assert one["objectives"] == ["| 0 | summed proxy loss | 0.50 [−0.25, 1.00] | – |"]
+    assert one["merges"] == [
+        "| 0 | 0.55 of the teacher's | merges of two, with or without those of three | 0.500 | 0.33 | 5.00 |",
+        "| 0 | 0.34 of the teacher's | merges of two and of three | 0.500 | 0.33 | 6.00 |",
+        "| 0 | 0.34 of the teacher's | merges of two | 0.500 | 0.33 | 6.00 |",
+        "| 0 | 0.27 of the teacher's | merges of two and of three | 0.500 | 0.33 | 7.00 |",
+    ]
+    assert one["terms"] == ["| 0 | both | 4.00 | 0.750 | 95 % |", "| 0 | matching alone | 99.0 | 0 | nothing |"]
 
 
 def test_a_browser_in_the_loop(tables):

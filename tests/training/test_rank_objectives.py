@@ -11,6 +11,7 @@ import pytest
 
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.report.edgedit import write_report
+from edgedit_hf.report.ranking import correlation
 
 OBJECTIVES = [
     *("proxy_loss", "distance", "denoising", "denoising 1", "denoising 2"),
@@ -32,6 +33,18 @@ def start(debug_run, tmp_path_factory):
 def study(recipes, start, tmp_path_factory):
     folder = shutil.copytree(start, tmp_path_factory.mktemp("ranked") / "run")
     return folder, recipes.run("rank_objectives", folder)
+
+
+@pytest.mark.parametrize(
+    "figure, text",
+    [
+        ([0.876, -0.5, 1.0], "0.88 [−0.50, 1.00]"),
+        ([-0.0004, -0.004, 0.0], "0.00 [0.00, 0.00]"),
+        ([None, None, None], "–"),
+    ],
+)
+def test_correlations_are_read_without_a_minus_before_nothing(figure, text):
+    assert correlation(figure) == text
 
 
 @pytest.mark.slow

@@ -81,4 +81,5 @@ def correlation(figure: Sequence[float | None]) -> str:
     value, low, high = figure
     if value is None or low is None or high is None:
         return "–"
+    value, low, high = (round(number, 2) + 0.0 for number in (value, low, high))  # no minus before zero
     return f"{value:.2f} [{low:.2f}, {high:.2f}]".replace("-", "−")
