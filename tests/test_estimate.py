@@ -116,6 +116,7 @@ def test_a_quantised_student_costs_what_its_bits_and_its_steps_say(configured):
     assert rows["evaluate"].seconds > counted(configured("few_step.enabled=true"))["evaluate"].seconds
 
 
+@pytest.mark.slow
 def test_text_to_image_has_a_table_of_few_steps_where_it_is_asked_for(tmp_path, repository, capsys):
     recipe, output = repository / "training" / "recipes" / "debug-t2i.yaml", f"output_dir={tmp_path / 'run'}"
     for asked, stages in ((False, ["elastic"]), (True, ["elastic", "few-step"])):
@@ -294,6 +295,7 @@ print("peak", next(int(line.split()[1]) // 1024 for line in status.splitlines() 
 """
 
 
+@pytest.mark.slow
 def test_the_paper_recipe_is_estimated_without_anything_of_its_own(repository, run_python, tmp_path):
     recipe = repository / "training" / "recipes" / "imagenet256-edgedit1.yaml"
     lines = run_python(PAPER, recipe, tmp_path / "run").splitlines()

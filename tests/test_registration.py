@@ -159,6 +159,7 @@ def saved(request, make_transformer, tmp_path):
     return plain, bundle
 
 
+@pytest.mark.slow
 @both_families(PACKAGE_FIRST)
 def test_package_first(saved, script, make_hub_cache, run_python):
     plain, _ = saved
@@ -167,6 +168,7 @@ def test_package_first(saved, script, make_hub_cache, run_python):
     run_python(script, plain, env={"HF_HUB_CACHE": str(cache)})
 
 
+@pytest.mark.slow
 def test_diffusers_first_and_a_real_download(saved, make_hub_server, run_python, tmp_path):
     plain, _ = saved
     run_python(DIFFUSERS_FIRST, plain, tmp_path / "again", env=make_hub_server({"acme/listed": plain}))

@@ -35,6 +35,7 @@ def table(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_search(benchmark, table, tmp_path):
     arguments = ("--table", table, "--seeds", 2, "--budgets", "8,12", "--plot", tmp_path / "plot.png")
     printed, result = benchmark("search.py", *arguments)
@@ -50,6 +51,7 @@ def test_search(benchmark, table, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_kernels(benchmark, table):
     printed, result = benchmark("search.py", "--table", table, "--seeds", 1, "--budgets", "12", "--kernels")
     assert len(result["kernels"]) == 14 == len(printed) - 2

@@ -65,6 +65,7 @@ def test_options_are_told_apart():
     assert left == ["--config", "run.yaml", "--override", "a=--cpu", "--teacher", "x", "--dry-run"]
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     process = start(tmp_path / "run", "teacher.stps=3")
     _, err = process.communicate(timeout=120)

@@ -353,6 +353,7 @@ def test_the_tutorial_goes_on_in_the_runs_own_folder(recipes, clone, tmp_path):
     assert "latency_ms <= 8" in (tmp_path / "runs" / "demo" / "student" / "choice.json").read_text()
 
 
+@pytest.mark.slow
 def test_record_what_was_measured(recipes, clone):
     """In a checkout of its own, whose pages then have the new tables."""
     for folder in ("benchmarks", "docs"):

@@ -38,6 +38,7 @@ def test_your_own_data(example, folder):
     assert (folder / "runs" / "example" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_your_own_teacher(example, folder):
     assert "20 proxies" in example("own_teacher", folder)
 
@@ -62,6 +63,7 @@ def test_numpy_and_the_runtime_alone(folder):
     assert done.returncode == 0 and "image.npy: (8, 8, " in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_somebody_elses_pipeline(example, folder):
     assert "Fréchet distance" in example("evaluate_other", folder)
 

@@ -77,6 +77,8 @@ def test_an_export_is_used_where_it_fits(model, exported, make_transformer, tmp_
     assert Genotype.from_json(read_metadata(file)["genotype"]) == Genotype.of(other.config)
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_a_file_of_another_batch_keeps_its_layers_of_8_bits(model, exported, tmp_path):
     """As of ExecuTorch, whose files have one batch."""
     exported = OnnxEdgeDiTTransformer2DModel.from_pretrained(exported.folder)

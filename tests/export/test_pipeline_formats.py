@@ -78,7 +78,12 @@ def run(path, part):
 
 
 @pytest.mark.parametrize(
-    "precision, tolerance, shrink", [("fp16", 2e-3, 1.9), ("int8", 2e-2, 2.5), ("int4", 2e-1, 3.5)]
+    "precision, tolerance, shrink",
+    [
+        pytest.param("fp16", 2e-3, 1.9, marks=(pytest.mark.slow, pytest.mark.export)),
+        ("int8", 2e-2, 2.5),
+        pytest.param("int4", 2e-1, 3.5, marks=(pytest.mark.slow, pytest.mark.export)),
+    ],
 )
 def test_precisions_of_a_file(whole, tmp_path, precision, tolerance, shrink):
     said = lower_onnx(whole, tmp_path / "model.onnx", precision, {"a": "b"})
@@ -89,7 +94,7 @@ def test_precisions_of_a_file(whole, tmp_path, precision, tolerance, shrink):
     assert 4 * sum(p.numel() for p in whole.module.parameters()) / stored > shrink
 
 
-@pytest.mark.parametrize("buckets", [1, 2])
+@pytest.mark.parametrize("buckets", [pytest.param(1, marks=(pytest.mark.slow, pytest.mark.export)), 2])
 def test_static_int8_is_what_the_simulation_computes(pipeline, whole, scales, tmp_path, buckets):
     """Against PyTorch with rounded inputs and rounded weights: the same but for the order of additions, at timesteps of
     every bucket.

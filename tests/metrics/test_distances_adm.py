@@ -74,6 +74,7 @@ def test_random_features(width, count):
     assert inception_score(samples, 70)[0] == pytest.approx(adm_score(samples.astype(np.float64), 70), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_features_of_inception(inception, images):
     extractor, features, spatial = inception
     assert features.shape == (28, 2048) and spatial.shape == (28, 7 * 17 * 17)

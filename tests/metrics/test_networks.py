@@ -119,6 +119,7 @@ def test_a_folder_named_inception_is_not_taken_for_adms(dinov2, tmp_path):
     assert open_extractor(str(folder)).name == "inception-transformers"
 
 
+@pytest.mark.slow
 def test_a_hub_name_is_found_in_the_cache(dinov2, make_hub_cache, run_python):
     cache = make_hub_cache(dinov2, "facebook/dinov2-small")
     code = """

@@ -130,7 +130,7 @@ def test_the_gate_chooses_between_the_branches():
         assert not torch.allclose(layer(tokens, positions)[:, :8], layer(far_away, positions)[:, :8], atol=1e-3)
 
 
-@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("opset", [18, pytest.param(23, marks=(pytest.mark.slow, pytest.mark.export))])
 def test_an_exported_layer_agrees(opset):
     import onnxruntime
 

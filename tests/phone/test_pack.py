@@ -67,10 +67,10 @@ def measure(tmp_path):
     return run
 
 
+@pytest.mark.slow
+@pytest.mark.export
 @pytest.mark.parametrize(
-    ("runtime", "platform"),
-    [pytest.param("onnxruntime", "", marks=SLOW), pytest.param("executorch", "android", marks=SLOW)]
-    + [("executorch", "posix")],
+    ("runtime", "platform"), [("onnxruntime", ""), ("executorch", "android"), ("executorch", "posix")]
 )
 def test_a_pack_measures_what_the_binary_says(runtime, platform, pack, measure):
     bundle = pack(runtime)

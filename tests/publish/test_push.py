@@ -97,6 +97,7 @@ def test_what_arrives_and_what_is_not_sent_again(hub, push, folder):
     assert len(tags) == 3 and all(tag.startswith("teacher-") for tag in tags), "one for each state of the folder"
 
 
+@pytest.mark.slow
 def test_a_folder_of_a_repository_a_collection_and_another_kind(hub, push, refused, folder, made):
     push(folder, "me/family", "--path-in-repo", "teacher", "--collection", "Digits")
     push(made / "bank", "me/family", "--path-in-repo", "bank", "--collection", "Digits")
@@ -163,6 +164,7 @@ def test_what_goes_wrong_is_one_line(hub, refused, folder, pattern, fault, words
     assert WEIGHTS not in (hub.files("me/teacher") if (hub.folder / "models").exists() else {})
 
 
+@pytest.mark.slow
 def test_whoever_may_not(hub, push, refused, folder):
     assert "rights" in refused(folder, "me/teacher", token=READER)
     assert "token" in refused(folder, "me/teacher", token="hf_unknown")
@@ -173,6 +175,7 @@ def test_whoever_may_not(hub, push, refused, folder):
     assert "relative path" in refused(folder, "me/teacher", "--path-in-repo", "../x")
 
 
+@pytest.mark.slow
 def test_a_card_of_ones_own_says_a_licence(hub, refused, folder):
     (folder / "README.md").write_text("# Mine\n")
     assert "names no licence" in refused(folder, "me/teacher")

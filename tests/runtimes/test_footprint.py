@@ -45,6 +45,7 @@ def test_the_weights_count(tmp_path):
     assert 0.8 * (sizes[4096] - sizes[1024]) < more < 4 * sizes[4096]
 
 
+@pytest.mark.slow
 @LINUX
 def test_a_pte_file_is_measured_too(part, files):
     found = footprint(files["older"], part.inputs, threads=1)  # its inputs have no names: they come in their order

@@ -54,6 +54,7 @@ def codes(search) -> list[tuple[int, ...]]:
     return [tuple(point["code"]) for point in search.told]
 
 
+@pytest.mark.slow
 def test_beats_random_search_at_the_same_budget():
     ratios = []
     for seed in range(2):
@@ -67,6 +68,8 @@ def test_beats_random_search_at_the_same_budget():
     assert statistics.mean(ratios) >= 1.05, ratios
 
 
+@pytest.mark.slow
+@pytest.mark.kills
 def test_killed_and_resumed_ends_with_the_same_state(tmp_path):
     settings = {"num_evaluations": 14, "seed": 3, "num_initial": 8}
     whole = run(BayesSearch(SPACE, **settings))

@@ -130,6 +130,8 @@ def test_a_disturbance_that_passes_is_outlived(on_machine):
     assert table.to_dict()["noisy"] is False and table.trunk_ms == pytest.approx(4, rel=0.05)
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_networks_are_lowered_once(table, kept_networks, config, space, tmp_path, monkeypatch):
     """What is there is taken, what is missing is lowered, what is left of other settings goes."""
     (made,) = kept_networks.iterdir()

@@ -28,7 +28,9 @@ from edgedit_hf.search.latency_networks import (
 from edgedit_hf.search_space import SearchSpace, model_cost
 
 
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), pytest.param("int8", 5e-2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.export
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("int8", 5e-2)])
 def test_joined_parts_are_the_model_as_it_ships(teacher_config, teacher_space, tmp_path, precision, tolerance):
     """What the model computes, by the operators on the weights of its export as a whole, whatever their order and
     names.

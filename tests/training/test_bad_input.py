@@ -55,6 +55,8 @@ def test_images_the_patches_do_not_divide(fail, tmp_path):
     assert "9" in message and "2" in message
 
 
+@pytest.mark.slow
+@pytest.mark.sweep
 def test_truncated_safetensors(fail, finished, tmp_path):
     run = copy(finished, tmp_path, "teacher")
     weights = next((run / "teacher" / "transformer").glob("*.safetensors"))

@@ -130,7 +130,9 @@ def test_no_steps_at_all_gives_the_starts(bank_of, teacher_run, tmp_path):
 # -------------------------------------------------------------------- groups
 
 
-@pytest.mark.parametrize(("pairs", "groups"), [(1, [[0, 1], [2, 3], [4, 4]]), (2, [[0, 3], [4, 4]])])
+@pytest.mark.parametrize(
+    ("pairs", "groups"), [pytest.param(1, [[0, 1], [2, 3], [4, 4]], marks=pytest.mark.slow), (2, [[0, 3], [4, 4]])]
+)
 def test_a_budget_makes_groups_and_changes_no_byte(bank_of, teacher_run, whole, tmp_path, pairs, groups):
     budget = budget_for(teacher_run, pairs)
     code, bank, _ = bank_of(teacher_run, tmp_path, arguments=["--memory-budget-gb", str(budget)])

@@ -16,6 +16,7 @@ def study(recipes, tmp_path_factory):
     return folder, recipes.printed_here("sensitivity", folder)
 
 
+@pytest.mark.slow
 def test_table_and_plot(recipes, study):
     folder, printed = study
     table = json.loads((folder / "sensitivity" / "table.json").read_text())

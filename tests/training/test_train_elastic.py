@@ -128,6 +128,7 @@ def test_two_ranks_equal_one(recipes, start, one_rank, tmp_path):
     assert two == pytest.approx(one, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_accumulation_and_recomputed_activations_change_nothing(recipes, start, one_rank, tmp_path):
     folder = start(tmp_path / "run")
     recipes.run_here(

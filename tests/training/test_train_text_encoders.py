@@ -36,6 +36,7 @@ def trained(recipes, tmp_path_factory):
 # -------------------------------------------------------------------- what it makes
 
 
+@pytest.mark.slow
 def test_the_encoders_learned_what_captions_mean(trained):
     learned = json.loads((trained / "text" / "stage.json").read_text())["learned"]
     for split in ("validation", "held_out"):

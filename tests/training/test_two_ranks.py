@@ -40,7 +40,7 @@ def compare(one: Path, two: Path, tolerance: float) -> None:
 @pytest.fixture(scope="module")
 def one_process(recipes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one") / "run"
-    recipes.run("train_teacher", folder)
+    recipes.run_here("train_teacher", folder)
     return folder
 
 

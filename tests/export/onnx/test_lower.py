@@ -160,6 +160,8 @@ def test_the_file_describes_itself(pipeline, fp32, int8):
     assert artefact.metadata["weights"] == metadata["weights"] and artefact.metadata["config"]["layers"]
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_every_parametrisation(make_transformer, tmp_path):
     """Unconditional flow matching, and a learned variance with a batch of its own."""
     flow = make_transformer(
@@ -254,6 +256,8 @@ def test_gemm_to_matmul_changes_no_number(pipeline, fp32, tmp_path):
 # -------------------------------------------------------------------- big models, opsets, batches
 
 
+@pytest.mark.slow
+@pytest.mark.export
 def test_big_weights_stand_beside_the_file(pipeline, fp32, tmp_path, monkeypatch):
     monkeypatch.setattr(lowering, "EXTERNAL_DATA_BYTES", 0)
     (tmp_path / "transformer").mkdir()
