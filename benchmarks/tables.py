@@ -299,7 +299,11 @@ def few_step(result: Result) -> dict[str, str]:
     return {"": table(header, rows)}
 
 
-MERGED = {"with": "merges of two and of three", "without": "merges of two"}
+MERGED = {
+    "with": "merges of two and of three",
+    "without": "merges of two",
+    "either": "merges of two, with or without those of three",
+}
 TERMS = {"both": "both", "knowledge": "knowledge alone", "matching": "matching alone"}
 
 
@@ -351,11 +355,11 @@ def _starts(found: Result) -> Iterable[list[str]]:
 
 def _merges(found: Result) -> Iterable[list[str]]:
     for budget, both in found.items():
-        same = len({row["hash"] for row in both.values()}) < len(both)
-        for kind, row in list(both.items())[: 1 if same else None]:
-            label = "merges of two, with or without those of three" if same else MERGED[kind]
+        if len({row["hash"] for row in both.values()}) < len(both):
+            both = {"either": both["with"]}
+        for kind, row in both.items():
             figures = [number(row["score"]), f"{row['latency_ratio']:.2f}", number(row["distance"])]
-            yield [f"{float(budget):g} of the teacher's", label, *figures]
+            yield [f"{float(budget):g} of the teacher's", MERGED[kind], *figures]
 
 
 def _terms(found: Result) -> Iterable[list[str]]:

@@ -47,7 +47,7 @@ def test_calls_are_timed_once_a_kind_and_long_ones_multiplied(rows, config, monk
 
 def test_a_long_call_is_its_forwards_and_the_decoding_of_an_image(make_transformer, config, monkeypatch):
     """Held against a decoder that waits for a known time."""
-    vae = AutoencoderTiny(in_channels=1, out_channels=1, latent_channels=1, num_decoder_blocks=(6, 6, 6, 6)).eval()
+    vae = AutoencoderTiny(in_channels=1, out_channels=1, latent_channels=1).eval()
     decode = vae.decode
     monkeypatch.setattr(vae, "decode", lambda *args, **named: time.sleep(0.2) or decode(*args, **named))
     pipeline = EdgeDiTPipeline(make_transformer(), make_scheduler("epsilon"), vae=vae)

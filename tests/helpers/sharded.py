@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from edgedit_hf.run import launch
 from edgedit_hf.run.state import RunState
 
-def make_accelerator(config, make=launch.make_accelerator):  # accelerate offers FSDP on accelerators alone
+def make_accelerator(config, make=launch.make_accelerator):
     accelerator = make(config)
     wrapped = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["ElasticDiTBlock"]}
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False, **wrapped)
