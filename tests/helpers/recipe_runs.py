@@ -47,10 +47,10 @@ class Recipes:
     """Overrides that make any recipe smaller than debug.yaml."""
 
     @staticmethod
-    def environment() -> dict[str, str]:
+    def environment(threads: int = 1) -> dict[str, str]:
         return {
             **os.environ,
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "PYTHONUNBUFFERED": "1",

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.demos]
 def demo(recipes, tmp_path_factory):
     """The command of `make demo` on two threads, into a folder of its own: (run, seconds, peak bytes, stderr)."""
     run = tmp_path_factory.mktemp("demo") / "demo"
-    environment = {**recipes.environment(), "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = recipes.environment(threads=2)
     command = [
         *(
             str(Path(sys.executable).parent / "accelerate"),
@@ -126,7 +126,7 @@ def test_feature_distillation_matters(recipes, demo):
         "--samples",
         "500",
     ]
-    environment = {**recipes.environment(), "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = recipes.environment(threads=2)
     done = subprocess.run(command, cwd=recipes.root, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert len(json.loads(done.stdout.splitlines()[-1])["ratios"]) == 3

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.demos]
 def demo(recipes, tmp_path_factory):
     """The demo on two threads, into a folder of its own: (models of the report by name, its ratios, seconds)."""
     run = tmp_path_factory.mktemp("demo") / "demo-few-step"
-    environment = {**recipes.environment(), "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = recipes.environment(threads=2)
     command = [str(Path(sys.executable).parent / "edgedit"), "train", "compress"]
     command += ["--config_file", "training/accelerate/cpu.yaml", "--config", "training/recipes/digits-few-step.yaml"]
     started = time.monotonic()

@@ -112,7 +112,7 @@ def test_the_demo_follows_its_captions_at_every_width(recipes, tmp_path):
         "training/accelerate/cpu.yaml",
         "training/text_to_image.py",
     ]
-    environment = {**recipes.environment(), "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = recipes.environment(threads=2)
     arguments = ["--config", "training/recipes/digits-t2i.yaml", "--override", f"output_dir={tmp_path / 'run'}"]
     subprocess.run([*command, *arguments], cwd=recipes.root, env=environment, check=True, timeout=3000)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
