@@ -90,6 +90,12 @@ def run(result: Result) -> dict[str, str]:
     quality["precision"] = lambda model: number(model["metrics"].get("precision"))
     quality["recall"] = lambda model: number(model["metrics"].get("recall"))
     quality["shows the class asked for"] = lambda model: percent(model.get("class_agreement"))
+    quality["the same, of captions kept out of training"] = lambda model: percent(
+        (model.get("held_out") or {}).get("class_agreement")
+    )
+    sizes["an image"] = lambda model: (
+        f"{number(1e3 * model['seconds_per_image'])} ms" if "seconds_per_image" in model else ""
+    )
     times: dict[str, Callable[[Result], str]] = {
         f"{latency_label(key)}, ms": lambda model, key=key: number(model["latency_ms"].get(key))
         for key in keys_of(models, "latency_ms")
@@ -209,8 +215,19 @@ def larger_space(result: Result) -> dict[str, str]:
 
 
 def latency_table(result: Result) -> dict[str, str]:
+    """What a table is worth, or what a layer saves by each choice, whichever was measured."""
     about = f"{result['preset']}, {result['layers']} layers, batch {result['batch']}"
     rows = []
+    if "choice" in result["rows"][0]:
+        kinds = list(dict.fromkeys(row["kind"] for row in result["rows"]))
+        for choice in dict.fromkeys(row["choice"] for row in result["rows"]):
+            saved = {row["kind"]: row for row in result["rows"] if row["choice"] == choice}
+            cells = [
+                f"{percent(row['saved_share'], 0)}{', noisy' if row['noisy'] else ''}" if row else ""
+                for row in map(saved.get, kinds)
+            ]
+            rows.append([code(choice), *cells])
+        return {"": table([f"a layer of {result['preset']} is shortened by", *map(latency_label, kinds)], rows)}
     for row in result["rows"]:
         said = row["prediction"]
         measured = [network["measured_ms"] for network in said["networks"]]
@@ -489,6 +506,38 @@ def forward(result: Result) -> dict[str, str]:
     return {"": table([result["preset"], "ours", "diffusers", "times as fast", "of its matrix products' rate"], rows)}
 
 
+def end_to_end(result: Result) -> dict[str, str]:
+    """One image in every way, and what decodes it."""
+    rows = [
+        [
+            code(row["row"]),
+            markdown(row["network"]),
+            f"{row['steps']}{'*' if row['timed_steps'] < row['steps'] else ''}",
+            str(row["forwards"]),
+            number(row["seconds"]),
+            number(row["ratio"]),
+            f"{row['peak_bytes'] / 1e6:,.0f} MB",
+            number(row["memory_ratio"], 2),
+            *(f"{number(row['whole_seconds'][decoder])} s" for decoder in ("AutoencoderKL", "AutoencoderTiny")),
+        ]
+        for row in result["rows"]
+    ]
+    decoders = [
+        [
+            entry["decoder"],
+            latency_label(entry["runtime"]).strip(),
+            number(entry["seconds"]),
+            f"{entry['parameters'] / 1e6:.1f} M",
+        ]
+        for entry in result["decoders"]
+    ]
+    header = ["", "network", "steps", "forwards", "seconds", "times as fast", "peak memory", "of diffusers'"]
+    return {
+        "denoising": table([*header, "whole image, KL", "whole image, Tiny"], rows),
+        "decoding": table(["decoder", "runtime", "seconds", "weights"], decoders),
+    }
+
+
 def int8(result: Result) -> dict[str, str]:
     rows = [
         [
@@ -545,6 +594,6 @@ TABLES: dict[str, Callable[[Result], dict[str, str]]] = {
     for made in (
         *(run, ranking, programme, search, larger_space, latency_table, closed_form, distill_cost),
         *(feature_distillation, few_step, attention, quantization, export, sampling, forward, int8, browser_loop),
-        evidence,
+        *(evidence, end_to_end),
     )
 }

@@ -2,6 +2,8 @@
 real sizes.
 """
 
+import importlib
+
 import pytest
 
 SIZES = ("--teacher", "DiT-S/8", "--student", "DiT-S/8", "--vae-width", 8, "--layers", 1)
@@ -45,6 +47,8 @@ def test_the_smallest_network(benchmark, tmp_path):
     parameters = sum(entry["parameters"] for entry in result["decoders"])
     assert parameters > 0 and 2e6 < result["exports"]["onnxruntime"]["transformer_bytes"] < 1e7
     assert list(tmp_path.iterdir()) == []  # it leaves nothing behind
+    made = importlib.import_module("tables").end_to_end(result)
+    assert len(made["denoising"].splitlines()) == 2 + len(rows) and len(made["decoding"].splitlines()) == 2 + 4
 
 
 def test_what_the_check_demands(benchmark, monkeypatch, repository):

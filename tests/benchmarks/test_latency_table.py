@@ -1,5 +1,7 @@
 """The benchmark of the latency table at the smallest size: every network is there, judged and flagged."""
 
+import importlib
+
 import pytest
 
 
@@ -24,3 +26,4 @@ def test_what_the_choices_save_at_the_smallest(benchmark):
     rows = {row["choice"]: row for row in result["rows"]}
     assert rows["original"]["saved_ms"] == pytest.approx(0) and len(table) == 1 + len(rows)
     assert {"mlp2", "tokens2", "heads1"} <= set(rows) and all(row["two_layers_ms"] > 0 for row in rows.values())
+    assert len(importlib.import_module("tables").latency_table(result)[""].splitlines()) == 2 + len(rows)

@@ -62,6 +62,43 @@ def test_a_run(tables):
     assert made["search"].splitlines()[-1] == "| 4 | 4.000 | 2.500 |"
 
 
+def test_a_run_of_captions(tables):
+    """What was judged on captions that training never saw, and the time an image, stand only where there are any."""
+    model = {"name": "tiny", "parameters": 250000, "flops": 1e7, "bytes": {"fp32": 1e6}, "latency_ms": {}}
+    model |= {"metrics": {}, "class_agreement": 0.999}
+    held_out = {"held_out": {"class_agreement": 0.988}, "seconds_per_image": 0.00214}
+    made = tables.run({"models": [model, {**model, "name": "full", **held_out}], "latency": {}})["models"].splitlines()
+    assert made[0].split("|")[5:-1] == [
+        *(" an image ", " shows the class asked for ", " the same, of captions kept out of training ")
+    ]
+    assert made[2].endswith("| 1.00 MB | | 99.9 % | |") and made[3].endswith("| 1.00 MB | 2.14 ms | 99.9 % | 98.8 % |")
+
+
+def test_what_choices_save(tables):
+    """A column a runtime; what was not timed there is left empty."""
+    rows = [
+        {"kind": "onnxruntime-fp32", "choice": "mlp2", "saved_share": 0.304, "noisy": False},
+        {"kind": "onnxruntime-int8", "choice": "mlp2", "saved_share": 0.25, "noisy": True},
+        {"kind": "onnxruntime-fp32", "choice": "tokens2", "saved_share": 0.69, "noisy": False},
+    ]
+    made = tables.latency_table({"preset": "DiT-XL/2", "layers": 28, "batch": 1, "rows": rows})[""].splitlines()
+    assert made[0] == "| a layer of DiT-XL/2 is shortened by | ONNX Runtime fp32 | ONNX Runtime int8 |"
+    assert made[2:] == ["| `mlp2` | 30 % | 25 %, noisy |", "| `tokens2` | 69 % | |"]
+
+
+def test_one_image_end_to_end(tables):
+    """Multiplied seconds are marked."""
+    row = {"network": "DiT-XL/2", "steps": 50, "timed_steps": 5, "forwards": 100, "seconds": 164.3, "ratio": 1.0}
+    row |= {"row": "diffusers-fp32", "peak_bytes": 3.784e9, "memory_ratio": 1.0}
+    row |= {"whole_seconds": {"AutoencoderKL": 168.2, "AutoencoderTiny": 164.6}}
+    decoder = {"decoder": "AutoencoderTiny", "runtime": "torch", "seconds": 0.1734, "parameters": 1.2e6}
+    made = tables.end_to_end({"rows": [row], "decoders": [decoder]})
+    assert made["denoising"].splitlines()[2] == (
+        "| `diffusers-fp32` | DiT-XL/2 | 50* | 100 | 164 | 1.00 | 3,784 MB | 1.0 | 168 s | 165 s |"
+    )
+    assert made["decoding"].splitlines()[2] == "| AutoencoderTiny | PyTorch | 0.173 | 1.2 M |"
+
+
 def test_evidence(tables):
     """A column a seed, with nothing where it has no value; ablations that not every run has are left out."""
 
