@@ -39,7 +39,7 @@ DIGITS = 6  # kept of every number
 # What is kept of a model of a run's report.
 MODEL = (
     "name stage width parameters flops bytes latency_ms metrics class_agreement held_out psnr_db num_samples steps "
-    "guidance_scale forwards_per_image seconds_per_image"
+    "solver guidance_scale forwards_per_image seconds_per_image stamp"
 ).split()
 
 
@@ -107,10 +107,21 @@ def measured(script: str, arguments: list[str]) -> tuple[list[str], dict[str, An
     return printed[:-1], result
 
 
+def described(model: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a model; precision and recall stand among the metrics."""
+    shares = {key: model[key] for key in ("precision", "recall") if model.get(key) is not None}
+    kept = {key: model[key] for key in MODEL if model.get(key) is not None}
+    return {**kept, "metrics": {**kept.get("metrics", {}), **shares}}
+
+
 def summary(report: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a run's report.json: figures of its models, medians of its bank, the course of its search."""
     kept = {key: report[key] for key in ("seed", "seconds", "few_step", "elastic_steps") if key in report}
-    kept["models"] = [{key: model[key] for key in MODEL if model.get(key) is not None} for model in report["models"]]
+    kept["models"] = [described(model) for model in report["models"]]
+    if "few_step" in kept:
+        kept["few_step"] = {**kept["few_step"]}
+        for width in kept["few_step"].get("widths", []):
+            width.update({way: described(width[way]) for way in ("many", "few", "few_step")})
     if "search" in report:
         search = report["search"]
         kept["search"] = {key: search[key] for key in ("hypervolume", "random_hypervolume", "metric") if key in search}

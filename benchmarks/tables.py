@@ -3,6 +3,7 @@
 A record of a kind without one is shown as the script printed it.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
@@ -11,6 +12,7 @@ from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.markup import code, fenced, markdown
 from edgedit_hf.report.ranking import NAMES, correlation, ranking_table
 from edgedit_hf.report.tables import MODEL_LABELS, latency_label, metric_label, model_place
+from edgedit_hf.stamp import check_comparable
 
 Result = Mapping[str, Any]
 
@@ -75,8 +77,11 @@ def columns(models: Sequence[Result], shown: Mapping[str, Callable[[Result], str
 
 
 def run(result: Result) -> dict[str, str]:
-    """A run's models, and their latencies; its bank's losses; its search."""
+    """A run's models, and their latencies; its bank's losses; its search. Models that were not judged alike are an
+    error: they would stand in one column.
+    """
     models = result["models"]
+    check_comparable({model["name"]: model.get("stamp") for model in models})
     metrics = [key for key in keys_of(models, "metrics") if key not in ("precision", "recall")]
     sizes: dict[str, Callable[[Result], str]] = {
         "parameters": lambda model: f"{model['parameters'] / 1e6:.2f} M",
@@ -85,7 +90,7 @@ def run(result: Result) -> dict[str, str]:
         "steps, guidance": lambda model: f"{model['steps']}, {model['guidance_scale']:g}" if "steps" in model else "",
     }
     quality: dict[str, Callable[[Result], str]] = {
-        metric_label(key): lambda model, key=key: number(model["metrics"].get(key)) for key in metrics
+        metric_label(key).replace("_", " "): lambda model, key=key: number(model["metrics"].get(key)) for key in metrics
     }
     quality["precision"] = lambda model: number(model["metrics"].get("precision"))
     quality["recall"] = lambda model: number(model["metrics"].get("recall"))
@@ -93,15 +98,25 @@ def run(result: Result) -> dict[str, str]:
     quality["the same, of captions kept out of training"] = lambda model: percent(
         (model.get("held_out") or {}).get("class_agreement")
     )
-    sizes["an image"] = lambda model: (
-        f"{number(1e3 * model['seconds_per_image'])} ms" if "seconds_per_image" in model else ""
-    )
+    widths = (result.get("few_step") or {}).get("widths") or []
+    for key in keys_of([*models, *(width["few"] for width in widths)], "seconds_per_image"):
+        sizes[f"an image, {latency_label(key)}"] = lambda model, key=key: (
+            f"{number(1e3 * model['seconds_per_image'][key])} ms" if key in model.get("seconds_per_image", {}) else ""
+        )
     times: dict[str, Callable[[Result], str]] = {
         f"{latency_label(key)}, ms": lambda model, key=key: number(model["latency_ms"].get(key))
         for key in keys_of(models, "latency_ms")
     }
-    found = {
-        "models": columns(models, sizes | quality),
+    found = {"models": columns(models, sizes | quality)}
+    if widths:
+        ways = {"many": "", "few": ", {solver}", "few_step": ", distilled"}
+        few = [
+            {**width[way], "name": width["name"] + label.format(solver=markdown(width[way].get("solver") or ""))}
+            for width in widths
+            for way, label in ways.items()
+        ]
+        found["few steps"] = columns(few, sizes | quality)
+    found |= {
         f"latency of {result['latency'].get('batch_size', '?')} images a forward": columns(models, times),
     }
     losses = (result.get("bank") or {}).get("median_losses")
@@ -172,9 +187,9 @@ def search(result: Result) -> dict[str, str]:
     rows = []
     for name, found in result["searches"].items():
         cells = [f"{middle:.3f}" + (f" ± {half:.3f}" if half >= 5e-4 else "") for middle, half in found["at"].values()]
-        enough = [count for count in found["enough"] if count is not None]
-        usual = f"{median(enough):.0f}" if len(enough) > len(found["enough"]) / 2 else "not reached"
-        rows.append([SEARCHES.get(name, name), *cells, usual])
+        usual = median(math.inf if count is None else count for count in found["enough"])
+        cells.append("not reached" if usual == math.inf else f"{usual:g}")
+        rows.append([SEARCHES.get(name, name), *cells])
     header = ["search", *(str(budget) for budget in result["budgets"]), "evaluations to .97 (median)"]
     return {"": table(header, rows)}
 
@@ -506,6 +521,16 @@ def forward(result: Result) -> dict[str, str]:
     return {"": table([result["preset"], "ours", "diffusers", "times as fast", "of its matrix products' rate"], rows)}
 
 
+def metrics(result: Result) -> dict[str, str]:
+    """Every figure as we, ADM's evaluator and torchmetrics compute it."""
+    rows = [
+        [row["name"], *(number(row[who], 6) for who in ("ours", "adm", "torchmetrics")), f"{row['apart']:.0e}"]
+        for row in result["rows"]
+    ]
+    about = f"{result['count']:,} images against {result['count']:,}, {result['features']:,} features"
+    return {"": table([about, "ours", "ADM's", "torchmetrics'", "apart at most"], rows)}
+
+
 def end_to_end(result: Result) -> dict[str, str]:
     """One image in every way, and what decodes it."""
     rows = [
@@ -594,6 +619,6 @@ TABLES: dict[str, Callable[[Result], dict[str, str]]] = {
     for made in (
         *(run, ranking, programme, search, larger_space, latency_table, closed_form, distill_cost),
         *(feature_distillation, few_step, attention, quantization, export, sampling, forward, int8, browser_loop),
-        *(evidence, end_to_end),
+        *(evidence, end_to_end, metrics),
     )
 }

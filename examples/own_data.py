@@ -2,8 +2,7 @@
 
     python examples/own_data.py [--images FOLDER] [--output runs/example]
 
-FOLDER has a sub-folder a class; without it dark and bright pictures are drawn. `edgedit init --data FOLDER` writes a
-recipe in earnest, every key explained.
+FOLDER has a sub-folder a class; without it dark and bright ones are drawn. In earnest: `edgedit init --data FOLDER`.
 """
 
 import argparse
@@ -33,11 +32,12 @@ evaluate: {{samples: 64, batch_size: 64, extractor_steps: 20, grid: 4, latency_r
 """
 
 
-def draw_images(folder: Path) -> None:
+def draw_images(folder: Path) -> Path:
     for label, middle in {"dark": 60, "bright": 190}.items():
         (folder / label).mkdir(parents=True, exist_ok=True)
         for i, pixels in enumerate(np.random.default_rng(0).normal(middle, 15, (40, 8, 8)).clip(0, 255)):
             Image.fromarray(np.uint8(pixels)).save(folder / label / f"{i}.png")
+    return folder
 
 
 if __name__ == "__main__":
@@ -45,10 +45,10 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs/example"))
     given, output = vars(parser.parse_args()).values()
-    if given is None:
-        draw_images(output / "images")
+    output.mkdir(parents=True, exist_ok=True)
+    images = given or draw_images(output / "images")
     (output / "genotype.json").write_text(edgedit_hf.SearchSpace(4, 32, 2).ends()[1].to_json())  # the smallest student
-    (output / "run.yaml").write_text(RECIPE.format(output=output, images=given or output / "images"))
+    (output / "run.yaml").write_text(RECIPE.format(output=output, images=images))
     compress.run(config := load_config(output / "run.yaml"), make_accelerator(config))  # as edgedit train compress
 
     teacher, student = (DiffusionPipeline.from_pretrained(output / name) for name in ("teacher", "student-tuned"))

@@ -33,6 +33,7 @@ from edgedit_hf.entry import tell
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.files import atomic_write_json, hash_json, read_json, sweep, versions
 from edgedit_hf.metrics.clip import ClipScorer
+from edgedit_hf.metrics.extractors import Extractor
 from edgedit_hf.metrics.handover import LAYOUTS, check_layout, read_prompts, write_handover
 from edgedit_hf.metrics.networks import open_extractor
 from edgedit_hf.metrics.npz import read_npz, write_npz
@@ -41,6 +42,7 @@ from edgedit_hf.metrics.scoring import (
     Generated,
     Given,
     Reference,
+    channels_of,
     clip_scores,
     describe,
     figures,
@@ -96,7 +98,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def open_source(args: argparse.Namespace, prompts: list[str] | None, accelerator: Accelerator) -> Generated | Given:
+def open_source(
+    args: argparse.Namespace, prompts: list[str] | None, extractor: Extractor, accelerator: Accelerator
+) -> Generated | Given:
     if is_pipeline(args.model):
         sampled = {"seed": args.seed, "steps": args.steps, "guidance_scale": args.guidance}
         made = Generated(args.model, prompts, **sampled, batch_size=args.batch_size, subnet=args.subnet)
@@ -106,14 +110,15 @@ def open_source(args: argparse.Namespace, prompts: list[str] | None, accelerator
     if idle := [option for option, value in of_pipelines.items() if value is not None]:
         raise EdgeDiTError(f"{args.model} holds images that are there already; leave {', '.join(idle)} out.")
     if Path(args.model).suffix == ".npz":
-        images = read_npz(args.model).images
+        images = read_npz(args.model, channels_of(extractor)).images
         if images is None:
             raise EdgeDiTError(f"{args.model} holds no images (arr_0); give the file of the samples.")
     else:
         images = open_images(args.model, args.resolution)
     if len(images) < args.samples:
         raise EdgeDiTError(f"{args.model} has {len(images)} images, but --samples is {args.samples}; ask for fewer.")
-    return Given(images.subset(range(args.samples)))
+    # Image i is of prompt i, so with prompts the first ones are taken. Without, the first ones may be of one class.
+    return Given(images.at_most(args.samples) if prompts is None else images.subset(range(args.samples)))
 
 
 def take(folder: Path, asked: dict[str, Any]) -> None:
@@ -150,7 +155,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         check_layout(layout, listed or [], args.samples)
     extractor = open_extractor(args.extractor, accelerator.device)
     reference = open_reference(args.reference, extractor, args.resolution)
-    source = open_source(args, prompts, accelerator)
+    source = open_source(args, prompts, extractor, accelerator)
     clip = None if args.clip is None else ClipScorer(args.clip, accelerator.device)
     if clip is not None and prompts is None:
         raise EdgeDiTError("--clip compares images with their prompts; give them (--prompts).")
@@ -238,7 +243,8 @@ def publish(
     if args.npz:
         write_npz(args.output / "samples.npz", chunks.count, (part.numpy() for part in chunks.read("images")))
     for layout in args.handover:
-        write_handover(args.output / layout, layout, listed, chunks.count, chunks.image)
+        command = write_handover(args.output / layout, layout, listed, chunks.count, chunks.image)
+        tell(f"{args.output / layout} is for: {command}")
     result = {"model": args.model, "subnet": args.subnet, "reference": args.reference, **found}
     result |= {"stamp": stamp, "versions": versions()}
     if clip is not None:

@@ -4,6 +4,8 @@ import importlib
 
 import pytest
 
+from edgedit_hf.errors import EdgeDiTError
+
 
 @pytest.fixture
 def tables(repository, monkeypatch):
@@ -66,12 +68,31 @@ def test_a_run_of_captions(tables):
     """What was judged on captions that training never saw, and the time an image, stand only where there are any."""
     model = {"name": "tiny", "parameters": 250000, "flops": 1e7, "bytes": {"fp32": 1e6}, "latency_ms": {}}
     model |= {"metrics": {}, "class_agreement": 0.999}
-    held_out = {"held_out": {"class_agreement": 0.988}, "seconds_per_image": 0.00214}
+    held_out = {"held_out": {"class_agreement": 0.988}, "seconds_per_image": {"torch-fp32": 0.00214}}
     made = tables.run({"models": [model, {**model, "name": "full", **held_out}], "latency": {}})["models"].splitlines()
     assert made[0].split("|")[5:-1] == [
-        *(" an image ", " shows the class asked for ", " the same, of captions kept out of training ")
+        *(" an image, PyTorch fp32 ", " shows the class asked for ", " the same, of captions kept out of training ")
     ]
     assert made[2].endswith("| 1.00 MB | | 99.9 % | |") and made[3].endswith("| 1.00 MB | 2.14 ms | 99.9 % | 98.8 % |")
+
+
+def test_what_was_not_judged_alike_does_not_stand_in_one_column(tables):
+    model = {"name": "teacher", "parameters": 1, "flops": 1, "bytes": {"fp32": 4}, "latency_ms": {}, "metrics": {}}
+    stamp = {"extractor": "inception", "extractor_hash": "a", "reference": "b", "count": 10, "rounding": "bytes"}
+    other = {**model, "name": "student", "stamp": {**stamp, "reference": "c"}}
+    with pytest.raises(EdgeDiTError, match="teacher and student were not judged alike: reference is 'b'"):
+        tables.run({"models": [{**model, "stamp": stamp}, other], "latency": {}})
+
+
+def test_few_steps_of_every_width(tables):
+    model = {"name": "tiny", "parameters": 250000, "flops": 1e7, "bytes": {"fp32": 1e6}, "latency_ms": {}}
+    model |= {"metrics": {"fid[x,n=9]": 5.0}, "steps": 20, "guidance_scale": 2.5}
+    few = {**model, "name": "tiny-few-steps", "solver": "UniPC", "steps": 4, "seconds_per_image": {"torch-fp32": 0.007}}
+    ours = {**few, "solver": None, "guidance_scale": 1.0, "metrics": {"fid[x,n=9]": 4.5}}
+    widths = [{"name": "tiny", "many": model, "few": few, "few_step": ours}]
+    made = tables.run({"models": [model], "few_step": {"widths": widths}, "latency": {}})["few steps"].splitlines()
+    assert [line.split("|")[1].strip() for line in made[2:]] == ["tiny", "tiny, UniPC", "tiny, distilled"]
+    assert made[4].endswith("| 1.00 MB | 4, 1 | 7.00 ms | 4.50 |")
 
 
 def test_what_choices_save(tables):
@@ -97,6 +118,13 @@ def test_one_image_end_to_end(tables):
         "| `diffusers-fp32` | DiT-XL/2 | 50* | 100 | 164 | 1.00 | 3,784 MB | 1.0 | 168 s | 165 s |"
     )
     assert made["decoding"].splitlines()[2] == "| AutoencoderTiny | PyTorch | 0.173 | 1.2 M |"
+
+
+def test_metrics(tables):
+    row = {"name": "kernel distance", "ours": 0.0123456, "adm": None, "torchmetrics": 0.01234561, "apart": 8.1e-7}
+    made = tables.metrics({"count": 1300, "features": 1280, "rows": [row]})[""].splitlines()
+    assert made[0].startswith("| 1,300 images against 1,300, 1,280 features | ours |")
+    assert made[2] == "| kernel distance | 0.0123456 | | 0.0123456 | 8e-07 |"
 
 
 def test_evidence(tables):

@@ -36,6 +36,8 @@ def folder(tmp_path_factory):
 def test_your_own_data(example, folder):
     assert "of the teacher's weights" in example("own_data", folder)
     assert (folder / "runs" / "example" / "report.html").is_file()
+    given = ("--images", "runs/example/images", "--output", "runs/given")  # a folder that is not there yet
+    assert "of the teacher's weights" in example("own_data", folder, *given)
 
 
 @pytest.mark.slow

@@ -1,18 +1,21 @@
-"""The folders that `evaluate` loads by their path, offline, and that can be pushed as Spaces as they are."""
+"""The folders that `evaluate` loads by their path, offline."""
 
 import importlib.util
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
-from edgedit_hf.metrics import adm_precision_recall, frechet_distance, precision_recall
+from edgedit_hf.metrics import (
+    adm_precision_recall,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 
 ROOM = Path(importlib.util.find_spec("edgedit_hf.metrics").origin).parent
-FOLDERS = sorted(ROOM.glob("evaluate_*"))
 
 
 @pytest.fixture
@@ -47,18 +50,15 @@ def test_precision_and_recall(load, features):
     assert list(found) == ["precision", "recall"]
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_a_folder_is_ready_to_be_a_space(folder, monkeypatch, tmp_path):
-    assert {path.name for path in folder.iterdir()} - {"__pycache__"} == {
-        *("README.md", "app.py", "requirements.txt", f"{folder.name}.py")
-    }
-    _, head, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-    card = yaml.safe_load(head)
-    assert card["sdk"] == "gradio" and card["app_file"] == "app.py" and card["tags"] == ["evaluate", "metric"]
-    assert f'evaluate.load("{folder.name}")' in text
-    assert (folder / "requirements.txt").read_text().split() == ["edgedit_hf", "evaluate"]
-    shown = []
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
-    monkeypatch.setattr("evaluate.utils.launch_gradio_widget", shown.append)  # gradio is not needed to load a metric
-    runpy.run_path(str(folder / "app.py"))
-    assert len(FOLDERS) == 2 and shown[0].name == folder.name.removeprefix("evaluate_") and shown[0].description
+def test_the_inception_score(load, features):
+    metric, (logits, _) = load(ROOM / "evaluate_inception_score"), features
+    found = metric.compute(predictions=logits, split_size=20)
+    assert tuple(found.values()) == pytest.approx(inception_score(logits, 20), rel=1e-12)
+    assert list(found) == ["inception_score", "standard_deviation"] and found["standard_deviation"] > 0
+
+
+def test_the_kernel_distance(load, features):
+    metric, (ours, real) = load(ROOM / "evaluate_kernel_distance"), features
+    found = metric.compute(predictions=ours, references=real, subsets=5, subset_size=20, seed=3)
+    assert tuple(found.values()) == pytest.approx(kernel_distance(ours, real, 5, 20, 3), rel=1e-12)
+    assert found["kernel_distance"] != metric.compute(predictions=ours, references=real, subset_size=20)

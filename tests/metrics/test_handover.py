@@ -30,7 +30,7 @@ def prompts(tmp_path):
 
 
 def image_of(number: int) -> torch.Tensor:
-    return torch.full((3, 4, 6), number, dtype=torch.uint8)
+    return torch.full((3, 6, 6), number, dtype=torch.uint8)
 
 
 def values(path) -> list[int]:
@@ -101,18 +101,28 @@ def test_geneval(prompts, tmp_path):
 @pytest.mark.parametrize("each", [1, 3, 4])
 def test_dpg_bench(prompts, tmp_path, each):
     items = prompts([{"id": "countbench5", "text": "five"}, {"id": "posescript40", "text": "a pose"}])
-    write_handover(tmp_path / "out", "dpg", items, 2 * each, image_of)
+    command = write_handover(tmp_path / "out", "dpg", items, 2 * each, image_of)
+    said = dict(zip(*[iter(command.split()[3:])] * 2))
+    assert said["--image-root-path"] == str(tmp_path / "out" / "images")
+    side, pictures = int(said["--resolution"]), int(said["--pic-num"])
     names = {path.name.split(".")[0]: path for path in (tmp_path / "out" / "images").iterdir()}
     assert set(names) == {"countbench5", "posescript40"}
     whole = Image.open(names["posescript40"])
-    assert whole.size == ((6, 4) if each == 1 else (12, 8))
-    width, height = 6, 4  # the crops of compute_dpg_bench.py, in its order
-    for k, (left, top) in enumerate([(0, 0), (width, 0), (0, height), (width, height)][:each]):
-        assert set(np.asarray(whole.crop((left, top, left + width, top + height))).ravel()) == {2 * k + 1}
+    assert whole.size == ((6, 6) if each == 1 else (12, 12)) and pictures == each
+    # The crops of compute_dpg_bench.py, in its order.
+    for k, (left, top) in enumerate([(0, 0), (side, 0), (0, side), (side, side)][:pictures]):
+        assert set(np.asarray(whole.crop((left, top, left + side, top + side))).ravel()) == {2 * k + 1}
+
+
+def test_dpg_bench_cuts_squares(prompts, tmp_path):
+    with pytest.raises(EdgeDiTError, match="cuts squares out of files, but images are 6 × 4"):
+        write_handover(tmp_path / "out", "dpg", prompts(["a cat"], ".txt"), 1, lambda number: image_of(number)[:, :4])
+    assert not (tmp_path / "out").exists()
 
 
 def test_hpsv3(prompts, tmp_path):
-    write_handover(tmp_path / "out", "hpsv3", prompts(["a cat", "a dog"], ".txt"), 4, image_of)
+    said = write_handover(tmp_path / "out", "hpsv3", prompts(["a cat", "a dog"], ".txt"), 4, image_of)
+    assert "reward(prompts=prompts, image_paths=paths)" in said
     listed = json.loads((tmp_path / "out" / "hpsv3.json").read_text())
     assert [(row["prompt"], values(tmp_path / "out" / row["path"])) for row in listed] == [
         ("a cat", [0]),
@@ -129,6 +139,7 @@ def test_what_a_judge_could_not_use_is_refused(prompts):
         ("hpsv3", plain, 3, "3 images are no multiple of 2 prompts"),
         ("geneval", plain, 2, "'a cat' has no 'tag'"),
         ("dpg", items, 10, "5 images a prompt, but DPG-Bench looks at 4"),
+        ("dpg", prompts([{"id": "a.b", "text": "a"}]), 1, "up to its first dot, but one is 'a.b'"),
         ("dpg", [], 10, "10 images are no multiple of 0 prompts"),
     ):
         with pytest.raises(EdgeDiTError, match=message):

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import vision
@@ -129,14 +130,25 @@ def test_a_pipeline(score, refused, model, extractor, tmp_path):
     assert "holds metadata.json" not in refused(model, extractor) and not (extractor / "chunks").exists()
 
 
-def test_images_of_a_folder_and_of_an_npz(score, refused, model, tmp_path):
+def test_images_of_a_folder_and_of_an_npz(score, refused, model, extractor, tmp_path):
     made, _ = score(model, tmp_path / "made", "--npz")
     (tmp_path / "images").mkdir()
+    grey, _ = score(tmp_path / "made" / "samples.npz", tmp_path / "of-npz")  # grey again, as the extractor wants them
+    assert grey["metrics"] == pytest.approx(made["metrics"], rel=1e-9)
     with np.load(tmp_path / "made" / "samples.npz") as file:
         for number, pixels in enumerate(file["arr_0"]):
             Image.fromarray(pixels[:, :, 0]).save(tmp_path / "images" / f"{number:05d}.png")
     folder, _ = score(tmp_path / "images", tmp_path / "of-folder")
     assert folder["metrics"] == pytest.approx(made["metrics"], rel=1e-9)
+    few, _ = score(tmp_path / "images", tmp_path / "of-some", samples=12)  # some of all, not the first ones
+    ours = load_images(tmp_path / "images", label_column="", validation_fraction=0.0)
+    judge, fid = open_extractor(str(extractor)), "fid[digits-cnn,n=12]"
+    digits = load_images(validation_fraction=0.0).batch(range(1797))["images"]
+    real = judge.features(((digits + 1) * 127.5).round() / 127.5 - 1)
+    first, drawn = (judge.features(part.batch(range(12))["images"]) for part in (ours, ours.at_most(12)))
+    assert few["metrics"][fid] == pytest.approx(frechet_distance(drawn, real), rel=1e-4)
+    assert few["metrics"][fid] != pytest.approx(frechet_distance(first, real), rel=1e-2)
+    assert few["spreads"]["kernel_distance"] > 0
     said = refused(tmp_path / "images", tmp_path / "steps", "--steps", 3, "--subnet", "tiny")
     assert "holds images that are there already; leave --steps, --subnet out" in said
     assert set(made["stamp"]) - set(folder["stamp"]) == {
@@ -245,17 +257,37 @@ def test_two_ranks_give_the_figures_of_one(command, model, tmp_path, kind):
     same(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.fixture
+def images(model, score, tmp_path):
+    """A folder of 60 images."""
+    score(model, tmp_path / "made", "--npz", samples=60)
+    (tmp_path / "images").mkdir()
+    with np.load(tmp_path / "made" / "samples.npz") as file:
+        for number, pixels in enumerate(file["arr_0"]):
+            Image.fromarray(pixels[:, :, 0]).save(tmp_path / "images" / f"{number:05d}.png")
+    return tmp_path / "images"
+
+
 @pytest.mark.slow
 @pytest.mark.kills
-def test_a_score_killed_twice_gives_the_figures_of_one_left_alone(command, model, tmp_path):
+@pytest.mark.parametrize("source, ranks", [("model", 1), ("images", 1), ("images", 2)])
+def test_a_score_killed_twice_gives_the_figures_of_one_left_alone(command, request, tmp_path, source, ranks):
+    """One process left alone is the truth, for two that are killed as well."""
     asked = {"samples": 60}
+    model = request.getfixturevalue(source)
     finished([sys.executable, *command(model, tmp_path / "whole", **asked)])
-    again, seen = [sys.executable, *command(model, tmp_path / "killed", **asked)], []
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(ranks)]
+    again, seen = [*launcher, *command(model, tmp_path / "killed", **asked)], []
     for least in (40, 229):  # of 225 chunks of the reference and 8 of the samples
         with subprocess.Popen(again, env=environment(), stderr=subprocess.DEVNULL) as process:
             while process.poll() is None and len(list((tmp_path / "killed").glob("chunks/*.safetensors"))) < least:
                 time.sleep(0.002)
-            process.send_signal(signal.SIGKILL)
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            for member in family:  # torchrun's workers outlive it
+                member.kill()
+            psutil.wait_procs(family, timeout=30)
         seen.append(len(list((tmp_path / "killed").glob("chunks/*.safetensors"))))
         assert not (tmp_path / "killed" / "result.json").exists()
     assert 0 < seen[0] < seen[1] < 233

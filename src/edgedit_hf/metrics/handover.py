@@ -3,7 +3,8 @@
 - `geneval`: `00000/metadata.jsonl` (the prompt's own line) and `00000/samples/0000.png` …, for its
   `evaluate_images.py FOLDER`.
 - `dpg`: `images/<id>.png`, an image or up to four in a square of two by two, for DPG-Bench's
-  `compute_dpg_bench.py --image-root-path FOLDER/images`.
+  `compute_dpg_bench.py --image-root-path FOLDER/images --resolution SIDE --pic-num IMAGES`, which cuts squares of that
+  side out of each and looks at so many of them.
 - `hpsv3`: `images/<id>-0.png` … and `hpsv3.json`, a list of `{"id", "prompt", "path"}`, whose prompts and paths
   `HPSv3RewardInferencer.reward` takes.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +88,8 @@ def check_layout(layout: str, prompts: Sequence[Prompt], count: int) -> None:
             f"GenEval judges by the metadata of its own prompt list, but {plain.text[:60]!r} has no 'tag'; give its "
             "evaluation_metadata.jsonl as prompts."
         )
+    if layout == "dpg" and (cut := next((prompt.id for prompt in prompts if "." in prompt.id), None)) is not None:
+        raise EdgeDiTError(f"DPG-Bench reads the id of a file up to its first dot, but one is {cut!r}; leave dots out.")
     if layout == "dpg" and count // len(prompts) > GRID:
         raise EdgeDiTError(
             f"There are {count // len(prompts)} images a prompt, but DPG-Bench looks at {GRID} at most; make fewer."
@@ -94,8 +98,14 @@ def check_layout(layout: str, prompts: Sequence[Prompt], count: int) -> None:
 
 def write_handover(
     folder: str | Path, layout: str, prompts: Sequence[Prompt], count: int, image_of: Callable[[int], torch.Tensor]
-) -> None:
+) -> str:
     """Write images in a judge's layout, replacing the folder in one step.
+
+    Returns:
+        The judge's own command for them (of HPSv3 the call).
+
+    Raises:
+        EdgeDiTError: the layout cannot hold them, see [`check_layout`], or needs square images.
 
     Args:
         count: images, a multiple of the prompts: image i is of prompt i mod `len(prompts)`.
@@ -107,6 +117,11 @@ def write_handover(
         for place, prompt in enumerate(prompts):
             pictures = [_picture(image_of(place + k * len(prompts))) for k in range(each)]
             if layout == "dpg":
+                if pictures[0].width != pictures[0].height:
+                    raise EdgeDiTError(
+                        f"DPG-Bench cuts squares out of files, but images are {pictures[0].width} × "
+                        f"{pictures[0].height}; hand square ones over (--resolution)."
+                    )
                 names = [f"{prompt.id}.png"]
                 pictures = [_square(pictures)]
                 root = aside / "images"
@@ -125,6 +140,14 @@ def write_handover(
         (aside / "prompts.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in said), encoding="utf-8")
         if layout == "hpsv3":
             (aside / "hpsv3.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+    if layout == "geneval":
+        return f"python evaluation/evaluate_images.py {shlex.quote(str(folder))}"
+    if layout == "hpsv3":
+        return "HPSv3RewardInferencer().reward(prompts=prompts, image_paths=paths)"
+    return (
+        f"accelerate launch dpg_bench/compute_dpg_bench.py --image-root-path {shlex.quote(str(Path(folder, 'images')))}"
+        f" --resolution {image_of(0).shape[-1]} --pic-num {each}"
+    )
 
 
 def _picture(pixels: torch.Tensor) -> Image.Image:

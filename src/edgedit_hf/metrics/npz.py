@@ -32,8 +32,11 @@ class AdmFile(NamedTuple):
     images: ImageDataset | None
 
 
-def read_npz(path: str | Path) -> AdmFile:
+def read_npz(path: str | Path, channels: int | None = None) -> AdmFile:
     """Read a file of ADM's: nothing in it is unpickled. Memory: the file, unpacked.
+
+    Args:
+        channels: 1: images whose three channels are equal, which is how grey ones are written, are grey ones again.
 
     Raises:
         EdgeDiTError: it cannot be read, holds neither, or arrays of other shapes, types or with NaN.
@@ -51,7 +54,7 @@ def read_npz(path: str | Path) -> AdmFile:
     found = AdmFile(
         _gaussian(path, arrays, "mu", "sigma"),
         _gaussian(path, arrays, "mu_s", "sigma_s"),
-        _images(path, arrays["arr_0"]) if "arr_0" in arrays else None,
+        _images(path, arrays["arr_0"], channels) if "arr_0" in arrays else None,
     )
     if found.pooled is None and found.images is None:
         raise EdgeDiTError(
@@ -79,11 +82,13 @@ def _gaussian(path: Path, arrays: dict[str, np.ndarray], mean_name: str, covaria
     return mean.astype(np.float64), covariance.astype(np.float64)
 
 
-def _images(path: Path, array: np.ndarray) -> ImageDataset:
+def _images(path: Path, array: np.ndarray, channels: int | None) -> ImageDataset:
     if array.ndim != 4 or array.dtype != np.uint8 or array.shape[-1] not in (1, 3) or not array.size:
         raise EdgeDiTError(
             f"{path}: 'arr_0' has shape {array.shape} and type {array.dtype}; expected images, uint8 [N, H, W, 3]."
         )
+    if channels == 1 and all(np.array_equal(array[..., 0], array[..., other]) for other in range(1, array.shape[-1])):
+        array = array[..., :1]
     return ImageDataset(array.transpose(0, 3, 1, 2), name=path.stem)
 
 

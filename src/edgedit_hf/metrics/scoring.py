@@ -137,6 +137,11 @@ def open_images(source: str, resolution: int | None) -> ImageDataset:
     return images
 
 
+def channels_of(extractor: Extractor) -> int | None:
+    """Channels of the images that an extractor takes; `None`: it takes grey and coloured ones."""
+    return getattr(extractor, "shape", (None,))[0]
+
+
 def is_pipeline(source: str) -> bool:
     """Whether what is to be scored is a pipeline: a folder that describes one, or a name on the Hub."""
     return Path(source, "model_index.json").is_file() or hub.is_name(source)
@@ -178,7 +183,7 @@ def open_reference(source: str, extractor: Extractor, resolution: int | None = N
         images = open_images(source, resolution)
         kept = images.at_most(REFERENCE_IMAGES)
         return Reference(kept.fingerprint, kept)
-    file, sha256 = read_npz(source), file_sha256(source)
+    file, sha256 = read_npz(source, channels_of(extractor)), file_sha256(source)
     if extractor.name == "inception" and file.pooled is not None:
         if len(file.pooled[0]) != extractor.width:
             raise EdgeDiTError(
@@ -291,7 +296,10 @@ def figures(
     seed: int,
     clip: bool = False,
 ) -> dict[str, Any]:
-    """`metrics`, `standard_errors` and `notes` of a score: what the stored features and the reference allow.
+    """`metrics`, `standard_errors`, `spreads` and `notes` of a score: what the stored features and the reference allow.
+
+    A spread is the standard deviation of a figure over the parts (inception score) or the random subsets (kernel
+    distance) that it is the mean of: these overlap or depend on each other, so it is no standard error.
 
     Memory: the features of samples and reference, five times over in float64 (2048 features of 50,000 images: 0.8 GB
     each time); spatial ones one after the other with these.
@@ -303,10 +311,12 @@ def figures(
     """
     metrics: dict[str, float] = {}
     errors: dict[str, float] = {}
+    spreads: dict[str, float] = {}
     notes: list[str] = []
 
     def frechet(kind: str, key: str, given: Gaussian | None) -> None:
         if given is None and reference_chunks is None:
+            notes.append(f"the reference has no statistics of {kind} and no images: {key} is left out.")
             return
         ours = samples.moments(kind)
         if given is None:
@@ -324,11 +334,12 @@ def figures(
         frechet("spatial", f"sfid{name}", reference.spatial)
     features = samples.whole("features")
     if head := getattr(extractor, "head", None):
-        metrics["inception_score"] = inception_score(head(torch.from_numpy(features)))[0]
+        metrics["inception_score"], spreads["inception_score"] = inception_score(head(torch.from_numpy(features)))
     if reference_chunks is not None:
         real = reference_chunks.whole("features")
         least = min(len(real), len(features))
-        metrics["kernel_distance"], _ = kernel_distance(features, real, subset_size=min(SUBSET, least), seed=seed)
+        found = kernel_distance(features, real, subset_size=min(SUBSET, least), seed=seed)
+        metrics["kernel_distance"], spreads["kernel_distance"] = found
         if least > NEIGHBOURS:
             pairs = {"": precision_recall(real, features), "adm_": adm_precision_recall(real, features)}
             for prefix, (precision, recall) in pairs.items():
@@ -341,7 +352,7 @@ def figures(
         scores = samples.whole("clip")
         metrics["clip_score"] = float(scores.mean(dtype=np.float64))
         errors["clip_score"] = float(scores.std(ddof=1, dtype=np.float64) / len(scores) ** 0.5)
-    return {"metrics": metrics, "standard_errors": errors, "notes": notes}
+    return {"metrics": metrics, "standard_errors": errors, "spreads": spreads, "notes": notes}
 
 
 def clip_scores(scorer: ClipScorer, images: torch.Tensor, prompts: Sequence[str], rows: range) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import evaluate
-from evaluate.utils import launch_gradio_widget
+from edgedit_hf.metrics.space import launch
 
-launch_gradio_widget(evaluate.load(str(Path(__file__).with_name("evaluate_precision_recall.py"))))
+launch(Path(__file__).parent)
