@@ -118,10 +118,10 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a run's report.json: figures of its models, medians of its bank, the course of its search."""
     kept = {key: report[key] for key in ("seed", "seconds", "few_step", "elastic_steps") if key in report}
     kept["models"] = [described(model) for model in report["models"]]
-    if "few_step" in kept:
-        kept["few_step"] = {**kept["few_step"]}
-        for width in kept["few_step"].get("widths", []):
-            width.update({way: described(width[way]) for way in ("many", "few", "few_step")})
+    if "widths" in kept.get("few_step", {}):
+        ways = ("many", "few", "few_step")
+        widths = [{**width, **{way: described(width[way]) for way in ways}} for width in kept["few_step"]["widths"]]
+        kept["few_step"] = {**kept["few_step"], "widths": widths}
     if "search" in report:
         search = report["search"]
         kept["search"] = {key: search[key] for key in ("hypervolume", "random_hypervolume", "metric") if key in search}

@@ -90,7 +90,7 @@ def run(result: Result) -> dict[str, str]:
         "steps, guidance": lambda model: f"{model['steps']}, {model['guidance_scale']:g}" if "steps" in model else "",
     }
     quality: dict[str, Callable[[Result], str]] = {
-        metric_label(key).replace("_", " "): lambda model, key=key: number(model["metrics"].get(key)) for key in metrics
+        metric_label(key): lambda model, key=key: number(model["metrics"].get(key)) for key in metrics
     }
     quality["precision"] = lambda model: number(model["metrics"].get("precision"))
     quality["recall"] = lambda model: number(model["metrics"].get("recall"))
@@ -116,9 +116,7 @@ def run(result: Result) -> dict[str, str]:
             for way, label in ways.items()
         ]
         found["few steps"] = columns(few, sizes | quality)
-    found |= {
-        f"latency of {result['latency'].get('batch_size', '?')} images a forward": columns(models, times),
-    }
+    found[f"latency of {result['latency'].get('batch_size', '?')} images a forward"] = columns(models, times)
     losses = (result.get("bank") or {}).get("median_losses")
     if losses:
         names = {"random": "random", "copied": "copied", "closed_form": "closed form"}
@@ -231,18 +229,10 @@ def larger_space(result: Result) -> dict[str, str]:
 
 def latency_table(result: Result) -> dict[str, str]:
     """What a table is worth, or what a layer saves by each choice, whichever was measured."""
+    if "choice" in result["rows"][0]:
+        return _choices(result)
     about = f"{result['preset']}, {result['layers']} layers, batch {result['batch']}"
     rows = []
-    if "choice" in result["rows"][0]:
-        kinds = list(dict.fromkeys(row["kind"] for row in result["rows"]))
-        for choice in dict.fromkeys(row["choice"] for row in result["rows"]):
-            saved = {row["kind"]: row for row in result["rows"] if row["choice"] == choice}
-            cells = [
-                f"{percent(row['saved_share'], 0)}{', noisy' if row['noisy'] else ''}" if row else ""
-                for row in map(saved.get, kinds)
-            ]
-            rows.append([code(choice), *cells])
-        return {"": table([f"a layer of {result['preset']} is shortened by", *map(latency_label, kinds)], rows)}
     for row in result["rows"]:
         said = row["prediction"]
         measured = [network["measured_ms"] for network in said["networks"]]
@@ -260,6 +250,16 @@ def latency_table(result: Result) -> dict[str, str]:
         )
     header = [about, "16 networks", "mean error", "greatest", "ratio to the baseline", "τ", "flagged as noisy"]
     return {"": table(header, rows)}
+
+
+def _choices(result: Result) -> dict[str, str]:
+    cells: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        said = percent(row["saved_share"], 0) + (", noisy" if row["noisy"] else "")
+        cells.setdefault(row["choice"], {})[row["kind"]] = said
+    kinds = list(dict.fromkeys(row["kind"] for row in result["rows"]))
+    rows = [[code(choice), *(of.get(kind, "") for kind in kinds)] for choice, of in cells.items()]
+    return {"": table([f"a layer of {result['preset']} is shortened by", *map(latency_label, kinds)], rows)}
 
 
 # -------------------------------------------------------------------- distillation
@@ -550,7 +550,7 @@ def end_to_end(result: Result) -> dict[str, str]:
     decoders = [
         [
             entry["decoder"],
-            latency_label(entry["runtime"]).strip(),
+            latency_label(entry["runtime"]),
             number(entry["seconds"]),
             f"{entry['parameters'] / 1e6:.1f} M",
         ]

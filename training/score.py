@@ -261,7 +261,7 @@ def show(folder: Path) -> None:
         tell(f"note: {note}")
     for key, value in found["metrics"].items():
         error = found["standard_errors"].get(key)
-        print(f"{metric_label(key).replace('_', ' ')}: {value:.5g}" + ("" if error is None else f" ± {error:.2g}"))
+        print(f"{metric_label(key)}: {value:.5g}" + ("" if error is None else f" ± {error:.2g}"))
 
 
 if __name__ == "__main__":

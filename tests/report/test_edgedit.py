@@ -207,6 +207,8 @@ def test_a_grid_outside_the_run_is_not_read(tmp_path, run_dir):
 def test_words_for_metrics_and_counts():
     assert metric_label("fid[digits-cnn,n=2000]") == "Fréchet distance (digits-cnn, n=2,000)"
     assert metric_label("fid[inception,n=50000]") == "FID (n=50,000)"
+    assert metric_label("fid[fashion_mnist-cnn,n=50]") == "Fréchet distance (fashion_mnist-cnn, n=50)"
+    assert metric_label("adm_precision") == "adm precision"
     assert metric_label("fid[inception-cnn,n=50]") == "Fréchet distance (inception-cnn, n=50)"  # of a folder so called
     assert [scaled(v) for v in (950, 88_312, 1_812_345, 675_130_000, 1.2e12)] == [
         "950",

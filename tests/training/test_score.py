@@ -89,6 +89,15 @@ def refused(score, capsys):
     return run
 
 
+def folder_of(npz: Path, folder: Path) -> Path:
+    """The grey images of a file of ADM's as a folder of them."""
+    folder.mkdir()
+    with np.load(npz) as file:
+        for number, pixels in enumerate(file["arr_0"]):
+            Image.fromarray(pixels[:, :, 0]).save(folder / f"{number:05d}.png")
+    return folder
+
+
 def test_a_pipeline(score, refused, model, extractor, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".request.json.tmp-0-1-2").write_text("{")  # of one that was killed in its first moment
@@ -132,12 +141,9 @@ def test_a_pipeline(score, refused, model, extractor, tmp_path):
 
 def test_images_of_a_folder_and_of_an_npz(score, refused, model, extractor, tmp_path):
     made, _ = score(model, tmp_path / "made", "--npz")
-    (tmp_path / "images").mkdir()
     grey, _ = score(tmp_path / "made" / "samples.npz", tmp_path / "of-npz")  # grey again, as the extractor wants them
     assert grey["metrics"] == pytest.approx(made["metrics"], rel=1e-9)
-    with np.load(tmp_path / "made" / "samples.npz") as file:
-        for number, pixels in enumerate(file["arr_0"]):
-            Image.fromarray(pixels[:, :, 0]).save(tmp_path / "images" / f"{number:05d}.png")
+    folder_of(tmp_path / "made" / "samples.npz", tmp_path / "images")
     folder, _ = score(tmp_path / "images", tmp_path / "of-folder")
     assert folder["metrics"] == pytest.approx(made["metrics"], rel=1e-9)
     few, _ = score(tmp_path / "images", tmp_path / "of-some", samples=12)  # some of all, not the first ones
@@ -261,11 +267,7 @@ def test_two_ranks_give_the_figures_of_one(command, model, tmp_path, kind):
 def images(model, score, tmp_path):
     """A folder of 60 images."""
     score(model, tmp_path / "made", "--npz", samples=60)
-    (tmp_path / "images").mkdir()
-    with np.load(tmp_path / "made" / "samples.npz") as file:
-        for number, pixels in enumerate(file["arr_0"]):
-            Image.fromarray(pixels[:, :, 0]).save(tmp_path / "images" / f"{number:05d}.png")
-    return tmp_path / "images"
+    return folder_of(tmp_path / "made" / "samples.npz", tmp_path / "images")
 
 
 @pytest.mark.slow

@@ -26,7 +26,16 @@ from PIL import Image
 from ..errors import EdgeDiTError
 from ..files import atomic_folder, parse_json, read_prompt_lines
 
-LAYOUTS = ("geneval", "dpg", "hpsv3")
+COMMANDS = {
+    "geneval": "python evaluation/evaluate_images.py {folder}",
+    "dpg": (
+        "accelerate launch dpg_bench/compute_dpg_bench.py --image-root-path {images} --resolution {side} "
+        "--pic-num {each}"
+    ),
+    "hpsv3": "HPSv3RewardInferencer().reward(prompts=prompts, image_paths=paths)",
+}
+"""What the judge of each layout is called with."""
+LAYOUTS = tuple(COMMANDS)
 GRID = 4  # images of a prompt that DPG-Bench looks at
 ID = re.compile(r"[\w][\w.-]*")
 ID_BYTES = 200  # file names have 255 at most, and more is put behind it
@@ -101,27 +110,23 @@ def write_handover(
 ) -> str:
     """Write images in a judge's layout, replacing the folder in one step.
 
+    Args:
+        count: images, a multiple of the prompts: image i is of prompt i mod `len(prompts)`.
+        image_of: bytes `[C, H, W]` of an image by its number. Memory: what it holds, and one prompt's images.
+
     Returns:
         The judge's own command for them (of HPSv3 the call).
 
     Raises:
         EdgeDiTError: the layout cannot hold them, see [`check_layout`], or needs square images.
-
-    Args:
-        count: images, a multiple of the prompts: image i is of prompt i mod `len(prompts)`.
-        image_of: bytes `[C, H, W]` of an image by its number. Memory: what it holds, and one prompt's images.
     """
     check_layout(layout, prompts, count)
     each, said, listed = count // len(prompts), [], []
     with atomic_folder(folder) as aside:
         for place, prompt in enumerate(prompts):
             pictures = [_picture(image_of(place + k * len(prompts))) for k in range(each)]
+            side = pictures[0].width
             if layout == "dpg":
-                if pictures[0].width != pictures[0].height:
-                    raise EdgeDiTError(
-                        f"DPG-Bench cuts squares out of files, but images are {pictures[0].width} × "
-                        f"{pictures[0].height}; hand square ones over (--resolution)."
-                    )
                 names = [f"{prompt.id}.png"]
                 pictures = [_square(pictures)]
                 root = aside / "images"
@@ -140,13 +145,8 @@ def write_handover(
         (aside / "prompts.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in said), encoding="utf-8")
         if layout == "hpsv3":
             (aside / "hpsv3.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
-    if layout == "geneval":
-        return f"python evaluation/evaluate_images.py {shlex.quote(str(folder))}"
-    if layout == "hpsv3":
-        return "HPSv3RewardInferencer().reward(prompts=prompts, image_paths=paths)"
-    return (
-        f"accelerate launch dpg_bench/compute_dpg_bench.py --image-root-path {shlex.quote(str(Path(folder, 'images')))}"
-        f" --resolution {image_of(0).shape[-1]} --pic-num {each}"
+    return COMMANDS[layout].format(
+        folder=shlex.quote(str(folder)), images=shlex.quote(str(Path(folder, "images"))), side=side, each=each
     )
 
 
@@ -156,10 +156,15 @@ def _picture(pixels: torch.Tensor) -> Image.Image:
 
 
 def _square(pictures: list[Image.Image]) -> Image.Image:
-    """One picture as it is, several in a square of two by two, row by row."""
+    """One square picture as it is, several in a square of two by two, row by row."""
+    width, height = pictures[0].size
+    if width != height:
+        raise EdgeDiTError(
+            f"DPG-Bench cuts squares out of files, but images are {width} × {height}; hand square ones over "
+            "(--resolution)."
+        )
     if len(pictures) == 1:
         return pictures[0]
-    width, height = pictures[0].size
     whole = Image.new("RGB", (2 * width, 2 * height))
     for k, picture in enumerate(pictures):
         whole.paste(picture, (k % 2 * width, k // 2 * height))

@@ -53,7 +53,7 @@ def metric_label(key: str) -> str:
     """
     match = re.fullmatch(r"(s?)fid\[(.+),n=(\d+)\]", key)
     if match is None:
-        return key
+        return key.replace("_", " ")
     extractor, count = match[2], f"n={int(match[3]):,}"
     if match[1]:
         return f"sFID ({count})"
@@ -63,7 +63,7 @@ def metric_label(key: str) -> str:
 def latency_label(key: str) -> str:
     """Words for a latency's key: `onnxruntime-fp32` → "ONNX Runtime fp32"."""
     runtime, _, precision = key.partition("-")
-    return f"{RUNTIME_LABELS.get(runtime, runtime)} {precision}"
+    return f"{RUNTIME_LABELS.get(runtime, runtime)} {precision}".rstrip()
 
 
 def model_place(name: str) -> int:

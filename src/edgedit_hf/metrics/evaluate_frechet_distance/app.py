@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-from edgedit_hf.metrics.space import launch
+from edgedit_hf.metrics.adapters import launch
 
-launch(Path(__file__).parent)
+launch(Path(__file__).with_name("evaluate_frechet_distance.py"))

@@ -3,10 +3,10 @@
 One import a line and no relative imports: `evaluate` copies this file elsewhere and parses its imports by itself.
 """
 
-import datasets
 import evaluate
 
 from edgedit_hf.metrics import frechet_distance
+from edgedit_hf.metrics.adapters import describe
 
 _DESCRIPTION = "Squared Fréchet distance of two sets of features, each fitted by a Gaussian (Heusel et al. 2017)."
 _CITATION = """
@@ -33,13 +33,7 @@ class FrechetDistance(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Sequence(datasets.Value("float32"))
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": features, "references": features}),
-        )
+        return describe(_DESCRIPTION, _CITATION, _INPUTS, ["predictions", "references"])
 
     def _compute(self, predictions, references) -> dict[str, float]:
         return {"frechet_distance": frechet_distance(predictions, references)}

@@ -3,10 +3,10 @@
 One import a line and no relative imports: `evaluate` copies this file elsewhere and parses its imports by itself.
 """
 
-import datasets
 import evaluate
 
 from edgedit_hf.metrics import inception_score
+from edgedit_hf.metrics.adapters import describe
 
 _DESCRIPTION = "exp(E KL(p(y|x) ‖ p(y))) of a classifier's answers (Salimans et al. 2016), as ADM computes it."
 _CITATION = """
@@ -30,13 +30,7 @@ class InceptionScore(evaluate.Metric):
     """`evaluate` adapter of [`edgedit_hf.metrics.inception_score`]; it adds nothing to it."""
 
     def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Sequence(datasets.Value("float32"))
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": features}),
-        )
+        return describe(_DESCRIPTION, _CITATION, _INPUTS, ["predictions"])
 
     def _compute(self, predictions, split_size: int = 5000) -> dict[str, float]:
         mean, deviation = inception_score(predictions, split_size)

@@ -3,10 +3,10 @@
 One import a line and no relative imports: `evaluate` copies this file elsewhere and parses its imports by itself.
 """
 
-import datasets
 import evaluate
 
 from edgedit_hf.metrics import kernel_distance
+from edgedit_hf.metrics.adapters import describe
 
 _DESCRIPTION = "Unbiased squared maximum mean discrepancy of two sets of features (Bińkowski et al. 2018)."
 _CITATION = """
@@ -36,13 +36,7 @@ class KernelDistance(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Sequence(datasets.Value("float32"))
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": features, "references": features}),
-        )
+        return describe(_DESCRIPTION, _CITATION, _INPUTS, ["predictions", "references"])
 
     def _compute(
         self, predictions, references, subsets: int = 100, subset_size: int = 1000, seed: int = 0

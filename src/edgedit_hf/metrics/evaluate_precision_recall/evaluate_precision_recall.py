@@ -3,10 +3,10 @@
 One import a line and no relative imports: `evaluate` copies this file elsewhere and parses its imports by itself.
 """
 
-import datasets
 import evaluate
 
 from edgedit_hf.metrics import adm_precision_recall, precision_recall
+from edgedit_hf.metrics.adapters import describe
 
 _DESCRIPTION = "How many generated images lie among the real ones, and the other way round (Kynkäänniemi et al. 2019)."
 _CITATION = """
@@ -35,13 +35,7 @@ class PrecisionRecall(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Sequence(datasets.Value("float32"))
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": features, "references": features}),
-        )
+        return describe(_DESCRIPTION, _CITATION, _INPUTS, ["predictions", "references"])
 
     def _compute(self, predictions, references, k: int = 3, adm: bool = False) -> dict[str, float]:
         precision, recall = (adm_precision_recall if adm else precision_recall)(references, predictions, k)

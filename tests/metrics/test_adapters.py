@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +54,8 @@ def test_a_folder_is_ready_to_be_a_space(folder, repository, monkeypatch, tmp_pa
     names = {"Interface": Interface, "Error": Error, "JSON": object, "Textbox": lambda label: label}
     monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(**names))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
-    runpy.run_path(str(folder / "app.py"))
+    shutil.copytree(folder, tmp_path / "app")  # a Space's folder has a name of its own
+    runpy.run_path(str(tmp_path / "app" / "app.py"))
     ((inputs, compute),) = shown
     features = np.random.default_rng(0).normal(size=(2, 40, 6))
     found = compute(*(json.dumps(part.tolist()) for part in features[: len(inputs)]))
