@@ -208,6 +208,13 @@ class Run:
         stem = next(m["grid"] for m in [self.models[name]]).removesuffix(".png")
         return load_file(self.folder / f"{stem}.safetensors")["images"]
 
+    def made(self) -> dict[str, Any]:
+        """How the run's models were judged, and the seconds that its stages took."""
+        return {
+            "stamps": {name: model["stamp"] for name, model in self.models.items()},
+            "seconds": read_json(self.folder / "report.json", "edgedit report")["seconds"],
+        }
+
     def claims(self) -> dict[str, Any]:
         """Every claim's value, with its interval, and the run's costs against the teacher's."""
 
@@ -419,7 +426,7 @@ def main() -> None:
         run = Run(folder, arguments)
         figures = run.claims()
         ablations = {name: run.kept(name, partial(ABLATIONS[name], run)) for name in asked}
-        results.append({"run": folder.name, "seed": run.seed, **figures, "ablations": ablations})
+        results.append({"run": folder.name, "seed": run.seed, **figures, **run.made(), "ablations": ablations})
         if arguments.picture is not None and len(results) == 1:
             picture(run, arguments.picture)
     print(

@@ -38,8 +38,8 @@ HERE = Path(__file__).resolve().parent
 DIGITS = 6  # kept of every number
 # What is kept of a model of a run's report.
 MODEL = (
-    "name stage width parameters flops bytes latency_ms metrics class_agreement held_out psnr_db num_samples steps "
-    "solver guidance_scale forwards_per_image seconds_per_image stamp"
+    "name stage width parameters flops bytes latency_ms metrics standard_errors notes class_agreement held_out psnr_db "
+    "num_samples steps solver guidance_scale forwards_per_image seconds_per_image stamp"
 ).split()
 
 

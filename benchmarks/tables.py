@@ -56,6 +56,11 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{100 * value:.{digits}f} %"
 
 
+def plus_minus(value: float | None, error: float | None) -> str:
+    """A figure with its standard error, where that is known."""
+    return number(value) + (f" ± {number(error, 2)}" if value is not None and error is not None else "")
+
+
 def megabytes(value: float | None) -> str:
     return "" if value is None else f"{value / 1e6:,.2f} MB"
 
@@ -90,7 +95,10 @@ def run(result: Result) -> dict[str, str]:
         "steps, guidance": lambda model: f"{model['steps']}, {model['guidance_scale']:g}" if "steps" in model else "",
     }
     quality: dict[str, Callable[[Result], str]] = {
-        metric_label(key): lambda model, key=key: number(model["metrics"].get(key)) for key in metrics
+        metric_label(key): lambda model, key=key: plus_minus(
+            model["metrics"].get(key), model.get("standard_errors", {}).get(key)
+        )
+        for key in metrics
     }
     quality["precision"] = lambda model: number(model["metrics"].get("precision"))
     quality["recall"] = lambda model: number(model["metrics"].get("recall"))
@@ -356,6 +364,8 @@ def evidence(result: Result) -> dict[str, str]:
     for name, paper in result["papers_costs"].items():
         label = {"parameters": name, "flops": "FLOPs"}.get(name) or f"latency, {latency_label(name)}"
         costs.append([label, paper, *(f"{run['costs'][name]:.2f}" for run in runs)])
+    for run in runs:
+        check_comparable(run.get("stamps", {}))
     names = sorted(dict.fromkeys(name for run in runs for name in run["distances"]), key=model_place)
     distances = [
         [MODEL_LABELS.get(name, name), *(number(run["distances"].get(name)) for run in runs)] for name in names
@@ -366,6 +376,11 @@ def evidence(result: Result) -> dict[str, str]:
         "costs": table(["student to teacher", "the papers'", *seeds], costs),
         "distances": table([metric, *seeds], distances),
     }
+    if all("seconds" in run for run in runs):  # earlier records have none
+        stages = dict.fromkeys(stage for run in runs for stage in run["seconds"])
+        rows = [[stage, *(number(run["seconds"].get(stage)) for run in runs)] for stage in stages]
+        total = ["all", *(number(sum(run["seconds"].values())) for run in runs)]
+        found["seconds"] = table(["seconds of a stage", *seeds], [*rows, total])
     made = {run["seed"]: run["ablations"] for run in runs}
     ablations: dict[str, tuple[list[str], Callable[[Result], Iterable[list[str]]]]] = {
         "starts": (["start", "held-out loss", "distilled", "distance, untuned"], _starts),
@@ -419,6 +434,41 @@ def attention(result: Result) -> dict[str, str]:
         rows.append([latency_label(row["runtime"]), *cells])
     header = ["", "attention: full", "sparse", "times as fast", "whole layer: full", "sparse", "times as fast"]
     return {"": table([*header, "memory: full", "sparse"], rows)}
+
+
+def elastic(result: Result) -> dict[str, str]:
+    """A supernet and its networks trained alone: losses and forwards, then what training and a switch take."""
+    rows = [
+        [
+            name,
+            f"{result['parameters'][name] / 1e6:.2f} M",
+            *(f"{result['steps_in_supernet'][name]:,}", f"{result['steps']:,}"),
+            *(number(result[losses][name]) for losses in ("loss_supernet", "loss_alone")),
+            f"{result['loss_ratio'][name]:.3f}",
+            f"{result['forward_ratio'][name]:.2f}",
+        ]
+        for name in result["loss_alone"]
+    ]
+    header = ["", "parameters", "steps in the supernet", "alone", "loss in the supernet", "alone", "ratio"]
+    alone = sum(result["seconds_alone"].values())
+    costs = [
+        ["training the supernet", f"{result['seconds_supernet']:,.0f} s"],
+        ["training the three alone", f"{alone:,.0f} s"],
+        ["ratio", f"{result['time_ratio']:.2f}"],
+        ["a switch", f"{1e3 * result['switch_ms']:.1f} µs"],
+    ]
+    return {
+        "losses": table([*header, "a forward, to that of the network taken out"], rows),
+        "costs": table(["", ""], costs),
+    }
+
+
+def push(result: Result) -> dict[str, str]:
+    rows = [
+        [code(name), f"{row['seconds']:.1f} s", *(f"{row[key] / 1e6:,.0f} MB" for key in ("sent", "memory"))]
+        for name, row in result["rows"].items()
+    ]
+    return {"": table([f"{result['bytes'] / 1e6:,.0f} MB on the loopback", "time", "sent", "memory"], rows)}
 
 
 def quantization(result: Result) -> dict[str, str]:
@@ -619,6 +669,6 @@ TABLES: dict[str, Callable[[Result], dict[str, str]]] = {
     for made in (
         *(run, ranking, programme, search, larger_space, latency_table, closed_form, distill_cost),
         *(feature_distillation, few_step, attention, quantization, export, sampling, forward, int8, browser_loop),
-        *(evidence, end_to_end, metrics),
+        *(evidence, end_to_end, metrics, elastic, push),
     )
 }

@@ -22,9 +22,8 @@ from edgedit_hf.data.datasets import to_bytes
 from edgedit_hf.data.loading import load_run_captions, load_run_images
 from edgedit_hf.estimate import print_estimate
 from edgedit_hf.files import atomic_write_json
-from edgedit_hf.metrics.distances import frechet_distance
 from edgedit_hf.metrics.prompt_following import agreements, judged_captions
-from edgedit_hf.metrics.reference import describe_reference, judged_by, load_extractor, real_features
+from edgedit_hf.metrics.reference import describe_reference, judged_by, judged_distance, load_extractor, real_features
 from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.pipelines.pipeline_elastic_dit import ElasticDiTPipeline
 from edgedit_hf.pipelines.sampling import generate_from_captions, sampling_of, sampling_stamp
@@ -116,7 +115,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             )
             for key, captions in sets.items()
         }
-        distance = frechet_distance(extractor.features(made["captions"]), real)
+        judged = judged_distance(metric, extractor.features(made["captions"]), real)
         result = {
             "name": name,
             "stage": "subnet",
@@ -127,7 +126,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "flops": cost.flops,
             "bytes": {precision: cost.bytes(precision) for precision in BYTES},
             "latency_ms": latency.get(name, {}),
-            "metrics": {metric: distance, "validation_loss": trained.get("validation", {}).get(name)},
+            **judged,
+            "metrics": {**judged["metrics"], "validation_loss": trained.get("validation", {}).get(name)},
             "num_samples": options.samples,
             **sampling,
             "stamp": {
@@ -140,7 +140,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             state.log(agreement=result["class_agreement"])
         save_file({key: to_bytes(images) for key, images in made.items()}, state.folder / f"{name}.safetensors")
         atomic_write_json(state.folder / f"{name}.json", result)
-        state.log(distance=distance)
+        state.log(distance=judged["metrics"][metric])
     state.finish()
 
 

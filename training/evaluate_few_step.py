@@ -31,7 +31,7 @@ from edgedit_hf.hub import absolute
 from edgedit_hf.metrics.distances import frechet_distance, precision_recall
 from edgedit_hf.metrics.extractors import train_independent_classifier
 from edgedit_hf.metrics.prompt_following import agreements
-from edgedit_hf.metrics.reference import judged_by, load_extractor, real_features
+from edgedit_hf.metrics.reference import judged_by, judged_distance, load_extractor, real_features
 from edgedit_hf.pipelines.loading import load_pipeline, source_path
 from edgedit_hf.pipelines.sampling import generate_from_captions, sampling_stamp
 from edgedit_hf.preflight import preflight
@@ -160,7 +160,6 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         cost = elastic_cost(net.config, row.subnet)
         made = {key: row.images(captions, config) for key, captions in sets.items()}
         features = extractor.features(made["captions"])
-        distance = frechet_distance(features, real)
         precision, recall = precision_recall(real, features)
         own = row.stage == "few-step"
         folder, weights = (FEW_STEP.folder, state.inputs["few-step"]) if own else brought
@@ -175,7 +174,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "flops": cost.flops,
             "bytes": {precision: cost.bytes(precision) for precision in BYTES},
             "latency_ms": {},
-            "metrics": {metric: distance},
+            **judged_distance(metric, features, real),
             "precision": precision,
             "recall": recall,
             "num_samples": options.samples,
@@ -198,7 +197,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             state.log(agreement=result["class_agreement"])
         save_file({key: to_bytes(images) for key, images in made.items()}, state.folder / f"{row.name}.safetensors")
         atomic_write_json(state.folder / f"{row.name}.json", result)
-        state.log(distance=distance)
+        state.log(distance=result["metrics"][metric])
     state.finish()
 
 

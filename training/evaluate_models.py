@@ -36,7 +36,13 @@ from edgedit_hf.genotype import Genotype
 from edgedit_hf.hub import absolute
 from edgedit_hf.metrics.distances import frechet_distance, precision_recall, psnr
 from edgedit_hf.metrics.extractors import class_agreement
-from edgedit_hf.metrics.reference import describe_reference, judged_by, load_extractor, real_features
+from edgedit_hf.metrics.reference import (
+    describe_reference,
+    judged_by,
+    judged_distance,
+    load_extractor,
+    real_features,
+)
 from edgedit_hf.pipelines.loading import load_pipeline
 from edgedit_hf.pipelines.sampling import generate, sampling_of, sampling_stamp
 from edgedit_hf.preflight import preflight
@@ -199,7 +205,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         pipeline, stage = row.pipeline, "exported" if name.startswith("exported/") else name
         bytes_of, features, agreement = judge(row, config, extractor, classifier, accelerator)
         precision, recall = precision_recall(real, features)
-        distance = frechet_distance(features, real)
+        judged = judged_distance(metric, features, real)
         model = pipeline.transformer.config
         cost = model_cost(model)
         genotype = Genotype.of(model)
@@ -216,7 +222,8 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
             "flops": cost.flops,
             "bytes": bytes_by_precision(pipeline.transformer, cost, folders[made_of]),
             "latency_ms": runtimes if stage != "exported" else {k: v for k, v in runtimes.items() if k == row.runtime},
-            "metrics": {metric: distance, "precision": precision, "recall": recall},
+            **judged,
+            "metrics": {**judged["metrics"], "precision": precision, "recall": recall},
             "precision": precision,
             "recall": recall,
             "num_samples": options.samples,
@@ -245,7 +252,7 @@ def run(config: RunConfig, accelerator: Accelerator) -> None:
         columns = model["num_classes"] if 2 <= model["num_classes"] <= 16 else 8
         save_montage(file(name, ".png"), bytes_of[: columns * options.grid].permute(0, 2, 3, 1).numpy(), columns)
         atomic_write_json(file(name, ".json"), result)
-        state.log(distance=distance)
+        state.log(distance=judged["metrics"][metric])
     state.finish()
 
 

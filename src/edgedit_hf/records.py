@@ -10,8 +10,7 @@ from .stamp import Stamp
 
 # Bounds of networks: nothing that is built from a file may be larger, whatever the file says.
 WIDTH, LAYERS, HEADS, SIDE = 2**16, 1000, 2**12, 2**16
-COUNT = 10**12  # images, steps, bytes: counted, never allocated
-FIGURE = 1e30  # parameters, FLOPs, distances
+COUNT, FIGURE = 10**12, 1e30  # images, steps, bytes (counted, never allocated); parameters, FLOPs, distances
 MS: dict[str, Any] = {"above": 0.0, "maximum": 1e12}  # milliseconds
 SHARE: dict[str, Any] = {"minimum": 0.0, "maximum": 1.0}
 
@@ -413,6 +412,8 @@ class Model:
     flops: float = key(minimum=1, maximum=FIGURE)
     latency_ms: dict[str, float] = key(**MS, items=1000)
     metrics: dict[str, float | None] = key(minimum=-FIGURE, maximum=FIGURE, items=1000, fewest=1)
+    standard_errors: dict[str, float] = key(dict, minimum=0.0, maximum=FIGURE, items=1000)
+    notes: list[str] = key(list, items=1000)
     num_samples: int = key(minimum=1, maximum=COUNT)
     steps: int = key(minimum=1, maximum=COUNT)
     guidance_scale: float = key(minimum=0.0, maximum=FIGURE)
@@ -439,6 +440,7 @@ class Reference:
 
     extractor: str = key()
     real_floor: float = key(minimum=-1.0, maximum=FIGURE)
+    notes: list[str] = key(list, items=1000)
     extractor_accuracy: float | None = key(None, **SHARE)
     classifier: str | None = key(None)
     classifier_accuracy: float | None = key(None, **SHARE)

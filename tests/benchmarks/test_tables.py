@@ -127,6 +127,35 @@ def test_metrics(tables):
     assert made[2] == "| kernel distance | 0.0123456 | | 0.0123456 | 8e-07 |"
 
 
+def test_an_elastic_network(tables):
+    of_each = {"tiny": 0.5, "full": 0.25}
+    result = {
+        "steps": 1500,
+        "steps_in_supernet": {"tiny": 740, "full": 1500},
+        "parameters": {"tiny": 250_000, "full": 1_590_000},
+        **{key: of_each for key in ("loss_supernet", "loss_alone")},
+        "loss_ratio": {"tiny": 1.0049, "full": 0.99},
+        "forward_ratio": {"tiny": 1.014, "full": 1.0},
+        "seconds_supernet": 160.0,
+        "seconds_alone": {"tiny": 80.0, "full": 120.0},
+        "time_ratio": 0.8,
+        "switch_ms": 0.0054,
+    }
+    made = tables.elastic(result)
+    assert made["losses"].splitlines()[2] == "| tiny | 0.25 M | 740 | 1,500 | 0.500 | 0.500 | 1.005 | 1.01 |"
+    assert made["costs"].splitlines()[2:] == [
+        *("| training the supernet | 160 s |", "| training the three alone | 200 s |"),
+        *("| ratio | 0.80 |", "| a switch | 5.4 µs |"),
+    ]
+
+
+def test_a_push(tables):
+    row = {"seconds": 6.37, "sent": 889_006_512, "memory": 158_921_000.0}
+    made = tables.push({"bytes": 889_003_874, "rows": {"edgedit push": row}, "ratio": 2.4})[""].splitlines()
+    assert made[0].startswith("| 889 MB on the loopback |")
+    assert made[2] == "| `edgedit push` | 6.4 s | 889 MB | 159 MB |"
+
+
 def test_evidence(tables):
     """A column a seed, with nothing where it has no value; ablations that not every run has are left out."""
 
@@ -167,6 +196,14 @@ def test_evidence(tables):
     assert made["costs"].splitlines()[2:] == [
         *("| FLOPs | .61, .72 | 0.61 | 0.61 |", "| latency, ONNX Runtime fp32 | .60 (iPhone) | 0.68 | 0.68 |")
     ]
+    timed = [{**run, "seconds": {"teacher": 600.4, "tune": 90.2}} for run in runs]
+    assert tables.evidence({**about, "runs": timed})["seconds"].splitlines()[2:] == [
+        *("| teacher | 600 | 600 |", "| tune | 90.2 | 90.2 |", "| all | 691 | 691 |")
+    ]
+    stamp = {"extractor": "inception", "extractor_hash": "a", "reference": "b", "count": 10, "rounding": "bytes"}
+    apart = [{**runs[0], "stamps": {"teacher": stamp, "quantized": {**stamp, "count": 20}}}]
+    with pytest.raises(EdgeDiTError, match="count"):
+        tables.evidence({**about, "runs": apart})
     header, _, teacher, quantized = made["distances"].splitlines()
     assert "Fréchet distance (fashion_mnist-cnn, n=2,000)" in header
     assert (teacher, quantized) == ("| teacher | 3.50 | 3.50 |", "| student, quantized | 3.62 | |")

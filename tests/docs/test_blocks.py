@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from edgedit_hf.phone.bundle import Bundle
 from edgedit_hf.phone.results import append_rows
+from edgedit_hf.run.config import load_config
 from edgedit_hf.run.stage import EDGEDIT
 
 RUN_BLOCKS = """
@@ -180,8 +181,23 @@ def test_python_blocks(recipes, clone, tmp_path):
     assert (clone / "small" / "transformer" / "config.json").is_file()
 
 
+def test_blocks_of_yaml_are_parts_of_a_recipe(recipes, tmp_path):
+    found = [block for page in pages(recipes) for block in blocks(page, "yaml")]
+    for number, block in enumerate(found):
+        (tmp_path / f"{number}.yaml").write_text(block, encoding="utf-8")
+        load_config(tmp_path / f"{number}.yaml", ["teacher.hidden_size=1152", "teacher.num_heads=16"])  # DiT-XL/2's
+    assert len(found) >= 4
+
+
+def test_blocks_of_text_hold_nothing_to_run(recipes):
+    for page in pages(recipes):
+        for block in blocks(page, "text"):
+            first = [line.split()[0] for line in block.splitlines() if line.strip()]
+            assert not {"edgedit", "python", "make", "pip", "git", "accelerate", "from", "import"} & {*first}, page
+
+
 def test_no_block_is_left_out(recipes):
-    """A block in another language, or indented, would not be run (those of YAML are read by test_pages)."""
+    """A block in another language, or indented, would not be run."""
     for page in pages(recipes):
         fences = re.findall(r"^\s*```(.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
         assert fences[::2] == [name for name in fences[::2] if name in ("bash", "python", "text", "yaml")], page
@@ -389,11 +405,39 @@ def test_examples_are_the_examples_tests(recipes):
         assert (recipes.root / command.split()[1]).is_file()
 
 
+def test_a_copy_from_the_hub(recipes, run_with_hub, hub, clone, tmp_path):
+    hub.add("org/name", clone / "runs" / "demo" / "student-tuned")
+    for command, there in {
+        find(recipes, "edgedit pull org/name folder"): "folder/transformer/config.json",
+        find(recipes, "edgedit pull hf://org/name/transformer part"): "part/config.json",
+    }.items():
+        code = "import os, sys; from edgedit_hf.commands.cli import main; os.chdir(sys.argv[1]); main(sys.argv[2:])"
+        assert f"of {command.split()[2]} at commit" in run_with_hub(code, tmp_path, *shlex.split(command)[1:])
+        assert (tmp_path / there).is_file()
+
+
+def test_a_command_for_gpus_is_understood(recipes, clone):
+    command = shlex.split(find(recipes, "accelerate/gpu.yaml --num_processes 8"))
+    (clone / "run.yaml").write_text("output_dir: runs/gpu\n")
+    assert "teacher" in recipes.here([*command, "--dry-run"], clone)
+
+
 def test_beyond_digits_has_tests_of_its_own(recipes):
-    """tests/training/test_compress_beyond_digits.py runs the recipes, tests/benchmarks/test_evidence.py the claims."""
+    """tests/training/test_compress_beyond_digits.py runs the recipes, tests/benchmarks/test_evidence.py the claims,
+    tests/examples/test_examples.py the example; nothing is cloned in a test.
+    """
+    assert (recipes.root / find(recipes, "python examples/fluent_emoji.py").split()[1]).is_file()
+    for command in (
+        find(recipes, "git clone --depth 1 https://github.com/microsoft/fluentui-emoji"),
+        find(recipes, "edgedit train compress --config training/recipes/emoji.yaml"),
+    ):
+        assert f"\n#   {command}" in (recipes.root / "training" / "recipes" / "emoji.yaml").read_text()
+    again = find(recipes, "--override output_dir=runs/emoji-1")
+    assert again.startswith("edgedit train compress --config training/recipes/emoji.yaml --override seed=1 ")
+    assert "runs/emoji runs/emoji-1" in find(recipes, "python benchmarks/evidence.py runs/emoji")
     garments = find(recipes, "edgedit train compress --config training/recipes/fashion.yaml")
     again = find(recipes, "--override output_dir=runs/fashion-1")
-    claims = find(recipes, "python benchmarks/evidence.py")
+    claims = find(recipes, "python benchmarks/evidence.py runs/fashion")
     head = (recipes.root / "training" / "recipes" / "fashion.yaml").read_text()
     for command in (garments, again, claims.removesuffix(" --check")):
         assert f"\n#   {command}" in head

@@ -2,12 +2,16 @@
 shows.
 """
 
+import json
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from edgedit_hf.data.images import load_images
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -68,6 +72,32 @@ def test_numpy_and_the_runtime_alone(folder):
 @pytest.mark.slow
 def test_somebody_elses_pipeline(example, folder):
     assert "Fréchet distance" in example("evaluate_other", folder)
+
+
+def test_emoji_of_microsofts_repository(example, tmp_path):
+    """Two layouts of a render (with skin tones and without), one that is left out, one without a render."""
+    groups = {"Alarm clock": "Travel & Places", "Artist": "People & Body", "Flag": "Flags", "Bare": "Objects"}
+    renders = {"Alarm clock": "3D/alarm_clock_3d", "Artist": "Default/3D/artist_3d_default", "Flag": "3D/flag_3d"}
+    for name, group in groups.items():
+        folder = tmp_path / "fluentui-emoji" / "assets" / name
+        folder.mkdir(parents=True)
+        (folder / "metadata.json").write_text(json.dumps({"cldr": name.lower(), "group": group}))
+        if name in renders:
+            (file := folder / f"{renders[name]}.png").parent.mkdir(parents=True)
+            picture = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+            picture.putpixel((3, 4), (255, 0, 0, 255))
+            picture.save(file)
+    (tmp_path / "fluentui-emoji/assets/Artist/Dark/3D").mkdir(parents=True)
+    picture.save(tmp_path / "fluentui-emoji/assets/Artist/Dark/3D/artist_3d_dark.png")
+    assert "2 pictures, people-body 1, travel-places 1" in example("fluent_emoji", tmp_path)
+    made = {path.relative_to(tmp_path / "fluent-emoji").as_posix() for path in tmp_path.glob("fluent-emoji/*/*")}
+    assert made == {"people-body/Artist.png", "travel-places/Alarm clock.png"}
+    images = load_images(str(tmp_path / "fluent-emoji"), validation_fraction=0)
+    assert tuple(images.label_names) == ("people-body", "travel-places")
+    pixels = images.batch([0])["images"][0]  # [3, 16, 16]: a red pixel on white
+    assert pixels[:, 4, 3].tolist() == [1.0, -1.0, -1.0] and pixels[:, 0, 0].tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(SystemExit, match="clone microsoft/fluentui-emoji"):
+        example("fluent_emoji", tmp_path, "--assets", "nothing")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])

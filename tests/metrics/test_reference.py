@@ -11,8 +11,8 @@ from edgedit_hf.data.batches import batch_indices
 from edgedit_hf.data.loading import load_run_images
 from edgedit_hf.errors import EdgeDiTError
 from edgedit_hf.metrics import reference
-from edgedit_hf.metrics.distances import frechet_distance
-from edgedit_hf.metrics.reference import describe_reference, load_extractor, real_features
+from edgedit_hf.metrics.distances import frechet_distance, frechet_standard_error
+from edgedit_hf.metrics.reference import describe_reference, judged_distance, load_extractor, real_features
 from edgedit_hf.run.config import RunConfig
 
 
@@ -65,7 +65,7 @@ def test_the_reference_says_what_was_counted(config):
     assert written["real_floor_counts"] == [len(held_out), len(images)]
     assert written["real_floor"] == pytest.approx(frechet_distance(extractor.features(batch["images"]), real), rel=1e-4)
     assert written["data"] == images.fingerprint and written["extractor_hash"] == extractor.hash
-    assert written["count"] == config.evaluate.samples
+    assert written["count"] == config.evaluate.samples and written["notes"] == []
 
 
 def test_the_reference_of_an_extractor_that_was_trained_elsewhere(config):
@@ -74,3 +74,15 @@ def test_the_reference_of_an_extractor_that_was_trained_elsewhere(config):
     describe_reference(config, images, judge, real_features(judge, images), images)
     written = json.loads((config.folder("evaluate", "reference.json")).read_text())
     assert written["extractor_accuracy"] is None and written["extractor"] == "inception"
+    assert written["notes"][0].startswith("real images: ") and "have no variance" in written["notes"][0]  # white edges
+
+
+def test_a_distance_says_how_sure_it_is_and_what_makes_it_worth_less():
+    generator = torch.Generator().manual_seed(0)
+    real, made = torch.randn(200, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    judged = judged_distance("fid[x,n=40]", made, real)
+    assert judged["metrics"] == {"fid[x,n=40]": pytest.approx(frechet_distance(made, real), rel=1e-12)}
+    assert judged["standard_errors"] == {"fid[x,n=40]": frechet_standard_error(made, real)} and judged["notes"] == []
+    made[:, 3] = 0.5
+    few, still = judged_distance("fid[x,n=8]", made[:8], real)["notes"]
+    assert few.startswith("generated images: 8 images are too few for 8 features") and "(number 3) have no" in still

@@ -1,6 +1,6 @@
 """The table of models: figures that were not measured alike have columns of their own."""
 
-from edgedit_hf.report.tables import comparison_table
+from edgedit_hf.report.tables import comparison_table, judging_notes
 
 STAMP = {
     "extractor": "digits-cnn",
@@ -56,3 +56,25 @@ def test_a_result_without_a_stamp_stands_apart_from_one_that_has_it():
     found = columns(model("teacher", 3.0, stamp=STAMP), model("student", 4.0))
     assert found["Fréchet distance (digits-cnn, n=2,000), stamped"] == ["3", "–"]
     assert found["Fréchet distance (digits-cnn, n=2,000), without a stamp"] == ["–", "4"]
+
+
+def test_a_distance_stands_with_its_standard_error_where_that_is_known():
+    found = columns(model("teacher", 3.0, standard_errors={"fid[digits-cnn,n=2000]": 0.1234}), model("student", 4.0))
+    assert found["Fréchet distance (digits-cnn, n=2,000)"] == ["3 ± 0.12", "4"]
+
+
+def test_notes_are_said_once_with_the_models_that_they_hold_for():
+    few, still = "12 images are too few", "3 of 64 features have no variance"
+    models = [model("teacher", 3.0, notes=[few]), model("student", 4.0, notes=[few, still]), model("mine", 5.0)]
+    report = {"models": models[:2], "reference": {"notes": ["real images: 1 feature has no variance"]}}
+    assert judging_notes(report) == [
+        "real images: 1 feature has no variance",
+        f"{few} (all models)",
+        f"{still} (student, before tuning)",
+    ]
+    width = {"name": "tiny", "many": models[0], "few": models[1], "few_step": {**models[2], "name": "tiny"}}
+    assert judging_notes({"models": models[:1], "few_step": {"widths": [width]}}) == [
+        f"{few} (teacher, student, before tuning)",
+        f"{still} (student, before tuning)",
+    ]
+    assert judging_notes({"models": models[2:]}) == []

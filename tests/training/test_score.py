@@ -23,6 +23,8 @@ from edgedit_hf import EdgeDiTPipeline
 from edgedit_hf.data.datasets import to_bytes
 from edgedit_hf.data.images import load_images
 from edgedit_hf.diffusion import make_scheduler
+from edgedit_hf.export.formats import ExportOptions
+from edgedit_hf.export.pipeline import export_pipeline
 from edgedit_hf.metrics import frechet_distance, frechet_standard_error, open_extractor, train_classifier
 from edgedit_hf.pipelines.sampling import generate
 from edgedit_hf.schema import check
@@ -229,6 +231,21 @@ def test_exports(score, debug_run, tmp_path):
     onnx, _ = score(debug_run / "exported" / "onnx-fp32", tmp_path / "onnx", *asked)
     assert onnx["metrics"] == pytest.approx(eager["metrics"], rel=1e-2, abs=1e-2)
     assert (eager["stamp"]["dtype"], onnx["stamp"]["dtype"]) == ("float32", "fp32")
+
+
+@pytest.mark.slow
+@pytest.mark.export
+@pytest.mark.parametrize("form", ["executorch", "web"])
+def test_exports_for_phones_and_pages(request, score, debug_run, tmp_path, form):
+    if form == "web":
+        request.getfixturevalue("web_runtime")
+    options = ExportOptions(format=form, dtype="fp32", num_images=2, bench_repeats=2, threads=1)
+    export_pipeline(debug_run / "student-tuned", tmp_path / form, options)
+    asked = ("--extractor", debug_run / "extractor", "--steps", 2)
+    eager, _ = score(debug_run / "student-tuned", tmp_path / "eager", *asked)
+    made, _ = score(tmp_path / form, tmp_path / "made", *asked)
+    assert made["metrics"] == pytest.approx(eager["metrics"], rel=1e-2, abs=1e-2)
+    assert made["stamp"]["dtype"] == "fp32"
 
 
 # -------------------------------------------------------------------- processes

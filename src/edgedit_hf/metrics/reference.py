@@ -15,7 +15,7 @@ from ..errors import EdgeDiTError
 from ..files import atomic_write_json
 from ..run.comparison import first_difference
 from ..run.config import RunConfig
-from .distances import frechet_distance
+from .distances import RunningMoments, frechet_distance, frechet_distance_from_moments, frechet_standard_error
 from .extractors import (
     Extractor,
     FeatureExtractor,
@@ -84,6 +84,20 @@ def judged_by(extractor: Extractor, images: ImageDataset, count: int) -> dict[st
     }
 
 
+def judged_distance(metric: str, features: torch.Tensor, real: torch.Tensor) -> dict[str, Any]:
+    """The Fréchet distance of a model's features `[N, D]` to the real ones `[M, D]`, as a model's file has it:
+    `metrics`, `standard_errors` (of a bootstrap over the generated images) and `notes` (too few images for so many
+    features, features that do not vary). N, M ≥ 2.
+    """
+    ours, theirs = RunningMoments().update(features), RunningMoments().update(real)
+    reference = theirs.mean, theirs.covariance
+    return {
+        "metrics": {metric: frechet_distance_from_moments(ours.mean, ours.covariance, *reference)},
+        "standard_errors": {metric: frechet_standard_error(features, reference)},
+        "notes": ours.notes("generated images"),
+    }
+
+
 def describe_reference(
     config: RunConfig, images: ImageDataset, extractor, real: torch.Tensor, held_out: ImageDataset | None = None
 ):
@@ -105,6 +119,7 @@ def describe_reference(
             "real_floor": frechet_distance(others, real),
             "real_floor_counts": [len(others), len(real)],
             "count": config.evaluate.samples,
+            "notes": RunningMoments().update(real).notes("real images"),
         },
     )
     return classifier

@@ -21,13 +21,12 @@ from ..schema import shorten
 from ..search_space import SearchSpace
 from .few_step import few_step_widths_table
 from .subject import Subject
-from .tables import comparison_table, guidance_in_words, latency_label, metric_label, scaled
+from .tables import NO_VALUE, comparison_table, guidance_in_words, latency_label, metric_label, scaled
 
 KNOWN_LICENCES = {"facebook/dit-xl-2-256": "cc-by-nc-4.0", "facebook/dit-xl-2-512": "cc-by-nc-4.0"}
 """Of base models that say theirs elsewhere than in a card."""
 
 PROMPT = "a photograph of a lighthouse at dusk"  # where no record holds a caption
-NO_VALUE = "–"
 
 
 class Figure(NamedTuple):

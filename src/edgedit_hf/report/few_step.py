@@ -12,7 +12,7 @@ from ..records import FewStepStage, Model, Solvers, Telemetry
 from ..run.stage import EVALUATE_FEW_STEP, FEW_STEP
 from ..schema import convert, read_lines, read_record
 from .page import Figure, optional_record
-from .tables import MODEL_LABELS, guidance_in_words, latency_label, metric_label
+from .tables import MODEL_LABELS, distance_cell, guidance_in_words, latency_label, metric_label
 
 TUNED, GIVEN = "student-tuned", "few-step-source"
 """What a few-step student is distilled from: the run's own student, or another pipeline (few_step.path)."""
@@ -122,7 +122,7 @@ def _row(model: Mapping[str, Any], distance: str) -> list[str]:
         str(model.get("forwards_per_image") or "–"),
         "–" if seconds is None else f"{1e3 * seconds:.3g}",
         latency_label(runtime) if runtime else "–",
-        "–" if model["metrics"].get(distance) is None else f"{model['metrics'][distance]:.3g}",
+        distance_cell(model, distance),
         "–" if model.get("recall") is None else f"{model['recall']:.3f}",
         "–" if model.get("class_agreement") is None else f"{model['class_agreement']:.1%}",
     ]
@@ -290,7 +290,7 @@ def few_step_widths_table(widths: Sequence[Mapping[str, Any]]) -> tuple[list[str
                 f"{model['guidance_scale']:g}" if guided else "none",
                 str(_forwards(model)),
                 "–" if seconds is None else f"{about}{1e3 * seconds:.3g}",
-                "–" if model["metrics"].get(distance) is None else f"{model['metrics'][distance]:.3g}",
+                distance_cell(model, distance),
             ]
             if judged:
                 fall = width["relative_fall"].get(key)

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ..schema import read_record
-from .tables import MODEL_LABELS, chosen_model, comparison_table, latency_label, metric_label, scaled, template
+from .tables import (
+    MODEL_LABELS,
+    chosen_model,
+    comparison_table,
+    judging_notes,
+    latency_label,
+    metric_label,
+    scaled,
+    template,
+)
 
 GENERATOR = "edgedit_hf report"
 """What a page says that it was written by."""
@@ -71,6 +80,7 @@ def render_html(
         few_steps=few_steps,
         ranking=ranking,
         headlines=headlines,
+        judging=judging_notes(report),
         pictures=[figure.embedded(folder) for figure in figures],
         seconds=[[stage, f"{seconds:,.0f}"] for stage, seconds in report["seconds"].items()],
     )

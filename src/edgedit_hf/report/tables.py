@@ -9,6 +9,7 @@ from typing import Any
 
 from ..stamp import PROTOCOL, protocol
 
+NO_VALUE = "–"
 # What readers call the models of a run, by their name in report.json, in the order in which they are compared.
 MODEL_LABELS = {
     "teacher": "teacher",
@@ -121,7 +122,7 @@ def comparison_table(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], li
         *[
             (
                 metric_label(k) + said,
-                lambda m, k=k, j=j: _number(m["metrics"].get(k) if judged_by(m, j) else None, ".3g"),
+                lambda m, k=k, j=j: distance_cell(m, k) if judged_by(m, j) else NO_VALUE,
             )
             for k, j, said in distances
         ],
@@ -133,8 +134,28 @@ def comparison_table(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], li
         ("class agreement", lambda m: _number(m.get("class_agreement"), ".1%")),
     ]
     cells = [[value(m) for _, value in columns] for m in models]
-    kept = [i for i in range(len(columns)) if any(row[i] != "–" for row in cells)]
+    kept = [i for i in range(len(columns)) if any(row[i] != NO_VALUE for row in cells)]
     return [columns[i][0] for i in kept], [[row[i] for i in kept] for row in cells]
+
+
+def distance_cell(model: Mapping[str, Any], key: str) -> str:
+    """A distance of a model with its standard error, where it has one: "5.46 ± 0.21"."""
+    value, error = model["metrics"].get(key), (model.get("standard_errors") or {}).get(key)
+    return _number(value, ".3g") + ("" if value is None or error is None else f" ± {error:.2g}")
+
+
+def judging_notes(report: Mapping[str, Any]) -> list[str]:
+    """What makes figures of a report worth less, a sentence each: of the real images, then of models, each once with
+    the models that it holds for.
+    """
+    widths = (report.get("few_step") or {}).get("widths") or []
+    models = [*report["models"], *(width[way] for width in widths for way in ("few", "few_step"))]
+    of: dict[str, list[str]] = {}
+    for model in models:
+        for note in model.get("notes") or ():
+            of.setdefault(note, []).append(MODEL_LABELS.get(model["name"], model["name"]))
+    own = [f"{note} ({'all models' if len(names) == len(models) else ', '.join(names)})" for note, names in of.items()]
+    return [*((report.get("reference") or {}).get("notes") or ()), *own]
 
 
 def judged_by(model: Mapping[str, Any], judge: tuple[Any, ...] | None) -> bool:
@@ -156,4 +177,4 @@ def differing(judges: Sequence[tuple[Any, ...] | None]) -> list[str]:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    return NO_VALUE if value is None else format(value, form)

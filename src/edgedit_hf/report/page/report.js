@@ -31,7 +31,7 @@ function inDigits(value) {
 // ---------------------------------------------------------------- tables
 
 const FACTORS = { k: 1e3, M: 1e6, G: 1e9, T: 1e12 };
-const NUMBER = /^(?:≈\s*)?([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(k|M|G|T)?\s*(?:%|×|ms|s|MB|dB)?(?:\s*\[.*\])?$/;
+const NUMBER = /^(?:≈\s*)?([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(k|M|G|T)?\s*(?:%|×|ms|s|MB|dB)?(?:\s*(?:\[.*\]|±.*))?$/;
 
 /** What a cell is sorted by: a number without its unit, a text, or null where nothing is known. */
 function valueOf(cell) {
