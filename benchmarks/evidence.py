@@ -133,6 +133,7 @@ class Run:
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder, self.asked = folder.resolve(), [*options.override, f"output_dir={folder.resolve()}"]
         self.seed = read_json(folder / "evaluate" / "stage.json", EVALUATE.made_by)["seed"]
+        self.seconds = read_json(folder / "report.json", "edgedit report")["seconds"]
         self.recipe = options.config
         self.config = self.configured()
         torch.set_num_threads(self.config.threads or torch.get_num_threads())
@@ -212,7 +213,7 @@ class Run:
         """How the run's models were judged, and the seconds that its stages took."""
         return {
             "stamps": {name: model["stamp"] for name, model in self.models.items()},
-            "seconds": read_json(self.folder / "report.json", "edgedit report")["seconds"],
+            "seconds": self.seconds,
         }
 
     def claims(self) -> dict[str, Any]:

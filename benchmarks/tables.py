@@ -94,8 +94,10 @@ def run(result: Result) -> dict[str, str]:
         "stored": lambda model: megabytes(next(iter(model["bytes"].values()))),
         "steps, guidance": lambda model: f"{model['steps']}, {model['guidance_scale']:g}" if "steps" in model else "",
     }
+    widths = (result.get("few_step") or {}).get("widths") or []
+    uncertain = keys_of([*models, *(width[way] for width in widths for way in ("few", "few_step"))], "standard_errors")
     quality: dict[str, Callable[[Result], str]] = {
-        metric_label(key): lambda model, key=key: plus_minus(
+        metric_label(key) + (", ± standard error" if key in uncertain else ""): lambda model, key=key: plus_minus(
             model["metrics"].get(key), model.get("standard_errors", {}).get(key)
         )
         for key in metrics
@@ -106,7 +108,6 @@ def run(result: Result) -> dict[str, str]:
     quality["the same, of captions kept out of training"] = lambda model: percent(
         (model.get("held_out") or {}).get("class_agreement")
     )
-    widths = (result.get("few_step") or {}).get("widths") or []
     for key in keys_of([*models, *(width["few"] for width in widths)], "seconds_per_image"):
         sizes[f"an image, {latency_label(key)}"] = lambda model, key=key: (
             f"{number(1e3 * model['seconds_per_image'][key])} ms" if key in model.get("seconds_per_image", {}) else ""

@@ -29,6 +29,8 @@ if __name__ == "__main__":
     parser.add_argument("--assets", type=Path, default=Path("fluentui-emoji/assets"))
     parser.add_argument("--output", type=Path, default=Path("fluent-emoji"))
     assets, output = vars(parser.parse_args()).values()
+    if output.exists():
+        sys.exit(f"{output} is there already; delete it, or name another --output.")
     counts: Counter[str] = Counter()
     for file in sorted(assets.glob("*/metadata.json")):
         group, render = json.loads(file.read_text(encoding="utf-8"))["group"], render_of(file.parent)

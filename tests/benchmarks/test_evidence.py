@@ -93,7 +93,8 @@ def test_claims_and_ablations_of_a_run(benchmark, repository, recipes, recipe, t
 
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
     made = importlib.import_module("tables").evidence(result)
-    assert list(made) == ["claims", "costs", "distances", "starts", "merges", "terms", "objectives"]
+    assert list(made) == ["claims", "costs", "distances", "seconds", "starts", "merges", "terms", "objectives"]
+    assert found["stamps"].keys() == found["distances"].keys() and found["seconds"]["teacher"] > 0
     assert len(made["distances"].splitlines()) == 2 + len(distances)
 
     made = {path: path.stat().st_mtime_ns for path in (run / "evidence").glob("*.json")}

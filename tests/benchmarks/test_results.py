@@ -112,5 +112,5 @@ def test_a_mark_without_a_table(results, site, name, said):
 
 
 def test_a_kind_without_tables_is_shown_as_it_was_printed(results, site):
-    (results.RESULTS / "speed.json").write_text(json.dumps({**RECORD, "kind": "push"}))
+    (results.RESULTS / "speed.json").write_text(json.dumps({**RECORD, "kind": "stages"}))
     assert "```text\nprinted | as it was\n```" in results.filled(site / "README.md")

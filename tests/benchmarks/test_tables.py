@@ -76,6 +76,15 @@ def test_a_run_of_captions(tables):
     assert made[2].endswith("| 1.00 MB | | 99.9 % | |") and made[3].endswith("| 1.00 MB | 2.14 ms | 99.9 % | 98.8 % |")
 
 
+def test_a_distance_of_a_run_stands_with_its_standard_error(tables):
+    model = {"name": "teacher", "parameters": 1, "flops": 1, "bytes": {"fp32": 4}, "latency_ms": {}}
+    model |= {"metrics": {"fid[x,n=9]": 5.0}, "standard_errors": {"fid[x,n=9]": 0.123}}
+    old = {**model, "name": "student", "standard_errors": {}}
+    header, _, first, second = tables.run({"models": [model, old], "latency": {}})["models"].splitlines()
+    assert header.endswith("| Fréchet distance (x, n=9), ± standard error |")
+    assert first.endswith("| 5.00 ± 0.12 |") and second.endswith("| 5.00 |")
+
+
 def test_what_was_not_judged_alike_does_not_stand_in_one_column(tables):
     model = {"name": "teacher", "parameters": 1, "flops": 1, "bytes": {"fp32": 4}, "latency_ms": {}, "metrics": {}}
     stamp = {"extractor": "inception", "extractor_hash": "a", "reference": "b", "count": 10, "rounding": "bytes"}

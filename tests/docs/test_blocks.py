@@ -434,7 +434,12 @@ def test_beyond_digits_has_tests_of_its_own(recipes):
         assert f"\n#   {command}" in (recipes.root / "training" / "recipes" / "emoji.yaml").read_text()
     again = find(recipes, "--override output_dir=runs/emoji-1")
     assert again.startswith("edgedit train compress --config training/recipes/emoji.yaml --override seed=1 ")
-    assert "runs/emoji runs/emoji-1" in find(recipes, "python benchmarks/evidence.py runs/emoji")
+    script, first, second, _, recipe, _, asked = shlex.split(find(recipes, "python benchmarks/evidence.py runs/emoji"))[
+        1:
+    ]
+    assert (first, second) == ("runs/emoji", "runs/emoji-1") and (recipes.root / recipe).is_file()
+    source = (recipes.root / script).read_text(encoding="utf-8")
+    assert all(f"\ndef {name}(run: Run)" in source for name in asked.split(","))
     garments = find(recipes, "edgedit train compress --config training/recipes/fashion.yaml")
     again = find(recipes, "--override output_dir=runs/fashion-1")
     claims = find(recipes, "python benchmarks/evidence.py runs/fashion")

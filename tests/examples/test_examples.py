@@ -97,7 +97,9 @@ def test_emoji_of_microsofts_repository(example, tmp_path):
     pixels = images.batch([0])["images"][0]  # [3, 16, 16]: a red pixel on white
     assert pixels[:, 4, 3].tolist() == [1.0, -1.0, -1.0] and pixels[:, 0, 0].tolist() == [1.0, 1.0, 1.0]
     with pytest.raises(SystemExit, match="clone microsoft/fluentui-emoji"):
-        example("fluent_emoji", tmp_path, "--assets", "nothing")
+        example("fluent_emoji", tmp_path, "--assets", "nothing", "--output", "none")
+    with pytest.raises(SystemExit, match="fluent-emoji is there already"):
+        example("fluent_emoji", tmp_path)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])

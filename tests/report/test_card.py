@@ -151,6 +151,7 @@ def test_names_of_others_stay_text_in_the_card(report, tmp_path):
     hostile["reproduce"] |= {"yaml": f"a: 1\n{HOSTILE}\n", "command": HOSTILE}
     for model in hostile["models"]:
         model["metrics"] = {f"fid[{HOSTILE},n=64]": 1.7}
+        model |= {"standard_errors": {f"fid[{HOSTILE},n=64]": 0.1}, "notes": [HOSTILE]}
     hostile["models"].append({**hostile["models"][0], "name": HOSTILE})
     for model in ("student-tuned", HOSTILE):
         card = render_card(hostile, repo_id="me/x", license="mit", model=model)

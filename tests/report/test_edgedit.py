@@ -51,6 +51,9 @@ def test_report_json_holds_every_figure(run_dir, page):
     assert sorted(m["name"] for m in report["models"]) == sorted(names)
     assert all(model == judged[model["name"]] for model in report["models"])
     assert [m["name"] for m in report["models"]][:4] == names[:4]
+    (metric,) = {key for model in report["models"] for key in model["metrics"] if key.startswith("fid[")}
+    assert all(list(model["standard_errors"]) == [metric] for model in report["models"])
+    assert all("images are too few for 64 features" in model["notes"][0] for model in report["models"])
     assert report["seed"] == 0 and "torch" in report["versions"]
     assert set(report["seconds"]) >= {"teacher", "bank", "search"}
     assert report["bank"]["proxies"] == 20 and report["genotype"]["num_teacher_layers"] == 4

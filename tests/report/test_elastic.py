@@ -32,6 +32,8 @@ def test_the_report_has_a_line_a_width(whole):
             and model["bytes"]["fp32"] == 4 * model["parameters"]
         )
         assert 0 <= model["class_agreement"] <= 1 and set(model["style_agreement"]) <= {"stroke", "width", "slant"}
+        assert model["standard_errors"]["fid[digits-cnn,n=16]"] > 0
+        assert "16 images are too few for 64 features" in model["notes"][0]
         assert (
             model["metrics"].keys() == {"fid[digits-cnn,n=16]", "validation_loss"}
             and model["metrics"]["validation_loss"] > 0

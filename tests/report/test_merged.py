@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from browser import Browser, needs_browser
-from run_folder import make_run
+from run_folder import NOTE, make_run
 
 from edgedit_hf.commands.cli import main
 from edgedit_hf.errors import EdgeDiTError
@@ -38,6 +38,9 @@ def test_results_of_one_protocol_share_a_table_and_others_do_not(runs):
     one, two, other, unjudged = (read_run(name, runs / name) for name in ("one", "two", "other", "unjudged"))
     together, apart = protocol_tables([one, other, two, unjudged])
     assert together["runs"] == ["one", "two"] and apart["runs"] == ["other"]
+    said, *notes = together["judging"]
+    assert said.startswith("± is a distance's standard error") and len(together["judging"]) == 3
+    assert notes == [f"{name}: {NOTE} (student, before tuning)" for name in together["runs"]]
     names = [row[0] for row in together["rows"]]
     assert names[0] == "one: teacher" and names[5] == "two: teacher" and len(names) == 10
     agreement = together["header"].index("class agreement")

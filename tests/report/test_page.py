@@ -4,11 +4,12 @@ scripts.
 
 import json
 import re
+from html import escape
 
 import numpy as np
 import pytest
 from browser import Browser, needs_browser
-from run_folder import make_run
+from run_folder import METRIC, NOTE, make_run
 from safetensors.numpy import load_file, save_file
 
 from edgedit_hf.report.edgedit import write_report
@@ -29,6 +30,7 @@ def report(make_transformer, tmp_path_factory):
     teacher = json.loads((run / "evaluate" / "teacher.json").read_text())
     (run / "evaluate" / "teacher.json").write_text(json.dumps({**teacher, "folder": "labels"}))
     odd = {**teacher, "name": FILE, "stage": "exported", "latency_ms": {"onnxruntime-fp32": 11.0}, "grid": None}
+    odd |= {"metrics": {METRIC: 1.8}, "standard_errors": {METRIC: 0.09}}
     (run / "evaluate" / "odd.json").write_text(json.dumps(odd))
     images = np.random.default_rng(5).integers(0, 256, (32, 1, 8, 8), dtype=np.uint8)
     save_file({"images": images}, run / "evaluate" / f"{FILE}.safetensors")
@@ -56,6 +58,12 @@ def test_nothing_that_users_named_is_markup(report):
     assert [model["name"] for model in data["compare"]["models"]][-1] == FILE
     text = in_script({"a": "</script><!--&\u2028é"})
     assert not re.search("[<>&\u2028é]", text) and json.loads(text) == {"a": "</script><!--&\u2028é"}
+
+
+def test_what_has_to_be_known_of_distances_is_said(report):
+    html = report.read_text()
+    assert f"<li>{escape(NOTE)} (student, before tuning)</li>" in html and NOTE not in html
+    assert html.count("± is a distance&#39;s standard error") == 1
 
 
 def test_the_policy_allows_what_is_in_the_page_alone(report):
@@ -111,6 +119,9 @@ def test_a_reader_at_a_desk(report):
         assert cells(page, column) == ["4.00", "2.50", "2.50", "–", "–", "–"]
         page.press("Enter")
         assert cells(page, 0) == models
+        column = header.index("Fréchet distance (digits-cnn, n=64)")
+        page.run(f"document.querySelector('table th:nth-child({column + 1}) button').click()")
+        assert cells(page, column)[:4] == ["1.6 ± 0.08", "1.7 ± 0.085", "1.75 ± 0.087", "1.8 ± 0.09"]  # no texts
         column = header.index("parameters")
         page.run(f"document.querySelector('table th:nth-child({column + 1}) button').click()")
         units = {"k": 1e3, "M": 1e6}

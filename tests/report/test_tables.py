@@ -1,6 +1,6 @@
 """The table of models: figures that were not measured alike have columns of their own."""
 
-from edgedit_hf.report.tables import comparison_table, judging_notes
+from edgedit_hf.report.tables import comparison_table, judging_lines, plus_minus
 
 STAMP = {
     "extractor": "digits-cnn",
@@ -65,16 +65,30 @@ def test_a_distance_stands_with_its_standard_error_where_that_is_known():
 
 def test_notes_are_said_once_with_the_models_that_they_hold_for():
     few, still = "12 images are too few", "3 of 64 features have no variance"
-    models = [model("teacher", 3.0, notes=[few]), model("student", 4.0, notes=[few, still]), model("mine", 5.0)]
-    report = {"models": models[:2], "reference": {"notes": ["real images: 1 feature has no variance"]}}
-    assert judging_notes(report) == [
-        "real images: 1 feature has no variance",
-        f"{few} (all models)",
-        f"{still} (student, before tuning)",
+    models = [model("teacher", 3.0, notes=[few]), model("student", 4.0, notes=[few, still])]
+    report = {"models": models, "reference": {"notes": ["real images: 1 feature has no variance"]}}
+    said = ["real images: 1 feature has no variance", f"{few} (all models)", f"{still} (student, before tuning)"]
+    assert judging_lines(report) == said
+    assert judging_lines(report, "mine") == [f"mine: {line}" for line in said]
+    assert judging_lines({"models": [model("teacher", 3.0)]}) == []
+
+
+def test_widths_of_few_steps_have_the_names_of_their_rows():
+    """The distilled width is called as the width itself; many steps are a model of the run, or of another net."""
+    few, still = "12 images are too few", "3 of 64 features have no variance"
+    tiny = model("tiny", 3.0, notes=[few])
+    width = {
+        "name": "tiny",
+        "many": tiny,
+        "few": model("tiny-few-steps", 5.0, notes=[few], solver="unipc"),
+        "few_step": model("tiny", 4.0, notes=[few, still], standard_errors={"fid[digits-cnn,n=2000]": 0.5}),
+    }
+    report = {"models": [tiny], "few_step": {"widths": [width]}}
+    assert judging_lines(report) == [f"{few} (all models)", f"{still} (tiny, few-step)"]
+    other = {**width, "many": model("tiny-many-steps", 6.0, notes=[still])}
+    assert judging_lines({**report, "few_step": {"widths": [other]}}) == [
+        f"{few} (tiny, tiny, unipc, tiny, few-step)",
+        f"{still} (tiny, many steps, tiny, few-step)",
     ]
-    width = {"name": "tiny", "many": models[0], "few": models[1], "few_step": {**models[2], "name": "tiny"}}
-    assert judging_notes({"models": models[:1], "few_step": {"widths": [width]}}) == [
-        f"{few} (teacher, student, before tuning)",
-        f"{still} (student, before tuning)",
-    ]
-    assert judging_notes({"models": models[2:]}) == []
+    (said,) = plus_minus(report)
+    assert said.startswith("± is a distance's standard error") and plus_minus({"models": [tiny]}) == []

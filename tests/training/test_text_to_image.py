@@ -60,6 +60,7 @@ def test_few_steps_go_on_with_a_finished_run_and_leave_its_stages_alone(recipes,
         assert width["few"]["steps"] == width["few_step"]["steps"] == 2
         assert width["few"]["forwards_per_image"] == 2 * width["few_step"]["forwards_per_image"] == 4
         assert set(width["relative_fall"]) == {"few", "few_step"}
+        assert all(width[way]["standard_errors"].keys() == width[way]["metrics"].keys() for way in ("few", "few_step"))
     solvers = json.loads((whole / "evaluate-few-step" / "solvers.json").read_text())["distances"]
     assert {name: min(found, key=found.get) for name, found in solvers.items()} == {
         name: width["few"]["solver"] for name, width in widths.items()

@@ -21,7 +21,16 @@ from ..schema import shorten
 from ..search_space import SearchSpace
 from .few_step import few_step_widths_table
 from .subject import Subject
-from .tables import NO_VALUE, comparison_table, guidance_in_words, latency_label, metric_label, scaled
+from .tables import (
+    NO_VALUE,
+    comparison_table,
+    guidance_in_words,
+    judging_lines,
+    latency_label,
+    metric_label,
+    plus_minus,
+    scaled,
+)
 
 KNOWN_LICENCES = {"facebook/dit-xl-2-256": "cc-by-nc-4.0", "facebook/dit-xl-2-512": "cc-by-nc-4.0"}
 """Of base models that say theirs elsewhere than in a card."""
@@ -127,13 +136,17 @@ def _verified(verify: Mapping[str, Any]) -> Iterator[Figure]:
 
 
 def tables_of(subject: Subject) -> dict[str, Any]:
-    """The table of the card, escaped, and whether its models were all sampled alike."""
+    """The table of the card, escaped, whether its models were all sampled alike, and what has to be known of its
+    distances.
+    """
     header, rows = _table(subject)
     escape = MARKUP["markdown"]
+    judged = subject.report is not None and any("±" in cell for row in rows for cell in row)
     return {
         "header": [escape(cell) for cell in header],
         "rows": [[escape(cell) for cell in row] for row in rows],
         "alike": not {"steps", "guidance"} & set(header),
+        "judging": [*plus_minus(subject.report), *judging_lines(subject.report)] if judged else [],
     }
 
 

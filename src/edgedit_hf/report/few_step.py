@@ -12,7 +12,7 @@ from ..records import FewStepStage, Model, Solvers, Telemetry
 from ..run.stage import EVALUATE_FEW_STEP, FEW_STEP
 from ..schema import convert, read_lines, read_record
 from .page import Figure, optional_record
-from .tables import MODEL_LABELS, distance_cell, guidance_in_words, latency_label, metric_label
+from .tables import MODEL_LABELS, distance_cell, guidance_in_words, latency_label, metric_label, width_rows
 
 TUNED, GIVEN = "student-tuned", "few-step-source"
 """What a few-step student is distilled from: the run's own student, or another pipeline (few_step.path)."""
@@ -279,13 +279,11 @@ def few_step_widths_table(widths: Sequence[Mapping[str, Any]]) -> tuple[list[str
         header += ["digit", *first["style_agreement"], "digit, never seen", "fall of prompt agreement"]
     rows = []
     for width in widths:
-        for key in ("many", "few", "few_step"):
-            model = width[key]
+        for label, key, model in width_rows([width]):
             guided = model["guidance_scale"] > 1
             seconds, about = (_seconds_of_many(width), "≈ ") if key == "many" else (_seconds(model)[1], "")
-            said = {"many": "many steps", "few": model.get("solver"), "few_step": "few-step"}[key]
             row = [
-                f"{width['name']}, {said}",
+                label,
                 str(model["steps"]),
                 f"{model['guidance_scale']:g}" if guided else "none",
                 str(_forwards(model)),

@@ -17,7 +17,7 @@ from ..run.stage import EDGEDIT, EVALUATE, EVALUATE_ELASTIC, RANK, TEXT_TO_IMAGE
 from .front import front_data, overlaid
 from .page import GENERATOR, Figure, is_text_to_image, optional_record, render_page
 from .samples import Samples, caption_samples, class_samples, compared
-from .tables import MODEL_LABELS, comparison_table
+from .tables import MODEL_LABELS, comparison_table, judging_lines, plus_minus
 from .telemetry import telemetry
 
 
@@ -169,8 +169,8 @@ def protocol(name: str, folder: Path, report: Mapping[str, Any]) -> dict[str, st
 
 
 def protocol_tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A table for each protocol: `runs` (their names), `protocol`, `seeds` (in words, where they differ), `header` and
-    `rows`.
+    """A table for each protocol: `runs` (their names), `protocol`, `seeds` (in words, where they differ), `header`,
+    `rows` and `judging` (what has to be known of its distances).
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -179,7 +179,8 @@ def protocol_tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
     tables = []
     for group in groups.values():
         header, rows = comparison_table([model for run in group for model in run.models])
-        seeds = [(run.name, run.report["seed"]) for run in group if run.report is not None]
+        reports = [(run.name, run.report) for run in group if run.report is not None]
+        seeds = [(name, report["seed"]) for name, report in reports]
         tables.append(
             {
                 "runs": [run.name for run in group],
@@ -187,6 +188,10 @@ def protocol_tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "seeds": ", ".join(f"{name} {seed}" for name, seed in seeds) if len({s for _, s in seeds}) > 1 else "",
                 "header": header,
                 "rows": rows,
+                "judging": [
+                    *dict.fromkeys(line for _, report in reports for line in plus_minus(report)),
+                    *(line for name, report in reports for line in judging_lines(report, name)),
+                ],
             }
         )
     return tables

@@ -16,9 +16,10 @@ from .tables import (
     MODEL_LABELS,
     chosen_model,
     comparison_table,
-    judging_notes,
+    judging_lines,
     latency_label,
     metric_label,
+    plus_minus,
     scaled,
     template,
 )
@@ -80,7 +81,7 @@ def render_html(
         few_steps=few_steps,
         ranking=ranking,
         headlines=headlines,
-        judging=judging_notes(report),
+        judging=[*plus_minus(report), *judging_lines(report)],
         pictures=[figure.embedded(folder) for figure in figures],
         seconds=[[stage, f"{seconds:,.0f}"] for stage, seconds in report["seconds"].items()],
     )

@@ -144,18 +144,48 @@ def distance_cell(model: Mapping[str, Any], key: str) -> str:
     return _number(value, ".3g") + ("" if value is None or error is None else f" ± {error:.2g}")
 
 
-def judging_notes(report: Mapping[str, Any]) -> list[str]:
-    """What makes figures of a report worth less, a sentence each: of the real images, then of models, each once with
-    the models that it holds for.
+def width_rows(widths: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Label, way (`"many"`, `"few"`, `"few_step"`) and model of the three rows of every width."""
+    said = {
+        "many": lambda model: "many steps",
+        "few": lambda model: model.get("solver"),
+        "few_step": lambda _: "few-step",
+    }
+    return [(f"{width['name']}, {name(width[way])}", way, width[way]) for width in widths for way, name in said.items()]
+
+
+def judging_lines(report: Mapping[str, Any], run: str = "") -> list[str]:
+    """What a reader has to know of a report's distances, a sentence each: what makes them worth less, first of the real
+    images, then of models, each note once with the models that it holds for.
+
+    Args:
+        run: its name, to stand before each on a page of several runs.
     """
-    widths = (report.get("few_step") or {}).get("widths") or []
-    models = [*report["models"], *(width[way] for width in widths for way in ("few", "few_step"))]
     of: dict[str, list[str]] = {}
-    for model in models:
+    named = _named_models(report)
+    for label, model in named:
         for note in model.get("notes") or ():
-            of.setdefault(note, []).append(MODEL_LABELS.get(model["name"], model["name"]))
-    own = [f"{note} ({'all models' if len(names) == len(models) else ', '.join(names)})" for note, names in of.items()]
-    return [*((report.get("reference") or {}).get("notes") or ()), *own]
+            of.setdefault(note, []).append(label)
+    own = [f"{note} ({'all models' if len(names) == len(named) else ', '.join(names)})" for note, names in of.items()]
+    lines = [*((report.get("reference") or {}).get("notes") or ()), *own]
+    return [f"{run}: {line}" for line in lines] if run else lines
+
+
+def plus_minus(report: Mapping[str, Any]) -> list[str]:
+    """The sentence that says what ± behind a distance is, if one of the report's models has it."""
+    said = (
+        "± is a distance's standard error, of a bootstrap over the generated images; models share their noise, so that "
+    )
+    said += "differences are more certain than that."
+    return [said] if any(model.get("standard_errors") for _, model in _named_models(report)) else []
+
+
+def _named_models(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every model of a report with what tables call it; a width that is a model of the run stands there once."""
+    models = report["models"]
+    named = [(MODEL_LABELS.get(model["name"], model["name"]), model) for model in models]
+    rows = width_rows((report.get("few_step") or {}).get("widths") or [])
+    return named + [(label, model) for label, _, model in rows if model not in models]
 
 
 def judged_by(model: Mapping[str, Any], judge: tuple[Any, ...] | None) -> bool:
