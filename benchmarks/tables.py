@@ -412,7 +412,8 @@ def _merges(found: Result) -> Iterable[list[str]]:
 
 def _terms(found: Result) -> Iterable[list[str]]:
     for term, row in found.items():
-        won_back = percent(row["won_back"], 0) if row["won_back"] > 0 else "nothing"
+        share = row["won_back"]  # none where few steps cost nothing that could be won back
+        won_back = "nothing" if share is not None and share <= 0 else percent(share, 0)
         yield [TERMS[term], number(row["distance"]), number(row["recall"]), won_back]
 
 

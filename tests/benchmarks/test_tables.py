@@ -189,6 +189,7 @@ def test_evidence(tables):
         },
         "terms": {
             "both": {"distance": 4.0, "recall": 0.75, "won_back": 0.951},
+            "knowledge": {"distance": 4.5, "recall": 0.5, "won_back": None},
             "matching": {"distance": 99.0, "recall": 0.0, "won_back": -9.5},
         },
     }
@@ -225,7 +226,11 @@ def test_evidence(tables):
         "| 0 | 0.34 of the teacher's | merges of two | 0.500 | 0.33 | 6.00 |",
         "| 0 | 0.27 of the teacher's | merges of two and of three | 0.500 | 0.33 | 7.00 |",
     ]
-    assert one["terms"] == ["| 0 | both | 4.00 | 0.750 | 95 % |", "| 0 | matching alone | 99.0 | 0 | nothing |"]
+    assert one["terms"] == [
+        "| 0 | both | 4.00 | 0.750 | 95 % |",
+        "| 0 | knowledge alone | 4.50 | 0.500 | |",
+        "| 0 | matching alone | 99.0 | 0 | nothing |",
+    ]
 
 
 def test_a_browser_in_the_loop(tables):
