@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from results import FORMAT, RESULTS, Record
+from tables import tables_of
 
 from edgedit_hf.entry import guard
 from edgedit_hf.errors import EdgeDiTError
@@ -146,10 +147,13 @@ def taken(file: Path) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
     """What kind of result a run's file is, the result, and the machine that it names."""
     values = read_json(file, "a finished run")
     if isinstance(values, dict) and "models" in values:
-        machine = (values.get("latency") or {}).get("environment")
-        if machine is not None:
-            machine = {**machine, "versions": values.get("versions", machine.get("versions"))}
-        return "run", summary(values), machine
+        try:
+            machine = (values.get("latency") or {}).get("environment")
+            if machine is not None:
+                machine = {**machine, "versions": values.get("versions", machine.get("versions"))}
+            return "run", summary(values), machine
+        except (LookupError, TypeError, AttributeError) as error:
+            raise EdgeDiTError(f"{file} is not whole ({error!r}); make it again with edgedit report.") from None
     if isinstance(values, dict) and "correlations" in values:
         return "ranking", values, None
     raise EdgeDiTError(f"{file} is neither the report.json of a run nor a ranking.json; give one of these to --of.")
@@ -194,11 +198,12 @@ def main() -> None:
         "commit": commit,
         "dirty": dirty,
         "date": date.date().isoformat(),
-        "machine": {key: found[key] for key in ("cpu", "cores", "threads", "versions")},
+        "machine": {key: found.get(key) for key in ("cpu", "cores", "threads", "versions")},
         "printed": printed,
         "result": rounded(result),
     }
     held_to(record, Record, options.name, "benchmarks/record.py", "a record")
+    tables_of(record)  # what has no tables would stop every page from being made
     text = lines(record) + "\n"
     own_name = re.search(rf"\b{re.escape(socket.gethostname())}\b", text)
     if named := next(local_paths(text), own_name and own_name[0]):

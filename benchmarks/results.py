@@ -34,6 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 FORMAT = "edgedit-record-1"
 ALL = "all"
+MARK = re.compile(r"^<!-- (/?)results(?:: .+?)? -->$", flags=re.MULTILINE)
 REGION = re.compile(r"^<!-- results: (.+?) -->\n.*?^<!-- /results -->$", flags=re.DOTALL | re.MULTILINE)
 # Of the libraries whose versions a record has, those that a table names.
 NAMED = ("torch", "onnxruntime", "executorch", "diffusers")
@@ -121,7 +122,16 @@ def every() -> str:
 
 def filled(page: Path) -> str:
     """A page with the tables of the records between its marks."""
-    beside = Path(os.path.relpath(PAGE, page.parent)).as_posix()
+    beside, text = Path(os.path.relpath(PAGE, page.parent)).as_posix(), page.read_text(encoding="utf-8")
+    opened = None  # the mark whose end has not come yet
+    for mark in (*MARK.finditer(text), None):
+        begins = mark is not None and not mark[1]
+        if begins if opened is None else mark is not None and not begins:
+            opened = mark if begins else None
+        elif opened is not None or mark is not None:
+            alone = opened or mark
+            line = text.count("\n", 0, alone.start()) + 1
+            raise EdgeDiTError(f"{page}, line {line}: {alone[0]} has no other mark that belongs to it; add it.")
 
     def between(found: re.Match) -> str:
         name = found[1]
@@ -132,13 +142,13 @@ def filled(page: Path) -> str:
             text = f"{chosen(name)}\n\n[How and where it was measured]({beside}#{record})"
         return f"<!-- results: {name} -->\n\n{text}\n\n<!-- /results -->"
 
-    return REGION.sub(between, page.read_text(encoding="utf-8"))
+    return REGION.sub(between, text)
 
 
 def pages() -> Iterator[Path]:
     """The pages that have marks."""
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
-        if REGION.search(page.read_text(encoding="utf-8")):
+        if MARK.search(page.read_text(encoding="utf-8")):
             yield page
 
 

@@ -29,8 +29,8 @@ def tables_of(record: Mapping[str, Any]) -> dict[str, str]:
         return TABLES[record["kind"]](record["result"])
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise EdgeDiTError(
-            f"The record of {record['command']!r} lacks {error} for the tables of its kind, {record['kind']!r}; "
-            "measure it again with benchmarks/record.py."
+            f"The record of {record['command']!r} lacks what the tables of its kind, {record['kind']!r}, need "
+            f"({error!r}); measure it again with benchmarks/record.py."
         ) from None
 
 

@@ -11,8 +11,6 @@ import argparse
 import json
 import re
 import shutil
-import sys
-from collections import Counter
 from pathlib import Path
 
 LEFT_OUT = "Flags"
@@ -30,17 +28,30 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("fluent-emoji"))
     assets, output = vars(parser.parse_args()).values()
     if output.exists():
-        sys.exit(f"{output} is there already; delete it, or name another --output.")
-    counts: Counter[str] = Counter()
+        parser.error(f"{output} is there already; delete it, or name another --output")
+    groups: dict[str, list[Path]] = {}
     for file in sorted(assets.glob("*/metadata.json")):
-        group, render = json.loads(file.read_text(encoding="utf-8"))["group"], render_of(file.parent)
-        if group == LEFT_OUT or render is None:
-            continue
-        named = output / re.sub(r"\W+", "-", group).lower()  # "Food & Drink": food-drink
-        named.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(render, named / f"{file.parent.name}.png")
-        counts[named.name] += 1
-    if not counts:
-        sys.exit(f"{assets} has no emoji; clone microsoft/fluentui-emoji, and give its folder assets.")
-    print(f"{output}: {sum(counts.values())} pictures,", ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
-    assert len(counts) >= 2, "classes are told apart, so there must be two at least"
+        try:
+            group = json.loads(file.read_text(encoding="utf-8"))["group"]
+            name = re.sub(r"\W+", "-", group).strip("-").lower()[:60]  # "Food & Drink": food-drink
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            parser.error(f"{file} names no group ({error!r}); fetch it again")
+        if not name:
+            parser.error(f"{file} names the group {group!r}; fetch it again")
+        if group != LEFT_OUT and (render := render_of(file.parent)) is not None:
+            groups.setdefault(name, []).append(render)
+    if len(groups) < 2:
+        parser.error(
+            f"{assets} has {len(groups)} groups of emoji; clone microsoft/fluentui-emoji, give its folder assets"
+        )
+
+    aside = output.with_name(f".{output.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)  # of a copy that was interrupted
+    for name, renders in groups.items():
+        (aside / name).mkdir(parents=True)
+        for render in renders:
+            shutil.copyfile(render, aside / name / f"{render.relative_to(assets).parts[0]}.png")
+    aside.rename(output)
+    counts = {path.name: len(list(path.iterdir())) for path in sorted(output.iterdir())}
+    print(f"{output}: {sum(counts.values())} pictures, " + ", ".join(f"{name} {n}" for name, n in counts.items()))
+    assert sum(counts.values()) == sum(map(len, groups.values())), "a picture was lost"

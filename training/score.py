@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from edgedit_hf.entry import tell
 from edgedit_hf.errors import EdgeDiTError
-from edgedit_hf.files import atomic_write_json, hash_json, read_json, sweep, versions
+from edgedit_hf.files import atomic_write_json, hash_json, sweep, versions
 from edgedit_hf.metrics.clip import ClipScorer
 from edgedit_hf.metrics.extractors import Extractor
 from edgedit_hf.metrics.handover import LAYOUTS, check_layout, read_prompts, write_handover
@@ -42,7 +42,9 @@ from edgedit_hf.metrics.scoring import (
     Generated,
     Given,
     Reference,
+    Score,
     channels_of,
+    check_fits,
     clip_scores,
     describe,
     figures,
@@ -54,20 +56,22 @@ from edgedit_hf.report.tables import metric_label
 from edgedit_hf.run.comparison import first_difference
 from edgedit_hf.run.launch import accelerator_of, run_script
 from edgedit_hf.run.lock import FolderLock
+from edgedit_hf.run.outputs import check_output
 from edgedit_hf.run.state import on_main
-from edgedit_hf.schema import Rule, check_option
+from edgedit_hf.schema import Rule, check_option, read_record
 
 LEAST = 2  # images: a covariance of fewer does not exist
+MADE_BY = "edgedit train score (delete the folder, and run the command again)"
 
 
 def whole(least: int) -> Any:
-    def read(text: str) -> int:
+    def whole_number(text: str) -> int:
         value = int(text)
         if not least <= value < 2**63:
             raise argparse.ArgumentTypeError(f"{text} is out of range; it must be at least {least}")
         return value
 
-    return read
+    return whole_number
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -117,6 +121,7 @@ def open_source(
         images = open_images(args.model, args.resolution)
     if len(images) < args.samples:
         raise EdgeDiTError(f"{args.model} has {len(images)} images, but --samples is {args.samples}; ask for fewer.")
+    check_fits(args.model, images, extractor, LEAST)
     # Image i is of prompt i, so with prompts the first ones are taken. Without, the first ones may be of one class.
     return Given(images.at_most(args.samples) if prompts is None else images.subset(range(args.samples)))
 
@@ -133,9 +138,12 @@ def take(folder: Path, asked: dict[str, Any]) -> None:
         )
     FolderLock(folder).acquire()
     sweep(folder)
-    if not path.exists():
+    before_it = read_record(path, dict[str, Any], MADE_BY) if path.exists() else None
+    if before_it != asked and not any(folder.glob("chunks/samples-*")) and not (folder / "result.json").exists():
+        # New, or ended before its first image, perhaps because what was asked for cannot be done: nothing is lost.
+        shutil.rmtree(folder / "chunks", ignore_errors=True)
         atomic_write_json(path, asked)
-    elif (difference := first_difference(read_json(path, "training/score.py"), asked)) is not None:
+    elif (difference := first_difference(before_it, asked)) is not None:
         name, before, now = difference
         raise EdgeDiTError(
             f"{folder} was made with {name} = {before!r}, but now {name} = {now!r} is asked for. Use the old value, "
@@ -146,6 +154,7 @@ def take(folder: Path, asked: dict[str, Any]) -> None:
 
 
 def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    check_output(args.output, [args.model, args.reference, args.extractor, args.prompts, args.clip], foreign=None)
     if args.samples < LEAST:
         raise EdgeDiTError(f"--samples is {args.samples}; a covariance needs at least {LEAST} images.")
     check_option("guidance", args.guidance, Rule(minimum=0.0, maximum=1e30))
@@ -155,6 +164,8 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         check_layout(layout, listed or [], args.samples)
     extractor = open_extractor(args.extractor, accelerator.device)
     reference = open_reference(args.reference, extractor, args.resolution)
+    if reference.images is not None:
+        check_fits(f"the reference {args.reference}", reference.images, extractor, LEAST)
     source = open_source(args, prompts, extractor, accelerator)
     clip = None if args.clip is None else ClipScorer(args.clip, accelerator.device)
     if clip is not None and prompts is None:
@@ -256,7 +267,7 @@ def publish(
 def show(folder: Path) -> None:
     """Print a result; what it was made of is no longer needed."""
     shutil.rmtree(folder / "chunks", ignore_errors=True)
-    found = read_json(folder / "result.json", "training/score.py")
+    found = read_record(folder / "result.json", Score, MADE_BY)
     for note in found["notes"]:
         tell(f"note: {note}")
     for key, value in found["metrics"].items():

@@ -4,12 +4,14 @@ import importlib
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from edgedit_hf.errors import EdgeDiTError
 
-RANKING = {"correlations": {"distance": {}}, "extractor": "digits-cnn", "steps": 3, "figure": 0.123456789}
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RANKING = {**json.loads((RESULTS / "ranking-digits.json").read_text(encoding="utf-8"))["result"], "figure": 0.123456789}
 
 
 @pytest.fixture
@@ -78,6 +80,9 @@ def test_a_file_of_a_run_and_its_checkout(record, measure, tmp_path):
             r"names '/home/me/run/extractor', which is this machine's",
         ),
         ({"rows": []}, r"neither the report.json of a run nor a ranking.json"),
+        ({"correlations": 1}, r"lacks what the tables of its kind, 'ranking', need"),
+        ({"models": [1]}, r"ranking.json is not whole \(.*\); make it again with edgedit report"),
+        ({"models": [], "search": {"hypervolume": []}}, r"is not whole \(KeyError\('front'\)\)"),
     ],
 )
 def test_what_is_not_recorded(record, measure, monkeypatch, tmp_path, values, said):

@@ -92,7 +92,10 @@ def test_a_typed_figure_is_found_and_replaced(results, site, monkeypatch, capsys
         ({"format": "edgedit-record-0"}, r"speed.json does not describe a record of results: format is .*record-0"),
         ({"machine": "a laptop"}, r"machine is 'a laptop' \(str\); it must be keys and values"),
         ({"commit": None}, r"commit is None"),
-        ({"result": {"rows": {}}}, r"lacks 'replacements' for the tables of its kind, 'programme'; measure it again"),
+        (
+            {"result": {"rows": {}}},
+            r"lacks what the tables of its kind, 'programme', need \(KeyError\('replacements'\)\); measure it again",
+        ),
     ],
 )
 def test_a_record_of_another_layout(results, site, change, said):
@@ -109,6 +112,22 @@ def test_a_mark_without_a_table(results, site, name, said):
     (site / "README.md").write_text(f"<!-- results: {name} -->\n<!-- /results -->\n")
     with pytest.raises(EdgeDiTError, match=said):
         results.filled(site / "README.md")
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("a\n<!-- results: speed -->\n\nprose\n\n<!-- results: speed -->\n<!-- /results -->\n", 2),
+        ("a\n\n<!-- /results -->\n", 3),
+        ("<!-- results: speed -->\n<!-- /results -->\n<!-- results: speed -->\nprose\n", 3),
+    ],
+)
+def test_marks_that_do_not_belong_together_lose_no_prose(results, site, text, line):
+    (site / "README.md").write_text(text)
+    assert site / "README.md" in set(results.pages())
+    with pytest.raises(EdgeDiTError, match=rf"README.md, line {line}: <!-- .*results.* has no other mark"):
+        results.filled(site / "README.md")
+    assert (site / "README.md").read_text() == text
 
 
 def test_a_kind_without_tables_is_shown_as_it_was_printed(results, site):

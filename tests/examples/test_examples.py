@@ -96,10 +96,27 @@ def test_emoji_of_microsofts_repository(example, tmp_path):
     assert tuple(images.label_names) == ("people-body", "travel-places")
     pixels = images.batch([0])["images"][0]  # [3, 16, 16]: a red pixel on white
     assert pixels[:, 4, 3].tolist() == [1.0, -1.0, -1.0] and pixels[:, 0, 0].tolist() == [1.0, 1.0, 1.0]
-    with pytest.raises(SystemExit, match="clone microsoft/fluentui-emoji"):
-        example("fluent_emoji", tmp_path, "--assets", "nothing", "--output", "none")
-    with pytest.raises(SystemExit, match="fluent-emoji is there already"):
-        example("fluent_emoji", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "metadata, said",
+    [
+        *(("{", "names no group"), ("[]", "names no group"), ('{"group": 5}', "names no group")),
+        *(('{"cldr": "x"}', "names no group"), ('{"group": "../"}', "names the group '../'")),
+        *((None, "has 0 groups of emoji; clone microsoft/fluentui-emoji"), ('{"group": "One"}', "has 0 groups")),
+    ],
+)
+def test_emoji_that_cannot_be_taken_leave_nothing(example, tmp_path, capsys, metadata, said):
+    if metadata is not None:
+        (tmp_path / "assets" / "One").mkdir(parents=True)
+        (tmp_path / "assets" / "One" / "metadata.json").write_text(metadata)
+    with pytest.raises(SystemExit, match="2"):
+        example("fluent_emoji", tmp_path, "--assets", "assets", "--output", "made")
+    assert said in capsys.readouterr().err and not (tmp_path / "made").exists()
+    (tmp_path / "made").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        example("fluent_emoji", tmp_path, "--assets", "assets", "--output", "made")
+    assert "made is there already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])

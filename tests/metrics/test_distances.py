@@ -192,8 +192,9 @@ def test_precision_and_recall_at_the_extremes():
     assert precision == 1 and recall < 0.3
     with pytest.raises(EdgeDiTError, match=r"fake has shape \(3, 4\).*at least 4 samples"):
         precision_recall(x, x[:3])
-    with pytest.raises(EdgeDiTError, match="k is 0"):
-        precision_recall(x, x, k=0)
+    for k in (0, 2.5, "x", True):
+        with pytest.raises(EdgeDiTError, match=f"k is {k!r}; it must be a whole number of at least 1"):
+            precision_recall(x, x, k=k)
     with pytest.raises(EdgeDiTError, match="real holds 1 NaN"):
         precision_recall(np.where(np.arange(200).reshape(50, 4) == 3, np.nan, x), x)
 

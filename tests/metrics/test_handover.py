@@ -140,7 +140,7 @@ def test_what_a_judge_could_not_use_is_refused(prompts):
         ("geneval", plain, 2, "'a cat' has no 'tag'"),
         ("dpg", items, 10, "5 images a prompt, but DPG-Bench looks at 4"),
         ("dpg", prompts([{"id": "a.b", "text": "a"}]), 1, "up to its first dot, but one is 'a.b'"),
-        ("dpg", [], 10, "10 images are no multiple of 0 prompts"),
+        ("dpg", [], 10, "A folder for dpg holds images of prompts; give a file"),
     ):
         with pytest.raises(EdgeDiTError, match=message):
             check_layout(layout, given, count)

@@ -66,9 +66,11 @@ def test_other_files_are_refused(adm, tmp_path):
     cut = tmp_path / "cut.npz"
     cut.write_bytes(path.read_bytes()[:900])
     (tmp_path / "pickled.npz").write_bytes(pickle.dumps({"mu": 1}))
-    for name in ("cut.npz", "pickled.npz", "nothing.npz"):
+    for name in ("cut.npz", "pickled.npz"):
         with pytest.raises(EdgeDiTError, match=f"{name} cannot be read as ADM's .npz"):
             read_npz(tmp_path / name)
+    with pytest.raises(EdgeDiTError, match="nothing.npz does not exist; give ADM's .npz, or a folder of images"):
+        read_npz(tmp_path / "nothing.npz")
 
 
 def with_header(text: str) -> bytes:

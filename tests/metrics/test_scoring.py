@@ -134,6 +134,15 @@ def test_too_few_images_and_a_feature_that_does_not_vary_are_said(tmp_path, pair
         stored(tmp_path, "samples", ours), stored(tmp_path, "real", real), Reference("f" * 64), Extractor(), seed=0
     )
     few, still = found["notes"]
+    assert found["spreads"]["kernel_distance"] > 0  # subsets of 5 of 60
+    same = figures(
+        stored(tmp_path, "five", pair[0][:5]),
+        stored(tmp_path, "others", real[:5]),
+        Reference("f" * 64),
+        Extractor(),
+        seed=0,
+    )
+    assert "kernel_distance" in same["metrics"] and "kernel_distance" not in same["spreads"]  # one subset, again
     assert "the samples, features: 5 images are too few for 6 features" in few
     assert "the samples, features: 1 of 6 features (number 3) have no variance" in still
     alone = stored(tmp_path, "alone", ours[:1])

@@ -121,7 +121,7 @@ def test_a_reader_at_a_desk(report):
         assert cells(page, 0) == models
         column = header.index("Fréchet distance (digits-cnn, n=64)")
         page.run(f"document.querySelector('table th:nth-child({column + 1}) button').click()")
-        assert cells(page, column)[:4] == ["1.6 ± 0.08", "1.7 ± 0.085", "1.75 ± 0.087", "1.8 ± 0.09"]  # no texts
+        assert cells(page, column)[:4] == ["1.6 ± 0.080", "1.7 ± 0.085", "1.75 ± 0.087", "1.8 ± 0.090"]  # no texts
         column = header.index("parameters")
         page.run(f"document.querySelector('table th:nth-child({column + 1}) button').click()")
         units = {"k": 1e3, "M": 1e6}

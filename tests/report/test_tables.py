@@ -87,8 +87,8 @@ def test_widths_of_few_steps_have_the_names_of_their_rows():
     assert judging_lines(report) == [f"{few} (all models)", f"{still} (tiny, few-step)"]
     other = {**width, "many": model("tiny-many-steps", 6.0, notes=[still])}
     assert judging_lines({**report, "few_step": {"widths": [other]}}) == [
-        f"{few} (tiny, tiny, unipc, tiny, few-step)",
-        f"{still} (tiny, many steps, tiny, few-step)",
+        f"{few} (tiny; tiny, unipc; tiny, few-step)",
+        f"{still} (tiny, many steps; tiny, few-step)",
     ]
     (said,) = plus_minus(report)
     assert said.startswith("± is a distance's standard error") and plus_minus({"models": [tiny]}) == []

@@ -169,6 +169,44 @@ def test_images_of_a_folder_and_of_an_npz(score, refused, model, extractor, tmp_
     assert "--samples is 1; a covariance needs at least 2 images" in said
 
 
+def test_what_cannot_be_scored_is_said_at_the_start(score, refused, model, tmp_path):
+    made, _ = score(model, tmp_path / "made", "--npz")
+    folder = folder_of(tmp_path / "made" / "samples.npz", tmp_path / "images")
+    said = refused(folder, folder / "score")
+    assert f"The output {folder / 'score'} lies in the input {folder}" in said and not (folder / "score").exists()
+    (tmp_path / "large").mkdir()
+    for number in range(3):
+        Image.effect_noise((16, 16), 40 + number).save(tmp_path / "large" / f"{number}.png")
+    said = refused(folder, tmp_path / "out", reference=tmp_path / "large")
+    assert f"The images of the reference {tmp_path / 'large'} have the shape (1, 16, 16), but the extractor" in said
+    assert "takes (1, 8, 8); give images of that size (--resolution)" in said
+    (tmp_path / "one").mkdir()
+    shutil.copy(tmp_path / "large" / "0.png", tmp_path / "one")
+    assert "one has 1 images; a covariance needs at least 2" in refused(
+        folder, tmp_path / "out", reference=tmp_path / "one"
+    )
+    said = refused(folder, tmp_path / "out", "--handover", "geneval")
+    assert "A folder for geneval holds images of prompts; give a file of them (--prompts)" in said
+    assert "absent.npz does not exist" in refused(folder, tmp_path / "out", reference=tmp_path / "absent.npz")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_request_that_never_made_an_image_does_not_keep_its_folder(score, refused, model, tmp_path):
+    assert "100000" in refused(model, tmp_path / "out", "--steps", 100_000)
+    assert json.loads((tmp_path / "out" / "request.json").read_text())["steps"] == 100_000
+    result, _ = score(model, tmp_path / "out", "--steps", 3)
+    assert result["stamp"]["steps"] == 3
+    for file, text in (("request.json", "[]"), ("result.json", "{}"), ("result.json", "{")):
+        whole = (tmp_path / "out" / file).read_text()
+        (tmp_path / "out" / file).write_text(text)
+        said = refused(model, tmp_path / "out", "--steps", 3)
+        assert file in said and "delete the folder, and run the command again" in said
+        (tmp_path / "out" / file).write_text(whole)
+    few, _ = score(model, tmp_path / "few", samples=3)
+    assert any("3 images have no 3 neighbours: precision and recall are left out" in note for note in few["notes"])
+    assert "precision" not in few["metrics"]
+
+
 def test_statistics_of_another_extractor_are_refused(refused, model, tmp_path):
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     said = refused(model, tmp_path / "out", reference=tmp_path / "adm.npz")
@@ -192,6 +230,8 @@ def test_text_to_image_with_clip_and_judges(score, refused, tmp_path):
     assert all((tmp_path / "out" / "hpsv3" / row["path"]).is_file() for row in listed)
     assert len(list((tmp_path / "out" / "dpg" / "images").iterdir())) == 2
     assert "give a file of them (--prompts)" in refused(tmp_path / "t2i", tmp_path / "without", samples=4)
+    said = refused(tmp_path / "t2i", tmp_path / "without", *asked[:2], "--subnet", "tinyy", samples=4)
+    assert "--subnet is 'tinyy', but" in said and not (tmp_path / "without").exists()
     assert "has no 'tag'" in refused(
         tmp_path / "t2i", tmp_path / "geneval", *asked[:2], "--handover", "geneval", samples=4
     )
@@ -220,7 +260,9 @@ def test_pipelines_of_diffusers(score, refused, tmp_path):
     again, _ = score(tmp_path / "dit-1000", tmp_path / "two", *asked[:-1], 5, "--npz", reference=reference, samples=9)
     assert again["metrics"] == pytest.approx(result["metrics"], rel=1e-3)  # whatever the batch is
     assert "takes no prompts; leave --prompts out" in refused(
-        tmp_path / "dit-1000", tmp_path / "p", "--prompts", judge / "config.json", reference=reference, samples=9
+        *(tmp_path / "dit-1000", tmp_path / "p", "--prompts", judge / "config.json", "--extractor", judge),
+        reference=reference,
+        samples=9,
     )
 
 

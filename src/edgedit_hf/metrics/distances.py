@@ -47,6 +47,13 @@ def _features(values, name: str, at_least: int) -> np.ndarray:
     return array
 
 
+def _check_counts(least: int = 1, **counts: int) -> None:
+    """Raise unless these are whole numbers of at least `least`."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise EdgeDiTError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+
+
 def _check_width(a: np.ndarray, b: np.ndarray, names: tuple[str, str]) -> None:
     if a.shape[-1] != b.shape[-1]:
         raise EdgeDiTError(
@@ -203,8 +210,7 @@ def frechet_standard_error(features, reference, resamples: int = 20, seed: int =
         resamples: ≥ 2; 20 give the standard error to about 16 %.
         seed: of the draws.
     """
-    if resamples < 2:
-        raise EdgeDiTError(f"resamples is {resamples}; a spread needs at least 2.")
+    _check_counts(least=2, resamples=resamples)
     x = _features(features, "features", at_least=2)
     if not isinstance(reference, tuple):
         moments = RunningMoments().update(_features(reference, "reference", at_least=2))
@@ -268,8 +274,7 @@ def precision_recall(real, fake, k: int = 3, chunk: int = 2048) -> tuple[float, 
     Returns:
         (precision, recall), both in [0, 1].
     """
-    if k < 1 or chunk < 1:
-        raise EdgeDiTError(f"k is {k} and chunk is {chunk}; both must be at least 1.")
+    _check_counts(k=k, chunk=chunk)
     real, fake = _features(real, "real", at_least=k + 1), _features(fake, "fake", at_least=k + 1)
     _check_width(real, fake, ("real", "fake"))
     centre = real.mean(axis=0)  # small norms keep the digits that the matrix product would cancel
@@ -315,8 +320,7 @@ def adm_precision_recall(real, fake, k: int = 3, batch: int = 10_000) -> tuple[f
     Returns:
         (precision, recall), both in [0, 1].
     """
-    if k < 1 or batch < 1:
-        raise EdgeDiTError(f"k is {k} and batch is {batch}; both must be at least 1.")
+    _check_counts(k=k, batch=batch)
     real, fake = _features(real, "real", at_least=k + 1), _features(fake, "fake", at_least=k + 1)
     _check_width(real, fake, ("real", "fake"))
     ours, theirs = (torch.from_numpy(points).float() for points in (fake, real))
@@ -351,10 +355,9 @@ def kernel_distance(
     """
     from torchmetrics.image.kid import poly_mmd
 
-    if subsets < 1 or subset_size < 2:
-        raise EdgeDiTError(
-            f"subsets is {subsets} and subset_size is {subset_size}; they must be at least 1 and at least 2."
-        )
+    _check_counts(subsets=subsets)
+    _check_counts(least=2, subset_size=subset_size)
+    _check_counts(least=0, seed=seed)
     x = _features(features, "features", at_least=subset_size)
     y = _features(reference, "reference", at_least=subset_size)
     _check_width(x, y, ("features", "reference"))
@@ -381,8 +384,7 @@ def inception_score(logits, split_size: int = 5000) -> tuple[float, float]:
     Returns:
         (mean, standard deviation) over the parts.
     """
-    if split_size < 1:
-        raise EdgeDiTError(f"split_size is {split_size}; it must be at least 1.")
+    _check_counts(split_size=split_size)
     logits = _features(logits, "logits", at_least=1)
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

@@ -87,7 +87,9 @@ def check_layout(layout: str, prompts: Sequence[Prompt], count: int) -> None:
     """Raise unless `count` images of these prompts, in turns, can be written in this layout."""
     if layout not in LAYOUTS:
         raise EdgeDiTError(f"The layout {layout!r} does not exist; it must be one of {', '.join(LAYOUTS)}.")
-    if not prompts or count % len(prompts):
+    if not prompts:
+        raise EdgeDiTError(f"A folder for {layout} holds images of prompts; give a file of them (--prompts).")
+    if count % len(prompts):
         raise EdgeDiTError(
             f"{count} images are no multiple of {len(prompts)} prompts; every prompt needs as many, such as "
             f"{len(prompts)} or {4 * len(prompts)}."

@@ -42,6 +42,8 @@ def read_npz(path: str | Path, channels: int | None = None) -> AdmFile:
         EdgeDiTError: it cannot be read, holds neither, or arrays of other shapes, types or with NaN.
     """
     path = Path(path)
+    if not path.is_file():
+        raise EdgeDiTError(f"{path} does not exist; give ADM's .npz, or a folder of images.")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0") if name in file.files}
@@ -85,7 +87,8 @@ def _gaussian(path: Path, arrays: dict[str, np.ndarray], mean_name: str, covaria
 def _images(path: Path, array: np.ndarray, channels: int | None) -> ImageDataset:
     if array.ndim != 4 or array.dtype != np.uint8 or array.shape[-1] not in (1, 3) or not array.size:
         raise EdgeDiTError(
-            f"{path}: 'arr_0' has shape {array.shape} and type {array.dtype}; expected images, uint8 [N, H, W, 3]."
+            f"{path}: 'arr_0' has shape {array.shape} and type {array.dtype}; expected images, uint8 [N, H, W, 3]: "
+            "bytes from 0 to 255, with the channels last."
         )
     if channels == 1 and all(np.array_equal(array[..., 0], array[..., other]) for other in range(1, array.shape[-1])):
         array = array[..., :1]

@@ -119,7 +119,10 @@ def describe_reference(
             "real_floor": frechet_distance(others, real),
             "real_floor_counts": [len(others), len(real)],
             "count": config.evaluate.samples,
-            "notes": RunningMoments().update(real).notes("real images"),
+            "notes": [
+                *RunningMoments().update(real).notes("real images"),
+                *RunningMoments().update(others).notes("held-out real images, of the distance between real images"),
+            ],
         },
     )
     return classifier

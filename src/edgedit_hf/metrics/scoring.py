@@ -26,6 +26,7 @@ from ..files import aside_of, explain_write_errors, file_sha256, fsync_path
 from ..pipelines.loading import load_pipeline
 from ..pipelines.sampling import call_defaults, denoiser_of, generate_rows, sampling_stamp
 from ..run.results import pipeline_weights_hash
+from ..schema import key
 from .clip import ClipScorer
 from .distances import (
     RunningMoments,
@@ -81,6 +82,9 @@ class Generated:
             raise EdgeDiTError(f"{path} makes images of prompts; give a file of them (--prompts).")
         if prompts and not takes_prompts:
             raise EdgeDiTError(f"{path} is a {kind}, which takes no prompts; leave --prompts out.")
+        names = getattr(denoiser_of(self.pipeline), "subnet_names", ())
+        if subnet is not None and subnet not in names:
+            raise EdgeDiTError(f"--subnet is {subnet!r}, but {path} has {', '.join(names) or 'no sub-networks'}.")
         self.fingerprint = str(pipeline_weights_hash(path, described=True))
 
     def to(self, device: torch.device) -> None:
@@ -145,6 +149,18 @@ def channels_of(extractor: Extractor) -> int | None:
 def is_pipeline(source: str) -> bool:
     """Whether what is to be scored is a pipeline: a folder that describes one, or a name on the Hub."""
     return Path(source, "model_index.json").is_file() or hub.is_name(source)
+
+
+def check_fits(what: str, images: ImageDataset, extractor: Extractor, least: int) -> None:
+    """Raise unless these images are `least` or more, and of the shape that an extractor of one shape takes."""
+    if len(images) < least:
+        raise EdgeDiTError(f"{what} has {len(images)} images; a covariance needs at least {least}.")
+    taken, found = getattr(extractor, "shape", None), tuple(images.batch(range(1))["images"].shape[1:])
+    if taken is not None and found != tuple(taken):
+        raise EdgeDiTError(
+            f"The images of {what} have the shape {found}, but the extractor {extractor.name} takes {tuple(taken)}; "
+            "give images of that size (--resolution) and as many channels, or another extractor."
+        )
 
 
 # ------------------------------------------------------------------ what it is compared with
@@ -287,6 +303,15 @@ def describe(images: torch.Tensor, extractor: Extractor, keep: bool) -> dict[str
 # ------------------------------------------------------------------ figures
 
 
+@dataclass(kw_only=True)
+class Score:
+    """What is read of a result.json."""
+
+    metrics: dict[str, float] = key()
+    standard_errors: dict[str, float] = key(minimum=0.0)
+    notes: list[str] = key()
+
+
 def figures(
     samples: Chunks,
     reference_chunks: Chunks | None,
@@ -338,9 +363,14 @@ def figures(
     if reference_chunks is not None:
         real = reference_chunks.whole("features")
         least = min(len(real), len(features))
-        found = kernel_distance(features, real, subset_size=min(SUBSET, least), seed=seed)
-        metrics["kernel_distance"], spreads["kernel_distance"] = found
-        if least > NEIGHBOURS:
+        size = min(SUBSET, least)
+        metrics["kernel_distance"], spread = kernel_distance(features, real, subset_size=size, seed=seed)
+        if size < max(len(real), len(features)):  # else all subsets are the same
+            spreads["kernel_distance"] = spread
+        if least <= NEIGHBOURS:
+            few = f"{least} images have no {NEIGHBOURS} neighbours: precision and recall are left out; take more."
+            notes.append(few)
+        else:
             pairs = {"": precision_recall(real, features), "adm_": adm_precision_recall(real, features)}
             for prefix, (precision, recall) in pairs.items():
                 for kind, share, counted in (("precision", precision, features), ("recall", recall, real)):

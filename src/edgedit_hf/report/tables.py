@@ -141,7 +141,7 @@ def comparison_table(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], li
 def distance_cell(model: Mapping[str, Any], key: str) -> str:
     """A distance of a model with its standard error, where it has one: "5.46 ± 0.21"."""
     value, error = model["metrics"].get(key), (model.get("standard_errors") or {}).get(key)
-    return _number(value, ".3g") + ("" if value is None or error is None else f" ± {error:.2g}")
+    return _number(value, ".3g") + ("" if value is None or error is None else f" ± {f'{error:#.2g}'.removesuffix('.')}")
 
 
 def width_rows(widths: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Mapping[str, Any]]]:
@@ -166,7 +166,7 @@ def judging_lines(report: Mapping[str, Any], run: str = "") -> list[str]:
     for label, model in named:
         for note in model.get("notes") or ():
             of.setdefault(note, []).append(label)
-    own = [f"{note} ({'all models' if len(names) == len(named) else ', '.join(names)})" for note, names in of.items()]
+    own = [f"{note} ({'all models' if len(names) == len(named) else '; '.join(names)})" for note, names in of.items()]
     lines = [*((report.get("reference") or {}).get("notes") or ()), *own]
     return [f"{run}: {line}" for line in lines] if run else lines
 
