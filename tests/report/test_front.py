@@ -83,6 +83,18 @@ def test_of_many_genotypes_the_front_is_kept(made, monkeypatch):
     assert fewer["left_out"] == len(every["points"]) - len(kept) > 0
 
 
+def test_a_search_of_nothing_but_its_front(made, tmp_path):
+    """A short one may judge no other student, and random search may have been left out."""
+    folder = shutil.copytree(made, tmp_path / "run")
+    (folder / "search" / "random.json").unlink()
+    state = json.loads((folder / "search" / "state.json").read_text())
+    on_front = {tuple(point["code"]) for point in build_report(made)["search"]["front"]}
+    state["told"] = [point for point in state["told"] if tuple(point["code"]) in on_front]
+    (folder / "search" / "state.json").write_text(json.dumps(state))
+    data = front_data(folder, build_report(made))
+    assert {point["kind"] for point in data["points"]} <= {"front", "chosen", "teacher"} and data["left_out"] == 0
+
+
 def test_searches_share_a_plot_where_they_share_its_axes(made, tmp_path):
     one = front_data(made, build_report(made))
     other = {**one, "key": "another", "y": "FID, not yet tuned"}

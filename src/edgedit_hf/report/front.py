@@ -148,7 +148,7 @@ def _bounded(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ordered = sorted(points, key=lambda point: (KINDS.index(point["kind"]) < 2, KINDS.index(point["kind"])))
     first = [point for point in ordered if KINDS.index(point["kind"]) >= 2]
     rest, room = ordered[len(first) :], max(0, POINTS - len(first))
-    every = -(-len(rest) // room) if room else len(rest) + 1
+    every = max(1, -(-len(rest) // room)) if room else len(rest) + 1
     return sorted([*first[-POINTS:], *rest[::every]], key=lambda point: (point["latency_ms"], point["distance"]))
 
 
