@@ -166,6 +166,10 @@ def test_little_memory_a_paused_page_and_a_lost_folder(small_bundle, tmp_path, w
         (device,) = server.devices.known.values()
         page.run("document.getElementById('measure').click()")
         begun(page, 30)
+        for _ in range(500):  # what is measured is sent some at a time
+            if device.file.exists():
+                break
+            time.sleep(0.01)
         with server.devices.lock:  # the results are taken away
             device.file.unlink()
             device.runs = {}
