@@ -120,18 +120,23 @@ def every() -> str:
     return "\n\n".join(parts)
 
 
+def without_partner(text: str) -> re.Match | None:
+    """The first mark that begins a region without an end, or ends none."""
+    opened = None
+    for mark in MARK.finditer(text):
+        ends = bool(mark[1])
+        if ends != (opened is not None):
+            return opened or mark
+        opened = None if ends else mark
+    return opened
+
+
 def filled(page: Path) -> str:
     """A page with the tables of the records between its marks."""
     beside, text = Path(os.path.relpath(PAGE, page.parent)).as_posix(), page.read_text(encoding="utf-8")
-    opened = None  # the mark whose end has not come yet
-    for mark in (*MARK.finditer(text), None):
-        begins = mark is not None and not mark[1]
-        if begins if opened is None else mark is not None and not begins:
-            opened = mark if begins else None
-        elif opened is not None or mark is not None:
-            alone = opened or mark
-            line = text.count("\n", 0, alone.start()) + 1
-            raise EdgeDiTError(f"{page}, line {line}: {alone[0]} has no other mark that belongs to it; add it.")
+    if alone := without_partner(text):
+        line = text.count("\n", 0, alone.start()) + 1
+        raise EdgeDiTError(f"{page}, line {line}: {alone[0]} has no other mark that belongs to it; add it.")
 
     def between(found: re.Match) -> str:
         name = found[1]

@@ -76,15 +76,14 @@ class Generated:
         self.steps = own["steps"] if steps is None else steps
         self.guidance_scale = own["guidance_scale"] if guidance_scale is None else guidance_scale
         kind, takes_prompts = type(self.pipeline).__name__, own["conditioned_by"] == "prompt"
-        if subnet is not None and kind != "ElasticDiTPipeline":
-            raise EdgeDiTError(f"{path} is a {kind}, which has no sub-networks; leave --subnet out.")
+        names = getattr(denoiser_of(self.pipeline), "subnet_names", ())
+        if subnet is not None and subnet not in names:
+            there = ", ".join(names) or "no sub-networks; leave --subnet out"
+            raise EdgeDiTError(f"--subnet is {subnet!r}, but {path} has {there}.")
         if takes_prompts and not prompts:
             raise EdgeDiTError(f"{path} makes images of prompts; give a file of them (--prompts).")
         if prompts and not takes_prompts:
             raise EdgeDiTError(f"{path} is a {kind}, which takes no prompts; leave --prompts out.")
-        names = getattr(denoiser_of(self.pipeline), "subnet_names", ())
-        if subnet is not None and subnet not in names:
-            raise EdgeDiTError(f"--subnet is {subnet!r}, but {path} has {', '.join(names) or 'no sub-networks'}.")
         self.fingerprint = str(pipeline_weights_hash(path, described=True))
 
     def to(self, device: torch.device) -> None:

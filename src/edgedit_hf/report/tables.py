@@ -10,6 +10,10 @@ from typing import Any
 from ..stamp import PROTOCOL, protocol
 
 NO_VALUE = "–"
+PLUS_MINUS = (
+    "± is a distance's standard error, of a bootstrap over the generated images; models share their noise, so that "
+    "differences are more certain than that."
+)
 # What readers call the models of a run, by their name in report.json, in the order in which they are compared.
 MODEL_LABELS = {
     "teacher": "teacher",
@@ -146,12 +150,15 @@ def distance_cell(model: Mapping[str, Any], key: str) -> str:
 
 def width_rows(widths: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Mapping[str, Any]]]:
     """Label, way (`"many"`, `"few"`, `"few_step"`) and model of the three rows of every width."""
-    said = {
-        "many": lambda model: "many steps",
-        "few": lambda model: model.get("solver"),
-        "few_step": lambda _: "few-step",
-    }
-    return [(f"{width['name']}, {name(width[way])}", way, width[way]) for width in widths for way, name in said.items()]
+    return [
+        row
+        for width in widths
+        for row in (
+            (f"{width['name']}, many steps", "many", width["many"]),
+            (f"{width['name']}, {width['few'].get('solver')}", "few", width["few"]),
+            (f"{width['name']}, few-step", "few_step", width["few_step"]),
+        )
+    ]
 
 
 def judging_lines(report: Mapping[str, Any], run: str = "") -> list[str]:
@@ -173,11 +180,7 @@ def judging_lines(report: Mapping[str, Any], run: str = "") -> list[str]:
 
 def plus_minus(report: Mapping[str, Any]) -> list[str]:
     """The sentence that says what ± behind a distance is, if one of the report's models has it."""
-    said = (
-        "± is a distance's standard error, of a bootstrap over the generated images; models share their noise, so that "
-    )
-    said += "differences are more certain than that."
-    return [said] if any(model.get("standard_errors") for _, model in _named_models(report)) else []
+    return [PLUS_MINUS] if any(model.get("standard_errors") for _, model in _named_models(report)) else []
 
 
 def _named_models(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
